@@ -1,0 +1,1 @@
+"""OPRD: on-policy distillation of language models by hidden states."""
