@@ -1,0 +1,14 @@
+"""Rollout engines: how the student's completions are sampled. One file an engine, one line in `ENGINES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from oprd.rollout.base import RolloutEngine, Sampling
+from oprd.rollout.transformers_engine import TransformersEngine
+
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {
+    "transformers": TransformersEngine,
+}
+
+__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine"]

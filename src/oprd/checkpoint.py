@@ -1,0 +1,247 @@
+"""Checkpoints that can be trusted: whole or not there, verified before they are resumed from, safetensors and JSON only.
+
+A checkpoint is written to a staging folder, every file fsynced, a manifest with a digest a file written last, and the folder
+renamed into place. `VerifiedCheckpoints` puts this under transformers' `Trainer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+logger = logging.getLogger("oprd")
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json` (digest and size of every file below `folder`), after flushing all of them to disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _fsync(path)
+        files[str(path.relative_to(folder))] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    _fsync(folder / MANIFEST)
+    _fsync(folder)
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        ValueError: names the file that is missing, truncated or changed.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{manifest} is missing: the checkpoint was not written to its end")
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} cannot be read: {error}") from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}")
+        if file_digest(path) != expected["sha256"]:
+            raise ValueError(f"{path} does not match its digest: its content changed after it was written")
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest step first."""
+    found = [p for p in run_folder.glob("checkpoint-*") if p.is_dir() and _CHECKPOINT.match(p.name)]
+    return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
+
+
+def newest_verified(run_folder: Path) -> Path | None:
+    """The newest checkpoint that verifies, None when the run has no checkpoint; what is skipped is logged by file name.
+
+    Raises:
+        ValueError: there are checkpoints and none of them verifies.
+    """
+    reasons = []
+    for folder in list_checkpoints(run_folder):
+        try:
+            verify(folder)
+        except ValueError as error:
+            reasons.append(str(error))
+            logger.warning("skipping %s: %s", folder.name, error)
+            continue
+        return folder
+    if reasons:
+        raise ValueError(f"resume_from_checkpoint: no checkpoint in {run_folder} can be used: " + "; ".join(reasons))
+    return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
+    """Write an optimizer's `state_dict` as `optimizer.safetensors` (tensors) and `optimizer.json` (the rest).
+
+    Raises:
+        TypeError: the optimizer keeps something that is neither a tensor nor JSON.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    _write_json(folder / "optimizer.json", {"scalars": scalars, "param_groups": state_dict["param_groups"]})
+
+
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    """What `save_optimizer` wrote, as a `state_dict`."""
+    rest = json.loads((folder / "optimizer.json").read_text())
+    state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in rest["scalars"].items()}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's generators, as JSON."""
+    kind, words, *numbers = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, words.tolist(), *numbers],  # type: ignore[union-attr]
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": [s.cpu().numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes_tensor(state["torch"]))
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_bytes_tensor(value), device)
+
+
+def _bytes_tensor(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value) + "\n")
+
+
+class VerifiedCheckpoints(Trainer):
+    """The part of a `Trainer` that saves and restores, with the guarantees of this module.
+
+    Under FSDP and DeepSpeed the optimizer's state is written by those libraries in their own formats; the manifest covers it.
+    """
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if getattr(self, "_staging", False) else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._publish(run_folder, name)
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, run_folder: Path, name: str) -> None:
+        staged, final = run_folder / STAGING / name, run_folder / name
+        best = run_folder / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        if best is not None and (best.exists() or best == final):
+            # Trainer looked for it beside the staged checkpoint.
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        write_manifest(staged)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staged, final)
+        _fsync(run_folder)
+        shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run_folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    @property
+    def _own_optimizer_format(self) -> bool:
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"
+        if pickled.is_file():
+            pickled.unlink()
+            pickled.with_name("training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._own_optimizer_format:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_optimizer(self.optimizer.state_dict(), Path(output_dir))
+            _write_json(Path(output_dir) / "scheduler.json", self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._own_optimizer_format:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
+            self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / "scheduler.json").read_text()))
+
+    def _random_file(self, folder: str) -> Path:
+        return Path(folder) / f"rng_state_{self.args.process_index}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        _write_json(self._random_file(output_dir), random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        path = self._random_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: {path} is missing: resume with as many processes as before")
+        set_random_state(json.loads(path.read_text()))

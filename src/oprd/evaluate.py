@@ -1,0 +1,97 @@
+"""Evaluation: k sampled completions a problem, graded, summed up by the measures of `oprd.measures`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from oprd.measures import Sample, summarize
+from oprd.prompts import Prompt
+from oprd.rollout import RolloutEngine, Sampling
+from oprd.types import Rollouts
+
+
+class Grader(Protocol):
+    """Says which responses are right; `stats` counts how it found out."""
+
+    stats: Counter[str]
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """One verdict a response."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Args:
+        summary: JSON-able measures: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
+        rollouts: the completions, k a problem, problem after problem.
+        correct: their verdicts; None where the row has no answer or nothing grades.
+    """
+
+    summary: dict[str, Any]
+    rollouts: Rollouts
+    correct: list[bool | None]
+
+
+def grade_rollouts(
+    rollouts: Rollouts, answer_of: Callable[[int], str | None], grader: Grader | None
+) -> list[bool | None]:
+    """Verdict of each rollout; None where its row has no answer, or there is no grader."""
+    verdicts: list[bool | None] = [None] * len(rollouts)
+    answers = [answer_of(row) for row in rollouts.rows]
+    gradable = [i for i, answer in enumerate(answers) if answer is not None]
+    if grader is not None and gradable:
+        graded = grader.grade([rollouts.texts[i] for i in gradable], [str(answers[i]) for i in gradable])
+        for index, verdict in zip(gradable, graded, strict=True):
+            verdicts[index] = verdict
+    return verdicts
+
+
+def evaluate(
+    model: nn.Module,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    grader: Grader | None,
+    *,
+    k: int,
+    sampling: Sampling,
+    seed: int = 0,
+) -> Evaluation:
+    """Sample k completions a prompt, grade them, and sum up.
+
+    Args:
+        model: a causal LM.
+        engine: what samples.
+        prompts: rendered problems.
+        grader: what grades; None leaves every sample ungraded.
+        k: samples a problem.
+        sampling: how they are drawn.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: no prompt, or k < 1.
+    """
+    if not prompts:
+        raise ValueError("evaluate: there is no problem")
+    rows = range(len(prompts))
+    rollouts = engine.generate(
+        model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
+    )
+    correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
+    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+
+
+def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: int) -> dict[str, Any]:
+    """The measures of rollouts that lie k a problem, problem after problem."""
+    samples = [
+        Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))
+        for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
+    ]
+    return summarize([samples[start : start + k] for start in range(0, len(samples), k)])

@@ -1,0 +1,51 @@
+"""Layer sets 𝓛 ⊆ {1..L} (OPRD section 2).
+
+Layers are counted from 1; layer L is the state after the final norm. The embedding is not a layer.
+To add a named set, write a function `num_layers -> layers` and add one line to `LAYERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+LayerSpec = str | int | Sequence[int]
+
+LAYERS: dict[str, Callable[[int], Sequence[int]]] = {
+    "last": lambda num_layers: [num_layers],
+    "all": lambda num_layers: range(1, num_layers + 1),
+    "even": lambda num_layers: range(2, num_layers + 1, 2),
+    "odd": lambda num_layers: range(1, num_layers + 1, 2),
+}
+
+
+def resolve_layers(spec: LayerSpec, num_layers: int) -> tuple[int, ...]:
+    """The layers that `spec` names in a model of `num_layers` blocks, ascending.
+
+    Args:
+        spec: "last", "all", "even", "odd", one layer, or a list of layers, counted from 1.
+        num_layers: blocks of the model.
+
+    Raises:
+        ValueError: unknown name, layer out of range, layer named twice, or nothing selected.
+    """
+    if isinstance(spec, str):
+        if spec not in LAYERS:
+            raise ValueError(
+                f"layers: {spec!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers such as [1, {num_layers}]"
+            )
+        layers = list(LAYERS[spec](num_layers))
+    else:
+        layers = [spec] if isinstance(spec, int) else list(spec)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise ValueError(f"layers: {layer!r} is not a layer number")
+        if not 1 <= layer <= num_layers:
+            raise ValueError(
+                f"layers: {layer} is out of range; the model has layers 1 to {num_layers} "
+                "(the embedding is not a layer, the last one is the state after the final norm)"
+            )
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers: {layers} names a layer twice")
+    if not layers:
+        raise ValueError(f"layers: {spec!r} selects nothing in a model of {num_layers} layer(s)")
+    return tuple(sorted(layers))

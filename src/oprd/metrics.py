@@ -1,0 +1,107 @@
+"""Metrics of training steps: collected while a step runs, closed once it is done, averaged between two reports."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from oprd.types import Rollouts
+
+# Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
+_TOTALS = ("rollouts", "tokens", "finished", "correct", "graded")
+
+
+def rollout_metrics(rollouts: Rollouts, correct: Sequence[bool | None]) -> dict[str, float]:
+    """Counts of a set of rollouts; `MetricWindow.close` turns them into shares and means."""
+    verdicts = [c for c in correct if c is not None]
+    return {
+        "rollouts": len(rollouts),
+        "tokens": sum(rollouts.completion_lengths),
+        "finished": sum(reason == "stop" for reason in rollouts.finish_reasons),
+        "correct": sum(verdicts),
+        "graded": len(verdicts),
+    }
+
+
+class MetricWindow:
+    """Sums of the running step, and the closed steps since the last report."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._parts = 0
+        self._closed: list[dict[str, float]] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step has added anything."""
+        return bool(self._sums)
+
+    def add(self, **values: float) -> None:
+        """Add to the running step's sums."""
+        for name, value in values.items():
+            self._sums[name] += value
+        self._parts += "loss" in values
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to `time/<name>`."""
+        _synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _synchronize()
+            self._sums[f"time/{name}"] += time.perf_counter() - start
+
+    def close(self, accelerator: Any, grad_norm: Any, learning_rate: float | None) -> dict[str, float]:
+        """End the step: sums become means and shares over all ranks.
+
+        Returns:
+            loss, cosine (mean and a layer), accuracy (where graded), completions/mean_length, completions/clipped_ratio, …;
+            see docs/metrics.md.
+        """
+        names = sorted(self._sums)
+        values = torch.tensor([self._sums[n] for n in names], dtype=torch.float64)
+        if accelerator.num_processes > 1:
+            values = accelerator.reduce(values.to(accelerator.device), "sum").cpu()
+        ranks = accelerator.num_processes
+        sums = dict(zip(names, values.tolist(), strict=True))
+        totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
+        row = {n: v / ranks / (1 if n.startswith("time/") else self._parts) for n, v in sums.items()}
+        layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
+        row["cosine"] = sum(layers) / len(layers)
+        row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
+        row["completions/clipped_ratio"] = 1 - totals["finished"] / totals["rollouts"]
+        row["tokens"], row["rollouts"] = totals["tokens"], totals["rollouts"]
+        if totals["graded"]:
+            row["accuracy"] = totals["correct"] / totals["graded"]
+        if grad_norm is not None:
+            row["grad_norm"] = float(grad_norm)
+        if learning_rate is not None:
+            row["learning_rate"] = float(learning_rate)
+        if torch.cuda.is_available():
+            row["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._sums.clear()
+        self._parts = 0
+        self._closed.append(row)
+        return row
+
+    def drain(self) -> dict[str, float]:
+        """Mean of every metric over the steps closed since the last call."""
+        collected: defaultdict[str, list[float]] = defaultdict(list)
+        for row in self._closed:
+            for name, value in row.items():
+                collected[name].append(value)
+        self._closed.clear()
+        return {name: sum(values) / len(values) for name, values in collected.items()}
+
+
+def _synchronize() -> None:
+    # CUDA runs behind Python; without waiting, time would be booked on whoever asks next.
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,210 @@
+"""Students, teachers and tokenizers: loading, and the only place that knows how Hugging Face models are built inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded:"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def resolve_name(name: str) -> str:
+    """A model name that transformers understands: `embedded:tiny/student` becomes the folder inside this package.
+
+    Raises:
+        ValueError: an embedded name that does not exist, or a path-like name that is not there.
+    """
+    if name.startswith(EMBEDDED):
+        folder = ASSETS / name.removeprefix(EMBEDDED)
+        if not (folder / "config.json").is_file():
+            known = sorted(EMBEDDED + str(p.parent.relative_to(ASSETS)) for p in ASSETS.glob("**/config.json"))
+            raise ValueError(f"model: {name!r} is not embedded; there is {', '.join(known)}")
+        return str(folder)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not Path(name).expanduser().is_dir():
+        raise ValueError(f"model: there is no folder {name!r}; give a folder with config.json or a hub name owner/model")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a decoder-only causal LM.
+
+    Args:
+        name: folder, hub name or `embedded:…`.
+        dtype: dtype of the weights unless `init_kwargs` has one; "auto" keeps the checkpoint's.
+        init_kwargs: further arguments of `from_pretrained`.
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+
+    Raises:
+        ValueError: no such model, or not a decoder-only one.
+    """
+    kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = parse_dtype(kwargs["dtype"])
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_name(name), **kwargs)
+    except OSError as error:
+        raise ValueError(f"model: {name!r} cannot be loaded: {error}") from error
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
+    blocks(model)  # fails early, naming the class, where the layers cannot be found
+    return model
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, hub name or `embedded:…`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {error}") from error
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`"bfloat16"`, `"float32"`, … as a torch dtype.
+
+    Raises:
+        ValueError: not a floating-point dtype's name.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: {name!r} is not one of auto, float32, bfloat16, float16, float64")
+    return dtype
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, torch.compile or PEFT wrappers.
+
+    Raises:
+        ValueError: there is none, or it is a prompt-learning PEFT model (whose virtual tokens the backbone never sees).
+    """
+    while not isinstance(model, PreTrainedModel):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(f"{type(model).__name__}: prompt-learning adapters are not supported; use LoRA")
+        inner = next((getattr(model, n) for n in ("module", "_orig_mod", "base_model", "model") if hasattr(model, n)), None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            raise ValueError(f"{type(model).__name__} holds no transformers language model")
+        model = inner
+    return model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal LM below its LM head; its `last_hidden_state` is the state after the final norm."""
+    return causal_lm(model).get_decoder()
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The backbone's transformer blocks, in order, whatever the family calls them (`layers`, `h`, `blocks`, …).
+
+    Raises:
+        ValueError: no unambiguous list of as many blocks as the config says.
+    """
+    body = backbone(model)
+    count = causal_lm(model).config.get_text_config().num_hidden_layers
+    lists = {n: m for n, m in body.named_children() if isinstance(m, nn.ModuleList) and len(m) == count}
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(body).__name__}: expected one list of {count} blocks (config.num_hidden_layers), found "
+            f"{sorted(lists) or 'none'}; this architecture is not supported"
+        )
+    return next(iter(lists.values()))
+
+
+def num_layers(model: nn.Module) -> int:
+    """Number of layers L (transformer blocks)."""
+    return len(blocks(model))
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width D of the hidden states."""
+    return causal_lm(model).config.get_text_config().hidden_size
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens the model was built to read, None when its config does not say."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def freeze_above(model: nn.Module, top_layer: int) -> list[str]:
+    """Turn off gradients of what a representation loss up to `top_layer` never reaches, and name those parameters.
+
+    That is an untied LM head, and the blocks and final norm above the highest chosen layer. Left trainable they get no gradient:
+    DDP stops with an error and weight decay alone would still move them.
+    """
+    lm = causal_lm(model)
+    unreached: list[nn.Module] = list(blocks(model)[top_layer:])
+    kept = {id(p) for p in lm.get_input_embeddings().parameters()}
+    if lm.get_output_embeddings() is not None:
+        unreached.append(lm.get_output_embeddings())
+    if top_layer < num_layers(model):
+        block_parameters = {id(p) for p in blocks(model).parameters()}
+        # What sits directly in the backbone beside blocks and embeddings is the final norm.
+        for child in backbone(model).children():
+            if not isinstance(child, (nn.ModuleList, nn.Embedding)) and not any(
+                id(p) in block_parameters for p in child.parameters()
+            ):
+                unreached.append(child)
+    ids = {id(p) for module in unreached for p in module.parameters()} - kept
+    names = [n for n, p in model.named_parameters() if id(p) in ids and p.requires_grad]
+    for parameter in model.parameters():
+        if id(parameter) in ids:
+            parameter.requires_grad_(False)
+    return names
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion: those of the tokenizer, the generation config and the config together.
+
+    Raises:
+        ValueError: there is none, so that no completion could ever finish.
+    """
+    lm = causal_lm(model)
+    sources = (tokenizer.eos_token_id, getattr(lm.generation_config, "eos_token_id", None), lm.config.eos_token_id)
+    ids = {i for source in sources if source is not None for i in (source if isinstance(source, list) else [source])}
+    if not ids:
+        raise ValueError("tokenizer: neither it nor the model names an end-of-sequence token; set tokenizer.eos_token")
+    return sorted(ids)
+
+
+def check_same_shape(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a pair that cannot be compared dimension by dimension (OPRD-Vanilla).
+
+    Raises:
+        ValueError: depth or width differ; both sides named.
+    """
+    s, t = (num_layers(student), hidden_size(student)), (num_layers(teacher), hidden_size(teacher))
+    if s != t:
+        raise ValueError(
+            f"teacher_model: it has {t[0]} layers of width {t[1]}, the student {s[0]} of {s[1]}. OPRD-Vanilla compares hidden "
+            "states dimension by dimension, so both must agree. Teachers of another shape need OPRD-Bridge (a fitted "
+            "projection, planned for the next release); until then choose a teacher trained from the same base as the student."
+        )
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse two tokenizers that do not give the student's ids the same tokens. Vocabulary *sizes* may differ (padding).
+
+    Raises:
+        ValueError: names the first ids that differ.
+    """
+    ours = {i: token for token, i in student.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    different = [i for i in sorted(ours) if theirs.get(i) != ours[i]]
+    if different:
+        shown = "; ".join(f"id {i}: student {ours[i]!r}, teacher {theirs.get(i)!r}" for i in different[:3])
+        raise ValueError(
+            f"teacher_model: its tokenizer gives {len(different)} of the student's {len(ours)} ids another token ({shown}). The "
+            "teacher reads the student's token ids, so both need the same id→token map. Teachers with another tokenizer need "
+            "OPRD-Bridge with text alignment (planned); until then choose a teacher that shares the student's tokenizer."
+        )

@@ -1,0 +1,115 @@
+"""A student and its teacher, built from names or models and checked against each other before anything runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from oprd.capture import install_state_forward
+from oprd.config import OPRDConfig
+from oprd.layers import resolve_layers
+from oprd.models import (
+    check_same_shape,
+    check_same_tokens,
+    freeze_above,
+    load_model,
+    load_tokenizer,
+    num_layers,
+)
+from oprd.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
+
+logger = logging.getLogger("oprd")
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def build_student(
+    model: str | PreTrainedModel,
+    args: OPRDConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: Any | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student ready to be trained, and its tokenizer.
+
+    Loaded in float32 when given by name; with `peft_config`, wrapped in a fresh adapter; what the loss never reaches is frozen.
+
+    Raises:
+        ValueError: cannot be loaded, no tokenizer, layers out of range, or weights to train in 16 bits.
+    """
+    if isinstance(model, str):
+        student = load_model(
+            model, dtype=torch.float32, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code
+        )
+    else:
+        student = model
+    name = model if isinstance(model, str) else student.config.name_or_path
+    if processing_class is None:
+        if not name:
+            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
+        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    layers = resolve_layers(args.layers, num_layers(student))
+    if peft_config is not None:
+        from peft import get_peft_model  # an extra: only users of LoRA need it
+
+        set_seed(args.seed)  # the adapter's random start is part of "same config, same weights"
+        student = get_peft_model(student, peft_config)
+    frozen = freeze_above(student, layers[-1])
+    if frozen:
+        logger.info("frozen, since the representation loss does not reach it: %s", _shorten(frozen))
+    _require_full_precision(student)
+    install_state_forward(student)
+    return student, processing_class
+
+
+def build_teacher(
+    teacher_model: str | PreTrainedModel | None,
+    student: PreTrainedModel,
+    args: OPRDConfig,
+    processing_class: PreTrainedTokenizerBase,
+    teacher_processing_class: PreTrainedTokenizerBase | None,
+) -> Teacher:
+    """The frozen teacher, checked against the student: same depth, same width, same tokens.
+
+    Without a `teacher_model` it is the student with its adapter off.
+
+    Raises:
+        ValueError: cannot be loaded, does not fit the student, or there is neither a teacher nor an adapter.
+    """
+    if teacher_model is None:
+        return AdapterOffTeacher(student)
+    if isinstance(teacher_model, str):
+        teacher = load_model(
+            teacher_model,
+            dtype="auto",
+            init_kwargs=args.teacher_model_init_kwargs,
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        teacher = teacher_model
+    if teacher is student:
+        raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
+    check_same_shape(student, teacher)
+    name = teacher_model if isinstance(teacher_model, str) else teacher.config.name_or_path
+    if teacher_processing_class is None and name:
+        teacher_processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    if teacher_processing_class is None:
+        logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
+    else:
+        check_same_tokens(processing_class, teacher_processing_class)
+    return FrozenTeacher(teacher)
+
+
+def _require_full_precision(student: PreTrainedModel) -> None:
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.dtype in _LOW_PRECISION:
+            raise ValueError(
+                f"model: {name} is to be trained in {parameter.dtype}, which rounds small updates away. Load the student in "
+                "float32 and set bf16=True: the forward runs in bfloat16 and the weights stay in float32"
+            )
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} … {names[-1]} ({len(names)} parameters)"

@@ -1,0 +1,55 @@
+"""What a rollout engine is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from oprd.types import Rollouts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. The defaults are the method's: the student's own distribution, nothing cut off.
+
+    Args:
+        max_completion_length: most tokens of a completion; a completion that reaches it has finish reason "length".
+        temperature: 0 for greedy.
+        top_p: 1.0 for no nucleus truncation.
+        top_k: 0 for no top-k truncation.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length: {self.max_completion_length} is not allowed; at least 1 token")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature} is not allowed; 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not allowed; it lies in (0, 1], 1 truncates nothing")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k} is not allowed; 0 (no truncation) or more")
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the current student. `TransformersEngine` is the reference that others are tested against."""
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed."""
+        ...

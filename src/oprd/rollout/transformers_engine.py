@@ -1,0 +1,127 @@
+"""Rollouts by transformers' own `generate`: no extra dependency, any device, and the reference for faster engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from oprd.models import causal_lm
+from oprd.rollout.base import Sampling
+from oprd.types import FinishReason, Rollouts
+
+
+class TransformersEngine:
+    """Samples with `model.generate` in batches of similar prompt length.
+
+    Args:
+        tokenizer: decodes completions.
+        stop_token_ids: ids that end a completion; the one generated is part of it.
+        batch_size: completions generated together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise ValueError(f"generation_batch_size: {batch_size} is not allowed; at least 1")
+        self.tokenizer = tokenizer
+        self.stop_token_ids = list(stop_token_ids)
+        self.batch_size = batch_size
+        # Any id will do: padding is masked in the prompt and cut off after the end.
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed.
+
+        The global random state is left as it was, and so is the model's train/eval mode.
+
+        Raises:
+            ValueError: `num_generations` < 1.
+        """
+        if num_generations < 1:
+            raise ValueError(f"num_generations: {num_generations} is not allowed; at least 1")
+        row_names = rows if rows is not None else range(len(prompt_ids))
+        prompts = [list(prompt) for prompt in prompt_ids for _ in range(num_generations)]
+        owners = [row for row in row_names for _ in range(num_generations)]
+        completions: dict[int, list[int]] = {}
+        # Neighbours in length share a batch, so that left padding stays small; ties keep their order (determinism).
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        devices = [next(model.parameters()).device] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]), _sampling_mode(model):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), self.batch_size):
+                indices = order[start : start + self.batch_size]
+                batch = self._generate_batch(model, [prompts[i] for i in indices], sampling)
+                completions.update(zip(indices, batch, strict=True))
+        ordered = [completions[i] for i in range(len(prompts))]
+        reasons: list[FinishReason] = ["stop" if c[-1] in self.stop_token_ids else "length" for c in ordered]
+        texts = self.tokenizer.batch_decode(ordered, skip_special_tokens=True)
+        return Rollouts(prompts, ordered, reasons, texts, owners)
+
+    @torch.no_grad()
+    def _generate_batch(self, model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        lm = causal_lm(model)
+        width = max(len(p) for p in prompts)
+        input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
+        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        config = self._generation_config(sampling)
+        with _own_generation_config(lm, config):
+            generate = getattr(model, "generate", lm.generate)
+            output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        return [self._cut(row) for row in output[:, width:].tolist()]
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        greedy = sampling.temperature == 0
+        drawing = {} if greedy else {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k
+        }  # fmt: skip
+        return GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_completion_length,
+            eos_token_id=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            **drawing,
+        )
+
+    def _cut(self, completion: list[int]) -> list[int]:
+        """The completion up to and including its first stop token; what follows is padding."""
+        for index, token in enumerate(completion):
+            if token in self.stop_token_ids:
+                return completion[: index + 1]
+        return completion
+
+
+@contextmanager
+def _sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no activation checkpointing) for the time of sampling."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _own_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Put the model's own generation config aside: `generate` fills what is unset here from it.
+
+    Many checkpoints come with temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts off-policy unseen.
+    """
+    saved = lm.generation_config
+    lm.generation_config = config
+    try:
+        yield
+    finally:
+        lm.generation_config = saved

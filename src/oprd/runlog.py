@@ -1,0 +1,97 @@
+"""What a run leaves behind: `metrics.jsonl`, sampled completions, and the lock on its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from oprd.types import Rollouts
+
+METRICS = "metrics.jsonl"
+COMPLETIONS = "completions.jsonl"
+RUN_FILES = (METRICS, "config.yaml", "summary.json")
+
+
+class RunFolder:
+    """A run's folder: locked while the run lives, cut back to the resumed step, appended to line by line.
+
+    Args:
+        path: the folder; made when it does not exist.
+
+    Raises:
+        ValueError: another run holds the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    def lock(self) -> None:
+        """Take the folder for this process; released by `release` or the end of the process.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"output_dir: {self.path} is in use by another run; wait for it to end or choose another folder"
+            ) from None
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._lock.release(force=True)
+
+    def start(self, resumed_step: int | None) -> None:
+        """Make ready for the first step, or for the one after `resumed_step`: later lines are dropped.
+
+        Raises:
+            ValueError: a fresh start in a folder that holds another run.
+        """
+        if resumed_step is None:
+            if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
+                raise ValueError(
+                    f"output_dir: {self.path} already holds a run; continue it with resume_from_checkpoint=true, or choose "
+                    "another folder"
+                )
+            return
+        for name in (METRICS, COMPLETIONS):
+            path = self.path / name
+            if path.exists():
+                lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+                path.write_text("".join(line + "\n" for line in lines))
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append one JSON line; NaN and infinities become null with their name kept, for JSON has none."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+    def append_completions(
+        self, step: int, prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+    ) -> None:
+        """Append sampled completions, one JSON line each."""
+        for index, prompt in enumerate(prompts):
+            self.append(
+                COMPLETIONS,
+                {
+                    "step": step,
+                    "prompt": prompt,
+                    "completion": rollouts.texts[index],
+                    "tokens": len(rollouts.completion_ids[index]),
+                    "finish_reason": rollouts.finish_reasons[index],
+                    "correct": correct[index],
+                },
+            )
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of `metrics.jsonl`."""
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,59 @@
+"""Teachers: what the student is compared with. One class a kind of teacher; none of them is ever updated."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from oprd.batching import StateRequest
+from oprd.capture import gather_states
+from oprd.types import States
+
+
+class Teacher(Protocol):
+    """Reads rollouts and answers with hidden states, without gradient."""
+
+    def states(self, request: StateRequest) -> States:
+        """Selected states of `request`, in the teacher's own dtype."""
+        ...
+
+
+class FrozenTeacher:
+    """A model of its own, in eval mode and without gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def states(self, request: StateRequest) -> States:
+        """Selected states of `request`, in the teacher's own dtype."""
+        return gather_states(self.model, request)
+
+
+class AdapterOffTeacher:
+    """The student without its LoRA adapter: a teacher that needs no memory of its own.
+
+    Args:
+        model: the PEFT model that is being trained.
+
+    Raises:
+        ValueError: the model has no adapter to switch off.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not hasattr(model, "disable_adapter"):
+            raise ValueError("teacher_model: without one, the teacher is the student without its adapter: give a peft_config")
+        self.model = model
+
+    @torch.no_grad()
+    def states(self, request: StateRequest) -> States:
+        """Selected states of `request` with the adapter switched off."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter():
+                return gather_states(self.model, request)
+        finally:
+            self.model.train(was_training)
