@@ -9,7 +9,11 @@ from oprd.types import Rollouts
 
 
 def loss_by_loops(
-    student_LND: Tensor, teacher_LND: Tensor, rollout_index: list[int], normalize: bool = False, reduction: str = "rollout"
+    student_LND: Tensor,
+    teacher_LND: Tensor,
+    rollout_index: list[int],
+    normalize: bool = False,
+    reduction: str = "rollout",
 ) -> float:
     """Eq. 6 with one Python loop a mean, in double precision."""
     student, teacher = student_LND.double().tolist(), teacher_LND.double().tolist()

@@ -7,13 +7,13 @@ import inspect
 
 import pytest
 import torch
-from reference import states_one_by_one
-from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model
 
 from oprd.batching import request_states
 from oprd.capture import capture_states, gather_states, install_state_forward, read_states, read_through_forward
 from oprd.models import backbone, blocks
 from oprd.types import Rollouts
+from reference import states_one_by_one
+from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model
 
 LAYOUTS = ["right", "left", "packed"]
 
@@ -137,7 +137,9 @@ def test_activation_checkpointing_reads_once_with_the_same_gradients(family):
                 module.p = 0.0
         seen = []
         request = request_states(rollouts, (1, 2, 3))
-        values = read_states(model, request, lambda layer, states, seen=seen: seen.append(layer) or states.square().mean())
+        values = read_states(
+            model, request, lambda layer, states, seen=seen: seen.append(layer) or states.square().mean()
+        )
         torch.stack(values).sum().backward()
         reads.append(seen)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

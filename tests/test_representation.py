@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import loss_by_loops
 
 from oprd.objectives.reduction import position_weights, representation_loss
 from oprd.objectives.representation import cosine, representation_error
+from reference import loss_by_loops
 
 
 @st.composite
@@ -52,15 +52,22 @@ def test_gradient_by_finite_differences(problem, normalize, reduction):
     student, teacher, index = problem
     student.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda s: representation_loss(s, teacher, index, normalize=normalize, reduction=reduction), (student,), atol=1e-6
+        lambda s: representation_loss(s, teacher, index, normalize=normalize, reduction=reduction),
+        (student,),
+        atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradient_equals_plain_autograd(normalize):
-    student, teacher = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(7, 5, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(7, 5, dtype=torch.float64),
+    )
     upstream = torch.randn(7, dtype=torch.float64)
-    (ours,) = torch.autograd.grad((representation_error(student, teacher, normalize=normalize) * upstream).sum(), student)
+    (ours,) = torch.autograd.grad(
+        (representation_error(student, teacher, normalize=normalize) * upstream).sum(), student
+    )
     s, t = student, teacher
     if normalize:
         s, t = (torch.nn.functional.normalize(x, dim=-1) * 5**0.5 for x in (s, t))
@@ -86,11 +93,15 @@ def test_normalized_value_is_two_minus_two_cosine(problem):
 
 
 def test_normalized_gradient_is_orthogonal_to_the_state_and_scale_free():
-    student, teacher = torch.randn(4, 8, dtype=torch.float64, requires_grad=True), torch.randn(4, 8, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(4, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, 8, dtype=torch.float64),
+    )
     (gradient,) = torch.autograd.grad(representation_error(student, teacher, normalize=True).sum(), student)
     assert (gradient * student).sum(-1).abs().max() < 1e-12
     assert torch.allclose(
-        representation_error(student * 7, teacher / 3, normalize=True), representation_error(student, teacher, normalize=True)
+        representation_error(student * 7, teacher / 3, normalize=True),
+        representation_error(student, teacher, normalize=True),
     )
 
 
@@ -141,9 +152,7 @@ def test_micro_batches_sum_to_the_whole(problem, parts):
             if not own:
                 continue
             local = torch.tensor([own.index(int(i)) for i in index[mask]])
-            weights = position_weights(
-                local, len(own), reduction, step_rollouts=rollouts, step_positions=len(index)
-            )
+            weights = position_weights(local, len(own), reduction, step_rollouts=rollouts, step_positions=len(index))
             for layer in range(len(student)):
                 error = representation_error(student[layer][mask], teacher[layer][mask])
                 total += (error * weights).sum().item() / len(student)
@@ -160,12 +169,12 @@ def test_order_of_positions_changes_nothing(problem, seed):
 
 def test_bad_arguments_are_refused():
     a, index = torch.zeros(1, 2, 3), torch.tensor([0, 0])
-    unchecked = inspect.unwrap(representation_error)  # production has no shape checker in front
+    error, loss = inspect.unwrap(representation_error), inspect.unwrap(representation_loss)  # without the shape checker
     with pytest.raises(ValueError, match="must have the same shape"):
-        unchecked(a[0], torch.zeros(2, 4))
+        error(a[0], torch.zeros(2, 4))
     with pytest.raises(ValueError, match="1 student layers against 2 teacher layers"):
-        representation_loss(a, torch.zeros(2, 2, 3), index)
+        loss(a, torch.zeros(2, 2, 3), index)
     with pytest.raises(ValueError, match="no position is selected"):
-        representation_loss(torch.zeros(1, 0, 3), torch.zeros(1, 0, 3), torch.zeros(0, dtype=torch.long))
+        loss(torch.zeros(1, 0, 3), torch.zeros(1, 0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="'mean' is not one of rollout, token"):
-        position_weights(index, 1, "mean")
+        inspect.unwrap(position_weights)(index, 1, "mean")

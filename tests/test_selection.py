@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_rollouts
 
 from oprd.batching import padding_share, plan_micro_batches, request_states
 from oprd.layers import resolve_layers
 from oprd.positions import select_positions
+from tiny import random_rollouts
 
 
 @pytest.mark.parametrize(

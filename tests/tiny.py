@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -10,6 +11,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -35,7 +37,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def tiny_model(family: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+def tiny_model(
+    family: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
     """A random model of `family` in eval mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
@@ -52,6 +56,22 @@ def random_rollouts(seed: int = 0, count: int = 5, vocab: int = 64, longest: int
 
     prompts, completions = [ids(1) for _ in range(count)], [ids(1) for _ in range(count)]
     return Rollouts(prompts, completions, ["stop"] * count, [""] * count, list(range(count)))
+
+
+def tiny_tokenizer(extra: str = "", chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character; ids 0, 1, 2 are padding, start and end."""
+    vocab = {
+        t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", *"0123456789+-*= #abcdefghijklmnopqrstuvwxyz", *extra])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    if chat:
+        fast.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+        )
+    return fast
 
 
 class EchoConfig(PreTrainedConfig):
@@ -94,3 +114,62 @@ class EchoModel(PreTrainedModel, GenerationMixin):
 
     def forward(self, **kwargs) -> CausalLMOutputWithPast:
         raise AssertionError("the LM head ran")
+
+
+PROMPTS = ["1+2=", "30+4=", "5+67=", "8-1=", "92-10=", "3*3=", "47*2=", "100+1=", "6="]
+
+
+def prompt_rows(count: int = 4) -> list[dict[str, str]]:
+    """Rows with prompts of several lengths, without answers."""
+    return [{"prompt": prompt} for prompt in PROMPTS[:count]]
+
+
+def scripted_generate(model, prompt_ids, *, num_generations, sampling, seed, rows=None) -> Rollouts:
+    """Stands in for an engine's `generate`: completions that are a function of the prompt and nothing else."""
+    row_names = list(rows) if rows is not None else list(range(len(prompt_ids)))
+    prompts, completions, owners = [], [], []
+    for row, prompt in zip(row_names, prompt_ids, strict=True):
+        generator = torch.Generator().manual_seed(sum((i + 1) * token for i, token in enumerate(prompt)))
+        for _ in range(num_generations):
+            length = int(torch.randint(1, sampling.max_completion_length + 1, (1,), generator=generator))
+            completions.append(torch.randint(3, 45, (length,), generator=generator).tolist())
+            prompts.append(list(prompt))
+            owners.append(row)
+    return Rollouts(prompts, completions, ["length"] * len(prompts), [""] * len(prompts), owners)
+
+
+def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, rows=None, **settings):
+    """A trainer of tiny models. `settings` are arguments of `OPRDTrainer` or of `OPRDConfig`.
+
+    One step, a constant learning rate, no weight decay and no checkpoint unless `settings` say so.
+    """
+    from oprd.config import OPRDConfig  # here, so that tests of leaves need not wait for it
+    from oprd.trainer import OPRDTrainer
+
+    own = ("eval_dataset", "callbacks", "peft_config", "optimizers", "processing_class", "teacher_processing_class")
+    arguments = {name: settings.pop(name) for name in own if name in settings}
+    arguments.setdefault("processing_class", tiny_tokenizer())
+    defaults = {
+        "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+        "warmup_steps": 0, "weight_decay": 0.0, "max_completion_length": 9, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    args = OPRDConfig(str(folder), **{**defaults, **settings})
+    trainer = OPRDTrainer(
+        tiny_model() if student is None else student,
+        tiny_model(seed=1) if teacher is None and "peft_config" not in arguments else teacher,
+        args=args, train_dataset=prompt_rows() if rows is None else rows, **arguments,
+    )  # fmt: skip
+    if scripted:
+        trainer.engine.generate = scripted_generate
+    return trainer
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    """Lines of metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]

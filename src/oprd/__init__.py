@@ -1,1 +1,49 @@
-"""OPRD: on-policy distillation of language models by hidden states."""
+"""OPRD: on-policy distillation of language models by hidden states (arXiv 2606.06021).
+
+    from oprd import OPRDConfig, OPRDTrainer
+
+The functional core, for your own loop: `capture_states`, `representation_loss`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oprd.batching import plan_micro_batches, request_states
+    from oprd.capture import capture_states
+    from oprd.config import OPRDConfig
+    from oprd.layers import resolve_layers
+    from oprd.objectives.reduction import position_weights, representation_loss
+    from oprd.objectives.representation import representation_error
+    from oprd.positions import select_positions
+    from oprd.rollout import Sampling, TransformersEngine
+    from oprd.trainer import OPRDTrainer
+    from oprd.types import Rollouts, States
+
+_HOME = {
+    "OPRDConfig": "oprd.config",
+    "OPRDTrainer": "oprd.trainer",
+    "Rollouts": "oprd.types",
+    "Sampling": "oprd.rollout",
+    "States": "oprd.types",
+    "TransformersEngine": "oprd.rollout",
+    "capture_states": "oprd.capture",
+    "plan_micro_batches": "oprd.batching",
+    "position_weights": "oprd.objectives.reduction",
+    "representation_error": "oprd.objectives.representation",
+    "representation_loss": "oprd.objectives.reduction",
+    "request_states": "oprd.batching",
+    "resolve_layers": "oprd.layers",
+    "select_positions": "oprd.positions",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `import oprd` (and `oprd --help`) does not import torch and transformers.
+    if name not in _HOME:
+        raise AttributeError(f"module 'oprd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

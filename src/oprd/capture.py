@@ -21,7 +21,7 @@ from oprd.types import Rollouts, States
 ReadState = Callable[[int, Float[Tensor, "N D"]], Any]
 
 
-class _AboveHighestLayer(Exception):  # noqa: N818 - a signal, not an error
+class _AboveHighestLayer(Exception):
     """Raised by a hook to leave the backbone once the highest chosen layer has been read."""
 
 
@@ -133,7 +133,7 @@ def install_state_forward(model: nn.Module) -> None:
     DDP, FSDP and accelerate's autocast act in the `forward` of the module they wrap, so states must be read through it. Every
     other call is passed on unchanged. Installing twice does nothing.
     """
-    plain = model.forward
+    plain: Any = model.forward
     if getattr(plain, "_oprd_state_forward", False):
         return
     # The function rather than the bound method: a deep copy of the model must run on itself, not on the original.
@@ -146,7 +146,7 @@ def install_state_forward(model: nn.Module) -> None:
 
     forward._oprd_state_forward = True  # type: ignore[attr-defined]
     forward.__wrapped__ = function  # type: ignore[attr-defined]  # inspect.signature keeps showing the model's arguments
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 class _ReadResults:
@@ -159,4 +159,3 @@ class _ReadResults:
 def read_through_forward(model: nn.Module, request: StateRequest, read: ReadState) -> list[Any]:
     """`read_states` through the `forward` of a model that `install_state_forward` prepared, wrapped or not."""
     return model(state_request=request, read=read).values
-

@@ -133,10 +133,10 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
 
 def random_state() -> dict[str, Any]:
     """State of Python's, numpy's and torch's generators, as JSON."""
-    kind, words, *numbers = np.random.get_state()
+    kind, words, *numbers = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [kind, words.tolist(), *numbers],  # type: ignore[union-attr]
+        "numpy": [kind, np.asarray(words).tolist(), *numbers],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
         "cuda": [s.cpu().numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()],
     }

@@ -52,7 +52,8 @@ class OPRDConfig(TrainingArguments):
         default=None, metadata=_help("Arguments of the chat template, such as enable_thinking.")
     )
     max_prompt_length: int | None = field(
-        default=None, metadata=_help("Leave out (and count) prompts of more tokens. None: a prompt too long is an error.")
+        default=None,
+        metadata=_help("Leave out (and count) prompts of more tokens. None: a prompt too long is an error."),
     )
     max_completion_length: int = field(default=512, metadata=_help("Most tokens of a rollout."))
     num_generations: int = field(default=1, metadata=_help("Rollouts a prompt."))
@@ -87,12 +88,13 @@ class OPRDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_objective()
         self._check_rollouts()
-        if isinstance(self.activation_checkpointing_kwargs, dict):
-            if self.activation_checkpointing_kwargs.get("use_reentrant"):
+        checkpointing: dict[str, Any] | None = getattr(self, "activation_checkpointing_kwargs")  # noqa: B009 - typed nowhere
+        if checkpointing is not None:
+            if checkpointing.get("use_reentrant"):
                 raise ValueError(
                     "activation_checkpointing_kwargs: use_reentrant=True hides states from the loss; set it to False"
                 )
-        elif self.activation_checkpointing_kwargs is None:
+        else:
             self.activation_checkpointing_kwargs = {"use_reentrant": False}
         super().__post_init__()
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from oprd.measures import Sample, summarize
 from oprd.prompts import Prompt
 from oprd.rollout import RolloutEngine, Sampling
+from oprd.tasks import Grader
 from oprd.types import Rollouts
-
-
-class Grader(Protocol):
-    """Says which responses are right; `stats` counts how it found out."""
-
-    stats: Counter[str]
-
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """One verdict a response."""
-        ...
 
 
 @dataclass(frozen=True)

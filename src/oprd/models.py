@@ -28,12 +28,18 @@ def resolve_name(name: str) -> str:
         return str(folder)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).expanduser().is_dir():
-        raise ValueError(f"model: there is no folder {name!r}; give a folder with config.json or a hub name owner/model")
+        raise ValueError(
+            f"model: there is no folder {name!r}; give a folder with config.json or a hub name owner/model"
+        )
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    init_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a decoder-only causal LM.
 
@@ -92,7 +98,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(f"{type(model).__name__}: prompt-learning adapters are not supported; use LoRA")
-        inner = next((getattr(model, n) for n in ("module", "_orig_mod", "base_model", "model") if hasattr(model, n)), None)
+        inner = next(
+            (getattr(model, n) for n in ("module", "_orig_mod", "base_model", "model") if hasattr(model, n)), None
+        )
         if not isinstance(inner, nn.Module) or inner is model:
             raise ValueError(f"{type(model).__name__} holds no transformers language model")
         model = inner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from oprd.types import Rollouts
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
-RUN_FILES = (METRICS, "config.yaml", "summary.json")
 
 
 class RunFolder:
@@ -23,8 +23,6 @@ class RunFolder:
     Args:
         path: the folder; made when it does not exist.
 
-    Raises:
-        ValueError: another run holds the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,8 +30,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock", timeout=0)
 
-    def lock(self) -> None:
-        """Take the folder for this process; released by `release` or the end of the process.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the folder for this process while inside; may be nested.
 
         Raises:
             ValueError: another run holds it.
@@ -44,32 +43,33 @@ class RunFolder:
             raise ValueError(
                 f"output_dir: {self.path} is in use by another run; wait for it to end or choose another folder"
             ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
-    def release(self) -> None:
-        """Give the folder back."""
-        self._lock.release(force=True)
-
-    def start(self, resumed_step: int | None) -> None:
-        """Make ready for the first step, or for the one after `resumed_step`: later lines are dropped.
+    def refuse_used(self) -> None:
+        """Make sure that a fresh run may start here.
 
         Raises:
-            ValueError: a fresh start in a folder that holds another run.
+            ValueError: the folder holds another run.
         """
-        if resumed_step is None:
-            if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
-                raise ValueError(
-                    f"output_dir: {self.path} already holds a run; continue it with resume_from_checkpoint=true, or choose "
-                    "another folder"
-                )
-            return
+        if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
+            raise ValueError(
+                f"output_dir: {self.path} already holds a run; continue it with resume_from_checkpoint=true, or choose "
+                "another folder"
+            )
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines of steps after `step`, from which the run goes on."""
         for name in (METRICS, COMPLETIONS):
             path = self.path / name
             if path.exists():
-                lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+                lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
                 path.write_text("".join(line + "\n" for line in lines))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one JSON line; NaN and infinities become null with their name kept, for JSON has none."""
+        """Append one JSON line; NaN and infinities, which JSON lacks, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / name).open("a") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")

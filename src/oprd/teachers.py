@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,11 +14,16 @@ from oprd.capture import gather_states
 from oprd.types import States
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Reads rollouts and answers with hidden states, without gradient."""
 
     def states(self, request: StateRequest) -> States:
         """Selected states of `request`, in the teacher's own dtype."""
+        ...
+
+    def sampler(self) -> AbstractContextManager[nn.Module]:
+        """A model that writes as the teacher does while the context is open."""
         ...
 
 
@@ -31,6 +38,10 @@ class FrozenTeacher:
         """Selected states of `request`, in the teacher's own dtype."""
         return gather_states(self.model, request)
 
+    def sampler(self) -> AbstractContextManager[nn.Module]:
+        """The model itself."""
+        return nullcontext(self.model)
+
 
 class AdapterOffTeacher:
     """The student without its LoRA adapter: a teacher that needs no memory of its own.
@@ -42,9 +53,11 @@ class AdapterOffTeacher:
         ValueError: the model has no adapter to switch off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         if not hasattr(model, "disable_adapter"):
-            raise ValueError("teacher_model: without one, the teacher is the student without its adapter: give a peft_config")
+            raise ValueError(
+                "teacher_model: without one, the teacher is the student without its adapter: give a peft_config"
+            )
         self.model = model
 
     @torch.no_grad()
@@ -57,3 +70,9 @@ class AdapterOffTeacher:
                 return gather_states(self.model, request)
         finally:
             self.model.train(was_training)
+
+    @contextmanager
+    def sampler(self) -> Iterator[nn.Module]:
+        """The student with its adapter off while the context is open."""
+        with self.model.disable_adapter():
+            yield self.model

@@ -68,6 +68,7 @@ class OPRDTrainer(VerifiedCheckpoints):
     """
 
     args: OPRDConfig
+    control: Any
 
     def __init__(
         self,
@@ -139,7 +140,9 @@ class OPRDTrainer(VerifiedCheckpoints):
                 self.accelerator.backward(group_loss / self.current_gradient_accumulation_steps)
             loss += group_loss.detach()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on")
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
+            )
         self._window.add(loss=loss.item(), padding_share=padding_share(rollouts.input_lengths, groups))
         self._window.add(**rollout_metrics(rollouts, correct), micro_batches=len(groups))
         self._log_completions(inputs, rollouts, correct)
@@ -180,18 +183,14 @@ class OPRDTrainer(VerifiedCheckpoints):
         self, model: nn.Module, request: StateRequest, teacher: States, whole_step: dict[str, float]
     ) -> Tensor:
         """Eq. 6 over one micro-batch, each layer's error taken as soon as the student has computed it."""
-        weights_N = position_weights(
-            request.rollout_index, request.num_rollouts, self.args.reduction, **whole_step
-        )  # type: ignore[arg-type]
+        weights_N = position_weights(request.rollout_index, request.num_rollouts, self.args.reduction, **whole_step)  # type: ignore[arg-type]
         teacher_values = dict(zip(teacher.layers, teacher.values, strict=True))
         del teacher
 
         def read(layer: int, student_ND: Tensor) -> Tensor:
             teacher_ND = teacher_values.pop(layer)
             self._window.add(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * weights_N).sum().item()})
-            error_N = representation_error(
-                student_ND, teacher_ND, normalize=self.args.normalize, reuse_teacher=True
-            )
+            error_N = representation_error(student_ND, teacher_ND, normalize=self.args.normalize, reuse_teacher=True)
             return (error_N * weights_N).sum()
 
         terms = read_through_forward(model, request, read)
@@ -218,9 +217,9 @@ class OPRDTrainer(VerifiedCheckpoints):
         if not prompts:
             raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
         summary = self.evaluate_model(self.model, prompts).summary
-        low, high = summary.pop("ci95")
+        interval = summary.pop("ci95") or (None, None)
+        summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
-        metrics |= {f"{metric_key_prefix}_ci95_low": low, f"{metric_key_prefix}_ci95_high": high}
         self.log(dict(metrics))
         if self.is_world_process_zero() and self.is_in_train:
             self.run_folder.append(METRICS, {"step": self.state.global_step, **metrics})
@@ -260,9 +259,11 @@ class OPRDTrainer(VerifiedCheckpoints):
             verify(checkpoint)
         with ExitStack() as stack:
             if self.is_world_process_zero():
-                self.run_folder.lock()
-                stack.callback(self.run_folder.release)
-                self.run_folder.start(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None)
+                stack.enter_context(self.run_folder.hold())
+                if checkpoint:
+                    self.run_folder.cut_back(int(checkpoint.name.rsplit("-", 1)[1]))
+                else:
+                    self.run_folder.refuse_used()
             self._grader = stack.enter_context(self.grading())
             stack.callback(lambda: setattr(self, "_grader", None))
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)

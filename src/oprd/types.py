@@ -10,8 +10,8 @@ Dimension letters used as suffixes of tensor names throughout the project:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +47,9 @@ class Rollouts:
             )
         for index, (prompt, completion) in enumerate(zip(self.prompt_ids, self.completion_ids, strict=True)):
             if not prompt:
-                raise ValueError(f"rollout {index}: the prompt has no token, so no state predicts the first response token")
+                raise ValueError(
+                    f"rollout {index}: the prompt has no token, so no state predicts the first response token"
+                )
             if not completion:
                 raise ValueError(f"rollout {index}: the completion has no token (an immediate end still has its EOS)")
 
@@ -66,18 +68,14 @@ class Rollouts:
 
     def select(self, indices: Sequence[int]) -> Rollouts:
         """The rollouts at `indices`, in that order."""
-        return Rollouts(
-            *([column[i] for i in indices] for column in
-              (self.prompt_ids, self.completion_ids, self.finish_reasons, self.texts, self.rows))
-        )  # fmt: skip
+        columns: Any = ([getattr(self, f.name)[i] for i in indices] for f in fields(self))
+        return Rollouts(*columns)
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
         """All rollouts of `parts`, one after another."""
-        return Rollouts(
-            *([item for part in parts for item in getattr(part, name)] for name in
-              ("prompt_ids", "completion_ids", "finish_reasons", "texts", "rows"))
-        )  # fmt: skip
+        columns: Any = ([item for part in parts for item in getattr(part, f.name)] for f in fields(Rollouts))
+        return Rollouts(*columns)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""The command line: one short file a verb. torch is imported inside the verbs, so that `oprd --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from oprd.cli import demo, evaluation, train
+
+app = typer.Typer(
+    name="oprd",
+    help="On-policy distillation of language models by hidden states (OPRD).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("demo")(demo.demo)
+app.command("train", context_settings=_SETTINGS)(train.train)
+app.command("eval")(evaluation.evaluate)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep the verbs verbs, however many there are."""
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one message and exit code 1 (OPRD_DEBUG=1 shows where it was raised)."""
+    try:
+        app()
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        if os.environ.get("OPRD_DEBUG"):
+            raise
+        sys.stderr.write(f"oprd: error: {error}\n")
+        sys.exit(1)

@@ -6,7 +6,6 @@ the mean over the step, however the rollouts were grouped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -38,8 +38,11 @@ class Sampling:
             raise ValueError(f"top_k: {self.top_k} is not allowed; 0 (no truncation) or more")
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions from the current student. `TransformersEngine` is the reference that others are tested against."""
+
+    pad_token_id: int
 
     def generate(
         self,

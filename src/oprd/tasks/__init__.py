@@ -1,0 +1,96 @@
+"""Tasks by name: how to grade a response and, for generated tasks, where problems come from.
+
+A new task is one module beside this file and one line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from oprd.data import PromptRow
+from oprd.tasks import addition
+from oprd.tasks.math import BoxedGrader
+
+
+@runtime_checkable
+class Grader(AbstractContextManager["Grader"], Protocol):
+    """Grades batches inside a `with` block, where it may hold processes; `stats` counts how pairs were decided."""
+
+    @property
+    def stats(self) -> Counter[str]:
+        """How many pairs were decided how."""
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return for each response whether it gives its answer; ValueError if there are not as many answers."""
+
+
+class FunctionGrader:
+    """A `Grader` made of a function of one response and one answer."""
+
+    def __init__(self, is_correct: Callable[[str, str], bool]) -> None:
+        self._is_correct = is_correct
+        self.stats: Counter[str] = Counter()
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return for each response whether it gives its answer.
+
+        Raises:
+            ValueError: unequal lengths, or an answer that the function refuses.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, {len(answers)} answers: give one answer for each response")
+        verdicts = [self._is_correct(*pair) for pair in zip(responses, answers, strict=True)]
+        self.stats["exact"] += len(verdicts)
+        return verdicts
+
+    def __enter__(self) -> FunctionGrader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: its key in `TASKS`.
+        description: one line for `--help`.
+        grader: makes a grader: `with task.grader() as grader: grader.grade(responses, answers)`.
+        problems: `(n, seed, split) -> rows` of a task that is generated; None if prompts come from a file or the hub.
+    """
+
+    name: str
+    description: str
+    grader: Callable[[], Grader]
+    problems: Callable[[int, int, str], list[PromptRow]] | None = None
+
+
+TASKS: dict[str, Task] = {
+    "math": Task("math", r"mathematics, the answer in the last \boxed{}", BoxedGrader),
+    "addition": Task(
+        "addition",
+        "five-digit addition, column by column (the tiny pair's task)",
+        lambda: FunctionGrader(addition.is_correct),
+        addition.problems,
+    ),
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name.
+
+    Raises:
+        ValueError: there is none; lists all and the nearest.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no task {name!r}: allowed are {', '.join(map(repr, TASKS))}.{hint}")
+    return TASKS[name]

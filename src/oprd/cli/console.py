@@ -1,0 +1,106 @@
+"""What the terminal shows: progress with the step's time split, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+console = Console(highlight=False)
+
+
+def say(line: str) -> None:
+    """Print one line as it is: model names and file names are text, never markup."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Our own warnings shown, transformers' chatter not."""
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False, show_time=False)])
+    logging.getLogger("oprd").setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
+
+
+@contextmanager
+def live_progress() -> Iterator[TrainerCallback]:
+    """A callback that shows training: a live bar on a terminal, a line every few seconds elsewhere."""
+    if not console.is_terminal:
+        yield StepLines()
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        TextColumn("{task.fields[news]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield StepBar(progress)
+
+
+def describe_step(logs: dict[str, Any]) -> str:
+    """Loss, cosine, accuracy, length and how the step's time was split, in one line."""
+    parts = [f"loss {logs['loss']:.4g}", f"cosine {logs['cosine']:.3f}"]
+    if "accuracy" in logs:
+        parts.append(f"accuracy {logs['accuracy']:.0%}")
+    parts.append(f"length {logs['completions/mean_length']:.0f}")
+    split = {name: logs.get(f"time/{name}", 0.0) for name in ("rollout", "teacher", "update")}
+    total = sum(split.values()) or 1.0
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in split.items())
+    return f"{'  '.join(parts)}  {total:.2f} s a step ({shares})"
+
+
+class _Shown(TrainerCallback):
+    """Takes the place of transformers' own progress output."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the clock of an earlier run."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self.last_line = 0.0
+
+
+class StepLines(_Shown):
+    """One line every few seconds, the first and the last step always."""
+
+    every_seconds = 5.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print a training step."""
+        if not state.is_world_process_zero or not logs or "cosine" not in logs:
+            return
+        now = time.monotonic()
+        done = state.global_step - self.first_step
+        if done > 1 and state.global_step < state.max_steps and now - self.last_line < self.every_seconds:
+            return
+        self.last_line = now
+        eta = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        say(f"step {state.global_step:>4}/{state.max_steps}  {describe_step(logs)}  ETA {eta:.0f} s")
+
+
+class StepBar(_Shown):
+    """A live bar with the newest step's news."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.bar: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if state.is_world_process_zero:
+            if self.bar is None:
+                self.bar = self.progress.add_task("training", total=state.max_steps, completed=self.first_step, news="")
+            self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Renew the news."""
+        if state.is_world_process_zero and self.bar is not None and logs and "cosine" in logs:
+            self.progress.update(self.bar, news=describe_step(logs))

@@ -1,0 +1,57 @@
+"""`oprd demo`: the method at work on a laptop CPU, with models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option(help="Where the run is written; an earlier demo there is replaced.")
+    ] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of rollouts and prompt order.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; the models are too small to use more than one.")
+    ] = 1,
+) -> None:
+    """Distil the embedded teacher (5-digit addition) into the embedded student: no download, a few minutes at most."""
+    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.recipe import load_recipe
+
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(threads)
+    _clear_earlier_demo(output_dir)
+    recipe, config = load_recipe("tiny", {"output_dir": str(output_dir), "max_steps": steps, "seed": seed})
+    from oprd.run import describe_accuracy, run_recipe
+
+    say("5-digit addition, written out: a half-trained student learns from a teacher of the same origin (OPRD-Vanilla)")
+    with live_progress() as callback:
+        summary = run_recipe(recipe, config, say=say, callbacks=[callback])
+    for name in ("student_before", "student_after", "teacher"):
+        say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
+    closed = "no gap to close" if summary["gap_closed"] is None else f"{summary['gap_closed']:.0%} of the gap closed"
+    say(f"{closed} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+
+
+def _clear_earlier_demo(folder: Path) -> None:
+    """Empty the folder if an earlier demo wrote it; leave every other folder to the usual refusal."""
+    import shutil
+
+    from oprd.runlog import RunFolder
+
+    marker = folder / ".oprd-demo"
+    if marker.exists():
+        with RunFolder(folder).hold():
+            for item in folder.iterdir():
+                if item.name not in (".lock", marker.name):
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+    elif folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise ValueError(f"output_dir: {folder} holds something that no demo wrote; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()

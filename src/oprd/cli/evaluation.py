@@ -1,0 +1,44 @@
+"""`oprd eval`: Avg@k and the other measures of any model on any problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder (also of an adapter), hub name, or embedded:tiny/student.")],
+    dataset: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    task: Annotated[str, typer.Option(help="How answers are graded: math, addition.")] = "math",
+    k: Annotated[int, typer.Option(help="Samples a problem.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="First problems only; how many to generate.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "test",
+    max_completion_length: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 4096,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus truncation; the paper evaluates at 0.95.")] = 0.95,
+    batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and completions.jsonl here.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Sample k completions a problem, grade them, print and write the measures."""
+    from oprd.cli.console import quiet_libraries, say
+
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample a problem")
+    quiet_libraries()
+    from oprd.rollout import Sampling
+    from oprd.run import describe_accuracy, evaluate_checkpoint
+
+    summary = evaluate_checkpoint(
+        model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
+        batch_size=batch_size, dtype=dtype, seed=seed, output_dir=output_dir, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
+    if output_dir is not None:
+        say(f"written to {output_dir} (eval.json, completions.jsonl)")

@@ -1,0 +1,42 @@
+"""`oprd train`: a run from a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything that needs no model, print the plan, stop.")
+    ] = False,
+    resume_from_checkpoint: Annotated[
+        str | None, typer.Option(help="'true' for the newest good checkpoint of output_dir, or a checkpoint's folder.")
+    ] = None,
+) -> None:
+    """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
+    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.recipe import load_recipe, parse_overrides
+
+    quiet_libraries()
+    recipe, settings = load_recipe(config, parse_overrides(context.args))
+    if dry_run:
+        from oprd.plan import describe_plan
+
+        for line in describe_plan(recipe, settings):
+            say(line)
+        return
+    from oprd.run import run_recipe
+
+    switch = {"true": True, "false": False}
+    resume = switch.get((resume_from_checkpoint or "false").lower(), resume_from_checkpoint)
+    with live_progress() as callback:
+        summary = run_recipe(recipe, settings, say=say, callbacks=[callback], resume_from_checkpoint=resume)
+    if summary["gap_closed"] is not None:
+        say(
+            f"closed {summary['gap_closed']:.0%} of the gap to the teacher in {summary['steps']} steps, {summary['seconds']:.0f} s"
+        )
+    say(f"written to {settings.output_dir} (summary.json, curves.png, model/)")

@@ -1,0 +1,211 @@
+"""Prompt sets: rows of a dataset, a file or a list become `PromptRow`s, and a bad row is refused by file and line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+Messages = list[dict[str, str]]
+
+_FILE_KINDS = (".parquet", ".jsonl", ".json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_PROMPT_COLUMNS = ("prompt", "problem", "question")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt: raw text, or messages for the chat template (TRL's convention); and its ground truth, if any."""
+
+    prompt: str | Messages
+    answer: str | None = None
+    source: str = ""
+    """Where the row came from ("file:line", "dataset row 3"), for error messages."""
+
+
+def parse_row(row: Mapping[str, Any], source: str) -> PromptRow:
+    """Read one dataset row.
+
+    The prompt is the column `prompt` (text, or a list of {role, content}), else `problem` or `question` (text, which
+    becomes one user message). The answer is the column `answer` (text or a number), else verl's
+    `reward_model.ground_truth`, else None. Other columns are not read.
+
+    Raises:
+        ValueError: no prompt, an empty one, messages without role or content, an answer that is not text or a number.
+    """
+    name = next((column for column in _PROMPT_COLUMNS if row.get(column) is not None), None)
+    if name is None:
+        raise ValueError(
+            f"{source}: no prompt among the columns {sorted(map(str, row))}. Give a column 'prompt' (text, or a list "
+            "of {role, content}), or 'problem' or 'question' (text)"
+        )
+    value = row[name]
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(
+                f"{source}: column {name!r} is {value!r}: a prompt needs text. Remove the row or fill it in"
+            )
+        prompt: str | Messages = value if name == "prompt" else [{"role": "user", "content": value}]
+    elif name == "prompt":
+        prompt = _parse_messages(value, source)
+    else:
+        raise ValueError(
+            f"{source}: column {name!r} is {_shown(value)}: only text is allowed. Put messages in 'prompt'"
+        )
+    return PromptRow(prompt=prompt, answer=_parse_answer(row, source), source=source)
+
+
+def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> list[PromptRow]:
+    """Read a prompt set, its first `limit` rows or all of it. Duplicate rows stay.
+
+    Args:
+        source: a path that ends in .parquet, .jsonl (blank lines hold no row) or .json (a list of objects); or else the
+            name of a dataset on the Hugging Face hub or a folder, as `datasets.load_dataset` takes them.
+        split: of a hub dataset; files have none.
+        limit: how many rows at most.
+
+    Raises:
+        ValueError: no such file or dataset, no rows, limit below 1, or a bad row: named file:line, or, where rows are
+            not lines (.parquet, .json), file:row N counted from 0.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for all rows")
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in _FILE_KINDS:
+        read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
+        numbered = read(path)
+    elif (source and path.is_dir()) or (_HUB_NAME.fullmatch(source) and not path.exists() and not _is_file_name(path)):
+        numbered = _hub_rows(source, split)
+    else:
+        problem = "this kind of file is not read" if path.is_file() else "no such file"
+        raise ValueError(
+            f"{source!r}: {problem}. Allowed are a path that ends in {', '.join(_FILE_KINDS)}, or the name of a "
+            "dataset on the Hugging Face hub such as 'HuggingFaceH4/MATH-500'"
+        )
+    rows = [_as_row(row, where) for where, row in islice(numbered, limit)]
+    return _not_empty(rows, source)
+
+
+def as_prompt_rows(dataset: Iterable[Any], name: str) -> list[PromptRow]:
+    """Read a `datasets.Dataset`, or a list of dicts or of `PromptRow`s; errors call row 3 "`name` row 3", from 0.
+
+    Raises:
+        ValueError: no rows, or a bad one (see `parse_row`).
+    """
+    if isinstance(dataset, str | Mapping):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, not rows: give rows (of a DatasetDict, one split), or "
+            "load_prompts(path or hub name)"
+        )
+    rows = [row if isinstance(row, PromptRow) else _as_row(row, f"{name} row {i}") for i, row in enumerate(dataset)]
+    return _not_empty(rows, name)
+
+
+def _parse_messages(value: Any, source: str) -> Messages:
+    if hasattr(value, "tolist"):  # a numpy array or arrow value, as pandas and pyarrow give them
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f"{source}: the prompt is {_shown(value)}: give text, or a list of at least one {{role, content}}"
+        )
+    messages = []
+    for i, message in enumerate(value):
+        fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        if set(fields) != {"role", "content"} or not all(isinstance(v, str) and v.strip() for v in fields.values()):
+            raise ValueError(
+                f"{source}: message {i} of the prompt is {_shown(message)}: it needs 'role' and 'content', both text "
+                "that is not empty, and nothing else"
+            )
+        messages.append({"role": str(fields["role"]), "content": str(fields["content"])})
+    return messages
+
+
+def _parse_answer(row: Mapping[str, Any], source: str) -> str | None:
+    answer = row.get("answer")
+    if answer is None and isinstance(row.get("reward_model"), Mapping):
+        answer = row["reward_model"].get("ground_truth")
+    if answer is None:
+        return None
+    if hasattr(answer, "item"):  # a numpy scalar
+        answer = answer.item()
+    finite_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not finite_number and not (isinstance(answer, str) and answer.strip()):
+        raise ValueError(f"{source}: the answer is {_shown(answer)}: give text or a finite number, or null for none")
+    return str(answer)
+
+
+def _as_row(row: Any, source: str) -> PromptRow:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{source}: the row is {_shown(row)}: it must be an object with the column 'prompt'")
+    return parse_row(row, source)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file: {error}. Write it again, or give .jsonl") from error
+    with file:
+        rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        for i, row in enumerate(rows):
+            yield f"{path}:row {i}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 is an error of that line
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    content = _parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: holds {_shown(content)}: it must be a list of objects")
+    for i, row in enumerate(content):
+        yield f"{path}:row {i}", row
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library's own errors share no base class
+        raise ValueError(
+            f"{name!r}: cannot load the split {split!r} of this dataset: {error}. Give the name of a hub dataset and "
+            f"one of its splits, or a path that ends in {', '.join(_FILE_KINDS)}"
+        ) from error
+    for i, row in enumerate(dataset):
+        yield f"{name} row {i}", row
+
+
+def _parse_json(text: bytes, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = " One object a line is the format .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{source}: not JSON: {error}. The text begins {text[:60]!r}.{hint}") from error
+
+
+def _is_file_name(path: Path) -> bool:
+    """Whether a name that is no file looks like one; a hub name may hold a dot (`user/set-v1.5`), but not these."""
+    return path.suffix in (*_FILE_KINDS, ".csv", ".tsv", ".txt", ".yaml", ".yml", ".gz", ".zst", ".arrow")
+
+
+def _not_empty(rows: list[PromptRow], source: str) -> list[PromptRow]:
+    if not rows:
+        raise ValueError(f"{source}: empty dataset: give at least one row with a prompt")
+    return rows
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

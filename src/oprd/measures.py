@@ -1,0 +1,146 @@
+"""Measures over sampled answers: k samples for each problem, then a mean over problems (method.md, section 7).
+
+Pure functions of plain sequences; `summarize` collects what a report needs in one JSON-able dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
+    """Avg@k = mean over problems of (1/k)·Σ_i correct_i: `correct[problem][sample]`, each in [0, 1].
+
+    Raises:
+        ValueError: no problems, no samples, another k for another problem, or a value outside [0, 1].
+    """
+    return float(_problems_by_samples(correct).mean(axis=1).mean())
+
+
+def best_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
+    """Best@k = mean over problems of max_i correct_i: the share of problems that any of k samples solves.
+
+    Never below Avg@k. Raises ValueError as `avg_at_k` does.
+    """
+    return float(_problems_by_samples(correct).max(axis=1).mean())
+
+
+class DistinctN(NamedTuple):
+    """What `distinct_n` returns: the mean (None if no problem has an n-gram) and how many problems it leaves out."""
+
+    value: float | None
+    left_out: int
+
+
+def distinct_n(responses_by_problem: Sequence[Sequence[Sequence[int]]], n: int = 4) -> DistinctN:
+    """Dist-n = mean over problems of |unique n-grams| / |n-grams|, counted over all of a problem's responses.
+
+    n-grams do not run across responses. Problems whose responses are all shorter than n have no ratio: they are left
+    out of the mean and counted. Longer responses give lower values, so report it beside the mean length.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: an n-gram has 1 token or more")
+    ratios = []
+    for responses in responses_by_problem:
+        grams = [tuple(ids[i : i + n]) for ids in map(list, responses) for i in range(len(ids) - n + 1)]
+        if grams:
+            ratios.append(len(set(grams)) / len(grams))
+    return DistinctN(float(np.mean(ratios)) if ratios else None, len(responses_by_problem) - len(ratios))
+
+
+def bootstrap_ci(
+    values_per_problem: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over problems (Efron 1979): (low, high).
+
+    Problems are drawn with replacement, as many as there are; the ends are the (1 ± confidence)/2 quantiles of the
+    resampled means. The same arguments give the same interval. It speaks of other problems, not of other samples or
+    seeds. With one problem, or equal values, it has no width: that says nothing of certainty.
+
+    Raises:
+        ValueError: no values, a value that is not finite, confidence outside (0, 1), or resamples below 1.
+    """
+    values = np.asarray(values_per_problem, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"values_per_problem has shape {values.shape}: give one finite number per problem, at least one"
+        )
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(
+            f"confidence is {confidence}, resamples is {resamples}: give 0 < confidence < 1, resamples >= 1"
+        )
+    generator = np.random.default_rng(seed)
+    at_once = max(1, 2_000_000 // values.size)  # 16 MB of indices
+    means = [
+        values[generator.integers(values.size, size=(min(at_once, resamples - done), values.size))].mean(axis=1)
+        for done in range(0, resamples, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded response: right (None: its problem has no answer), length in tokens, ended by itself, token ids."""
+
+    correct: bool | None
+    num_tokens: int
+    finished: bool
+    token_ids: Sequence[int] = ()
+
+
+def summarize(problems: Sequence[Sequence[Sample]], *, seed: int = 0) -> dict[str, Any]:
+    """Return the measures of `problems[problem][sample]` as a JSON-able dict.
+
+    Keys: `avg_at_k`, `best_at_k`, `ci95` ([low, high] of avg_at_k), `k`, `problems`, `dist_4`, `dist_4_left_out`,
+    `mean_length`, `finished` (share of samples), `accuracy_given_finished`, `ungraded` (samples).
+    Accuracies are over the problems that were graded and None where none was (or, given finished, none finished).
+
+    Raises:
+        ValueError: no problems, no samples, unequal k, or a problem that is graded in part.
+    """
+    if not problems:
+        raise ValueError("no problems: give at least one")
+    sizes = sorted({len(samples) for samples in problems})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(f"problems have {sizes} samples: all need the same number, at least 1")
+    for i, samples in enumerate(problems):
+        ungraded = sum(sample.correct is None for sample in samples)
+        if 0 < ungraded < len(samples):
+            raise ValueError(
+                f"problem {i}: {ungraded} of {len(samples)} samples are ungraded: grade all or none of them"
+            )
+    everything = [sample for samples in problems for sample in samples]
+    graded = [[bool(s.correct) for s in samples] for samples in problems if samples[0].correct is not None]
+    finished = [bool(s.correct) for s in everything if s.finished and s.correct is not None]
+    distinct = distinct_n([[sample.token_ids for sample in samples] for samples in problems], n=4)
+    return {
+        "avg_at_k": avg_at_k(graded) if graded else None,
+        "best_at_k": best_at_k(graded) if graded else None,
+        "ci95": list(bootstrap_ci([float(np.mean(c)) for c in graded], seed=seed)) if graded else None,
+        "k": sizes[0],
+        "problems": len(problems),
+        "dist_4": distinct.value,
+        "dist_4_left_out": distinct.left_out,
+        "mean_length": float(np.mean([sample.num_tokens for sample in everything])),
+        "finished": float(np.mean([sample.finished for sample in everything])),
+        "accuracy_given_finished": float(np.mean(finished)) if finished else None,
+        "ungraded": sum(sample.correct is None for sample in everything),
+    }
+
+
+def _problems_by_samples(correct: Sequence[Sequence[bool | float]]) -> np.ndarray:
+    sizes = sorted({len(samples) for samples in correct})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(f"problems have {sizes} samples: give at least one problem, all with the same k >= 1")
+    values = np.asarray([[float(value) for value in samples] for samples in correct], dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"correct holds values from {values.min()} to {values.max()}: allowed are 0 to 1")
+    return values

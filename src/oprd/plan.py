@@ -1,0 +1,71 @@
+"""`--dry-run`: what a recipe would do, and every check that needs neither weights nor a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from oprd.config import OPRDConfig
+from oprd.layers import resolve_layers
+from oprd.models import resolve_name
+from oprd.recipe import GENERATED, Recipe, load_rows, resolved
+
+
+def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
+    """Lines that say what the run would do; what cannot be checked here (no hub, no file) is said too.
+
+    Raises:
+        ValueError: a setting, a reachable model pair or a reachable dataset that does not fit.
+    """
+    lines = [f"{key}: {value}" for key, value in resolved(recipe, config).items()]
+    rollouts = config.per_device_train_batch_size * config.num_generations * config.gradient_accumulation_steps
+    lines.append("")
+    lines.append(
+        f"plan: {rollouts} rollouts a step and device of up to {config.max_completion_length} tokens, "
+        f"{config.max_steps if config.max_steps > 0 else f'{config.num_train_epochs} epoch(s) of'} steps"
+    )
+    student, teacher = (_model_config(name, config) for name in (recipe.model, recipe.teacher_model))
+    lines += [_model_line("student", recipe.model, student), _model_line("teacher", recipe.teacher_model, teacher)]
+    if student is not None:
+        lines.append(f"layers: {len(resolve_layers(config.layers, student[0]))} of {student[0]}")
+    if student is not None and teacher is not None and student != teacher:
+        raise ValueError(
+            f"teacher_model: {teacher[0]} layers of width {teacher[1]}, the student {student[0]} of {student[1]}; OPRD-Vanilla "
+            "needs both to agree (teachers of another shape need OPRD-Bridge, planned)"
+        )
+    lines += [
+        _dataset_line("train", recipe.train_dataset, recipe.train_split, recipe.train_limit, config.seed),
+        _dataset_line("eval", recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed),
+    ]
+    return [*lines, "dry run: nothing was trained or written"]
+
+
+def _model_config(name: str | None, config: OPRDConfig) -> tuple[int, int] | None:
+    """Depth and width of a model, None where its config cannot be reached."""
+    if name is None:
+        return None
+    try:
+        found = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=config.trust_remote_code)
+    except OSError:
+        return None
+    text = found.get_text_config()
+    return text.num_hidden_layers, text.hidden_size
+
+
+def _model_line(role: str, name: str | None, shape: tuple[int, int] | None) -> str:
+    if name is None:
+        return f"{role}: the student without its adapter"
+    return f"{role}: {name}: " + (
+        f"{shape[0]} layers of width {shape[1]}" if shape else "not reachable from here, not checked"
+    )
+
+
+def _dataset_line(role: str, name: str | None, split: str, limit: int | None, seed: int) -> str:
+    if name is None:
+        return f"{role} dataset: none"
+    is_file = name.startswith(GENERATED) or name.endswith((".parquet", ".jsonl", ".json"))
+    if not is_file:
+        return f"{role} dataset: {name} (hub, not checked)"
+    rows: list[Any] = load_rows(name, split, limit, seed)
+    return f"{role} dataset: {name}: {len(rows)} rows, {sum(r.answer is not None for r in rows)} with an answer"

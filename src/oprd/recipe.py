@@ -1,0 +1,177 @@
+"""A recipe: one flat YAML file that says everything about a run, checked key by key before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from oprd.config import OPRDConfig
+from oprd.data import PromptRow, load_prompts
+from oprd.tasks import TASKS, get_task
+
+GENERATED = "generated:"
+_PACKAGE = Path(__file__).parent
+RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent.parent / "recipes")
+
+
+@dataclass
+class Recipe:
+    """Models and datasets of a run; every other key of the file is one of `OPRDConfig`.
+
+    Args:
+        model: student: folder, hub name, or `embedded:tiny/student`.
+        teacher_model: teacher; left out with `lora`: the student without its adapter.
+        train_dataset: .parquet, .jsonl, .json, hub name, or `generated:<task>`.
+        train_split: split of a hub dataset or generated task.
+        train_limit: use the first rows only; how many problems to generate.
+        eval_dataset: problems with answers; None: no evaluation.
+        eval_split: split of a hub dataset or generated task.
+        eval_limit: use the first rows only; how many problems to generate.
+        eval_before: evaluate the student before training.
+        eval_teacher: evaluate the teacher.
+        lora: arguments of `peft.LoraConfig`: train an adapter.
+    """
+
+    model: str = ""
+    teacher_model: str | None = None
+    train_dataset: str = ""
+    train_split: str = "train"
+    train_limit: int | None = None
+    eval_dataset: str | None = None
+    eval_split: str = "test"
+    eval_limit: int | None = None
+    eval_before: bool = True
+    eval_teacher: bool = True
+    lora: dict[str, Any] | None = None
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[Recipe, OPRDConfig]:
+    """Read a recipe file, apply `overrides`, and check every key and value.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe ("tiny").
+        overrides: keys that replace those of the file.
+
+    Raises:
+        ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
+    """
+    file = find_recipe(path)
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected one key: value a line, found {type(content).__name__}")
+    return parse_recipe({**content, **(overrides or {})}, str(file))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` means: itself, or a shipped recipe of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    candidates = [Path(path), *(folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({p.stem for folder in RECIPE_FOLDERS for p in folder.glob("*.yaml")})
+    raise ValueError(f"config: there is no file {str(path)!r}; shipped recipes are {', '.join(shipped)}")
+
+
+def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, OPRDConfig]:
+    """Check keys and values and build the two halves of a run's settings.
+
+    Raises:
+        ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a key that must be there.
+    """
+    recipe_types, config_types = typing.get_type_hints(Recipe), typing.get_type_hints(OPRDConfig)
+    known = {f.name for f in dataclasses.fields(Recipe)} | {f.name for f in dataclasses.fields(OPRDConfig)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: docs/configuration.md)")
+    recipe_fields = {f.name for f in dataclasses.fields(Recipe)}
+    typed = {
+        k: _typed(k, v, (recipe_types if k in recipe_fields else config_types)[k], where) for k, v in values.items()
+    }
+    recipe = Recipe(**{k: v for k, v in typed.items() if k in recipe_fields})
+    for key in ("model", "train_dataset"):
+        if not getattr(recipe, key):
+            raise ValueError(f"{where}: the key {key!r} is missing; see recipes/ for complete files")
+    if recipe.teacher_model is None and recipe.lora is None:
+        raise ValueError(
+            f"{where}: the key 'teacher_model' is missing (only with 'lora' the base model can be the teacher)"
+        )
+    for key in ("train_limit", "eval_limit"):
+        if (value := getattr(recipe, key)) is not None and value < 1:
+            raise ValueError(f"{where}: {key}: {value} is not allowed; at least 1, or leave it out for all rows")
+    if "output_dir" not in typed:
+        raise ValueError(f"{where}: the key 'output_dir' is missing; say where the run shall be written")
+    return recipe, OPRDConfig(**{k: v for k, v in typed.items() if k not in recipe_fields})
+
+
+def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
+    """`value` as `annotation` wants it: YAML reads 1e-5 as text, and 1 where a float is meant."""
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {key}: {value!r} is not allowed: {error.errors()[0]['msg']}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
+
+    Raises:
+        ValueError: a word that belongs to no key.
+    """
+    overrides: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise ValueError(f"unexpected argument {word!r}; settings are given as --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        overrides[key.replace("-", "_")] = yaml.safe_load(text)
+    return overrides
+
+
+def load_rows(dataset: str, split: str, limit: int | None, seed: int) -> list[PromptRow]:
+    """Rows of a dataset given by path, hub name or `generated:<task>` (which needs a limit).
+
+    Raises:
+        ValueError: no such dataset, no rows, a bad row, or a generated one without a limit.
+    """
+    if not dataset.startswith(GENERATED):
+        return load_prompts(dataset, split=split, limit=limit)
+    task = get_task(dataset.removeprefix(GENERATED))
+    if task.problems is None:
+        able = ", ".join(GENERATED + name for name, t in TASKS.items() if t.problems is not None)
+        raise ValueError(f"dataset {dataset!r}: this task does not generate problems; there is {able}")
+    if limit is None:
+        raise ValueError(f"dataset {dataset!r}: say how many problems with train_limit or eval_limit")
+    return task.problems(limit, seed, split)
+
+
+def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
+    """Every key of the run that is not at transformers' own default, in the order of the documentation; JSON and YAML safe."""
+    values = dataclasses.asdict(recipe)
+    own = {f.name for f in dataclasses.fields(OPRDConfig)} - {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
+    full = config.to_dict()
+    defaults = OPRDConfig(output_dir=config.output_dir).to_dict()
+    keys = [k for k in full if k in own or full[k] != defaults.get(k)]
+    keys += [k for k in ("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+                         "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "seed", "bf16")
+             if k not in keys]  # fmt: skip
+    return {**values, **{k: full[k] for k in keys if not k.startswith("_") and k not in ("logging_dir", "hub_token")}}

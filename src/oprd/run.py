@@ -1,0 +1,231 @@
+"""A whole run from a recipe: evaluate before, train, evaluate after, and leave a folder that explains itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from oprd.config import OPRDConfig
+from oprd.evaluate import evaluate
+from oprd.figures import plot_run
+from oprd.models import context_length, load_model, load_tokenizer, stop_token_ids
+from oprd.prompts import prepare_prompts
+from oprd.recipe import Recipe, load_rows, resolved
+from oprd.rollout import Sampling, TransformersEngine
+from oprd.runlog import COMPLETIONS, METRICS, RunFolder
+from oprd.tasks import get_task
+from oprd.trainer import OPRDTrainer
+
+Say = Callable[[str], None]
+
+
+def build_trainer(recipe: Recipe, config: OPRDConfig, callbacks: list[TrainerCallback] | None = None) -> OPRDTrainer:
+    """The trainer that a recipe describes.
+
+    Raises:
+        ValueError: models, datasets or settings that do not fit.
+    """
+    peft_config = None
+    if recipe.lora is not None:
+        from peft import LoraConfig  # an extra: only users of LoRA need it
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+    eval_rows = None
+    if recipe.eval_dataset:
+        eval_rows = load_rows(recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed)
+    trainer = OPRDTrainer(
+        model=recipe.model,
+        teacher_model=recipe.teacher_model,
+        args=config,
+        train_dataset=load_rows(recipe.train_dataset, recipe.train_split, recipe.train_limit, config.seed),
+        eval_dataset=eval_rows,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+    if callbacks:  # they show the progress; transformers' own bar and printed dicts would show it twice
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def run_recipe(
+    recipe: Recipe,
+    config: OPRDConfig,
+    *,
+    say: Say = print,
+    callbacks: list[TrainerCallback] | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+) -> dict[str, Any]:
+    """Train as the recipe says.
+
+    Writes to `output_dir`: `config.yaml` (every setting as used), `metrics.jsonl`, `completions.jsonl`, checkpoints, `model/`,
+    `summary.json`, `curves.png`.
+
+    Args:
+        recipe: models and datasets.
+        config: settings.
+        say: called with each line of news.
+        callbacks: further callbacks of the trainer.
+        resume_from_checkpoint: True for the newest checkpoint of `output_dir`, or a checkpoint's folder.
+
+    Returns:
+        The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`, `steps`,
+        `seconds`, ….
+
+    Raises:
+        ValueError: anything that does not fit, before training starts.
+    """
+    started = time.perf_counter()
+    trainer = build_trainer(recipe, config, callbacks)
+    folder = Path(config.output_dir)
+    summary: dict[str, Any] = {"student_before": None, "student_after": None, "teacher": None, "gap_closed": None}
+    with ExitStack() as stack:
+        if trainer.is_world_process_zero():
+            stack.enter_context(trainer.run_folder.hold())
+            if not resume_from_checkpoint:
+                trainer.run_folder.refuse_used()
+            (folder / "config.yaml").write_text(yaml.safe_dump(resolved(recipe, config), sort_keys=False))
+        say(_describe(trainer))
+        if recipe.eval_dataset:
+            if recipe.eval_teacher:
+                with trainer.teacher.sampler() as teacher:
+                    summary["teacher"] = _evaluate(trainer, "teacher", teacher, say)
+            if recipe.eval_before and not resume_from_checkpoint:
+                summary["student_before"] = _evaluate(trainer, "student before", trainer.model, say)
+        train_started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+        if recipe.eval_dataset:
+            summary["student_after"] = _evaluate(trainer, "student after", trainer.model, say)
+        trainer.save_model(str(folder / "model"))
+        if resume_from_checkpoint and (folder / "summary.json").exists():
+            summary["student_before"] = json.loads((folder / "summary.json").read_text()).get("student_before")
+        summary["gap_closed"] = gap_closed(summary)
+        summary |= {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - started, 2),
+            "seed": config.seed,
+            "software": {name: version(name) for name in ("oprd", "torch", "transformers")},
+            "python": platform.python_version(),
+        }
+        if trainer.is_world_process_zero():
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            if (folder / METRICS).exists():
+                plot_run(folder, folder / "curves.png")
+    return summary
+
+
+def evaluate_checkpoint(
+    model: str,
+    dataset: str,
+    *,
+    task: str,
+    k: int,
+    sampling: Sampling,
+    limit: int | None = None,
+    split: str = "test",
+    batch_size: int = 64,
+    dtype: str = "auto",
+    seed: int = 0,
+    output_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluate one model on one set of problems; with `output_dir`, write `eval.json` and `completions.jsonl` there.
+
+    Args:
+        model: folder (also of a PEFT adapter), hub name or embedded name.
+        dataset: path, hub name or `generated:<task>`.
+        task: how answers are graded.
+        k: samples a problem.
+        sampling: how they are drawn.
+        limit: first problems only.
+        split: of a hub dataset or generated task.
+        batch_size: completions generated together.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        seed: of the sampling.
+        output_dir: where the result is written.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The measures, with the settings they were measured under.
+
+    Raises:
+        ValueError: a model, dataset, task or setting that does not fit.
+    """
+    grading = get_task(task)
+    rows = load_rows(dataset, split, limit, seed)
+    lm = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    lm.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    prompts = prepare_prompts(
+        rows, tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
+        context_length=context_length(lm),
+    )  # fmt: skip
+    engine = TransformersEngine(tokenizer, stop_token_ids(lm, tokenizer), batch_size)
+    started = time.perf_counter()
+    with grading.grader() as grader:
+        result = evaluate(lm, engine, prompts, grader, k=k, sampling=sampling, seed=seed)
+        stats = dict(grader.stats)
+    settings = {"model": model, "dataset": dataset, "task": task, "seed": seed, **dataclasses.asdict(sampling)}
+    summary = {**result.summary, **settings, "grading": stats, "seconds": round(time.perf_counter() - started, 2)}
+    if output_dir is not None:
+        folder = RunFolder(output_dir)
+        (folder.path / COMPLETIONS).unlink(missing_ok=True)
+        shown = [prompts[row].row.prompt for row in result.rollouts.rows]
+        folder.append_completions(0, shown, result.rollouts, result.correct)
+        (folder.path / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def gap_closed(summary: dict[str, Any]) -> float | None:
+    """Share of the teacher's lead in Avg@k that training closed; None where it was not measured or there is no lead."""
+    before, after, teacher = (
+        (summary[name] or {}).get("avg_at_k") for name in ("student_before", "student_after", "teacher")
+    )
+    if before is None or after is None or teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def _evaluate(trainer: OPRDTrainer, name: str, model: Any, say: Say) -> dict[str, Any]:
+    summary = trainer.evaluate_model(model).summary
+    say(f"{name:<15} {describe_accuracy(summary)}")
+    return summary
+
+
+def describe_accuracy(summary: dict[str, Any]) -> str:
+    """One line: Avg@k with its interval, Best@k, mean length, share finished."""
+    parts = []
+    if summary["avg_at_k"] is not None:
+        low, high = summary["ci95"]
+        parts.append(f"Avg@{summary['k']} {summary['avg_at_k']:6.1%} [{low:.1%}, {high:.1%}]")
+        parts.append(f"Best@{summary['k']} {summary['best_at_k']:6.1%}")
+    parts.append(f"length {summary['mean_length']:.0f}")
+    parts.append(f"finished {summary['finished']:.0%}")
+    if summary["ungraded"]:
+        parts.append(f"{summary['ungraded']} samples ungraded")
+    return "  ".join(parts)
+
+
+def _describe(trainer: OPRDTrainer) -> str:
+    args = trainer.args
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    rollouts = (
+        args.per_device_train_batch_size * args.num_generations * args.world_size * args.gradient_accumulation_steps
+    )
+    return (
+        f"{trained / 1e6:.2f} M parameters to train, {len(trainer.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
+        f"{rollouts} rollouts a step"
+    )

@@ -1,0 +1,363 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oprd.data import load_prompts
+from oprd.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with MathGrader(timeout_s=2.0) as grader:
+        yield grader
+
+
+def grade(grader, answer, truth):
+    return grader.grade([(rf"So the answer is \boxed{{{answer}}}.", truth)])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("no box", None),
+        (r"\boxed{5}", "5"),
+        (r"\boxed{5} or rather \boxed{6}.", "6"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{5} and \boxed{6", "5"),
+        (r"\boxed{6", None),
+        (r"\boxed{", None),
+        (r"\boxed", None),
+        (r"\boxed 5", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{ \boxed{7}", "7"),
+        (r"} } \boxed{7}", "7"),
+        (r"{ { \boxed{7}", "7"),
+        (r"\\boxed{7}", "7"),
+        (r"\boxed{a \\ b}", r"a \\ b"),
+        ("\\boxed{a\nb}", "a\nb"),
+        (r"\boxed{7} text {unclosed \}", "7"),
+        (r"\boxedx{7}", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+BALANCED = st.recursive(
+    st.text(alphabet="ab1\\{}" + "é", max_size=4).map(lambda s: "".join("\\" + c if c in "\\{}" else c for c in s)),
+    lambda inner: st.lists(inner.map(lambda s: "{" + s + "}") | inner, max_size=4).map("".join),
+    max_leaves=20,
+)
+
+
+@given(BALANCED, st.text(max_size=20).filter(lambda s: "boxed" not in s and "fbox" not in s and "\\" not in s))
+def test_any_balanced_content_comes_back(content, around):
+    assert last_boxed(rf"{around} \boxed{{1}} {around} \boxed{{{content}}} {around}") == content
+
+
+@given(st.text(alphabet="\\boxedf{} 1", max_size=60))
+def test_last_boxed_never_fails_and_returns_a_part(text):
+    content = last_boxed(text)
+    assert content is None or content in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 100_000,
+        r"\boxed{" * 100_000 + "}" * 50_000,
+        "\\" * 1_000_000,
+        "{" * 1_000_000,
+        r"\boxed" + " " * 1_000_000,
+        r"\boxed " * 150_000,
+        r"\boxed{" + "x" * 1_000_000 + "}",
+    ],
+)
+def test_last_boxed_takes_linear_time(text):
+    start = time.perf_counter()
+    last_boxed(text)
+    assert time.perf_counter() - start < 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("142", 142),
+        ("142.0", 142),
+        ("007", 7),
+        ("-4.0", -4),
+        ("+5", 5),
+        (".5", Fraction(1, 2)),
+        ("5.", 5),
+        ("1,000", 1000),
+        ("1,234,567.50", Fraction(2469135, 2)),
+        (r"\frac{1}{2}", Fraction(1, 2)),
+        (r"\frac12", Fraction(1, 2)),
+        (r"\frac{270}7", Fraction(270, 7)),
+        (r"\frac9{19}", Fraction(9, 19)),
+        (r"-\frac{-6}{4}", Fraction(3, 2)),
+        ("6/4", Fraction(3, 2)),
+        ("-1/3", Fraction(-1, 3)),
+        ("", None),
+        (".", None),
+        ("-", None),
+        ("1/0", None),
+        (r"\frac{1}{0}", None),
+        ("1,00", None),
+        ("1, 000", None),
+        ("1e5", None),
+        ("1e999999999", None),
+        ("1_000", None),
+        ("٣", None),
+        ("²", None),
+        ("x", None),
+        ("1 2", None),
+        ("9" * 1_000_000, None),
+        ("inf", None),
+        ("nan", None),
+    ],
+)
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+@given(st.fractions(), st.integers(0, 3))
+def test_parse_number_reads_what_python_writes(value, zeros):
+    assert parse_number(str(value)) == value
+    assert parse_number(rf"\frac{{{value.numerator}}}{{{value.denominator}}}") == value
+    assert parse_number(f"{value.numerator}.{'0' * zeros}") == value.numerator
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        (" $42$. ", "42"),
+        (r"\$32,\!348", "32,348"),
+        (r"11,\! 111,\! 111,\! 100", "11,111,111,100"),
+        (r"10{,}080", "10,080"),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}2)".replace("2)", "{2})").replace("{{2}}", "{2}")),
+        (r"90^\circ", "90"),
+        (r"90^{\circ}.", "90"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"5 \text{ cm}", r"5\text{cm}"),
+        (r"4210_{5}", "4210_5"),
+        ("−3", "-3"),
+        ("1  2", "1 2"),
+        ("1, 200", "1, 200"),
+        (r"\leftarrow", r"\leftarrow"),
+        (r"\sin 30^\circ + 1", r"\sin30^\circ+1"),
+    ],
+)
+def test_normalize_answer(text, normal):
+    assert normalize_answer(text).replace(" ", "") == normal.replace(" ", "")
+    if " " not in text or normal[1] == " ":
+        assert normalize_answer(text) == normal
+    assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "decision"),
+    [
+        ("142", "142.0", (True, "numeric")),
+        ("1,200", "1200", (True, "numeric")),
+        ("1, 200", "1200", (None, "")),
+        ("1 200", "1200", (None, "")),
+        ("18.9", r"\$18.90", (True, "numeric")),
+        (r"5\text{ cm}", "5", (True, "numeric")),
+        (r"998.5", r"\frac{1997}{2}", (True, "numeric")),
+        ("0.333", r"\frac13", (False, "numeric")),
+        ("0.000067", ".0000672", (False, "numeric")),
+        ("41", "42", (False, "numeric")),
+        ("52_{8}", "52_8", (True, "exact")),
+        ("52_9", "52_8", (False, "exact")),
+        ("(3,4)", "(3,4]", (None, "")),
+    ],
+)
+def test_decide(answer, truth, decision):
+    assert decide(answer, truth) == decision
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        (r"\frac{\pi}{2}", r"\pi/2", True),
+        (r"(b+2)(a+5)", "(a+5)(b+2)", True),
+        (r"x = 5", "5", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        (r"1\frac{4}{5}", "1.8", True),
+        (r"-5i+6", "6-5i", True),
+        (r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"3+2\sqrt2, 3-2\sqrt2", r"3 \pm 2 \sqrt{2}", True),
+        ("C", r"\text{(C)}", True),
+        (r"864 \text{ in}^2", r"864 \mbox{ inches}^2", True),
+        (r"\frac{50}{100}", r"50\%", True),
+        ("(3,4)", "(3,4]", False),
+        ("(4,2)", "(2,4)", False),
+        ("3", "3t", False),
+        ("1, 200", "1200", False),
+        ("42, 43", "42", False),
+        ("q-p", "p-q", False),
+        (r"\infty", r"-\infty", False),
+        ("3.14", r"\pi", False),
+        ("D", r"\text{(C)}", False),
+    ],
+)
+def test_algebra(grader, answer, truth, right):
+    assert grade(grader, answer, truth) is right
+
+
+def test_a_missing_box_is_wrong_and_a_bad_truth_an_error(grader):
+    grader.stats.clear()
+    assert grader.grade([("42", "42"), (r"\boxed{}", "42"), (r"\boxed{42", "42"), ("", "42")]) == [False] * 4
+    assert grader.grade([]) == []
+    assert grader.stats == {"missing": 4}
+    for truth in ("", " ", r"\boxed{}", "1" * 1001):
+        with pytest.raises(ValueError, match="ground truth of pair 1"):
+            grader.grade([(r"\boxed{1}", "1"), (r"\boxed{1}", truth)])
+
+
+@pytest.mark.parametrize("option", ["workers", "timeout_s", "max_answer_chars"])
+def test_options_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"{option} is 0"):
+        MathGrader(**{option: 0})
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not there")
+def test_every_benchmark_answer_is_right_and_its_neighbours_are_wrong(grader):
+    truths = [
+        row.answer
+        for name in ("AIME24", "AIME25", "AIMO", "AMC23", "MATH-500")
+        for row in load_prompts(str(DATA / f"{name}.parquet"))
+    ]
+    assert len(truths) == 683
+    plain = [truth if last_boxed(truth) is None else last_boxed(truth) for truth in truths]
+    assert all(grader.grade([(rf"thus \boxed{{{text}}}", truth) for text, truth in zip(plain, truths, strict=True)]))
+    for perturbed in ("{}+1", "2{}"):
+        wrong = [perturbed.format(text) for text in plain]
+        verdicts = grader.grade([(rf"\boxed{{{text}}}", truth) for text, truth in zip(wrong, truths, strict=True)])
+        assert [wrong[i] for i, right in enumerate(verdicts) if right] == []
+
+
+HOSTILE = [
+    "__import__('os').system('touch {mark}')",
+    r"\text{{__import__('os').system('touch {mark}')}}",
+    r"x_{{__import__('os').system('touch {mark}')}}",
+    r"\operatorname{{exec}}(open('{mark}','w'))",
+    "eval(compile(open('{mark}','w'),'x','exec'))",
+    # Symbols' names are printed into code by sympy's lambdify: this one runs in math-verify without the guard
+    r"\sum_{{n=0}}^{{\infty}} \frac{{1 + n r_{{(exec({code}))}}}}{{n!}}",
+]
+
+
+def test_no_answer_runs_code(grader, tmp_path):
+    mark = tmp_path / "mark"
+    code = "+".join(f"chr({ord(c)})" for c in f"open('{mark}','w')")
+    big = MathGrader(max_answer_chars=10_000)
+    pairs = [(rf"\boxed{{{text.format(mark=mark, code=code)}}}", truth) for text in HOSTILE for truth in ("3", r"\pi")]
+    with big:
+        assert big.grade(pairs) == [False] * len(pairs)
+        assert not big.stats["too_long"]
+    assert not mark.exists()
+
+
+def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
+    """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
+    mark = tmp_path / "mark"
+    code = "+".join(f"chr({ord(c)})" for c in f"open('{mark}','w')")
+    program = "import sys; from oprd.grading_worker import verify; verify(sys.argv[1], '\\\\pi')"
+    subprocess.run([sys.executable, "-c", program, HOSTILE[-1].format(code=code)], check=True, timeout=60)
+    assert mark.exists()
+
+
+def test_hostile_answers_are_wrong_counted_and_survived(grader):
+    grader.stats.clear()
+    assert not grade(grader, "9^{9^{9^9}}", r"\pi")
+    assert not grade(grader, "(" * 400 + "1" + ")" * 400, "2")
+    assert grader.stats["timed_out"] == 2
+    assert not grade(grader, "1" * 1_000_000, "1")
+    assert not grade(grader, "{" * 1_000 + "}" * 1_000, "1")
+    assert grader.stats["too_long"] == 2
+    for junk in ["\x00\ud800é漢🙂", "1e999999999", r"\frac{1}{0}", "%", r"\\", "^", "_{}", r"\begin{pmatrix}", "'\""]:
+        assert not grade(grader, junk, r"\sqrt{2}")
+    assert grade(grader, "x+1", "1+x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_a_memory_bomb_is_refused():
+    with MathGrader(timeout_s=20.0, memory_bytes=2**28) as grader:
+        assert not grade(grader, r"\gcd(10^{10^{10}}, 3)", "3")
+        assert grader.stats == {"failed": 1}
+
+
+def test_survives_killed_workers_and_serves_threads(grader):
+    assert grade(grader, "x+1", "1+x")
+    for worker in [w for w in multiprocessing.active_children() if w.name == "pebble_pool_worker"]:
+        os.kill(worker.pid, signal.SIGKILL)
+    results = []
+    pairs = [(r"\boxed{x+1}", "1+x"), (r"\boxed{x+2}", "1+x")] * 10
+    threads = [threading.Thread(target=lambda: results.append(grader.grade(pairs))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert results == [[True, False] * 10] * 4
+
+
+SCRIPT = """
+import multiprocessing, os, signal, sys, time
+print("script runs", flush=True)
+from oprd.grading import MathGrader
+grader = MathGrader(timeout_s=60)
+assert grader.grade([(r"\\boxed{x+1}", "1+x")]) == [True]
+print(multiprocessing.active_children()[0].pid, flush=True)
+with grader:
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "interrupt":
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        grader.grade([(r"\\boxed{9^{9^{9^9}}}", r"\\pi")])
+if sys.argv[1] == "unclosed":
+    grader.grade([(r"\\boxed{x+1}", "1+x")])
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("ending", ["kill", "interrupt", "unclosed"])
+def test_no_orphans_and_the_script_is_not_run_again(tmp_path, ending):
+    script = tmp_path / "script.py"  # without `if __name__ == "__main__":`, on purpose
+    script.write_text(SCRIPT)
+    run = subprocess.run([sys.executable, str(script), ending], capture_output=True, text=True, timeout=60)
+    first, pid = run.stdout.split("\n")[:2]
+    assert first == "script runs"
+    assert run.stdout.count("script runs") == 1
+    assert ("KeyboardInterrupt" in run.stderr) == (ending == "interrupt")
+    deadline = time.monotonic() + 10
+    while alive(int(pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(int(pid))

@@ -1,0 +1,214 @@
+"""What the project knows about Hugging Face models: finding blocks, freezing, stop tokens, and refusing misfits."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import GenerationConfig
+
+from oprd.capture import capture_states
+from oprd.config import OPRDConfig
+from oprd.models import (
+    backbone,
+    blocks,
+    causal_lm,
+    check_same_shape,
+    check_same_tokens,
+    context_length,
+    freeze_above,
+    hidden_size,
+    load_model,
+    load_tokenizer,
+    num_layers,
+    parse_dtype,
+    resolve_name,
+    stop_token_ids,
+)
+from oprd.pair import build_student, build_teacher
+
+
+class Wrapper(nn.Module):
+    """As DDP does: the model is its `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def lora(model: nn.Module, **settings) -> nn.Module:
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_blocks_width_and_context(family):
+    model = tiny_model(family)
+    assert (num_layers(model), hidden_size(model), context_length(model)) == (3, 32, 128)
+    assert [type(b) for b in blocks(model)] == [type(blocks(model)[0])] * 3
+    assert stop_token_ids(model, tiny_tokenizer()) == [2]
+
+
+def test_wrappers_are_seen_through():
+    model = tiny_model()
+    for wrapped in (model, Wrapper(model), Wrapper(Wrapper(model))):
+        assert causal_lm(wrapped) is model
+        assert backbone(wrapped) is model.model
+        assert blocks(wrapped) is model.model.layers
+    adapted = lora(model)
+    for wrapped in (adapted, Wrapper(adapted)):
+        assert causal_lm(wrapped) is model
+        assert blocks(wrapped) is model.model.layers
+
+
+def test_torch_compile_is_seen_through():
+    model = tiny_model()
+    assert causal_lm(torch.compile(model)) is model
+
+
+def test_what_is_no_language_model_is_named():
+    with pytest.raises(ValueError, match="Linear holds no transformers language model"):
+        causal_lm(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear holds no transformers language model"):
+        causal_lm(Wrapper(nn.Linear(2, 2)))
+
+
+def test_an_unsupported_architecture_is_named():
+    model = EchoModel(EchoConfig(num_hidden_layers=2))
+    model.model.layers.append(nn.Identity())
+    with pytest.raises(ValueError, match=r"EchoBody: expected one list of 2 blocks .* found none"):
+        blocks(model)
+    model = EchoModel(EchoConfig(num_hidden_layers=2))
+    model.model.more = nn.ModuleList([nn.Identity(), nn.Identity()])
+    with pytest.raises(ValueError, match=r"EchoBody: expected one list of 2 blocks .* found \['layers', 'more'\]"):
+        blocks(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("top", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_is_exactly_what_gets_no_gradient(family, top, tied):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    capture_states(model, random_rollouts(), [top]).stacked().square().sum().backward()
+    unreached = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    frozen = freeze_above(model, top)
+    assert set(frozen) == unreached
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == unreached
+    assert model.get_input_embeddings().weight.requires_grad
+    assert model.get_output_embeddings().weight.requires_grad is tied
+    assert freeze_above(model, top) == []
+
+
+def test_adapters_above_the_top_layer_are_frozen():
+    model = lora(tiny_model(), target_modules=["q_proj", "down_proj"])
+    frozen = freeze_above(model, 2)
+    assert len(frozen) == 4
+    assert all(".layers.2." in name and "lora_" in name for name in frozen)
+    assert sum(p.requires_grad for p in model.parameters()) == 8
+
+
+def test_stop_tokens_are_the_union_of_all_sources():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config = GenerationConfig(eos_token_id=[7, 2])
+    model.config.eos_token_id = 5
+    assert stop_token_ids(model, tokenizer) == [2, 5, 7]
+    assert stop_token_ids(lora(model), tokenizer) == [2, 5, 7]
+    model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token = None, None, None
+    with pytest.raises(ValueError, match=r"end-of-sequence token; set tokenizer\.eos_token"):
+        stop_token_ids(model, tokenizer)
+
+
+def test_another_shape_is_refused_with_both_sides():
+    student = tiny_model()
+    check_same_shape(student, tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"4 layers of width 32, the student 3 of 32\. .*Bridge"):
+        check_same_shape(student, tiny_model(num_hidden_layers=4))
+    with pytest.raises(ValueError, match=r"3 layers of width 64, the student 3 of 32\. .*Bridge"):
+        check_same_shape(student, tiny_model(hidden_size=64))
+
+
+def test_another_token_map_is_refused_and_another_size_is_not():
+    check_same_tokens(tiny_tokenizer(), tiny_tokenizer())
+    check_same_tokens(tiny_tokenizer(), tiny_tokenizer(extra="XYZ"))  # the teacher knows more: never asked
+    with pytest.raises(ValueError, match=r"1 of the student's 46 ids another token \(id 45: student 'X', teacher 'Y'\)"):
+        check_same_tokens(tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
+    with pytest.raises(ValueError, match=r"2 of the student's 47 ids .*id 45: student 'X', teacher None"):
+        check_same_tokens(tiny_tokenizer(extra="XY"), tiny_tokenizer())
+    args = OPRDConfig("unused", use_cpu=True)
+    build_teacher(tiny_model(vocab_size=80), tiny_model(), args, tiny_tokenizer(), tiny_tokenizer())  # padded vocabulary
+    with pytest.raises(ValueError, match="its tokenizer gives"):
+        build_teacher(tiny_model(), tiny_model(), args, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
+
+
+def test_prompt_learning_is_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="prompt-learning adapters are not supported; use LoRA"):
+        build_student(tiny_model(), OPRDConfig("unused", use_cpu=True), tiny_tokenizer(), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_to_train_in_16_bits_are_refused_and_frozen_ones_are_not(dtype):
+    args = OPRDConfig("unused", use_cpu=True)
+    with pytest.raises(ValueError, match=rf"trained in {dtype}.*float32.*bf16=True"):
+        build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), None)
+    student, _ = build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), LoraConfig(task_type="CAUSAL_LM"))
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in student.parameters() if not p.requires_grad} == {dtype}
+
+
+def test_a_teacher_must_be_another_model():
+    student = tiny_model()
+    with pytest.raises(ValueError, match="it is the student itself"):
+        build_teacher(student, student, OPRDConfig("unused", use_cpu=True), tiny_tokenizer(), None)
+
+
+def test_a_model_without_a_name_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="processing_class: the model was not loaded by name"):
+        build_student(tiny_model(), OPRDConfig("unused", use_cpu=True), None, None)
+
+
+def test_layers_out_of_range_stop_before_training():
+    with pytest.raises(ValueError, match="layers: 4 is out of range"):
+        build_student(tiny_model(), OPRDConfig("unused", layers=[4], use_cpu=True), tiny_tokenizer(), None)
+
+
+def test_names_are_resolved_or_refused(tmp_path):
+    assert resolve_name("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+    assert resolve_name(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ValueError, match=r"'embedded:no/such' is not embedded; there is"):
+        resolve_name("embedded:no/such")
+    for missing in ("./nowhere", "/no/where", "~/no-such-folder", "a/b/c"):
+        with pytest.raises(ValueError, match=rf"there is no folder '{re.escape(missing)}'"):
+            resolve_name(missing)
+
+
+def test_a_saved_model_loads_in_the_asked_dtype(tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = {
+        torch.float32: load_model(str(tmp_path), dtype=torch.float32),
+        torch.bfloat16: load_model(str(tmp_path), dtype="auto"),
+        torch.float64: load_model(str(tmp_path), dtype="auto", init_kwargs={"dtype": "float64"}),
+    }
+    for dtype, copy in loaded.items():
+        assert copy.dtype is dtype
+        assert torch.equal(copy.lm_head.weight.float(), model.lm_head.weight.float())
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model: 'nobody/nothing' cannot be loaded"):
+        load_model("nobody/nothing", dtype="auto")
+    with pytest.raises(ValueError, match="tokenizer: 'nobody/nothing' has none that can be loaded"):
+        load_tokenizer("nobody/nothing")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8, "num_layers": 1}))
+    with pytest.raises(ValueError, match=r"model: .* cannot be loaded|decoder-only"):
+        load_model(str(tmp_path), dtype="auto")
+    with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
+        parse_dtype("int8")
+    assert parse_dtype("bfloat16") is torch.bfloat16

@@ -1,0 +1,89 @@
+"""From rows to token ids: template, lengths, and errors that name the row."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from tiny import tiny_tokenizer
+
+from oprd.data import PromptRow, as_prompt_rows
+from oprd.prompts import prepare_prompts, render
+
+MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]
+
+
+def ids(text: str) -> list[int]:
+    return tiny_tokenizer()(text)["input_ids"]
+
+
+def prepare(prompts, **settings):
+    rows = [PromptRow(p, source=f"file.jsonl:{i + 1}") for i, p in enumerate(prompts)]
+    return prepare_prompts(rows, tiny_tokenizer(chat=True), **{"name": "train_dataset", "max_completion_length": 8, **settings})
+
+
+def test_messages_go_through_the_chat_template_with_its_generation_prompt():
+    assert render(PromptRow(MESSAGES), tiny_tokenizer(chat=True), None) == ids("ab1+1#")
+
+
+def test_template_arguments_are_passed_on():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{% if thinking %}yes{% else %}no{% endif %}"
+    assert render(PromptRow(MESSAGES), tokenizer, {"thinking": True}) == ids("abyes")
+    assert render(PromptRow(MESSAGES), tokenizer, None) == ids("abno")
+
+
+def test_text_is_taken_as_it_is():
+    assert render(PromptRow("1+1"), tiny_tokenizer(chat=True), None) == ids("1+1")
+
+
+def test_messages_without_a_template_name_the_row():
+    with pytest.raises(ValueError, match=r"data\.jsonl:7: the prompt is a list of messages, and the tokenizer has no chat"):
+        render(PromptRow(MESSAGES, source="data.jsonl:7"), tiny_tokenizer(), None)
+
+
+def test_a_prompt_that_renders_to_nothing_names_the_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if false %}{% endif %}"
+    with pytest.raises(ValueError, match=r"data\.jsonl:7: the prompt has no token"):
+        render(PromptRow(MESSAGES, source="data.jsonl:7"), tokenizer, None)
+
+
+def test_order_index_and_row_are_kept():
+    prompts = prepare(["1", "22", "333"])
+    assert [(p.index, p.ids, p.row.prompt) for p in prompts] == [
+        (0, ids("1"), "1"), (1, ids("22"), "22"), (2, ids("333"), "333")
+    ]  # fmt: skip
+
+
+def test_longer_prompts_are_left_out_and_counted(caplog):
+    with caplog.at_level(logging.WARNING, logger="oprd"):
+        prompts = prepare(["1", "4444", "22", "55555", "333"], max_prompt_length=3)
+    assert [p.index for p in prompts] == [0, 2, 4]  # places in the dataset, not in what is left
+    assert "train_dataset: left out 2 of 5 prompts, longer than max_prompt_length=3 tokens" in caplog.text
+    caplog.clear()
+    assert len(prepare(["1", "22"], max_prompt_length=2)) == 2
+    assert not caplog.records
+
+
+def test_nothing_left_is_an_error_that_says_how_short_the_shortest_is():
+    with pytest.raises(ValueError, match="max_prompt_length: 2 leaves no prompt of train_dataset; the shortest has 4 tokens"):
+        prepare(["55555", "4444"], max_prompt_length=2)
+
+
+def test_a_prompt_that_leaves_no_room_names_row_and_numbers():
+    assert len(prepare(["1" * 12], context_length=20)) == 1  # 12 + 8 fit exactly
+    message = (
+        r"file\.jsonl:2: the prompt has 13 tokens, which with max_completion_length=8 exceeds the model's context of 20; "
+        r"shorten max_completion_length or set max_prompt_length=12 to leave such prompts out"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(["1", "1" * 13], context_length=20)
+    assert len(prepare(["1", "1" * 13], context_length=20, max_prompt_length=12)) == 1
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match="train_dataset: the dataset is empty"):
+        prepare([])
+    with pytest.raises(ValueError, match="train_dataset"):
+        as_prompt_rows([], "train_dataset")
