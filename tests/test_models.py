@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
@@ -31,6 +30,7 @@ from oprd.models import (
     stop_token_ids,
 )
 from oprd.pair import build_student, build_teacher
+from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model, tiny_tokenizer
 
 
 class Wrapper(nn.Module):
@@ -134,12 +134,16 @@ def test_another_shape_is_refused_with_both_sides():
 def test_another_token_map_is_refused_and_another_size_is_not():
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer())
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer(extra="XYZ"))  # the teacher knows more: never asked
-    with pytest.raises(ValueError, match=r"1 of the student's 46 ids another token \(id 45: student 'X', teacher 'Y'\)"):
+    with pytest.raises(
+        ValueError, match=r"1 of the student's 46 ids another token \(id 45: student 'X', teacher 'Y'\)"
+    ):
         check_same_tokens(tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
     with pytest.raises(ValueError, match=r"2 of the student's 47 ids .*id 45: student 'X', teacher None"):
         check_same_tokens(tiny_tokenizer(extra="XY"), tiny_tokenizer())
     args = OPRDConfig("unused", use_cpu=True)
-    build_teacher(tiny_model(vocab_size=80), tiny_model(), args, tiny_tokenizer(), tiny_tokenizer())  # padded vocabulary
+    build_teacher(
+        tiny_model(vocab_size=80), tiny_model(), args, tiny_tokenizer(), tiny_tokenizer()
+    )  # padded vocabulary
     with pytest.raises(ValueError, match="its tokenizer gives"):
         build_teacher(tiny_model(), tiny_model(), args, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
 
@@ -189,7 +193,6 @@ def test_names_are_resolved_or_refused(tmp_path):
 def test_a_saved_model_loads_in_the_asked_dtype(tmp_path):
     model = tiny_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
     loaded = {
         torch.float32: load_model(str(tmp_path), dtype=torch.float32),
         torch.bfloat16: load_model(str(tmp_path), dtype="auto"),
@@ -198,6 +201,10 @@ def test_a_saved_model_loads_in_the_asked_dtype(tmp_path):
     for dtype, copy in loaded.items():
         assert copy.dtype is dtype
         assert torch.equal(copy.lm_head.weight.float(), model.lm_head.weight.float())
+
+
+def test_a_saved_tokenizer_loads(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
 
 
@@ -207,7 +214,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer: 'nobody/nothing' has none that can be loaded"):
         load_tokenizer("nobody/nothing")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8, "num_layers": 1}))
-    with pytest.raises(ValueError, match=r"model: .* cannot be loaded|decoder-only"):
+    with pytest.raises(ValueError, match="T5Config"):
         load_model(str(tmp_path), dtype="auto")
     with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
         parse_dtype("int8")

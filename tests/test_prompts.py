@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from tiny import tiny_tokenizer
 
 from oprd.data import PromptRow, as_prompt_rows
 from oprd.prompts import prepare_prompts, render
+from tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]
 
@@ -19,7 +19,9 @@ def ids(text: str) -> list[int]:
 
 def prepare(prompts, **settings):
     rows = [PromptRow(p, source=f"file.jsonl:{i + 1}") for i, p in enumerate(prompts)]
-    return prepare_prompts(rows, tiny_tokenizer(chat=True), **{"name": "train_dataset", "max_completion_length": 8, **settings})
+    return prepare_prompts(
+        rows, tiny_tokenizer(chat=True), **{"name": "train_dataset", "max_completion_length": 8, **settings}
+    )
 
 
 def test_messages_go_through_the_chat_template_with_its_generation_prompt():
@@ -38,7 +40,9 @@ def test_text_is_taken_as_it_is():
 
 
 def test_messages_without_a_template_name_the_row():
-    with pytest.raises(ValueError, match=r"data\.jsonl:7: the prompt is a list of messages, and the tokenizer has no chat"):
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl:7: the prompt is a list of messages, and the tokenizer has no chat"
+    ):
         render(PromptRow(MESSAGES, source="data.jsonl:7"), tiny_tokenizer(), None)
 
 
@@ -67,7 +71,9 @@ def test_longer_prompts_are_left_out_and_counted(caplog):
 
 
 def test_nothing_left_is_an_error_that_says_how_short_the_shortest_is():
-    with pytest.raises(ValueError, match="max_prompt_length: 2 leaves no prompt of train_dataset; the shortest has 4 tokens"):
+    with pytest.raises(
+        ValueError, match="max_prompt_length: 2 leaves no prompt of train_dataset; the shortest has 4 tokens"
+    ):
         prepare(["55555", "4444"], max_prompt_length=2)
 
 

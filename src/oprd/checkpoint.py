@@ -56,16 +56,17 @@ def verify(folder: Path) -> None:
     if not manifest.is_file():
         raise ValueError(f"{manifest} is missing: the checkpoint was not written to its end")
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = json.loads(manifest.read_text())["files"].items()
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}")
-        if file_digest(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
+        if file_digest(path) != digest:
             raise ValueError(f"{path} does not match its digest: its content changed after it was written")
 
 

@@ -23,7 +23,7 @@ class OPRDConfig(TrainingArguments):
     """Settings of `OPRDTrainer`, on top of transformers' `TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: learning rate 1e-5 with 3 % warm-up and cosine decay (the paper's), one log
-    line a step, `remove_unused_columns=False`, and a NaN loss is shown rather than filtered.
+    line a step, `remove_unused_columns=False`, `ddp_find_unused_parameters=False`, and a NaN loss is shown rather than filtered.
     `per_device_train_batch_size` counts *prompts*; each gives `num_generations` rollouts.
 
     Raises:
@@ -37,6 +37,9 @@ class OPRDConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Hide NaN losses. Off: a NaN should be seen."))
     remove_unused_columns: bool = field(default=False, metadata=_help("Must stay off: prompts are no model inputs."))
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Must stay off: what the loss does not reach is frozen, and DDP would miscount.")
+    )
 
     # Models
     model_init_kwargs: dict[str, Any] | None = field(
@@ -104,6 +107,12 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(f"layers: {self.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
         if self.reduction not in get_args(Reduction):
             raise ValueError(f"reduction: {self.reduction!r} is not one of {', '.join(get_args(Reduction))}")
+        if self.reduction == "token" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not go with reduction='token', whose mean "
+                "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
+                "generation_batch_size bound the memory)"
+            )
         if self.representation_weight <= 0:
             raise ValueError(f"representation_weight: {self.representation_weight} is not allowed; it must be above 0")
         _at_least_one(self, "micro_batch_tokens")
@@ -117,6 +126,10 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(TASKS)}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: must be False; a prompt is not an argument of the model's forward")
+        if self.ddp_find_unused_parameters:
+            raise ValueError(
+                "ddp_find_unused_parameters: must be False; what the loss does not reach is frozen already"
+            )
         # Built once here so that a bad sampling value stops the run before any model is loaded.
         _ = self.sampling, self.eval_sampling
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -85,3 +86,17 @@ def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: in
         for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
     ]
     return summarize([samples[start : start + k] for start in range(0, len(samples), k)])
+
+
+def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
+    """The evaluation of all problems, in their order, out of the ranks' parts: rank r of R has problems r, r + R, r + 2R, …
+
+    A part of a rank that had no problem is left out.
+    """
+    starts = [0, *accumulate(len(part.correct) for part in parts)]
+    order = [starts[i % len(parts)] + i // len(parts) * k + sample for i in range(num_problems) for sample in range(k)]
+    verdicts = [verdict for part in parts for verdict in part.correct]
+    correct = [verdicts[i] for i in order]
+    rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
+    rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
+    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)

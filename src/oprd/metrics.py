@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from oprd.types import Rollouts
 
@@ -32,8 +33,7 @@ class MetricWindow:
     """Sums of the running step, and the closed steps since the last report."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._parts = 0
+        self._sums: defaultdict[str, float | Tensor] = defaultdict(float)
         self._closed: list[dict[str, float]] = []
 
     @property
@@ -41,11 +41,10 @@ class MetricWindow:
         """Whether a step has added anything."""
         return bool(self._sums)
 
-    def add(self, **values: float) -> None:
-        """Add to the running step's sums."""
+    def add(self, **values: float | Tensor) -> None:
+        """Add to the running step's sums; a scalar tensor is not waited for."""
         for name, value in values.items():
             self._sums[name] += value
-        self._parts += "loss" in values
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -66,13 +65,13 @@ class MetricWindow:
             see docs/metrics.md.
         """
         names = sorted(self._sums)
-        values = torch.tensor([self._sums[n] for n in names], dtype=torch.float64)
+        values = torch.tensor([float(self._sums[n]) for n in names], dtype=torch.float64)
         if accelerator.num_processes > 1:
             values = accelerator.reduce(values.to(accelerator.device), "sum").cpu()
         ranks = accelerator.num_processes
         sums = dict(zip(names, values.tolist(), strict=True))
         totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
-        row = {n: v / ranks / (1 if n.startswith("time/") else self._parts) for n, v in sums.items()}
+        row = {n: v / ranks for n, v in sums.items()}
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         row["cosine"] = sum(layers) / len(layers)
         row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
@@ -87,7 +86,6 @@ class MetricWindow:
         if torch.cuda.is_available():
             row["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._sums.clear()
-        self._parts = 0
         self._closed.append(row)
         return row
 

@@ -98,10 +98,10 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(f"{type(model).__name__}: prompt-learning adapters are not supported; use LoRA")
-        inner = next(
-            (getattr(model, n) for n in ("module", "_orig_mod", "base_model", "model") if hasattr(model, n)), None
-        )
-        if not isinstance(inner, nn.Module) or inner is model:
+        # Real children only: a PEFT model also passes on what its base model calls `base_model`, which is the backbone.
+        children = dict(model.named_children())
+        inner = next((children[n] for n in ("module", "_orig_mod", "base_model", "model") if n in children), None)
+        if inner is None:
             raise ValueError(f"{type(model).__name__} holds no transformers language model")
         model = inner
     return model

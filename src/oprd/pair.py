@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from oprd.capture import install_state_forward
@@ -31,7 +32,7 @@ def build_student(
     args: OPRDConfig,
     processing_class: PreTrainedTokenizerBase | None,
     peft_config: Any | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The student ready to be trained, and its tokenizer.
 
     Loaded in float32 when given by name; with `peft_config`, wrapped in a fresh adapter; what the loss never reaches is frozen.
@@ -66,7 +67,7 @@ def build_student(
 
 def build_teacher(
     teacher_model: str | PreTrainedModel | None,
-    student: PreTrainedModel,
+    student: nn.Module,
     args: OPRDConfig,
     processing_class: PreTrainedTokenizerBase,
     teacher_processing_class: PreTrainedTokenizerBase | None,
@@ -102,7 +103,7 @@ def build_teacher(
     return FrozenTeacher(teacher)
 
 
-def _require_full_precision(student: PreTrainedModel) -> None:
+def _require_full_precision(student: nn.Module) -> None:
     for name, parameter in student.named_parameters():
         if parameter.requires_grad and parameter.dtype in _LOW_PRECISION:
             raise ValueError(

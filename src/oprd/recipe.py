@@ -164,14 +164,27 @@ def load_rows(dataset: str, split: str, limit: int | None, seed: int) -> list[Pr
     return task.problems(limit, seed, split)
 
 
+_ALWAYS_SHOWN = (
+    "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "seed", "bf16",
+)  # fmt: skip
+_NEVER_SHOWN = (
+    "hub_token",  # a secret
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",  # deprecated twins of activation_checkpointing*
+    "disable_tqdm", "include_for_metrics", "debug", "dataloader_pin_memory", "report_to", "accelerator_config",
+)  # fmt: skip  # the last row: filled in by transformers, the same for every run unless set
+
+
 def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
-    """Every key of the run that is not at transformers' own default, in the order of the documentation; JSON and YAML safe."""
-    values = dataclasses.asdict(recipe)
-    own = {f.name for f in dataclasses.fields(OPRDConfig)} - {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
-    full = config.to_dict()
-    defaults = OPRDConfig(output_dir=config.output_dir).to_dict()
-    keys = [k for k in full if k in own or full[k] != defaults.get(k)]
-    keys += [k for k in ("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
-                         "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "seed", "bf16")
-             if k not in keys]  # fmt: skip
-    return {**values, **{k: full[k] for k in keys if not k.startswith("_") and k not in ("logging_dir", "hub_token")}}
+    """Every setting of the run that is ours, always of interest, or not at its default: a recipe again, JSON and YAML safe.
+
+    Defaults are read off the fields: making a second `OPRDConfig` to compare with would reset accelerate's shared state.
+    """
+    base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
+    values = config.to_dict()
+    shown = {}
+    for field in dataclasses.fields(OPRDConfig):
+        ours = field.name not in base or field.name in _ALWAYS_SHOWN
+        if field.name not in _NEVER_SHOWN and (ours or values[field.name] != field.default):
+            shown[field.name] = values[field.name]
+    return {**dataclasses.asdict(recipe), **shown}

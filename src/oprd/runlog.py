@@ -65,13 +65,15 @@ class RunFolder:
         for name in (METRICS, COMPLETIONS):
             path = self.path / name
             if path.exists():
-                lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-                path.write_text("".join(line + "\n" for line in lines))
+                kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+                shorter = path.with_name(path.name + ".tmp")
+                shorter.write_bytes(b"".join(line + b"\n" for line in kept))
+                shorter.replace(path)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one JSON line; NaN and infinities, which JSON lacks, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
     def append_completions(
@@ -94,4 +96,9 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of `metrics.jsonl`."""
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Whole lines; what follows the last line break was cut short by a kill. Sampled text may hold other line separators."""
+    return path.read_bytes().split(b"\n")[:-1]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oprd.batching import StateRequest
-from oprd.capture import gather_states
+from oprd.capture import gather_states, install_state_forward, read_through_forward
 from oprd.types import States
 
 
@@ -58,16 +58,18 @@ class AdapterOffTeacher:
             raise ValueError(
                 "teacher_model: without one, the teacher is the student without its adapter: give a peft_config"
             )
+        install_state_forward(model)
         self.model = model
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
-        """Selected states of `request` with the adapter switched off."""
+        """Selected states of `request` with the adapter switched off, in the precision that the student runs in."""
         was_training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter():
-                return gather_states(self.model, request)
+                values = read_through_forward(self.model, request, lambda _, states_ND: states_ND)
+            return States(request.layers, tuple(values), request.rollout_index, request.num_rollouts)
         finally:
             self.model.train(was_training)
 

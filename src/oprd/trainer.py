@@ -22,7 +22,7 @@ from oprd.capture import read_through_forward
 from oprd.checkpoint import VerifiedCheckpoints, newest_verified, verify
 from oprd.config import OPRDConfig
 from oprd.data import PromptRow, as_prompt_rows
-from oprd.evaluate import Evaluation, evaluate, grade_rollouts, summarize_rollouts
+from oprd.evaluate import Evaluation, evaluate, grade_rollouts, join_ranks
 from oprd.layers import resolve_layers
 from oprd.metrics import MetricWindow, rollout_metrics
 from oprd.models import context_length, num_layers, stop_token_ids
@@ -120,15 +120,22 @@ class OPRDTrainer(VerifiedCheckpoints):
     ) -> Tensor:
         """One step of OPRD (Algorithm 1): the student writes, both models read it, the student's states move to the teacher's.
 
+        Args:
+            model: the student, as accelerate wrapped it.
+            inputs: prompts of one batch.
+            num_items_in_batch: prompts of all batches that this rank accumulates for the step (default: of this one).
+
         Returns:
-            The loss of these prompts' rollouts, for the log; gradients are accumulated.
+            What these prompts' rollouts add to the loss of the step, for the log; gradients are accumulated.
         """
+        share = len(inputs) / int(num_items_in_batch or len(inputs))
         with self._window.timer("rollout"):
             rollouts = self._sample(inputs)
         with self._window.timer("grade"):
-            correct = grade_rollouts(rollouts, lambda row: self.train_dataset[row].row.answer, self._grader)
+            answers = {p.index: p.row.answer for p in inputs}
+            correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
         groups = plan_micro_batches(rollouts.input_lengths, self.args.micro_batch_tokens)
-        whole_step = self._whole_step(rollouts)
+        whole_step = self._whole_step(rollouts, share)
         model.train()
         loss = torch.zeros((), device=self.args.device)
         for group in groups:
@@ -137,16 +144,19 @@ class OPRDTrainer(VerifiedCheckpoints):
                 teacher = self.teacher.states(request)
             with self._window.timer("update"), self._local_gradients(model, last=group is groups[-1]):
                 group_loss = self._representation_loss(model, request, teacher, whole_step)
-                self.accelerator.backward(group_loss / self.current_gradient_accumulation_steps)
+                self.accelerator.backward(group_loss)
             loss += group_loss.detach()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
             )
-        self._window.add(loss=loss.item(), padding_share=padding_share(rollouts.input_lengths, groups))
+        self._window.add(loss=loss, padding_share=share * padding_share(rollouts.input_lengths, groups))
         self._window.add(**rollout_metrics(rollouts, correct), micro_batches=len(groups))
         self._log_completions(inputs, rollouts, correct)
-        return loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
+        return sum(len(prompts) for prompts in batch_samples)
 
     def _sample(self, prompts: list[Prompt]) -> Rollouts:
         step = self.state.global_step
@@ -169,12 +179,12 @@ class OPRDTrainer(VerifiedCheckpoints):
             pad_token_id=self.pad_token_id,
         ).to(self.args.device)
 
-    def _whole_step(self, rollouts: Rollouts) -> dict[str, float]:
-        """Rollouts and selected positions of the step, a rank: what the means of all its micro-batches divide by."""
+    def _whole_step(self, rollouts: Rollouts, share: float) -> dict[str, float]:
+        """Rollouts and selected positions of the step, a rank, of which `rollouts` are a `share`: what all its means divide by."""
         selected = [
             len(select_positions(n, self.args.positions, self.args.position_k)) for n in rollouts.completion_lengths
         ]
-        counts = torch.tensor([len(rollouts), sum(selected)], dtype=torch.float64, device=self.args.device)
+        counts = torch.tensor([len(rollouts), sum(selected)], dtype=torch.float64, device=self.args.device) / share
         if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count makes a mean over all
             counts = self.accelerator.reduce(counts, "mean")
         return {"step_rollouts": counts[0].item(), "step_positions": counts[1].item()}
@@ -189,7 +199,7 @@ class OPRDTrainer(VerifiedCheckpoints):
 
         def read(layer: int, student_ND: Tensor) -> Tensor:
             teacher_ND = teacher_values.pop(layer)
-            self._window.add(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * weights_N).sum().item()})
+            self._window.add(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * weights_N).sum()})
             error_N = representation_error(student_ND, teacher_ND, normalize=self.args.normalize, reuse_teacher=True)
             return (error_N * weights_N).sum()
 
@@ -238,10 +248,7 @@ class OPRDTrainer(VerifiedCheckpoints):
             )  # fmt: skip
         if world == 1:
             return part
-        parts = gather_object([(part.rollouts, part.correct)])[: len(prompts)]
-        rollouts = Rollouts.concatenate([p[0] for p in parts])
-        correct = [verdict for p in parts for verdict in p[1]]
-        return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+        return join_ranks(gather_object([part]), len(prompts), k)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from oprd.rollout.base import RolloutEngine, Sampling
 from oprd.rollout.transformers_engine import TransformersEngine
+from oprd.rollout.vllm_engine import VLLMEngine
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "transformers": TransformersEngine,
+    "vllm": VLLMEngine,
 }
 
-__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine"]
+__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine"]

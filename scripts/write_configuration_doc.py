@@ -1,0 +1,53 @@
+"""Write docs/configuration.md from the settings themselves, so that the two cannot drift apart (a test compares them)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from oprd.config import OPRDConfig
+from oprd.recipe import Recipe
+
+HEAD = """# Configuration
+
+Written by `scripts/write_configuration_doc.py`; edit the settings' help texts, not this file.
+
+A recipe is one flat YAML file. Every key can be overridden on the command line (`--key value`); an unknown key is refused
+with the nearest known one. The keys are those of the two tables below, and every argument of transformers'
+[`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
+(`max_steps`, `bf16`, `activation_checkpointing`, `save_steps`, `report_to`, `push_to_hub`, …).
+`per_device_train_batch_size` counts prompts; each gives `num_generations` rollouts.
+
+Defaults that differ from `TrainingArguments`: {changed}.
+"""
+
+
+def table(rows: list[tuple[str, object, str]]) -> str:
+    """A Markdown table of key, default and meaning."""
+    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, default, text in rows:
+        meaning = text.replace("|", "\\|")
+        lines.append(f"| `{name}` | `{default}` | {meaning} |")
+    return "\n".join(lines)
+
+
+def render() -> str:
+    """The whole document."""
+    base = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    changed = [f for f in dataclasses.fields(OPRDConfig) if f.name in base and f.default != base[f.name].default]
+    own = [f for f in dataclasses.fields(OPRDConfig) if f.name not in base]
+    described = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n\s*\Z)", Recipe.__doc__ or "", flags=re.M | re.S))
+    recipe_rows = [(f.name, f.default, " ".join(described[f.name].split())) for f in dataclasses.fields(Recipe)]
+    parts = [
+        HEAD.format(changed=", ".join(f"`{f.name}: {f.default}`" for f in changed)),
+        "## Models and datasets\n\n" + table(recipe_rows),
+        "## Rollouts, objective, evaluation\n\n" + table([(f.name, f.default, f.metadata["help"]) for f in own]),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).parent.parent.joinpath("docs", "configuration.md").write_text(render())

@@ -1,0 +1,99 @@
+"""Run by test_distributed.py on two processes: trains every scenario and leaves what each rank ended with."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import oprd.trainer
+from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights
+
+# name → (settings, what differs in the models); two ranks see twice the prompts of `per_device_train_batch_size`
+SCENARIOS = {
+    "rollout": ({}, {}),
+    "token": ({"reduction": "token"}, {}),
+    "tied": ({"positions": "last_k", "position_k": 2, "reduction": "token"}, {"tie_word_embeddings": True}),
+    "lower_layers": ({"layers": [1, 2], "activation_checkpointing": True}, {}),
+    "accumulated": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {}),
+}
+COMMON = {
+    "rows": prompt_rows(8), "num_generations": 2, "max_steps": 4, "micro_batch_tokens": 20, "adam_epsilon": 1e-4,
+    **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
+}  # fmt: skip
+
+
+def trainer_of(name: str, folder, world_size: int, **more):
+    settings, model = SCENARIOS[name]
+    merged = {"per_device_train_batch_size": 2, **COMMON, **settings, **more}
+    if world_size == 1:
+        merged["per_device_train_batch_size"] *= 2
+    return tiny_trainer(folder, tiny_model(**model), tiny_model(seed=1, **model), scripted=True, **merged)
+
+
+def lora_trainer(folder, **more):
+    settings = {
+        **COMMON,
+        "per_device_train_batch_size": 2,
+        "peft_config": LoraConfig(task_type="CAUSAL_LM", r=4),
+        **more,
+    }
+    return tiny_trainer(folder, tiny_model(), tiny_model(seed=1), scripted=True, **settings)
+
+
+def greedy_trainer(folder, world_size: int):
+    """Rollouts from the engine, greedy so that they do not depend on which rank draws them; evaluated after two steps."""
+    return tiny_trainer(
+        folder, tiny_model(), tiny_model(seed=1), temperature=0.0, **{**COMMON, "max_steps": 2, "num_generations": 1},
+        per_device_train_batch_size=4 // world_size, eval_dataset=[{"prompt": p} for p in PROMPTS[:3]],
+        eval_temperature=0.0, eval_num_generations=2, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    plan, groups = oprd.trainer.plan_micro_batches, {}
+
+    def finish(name, trainer):
+        save_file(weights(trainer.model), out / f"{name}-{rank}.safetensors")
+
+    for name in SCENARIOS:
+        counts = groups.setdefault(name, [])
+        oprd.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        trainer = trainer_of(name, out / name, 2)
+        trainer.train()
+        finish(name, trainer)
+    oprd.trainer.plan_micro_batches = plan
+    trainer = lora_trainer(out / "lora")
+    trainer.train()
+    finish("lora", trainer)
+    trainer = greedy_trainer(out / "greedy", 2)
+    trainer.train()
+    finish("greedy", trainer)
+    for count in (3, 1):  # one problem for two ranks: one of them has none
+        rollouts = trainer.evaluate_model(trainer.model, trainer.eval_dataset[:count]).rollouts
+        evaluated = [[*rollouts.prompt_ids], [*rollouts.completion_ids], [*rollouts.rows]]
+        (out / f"evaluated-{count}-{rank}.json").write_text(json.dumps(evaluated))
+    # sampled rollouts and dropout: saved by two ranks, resumed by two
+    for name, steps in (("whole", 4), ("stopped", 2), ("stopped", 4)):
+        resumed = (out / name).exists()
+        trainer = tiny_trainer(
+            out / name, tiny_model("gpt2"), tiny_model("gpt2", 1), save_strategy="steps", save_steps=1,
+            **{**COMMON, "max_steps": steps, "per_device_train_batch_size": 2},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=True if resumed else None)
+        finish(name, trainer)
+    (out / f"groups-{rank}.json").write_text(json.dumps(groups))
+    if rank == 0:
+        (out / "done").touch()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,188 @@
+"""Checkpoint files: a digest each, no damage unseen, no pickle, and every generator back where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from oprd.checkpoint import (
+    list_checkpoints,
+    load_optimizer,
+    newest_verified,
+    random_state,
+    save_optimizer,
+    set_random_state,
+    verify,
+    write_manifest,
+)
+from oprd.trainer import derive_seed
+from tiny import tiny_trainer
+
+
+def checkpoint(run, step: int):
+    folder = run / f"checkpoint-{step}"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(200)))
+    (folder / "sub" / "state.json").write_text(json.dumps({"step": step}))
+    write_manifest(folder)
+    return folder
+
+
+def test_a_whole_checkpoint_verifies(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    verify(folder)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files.keys() == {"model.safetensors", "sub/state.json"}
+    assert files["model.safetensors"]["bytes"] == 200
+
+
+def test_every_flipped_bit_of_a_file_is_seen(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    for name in ("model.safetensors", "sub/state.json"):
+        content = (folder / name).read_bytes()
+        for position in range(len(content)):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << position % 8
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name} does not match its digest"):
+                verify(folder)
+        (folder / name).write_bytes(content)
+    verify(folder)
+
+
+def test_a_flipped_bit_of_the_manifest_is_a_refusal_or_harmless_but_never_a_crash(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    content = (folder / "manifest.json").read_bytes()
+    refused = 0
+    for position in range(len(content)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << bit
+            (folder / "manifest.json").write_bytes(damaged)
+            try:
+                verify(folder)
+            except ValueError:
+                refused += 1
+    assert refused > 0.8 * 2 * len(content)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', '{"files": {"model.safetensors": 3}}', "null"])
+def test_a_manifest_that_is_none_is_a_refusal(tmp_path, content):
+    folder = checkpoint(tmp_path, 1)
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read"):
+        verify(folder)
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    (folder / "model.safetensors").write_bytes(bytes(range(199)))
+    with pytest.raises(ValueError, match=r"model\.safetensors has 199 bytes, its manifest says 200"):
+        verify(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        verify(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json is missing: the checkpoint was not written to its end"):
+        verify(folder)
+
+
+def test_newest_means_the_highest_step_that_verifies(tmp_path, caplog):
+    assert newest_verified(tmp_path) is None
+    for step in (2, 10, 9):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-11").write_text("a file")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+    assert newest_verified(tmp_path).name == "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "sub" / "state.json").write_text("x")
+    with caplog.at_level(logging.WARNING, logger="oprd"):
+        assert newest_verified(tmp_path).name == "checkpoint-9"
+    assert "skipping checkpoint-10" in caplog.text
+    assert "state.json has 1 bytes" in caplog.text
+    for step in (2, 9):
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used: .*state\.json.*checkpoint-9.*checkpoint-2"):
+        newest_verified(tmp_path)
+
+
+def draws() -> tuple:
+    return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
+
+
+def test_generators_go_on_where_they_were():
+    random.gauss(0, 1), np.random.randn()  # both keep a second normal number back
+    state = json.loads(json.dumps(random_state()))
+    expected = draws()
+    draws()
+    set_random_state(state)
+    assert draws() == expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+        lambda p: torch.optim.AdamW(
+            [{"params": p[:1], "weight_decay": 0.3}, {"params": p[1:], "lr": 1 / 3}], fused=True
+        ),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.RMSprop(p, centered=True),
+    ],
+)
+def test_an_optimizer_goes_on_to_the_same_bits(tmp_path, make):
+    def step(parameters, optimizer):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.sin(parameter.detach() * (i + 2))
+        optimizer.step()
+
+    def start():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+        return parameters, make(parameters)
+
+    expected, optimizer = start()
+    for _ in range(2):
+        step(expected, optimizer)
+    save_optimizer(optimizer.state_dict(), tmp_path)
+    restored, other = start()
+    with torch.no_grad():
+        for a, b in zip(restored, expected, strict=True):
+            a.copy_(b)
+    other.load_state_dict(load_optimizer(tmp_path))
+    for _ in range(2):
+        step(expected, optimizer)
+        step(restored, other)
+    assert all(torch.equal(a, b) for a, b in zip(restored, expected, strict=True))
+    assert {p.name for p in tmp_path.iterdir()} == {"optimizer.safetensors", "optimizer.json"}
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {
+        derive_seed(*parts) for parts in [(0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 10), (0, 1, 0)]
+    }
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(3, 4) == derive_seed(3, 4)
+
+
+def test_a_checkpoint_holds_what_it_must_and_no_pickle(tmp_path):
+    tiny_trainer(tmp_path, scripted=True, max_steps=2, save_strategy="steps", save_steps=1).train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+    for folder in list_checkpoints(tmp_path):
+        verify(folder)
+        names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        assert names >= {
+            "model.safetensors", "config.json", "optimizer.safetensors", "optimizer.json", "scheduler.json",
+            "rng_state_0.json", "trainer_state.json", "training_args.json", "tokenizer.json", "manifest.json",
+        }  # fmt: skip
+        assert json.loads((folder / "manifest.json").read_text())["files"].keys() == names - {"manifest.json"}
+    pickled = [p for suffix in ("pt", "pth", "bin", "pkl", "ckpt") for p in tmp_path.rglob(f"*.{suffix}")]
+    assert not pickled
+    assert not (tmp_path / ".staging").exists()

@@ -1,0 +1,188 @@
+"""The command line, run as a user runs it: exit codes, messages, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oprd.runlog import RunFolder
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+QUICK = {
+    "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
+    "task": "addition", "train_dataset": "generated:addition", "train_limit": 16, "eval_dataset": "generated:addition",
+    "eval_limit": 4, "max_steps": 3, "per_device_train_batch_size": 2, "max_completion_length": 16, "eval_num_generations": 2,
+    "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1, "use_cpu": True,
+}  # fmt: skip
+
+
+def oprd(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "oprd.cli", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes) -> str:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump({**QUICK, "output_dir": str(tmp_path / "run"), **changes}))
+        return str(file)
+
+    return write
+
+
+def test_help_lists_the_verbs():
+    result = oprd("--help")
+    assert result.returncode == 0
+    for verb in ("demo", "train", "eval"):
+        assert verb in result.stdout
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(recipe, tmp_path):
+    result = oprd("train", "--config", recipe(), "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("student_before", "student_after", "teacher"):
+        assert summary[name]["k"] == 2
+        assert summary[name]["problems"] == 4
+        assert len(summary[name]["ci95"]) == 2
+        assert 0 <= summary[name]["avg_at_k"] <= summary[name]["best_at_k"] <= 1
+    assert summary["steps"] == 3
+    assert summary["seed"] == 3
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [1, 2, 3]
+    assert {"loss", "cosine", "accuracy", "grad_norm", "time/rollout", "time/teacher", "time/update"} <= set(steps[0])
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    completions = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 3 * 2  # two rollouts a step, fewer than num_completions_to_log
+    assert {"step", "prompt", "completion", "finish_reason", "correct"} <= set(completions[0])
+    assert (run / "model" / "model.safetensors").exists()
+    for line in ("ETA", "rollout", "teacher", "update", "step    3/3"):
+        assert line in result.stdout
+
+    again = oprd("train", "--config", recipe())
+    assert again.returncode == 1
+    assert f"output_dir: {run} already holds a run; continue it with resume_from_checkpoint=true" in again.stderr
+
+    resumed = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume-from-checkpoint", "true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert json.loads((run / "summary.json").read_text())["student_before"] == summary["student_before"]
+
+    evaluated = oprd(
+        "eval", "--model", str(run / "model"), "--dataset", "generated:addition", "--task", "addition", "--limit", "3",
+        "--k", "2", "--max-completion-length", "8", "--output-dir", str(tmp_path / "eval"),
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    measured = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert (measured["k"], measured["problems"], measured["max_completion_length"]) == (2, 3, 8)
+    assert len((tmp_path / "eval" / "completions.jsonl").read_text().splitlines()) == 6
+    assert "Avg@2" in evaluated.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"learning_rte": 1}, (), "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
+        ({}, ("--layer", "all"), "unknown key 'layer'; did you mean 'layers'?"),
+        ({"eval_num_generations": 0}, (), "eval_num_generations: 0 is not allowed"),
+        ({"position_k": -1, "positions": "last_k"}, (), "position_k: -1 is not allowed"),
+        ({"layers": [9]}, (), "layers: 9 is out of range; the model has layers 1 to 4"),
+        ({"max_completion_length": 100000}, (), "exceeds the model's context of"),
+        ({"model": "./no/such/folder"}, (), "there is no folder './no/such/folder'"),
+        ({"train_dataset": "nowhere.jsonl"}, (), "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_an_exit_code(recipe, changes, words, message, tmp_path):
+    result = oprd("train", "--config", recipe(**changes), *words)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_bad_rows_are_named_by_file_and_line(recipe, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "11111+22222="}\n{"text": "no prompt here"}\n')
+    result = oprd("train", "--config", recipe(train_dataset=str(rows), train_limit=None))
+    assert result.returncode == 1
+    assert f"{rows}:2: no prompt among the columns" in result.stderr
+    rows.write_text("")
+    result = oprd("train", "--config", recipe(train_dataset=str(rows), train_limit=None))
+    assert result.returncode == 1
+    assert "rows.jsonl" in result.stderr
+
+
+def test_teachers_that_cannot_be_compared_are_refused(recipe, tmp_path):
+    from tiny import tiny_model, tiny_tokenizer
+
+    other = tmp_path / "other"
+    for shape, message in (
+        (
+            {"num_hidden_layers": 2, "hidden_size": 128},
+            "teacher_model: it has 2 layers of width 128, the student 4 of 128",
+        ),
+        (
+            {"num_hidden_layers": 4, "hidden_size": 64},
+            "teacher_model: it has 4 layers of width 64, the student 4 of 128",
+        ),
+        ({"num_hidden_layers": 4, "hidden_size": 128}, "its tokenizer gives"),
+    ):
+        tiny_model(**shape).save_pretrained(other)
+        tiny_tokenizer().save_pretrained(other)
+        result = oprd("train", "--config", recipe(teacher_model=str(other)))
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "OPRD-Bridge" in result.stderr
+
+
+def test_a_folder_in_use_is_refused(recipe, tmp_path):
+    with RunFolder(tmp_path / "run").hold():
+        result = oprd("train", "--config", recipe())
+    assert result.returncode == 1
+    assert f"output_dir: {tmp_path / 'run'} is in use by another run" in result.stderr
+
+
+def test_eval_refuses_k_below_one():
+    result = oprd("eval", "--model", "embedded:tiny/student", "--dataset", "generated:addition", "--k", "0")
+    assert result.returncode == 1
+    assert "k: 0 is not allowed" in result.stderr
+
+
+def test_dry_run_writes_nothing(recipe, tmp_path):
+    result = oprd("train", "--config", recipe(), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "layers: 4 of 4" in result.stdout
+    assert "16 rows, 16 with an answer" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_refuses_a_folder_that_is_not_a_demos(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = oprd("demo", "--output-dir", str(tmp_path))
+    assert result.returncode == 1
+    assert "holds something that no demo wrote" in result.stderr
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_demo_writes_the_promised_summary_and_can_be_run_again(tmp_path):
+    for _ in range(2):
+        result = oprd("demo", "--output-dir", str(tmp_path / "demo"), "--steps", "2")
+        assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    for name in ("student_before", "student_after", "teacher"):
+        assert {"avg_at_k", "ci95", "k"} <= set(summary[name])
+    assert summary["steps"] == 2
+    assert summary["seconds"] > 0
+    assert summary["teacher"]["avg_at_k"] > summary["student_before"]["avg_at_k"] + 0.4
+    assert Path(tmp_path / "demo" / "curves.png").exists()

@@ -1,0 +1,137 @@
+"""Two gloo processes on the CPU end where one process with twice the batch does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddp_script import SCENARIOS, greedy_trainer, lora_trainer, trainer_of
+from oprd.checkpoint import list_checkpoints, verify
+from tiny import weights, without_times
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder in which both ranks of `ddp_script.py` left their results."""
+    out = tmp_path_factory.mktemp("ddp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
+        str(HERE / "ddp_script.py"), str(out),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            output, _ = process.communicate()
+            pytest.fail(f"two processes did not end in time:\n{output[-4000:]}")
+    assert (out / "done").exists(), output[-6000:]
+    return out
+
+
+def results(out: Path, name: str):
+    ranks = [load_file(out / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+    for key, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][key]), f"{name}: the ranks differ in {key}"
+    return ranks[0]
+
+
+def metrics(folder: Path):
+    return without_times([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def assert_close(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+AVERAGED_BY_RANK = ("padding_share", "micro_batches")  # depend on how rollouts are grouped
+
+
+def assert_close_metrics(ours, expected) -> None:
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if key not in AVERAGED_BY_RANK:
+                assert value == pytest.approx(other[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_equal_one_with_twice_the_batch(two_ranks, tmp_path, name):
+    ours = results(two_ranks, name)
+    trainer = trainer_of(name, tmp_path / name, 1)
+    start = weights(trainer.model)
+    trainer.train()
+    expected = weights(trainer.model)
+    assert_close(ours, expected)
+    assert max((expected[n] - start[n]).abs().max().item() for n in start) > 1e-3
+    assert_close_metrics(metrics(two_ranks / name), metrics(tmp_path / name))
+    frozen = {n for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert ("lm_head.weight" in frozen) is (name != "tied")
+    assert all(torch.equal(ours[n], start[n]) for n in frozen)
+
+
+def test_the_ranks_had_unequal_numbers_of_micro_batches(two_ranks):
+    groups = [json.loads((two_ranks / f"groups-{rank}.json").read_text()) for rank in (0, 1)]
+    for name in ("rollout", "token"):
+        assert groups[0][name] != groups[1][name]
+        assert max(groups[0][name]) > 1
+
+
+def test_an_adapter_on_two_processes(two_ranks, tmp_path):
+    trainer = lora_trainer(tmp_path / "lora", per_device_train_batch_size=4)
+    trainer.train()
+    assert_close(results(two_ranks, "lora"), weights(trainer.model))
+
+
+def test_the_engine_samples_and_evaluates_on_two_processes(two_ranks, tmp_path):
+    trainer = greedy_trainer(tmp_path / "greedy", 1)
+    trainer.train()
+    assert_close(results(two_ranks, "greedy"), weights(trainer.model))
+    ours, expected = metrics(two_ranks / "greedy"), metrics(tmp_path / "greedy")
+    assert ours[-1]["eval_problems"] == 3
+    assert_close_metrics(ours, expected)
+    for count in (3, 1):
+        rollouts = trainer.evaluate_model(trainer.model, trainer.eval_dataset[:count]).rollouts
+        assert list(rollouts.rows) == [row for row in range(count) for _ in range(2)]
+        for rank in (0, 1):
+            evaluated = json.loads((two_ranks / f"evaluated-{count}-{rank}.json").read_text())
+            assert evaluated == [[*rollouts.prompt_ids], [*rollouts.completion_ids], [*rollouts.rows]]
+
+
+def test_a_checkpoint_of_two_ranks_resumes_to_the_same_bits(two_ranks):
+    folders = list_checkpoints(two_ranks / "whole")
+    assert [p.name for p in folders] == [f"checkpoint-{step}" for step in (4, 3, 2, 1)]
+    for folder in folders:
+        verify(folder)
+        assert {p.name for p in folder.glob("rng_state_*")} == {"rng_state_0.json", "rng_state_1.json"}
+    whole, stopped = results(two_ranks, "whole"), results(two_ranks, "stopped")
+    assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+    assert metrics(two_ranks / "whole") == metrics(two_ranks / "stopped")
+    completions = [(two_ranks / name / "completions.jsonl").read_text() for name in ("whole", "stopped")]
+    assert completions[0] == completions[1]
+
+
+def test_another_number_of_processes_is_refused(two_ranks, tmp_path):
+    from oprd.checkpoint import VerifiedCheckpoints
+
+    class Rank2:
+        args = type("Args", (), {"process_index": 2})
+        _random_file = VerifiedCheckpoints._random_file
+
+    with pytest.raises(ValueError, match=r"rng_state_2\.json is missing: resume with as many processes as before"):
+        VerifiedCheckpoints._load_rng_state(Rank2(), str(two_ranks / "whole" / "checkpoint-1"))
