@@ -265,7 +265,7 @@ def build(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{args.output.name}-", dir=args.output.parent) as name:
         made = Path(name) / "model"
         model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        transformers.AutoTokenizer.from_pretrained(args.model).save_pretrained(made)  # not ours: it keeps its padding
         (made / "build.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         made.rename(args.output)
 

@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -219,15 +220,15 @@ def describe(settings: Settings, output: Path, evaluation_problems: int) -> dict
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read and check the command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line (`None`: the one of the process)."""
     parser = argparse.ArgumentParser(description="Build the embedded tiny pair (student and teacher).")
     parser.add_argument("--output", type=Path, required=True, help="directory that receives student/ and teacher/")
-    parser.add_argument("--student-step", type=int, default=270, help="training step of the student (default 270)")
+    parser.add_argument("--student-step", type=int, default=260, help="training step of the student (default 260)")
     parser.add_argument("--teacher-step", type=int, default=1000, help="training step of the teacher (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default 0)")
     parser.add_argument("--evaluation-problems", type=int, default=500, help="test problems a model (default 500)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not 1 <= arguments.student_step < arguments.teacher_step:
         parser.error(
             f"--student-step is {arguments.student_step}, --teacher-step is {arguments.teacher_step}: "
@@ -238,9 +239,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Build the pair, measure it, and print both accuracies."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     settings = Settings(arguments.seed, arguments.student_step, arguments.teacher_step)

@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
+import oprd.cli  # first, and so unchecked: typer passes another Context class than the one it has users annotate
+
 install_import_hook("oprd", "typechecker.check")
 
 import numpy as np

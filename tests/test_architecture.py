@@ -18,21 +18,14 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A module may import from rows above its own; a row's modules do not import each other.
 ROWS = [
     {"types", "positions", "layers", "models", "data", "measures", "grading_worker"},
-    {
-        "grading",
-        "batching",
-        "runlog",
-        "objectives.representation",
-        "tasks.addition",
-        "prompts",
-        "figures",
-        "rollout.base",
-    },
-    {"tasks.math", "capture", "objectives.reduction", "metrics", "rollout.transformers_engine", "rollout.vllm_engine"},
-    {"tasks", "teachers", "objectives", "rollout"},
+    {"grading", "batching", "runlog", "objectives.representation", "tasks.addition", "prompts", "rollout.base"},
+    {"tasks.math", "capture", "figures", "objectives.reduction", "metrics", "rollout.transformers_engine"},
+    {"rollout.vllm_engine", "tasks", "teachers", "objectives"},
+    {"rollout"},
     {"config", "evaluate"},
     {"pair", "checkpoint", "recipe"},
-    {"plan", "trainer"},
+    {"plan", "recording"},
+    {"trainer"},
     {"run"},
     {"cli"},
 ]

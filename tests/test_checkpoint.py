@@ -20,7 +20,7 @@ from oprd.checkpoint import (
     verify,
     write_manifest,
 )
-from oprd.trainer import derive_seed
+from oprd.rollout import derive_seed
 from tiny import tiny_trainer
 
 
@@ -60,15 +60,14 @@ def test_a_flipped_bit_of_the_manifest_is_a_refusal_or_harmless_but_never_a_cras
     content = (folder / "manifest.json").read_bytes()
     refused = 0
     for position in range(len(content)):
-        for bit in (0, 3, 7):
-            damaged = bytearray(content)
-            damaged[position] ^= 1 << bit
-            (folder / "manifest.json").write_bytes(damaged)
-            try:
-                verify(folder)
-            except ValueError:
-                refused += 1
-    assert refused > 0.8 * 2 * len(content)
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        (folder / "manifest.json").write_bytes(damaged)
+        try:
+            verify(folder)
+        except ValueError:
+            refused += 1
+    assert refused > 0.8 * len(content)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', '{"files": {"model.safetensors": 3}}', "null"])

@@ -22,11 +22,25 @@ QUICK = {
 }  # fmt: skip
 
 
-def oprd(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def in_a_process(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "oprd.cli", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, "-m", "oprd.cli", *words]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def oprd(monkeypatch, capsys):
+    """Run the command line here: the same `main`, without the seconds that a new process takes to import torch."""
+    from oprd.cli import main
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["oprd", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(words, stop.value.code or 0, output.out, output.err)
+
+    return run
 
 
 @pytest.fixture
@@ -40,14 +54,14 @@ def recipe(tmp_path):
 
 
 def test_help_lists_the_verbs():
-    result = oprd("--help")
+    result = in_a_process("--help")
     assert result.returncode == 0
     for verb in ("demo", "train", "eval"):
         assert verb in result.stdout
 
 
-def test_a_run_leaves_a_folder_that_explains_itself(recipe, tmp_path):
-    result = oprd("train", "--config", recipe(), "--seed", "3")
+def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
+    result = in_a_process("train", "--config", recipe(), "--seed", "3")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
@@ -103,7 +117,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(recipe, tmp_path):
         ({"train_dataset": "nowhere.jsonl"}, (), "nowhere.jsonl"),
     ],
 )
-def test_bad_input_ends_with_a_message_and_an_exit_code(recipe, changes, words, message, tmp_path):
+def test_bad_input_ends_with_a_message_and_an_exit_code(oprd, recipe, changes, words, message, tmp_path):
     result = oprd("train", "--config", recipe(**changes), *words)
     assert result.returncode == 1
     assert message in result.stderr
@@ -111,7 +125,7 @@ def test_bad_input_ends_with_a_message_and_an_exit_code(recipe, changes, words, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_bad_rows_are_named_by_file_and_line(recipe, tmp_path):
+def test_bad_rows_are_named_by_file_and_line(oprd, recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "11111+22222="}\n{"text": "no prompt here"}\n')
     result = oprd("train", "--config", recipe(train_dataset=str(rows), train_limit=None))
@@ -123,7 +137,7 @@ def test_bad_rows_are_named_by_file_and_line(recipe, tmp_path):
     assert "rows.jsonl" in result.stderr
 
 
-def test_teachers_that_cannot_be_compared_are_refused(recipe, tmp_path):
+def test_teachers_that_cannot_be_compared_are_refused(oprd, recipe, tmp_path):
     from tiny import tiny_model, tiny_tokenizer
 
     other = tmp_path / "other"
@@ -148,18 +162,18 @@ def test_teachers_that_cannot_be_compared_are_refused(recipe, tmp_path):
 
 def test_a_folder_in_use_is_refused(recipe, tmp_path):
     with RunFolder(tmp_path / "run").hold():
-        result = oprd("train", "--config", recipe())
+        result = in_a_process("train", "--config", recipe())
     assert result.returncode == 1
     assert f"output_dir: {tmp_path / 'run'} is in use by another run" in result.stderr
 
 
-def test_eval_refuses_k_below_one():
+def test_eval_refuses_k_below_one(oprd):
     result = oprd("eval", "--model", "embedded:tiny/student", "--dataset", "generated:addition", "--k", "0")
     assert result.returncode == 1
     assert "k: 0 is not allowed" in result.stderr
 
 
-def test_dry_run_writes_nothing(recipe, tmp_path):
+def test_dry_run_writes_nothing(oprd, recipe, tmp_path):
     result = oprd("train", "--config", recipe(), "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "layers: 4 of 4" in result.stdout
@@ -167,7 +181,7 @@ def test_dry_run_writes_nothing(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_demo_refuses_a_folder_that_is_not_a_demos(tmp_path):
+def test_demo_refuses_a_folder_that_is_not_a_demos(oprd, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     result = oprd("demo", "--output-dir", str(tmp_path))
     assert result.returncode == 1
@@ -175,14 +189,14 @@ def test_demo_refuses_a_folder_that_is_not_a_demos(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_demo_writes_the_promised_summary_and_can_be_run_again(tmp_path):
+def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     for _ in range(2):
-        result = oprd("demo", "--output-dir", str(tmp_path / "demo"), "--steps", "2")
+        result = oprd("demo", "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
         assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("student_before", "student_after", "teacher"):
         assert {"avg_at_k", "ci95", "k"} <= set(summary[name])
-    assert summary["steps"] == 2
+    assert summary["steps"] == 1
     assert summary["seconds"] > 0
-    assert summary["teacher"]["avg_at_k"] > summary["student_before"]["avg_at_k"] + 0.4
+    assert summary["teacher"]["avg_at_k"] > summary["student_before"]["avg_at_k"] + 0.3
     assert Path(tmp_path / "demo" / "curves.png").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oprd.plan import describe_plan
+from oprd.plan import describe_plan, load_for_plan
 from oprd.recipe import find_recipe, load_recipe, load_rows, parse_overrides, parse_recipe, resolved
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -25,14 +25,14 @@ def test_shipped_recipes_parse_and_dry_run(path, tmp_path):
     if content["train_dataset"].endswith(".parquet"):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
         overrides["train_dataset"] = str(tmp_path / "prompts.jsonl")
-    recipe, config = load_recipe(path, overrides)
+    recipe, config = load_for_plan(path, overrides)
     lines = "\n".join(describe_plan(recipe, config))
     assert "dry run: nothing was trained or written" in lines
     assert f"learning_rate: {float(content['learning_rate'])}" in lines
 
 
 def test_the_papers_setting():
-    _, config = load_recipe("paper_vanilla")
+    _, config = load_for_plan("paper_vanilla", {})
     assert (config.layers, config.positions, config.position_k, config.num_generations) == ("all", "last_k", 2000, 2)
     assert (config.learning_rate, config.max_steps, config.max_completion_length) == (1e-5, 500, 16384)
     assert config.per_device_train_batch_size * 8 == 8
@@ -62,6 +62,7 @@ def test_the_papers_setting():
         ({"representation_weight": 0}, "representation_weight: 0"),
         ({"max_completion_length": 0}, "max_completion_length: 0"),
         ({"train_limit": 0}, "train_limit: 0 is not allowed"),
+        ({"fp16": True}, "fp16: not supported"),
         ({"remove_unused_columns": True}, "remove_unused_columns: must be False"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True hides states"),
         ({"model": ""}, "the key 'model' is missing"),

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 from transformers import GenerationConfig
 
 from oprd.rollout import ENGINES, Sampling, TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine, live_weights
+from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -30,7 +30,7 @@ GREEDY = Sampling(12, temperature=0)
 
 @pytest.fixture(scope="module")
 def engine():
-    """One for all tests: models of one shape share it, and starting takes seconds."""
+    """Engines and tests share what runs behind it as long as the models have one shape; starting takes seconds."""
     return VLLMEngine(tiny_tokenizer(), STOPS)
 
 
@@ -102,7 +102,6 @@ def test_generations_lie_prompt_after_prompt(engine):
     assert list(rollouts.prompt_ids) == [prompt for prompt in PROMPTS for _ in range(3)]
     assert list(rollouts.rows) == [row for row in (10, 20, 30, 40, 50) for _ in range(3)]
     assert len({tuple(c) for c in rollouts.completion_ids[:3]}) > 1
-    assert len(engine.generate(model, [], num_generations=1, sampling=Sampling(6), seed=0)) == 0
 
 
 @needs_vllm
@@ -122,9 +121,14 @@ def test_sampling_depends_on_the_seed_alone(engine):
 
 @needs_vllm
 def test_the_process_is_left_as_it_was():
+    model, engine = (
+        model_with().train(),
+        VLLMEngine(tiny_tokenizer(), STOPS, 7),
+    )  # another batch size, so it starts anew
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), dict(os.environ), torch.set_num_threads
     threads = torch.get_num_threads()
-    greedy(VLLMEngine(tiny_tokenizer(), STOPS), model_with().train())
+    greedy(engine, model)
+    assert model.training
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert dict(os.environ) == before[2]
@@ -169,38 +173,38 @@ def test_an_adapter_model_samples_with_its_adapter_and_without_when_it_is_off(en
 def test_another_architecture_takes_the_engines_place_and_the_same_one_shares_it(engine):
     first = model_with()
     expected = greedy(engine, first)
-    running = engine._llm
+    running = engine._running
     second = model_with(seed=1)
     second.config.use_cache, second.config.eos_token_id = False, 9
     assert_greedy(greedy(engine, second), second)
-    assert engine._llm is running
+    assert engine._running is running
     deeper = model_with(num_hidden_layers=5, vocab_size=80)
     assert_greedy(greedy(engine, deeper), deeper)
-    assert engine._llm is not running
+    assert engine._running is not running
     assert greedy(engine, first) == expected
 
 
 @needs_vllm
 def test_the_dtype_is_the_students_or_the_one_asked_for(engine):
     half = model_with().to(torch.bfloat16)
-    greedy(engine, half)
-    assert engine._llm.model_config.dtype is torch.bfloat16
+    expected = greedy(engine, half)
+    assert engine._running.model_config.dtype is torch.bfloat16
     asked = VLLMEngine(tiny_tokenizer(), STOPS, dtype="bfloat16")
-    assert greedy(asked, model_with().to(torch.bfloat16).float()) == greedy(engine, half)
-    assert asked._llm.model_config.dtype is torch.bfloat16
+    assert greedy(asked, half.float()) == expected
+    assert engine._running.model_config.dtype is torch.bfloat16
 
 
 @needs_vllm
 def test_an_interrupted_call_leaves_nothing_behind(engine):
     model = model_with()
     expected = greedy(engine, model)
-    step = engine._llm.llm_engine.step
+    step = engine._running.llm_engine.step
 
     def interrupted():
         step()
         raise KeyboardInterrupt
 
-    engine._llm.llm_engine.step = interrupted
+    engine._running.llm_engine.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         greedy(engine, model_with(seed=3))
     assert greedy(engine, model) == expected
@@ -208,7 +212,7 @@ def test_an_interrupted_call_leaves_nothing_behind(engine):
 
 @needs_vllm
 def test_more_tokens_than_fit_are_refused(engine):
-    with pytest.raises(ValueError, match="max_completion_length: prompt and completion may need 1005 tokens"):
+    with pytest.raises(ValueError, match="max_completion_length: prompt and completion may take 1005 tokens"):
         engine.generate(model_with(), PROMPTS, num_generations=1, sampling=Sampling(1000), seed=0)
 
 

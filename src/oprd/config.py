@@ -91,14 +91,7 @@ class OPRDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_objective()
         self._check_rollouts()
-        checkpointing: dict[str, Any] | None = getattr(self, "activation_checkpointing_kwargs")  # noqa: B009 - typed nowhere
-        if checkpointing is not None:
-            if checkpointing.get("use_reentrant"):
-                raise ValueError(
-                    "activation_checkpointing_kwargs: use_reentrant=True hides states from the loss; set it to False"
-                )
-        else:
-            self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        self._check_training()
         super().__post_init__()
 
     def _check_objective(self) -> None:
@@ -124,14 +117,28 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
         if self.task is not None and self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(TASKS)}")
+        # Built once here so that a bad sampling value stops the run before any model is loaded.
+        _ = self.sampling, self.eval_sampling
+
+    def _check_training(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: must be False; a prompt is not an argument of the model's forward")
         if self.ddp_find_unused_parameters:
             raise ValueError(
                 "ddp_find_unused_parameters: must be False; what the loss does not reach is frozen already"
             )
-        # Built once here so that a bad sampling value stops the run before any model is loaded.
-        _ = self.sampling, self.eval_sampling
+        if self.fp16:
+            raise ValueError(
+                "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"
+            )
+        checkpointing: dict[str, Any] = getattr(self, "activation_checkpointing_kwargs", None) or {
+            "use_reentrant": False
+        }
+        if checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "activation_checkpointing_kwargs: use_reentrant=True hides states from the loss; set it to False"
+            )
+        self.activation_checkpointing_kwargs = checkpointing
 
     @property
     def sampling(self) -> Sampling:

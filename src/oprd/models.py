@@ -57,8 +57,9 @@ def load_model(
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_name(name), **kwargs)
-    except OSError as error:
-        raise ValueError(f"model: {name!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {first_line}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
     blocks(model)  # fails early, naming the class, where the layers cannot be found

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from oprd.config import OPRDConfig
 from oprd.layers import resolve_layers
 from oprd.models import resolve_name
-from oprd.recipe import GENERATED, Recipe, load_rows, resolved
+from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
+
+
+def load_for_plan(path: str | Path, overrides: Mapping[str, Any]) -> tuple[Recipe, OPRDConfig]:
+    """`load_recipe`, as for a CPU where there is no GPU: transformers refuses `bf16` there, and a plan runs nothing.
+
+    Raises:
+        ValueError: as `load_recipe`.
+    """
+    on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
+    return load_recipe(path, {**overrides, **on_cpu})
 
 
 def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:

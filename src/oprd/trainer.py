@@ -1,47 +1,38 @@
 """`OPRDTrainer`: on-policy representation distillation on transformers' `Trainer`.
 
-`training_step` is the paper's algorithm. Loading is in `pair.py`, saving in `checkpoint.py`, formulas in `objectives/`.
+`training_step` is the paper's algorithm. Loading is in `pair.py`, formulas in `objectives/`, records and evaluation in
+`recording.py`, saving in `checkpoint.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from oprd.batching import StateRequest, padding_share, plan_micro_batches, request_states
 from oprd.capture import read_through_forward
-from oprd.checkpoint import VerifiedCheckpoints, newest_verified, verify
 from oprd.config import OPRDConfig
-from oprd.data import PromptRow, as_prompt_rows
-from oprd.evaluate import Evaluation, evaluate, grade_rollouts, join_ranks
+from oprd.evaluate import grade_rollouts
 from oprd.layers import resolve_layers
-from oprd.metrics import MetricWindow, rollout_metrics
+from oprd.metrics import rollout_metrics
 from oprd.models import context_length, num_layers, stop_token_ids
 from oprd.objectives.reduction import position_weights
 from oprd.objectives.representation import cosine, representation_error
 from oprd.pair import build_student, build_teacher
 from oprd.positions import select_positions
-from oprd.prompts import Prompt, prepare_prompts
-from oprd.rollout import ENGINES
-from oprd.runlog import METRICS, RunFolder
+from oprd.prompts import Prompt
+from oprd.recording import Dataset, RecordingTrainer
+from oprd.rollout import ENGINES, derive_seed
+from oprd.runlog import RunFolder
 from oprd.tasks import get_task
 from oprd.types import Rollouts, States
 
-logger = logging.getLogger("oprd")
 
-Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
-
-
-class OPRDTrainer(VerifiedCheckpoints):
+class OPRDTrainer(RecordingTrainer):
     """Distils a teacher into a student on the student's own rollouts, by matching hidden states (OPRD, arXiv 2606.06021).
 
     Args:
@@ -67,12 +58,9 @@ class OPRDTrainer(VerifiedCheckpoints):
         >>> trainer.train()
     """
 
-    args: OPRDConfig
-    control: Any
-
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | nn.Module,
         teacher_model: str | PreTrainedModel | None = None,
         args: OPRDConfig | None = None,
         train_dataset: Dataset | None = None,
@@ -84,6 +72,10 @@ class OPRDTrainer(VerifiedCheckpoints):
         peft_config: Any | None = None,
     ) -> None:
         args = args if args is not None else OPRDConfig("oprd-output")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, or show it one GPU only"
+            )
         student, tokenizer = build_student(model, args, processing_class, peft_config)
         self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class)
         self.layers = resolve_layers(args.layers, num_layers(student))
@@ -111,9 +103,7 @@ class OPRDTrainer(VerifiedCheckpoints):
         if hasattr(self.teacher, "model") and self.place_model_on_device:
             self.teacher.model.to(self.accelerator.device)
         self.pad_token_id = self.engine.pad_token_id
-        self._grader: Any | None = None
-        self._window = MetricWindow()
-        self._substep = (-1, 0)
+        self._batch_of_step = 0
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -156,17 +146,18 @@ class OPRDTrainer(VerifiedCheckpoints):
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
+        self._batch_of_step = 0  # Trainer asks this once a step, before its first batch
         return sum(len(prompts) for prompts in batch_samples)
 
     def _sample(self, prompts: list[Prompt]) -> Rollouts:
-        step = self.state.global_step
-        self._substep = (step, self._substep[1] + 1 if self._substep[0] == step else 0)
+        seed = derive_seed(self.args.seed, self.state.global_step, self._batch_of_step, self.args.process_index)
+        self._batch_of_step += 1
         return self.engine.generate(
             self.accelerator.unwrap_model(self.model_wrapped),
             [p.ids for p in prompts],
             num_generations=self.args.num_generations,
             sampling=self.args.sampling,
-            seed=derive_seed(self.args.seed, *self._substep, self.args.process_index),
+            seed=seed,
             rows=[p.index for p in prompts],
         )
 
@@ -209,111 +200,3 @@ class OPRDTrainer(VerifiedCheckpoints):
     def _local_gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step, in the last micro-batch's backward."""
         return nullcontext() if last else self.accelerator.no_sync(model)
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Sample `eval_num_generations` completions a problem, grade them, and log `eval_avg_at_k` and the other measures.
-
-        Raises:
-            ValueError: no dataset.
-        """
-        prompts: list[Prompt] = self.eval_dataset
-        if eval_dataset is not None:
-            prompts = self._prompts(eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length)
-        if not prompts:
-            raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
-        summary = self.evaluate_model(self.model, prompts).summary
-        interval = summary.pop("ci95") or (None, None)
-        summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
-        self.log(dict(metrics))
-        if self.is_world_process_zero() and self.is_in_train:
-            self.run_folder.append(METRICS, {"step": self.state.global_step, **metrics})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
-        """Evaluate any model (the student, its teacher) on `prompts`, shared among the ranks."""
-        prompts = self.eval_dataset if prompts is None else prompts
-        k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
-        share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
-        with self.grading() as grader:
-            part = evaluate(
-                self.accelerator.unwrap_model(model), self.engine, share, grader, k=k,
-                sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
-            )  # fmt: skip
-        if world == 1:
-            return part
-        return join_ranks(gather_object([part]), len(prompts), k)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
-
-        Raises:
-            ValueError: the folder is in use or holds another run, nothing to resume from, or a damaged checkpoint.
-        """
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = newest_verified(Path(self.args.output_dir))
-            if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {self.args.output_dir}")
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            verify(checkpoint)
-        with ExitStack() as stack:
-            if self.is_world_process_zero():
-                stack.enter_context(self.run_folder.hold())
-                if checkpoint:
-                    self.run_folder.cut_back(int(checkpoint.name.rsplit("-", 1)[1]))
-                else:
-                    self.run_folder.refuse_used()
-            self._grader = stack.enter_context(self.grading())
-            stack.callback(lambda: setattr(self, "_grader", None))
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-
-    def grading(self) -> AbstractContextManager[Any]:
-        """The task's grader, kept open while training; None inside when there is no task."""
-        if self._grader is not None or self.task is None:
-            return nullcontext(self._grader)
-        return self.task.grader()
-
-    def _prompts(self, dataset: Dataset | None, name: str, max_completion_length: int) -> list[Prompt]:
-        if dataset is None:
-            return []
-        rows = as_prompt_rows(dataset, name)
-        return prepare_prompts(rows, name=name, max_completion_length=max_completion_length, **self._prompt_limits)
-
-    def _log_completions(self, prompts: list[Prompt], rollouts: Rollouts, correct: list[bool | None]) -> None:
-        if self.args.log_completions and self.is_world_process_zero():
-            shown = rollouts.select(range(min(self.args.num_completions_to_log, len(rollouts))))
-            texts = {p.index: p.row.prompt for p in prompts}
-            self.run_folder.append_completions(
-                self.state.global_step + 1, [texts[row] for row in shown.rows], shown, correct
-            )
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        # Called once a step, after the update: the one place that knows the gradient norm, and before a checkpoint is saved.
-        if self._window.pending:
-            row = self._window.close(self.accelerator, grad_norm, kwargs.get("learning_rate"))
-            if self.is_world_process_zero():
-                self.run_folder.append(METRICS, {"step": self.state.global_step, **row})
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report `logs`, and with a training loss also the mean of every metric since the last report."""
-        if "loss" in logs:
-            logs = {**self._window.drain(), **logs}
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the batch is prompts, whose rollouts do not exist yet."""
-        return 0
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed that depends on all `parts` and on nothing else: any step can be repeated without those before it."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")

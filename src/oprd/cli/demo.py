@@ -14,6 +14,7 @@ def demo(
     ] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     seed: Annotated[int, typer.Option(help="Of rollouts and prompt order.")] = 0,
+    problems: Annotated[int, typer.Option(min=1, help="Problems in each of the three evaluations.")] = 250,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; the models are too small to use more than one.")
     ] = 1,
@@ -27,7 +28,9 @@ def demo(
 
     torch.set_num_threads(threads)
     _clear_earlier_demo(output_dir)
-    recipe, config = load_recipe("tiny", {"output_dir": str(output_dir), "max_steps": steps, "seed": seed})
+    recipe, config = load_recipe(
+        "tiny", {"output_dir": str(output_dir), "max_steps": steps, "seed": seed, "eval_limit": problems}
+    )
     from oprd.run import describe_accuracy, run_recipe
 
     say("5-digit addition, written out: a half-trained student learns from a teacher of the same origin (OPRD-Vanilla)")

@@ -22,13 +22,14 @@ def train(
     from oprd.recipe import load_recipe, parse_overrides
 
     quiet_libraries()
-    recipe, settings = load_recipe(config, parse_overrides(context.args))
+    overrides = parse_overrides(context.args)
     if dry_run:
-        from oprd.plan import describe_plan
+        from oprd.plan import describe_plan, load_for_plan
 
-        for line in describe_plan(recipe, settings):
+        for line in describe_plan(*load_for_plan(config, overrides)):
             say(line)
         return
+    recipe, settings = load_recipe(config, overrides)
     from oprd.run import run_recipe
 
     switch = {"true": True, "false": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -56,3 +57,8 @@ class RolloutEngine(Protocol):
     ) -> Rollouts:
         """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed."""
         ...
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed that depends on all `parts` and on nothing else: any step can be repeated without those before it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")

@@ -1,0 +1,146 @@
+"""The part of a `Trainer` that keeps a run's records and evaluates by sampling; knows nothing of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from oprd.checkpoint import VerifiedCheckpoints, newest_verified, verify
+from oprd.config import OPRDConfig
+from oprd.data import PromptRow, as_prompt_rows
+from oprd.evaluate import Evaluation, evaluate, join_ranks
+from oprd.metrics import MetricWindow
+from oprd.prompts import Prompt, prepare_prompts
+from oprd.rollout import RolloutEngine, derive_seed
+from oprd.runlog import METRICS, RunFolder
+from oprd.tasks import Grader, Task
+from oprd.types import Rollouts
+
+Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
+
+
+class RecordingTrainer(VerifiedCheckpoints):
+    """A trainer with a run folder (`metrics.jsonl`, completions, lock) and an evaluation that samples and grades.
+
+    A subclass sets `engine`, `task`, `run_folder` and `_prompt_limits` before it calls this class's constructor.
+    """
+
+    args: OPRDConfig
+    control: Any
+    engine: RolloutEngine
+    task: Task | None
+    run_folder: RunFolder
+    _prompt_limits: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._grader: Grader | None = None
+        self._window = MetricWindow()
+        super().__init__(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample `eval_num_generations` completions a problem, grade them, and log `eval_avg_at_k` and the other measures.
+
+        Raises:
+            ValueError: no dataset.
+        """
+        prompts: list[Prompt] = self.eval_dataset
+        if eval_dataset is not None:
+            prompts = self._prompts(eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length)
+        if not prompts:
+            raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
+        summary = self.evaluate_model(self.model, prompts).summary
+        interval = summary.pop("ci95") or (None, None)
+        summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
+        self.log(dict(metrics))
+        if self.is_world_process_zero() and self.is_in_train:
+            self.run_folder.append(METRICS, {"step": self.state.global_step, **metrics})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
+        """Evaluate any model (the student, its teacher) on `prompts`, shared among the ranks."""
+        prompts = self.eval_dataset if prompts is None else prompts
+        k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
+        share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
+        with self.grading() as grader:
+            part = evaluate(
+                self.accelerator.unwrap_model(model), self.engine, share, grader, k=k,
+                sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
+            )  # fmt: skip
+        if world == 1:
+            return part
+        return join_ranks(gather_object([part]), len(prompts), k)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
+
+        Raises:
+            ValueError: the folder is in use or holds another run, nothing to resume from, or a damaged checkpoint.
+        """
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_verified(Path(self.args.output_dir))
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            verify(checkpoint)
+        with ExitStack() as stack:
+            if self.is_world_process_zero():
+                stack.enter_context(self.run_folder.hold())
+                if checkpoint:
+                    self.run_folder.cut_back(int(checkpoint.name.rsplit("-", 1)[1]))
+                else:
+                    self.run_folder.refuse_used()
+            self._grader = stack.enter_context(self.grading())
+            stack.callback(lambda: setattr(self, "_grader", None))
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def grading(self) -> AbstractContextManager[Any]:
+        """The task's grader, kept open while training; None inside when there is no task."""
+        if self._grader is not None or self.task is None:
+            return nullcontext(self._grader)
+        return self.task.grader()
+
+    def _prompts(self, dataset: Dataset | None, name: str, max_completion_length: int) -> list[Prompt]:
+        if dataset is None:
+            return []
+        rows = as_prompt_rows(dataset, name)
+        return prepare_prompts(rows, name=name, max_completion_length=max_completion_length, **self._prompt_limits)
+
+    def _log_completions(self, prompts: list[Prompt], rollouts: Rollouts, correct: list[bool | None]) -> None:
+        if self.args.log_completions and self.is_world_process_zero():
+            shown = rollouts.select(range(min(self.args.num_completions_to_log, len(rollouts))))
+            texts = {p.index: p.row.prompt for p in prompts}
+            self.run_folder.append_completions(
+                self.state.global_step + 1, [texts[row] for row in shown.rows], shown, correct
+            )
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # Called once a step, after the update: the one place that knows the gradient norm, and before a checkpoint is saved.
+        if self._window.pending:
+            row = self._window.close(self.accelerator, grad_norm, kwargs.get("learning_rate"))
+            if self.is_world_process_zero():
+                self.run_folder.append(METRICS, {"step": self.state.global_step, **row})
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report `logs`, and with a training loss also the mean of every metric since the last report."""
+        if "loss" in logs:
+            logs = {**self._window.drain(), **logs}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the batch is prompts, whose rollouts do not exist yet."""
+        return 0
