@@ -82,6 +82,12 @@ def test_text_numbers_become_numbers():
     assert config.layers == [1, 3]
 
 
+def test_a_bare_no_means_the_word_where_a_word_is_meant():
+    _, config = parse_recipe({**MINIMAL, **yaml.safe_load("{save_strategy: no, log_completions: no}")})
+    assert config.save_strategy == "no"
+    assert config.log_completions is False
+
+
 def test_overrides():
     words = ["--learning-rate", "2e-4", "--layers=[1, 2]", "--bf16", "--teacher_model", "null", "--seed", "3"]
     assert parse_overrides(words) == {

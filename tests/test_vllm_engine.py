@@ -6,14 +6,17 @@ Where vLLM is not installed, only what needs none of it runs.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 
 from oprd.rollout import ENGINES, Sampling, TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine, live_weights
@@ -78,6 +81,18 @@ def test_greedy_rollouts_are_those_of_the_reference_after_every_change_of_weight
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.data.add_(0.03 * torch.randn_like(parameter))
+
+
+@needs_vllm
+def test_nothing_cached_outlives_the_weights(engine):
+    long = [[3 + i % 60 for i in range(300)]] * 2  # more than one block of cached keys and values
+    reference = TransformersEngine(tiny_tokenizer(), STOPS)
+    for seed in (0, 1):
+        model = model_with(seed, max_position_embeddings=400)
+        ours, theirs = (
+            e.generate(model, long, num_generations=2, sampling=GREEDY, seed=0) for e in (engine, reference)
+        )
+        assert ours == theirs
 
 
 @needs_vllm
@@ -198,13 +213,15 @@ def test_the_dtype_is_the_students_or_the_one_asked_for(engine):
 def test_an_interrupted_call_leaves_nothing_behind(engine):
     model = model_with()
     expected = greedy(engine, model)
-    step = engine._running.llm_engine.step
+    vllm_engine = engine._running.llm_engine
+    step = vllm_engine.step
 
     def interrupted():
         step()
+        del vllm_engine.step
         raise KeyboardInterrupt
 
-    engine._running.llm_engine.step = interrupted
+    vllm_engine.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         greedy(engine, model_with(seed=3))
     assert greedy(engine, model) == expected
@@ -229,10 +246,38 @@ def test_a_trainer_runs_on_it(tmp_path):
     assert list(sampled) == greedy(reference, trainer.model)
 
 
+TWO_PROCESSES = """
+import torch.distributed as dist
+from test_vllm_engine import *
+
+dist.init_process_group("gloo")
+model, stops = model_with(seed=dist.get_rank()), STOPS
+engine, reference = VLLMEngine(tiny_tokenizer(), stops), TransformersEngine(tiny_tokenizer(), stops)
+assert greedy(engine, model) == greedy(reference, model)
+try:
+    greedy(engine, model_with(vocab_size=80))
+except ValueError as error:
+    assert "serves one architecture only" in str(error)
+else:
+    raise AssertionError("vLLM was stopped, and the processes' communication with it")
+assert greedy(engine, model) == greedy(reference, model)
+dist.barrier()
+"""
+
+
+@needs_vllm
+def test_two_processes_have_an_engine_each(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_live_weights_are_those_of_a_checkpoint(tied, tmp_path):
-    from safetensors.torch import load_file
-
     model = model_with(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     saved, live = load_file(tmp_path / "model.safetensors"), dict(live_weights(model))
@@ -269,8 +314,6 @@ def test_without_vllm_there_is_advice(monkeypatch):
 
 
 def test_importing_the_engines_does_not_import_vllm():
-    import subprocess
-
     code = "import sys, oprd.rollout; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -282,8 +325,6 @@ def test_what_is_not_allowed_is_named(engine):
     with pytest.raises(ValueError, match="num_generations: 0"):
         engine.generate(model_with(), PROMPTS, num_generations=0, sampling=Sampling(1), seed=0)
     experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
     model = AutoModelForCausalLM.from_config(
         Qwen3MoeConfig(
             vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **WIDE, **experts

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.layers import LAYERS
 from oprd.objectives.reduction import Reduction
@@ -36,6 +37,10 @@ class OPRDConfig(TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata=_help("Warm-up steps; below 1 a share of all steps."))
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Hide NaN losses. Off: a NaN should be seen."))
+    activation_checkpointing: bool = field(default=False, metadata=_help("Recompute activations to save memory."))
+    activation_checkpointing_kwargs: dict[str, Any] | None = field(
+        default=None, metadata=_help("Its arguments; use_reentrant stays False.")
+    )
     remove_unused_columns: bool = field(default=False, metadata=_help("Must stay off: prompts are no model inputs."))
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata=_help("Must stay off: what the loss does not reach is frozen, and DDP would miscount.")
@@ -64,6 +69,9 @@ class OPRDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
     rollout_engine: str = field(default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}."))
+    rollout_engine_kwargs: dict[str, Any] | None = field(
+        default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
+    )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
     # The representation objective (OPRD Eq. 6)
@@ -131,14 +139,21 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(
                 "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"
             )
-        checkpointing: dict[str, Any] = getattr(self, "activation_checkpointing_kwargs", None) or {
-            "use_reentrant": False
-        }
-        if checkpointing.get("use_reentrant"):
+        kwargs = self.activation_checkpointing_kwargs = self.activation_checkpointing_kwargs or {"use_reentrant": False}
+        if kwargs.get("use_reentrant"):
             raise ValueError(
                 "activation_checkpointing_kwargs: use_reentrant=True hides states from the loss; set it to False"
             )
-        self.activation_checkpointing_kwargs = checkpointing
+        if self.activation_checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+            raise ValueError(
+                "activation_checkpointing: needs transformers 5.23 or newer; before, it recomputed the hooks that read the states"
+            )
+
+    @property
+    def engine_kwargs(self) -> dict[str, Any]:
+        """Arguments of the rollout engine; under bf16, vLLM computes in it as the trainer's autocast does."""
+        own = {"dtype": "bfloat16"} if self.rollout_engine == "vllm" and self.bf16 else {}
+        return {"batch_size": self.generation_batch_size, **own, **(self.rollout_engine_kwargs or {})}
 
     @property
     def sampling(self) -> Sampling:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,13 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Reci
 
 def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
     """`value` as `annotation` wants it: YAML reads 1e-5 as text, and 1 where a float is meant."""
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
+        if isinstance(value, bool):  # YAML reads a bare `no` as false; save_strategy, among others, means the word
+            with suppress(ValidationError):
+                return adapter.validate_python("yes" if value else "no")
         raise ValueError(f"{where}: {key}: {value!r} is not allowed: {error.errors()[0]['msg']}") from None
 
 

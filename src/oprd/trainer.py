@@ -80,9 +80,7 @@ class OPRDTrainer(RecordingTrainer):
         self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class)
         self.layers = resolve_layers(args.layers, num_layers(student))
         self.task = get_task(args.task) if args.task else None
-        self.engine = ENGINES[args.rollout_engine](
-            tokenizer, stop_token_ids(student, tokenizer), args.generation_batch_size
-        )
+        self.engine = ENGINES[args.rollout_engine](tokenizer, stop_token_ids(student, tokenizer), **args.engine_kwargs)
         self.run_folder = RunFolder(args.output_dir)
         self._prompt_limits = {
             "tokenizer": tokenizer,
