@@ -113,11 +113,13 @@ def test_the_settings():
         "chat_template_kwargs", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "generation_batch_size", "layers", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations", "position_k",
-        "positions", "reduction", "representation_weight", "rollout_engine", "rollout_engine_kwargs", "task", "teacher_model_init_kwargs",
+        "positions", "reduction", "representation_weight", "rollout_engine", "rollout_engine_kwargs", "task",
+        "teacher_model_init_kwargs",
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
-        "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model", "teacher_model",
+        "eval_before", "eval_dataset", "eval_instruction", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
+        "teacher_model",
         "train_dataset", "train_limit", "train_split",
     ]  # fmt: skip
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.data import load_prompts
+from oprd.data import PromptRow, load_prompts
 from oprd.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks import get_task, with_instruction
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -361,3 +362,16 @@ def test_no_orphans_and_the_script_is_not_run_again(tmp_path, ending):
     while alive(int(pid)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(int(pid))
+
+
+def test_the_instruction_is_appended_where_it_is_missing():
+    task = get_task("math")
+    said = PromptRow([{"role": "user", "content": "1+1? Answer in \\boxed{}."}], "2")
+    rows, changed = with_instruction(
+        task, [PromptRow("1+1?", "2"), said, PromptRow([{"role": "user", "content": "2+2?"}], "4")]
+    )
+    assert changed == 2
+    assert rows[0].prompt == f"1+1? {task.instruction}"
+    assert rows[1] is said
+    assert rows[2].prompt == [{"role": "user", "content": f"2+2? {task.instruction}"}]
+    assert with_instruction(get_task("addition"), [PromptRow("1+1=", "2")])[1] == 0

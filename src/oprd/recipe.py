@@ -36,6 +36,7 @@ class Recipe:
         eval_dataset: problems with answers; None: no evaluation.
         eval_split: split of a hub dataset or generated task.
         eval_limit: use the first rows only; how many problems to generate.
+        eval_instruction: append the task's instruction to problems that do not say how to answer (and say how many).
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
@@ -49,6 +50,7 @@ class Recipe:
     eval_dataset: str | None = None
     eval_split: str = "test"
     eval_limit: int | None = None
+    eval_instruction: bool = True
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None

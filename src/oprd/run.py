@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.config import OPRDConfig
+from oprd.data import PromptRow
 from oprd.evaluate import evaluate
 from oprd.figures import plot_run
 from oprd.models import context_length, load_model, load_tokenizer, stop_token_ids
@@ -25,9 +27,10 @@ from oprd.prompts import prepare_prompts
 from oprd.recipe import Recipe, load_rows, resolved
 from oprd.rollout import Sampling, TransformersEngine
 from oprd.runlog import COMPLETIONS, METRICS, RunFolder
-from oprd.tasks import get_task
+from oprd.tasks import get_task, with_instruction
 from oprd.trainer import OPRDTrainer
 
+logger = logging.getLogger("oprd")
 Say = Callable[[str], None]
 
 
@@ -45,6 +48,8 @@ def build_trainer(recipe: Recipe, config: OPRDConfig, callbacks: list[TrainerCal
     eval_rows = None
     if recipe.eval_dataset:
         eval_rows = load_rows(recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed)
+        if config.task and recipe.eval_instruction:
+            eval_rows, _ = _instruct(config.task, eval_rows, recipe.eval_dataset)
     trainer = OPRDTrainer(
         model=recipe.model,
         teacher_model=recipe.teacher_model,
@@ -139,6 +144,7 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     dtype: str = "auto",
     seed: int = 0,
+    instruction: bool = True,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -155,6 +161,7 @@ def evaluate_checkpoint(
         batch_size: completions generated together.
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
+        instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
 
@@ -166,6 +173,9 @@ def evaluate_checkpoint(
     """
     grading = get_task(task)
     rows = load_rows(dataset, split, limit, seed)
+    instructed = 0
+    if instruction:
+        rows, instructed = _instruct(task, rows, dataset)
     lm = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     lm.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -178,7 +188,14 @@ def evaluate_checkpoint(
     with grading.grader() as grader:
         result = evaluate(lm, engine, prompts, grader, k=k, sampling=sampling, seed=seed)
         stats = dict(grader.stats)
-    settings = {"model": model, "dataset": dataset, "task": task, "seed": seed, **dataclasses.asdict(sampling)}
+    settings = {
+        "model": model,
+        "dataset": dataset,
+        "task": task,
+        "seed": seed,
+        "instructed": instructed,
+        **dataclasses.asdict(sampling),
+    }
     summary = {**result.summary, **settings, "grading": stats, "seconds": round(time.perf_counter() - started, 2)}
     if output_dir is not None:
         folder = RunFolder(output_dir)
@@ -187,6 +204,13 @@ def evaluate_checkpoint(
         folder.append_completions(0, shown, result.rollouts, result.correct)
         (folder.path / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _instruct(task: str, rows: list[PromptRow], name: str) -> tuple[list[PromptRow], int]:
+    rows, changed = with_instruction(get_task(task), rows)
+    if changed:
+        logger.info("%s: appended %r to %d of %d prompts", name, get_task(task).instruction, changed, len(rows))
+    return rows, changed
 
 
 def gap_closed(summary: dict[str, Any]) -> float | None:

@@ -21,6 +21,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    instruction: Annotated[
+        bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
+    ] = True,
     output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -37,7 +40,8 @@ def evaluate(
 
     summary = evaluate_checkpoint(
         model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
-        batch_size=batch_size, dtype=dtype, seed=seed, output_dir=output_dir, trust_remote_code=trust_remote_code,
+        batch_size=batch_size, dtype=dtype, seed=seed, instruction=instruction, output_dir=output_dir,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
     if output_dir is not None:

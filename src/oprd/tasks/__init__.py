@@ -9,12 +9,12 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from oprd.data import PromptRow
 from oprd.tasks import addition
-from oprd.tasks.math import BoxedGrader
+from oprd.tasks.math import INSTRUCTION, BoxedGrader
 
 
 @runtime_checkable
@@ -64,16 +64,20 @@ class Task:
         description: one line for `--help`.
         grader: makes a grader: `with task.grader() as grader: grader.grade(responses, answers)`.
         problems: `(n, seed, split) -> rows` of a task that is generated; None if prompts come from a file or the hub.
+        instruction: a sentence that tells a model how to give its answer; None if there is nothing to tell.
+        instruction_mark: a prompt that contains it says so already.
     """
 
     name: str
     description: str
     grader: Callable[[], Grader]
     problems: Callable[[int, int, str], list[PromptRow]] | None = None
+    instruction: str | None = None
+    instruction_mark: str = ""
 
 
 TASKS: dict[str, Task] = {
-    "math": Task("math", r"mathematics, the answer in the last \boxed{}", BoxedGrader),
+    "math": Task("math", r"mathematics, the answer in the last \boxed{}", BoxedGrader, None, INSTRUCTION, "\\boxed"),
     "addition": Task(
         "addition",
         "five-digit addition, column by column (the tiny pair's task)",
@@ -94,3 +98,23 @@ def get_task(name: str) -> Task:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no task {name!r}: allowed are {', '.join(map(repr, TASKS))}.{hint}")
     return TASKS[name]
+
+
+def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
+    """Append the task's instruction to the prompts that do not yet say how to answer, as published evaluations do.
+
+    Returns:
+        The rows, and how many of them were changed.
+    """
+    changed = [_instructed(task, row) for row in rows]
+    return changed, sum(new is not old for new, old in zip(changed, rows, strict=True))
+
+
+def _instructed(task: Task, row: PromptRow) -> PromptRow:
+    text = row.prompt if isinstance(row.prompt, str) else " ".join(message["content"] for message in row.prompt)
+    if task.instruction is None or task.instruction_mark in text:
+        return row
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=f"{row.prompt} {task.instruction}")
+    last = {**row.prompt[-1], "content": f"{row.prompt[-1]['content']} {task.instruction}"}
+    return replace(row, prompt=[*row.prompt[:-1], last])

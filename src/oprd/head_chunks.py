@@ -1,0 +1,244 @@
+"""The engine under `lm_head.py`: logits of one chunk of tokens at a time, and the pass back from them.
+
+A *measure* turns a chunk's logits into values and, given what comes from upstream, into the derivative with respect to them.
+`by_chunks` does the rest: projection, scaling, soft-cap, temperature, merged stop tokens, and all of that backwards.
+Letters here: n tokens of a chunk, V vocabulary, D width, K values a token (1 unless a measure says otherwise), m stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Entries of one chunk's logits (64 MiB of float32 on CPU, 256 MiB on an accelerator); three or four such buffers live at once.
+_CHUNK_ENTRIES = {"cpu": 2**24, "other": 2**26}
+_WEIGHT_ROWS = 8192  # rows of a 16-bit head widened at a time, where the device cannot multiply 16-bit into float32
+_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
+
+# measure(logits [n, V], extras [n, …], upstream [n, K] or None) -> values [n, K], derivative [n, V] or None.
+# The logits are the measure's to overwrite.
+Measure = Callable[[Tensor, tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """From a state to next-token logits: softcap·tanh(scale·(W h + b)/softcap), over the first `vocab_size` ids.
+
+    Args:
+        weight: `[V, D]`, padded rows included.
+        bias: `[V]` or None.
+        softcap: bound of the logits, None without.
+        scale: factor of the logits, applied before the soft-cap.
+        vocab_size: ids of the tokenizer's map (highest + 1); rows past it are padding and do not exist here. Default: all.
+        stop_token_ids: ids that mean "end": one event, whose probability is their sum, under the first of them.
+    """
+
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(default=None, repr=False)
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = self.weight.shape[0]
+        if not 0 < self.size <= rows:
+            raise ValueError(f"LMHead: vocab_size {self.vocab_size} is not between 1 and the head's {rows} rows")
+        outside = [i for i in self.stop_token_ids if not 0 <= i < self.size]
+        if outside or len(set(self.stop_token_ids)) != len(self.stop_token_ids):
+            raise ValueError(f"LMHead: stop_token_ids {self.stop_token_ids} repeat or lie outside 0 … {self.size - 1}")
+
+    @property
+    def size(self) -> int:
+        """Ids that exist, stop tokens counted one by one."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    def events(self, tokens: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+        """`tokens` with every stop token replaced by the first of them, the name of their common event."""
+        if len(self.stop_token_ids) < 2:
+            return tokens
+        merged = torch.tensor(self.stop_token_ids, device=tokens.device)
+        return torch.where(torch.isin(tokens, merged), merged[0], tokens)
+
+
+@dataclass(frozen=True)
+class _Job:
+    head: LMHead
+    measure: Measure
+    chunks: tuple[slice, ...]
+    temperature: float
+    values: int  # K
+    gradient: bool
+
+
+def accumulate_dtype(head: LMHead, hidden_ND: Tensor) -> torch.dtype:
+    """What a chunk is computed in: float32, or float64 where weight or states are."""
+    return torch.promote_types(torch.promote_types(head.weight.dtype, hidden_ND.dtype), torch.float32)
+
+
+def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.device) -> Iterator[slice]:
+    """Slices that cover `tokens`, of `chunk_size` or as many as fit the budget.
+
+    Raises:
+        ValueError: chunk_size below 1.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size} is below 1")
+    size = chunk_size or max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES["other"]) // head.size)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def logits_of(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
+    """Logits of one chunk, divided by the temperature; stop tokens not merged yet."""
+    logits_nV = _project(hidden_nD, head.weight[: head.size], accumulate_dtype(head, hidden_nD))
+    if head.bias is not None:
+        logits_nV.add_(head.bias[: head.size])
+    if head.scale != 1.0:
+        logits_nV.mul_(head.scale)
+    if head.softcap is not None:
+        logits_nV.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits_nV.div_(temperature) if temperature != 1.0 else logits_nV
+
+
+def merge_stops(head: LMHead, logits_nV: Float[Tensor, "n V"]) -> Float[Tensor, "n m"] | None:
+    """Give the first stop token the logit of "any of them" and make the others impossible; in place.
+
+    Returns:
+        The logits they had, None where there is nothing to merge.
+    """
+    if len(head.stop_token_ids) < 2:
+        return None
+    ids = torch.tensor(head.stop_token_ids, device=logits_nV.device)
+    own_nm = logits_nV[:, ids]
+    logits_nV[:, ids] = -torch.inf
+    logits_nV[:, ids[0]] = own_nm.logsumexp(-1)
+    return own_nm
+
+
+def by_chunks(
+    head: LMHead,
+    hidden_ND: Float[Tensor, "N D"],
+    measure: Measure,
+    extras: tuple[Tensor, ...],
+    temperature: float,
+    chunk_size: int | None,
+    values: int = 1,
+) -> Float[Tensor, "N K"]:
+    """`measure` over all tokens, differentiable in the states, the head's weight and its bias.
+
+    Raises:
+        ValueError: temperature not above 0, chunk_size below 1.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: {temperature} is not above 0")
+    sources = (hidden_ND, head.weight, head.bias)
+    gradient = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
+    pieces = tuple(chunks(len(hidden_ND), head, chunk_size, hidden_ND.device))
+    return _ByChunks.apply(*sources, _Job(head, measure, pieces, temperature, values, gradient), *extras)
+
+
+class _ByChunks(torch.autograd.Function):
+    """Frozen head and one value a token: the derivative is taken in forward and kept `[N, D]`. Else: recomputed in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job, *extras: Tensor
+    ) -> Float[Tensor, "N K"]:
+        at_once = job.gradient and job.values == 1 and not any(ctx.needs_input_grad[1:3])
+        values_NK = hidden_ND.new_empty(len(hidden_ND), job.values, dtype=accumulate_dtype(job.head, hidden_ND))
+        derivative_ND = torch.empty_like(hidden_ND) if at_once else None
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for rows in job.chunks:
+                upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
+                values_NK[rows], logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], upstream_nK)
+                if derivative_ND is not None and logits_grad_nV is not None:
+                    derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.size])
+                del logits_grad_nV  # before the next chunk's logits exist
+        if derivative_ND is not None:
+            ctx.save_for_backward(derivative_ND)
+        elif job.gradient:
+            ctx.job = job
+            ctx.save_for_backward(hidden_ND, weight_VD, bias_V, *extras)
+        ctx.at_once, ctx.inputs = at_once, 4 + len(extras)
+        return values_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor | None, ...]:
+        none = (None,) * (ctx.inputs - 3)
+        if ctx.at_once:
+            (derivative_ND,) = ctx.saved_tensors
+            return (derivative_ND * grad_NK).to(derivative_ND.dtype), None, None, *none
+        hidden_ND, weight_VD, bias_V, *extras = ctx.saved_tensors
+        job, dtype = ctx.job, grad_NK.dtype
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        size = job.head.size
+        grad_ND = torch.empty_like(hidden_ND) if for_hidden else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if for_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=dtype) if for_bias else None
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for rows in job.chunks:
+                _, logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], grad_NK[rows])
+                assert logits_grad_nV is not None, "a measure gave no derivative"
+                if grad_ND is not None:
+                    grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:size])
+                if grad_VD is not None:
+                    grad_VD[:size].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
+                if grad_V is not None:
+                    grad_V[:size].add_(logits_grad_nV.sum(0))
+                del logits_grad_nV
+        grad_VD = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
+        return grad_ND, grad_VD, None if grad_V is None else grad_V.to(bias_V.dtype), *none
+
+
+def _chunk(
+    job: _Job, hidden_nD: Tensor, extras: list[Tensor], upstream_nK: Tensor | None
+) -> tuple[Float[Tensor, "n K"], Float[Tensor, "n V"] | None]:
+    """Values of one chunk and, given what comes from upstream, the gradient of W h (before bias, scale and soft-cap)."""
+    head = job.head
+    logits_nV = logits_of(head, hidden_nD, job.temperature)
+    slope_nV = None
+    if head.softcap is not None and upstream_nK is not None:
+        slope_nV = logits_nV.mul(job.temperature / head.softcap).square_().neg_().add_(1)  # of tanh
+    own_nm = merge_stops(head, logits_nV)
+    values_nK, grad_nV = job.measure(logits_nV, tuple(extras), upstream_nK)
+    if grad_nV is None:
+        return values_nK, None
+    if own_nm is not None:
+        ids = torch.tensor(head.stop_token_ids, device=grad_nV.device)
+        share_nm = own_nm.softmax(-1).nan_to_num_(nan=0.0)  # all impossible: nothing to share
+        grad_nV[:, ids] = grad_nV[:, ids[0], None] * share_nm
+    if slope_nV is not None:
+        grad_nV.mul_(slope_nV)
+    factor = head.scale / job.temperature
+    return values_nK, grad_nV.mul_(factor) if factor != 1.0 else grad_nV
+
+
+def _project(hidden_nD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Float[Tensor, "n V"]:
+    """W h in `dtype`, without a copy of the whole weight in it."""
+    if hidden_nD.dtype == weight_VD.dtype == dtype:
+        return hidden_nD @ weight_VD.T
+    if _MM_OUT_DTYPE and hidden_nD.is_cuda and hidden_nD.dtype == weight_VD.dtype:
+        return torch.mm(hidden_nD, weight_VD.T, out_dtype=dtype)
+    logits_nV = hidden_nD.new_empty(len(hidden_nD), len(weight_VD), dtype=dtype)
+    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
+        part = slice(start, start + _WEIGHT_ROWS)
+        logits_nV[:, part] = hidden_nD.to(dtype) @ weight_VD[part].to(dtype).T
+    return logits_nV
+
+
+def _to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor, "n D"]:
+    """Wᵀ times the gradient of W h, likewise."""
+    if weight_VD.dtype == grad_nV.dtype:
+        return grad_nV @ weight_VD
+    grad_nD = grad_nV.new_zeros(len(grad_nV), weight_VD.shape[1])
+    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
+        part = slice(start, start + _WEIGHT_ROWS)
+        grad_nD.addmm_(grad_nV[:, part], weight_VD[part].to(grad_nV.dtype))
+    return grad_nD
