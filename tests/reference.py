@@ -46,3 +46,36 @@ def states_one_by_one(model: torch.nn.Module, rollouts: Rollouts, layers: tuple[
         first = len(prompt) - 1
         parts.append(torch.stack([hidden[layer][0, first : first + len(completion)] for layer in layers]))
     return torch.cat(parts, dim=1)
+
+
+def dense_log_probs(
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    vocab_size: int | None = None,
+    stops: tuple[int, ...] = (),
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities `[N, events]` with every logit in memory: the events are the ordinary ids in order, then the stop event."""
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = torch.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
+    if not stops:
+        return log_p
+    ordinary = [i for i in range(log_p.shape[1]) if i not in stops]
+    return torch.cat([log_p[:, ordinary], log_p[:, list(stops)].logsumexp(-1, keepdim=True)], dim=1)
+
+
+def dense_divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """The textbook sums, of finite log-probabilities of student and teacher."""
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "reverse_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if kind == "forward_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = (beta * q + (1 - beta) * p).log()
+    return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)

@@ -17,10 +17,19 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module may import from rows above its own; a row's modules do not import each other.
 ROWS = [
-    {"types", "positions", "layers", "models", "data", "measures", "grading_worker"},
-    {"grading", "batching", "runlog", "objectives.representation", "tasks.addition", "prompts", "rollout.base"},
-    {"tasks.math", "capture", "figures", "objectives.reduction", "metrics", "rollout.transformers_engine"},
-    {"rollout.vllm_engine", "tasks", "teachers", "objectives"},
+    {"types", "positions", "layers", "models", "data", "measures", "grading_worker", "head_chunks"},
+    {
+        "grading",
+        "batching",
+        "runlog",
+        "objectives.representation",
+        "tasks.addition",
+        "prompts",
+        "rollout.base",
+        "head_measures",
+    },
+    {"tasks.math", "capture", "figures", "objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"},
+    {"rollout.vllm_engine", "tasks", "teachers", "objectives", "objectives.output_space"},
     {"rollout"},
     {"config", "evaluate"},
     {"pair", "checkpoint", "recipe"},

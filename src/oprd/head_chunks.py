@@ -96,7 +96,8 @@ def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.devi
 
 def logits_of(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
     """Logits of one chunk, divided by the temperature; stop tokens not merged yet."""
-    logits_nV = _project(hidden_nD, head.weight[: head.size], accumulate_dtype(head, hidden_nD))
+    with torch.autocast(hidden_nD.device.type, enabled=False):  # else it would multiply in 16 bits
+        logits_nV = _project(hidden_nD, head.weight[: head.size], accumulate_dtype(head, hidden_nD))
     if head.bias is not None:
         logits_nV.add_(head.bias[: head.size])
     if head.scale != 1.0:
@@ -153,13 +154,12 @@ class _ByChunks(torch.autograd.Function):
         at_once = job.gradient and job.values == 1 and not any(ctx.needs_input_grad[1:3])
         values_NK = hidden_ND.new_empty(len(hidden_ND), job.values, dtype=accumulate_dtype(job.head, hidden_ND))
         derivative_ND = torch.empty_like(hidden_ND) if at_once else None
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            for rows in job.chunks:
-                upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
-                values_NK[rows], logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], upstream_nK)
-                if derivative_ND is not None and logits_grad_nV is not None:
-                    derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.size])
-                del logits_grad_nV  # before the next chunk's logits exist
+        for rows in job.chunks:
+            upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
+            values_NK[rows], logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], upstream_nK)
+            if derivative_ND is not None and logits_grad_nV is not None:
+                derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.size])
+            del logits_grad_nV  # before the next chunk's logits exist
         if derivative_ND is not None:
             ctx.save_for_backward(derivative_ND)
         elif job.gradient:
@@ -182,17 +182,16 @@ class _ByChunks(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if for_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if for_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=dtype) if for_bias else None
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            for rows in job.chunks:
-                _, logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], grad_NK[rows])
-                assert logits_grad_nV is not None, "a measure gave no derivative"
-                if grad_ND is not None:
-                    grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:size])
-                if grad_VD is not None:
-                    grad_VD[:size].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
-                if grad_V is not None:
-                    grad_V[:size].add_(logits_grad_nV.sum(0))
-                del logits_grad_nV
+        for rows in job.chunks:
+            _, logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], grad_NK[rows])
+            assert logits_grad_nV is not None, "a measure gave no derivative"
+            if grad_ND is not None:
+                grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:size])
+            if grad_VD is not None:
+                grad_VD[:size].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
+            if grad_V is not None:
+                grad_V[:size].add_(logits_grad_nV.sum(0))
+            del logits_grad_nV
         grad_VD = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return grad_ND, grad_VD, None if grad_V is None else grad_V.to(bias_V.dtype), *none
 
@@ -236,7 +235,8 @@ def _project(hidden_nD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Float[
 def _to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor, "n D"]:
     """Wᵀ times the gradient of W h, likewise."""
     if weight_VD.dtype == grad_nV.dtype:
-        return grad_nV @ weight_VD
+        with torch.autocast(grad_nV.device.type, enabled=False):
+            return grad_nV @ weight_VD
     grad_nD = grad_nV.new_zeros(len(grad_nV), weight_VD.shape[1])
     for start in range(0, len(weight_VD), _WEIGHT_ROWS):
         part = slice(start, start + _WEIGHT_ROWS)

@@ -1,0 +1,153 @@
+"""What a full-vocabulary KL update costs in memory beside a representation-only one, at |V| = 152k: by chunks, and the dense way.
+
+    python benchmarks/output_space_memory.py [--json FILE] [--repeats N] [--ways WAY …]
+
+Measure: each case runs in a fresh process; its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
+the resident memory before it. Student and teacher differ in padded vocabulary (151,936 and 152,064), as Qwen's do.
+Ways: "representation" is the all-layer loss of OPRD, no head; "chunked" is the exact reverse KL by `oprd.lm_head`; "dense" makes
+both logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "chunked_trained"
+trains it: its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STUDENT_VOCABULARY, TEACHER_VOCABULARY, TOKENIZER = 151_936, 152_064, 151_669
+WAYS = ("representation", "chunked", "chunked_trained", "dense")
+ROLLOUTS, TOKENS, PROMPT = 4, 577, 65  # 4 · 512 = 2,048 response positions
+SHAPE = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def memory_kib(field: str) -> int:
+    """A field of /proc/self/status in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def dense_loss(student, teacher, student_ND, teacher_ND):
+    """Reverse KL a position with both logits whole."""
+    import torch
+
+    with torch.no_grad():
+        log_q = torch.log_softmax(teacher.lm_head(teacher_ND)[:, :TOKENIZER], -1)
+    log_p = torch.log_softmax(student.lm_head(student_ND)[:, :TOKENIZER], -1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def measure(way: str) -> dict[str, float]:
+    """One update in this process: MiB of peak memory beyond what was there before."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from oprd import Rollouts, capture_states, position_weights, representation_loss
+    from oprd.lm_head import lm_head_of, match_heads
+    from oprd.objectives.output_space import full_vocabulary_loss
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    student, teacher = (
+        AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, **SHAPE))
+        for vocabulary in (STUDENT_VOCABULARY, TEACHER_VOCABULARY)
+    )
+    teacher.requires_grad_(False).eval()
+    embedding = student.get_input_embeddings()
+    embedding.requires_grad_(way == "chunked_trained")
+    sequences = torch.randint(0, TOKENIZER, (ROLLOUTS, TOKENS)).tolist()
+    rollouts = Rollouts(
+        [s[:PROMPT] for s in sequences], [s[PROMPT:] for s in sequences], ["length"] * ROLLOUTS, [""] * ROLLOUTS,
+        list(range(ROLLOUTS)),
+    )  # fmt: skip
+
+    def update() -> float:
+        layers = "all" if way == "representation" else "last"
+        with torch.no_grad():
+            target = capture_states(teacher, rollouts, layers)
+        states = capture_states(student, rollouts, layers)
+        if way == "representation":
+            loss = representation_loss(states.values, target.values, states.rollout_index)
+        else:
+            weights_N = position_weights(states.rollout_index, ROLLOUTS)
+            if way == "dense":
+                error_N = dense_loss(student, teacher, states.values[0], target.values[0])
+            else:
+                heads = match_heads(lm_head_of(student), lm_head_of(teacher), vocab_size=TOKENIZER)
+                error_N = full_vocabulary_loss(heads[0], states.values[0], heads[1], target.values[0])
+            loss = (error_N * weights_N).sum()
+        loss.backward()
+        return loss.item()
+
+    before = memory_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    start = time.perf_counter()
+    loss = update()
+    seconds, peak = time.perf_counter() - start, memory_kib("VmHWM")
+    checksum = sum(
+        float(p.grad.norm()) for n, p in student.named_parameters() if p.grad is not None and "embed" not in n
+    )
+    head = 0.0 if embedding.weight.grad is None else embedding.weight.grad.nbytes / 2**20
+    return {
+        "loss": loss, "gradient_norms": checksum, "mib": (peak - before) / 1024, "head_gradient_mib": head, "seconds": seconds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run every case in processes of their own and print what each needs beside the representation-only update."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--case", metavar="WAY", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments.case)))
+        return
+    # Large blocks go back to the system when freed, so that resident memory follows what is alive.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+    rows = []
+    for way in arguments.ways:
+        command = [sys.executable, __file__, "--case", way]
+        found = [
+            json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for _ in range(arguments.repeats)
+        ]
+        rows.append({"way": way, **{key: statistics.median(f[key] for f in found) for key in found[0]}})
+    print(
+        f"{platform.machine()}, 1 thread, fp32, {ROLLOUTS}x{TOKENS - PROMPT} response tokens, width 896, 4 layers, "
+        f"|V| {STUDENT_VOCABULARY:,} / {TEACHER_VOCABULARY:,}, {arguments.repeats} repeats"
+    )
+    print(
+        "| way | peak during the update (MiB) | of which the head's gradient | beyond representation | seconds | loss |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    base = next((row["mib"] for row in rows if row["way"] == "representation"), float("nan"))
+    for row in rows:
+        head = row["head_gradient_mib"]
+        print(
+            f"| {row['way']} | {row['mib']:.0f} | {head:.0f} | {row['mib'] - head - base:+.0f} | {row['seconds']:.1f} | "
+            f"{row['loss']:.6f} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
