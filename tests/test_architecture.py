@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,8 @@ def test_the_settings():
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
-        "chat_template_kwargs", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
+        "chat_template_kwargs", "eval_instruction",
+        "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "generation_batch_size", "layers", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations", "position_k",
         "positions", "reduction", "representation_weight", "rollout_engine", "rollout_engine_kwargs", "task",
@@ -127,10 +129,15 @@ def test_the_settings():
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
-        "eval_before", "eval_dataset", "eval_instruction", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
+        "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
         "teacher_model",
         "train_dataset", "train_limit", "train_split",
     ]  # fmt: skip
+
+
+def test_the_wheel_carries_the_recipes():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert settings["force-include"] == {"recipes": "oprd/recipes"}  # where find_recipe looks first
 
 
 def test_help_does_not_import_torch():

@@ -93,6 +93,24 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert json.loads((run / "summary.json").read_text())["student_before"] == summary["student_before"]
 
+    # a finished run: nothing more is trained, and the last checkpoint is what comes out
+    finished = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume_from_checkpoint=true")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert not (run / "checkpoint-5").exists()
+
+    # from an earlier checkpoint: later ones are put aside; with another learning rate: refused
+    changed = oprd("train", "--config", recipe(learning_rate=0.5), "--seed", "3", "--resume-from-checkpoint", "true")
+    assert changed.returncode == 1
+    assert "learning_rate was 0.0001 and is 0.5" in changed.stderr
+    words = ("--seed", "3", "--resume-from-checkpoint", str(run / "checkpoint-2"))
+    earlier = oprd("train", "--config", recipe(), *words)
+    assert earlier.returncode == 0, earlier.stderr
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert (run / "superseded-checkpoint-4").exists()
+    assert not (run / "checkpoint-4").exists()
+
     evaluated = oprd(
         "eval", "--model", str(run / "model"), "--dataset", "generated:addition", "--task", "addition", "--limit", "3",
         "--k", "2", "--max-completion-length", "8", "--output-dir", str(tmp_path / "eval"),
@@ -100,7 +118,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     measured = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert (measured["k"], measured["problems"], measured["max_completion_length"]) == (2, 3, 8)
-    assert len((tmp_path / "eval" / "completions.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "eval" / "eval_completions.jsonl").read_text().splitlines()) == 6
     assert "Avg@2" in evaluated.stdout
 
 

@@ -63,6 +63,10 @@ def test_the_papers_setting():
         ({"max_completion_length": 0}, "max_completion_length: 0"),
         ({"train_limit": 0}, "train_limit: 0 is not allowed"),
         ({"fp16": True}, "fp16: not supported"),
+        ({"do_eval": True}, "the key 'do_eval' has no effect here"),
+        ({"per_device_eval_batch_size": 2}, "has no effect here; remove it \\(evaluation samples"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0"),
+        ({"eval_dataset": "generated:addition"}, "the key 'task' is missing"),
         ({"remove_unused_columns": True}, "remove_unused_columns: must be False"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True hides states"),
         ({"model": ""}, "the key 'model' is missing"),
@@ -88,11 +92,22 @@ def test_a_bare_no_means_the_word_where_a_word_is_meant():
     assert config.log_completions is False
 
 
+def test_the_older_spelling_of_activation_checkpointing_counts():
+    _, config = parse_recipe({**MINIMAL, "gradient_checkpointing": True})
+    assert config.activation_checkpointing is True
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
+    with pytest.raises(ValueError, match="use_reentrant=True hides states"):
+        parse_recipe({**MINIMAL, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+    assert parse_recipe(MINIMAL)[1].activation_checkpointing is False
+
+
 def test_overrides():
     words = ["--learning-rate", "2e-4", "--layers=[1, 2]", "--bf16", "--teacher_model", "null", "--seed", "3"]
     assert parse_overrides(words) == {
         "learning_rate": "2e-4", "layers": [1, 2], "bf16": True, "teacher_model": None, "seed": 3,
     }  # fmt: skip
+    with pytest.raises(ValueError, match="--layers: '\\[1,' cannot be read"):
+        parse_overrides(["--layers", "[1,"])
     with pytest.raises(ValueError, match="unexpected argument 'stray'"):
         parse_overrides(["stray"])
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = logging.getLogger("oprd")
@@ -68,6 +69,27 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
         if file_digest(path) != digest:
             raise ValueError(f"{path} does not match its digest: its content changed after it was written")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `verify` finds nothing wrong."""
+    try:
+        verify(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was saved.
+
+    Raises:
+        ValueError: the folder is no checkpoint of a trainer.
+    """
+    try:
+        return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint: {error}") from error
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -167,9 +189,11 @@ class VerifiedCheckpoints(Trainer):
     Under FSDP and DeepSpeed the optimizer's state is written by those libraries in their own formats; the manifest covers it.
     """
 
+    _staging = False
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if getattr(self, "_staging", False) else folder
+        return os.path.join(folder, STAGING) if self._staging else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
@@ -185,6 +209,8 @@ class VerifiedCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._publish(run_folder, name)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
         self.accelerator.wait_for_everyone()
 
     def _publish(self, run_folder: Path, name: str) -> None:
@@ -195,9 +221,10 @@ class VerifiedCheckpoints(Trainer):
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staged / "trainer_state.json"))
         write_manifest(staged)
-        if final.exists():
+        if final.exists() and not is_whole(final):
             shutil.rmtree(final)
-        os.replace(staged, final)
+        if not final.exists():  # a whole one of the same step is this one, saved twice
+            os.replace(staged, final)
         _fsync(run_folder)
         shutil.rmtree(run_folder / STAGING, ignore_errors=True)
         rotate_checkpoints(
@@ -206,6 +233,17 @@ class VerifiedCheckpoints(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging:
+            return  # it is not a checkpoint yet; `_save_checkpoint` pushes once it is
+        # Trainer pickles its arguments beside the model; under a name that its own upload leaves out, and gone afterwards.
+        name, trainer_module.TRAINING_ARGS_NAME = trainer_module.TRAINING_ARGS_NAME, "_training_args.bin"
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            trainer_module.TRAINING_ARGS_NAME = name
+            (Path(self.args.output_dir) / "_training_args.bin").unlink(missing_ok=True)
 
     @property
     def _own_optimizer_format(self) -> bool:

@@ -37,7 +37,9 @@ class OPRDConfig(TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata=_help("Warm-up steps; below 1 a share of all steps."))
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
     logging_nan_inf_filter: bool = field(default=False, metadata=_help("Hide NaN losses. Off: a NaN should be seen."))
-    activation_checkpointing: bool = field(default=False, metadata=_help("Recompute activations to save memory."))
+    activation_checkpointing: bool | None = field(
+        default=None, metadata=_help("Recompute activations to save memory (also spelled gradient_checkpointing).")
+    )
     activation_checkpointing_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Its arguments; use_reentrant stays False.")
     )
@@ -90,6 +92,10 @@ class OPRDConfig(TrainingArguments):
     eval_num_generations: int = field(default=4, metadata=_help("Samples a problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
     eval_top_p: float = field(default=0.95, metadata=_help("Nucleus truncation of evaluation."))
+    eval_instruction: bool = field(
+        default=True,
+        metadata=_help("Append the task's instruction to problems that do not say how to answer (how many is logged)."),
+    )
     eval_max_completion_length: int | None = field(
         default=None, metadata=_help("Most tokens of an evaluated completion (default: max_completion_length).")
     )
@@ -99,7 +105,11 @@ class OPRDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_objective()
         self._check_rollouts()
+        self._take_older_spelling()
         self._check_training()
+        chosen: str | None = getattr(self, "metric_for_best_model", None)
+        if self.load_best_model_at_end and chosen is None:
+            self.metric_for_best_model, self.greater_is_better = "eval_avg_at_k", True  # an evaluation here has no loss
         super().__post_init__()
 
     def _check_objective(self) -> None:
@@ -119,7 +129,10 @@ class OPRDConfig(TrainingArguments):
         _at_least_one(self, "micro_batch_tokens")
 
     def _check_rollouts(self) -> None:
-        for name in ("num_generations", "generation_batch_size", "eval_num_generations", "max_prompt_length"):
+        for name in (
+            "num_generations", "generation_batch_size", "eval_num_generations", "max_prompt_length",
+            "per_device_train_batch_size", "gradient_accumulation_steps",
+        ):  # fmt: skip
             _at_least_one(self, name)
         if self.rollout_engine not in ENGINES:
             raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
@@ -127,6 +140,13 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(TASKS)}")
         # Built once here so that a bad sampling value stops the run before any model is loaded.
         _ = self.sampling, self.eval_sampling
+
+    def _take_older_spelling(self) -> None:
+        """`gradient_checkpointing*`, the name before transformers 5.23, counts where the newer one is not set."""
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
 
     def _check_training(self) -> None:
         if self.remove_unused_columns:
@@ -139,8 +159,7 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(
                 "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"
             )
-        kwargs = self.activation_checkpointing_kwargs = self.activation_checkpointing_kwargs or {"use_reentrant": False}
-        if kwargs.get("use_reentrant"):
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "activation_checkpointing_kwargs: use_reentrant=True hides states from the loss; set it to False"
             )

@@ -34,12 +34,12 @@ def plot_run(folder: Path, file: Path) -> None:
     _draw_accuracy(accuracy, steps, [line for line in lines if "eval_avg_at_k" in line], summary)
     loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=STUDENT)
     loss.set(title="Representation loss (Eq. 6)", yscale="log", xlabel="step")
-    layers = sorted(key for key in steps[0] if key.startswith("cosine/layer_"))
+    layers = sorted((key for key in steps[0] if key.startswith("cosine/layer_")), key=_layer_of)
     for index, key in enumerate(layers):
         last = index == len(layers) - 1
         cosine.plot(
             [s["step"] for s in steps], [s[key] for s in steps],
-            color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=f"layer {int(key[-2:])}" if last else None,
+            color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=f"layer {_layer_of(key)}" if last else None,
         )  # fmt: skip
     cosine.set(title="Cosine to the teacher's states (grey: lower layers)", xlabel="step")
     cosine.legend(loc="lower right", frameon=False)
@@ -85,3 +85,7 @@ def _draw_accuracy(
         axis.legend(loc="best", frameon=False, fontsize=8)
     else:
         axis.text(0.5, 0.5, "no graded answers", ha="center", transform=axis.transAxes, color=QUIET)
+
+
+def _layer_of(key: str) -> int:
+    return int(key.rsplit("_", 1)[1])

@@ -57,7 +57,7 @@ def load_model(
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_name(name), **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {first_line}") from error
     if getattr(model.config, "is_encoder_decoder", False):
@@ -74,8 +74,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {first_line}") from error
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -157,13 +158,9 @@ def freeze_above(model: nn.Module, top_layer: int) -> list[str]:
     if lm.get_output_embeddings() is not None:
         unreached.append(lm.get_output_embeddings())
     if top_layer < num_layers(model):
-        block_parameters = {id(p) for p in blocks(model).parameters()}
-        # What sits directly in the backbone beside blocks and embeddings is the final norm.
-        for child in backbone(model).children():
-            if not isinstance(child, (nn.ModuleList, nn.Embedding)) and not any(
-                id(p) in block_parameters for p in child.parameters()
-            ):
-                unreached.append(child)
+        # The final norm stands behind the blocks; embeddings and what belongs to them stand before.
+        children = list(backbone(model).children())
+        unreached += children[children.index(blocks(model)) + 1 :]
     ids = {id(p) for module in unreached for p in module.parameters()} - kept
     names = [n for n, p in model.named_parameters() if id(p) in ids and p.requires_grad]
     for parameter in model.parameters():

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from oprd.config import OPRDConfig
 from oprd.layers import resolve_layers
-from oprd.models import resolve_name
+from oprd.models import check_same_tokens, load_tokenizer, resolve_name
 from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
 
 
@@ -47,6 +47,7 @@ def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
             f"teacher_model: {teacher[0]} layers of width {teacher[1]}, the student {student[0]} of {student[1]}; OPRD-Vanilla "
             "needs both to agree (teachers of another shape need OPRD-Bridge, planned)"
         )
+    lines.append(_tokenizer_line(recipe, config))
     lines += [
         _dataset_line("train", recipe.train_dataset, recipe.train_split, recipe.train_limit, config.seed),
         _dataset_line("eval", recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed),
@@ -72,6 +73,19 @@ def _model_line(role: str, name: str | None, shape: tuple[int, int] | None) -> s
     return f"{role}: {name}: " + (
         f"{shape[0]} layers of width {shape[1]}" if shape else "not reachable from here, not checked"
     )
+
+
+def _tokenizer_line(recipe: Recipe, config: OPRDConfig) -> str:
+    if recipe.teacher_model is None:
+        return "tokenizers: one"
+    try:
+        names = [resolve_name(name) for name in (recipe.model, recipe.teacher_model)]
+    except ValueError:
+        return "tokenizers: not reachable from here, not checked"
+    if not all(Path(name).is_dir() for name in names):
+        return "tokenizers: on the hub, not checked"
+    check_same_tokens(*(load_tokenizer(name, trust_remote_code=config.trust_remote_code) for name in names))
+    return "tokenizers: the teacher gives the student's ids the same tokens"
 
 
 def _dataset_line(role: str, name: str | None, split: str, limit: int | None, seed: int) -> str:

@@ -36,7 +36,8 @@ def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: 
         ValueError: messages for a tokenizer that has no chat template, or a prompt that renders to nothing; names the row.
     """
     if isinstance(row.prompt, str):
-        ids = tokenizer(row.prompt)["input_ids"]
+        starts = bool(tokenizer.bos_token) and row.prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(row.prompt, add_special_tokens=not starts)["input_ids"]  # no second start token
     else:
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -93,9 +94,10 @@ def prepare_prompts(
         prompts = kept
     for prompt in prompts:
         if context_length is not None and len(prompt.ids) + max_completion_length > context_length:
+            room = context_length - max_completion_length
+            remedy = f", or leave such prompts out with max_prompt_length={room}" if room > 0 else ""
             raise ValueError(
                 f"{prompt.row.source}: the prompt has {len(prompt.ids)} tokens, which with max_completion_length="
-                f"{max_completion_length} exceeds the model's context of {context_length}; shorten max_completion_length or set "
-                f"max_prompt_length={context_length - max_completion_length} to leave such prompts out"
+                f"{max_completion_length} exceeds the model's context of {context_length}; shorten max_completion_length{remedy}"
             )
     return prompts

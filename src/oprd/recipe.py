@@ -36,7 +36,6 @@ class Recipe:
         eval_dataset: problems with answers; None: no evaluation.
         eval_split: split of a hub dataset or generated task.
         eval_limit: use the first rows only; how many problems to generate.
-        eval_instruction: append the task's instruction to problems that do not say how to answer (and say how many).
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
@@ -50,7 +49,6 @@ class Recipe:
     eval_dataset: str | None = None
     eval_split: str = "test"
     eval_limit: int | None = None
-    eval_instruction: bool = True
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
@@ -90,6 +88,26 @@ def find_recipe(path: str | Path) -> Path:
     raise ValueError(f"config: there is no file {str(path)!r}; shipped recipes are {', '.join(shipped)}")
 
 
+_SAMPLED = "evaluation samples completions: see eval_num_generations and generation_batch_size"
+_NO_EFFECT = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the verb says what is done"),
+    **dict.fromkeys(
+        (
+            "per_device_eval_batch_size",
+            "eval_accumulation_steps",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "prediction_loss_only",
+        ),
+        _SAMPLED,
+    ),
+    **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), "there are no labels"),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "length_column_name"), "rollouts are sorted by length, prompts are drawn"
+    ),
+}
+
+
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, OPRDConfig]:
     """Check keys and values and build the two halves of a run's settings.
 
@@ -103,6 +121,8 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Reci
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: docs/configuration.md)")
+        if key in _NO_EFFECT:
+            raise ValueError(f"{where}: the key {key!r} has no effect here; remove it ({_NO_EFFECT[key]})")
     recipe_fields = {f.name for f in dataclasses.fields(Recipe)}
     typed = {
         k: _typed(k, v, (recipe_types if k in recipe_fields else config_types)[k], where) for k, v in values.items()
@@ -115,6 +135,8 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Reci
         raise ValueError(
             f"{where}: the key 'teacher_model' is missing (only with 'lora' the base model can be the teacher)"
         )
+    if recipe.eval_dataset and not typed.get("task"):
+        raise ValueError(f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded")
     for key in ("train_limit", "eval_limit"):
         if (value := getattr(recipe, key)) is not None and value < 1:
             raise ValueError(f"{where}: {key}: {value} is not allowed; at least 1, or leave it out for all rows")
@@ -150,7 +172,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word[2:].partition("=")
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
-        overrides[key.replace("-", "_")] = yaml.safe_load(text)
+        try:
+            overrides[key.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{key}: {text!r} cannot be read: {error}") from error
     return overrides
 
 
@@ -177,6 +202,7 @@ _ALWAYS_SHOWN = (
 )  # fmt: skip
 _NEVER_SHOWN = (
     "hub_token",  # a secret
+    "resume_from_checkpoint",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # deprecated twins of activation_checkpointing*
     "disable_tqdm", "include_for_metrics", "debug", "dataloader_pin_memory", "report_to", "accelerator_config",
 )  # fmt: skip  # the last row: filled in by transformers, the same for every run unless set
@@ -195,3 +221,42 @@ def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
         if field.name not in _NEVER_SHOWN and (ours or values[field.name] != field.default):
             shown[field.name] = values[field.name]
     return {**dataclasses.asdict(recipe), **shown}
+
+
+# What may differ when a run goes on: how long, how often and where it is recorded, and how much memory it takes.
+_MAY_CHANGE = frozenset((
+    "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
+    "run_name", "use_cpu", "dataloader_num_workers",
+))  # fmt: skip
+_MAY_CHANGE_PREFIXES = (
+    "eval_",
+    "save_",
+    "log_",
+    "logging_",
+    "num_completions_to_log",
+    "hub_",
+    "push_to_hub",
+    "ddp_",
+    "load_best",
+)
+
+
+def check_resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under other settings than it began with: half of them would not take effect.
+
+    Args:
+        stored: `resolved` settings that the run began with.
+        now: those of this call.
+
+    Raises:
+        ValueError: names every setting that differs and may not.
+    """
+    changed = [
+        f"{key} was {stored.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*stored, *now})
+        if stored.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_PREFIXES)
+    ]
+    if changed:
+        raise ValueError(
+            f"resume_from_checkpoint: the run began with other settings: {'; '.join(changed)}. Keep them, or start anew"
+        )

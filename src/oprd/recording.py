@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
 
-from oprd.checkpoint import VerifiedCheckpoints, newest_verified, verify
+from oprd.checkpoint import VerifiedCheckpoints, newest_verified, step_of, verify
 from oprd.config import OPRDConfig
 from oprd.data import PromptRow, as_prompt_rows
 from oprd.evaluate import Evaluation, evaluate, join_ranks
@@ -18,8 +22,10 @@ from oprd.metrics import MetricWindow
 from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import RolloutEngine, derive_seed
 from oprd.runlog import METRICS, RunFolder
-from oprd.tasks import Grader, Task
+from oprd.tasks import Grader, Task, with_instruction
 from oprd.types import Rollouts
+
+logger = logging.getLogger("oprd")
 
 Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
 
@@ -53,7 +59,7 @@ class RecordingTrainer(VerifiedCheckpoints):
         Raises:
             ValueError: no dataset.
         """
-        prompts: list[Prompt] = self.eval_dataset
+        prompts: list[Prompt] | None = self.eval_dataset
         if eval_dataset is not None:
             prompts = self._prompts(eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length)
         if not prompts:
@@ -73,7 +79,9 @@ class RecordingTrainer(VerifiedCheckpoints):
         prompts = self.eval_dataset if prompts is None else prompts
         k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
         share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
-        with self.grading() as grader:
+        # Before training the student is not wrapped yet: its precision must be the one it is trained and measured in later.
+        precision = self.accelerator.autocast() if model is self.model else nullcontext()
+        with self.grading() as grader, precision:
             part = evaluate(
                 self.accelerator.unwrap_model(model), self.engine, share, grader, k=k,
                 sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
@@ -85,27 +93,57 @@ class RecordingTrainer(VerifiedCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
 
+        Resuming from the last step restores it and trains nothing.
+
         Raises:
-            ValueError: the folder is in use or holds another run, nothing to resume from, or a damaged checkpoint.
+            ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
         """
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = newest_verified(Path(self.args.output_dir))
-            if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {self.args.output_dir}")
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            verify(checkpoint)
+        if not self.train_dataset:
+            raise ValueError("train_dataset: there is none")
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self._window = MetricWindow()  # an interrupted step of an earlier call must not count in this one
         with ExitStack() as stack:
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
                 if checkpoint:
-                    self.run_folder.cut_back(int(checkpoint.name.rsplit("-", 1)[1]))
+                    self.run_folder.cut_back(step_of(checkpoint))
                 else:
                     self.run_folder.refuse_used()
+            if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
+                return self._restore_finished(checkpoint)
             self._grader = stack.enter_context(self.grading())
             stack.callback(lambda: setattr(self, "_grader", None))
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The verified checkpoint that `train` would go on from; None for a fresh start.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it belongs to another run than the one in `output_dir`.
+        """
+        if not resume_from_checkpoint:
+            return None
+        output_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            newest = newest_verified(output_dir)
+            if newest is None:
+                raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
+            return newest
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir"
+            )
+        verify(checkpoint)
+        if checkpoint.resolve().parent != output_dir.resolve():
+            self.run_folder.refuse_used()
+        return checkpoint
+
+    def _restore_finished(self, checkpoint: Path) -> TrainOutput:
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        logger.info("%s is the last of max_steps=%d steps: nothing is left to train", checkpoint, self.args.max_steps)
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def grading(self) -> AbstractContextManager[Any]:
         """The task's grader, kept open while training; None inside when there is no task."""
@@ -113,10 +151,14 @@ class RecordingTrainer(VerifiedCheckpoints):
             return nullcontext(self._grader)
         return self.task.grader()
 
-    def _prompts(self, dataset: Dataset | None, name: str, max_completion_length: int) -> list[Prompt]:
+    def _prompts(self, dataset: Dataset | None, name: str, max_completion_length: int) -> list[Prompt] | None:
         if dataset is None:
-            return []
+            return None
         rows = as_prompt_rows(dataset, name)
+        if name == "eval_dataset" and self.task is not None and self.args.eval_instruction:
+            rows, changed = with_instruction(self.task, rows)
+            if changed:
+                logger.info("%s: appended %r to %d of %d prompts", name, self.task.instruction, changed, len(rows))
         return prepare_prompts(rows, name=name, max_completion_length=max_completion_length, **self._prompt_limits)
 
     def _log_completions(self, prompts: list[Prompt], rollouts: Rollouts, correct: list[bool | None]) -> None:

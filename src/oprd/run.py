@@ -19,14 +19,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.config import OPRDConfig
-from oprd.data import PromptRow
 from oprd.evaluate import evaluate
 from oprd.figures import plot_run
 from oprd.models import context_length, load_model, load_tokenizer, stop_token_ids
 from oprd.prompts import prepare_prompts
-from oprd.recipe import Recipe, load_rows, resolved
-from oprd.rollout import Sampling, TransformersEngine
-from oprd.runlog import COMPLETIONS, METRICS, RunFolder
+from oprd.recipe import Recipe, check_resumed, load_rows, resolved
+from oprd.rollout import ENGINES, Sampling, TransformersEngine
+from oprd.runlog import EVAL_COMPLETIONS, METRICS, RunFolder
 from oprd.tasks import get_task, with_instruction
 from oprd.trainer import OPRDTrainer
 
@@ -42,14 +41,17 @@ def build_trainer(recipe: Recipe, config: OPRDConfig, callbacks: list[TrainerCal
     """
     peft_config = None
     if recipe.lora is not None:
-        from peft import LoraConfig  # an extra: only users of LoRA need it
-
-        peft_config = LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
+        try:
+            from peft import LoraConfig  # an extra: only users of LoRA need it
+        except ImportError as error:
+            raise ValueError(f"lora: peft cannot be imported ({error}); pip install 'oprd[peft]'") from error
+        try:
+            peft_config = LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.lora})
+        except TypeError as error:
+            raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
     eval_rows = None
     if recipe.eval_dataset:
         eval_rows = load_rows(recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed)
-        if config.task and recipe.eval_instruction:
-            eval_rows, _ = _instruct(config.task, eval_rows, recipe.eval_dataset)
     trainer = OPRDTrainer(
         model=recipe.model,
         teacher_model=recipe.teacher_model,
@@ -94,29 +96,40 @@ def run_recipe(
     """
     started = time.perf_counter()
     trainer = build_trainer(recipe, config, callbacks)
+    main = trainer.is_world_process_zero()
     folder = Path(config.output_dir)
+    checkpoint = trainer.find_checkpoint(resume_from_checkpoint)
+    settings = resolved(recipe, config)
     summary: dict[str, Any] = {"student_before": None, "student_after": None, "teacher": None, "gap_closed": None}
+
+    def keep() -> None:  # after each part: a run that is killed and resumed still knows where it came from
+        if main:
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
     with ExitStack() as stack:
-        if trainer.is_world_process_zero():
+        if main:
             stack.enter_context(trainer.run_folder.hold())
-            if not resume_from_checkpoint:
+            if checkpoint is None:
                 trainer.run_folder.refuse_used()
-            (folder / "config.yaml").write_text(yaml.safe_dump(resolved(recipe, config), sort_keys=False))
+            elif (folder / "config.yaml").exists():
+                check_resumed(yaml.safe_load((folder / "config.yaml").read_text()), settings)
+                summary |= _measured_before(folder)
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         say(_describe(trainer))
         if recipe.eval_dataset:
-            if recipe.eval_teacher:
+            if recipe.eval_teacher and summary["teacher"] is None:
                 with trainer.teacher.sampler() as teacher:
                     summary["teacher"] = _evaluate(trainer, "teacher", teacher, say)
-            if recipe.eval_before and not resume_from_checkpoint:
+                keep()
+            if recipe.eval_before and checkpoint is None:
                 summary["student_before"] = _evaluate(trainer, "student before", trainer.model, say)
+                keep()
         train_started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
         if recipe.eval_dataset:
             summary["student_after"] = _evaluate(trainer, "student after", trainer.model, say)
         trainer.save_model(str(folder / "model"))
-        if resume_from_checkpoint and (folder / "summary.json").exists():
-            summary["student_before"] = json.loads((folder / "summary.json").read_text()).get("student_before")
         summary["gap_closed"] = gap_closed(summary)
         summary |= {
             "steps": trainer.state.global_step,
@@ -125,11 +138,17 @@ def run_recipe(
             "software": {name: version(name) for name in ("oprd", "torch", "transformers")},
             "python": platform.python_version(),
         }
-        if trainer.is_world_process_zero():
-            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-            if (folder / METRICS).exists():
-                plot_run(folder, folder / "curves.png")
+        keep()
+        if main and (folder / METRICS).exists():
+            plot_run(folder, folder / "curves.png")
     return summary
+
+
+def _measured_before(folder: Path) -> dict[str, Any]:
+    """What an earlier part of this run measured before it trained."""
+    file = folder / "summary.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    return {name: earlier.get(name) for name in ("student_before", "teacher")}
 
 
 def evaluate_checkpoint(
@@ -142,13 +161,15 @@ def evaluate_checkpoint(
     limit: int | None = None,
     split: str = "test",
     batch_size: int = 64,
+    engine: str = "transformers",
+    on_batch: Callable[[int, int], None] | None = None,
     dtype: str = "auto",
     seed: int = 0,
     instruction: bool = True,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate one model on one set of problems; with `output_dir`, write `eval.json` and `completions.jsonl` there.
+    """Evaluate one model on one set of problems; with `output_dir`, write `eval.json` and `eval_completions.jsonl` there.
 
     Args:
         model: folder (also of a PEFT adapter), hub name or embedded name.
@@ -159,6 +180,8 @@ def evaluate_checkpoint(
         limit: first problems only.
         split: of a hub dataset or generated task.
         batch_size: completions generated together.
+        engine: what samples: transformers or vllm.
+        on_batch: called with (completions done, of all) as they are made, by engines that work in batches.
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
@@ -175,7 +198,9 @@ def evaluate_checkpoint(
     rows = load_rows(dataset, split, limit, seed)
     instructed = 0
     if instruction:
-        rows, instructed = _instruct(task, rows, dataset)
+        rows, instructed = with_instruction(grading, rows)
+        if instructed:
+            logger.info("%s: appended %r to %d of %d prompts", dataset, grading.instruction, instructed, len(rows))
     lm = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     lm.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -183,10 +208,14 @@ def evaluate_checkpoint(
         rows, tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
         context_length=context_length(lm),
     )  # fmt: skip
-    engine = TransformersEngine(tokenizer, stop_token_ids(lm, tokenizer), batch_size)
+    if engine not in ENGINES:
+        raise ValueError(f"engine: {engine!r} is not one of {', '.join(ENGINES)}")
+    sampler = ENGINES[engine](tokenizer, stop_token_ids(lm, tokenizer), batch_size)
+    if isinstance(sampler, TransformersEngine):
+        sampler.on_batch = on_batch
     started = time.perf_counter()
     with grading.grader() as grader:
-        result = evaluate(lm, engine, prompts, grader, k=k, sampling=sampling, seed=seed)
+        result = evaluate(lm, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
         stats = dict(grader.stats)
     settings = {
         "model": model,
@@ -199,18 +228,11 @@ def evaluate_checkpoint(
     summary = {**result.summary, **settings, "grading": stats, "seconds": round(time.perf_counter() - started, 2)}
     if output_dir is not None:
         folder = RunFolder(output_dir)
-        (folder.path / COMPLETIONS).unlink(missing_ok=True)
         shown = [prompts[row].row.prompt for row in result.rollouts.rows]
-        folder.append_completions(0, shown, result.rollouts, result.correct)
-        (folder.path / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with folder.hold():
+            folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
+            (folder.path / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def _instruct(task: str, rows: list[PromptRow], name: str) -> tuple[list[PromptRow], int]:
-    rows, changed = with_instruction(get_task(task), rows)
-    if changed:
-        logger.info("%s: appended %r to %d of %d prompts", name, get_task(task).instruction, changed, len(rows))
-    return rows, changed
 
 
 def gap_closed(summary: dict[str, Any]) -> float | None:

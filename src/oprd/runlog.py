@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from oprd.types import Rollouts
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+EVAL_COMPLETIONS = "eval_completions.jsonl"
+LOCK = "_lock"  # a hub upload leaves out names that begin so
 
 
 class RunFolder:
@@ -28,7 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = FileLock(self.path / LOCK, timeout=0)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -61,7 +64,13 @@ class RunFolder:
             )
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of steps after `step`, from which the run goes on."""
+        """Drop the lines of steps after `step`, from which the run goes on, and put later checkpoints out of the way."""
+        for later in self.path.glob("checkpoint-*"):
+            number = later.name.removeprefix("checkpoint-")
+            if number.isdigit() and int(number) > step:
+                aside = self.path / f"superseded-{later.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
         for name in (METRICS, COMPLETIONS):
             path = self.path / name
             if path.exists():
@@ -79,19 +88,17 @@ class RunFolder:
     def append_completions(
         self, step: int, prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
     ) -> None:
-        """Append sampled completions, one JSON line each."""
-        for index, prompt in enumerate(prompts):
-            self.append(
-                COMPLETIONS,
-                {
-                    "step": step,
-                    "prompt": prompt,
-                    "completion": rollouts.texts[index],
-                    "tokens": len(rollouts.completion_ids[index]),
-                    "finish_reason": rollouts.finish_reasons[index],
-                    "correct": correct[index],
-                },
-            )
+        """Append completions sampled in a step, one JSON line each."""
+        for row in _completion_rows(prompts, rollouts, correct):
+            self.append(COMPLETIONS, {"step": step, **row})
+
+    def write_completions(
+        self, name: str, prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+    ) -> None:
+        """Write completions to a file of their own, one JSON line each, in place of what it held."""
+        (self.path / name).unlink(missing_ok=True)
+        for row in _completion_rows(prompts, rollouts, correct):
+            self.append(name, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of `metrics.jsonl`."""
@@ -102,3 +109,16 @@ class RunFolder:
 def _lines(path: Path) -> list[bytes]:
     """Whole lines; what follows the last line break was cut short by a kill. Sampled text may hold other line separators."""
     return path.read_bytes().split(b"\n")[:-1]
+
+
+def _completion_rows(
+    prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+) -> Iterator[dict[str, Any]]:
+    for index, prompt in enumerate(prompts):
+        yield {
+            "prompt": prompt,
+            "completion": rollouts.texts[index],
+            "tokens": len(rollouts.completion_ids[index]),
+            "finish_reason": rollouts.finish_reasons[index],
+            "correct": correct[index],
+        }

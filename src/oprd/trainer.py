@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,14 +32,18 @@ from oprd.runlog import RunFolder
 from oprd.tasks import get_task
 from oprd.types import Rollouts, States
 
+logger = logging.getLogger("oprd")
+
 
 class OPRDTrainer(RecordingTrainer):
     """Distils a teacher into a student on the student's own rollouts, by matching hidden states (OPRD, arXiv 2606.06021).
 
     Args:
-        model: student, by name (loaded in float32) or as a model with float32 trainable weights.
+        model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
+            the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
         teacher_model: teacher of the same depth, width and token map, by name or as a model. None with a `peft_config`: the
-            student without its adapter.
+            student without its adapter (for an adapter that is trained already: a fresh one changes nothing, so there is
+            nothing to learn).
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer".
         eval_dataset: rows with "prompt" and "answer", for `evaluate`.
@@ -81,6 +86,7 @@ class OPRDTrainer(RecordingTrainer):
         self.layers = resolve_layers(args.layers, num_layers(student))
         self.task = get_task(args.task) if args.task else None
         self.engine = ENGINES[args.rollout_engine](tokenizer, stop_token_ids(student, tokenizer), **args.engine_kwargs)
+        self.args = args  # rendering the prompts needs it, before Trainer takes it
         self.run_folder = RunFolder(args.output_dir)
         self._prompt_limits = {
             "tokenizer": tokenizer,
@@ -138,6 +144,8 @@ class OPRDTrainer(RecordingTrainer):
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
             )
+        if loss == 0 and self.state.global_step == 0:
+            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         self._window.add(loss=loss, padding_share=share * padding_share(rollouts.input_lengths, groups))
         self._window.add(**rollout_metrics(rollouts, correct), micro_batches=len(groups))
         self._log_completions(inputs, rollouts, correct)

@@ -31,7 +31,7 @@ def main() -> None:
     """Run the command line; bad input ends with one message and exit code 1 (OPRD_DEBUG=1 shows where it was raised)."""
     try:
         app()
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("OPRD_DEBUG"):
             raise
         sys.stderr.write(f"oprd: error: {error}\n")

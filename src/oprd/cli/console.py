@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +18,9 @@ console = Console(highlight=False)
 
 
 def say(line: str) -> None:
-    """Print one line as it is: model names and file names are text, never markup."""
-    console.print(line, markup=False, soft_wrap=True)
+    """Print one line as it is (model names and file names are text, never markup); of several processes, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -31,6 +33,20 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bar()
+
+
+def count_completions(every_seconds: float = 10.0) -> Callable[[int, int], None]:
+    """A function that prints how many completions are done, and the time left, every few seconds."""
+    started = last = time.monotonic()
+
+    def count(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_seconds and done < total:
+            last = now
+            say(f"{done}/{total} completions, ETA {(now - started) / done * (total - done):.0f} s")
+
+    return count
 
 
 @contextmanager

@@ -46,15 +46,15 @@ def _clear_earlier_demo(folder: Path) -> None:
     """Empty the folder if an earlier demo wrote it; leave every other folder to the usual refusal."""
     import shutil
 
-    from oprd.runlog import RunFolder
+    from oprd.runlog import LOCK, RunFolder
 
     marker = folder / ".oprd-demo"
     if marker.exists():
         with RunFolder(folder).hold():
             for item in folder.iterdir():
-                if item.name not in (".lock", marker.name):
+                if item.name not in (LOCK, marker.name):
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
-    elif folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    elif folder.exists() and any(p.name != LOCK for p in folder.iterdir()):
         raise ValueError(f"output_dir: {folder} holds something that no demo wrote; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()

@@ -19,30 +19,45 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus truncation; the paper evaluates at 0.95.")] = 0.95,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
+    engine: Annotated[str, typer.Option(help="What samples: transformers, vllm.")] = "transformers",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     instruction: Annotated[
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
-    output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and completions.jsonl here.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and eval_completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
     """Sample k completions a problem, grade them, print and write the measures."""
-    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.console import count_completions, quiet_libraries, say
 
     if k < 1:
         raise ValueError(f"k: {k} is not allowed; at least 1 sample a problem")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
     quiet_libraries()
     from oprd.rollout import Sampling
     from oprd.run import describe_accuracy, evaluate_checkpoint
 
     summary = evaluate_checkpoint(
-        model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
-        batch_size=batch_size, dtype=dtype, seed=seed, instruction=instruction, output_dir=output_dir,
+        model,
+        dataset,
+        task=task,
+        k=k,
+        sampling=Sampling(max_completion_length, temperature, top_p),
+        limit=limit,
+        split=split,
+        batch_size=batch_size,
+        engine=engine,
+        on_batch=count_completions(),
+        dtype=dtype,
+        seed=seed,
+        instruction=instruction,
+        output_dir=output_dir,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
     if output_dir is not None:
-        say(f"written to {output_dir} (eval.json, completions.jsonl)")
+        say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")

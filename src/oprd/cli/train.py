@@ -11,10 +11,15 @@ def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything that needs no model, print the plan, stop.")
+        bool, typer.Option("--dry-run", "--dry_run", help="Check everything that needs no model, print the plan, stop.")
     ] = False,
     resume_from_checkpoint: Annotated[
-        str | None, typer.Option(help="'true' for the newest good checkpoint of output_dir, or a checkpoint's folder.")
+        str | None,
+        typer.Option(
+            "--resume-from-checkpoint",
+            "--resume_from_checkpoint",
+            help="'true' for the newest good checkpoint of output_dir, or a checkpoint's folder.",
+        ),
     ] = None,
 ) -> None:
     """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
@@ -32,8 +37,9 @@ def train(
     recipe, settings = load_recipe(config, overrides)
     from oprd.run import run_recipe
 
-    switch = {"true": True, "false": False}
-    resume = switch.get((resume_from_checkpoint or "false").lower(), resume_from_checkpoint)
+    resume: str | bool = resume_from_checkpoint or settings.resume_from_checkpoint or False
+    if str(resume).lower() in ("true", "yes", "false", "no"):
+        resume = str(resume).lower() in ("true", "yes")
     with live_progress() as callback:
         summary = run_recipe(recipe, settings, say=say, callbacks=[callback], resume_from_checkpoint=resume)
     if summary["gap_closed"] is not None:

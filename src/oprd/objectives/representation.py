@@ -72,7 +72,8 @@ class _RepresentationError(torch.autograd.Function):
             difference_ND = torch.sub(student_hat_ND, target_ND, out=target_ND)
             error_N = _norm(difference_ND, accumulate).square()
             # d/ds ‖ŝ − t̂‖² = 2 (I − ŝŝᵀ)(ŝ − t̂)/‖s‖: what lies along s does not change its direction.
-            along_N = torch.linalg.vecdot(student_hat_ND.to(accumulate), difference_ND.to(accumulate))
+            # Not vecdot or a matrix product: under autocast those would round to bfloat16.
+            along_N = (student_hat_ND.to(accumulate) * difference_ND).sum(-1)
             difference_ND.sub_((along_N[:, None] * student_hat_ND).to(dtype))
             difference_ND.mul_((2.0 / student_norm_N)[:, None])
         else:

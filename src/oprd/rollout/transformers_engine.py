@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,9 @@ class TransformersEngine:
         tokenizer: decodes completions.
         stop_token_ids: ids that end a completion; the one generated is part of it.
         batch_size: completions generated together.
+
+    Attributes:
+        on_batch: called after each batch with (completions done, of all), for a progress display.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
@@ -29,6 +32,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.batch_size = batch_size
+        self.on_batch: Callable[[int, int], None] | None = None
         # Any id will do: padding is masked in the prompt and cut off after the end.
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
 
@@ -64,6 +68,8 @@ class TransformersEngine:
                 indices = order[start : start + self.batch_size]
                 batch = self._generate_batch(model, [prompts[i] for i in indices], sampling)
                 completions.update(zip(indices, batch, strict=True))
+                if self.on_batch is not None:
+                    self.on_batch(len(completions), len(order))
         ordered = [completions[i] for i in range(len(prompts))]
         reasons: list[FinishReason] = ["stop" if c[-1] in self.stop_token_ids else "length" for c in ordered]
         texts = self.tokenizer.batch_decode(ordered, skip_special_tokens=True)
