@@ -81,8 +81,8 @@ def main(out: Path) -> None:
         evaluated = [[*rollouts.prompt_ids], [*rollouts.completion_ids], [*rollouts.rows]]
         (out / f"evaluated-{count}-{rank}.json").write_text(json.dumps(evaluated))
     # sampled rollouts and dropout: saved by two ranks, resumed by two
-    for name, steps in (("whole", 4), ("stopped", 2), ("stopped", 4)):
-        resumed = (out / name).exists()
+    # (whether to resume is said here: asking the disk, a slow rank would find what a fast one has just begun)
+    for name, steps, resumed in (("whole", 4, False), ("stopped", 2, False), ("stopped", 4, True)):
         trainer = tiny_trainer(
             out / name, tiny_model("gpt2"), tiny_model("gpt2", 1), save_strategy="steps", save_steps=1,
             **{**COMMON, "max_steps": steps, "per_device_train_batch_size": 2},

@@ -81,7 +81,7 @@ def test_a_prompt_that_leaves_no_room_names_row_and_numbers():
     assert len(prepare(["1" * 12], context_length=20)) == 1  # 12 + 8 fit exactly
     message = (
         r"file\.jsonl:2: the prompt has 13 tokens, which with max_completion_length=8 exceeds the model's context of 20; "
-        r"shorten max_completion_length or set max_prompt_length=12 to leave such prompts out"
+        r"shorten max_completion_length, or leave such prompts out with max_prompt_length=12"
     )
     with pytest.raises(ValueError, match=message):
         prepare(["1", "1" * 13], context_length=20)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from oprd.checkpoint import list_checkpoints, verify
+from oprd.runlog import RunFolder
 from oprd.tasks import FunctionGrader, Task
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights, without_times
 
@@ -234,3 +235,32 @@ def test_the_best_model_is_kept_and_loaded(tmp_path):
 def test_save_total_limit_keeps_the_newest(tmp_path):
     trainer_in(tmp_path, save_total_limit=1).train()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6"]
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    trained = tiny_trainer(tmp_path, scripted=True, **settings)
+    trained.train()
+    again = tiny_trainer(tmp_path, scripted=True, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for name, value in weights(trained.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+    assert [row["step"] for row in again.run_folder.read_metrics()] == [1, 2, 3]
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_going_back_puts_later_checkpoints_aside_and_other_runs_are_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path / "run", scripted=True, max_steps=4, **settings).train()
+    tiny_trainer(tmp_path / "run", scripted=True, max_steps=3, **settings).train(str(tmp_path / "run" / "checkpoint-2"))
+    assert [row["step"] for row in RunFolder(tmp_path / "run").read_metrics()] == [1, 2, 3]
+    assert (tmp_path / "run" / "superseded-checkpoint-4").is_dir()
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+    tiny_trainer(tmp_path / "other", scripted=True, max_steps=1, **settings).train()
+    with pytest.raises(ValueError, match="already holds a run"):
+        tiny_trainer(tmp_path / "other", scripted=True, max_steps=3, **settings).train(
+            str(tmp_path / "run" / "checkpoint-2")
+        )
+    with pytest.raises(ValueError, match="there is no folder"):
+        tiny_trainer(tmp_path / "other", scripted=True, **settings).train("nowhere")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from oprd.rollout import Sampling
-from oprd.runlog import RunFolder
+from oprd.runlog import LOCK, RunFolder
 from oprd.tasks import FunctionGrader, Task
 from oprd.types import Rollouts
 from tiny import (
@@ -487,7 +489,7 @@ def test_ddp_may_not_look_for_unused_parameters(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    lock = f"lock = filelock.FileLock({str(tmp_path / '.lock')!r})"
+    lock = f"lock = filelock.FileLock({str(tmp_path / LOCK)!r})"
     code = f"import filelock; {lock}; lock.acquire(); print('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -521,3 +523,68 @@ def test_a_teacher_whose_tokenizer_is_unknown_is_mentioned(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="oprd"):
         tiny_trainer(tmp_path)
     assert "its tokenizer cannot be compared" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_a_push_uploads_whole_checkpoints_and_no_pickle(tmp_path, monkeypatch, strategy):
+    uploads = []
+
+    class Job:
+        def is_done(self):
+            return True
+
+    class Hub:
+        def upload_folder(self, *, folder_path, ignore_patterns=(), **kwargs):
+            files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
+            uploads.append(
+                [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in ignore_patterns or ())]
+            )
+            return Job()
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/x")
+    )
+    monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda self: None)
+    trainer = tiny_trainer(
+        tmp_path,
+        scripted=True,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_strategy=strategy,
+    )
+    trainer.train()
+    assert uploads
+    assert any("model.safetensors" in files for files in uploads)
+    for name in (name for files in uploads for name in files):
+        assert ".staging" not in name
+        assert not name.startswith("_")
+        assert not name.endswith((".bin", ".pt", ".pth", ".pkl"))
+    assert not list(tmp_path.rglob("*.bin"))
+    assert (tmp_path / "checkpoint-2" / "manifest.json").exists()
+
+
+def test_an_interrupted_step_does_not_count_in_the_next_call(tmp_path):
+    trainer = tiny_trainer(tmp_path / "run", scripted=True, max_steps=2)
+    trainer._window.add(loss=100.0, rollouts=5)
+    trainer.train()
+    assert trainer.run_folder.read_metrics()[0]["loss"] < 50
+
+
+def test_without_a_dataset_there_is_nothing_to_train_or_evaluate(tmp_path):
+    trainer = tiny_trainer(tmp_path, scripted=True)
+    trainer.train_dataset = trainer._prompts(None, "train_dataset", 9)
+    assert trainer.train_dataset is None
+    with pytest.raises(ValueError, match="train_dataset: there is none"):
+        trainer.train()
+    with pytest.raises(ValueError, match="eval_dataset"):
+        tiny_trainer(tmp_path / "other", scripted=True, eval_strategy="steps", eval_steps=1)
+
+
+def test_nothing_to_learn_is_said(tmp_path, caplog):
+    student = tiny_model()
+    with caplog.at_level("WARNING", logger="oprd"):
+        tiny_trainer(tmp_path, student, copy.deepcopy(student), scripted=True, max_steps=1).train()
+    assert "there is nothing to learn" in caplog.text
