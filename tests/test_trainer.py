@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import fnmatch
 import json
@@ -529,9 +530,8 @@ def test_a_teacher_whose_tokenizer_is_unknown_is_mentioned(tmp_path, caplog):
 def test_a_push_uploads_whole_checkpoints_and_no_pickle(tmp_path, monkeypatch, strategy):
     uploads = []
 
-    class Job:
-        def is_done(self):
-            return True
+    done = concurrent.futures.Future()
+    done.set_result(None)
 
     class Hub:
         def upload_folder(self, *, folder_path, ignore_patterns=(), **kwargs):
@@ -539,7 +539,7 @@ def test_a_push_uploads_whole_checkpoints_and_no_pickle(tmp_path, monkeypatch, s
             uploads.append(
                 [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in ignore_patterns or ())]
             )
-            return Job()
+            return done
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     monkeypatch.setattr(
@@ -555,6 +555,7 @@ def test_a_push_uploads_whole_checkpoints_and_no_pickle(tmp_path, monkeypatch, s
         push_to_hub=True,
         hub_strategy=strategy,
     )
+    trainer.push_in_progress, trainer.hub_model_id = None, "me/x"
     trainer.train()
     assert uploads
     assert any("model.safetensors" in files for files in uploads)
