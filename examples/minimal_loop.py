@@ -17,7 +17,7 @@ from oprd.models import load_model, load_tokenizer, stop_token_ids
 from oprd.tasks import get_task
 
 
-def main(steps: int, prompts_per_step: int, learning_rate: float, seed: int) -> None:
+def main(steps: int, prompts_per_step: int, learning_rate: float, seed: int, problems: int = 250) -> None:
     """Distil the embedded teacher into the embedded student and print accuracy before and after."""
     torch.set_num_threads(1)
     student = load_model("embedded:tiny/student", dtype=torch.float32)
@@ -27,7 +27,7 @@ def main(steps: int, prompts_per_step: int, learning_rate: float, seed: int) -> 
     sampling = Sampling(max_completion_length=64)
     task = get_task("addition")
     assert task.problems is not None
-    train, test = task.problems(4096, seed, "train"), task.problems(250, seed, "test")
+    train, test = task.problems(4096, seed, "train"), task.problems(problems, seed, "test")
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def sample(rows: list, rollout_seed: int):  # the student writes
