@@ -185,6 +185,13 @@ def test_a_folder_in_use_is_refused(recipe, tmp_path):
     assert f"output_dir: {tmp_path / 'run'} is in use by another run" in result.stderr
 
 
+def test_an_output_folder_that_is_a_file_is_refused(oprd, recipe, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    result = oprd("train", "--config", recipe())
+    assert result.returncode == 1
+    assert "is a file; name a folder" in result.stderr
+
+
 def test_eval_refuses_k_below_one(oprd):
     result = oprd("eval", "--model", "embedded:tiny/student", "--dataset", "generated:addition", "--k", "0")
     assert result.returncode == 1

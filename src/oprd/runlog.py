@@ -26,10 +26,14 @@ class RunFolder:
     Args:
         path: the folder; made when it does not exist.
 
+    Raises:
+        ValueError: there is a file of that name.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir: {self.path} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / LOCK, timeout=0)
 
