@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from resident import memory_kib
+
 STUDENT_VOCABULARY, TEACHER_VOCABULARY, TOKENIZER = 151_936, 152_064, 151_669
 WAYS = ("representation", "chunked", "chunked_trained", "dense")
 ROLLOUTS, TOKENS, PROMPT = 4, 577, 65  # 4 · 512 = 2,048 response positions
@@ -28,14 +30,6 @@ SHAPE = {
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4, "num_attention_heads": 14, "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-
-
-def memory_kib(field: str) -> int:
-    """A field of /proc/self/status in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def dense_loss(student, teacher, student_ND, teacher_ND):

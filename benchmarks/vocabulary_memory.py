@@ -20,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from resident import memory_kib
+
 VOCABULARIES = (1_000, 151_936)
 WAYS = ("oprd", "full_forward")
 ROLLOUTS, TOKENS, PROMPT = 4, 512, 64
@@ -27,14 +29,6 @@ SHAPE = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-
-
-def memory_kib(field: str) -> int:
-    """A field of /proc/self/status in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 def measure(way: str, vocabulary: int) -> dict[str, float]:

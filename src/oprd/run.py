@@ -106,6 +106,8 @@ def run_recipe(
         if main:
             (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
+    if checkpoint is not None:  # on every rank: all must agree on what is left to evaluate together
+        summary |= _measured_before(folder)
     with ExitStack() as stack:
         if main:
             stack.enter_context(trainer.run_folder.hold())
@@ -113,7 +115,6 @@ def run_recipe(
                 trainer.run_folder.refuse_used()
             elif (folder / "config.yaml").exists():
                 check_resumed(yaml.safe_load((folder / "config.yaml").read_text()), settings)
-                summary |= _measured_before(folder)
             (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         say(_describe(trainer))
         if recipe.eval_dataset:

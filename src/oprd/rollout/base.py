@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from oprd.types import Rollouts
+from oprd.types import FinishReason, Rollouts
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,34 @@ class RolloutEngine(Protocol):
     ) -> Rollouts:
         """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed."""
         ...
+
+
+def repeat_prompts(
+    prompt_ids: Sequence[Sequence[int]], num_generations: int, rows: Sequence[int] | None
+) -> tuple[list[list[int]], list[int]]:
+    """Each prompt `num_generations` times in a row, and the dataset row that each of them belongs to.
+
+    Raises:
+        ValueError: `num_generations` < 1.
+    """
+    if num_generations < 1:
+        raise ValueError(f"num_generations: {num_generations} is not allowed; at least 1")
+    names = rows if rows is not None else range(len(prompt_ids))
+    prompts = [list(prompt) for prompt in prompt_ids for _ in range(num_generations)]
+    return prompts, [row for row in names for _ in range(num_generations)]
+
+
+def to_rollouts(
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    owners: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int],
+) -> Rollouts:
+    """Sampled completions as rollouts: "stop" where the last token is one that ends a completion, texts without special tokens."""
+    reasons: list[FinishReason] = ["stop" if c[-1] in stop_token_ids else "length" for c in completions]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return Rollouts(prompts, completions, reasons, texts, owners)
 
 
 def derive_seed(*parts: int) -> int:

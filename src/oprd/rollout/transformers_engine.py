@@ -10,8 +10,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oprd.models import causal_lm
-from oprd.rollout.base import Sampling
-from oprd.types import FinishReason, Rollouts
+from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.types import Rollouts
 
 
 class TransformersEngine:
@@ -53,11 +53,7 @@ class TransformersEngine:
         Raises:
             ValueError: `num_generations` < 1.
         """
-        if num_generations < 1:
-            raise ValueError(f"num_generations: {num_generations} is not allowed; at least 1")
-        row_names = rows if rows is not None else range(len(prompt_ids))
-        prompts = [list(prompt) for prompt in prompt_ids for _ in range(num_generations)]
-        owners = [row for row in row_names for _ in range(num_generations)]
+        prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         completions: dict[int, list[int]] = {}
         # Neighbours in length share a batch, so that left padding stays small; ties keep their order (determinism).
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -71,9 +67,7 @@ class TransformersEngine:
                 if self.on_batch is not None:
                     self.on_batch(len(completions), len(order))
         ordered = [completions[i] for i in range(len(prompts))]
-        reasons: list[FinishReason] = ["stop" if c[-1] in self.stop_token_ids else "length" for c in ordered]
-        texts = self.tokenizer.batch_decode(ordered, skip_special_tokens=True)
-        return Rollouts(prompts, ordered, reasons, texts, owners)
+        return to_rollouts(prompts, ordered, owners, self.tokenizer, self.stop_token_ids)
 
     @torch.no_grad()
     def _generate_batch(self, model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:

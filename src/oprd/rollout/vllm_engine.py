@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.models import causal_lm
-from oprd.rollout.base import Sampling
-from oprd.types import FinishReason, Rollouts
+from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.types import Rollouts
 
 # What a config says about anything but the computation: models that differ only here are served by the same `vllm.LLM`.
 _INCIDENTAL = frozenset(
@@ -97,16 +97,10 @@ class VLLMEngine:
         Raises:
             ValueError: `num_generations` < 1, a model that cannot be served, or longer sequences than memory holds.
         """
-        if num_generations < 1:
-            raise ValueError(f"num_generations: {num_generations} is not allowed; at least 1")
-        row_names = rows if rows is not None else range(len(prompt_ids))
-        prompts = [list(prompt) for prompt in prompt_ids for _ in range(num_generations)]
-        owners = [row for row in row_names for _ in range(num_generations)]
+        prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         with _process_left_as_it_was():
             completions = self._complete(causal_lm(model), prompts, sampling, seed)
-        reasons: list[FinishReason] = ["stop" if c[-1] in self.stop_token_ids else "length" for c in completions]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return Rollouts(prompts, completions, reasons, texts, owners)
+        return to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids)
 
     def _complete(
         self, lm: PreTrainedModel, prompts: list[list[int]], sampling: Sampling, seed: int
