@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,27 +19,70 @@ from oprd.checkpoint import list_checkpoints, verify
 from tiny import weights, without_times
 
 HERE = Path(__file__).parent
+SECONDS = 300  # for both ranks together; the limits of a rank itself, in ddp_script.py, are shorter and say more
+
+pytestmark = pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks; what they say must win
+
+
+def start_rank(rank: int, out: Path) -> subprocess.Popen:
+    """`ddp_script.py` as one of two ranks, without a launcher (whose death would leave its ranks alone)."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment = {
+        **os.environ, **{name: str(value) for name, value in ranks.items()}, "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
+    }  # fmt: skip
+    with log_of(rank, out).open("wb") as log:  # a file, not a pipe: nobody waits for whom it belongs to
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "ddp_script.py"), str(out)], env=environment, stdout=log, stderr=log
+        )
+
+
+def log_of(rank: int, out: Path) -> Path:
+    return out / f"rank-{rank}.log"
+
+
+def wait_for(processes: list[subprocess.Popen], seconds: float) -> bool:
+    """Until all have ended well, one has failed, or the time is over; whether anything is left to wait for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """End them all; one that still runs first prints the stacks of its threads."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)  # faulthandler's
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """The folder in which both ranks of `ddp_script.py` left their results."""
     out = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
-        str(HERE / "ddp_script.py"), str(out),
-    ]  # fmt: skip
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            output, _ = process.communicate()
-            pytest.fail(f"two processes did not end in time:\n{output[-4000:]}")
-    assert (out / "done").exists(), output[-6000:]
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank in (0, 1):
+            processes.append(start_rank(rank, out))
+        late = wait_for(processes, SECONDS)
+        if any(process.returncode for process in processes):
+            wait_for([p for p in processes if p.poll() is None], 10)  # the other one's error tells more
+    finally:
+        stop(processes)
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        said = "\n".join(f"--- rank {rank}\n{log_of(rank, out).read_text()[-8000:]}" for rank in (0, 1))
+        pytest.fail(f"{'not done in time, ' * late}exit codes {codes}\n{said}", pytrace=False)
     return out
 
 
