@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from oprd.cli import demo, evaluation, train
+from oprd.cli import compare, demo, evaluation, train
 
 app = typer.Typer(
     name="oprd",
@@ -20,6 +20,7 @@ _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
 app.command("train", context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
+app.command("compare")(compare.compare)
 
 
 @app.callback()

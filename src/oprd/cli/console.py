@@ -65,7 +65,9 @@ def live_progress() -> Iterator[TrainerCallback]:
 
 def describe_step(logs: dict[str, Any]) -> str:
     """Loss, cosine, accuracy, length and how the step's time was split, in one line."""
-    parts = [f"loss {logs['loss']:.4g}", f"cosine {logs['cosine']:.3f}"]
+    parts = [f"loss {logs['loss']:.4g}"]
+    if "cosine" in logs:
+        parts.append(f"cosine {logs['cosine']:.3f}")
     if "accuracy" in logs:
         parts.append(f"accuracy {logs['accuracy']:.0%}")
     parts.append(f"length {logs['completions/mean_length']:.0f}")
@@ -91,7 +93,7 @@ class StepLines(_Shown):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print a training step."""
-        if not state.is_world_process_zero or not logs or "cosine" not in logs:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         now = time.monotonic()
         done = state.global_step - self.first_step
@@ -118,5 +120,5 @@ class StepBar(_Shown):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Renew the news."""
-        if state.is_world_process_zero and self.bar is not None and logs and "cosine" in logs:
+        if state.is_world_process_zero and self.bar is not None and logs and "loss" in logs:
             self.progress.update(self.bar, news=describe_step(logs))

@@ -1,0 +1,70 @@
+"""`oprd compare`: several objectives on the same pair, prompts and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def compare(
+    config: Annotated[str, typer.Option(help="Comparison: a YAML file, or the name of a shipped one (tiny).")],
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Runs at a time. More than one ends sooner, but the runs disturb each other's timing."
+        ),
+    ] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each run.")] = 1,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write the report of the runs that are complete.")
+    ] = False,
+) -> None:
+    """Compare objectives: same models, prompts and seeds, one process a run. Called again, it runs what is missing."""
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.compare.plan import load_comparison, plan_runs, rollouts_a_step
+    from oprd.compare.report import NAMES, build_report, write_report
+    from oprd.compare.runner import open_runs, run_all
+    from oprd.runlog import RunFolder
+
+    file, comparison = load_comparison(config)
+    runs = plan_runs(comparison, file)
+    folder = Path(comparison.output_dir)
+    failed: list[Any] = []
+    with RunFolder(folder).hold():
+        missing = open_runs(runs)
+        if not report_only:
+            say(
+                f"{len(runs)} runs ({len(comparison.objectives)} objectives, {len(comparison.learning_rates)} learning rates, "
+                f"{len(comparison.seeds)} seeds), {rollouts_a_step(runs[0])} rollouts a step; {len(missing)} to do"
+            )
+            failed = run_all(missing, workers=workers, threads=threads, say=say)
+        report = build_report(comparison, file, runs)
+        write_report(folder, report)
+    _show(report)
+    say(f"written to {folder} ({', '.join(NAMES)}; each run under runs/)")
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again"
+        )
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from oprd.cli.console import console, say
+    from oprd.compare.report import notes, table
+
+    header, rows = table(report)
+    shown = Table(*header, box=SIMPLE, pad_edge=False)
+    for best, cells in rows:
+        marked = [cells[0], f"{cells[1]} *" if best else cells[1], *cells[2:]]
+        shown.add_row(*marked, style="bold" if best else None)
+    (console if console.is_terminal else Console(width=140)).print(shown)  # a file or a pipe has no width to keep to
+    for note in notes(report):
+        say(note)

@@ -1,0 +1,1 @@
+"""`oprd compare`: one pair, the same prompts and seeds, several objectives."""
