@@ -1,12 +1,13 @@
-"""What a full-vocabulary KL update costs in memory beside a representation-only one, at |V| = 152k: by chunks, and the dense way.
+"""What an update by each objective costs in memory and time beside a representation-only one, at |V| = 152k.
 
     python benchmarks/output_space_memory.py [--json FILE] [--repeats N] [--ways WAY …]
 
 Measure: each case runs in a fresh process; its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
 the resident memory before it. Student and teacher differ in padded vocabulary (151,936 and 152,064), as Qwen's do.
-Ways: "representation" is the all-layer loss of OPRD, no head; "chunked" is the exact reverse KL by `oprd.lm_head`; "dense" makes
-both logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "chunked_trained"
-trains it: its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
+Ways: "representation" is the all-layer loss of OPRD, no head; the names of `OUTPUT_SPACE` and "policy_gradient" (GRPO, no teacher)
+go through `oprd.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" makes both logits and
+lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "reverse_kl_trained" trains it: its
+gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from pathlib import Path
 from resident import memory_kib
 
 STUDENT_VOCABULARY, TEACHER_VOCABULARY, TOKENIZER = 151_936, 152_064, 151_669
-WAYS = ("representation", "chunked", "chunked_trained", "dense")
+WAYS = (
+    "representation", "reverse_kl", "forward_kl", "jsd", "sampled_token", "top_k", "tail_sampled", "policy_gradient", "composite",
+    "reverse_kl_trained", "dense",
+)  # fmt: skip
 ROLLOUTS, TOKENS, PROMPT = 4, 577, 65  # 4 · 512 = 2,048 response positions
 SHAPE = {
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4, "num_attention_heads": 14, "num_key_value_heads": 2,
@@ -42,14 +46,47 @@ def dense_loss(student, teacher, student_ND, teacher_ND):
     return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
+def update(way, student, teacher, rollouts) -> float:
+    """Both forward passes, the loss, and the way back."""
+    import torch
+
+    from oprd import capture_states, position_weights, representation_loss
+    from oprd.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.objectives.output_term import OutputTerm
+    from oprd.objectives.policy_gradient import clipped_policy_loss
+
+    layers = "all" if way in ("representation", "composite") else "last"
+    target = None
+    if way != "policy_gradient":
+        with torch.no_grad():
+            target = capture_states(teacher, rollouts, layers)
+    states = capture_states(student, rollouts, layers)
+    tokens = torch.tensor([token for completion in rollouts.completion_ids for token in completion])
+    weights_N = position_weights(states.rollout_index, ROLLOUTS)
+    loss = 0.0
+    if layers == "all":
+        loss = representation_loss(states.values, target.values, states.rollout_index)
+    if way == "dense":
+        loss = (dense_loss(student, teacher, states.values[0], target.values[0]) * weights_N).sum()
+    elif way != "representation":
+        heads = match_heads(lm_head_of(student), lm_head_of(teacher), vocab_size=TOKENIZER)
+        if way == "policy_gradient":
+            log_p = log_probs(heads[0], states.values[-1], tokens)
+            error_N = clipped_policy_loss(log_p, None, torch.ones_like(log_p))
+        else:
+            term = OutputTerm("reverse_kl" if way in ("reverse_kl_trained", "composite") else way)
+            error_N = term(heads[0], states.values[-1], heads[1], target.values[-1], tokens)
+        loss = loss + (error_N * weights_N).sum()
+    loss.backward()
+    return loss.item()
+
+
 def measure(way: str) -> dict[str, float]:
     """One update in this process: MiB of peak memory beyond what was there before."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from oprd import Rollouts, capture_states, position_weights, representation_loss
-    from oprd.lm_head import lm_head_of, match_heads
-    from oprd.objectives.output_space import full_vocabulary_loss
+    from oprd import Rollouts
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,35 +96,17 @@ def measure(way: str) -> dict[str, float]:
     )
     teacher.requires_grad_(False).eval()
     embedding = student.get_input_embeddings()
-    embedding.requires_grad_(way == "chunked_trained")
+    embedding.requires_grad_(way == "reverse_kl_trained")
     sequences = torch.randint(0, TOKENIZER, (ROLLOUTS, TOKENS)).tolist()
     rollouts = Rollouts(
         [s[:PROMPT] for s in sequences], [s[PROMPT:] for s in sequences], ["length"] * ROLLOUTS, [""] * ROLLOUTS,
         list(range(ROLLOUTS)),
     )  # fmt: skip
 
-    def update() -> float:
-        layers = "all" if way == "representation" else "last"
-        with torch.no_grad():
-            target = capture_states(teacher, rollouts, layers)
-        states = capture_states(student, rollouts, layers)
-        if way == "representation":
-            loss = representation_loss(states.values, target.values, states.rollout_index)
-        else:
-            weights_N = position_weights(states.rollout_index, ROLLOUTS)
-            if way == "dense":
-                error_N = dense_loss(student, teacher, states.values[0], target.values[0])
-            else:
-                heads = match_heads(lm_head_of(student), lm_head_of(teacher), vocab_size=TOKENIZER)
-                error_N = full_vocabulary_loss(heads[0], states.values[0], heads[1], target.values[0])
-            loss = (error_N * weights_N).sum()
-        loss.backward()
-        return loss.item()
-
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
     start = time.perf_counter()
-    loss = update()
+    loss = update(way, student, teacher, rollouts)
     seconds, peak = time.perf_counter() - start, memory_kib("VmHWM")
     checksum = sum(
         float(p.grad.norm()) for n, p in student.named_parameters() if p.grad is not None and "embed" not in n
@@ -129,14 +148,14 @@ def main() -> None:
         f"|V| {STUDENT_VOCABULARY:,} / {TEACHER_VOCABULARY:,}, {arguments.repeats} repeats"
     )
     print(
-        "| way | peak during the update (MiB) | of which the head's gradient | beyond representation | seconds | loss |"
+        "| way | peak during the update (MiB) | of which the head's gradient | the rest, against representation | seconds | loss |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     base = next((row["mib"] for row in rows if row["way"] == "representation"), float("nan"))
     for row in rows:
         head = row["head_gradient_mib"]
         print(
-            f"| {row['way']} | {row['mib']:.0f} | {head:.0f} | {row['mib'] - head - base:+.0f} | {row['seconds']:.1f} | "
+            f"| {row['way']} | {row['mib']:.0f} | {head:.0f} | {(row['mib'] - head) / base:.2f}x | {row['seconds']:.1f} | "
             f"{row['loss']:.6f} |"
         )
     if arguments.json:

@@ -18,7 +18,22 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module may import from rows above its own; a row's modules do not import each other.
 ROWS = [
-    {"types", "positions", "layers", "models", "data", "measures", "grading_worker", "head_chunks"},
+    {
+        "compare",
+        "compare.interval",
+        "types",
+        "positions",
+        "layers",
+        "models",
+        "data",
+        "measures",
+        "grading_worker",
+        "head_chunks",
+        "objectives.composite",
+        "objectives.policy_gradient",
+        "prompt_order",
+        "alarm",
+    },
     {
         "grading",
         "batching",
@@ -29,14 +44,15 @@ ROWS = [
         "rollout.base",
         "head_measures",
     },
-    {"tasks.math", "capture", "figures", "objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"},
-    {"rollout.vllm_engine", "tasks", "teachers", "objectives", "objectives.output_space"},
-    {"rollout"},
+    {"compare.results", "tasks.math", "capture", "figures"}
+    | {"objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"},
+    {"compare.figure", "rollout.vllm_engine", "tasks", "teachers", "objectives", "objectives.output_space"},
+    {"rollout", "objectives.output_term", "objectives.diagnostics", "config_checks"},
     {"config", "evaluate"},
-    {"pair", "checkpoint", "recipe"},
+    {"pair", "checkpoint", "recipe", "step_loss"},
     {"plan", "recording"},
-    {"trainer"},
-    {"run"},
+    {"trainer", "compare.plan", "compare.runner"},
+    {"run", "compare.report"},
     {"cli"},
 ]
 
@@ -103,8 +119,9 @@ def test_the_public_names():
 
     assert oprd.__all__ == [
         "OPRDConfig", "OPRDTrainer", "Rollouts", "Sampling", "States", "TransformersEngine", "capture_states",
+        "clipped_policy_loss", "full_vocabulary_loss", "group_advantages", "lm_head_of", "log_probs", "match_heads",
         "plan_micro_batches", "position_weights", "representation_error", "representation_loss", "request_states",
-        "resolve_layers", "select_positions",
+        "resolve_layers", "sampled_token_loss", "select_positions", "tail_sampled_loss", "top_k_loss",
     ]  # fmt: skip
     for name in oprd.__all__:
         assert getattr(oprd, name).__doc__
@@ -120,13 +137,14 @@ def test_the_settings():
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
-        "chat_template_kwargs", "eval_instruction",
-        "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
+        "alarm_window", "chat_template_kwargs", "crossfade_steps", "diagnostic_steps", "epsilon", "epsilon_high",
+        "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "generation_batch_size", "layers", "log_completions", "max_completion_length", "max_prompt_length",
-        "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations", "position_k",
-        "positions", "reduction", "representation_weight", "rollout_engine", "rollout_engine_kwargs", "task",
-        "teacher_model_init_kwargs",
-        "temperature", "top_k", "top_p", "trust_remote_code",
+        "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",
+        "num_iterations", "output_baseline", "output_beta", "output_space", "output_support", "output_temperature",
+        "output_top_k", "output_weight", "policy_gradient_weight", "position_k", "positions", "reduction",
+        "representation_weight", "rollout_engine", "rollout_engine_kwargs", "scale_rewards", "task",
+        "teacher_model_init_kwargs", "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
         "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
@@ -137,7 +155,10 @@ def test_the_settings():
 
 def test_the_wheel_carries_the_recipes():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert settings["force-include"] == {"recipes": "oprd/recipes"}  # where find_recipe looks first
+    assert settings["force-include"] == {  # where find_recipe and load_comparison look first
+        "recipes": "oprd/recipes",
+        "comparisons": "oprd/comparisons",
+    }
 
 
 def test_help_does_not_import_torch():

@@ -2,7 +2,7 @@
 
     from oprd import OPRDConfig, OPRDTrainer
 
-The functional core, for your own loop: `capture_states`, `representation_loss`.
+The functional core, for your own loop: `capture_states`, `representation_loss`, `full_vocabulary_loss`, ….
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from oprd.capture import capture_states
     from oprd.config import OPRDConfig
     from oprd.layers import resolve_layers
+    from oprd.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.objectives.output_space import full_vocabulary_loss, sampled_token_loss, tail_sampled_loss, top_k_loss
+    from oprd.objectives.policy_gradient import clipped_policy_loss, group_advantages
     from oprd.objectives.reduction import position_weights, representation_loss
     from oprd.objectives.representation import representation_error
     from oprd.positions import select_positions
@@ -30,13 +33,22 @@ _HOME = {
     "States": "oprd.types",
     "TransformersEngine": "oprd.rollout",
     "capture_states": "oprd.capture",
+    "clipped_policy_loss": "oprd.objectives.policy_gradient",
+    "full_vocabulary_loss": "oprd.objectives.output_space",
+    "group_advantages": "oprd.objectives.policy_gradient",
+    "lm_head_of": "oprd.lm_head",
+    "log_probs": "oprd.lm_head",
+    "match_heads": "oprd.lm_head",
     "plan_micro_batches": "oprd.batching",
     "position_weights": "oprd.objectives.reduction",
     "representation_error": "oprd.objectives.representation",
     "representation_loss": "oprd.objectives.reduction",
     "request_states": "oprd.batching",
     "resolve_layers": "oprd.layers",
+    "sampled_token_loss": "oprd.objectives.output_space",
     "select_positions": "oprd.positions",
+    "tail_sampled_loss": "oprd.objectives.output_space",
+    "top_k_loss": "oprd.objectives.output_space",
 }
 
 __all__ = sorted(_HOME)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,22 @@ from oprd.positions import select_positions
 from oprd.types import Rollouts
 
 Layout = Literal["right", "left", "packed"]
+HEAD = 0  # in the place of a layer's number: what the LM head reads, at every response position
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """Every response position of a model batch, for what is computed from next-token distributions.
+
+    Args:
+        flat_index: `[M]`, where each response position's state stands in the flattened `[B·T]` batch.
+        rollout_index: `[M]`, whose each position is.
+        tokens: `[M]`, the response token that each state predicts.
+    """
+
+    flat_index: Int[Tensor, " M"]
+    rollout_index: Int[Tensor, " M"]
+    tokens: Int[Tensor, " M"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,8 @@ class StateRequest:
         flat_index: `[N]`, where each selected position stands in the flattened `[B·T]` batch.
         rollout_index: `[N]`, whose each selected position is.
         num_rollouts: rollouts in the batch.
-        layers: 1-based layers, ascending.
+        layers: 1-based layers, ascending; may be empty where `head` is given.
+        head: ask also for what the LM head reads, at every response position.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -37,12 +54,16 @@ class StateRequest:
     rollout_index: Int[Tensor, " N"]
     num_rollouts: int
     layers: tuple[int, ...]
+    head: HeadRequest | None = None
 
     def to(self, device: torch.device | str) -> StateRequest:
         """The same request with its tensors on `device`."""
-        names = ("input_ids", "attention_mask", "position_ids", "flat_index", "rollout_index")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+        return replace(_moved(self, device), head=None if self.head is None else _moved(self.head, device))
+
+
+def _moved(request: Any, device: torch.device | str) -> Any:
+    tensors = {f.name: getattr(request, f.name) for f in fields(request)}
+    return replace(request, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
 def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -87,6 +108,7 @@ def request_states(
     position_k: int | None = None,
     layout: Layout = "right",
     pad_token_id: int = 0,
+    head: bool = False,
 ) -> StateRequest:
     """Lay `rollouts` out as one model batch and locate the states that predict the selected response tokens.
 
@@ -100,6 +122,7 @@ def request_states(
         position_k: k of the sets that have one.
         layout: rows padded on the right or the left, or all rollouts in one packed row without padding.
         pad_token_id: any valid id; what stands in padding never reaches a result.
+        head: ask also for the states that the LM head reads, at all response positions whatever `positions` says.
 
     Raises:
         ValueError: no rollout, or a position set that is not known.
@@ -115,6 +138,7 @@ def request_states(
     position_ids = torch.zeros_like(input_ids)
     flat_index: list[int] = []
     rollout_index: list[int] = []
+    first_states: list[int] = []
     packed_start = 0
     for index, sequence in enumerate(sequences):
         row = 0 if layout == "packed" else index
@@ -125,8 +149,8 @@ def request_states(
         attention_mask[row, span] = 1
         position_ids[row, span] = torch.arange(lengths[index])
         selected = select_positions(len(rollouts.completion_ids[index]), positions, position_k)
-        first_state = row * width + start + len(rollouts.prompt_ids[index]) - 1
-        flat_index.extend(first_state + t for t in selected)
+        first_states.append(row * width + start + len(rollouts.prompt_ids[index]) - 1)
+        flat_index.extend(first_states[-1] + t for t in selected)
         rollout_index.extend(index for _ in selected)
     return StateRequest(
         input_ids=input_ids,
@@ -136,4 +160,14 @@ def request_states(
         rollout_index=torch.tensor(rollout_index),
         num_rollouts=len(rollouts),
         layers=layers,
+        head=_head_request(rollouts, first_states) if head else None,
+    )
+
+
+def _head_request(rollouts: Rollouts, first_states: Sequence[int]) -> HeadRequest:
+    lengths = rollouts.completion_lengths
+    return HeadRequest(
+        flat_index=torch.tensor([first + t for first, n in zip(first_states, lengths, strict=True) for t in range(n)]),
+        rollout_index=torch.tensor([index for index, n in enumerate(lengths) for _ in range(n)]),
+        tokens=torch.tensor([token for completion in rollouts.completion_ids for token in completion]),
     )

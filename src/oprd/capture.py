@@ -7,13 +7,13 @@ must be entered through their own `forward`.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from oprd.batching import Layout, StateRequest, request_states
+from oprd.batching import HEAD, Layout, StateRequest, request_states
 from oprd.layers import LayerSpec, resolve_layers
 from oprd.models import backbone, blocks, num_layers
 from oprd.types import Rollouts, States
@@ -33,23 +33,27 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
     Args:
         model: a decoder-only causal LM of transformers, or a PEFT model around one.
         request: what to read; its tensors on the model's device.
-        read: called as `read(layer, states)` with `states` `[N, D]`, layers ascending. Gradients flow through `states`.
+        read: called as `read(layer, states)` with `states` `[N, D]`, layers ascending, and last as `read(HEAD, states)` with
+            `[M, D]` where the request has a `head`. Gradients flow through `states`.
 
     Returns:
-        What `read` returned, a value a layer.
+        What `read` returned, a value a call.
 
     Raises:
         ValueError: the request names a layer that the model does not have, or the model's blocks cannot be found.
     """
     body, block_list = backbone(model), blocks(model)
-    top = request.layers[-1]
+    top = request.layers[-1] if request.layers else len(block_list)
     if top > len(block_list):
         raise ValueError(f"layers: {top} is out of range; the model has layers 1 to {len(block_list)}")
+    if request.head is not None:
+        top = len(block_list)
     results: list[Any] = []
 
     def take(layer: int, hidden_BTD: Float[Tensor, "B T D"]) -> None:
+        index = request.flat_index if request.head is None or layer != HEAD else request.head.flat_index
         # index_select on the flattened batch: its backward is one index_add, where advanced indexing sorts.
-        results.append(read(layer, hidden_BTD.flatten(0, 1).index_select(0, request.flat_index)))
+        results.append(read(layer, hidden_BTD.flatten(0, 1).index_select(0, index)))
 
     def hook_for(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:  # must return None: a value replaces the output
@@ -71,20 +75,30 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
             position_ids=request.position_ids,
             use_cache=False,
         )
-        take(top, output.last_hidden_state)
+        if top in request.layers:
+            take(top, output.last_hidden_state)
+        if request.head is not None:
+            take(HEAD, output.last_hidden_state)
     except _AboveHighestLayer:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    assert len(results) == len(request.layers), "a block ran twice or not at all"
+    expected = len(request.layers) + (request.head is not None)
+    assert len(results) == expected, "a block ran twice or not at all"
     return results
 
 
 def gather_states(model: nn.Module, request: StateRequest) -> States:
     """`read_states` that keeps everything: the selected states of every chosen layer as `States`."""
-    values = read_states(model, request, lambda _, states_ND: states_ND)
-    return States(request.layers, tuple(values), request.rollout_index, request.num_rollouts)
+    return as_states(request, read_states(model, request, lambda _, states_ND: states_ND))
+
+
+def as_states(request: StateRequest, values: Sequence[Tensor]) -> States:
+    """What a `read` that keeps everything collected, by name."""
+    layers = len(request.layers)
+    head_MD = values[layers] if request.head is not None else None
+    return States(request.layers, tuple(values[:layers]), request.rollout_index, request.num_rollouts, head_MD)
 
 
 def capture_states(

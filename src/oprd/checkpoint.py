@@ -108,7 +108,7 @@ def newest_verified(run_folder: Path) -> Path | None:
     for folder in list_checkpoints(run_folder):
         try:
             verify(folder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # another rank may be moving a damaged one out of the way
             reasons.append(str(error))
             logger.warning("skipping %s: %s", folder.name, error)
             continue

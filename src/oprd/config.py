@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from oprd.config_checks import check_at_least_one, check_objective
 from oprd.layers import LAYERS
-from oprd.objectives.reduction import Reduction
-from oprd.positions import check_positions
+from oprd.objectives.composite import is_on
+from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
 from oprd.rollout import ENGINES, Sampling
 from oprd.tasks import TASKS
 
@@ -76,15 +77,63 @@ class OPRDConfig(TrainingArguments):
     )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
-    # The representation objective (OPRD Eq. 6)
+    # The objective: representation_weight·L_OPRD + output_weight·L_OPD + policy_gradient_weight·L_GRPO (docs/objectives.md)
+    representation_weight: Any = field(
+        default=1.0, metadata=_help("Factor on the representation loss (Eq. 6); 0 is off; may be a schedule.")
+    )
+    output_space: str | None = field(
+        default=None, metadata=_help(f"Output-space loss to add: {', '.join(OUTPUT_SPACE)}; None is off.")
+    )
+    output_weight: Any = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
+    policy_gradient_weight: Any = field(
+        default=0.0, metadata=_help("Factor on GRPO's loss, reward 1 for a right answer; 0 is off; may be a schedule.")
+    )
+    crossfade_steps: int | None = field(
+        default=None,
+        metadata=_help("Go over from the representation to the output-space loss, linearly in this many steps."),
+    )
+    reduction: str = field(
+        default="rollout", metadata=_help("rollout: each counts the same; token: each response token does.")
+    )
+
+    # Its representation term
     layers: Any = field(default="all", metadata=_help(f"{', '.join(LAYERS)}, or a list of layers counted from 1."))
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions: 2 − 2·cos instead of raw states."))
-    reduction: str = field(default="rollout", metadata=_help("rollout: each counts the same; token: each token does."))
-    representation_weight: float = field(default=1.0, metadata=_help("Factor on the representation loss."))
+
+    # Its output-space term
+    output_top_k: int = field(default=16, metadata=_help("Tokens of the support of top_k* and tail_sampled."))
+    output_support: str = field(
+        default="student",
+        metadata=_help("Whose likeliest tokens: student, teacher, union, intersection (tail_sampled: the first two)."),
+    )
+    output_beta: float = field(default=0.5, metadata=_help("Of jsd: 0 is forward_kl, 1 is reverse_kl."))
+    output_baseline: bool = field(
+        default=False, metadata=_help("sampled_token: subtract the closed-form baseline (less noise, one more pass).")
+    )
+    output_temperature: float | None = field(
+        default=None, metadata=_help("Divides both models' logits (default: the sampling temperature).")
+    )
+
+    # Its policy-gradient term
+    num_iterations: int = field(default=1, metadata=_help("Updates on each set of rollouts."))
+    epsilon: float = field(default=0.2, metadata=_help("Clip range of the probability ratio."))
+    epsilon_high: float | None = field(default=None, metadata=_help("Upper clip range (default: epsilon)."))
+    scale_rewards: str = field(
+        default="group", metadata=_help("group: divide advantages by the group's standard deviation; none: do not.")
+    )
+
     micro_batch_tokens: int = field(
         default=16384, metadata=_help("Most padded tokens of one forward and backward pass; memory grows with it.")
+    )
+    diagnostic_steps: int = field(
+        default=10,
+        metadata=_help("Steps between two measurements of entropy, top-16 overlap, sampled KL and cosine; 0: never."),
+    )
+    alarm_window: int = field(
+        default=20,
+        metadata=_help("Warn when cosine rises while accuracy or KL worsens over this many steps; 0: never."),
     )
 
     # Grading, evaluation, logs
@@ -103,7 +152,7 @@ class OPRDConfig(TrainingArguments):
     num_completions_to_log: int = field(default=4, metadata=_help("Completions written a logged step."))
 
     def __post_init__(self) -> None:
-        self._check_objective()
+        check_objective(self)
         self._check_rollouts()
         self._take_older_spelling()
         self._check_training()
@@ -112,28 +161,12 @@ class OPRDConfig(TrainingArguments):
             self.metric_for_best_model, self.greater_is_better = "eval_avg_at_k", True  # an evaluation here has no loss
         super().__post_init__()
 
-    def _check_objective(self) -> None:
-        check_positions(self.positions, self.position_k)
-        if isinstance(self.layers, str) and self.layers not in LAYERS:
-            raise ValueError(f"layers: {self.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(f"reduction: {self.reduction!r} is not one of {', '.join(get_args(Reduction))}")
-        if self.reduction == "token" and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"gradient_accumulation_steps: {self.gradient_accumulation_steps} does not go with reduction='token', whose mean "
-                "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
-                "generation_batch_size bound the memory)"
-            )
-        if self.representation_weight <= 0:
-            raise ValueError(f"representation_weight: {self.representation_weight} is not allowed; it must be above 0")
-        _at_least_one(self, "micro_batch_tokens")
-
     def _check_rollouts(self) -> None:
         for name in (
             "num_generations", "generation_batch_size", "eval_num_generations", "max_prompt_length",
             "per_device_train_batch_size", "gradient_accumulation_steps",
         ):  # fmt: skip
-            _at_least_one(self, name)
+            check_at_least_one(self, name)
         if self.rollout_engine not in ENGINES:
             raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
         if self.task is not None and self.task not in TASKS:
@@ -169,6 +202,20 @@ class OPRDConfig(TrainingArguments):
             )
 
     @property
+    def output_term(self) -> OutputTerm | None:
+        """The output-space loss, None where it is off."""
+        if self.output_space is None or not is_on(self.output_weight):
+            return None
+        return OutputTerm(
+            self.output_space,
+            self.output_top_k,
+            self.output_support,
+            self.output_beta,
+            self.output_baseline,
+            self.output_temperature or self.temperature or 1.0,
+        )
+
+    @property
     def engine_kwargs(self) -> dict[str, Any]:
         """Arguments of the rollout engine; under bf16, vLLM computes in it as the trainer's autocast does."""
         own = {"dtype": "bfloat16"} if self.rollout_engine == "vllm" and self.bf16 else {}
@@ -186,7 +233,6 @@ class OPRDConfig(TrainingArguments):
         return Sampling(length, self.eval_temperature, self.eval_top_p)
 
 
-def _at_least_one(config: OPRDConfig, name: str) -> None:
-    value = getattr(config, name)
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; it must be at least 1")
+def needs_head(config: OPRDConfig) -> bool:
+    """Whether any term of a run is made of next-token distributions."""
+    return config.output_term is not None or is_on(config.policy_gradient_weight)

@@ -33,16 +33,21 @@ def plot_run(folder: Path, file: Path) -> None:
     (accuracy, loss), (cosine, length) = figure.subplots(2, 2)
     _draw_accuracy(accuracy, steps, [line for line in lines if "eval_avg_at_k" in line], summary)
     loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=STUDENT)
-    loss.set(title="Representation loss (Eq. 6)", yscale="log", xlabel="step")
-    layers = sorted((key for key in steps[0] if key.startswith("cosine/layer_")), key=_layer_of)
+    alone = all(s["loss"] == s.get("loss/representation") for s in steps)
+    loss.set(title="Representation loss (Eq. 6)" if alone else "Loss", xlabel="step")
+    if all(s["loss"] > 0 for s in steps):
+        loss.set_yscale("log")
+    measured = [s for s in steps if "cosine" in s]  # a loss without states measures them now and then only
+    layers = sorted({key for s in measured for key in s if key.startswith("cosine/layer_")}, key=_layer_of)
     for index, key in enumerate(layers):
         last = index == len(layers) - 1
         cosine.plot(
-            [s["step"] for s in steps], [s[key] for s in steps],
+            [s["step"] for s in measured], [s[key] for s in measured],
             color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=f"layer {_layer_of(key)}" if last else None,
         )  # fmt: skip
     cosine.set(title="Cosine to the teacher's states (grey: lower layers)", xlabel="step")
-    cosine.legend(loc="lower right", frameon=False)
+    if layers:
+        cosine.legend(loc="lower right", frameon=False)
     length.plot([s["step"] for s in steps], [s["completions/mean_length"] for s in steps], color=STUDENT)
     clipped = length.twinx()
     clipped.plot([s["step"] for s in steps], [s["completions/clipped_ratio"] for s in steps], color=BEFORE, lw=0.8)

@@ -73,7 +73,8 @@ class MetricWindow:
         totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         row = {n: v / ranks for n, v in sums.items()}
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
-        row["cosine"] = sum(layers) / len(layers)
+        if layers:
+            row["cosine"] = sum(layers) / len(layers)
         row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
         row["completions/clipped_ratio"] = 1 - totals["finished"] / totals["rollouts"]
         row["tokens"], row["rollouts"] = totals["tokens"], totals["rollouts"]

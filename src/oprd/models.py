@@ -146,16 +146,16 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def freeze_above(model: nn.Module, top_layer: int) -> list[str]:
-    """Turn off gradients of what a representation loss up to `top_layer` never reaches, and name those parameters.
+def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> list[str]:
+    """Turn off gradients of what a loss up to `top_layer` (with `head`: and through the LM head) never reaches, and name those.
 
-    That is an untied LM head, and the blocks and final norm above the highest chosen layer. Left trainable they get no gradient:
-    DDP stops with an error and weight decay alone would still move them.
+    That is an untied LM head that is not used, and the blocks and final norm above the highest chosen layer. Left trainable they
+    get no gradient: DDP stops with an error and weight decay alone would still move them.
     """
     lm = causal_lm(model)
     unreached: list[nn.Module] = list(blocks(model)[top_layer:])
     kept = {id(p) for p in lm.get_input_embeddings().parameters()}
-    if lm.get_output_embeddings() is not None:
+    if lm.get_output_embeddings() is not None and not head:
         unreached.append(lm.get_output_embeddings())
     if top_layer < num_layers(model):
         # The final norm stands behind the blocks; embeddings and what belongs to them stand before.
@@ -181,6 +181,11 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     if not ids:
         raise ValueError("tokenizer: neither it nor the model names an end-of-sequence token; set tokenizer.eos_token")
     return sorted(ids)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids of the tokenizer's map: the highest one + 1. A model may have more rows, which are padding and mean no token."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_same_shape(student: nn.Module, teacher: nn.Module) -> None:

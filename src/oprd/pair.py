@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from oprd.capture import install_state_forward
-from oprd.config import OPRDConfig
+from oprd.config import OPRDConfig, needs_head
 from oprd.layers import resolve_layers
 from oprd.models import (
     check_same_shape,
@@ -19,6 +19,7 @@ from oprd.models import (
     load_model,
     load_tokenizer,
     num_layers,
+    stop_token_ids,
 )
 from oprd.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 
@@ -57,9 +58,10 @@ def build_student(
 
         set_seed(args.seed)  # the adapter's random start is part of "same config, same weights"
         student = get_peft_model(student, peft_config)
-    frozen = freeze_above(student, layers[-1])
+    head = needs_head(args)
+    frozen = freeze_above(student, num_layers(student) if head else layers[-1], head=head)
     if frozen:
-        logger.info("frozen, since the representation loss does not reach it: %s", _shorten(frozen))
+        logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
     _require_full_precision(student)
     install_state_forward(student)
     return student, processing_class
@@ -100,7 +102,7 @@ def build_teacher(
         logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
     else:
         check_same_tokens(processing_class, teacher_processing_class)
-    return FrozenTeacher(teacher)
+    return FrozenTeacher(teacher, stop_token_ids(teacher, teacher_processing_class or processing_class))
 
 
 def _require_full_precision(student: nn.Module) -> None:

@@ -218,7 +218,11 @@ def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
     shown = {}
     for field in dataclasses.fields(OPRDConfig):
         ours = field.name not in base or field.name in _ALWAYS_SHOWN
-        if field.name not in _NEVER_SHOWN and (ours or values[field.name] != field.default):
+        if (
+            field.name not in _NEVER_SHOWN
+            and field.name not in _NO_EFFECT
+            and (ours or values[field.name] != field.default)
+        ):
             shown[field.name] = values[field.name]
     return {**dataclasses.asdict(recipe), **shown}
 

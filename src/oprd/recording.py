@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from oprd.alarm import AlarmWatch
 from oprd.checkpoint import VerifiedCheckpoints, newest_verified, step_of, verify
 from oprd.config import OPRDConfig
 from oprd.data import PromptRow, as_prompt_rows
@@ -46,6 +48,8 @@ class RecordingTrainer(VerifiedCheckpoints):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._grader: Grader | None = None
         self._window = MetricWindow()
+        self._alarms = AlarmWatch(0)
+        self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
         super().__init__(*args, **kwargs)
 
     def evaluate(
@@ -65,6 +69,8 @@ class RecordingTrainer(VerifiedCheckpoints):
         if not prompts:
             raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
         summary = self.evaluate_model(self.model, prompts).summary
+        if eval_dataset is None:
+            self._last_evaluation = (self.state.global_step, dict(summary))
         interval = summary.pop("ci95") or (None, None)
         summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
@@ -73,6 +79,12 @@ class RecordingTrainer(VerifiedCheckpoints):
             self.run_folder.append(METRICS, {"step": self.state.global_step, **metrics})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_now(self) -> dict[str, Any]:
+        """Measures of the student as it stands on the eval_dataset, not sampled again where this step was just evaluated."""
+        step, summary = self._last_evaluation
+        as_then = step == self.state.global_step and not self.args.load_best_model_at_end
+        return summary if as_then else self.evaluate_model(self.model).summary
 
     def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
         """Evaluate any model (the student, its teacher) on `prompts`, shared among the ranks."""
@@ -109,6 +121,7 @@ class RecordingTrainer(VerifiedCheckpoints):
                     self.run_folder.cut_back(step_of(checkpoint))
                 else:
                     self.run_folder.refuse_used()
+                self._alarms = AlarmWatch(self.args.alarm_window, self.run_folder.read_metrics())
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 return self._restore_finished(checkpoint)
             self._grader = stack.enter_context(self.grading())
@@ -172,10 +185,18 @@ class RecordingTrainer(VerifiedCheckpoints):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         # Called once a step, after the update: the one place that knows the gradient norm, and before a checkpoint is saved.
         if self._window.pending:
+            self._window.add(**{"time/optimizer": time.perf_counter() - self._last_backward})
             row = self._window.close(self.accelerator, grad_norm, kwargs.get("learning_rate"))
             if self.is_world_process_zero():
+                if alarm := self._alarms.watch({"step": self.state.global_step, **row}):
+                    logger.warning("step %d: %s", self.state.global_step, alarm)
+                    row["alarm"] = 1.0
                 self.run_folder.append(METRICS, {"step": self.state.global_step, **row})
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _step_ended(self) -> None:
+        """Called when a batch has added its metrics and gradients: what follows until the step is logged is the optimizer's."""
+        self._last_backward = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report `logs`, and with a training loss also the mean of every metric since the last report."""

@@ -129,7 +129,8 @@ def run_recipe(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
         if recipe.eval_dataset:
-            summary["student_after"] = _evaluate(trainer, "student after", trainer.model, say)
+            summary["student_after"] = trainer.evaluate_now()
+            say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
         trainer.save_model(str(folder / "model"))
         summary["gap_closed"] = gap_closed(summary)
         summary |= {

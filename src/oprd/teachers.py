@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,16 +10,28 @@ import torch
 from torch import nn
 
 from oprd.batching import StateRequest
-from oprd.capture import gather_states, install_state_forward, read_through_forward
+from oprd.capture import as_states, gather_states, install_state_forward, read_through_forward
+from oprd.head_chunks import LMHead
+from oprd.lm_head import lm_head_of
 from oprd.types import States
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Reads rollouts and answers with hidden states, without gradient."""
+    """Reads rollouts and answers with hidden states, without gradient.
+
+    Attributes:
+        stop_token_ids: ids that end a completion for the teacher, besides those that end one for the student.
+    """
+
+    stop_token_ids: tuple[int, ...]
 
     def states(self, request: StateRequest) -> States:
         """Selected states of `request`, in the teacher's own dtype."""
+        ...
+
+    def head(self) -> LMHead:
+        """The teacher's LM head."""
         ...
 
     def sampler(self) -> AbstractContextManager[nn.Module]:
@@ -28,15 +40,25 @@ class Teacher(Protocol):
 
 
 class FrozenTeacher:
-    """A model of its own, in eval mode and without gradients."""
+    """A model of its own, in eval mode and without gradients.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: any causal LM.
+        stop_token_ids: ids that end a completion for it.
+    """
+
+    def __init__(self, model: nn.Module, stop_token_ids: Sequence[int] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.stop_token_ids = tuple(stop_token_ids)
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Selected states of `request`, in the teacher's own dtype."""
         return gather_states(self.model, request)
+
+    def head(self) -> LMHead:
+        """The model's LM head."""
+        return lm_head_of(self.model)
 
     def sampler(self) -> AbstractContextManager[nn.Module]:
         """The model itself."""
@@ -60,6 +82,7 @@ class AdapterOffTeacher:
             )
         install_state_forward(model)
         self.model = model
+        self.stop_token_ids: tuple[int, ...] = ()
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
@@ -67,14 +90,31 @@ class AdapterOffTeacher:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.model.disable_adapter():
+            with _adapter_off(self.model):
                 values = read_through_forward(self.model, request, lambda _, states_ND: states_ND)
-            return States(request.layers, tuple(values), request.rollout_index, request.num_rollouts)
+            return as_states(request, values)
         finally:
             self.model.train(was_training)
+
+    def head(self) -> LMHead:
+        """The LM head as it is with the adapter off."""
+        with _adapter_off(self.model):
+            return lm_head_of(self.model)
 
     @contextmanager
     def sampler(self) -> Iterator[nn.Module]:
         """The student with its adapter off while the context is open."""
-        with self.model.disable_adapter():
+        with _adapter_off(self.model):
             yield self.model
+
+
+@contextmanager
+def _adapter_off(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter`, which on its way back would make every adapter trainable, those frozen on purpose too."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +18,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from oprd.batching import StateRequest, padding_share, plan_micro_batches, request_states
 from oprd.capture import read_through_forward
-from oprd.config import OPRDConfig
+from oprd.config import OPRDConfig, needs_head
 from oprd.evaluate import grade_rollouts
+from oprd.head_chunks import LMHead
 from oprd.layers import resolve_layers
+from oprd.lm_head import check_head, lm_head_of, match_heads
 from oprd.metrics import rollout_metrics
-from oprd.models import context_length, num_layers, stop_token_ids
-from oprd.objectives.reduction import position_weights
-from oprd.objectives.representation import cosine, representation_error
+from oprd.models import context_length, num_layers, stop_token_ids, vocabulary_size
+from oprd.objectives.composite import is_on
 from oprd.pair import build_student, build_teacher
 from oprd.positions import select_positions
+from oprd.prompt_order import RepeatedSteps
 from oprd.prompts import Prompt
 from oprd.recording import Dataset, RecordingTrainer
 from oprd.rollout import ENGINES, derive_seed
 from oprd.runlog import RunFolder
+from oprd.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share, with_advantages
 from oprd.tasks import get_task
-from oprd.types import Rollouts, States
+from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
 
@@ -85,7 +90,9 @@ class OPRDTrainer(RecordingTrainer):
         self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class)
         self.layers = resolve_layers(args.layers, num_layers(student))
         self.task = get_task(args.task) if args.task else None
-        self.engine = ENGINES[args.rollout_engine](tokenizer, stop_token_ids(student, tokenizer), **args.engine_kwargs)
+        # What ends a text for the teacher ends it for the student too: the two ids mean the same.
+        stops = sorted({*stop_token_ids(student, tokenizer), *self.teacher.stop_token_ids})
+        self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
         self.args = args  # rendering the prompts needs it, before Trainer takes it
         self.run_folder = RunFolder(args.output_dir)
         self._prompt_limits = {
@@ -108,6 +115,8 @@ class OPRDTrainer(RecordingTrainer):
             self.teacher.model.to(self.accelerator.device)
         self.pad_token_id = self.engine.pad_token_id
         self._batch_of_step = 0
+        self._kept: dict[int, Batch] = {}
+        self._check_heads()
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -123,85 +132,147 @@ class OPRDTrainer(RecordingTrainer):
             What these prompts' rollouts add to the loss of the step, for the log; gradients are accumulated.
         """
         share = len(inputs) / int(num_items_in_batch or len(inputs))
-        with self._window.timer("rollout"):
-            rollouts = self._sample(inputs)
-        with self._window.timer("grade"):
-            answers = {p.index: p.row.answer for p in inputs}
-            correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
-        groups = plan_micro_batches(rollouts.input_lengths, self.args.micro_batch_tokens)
-        whole_step = self._whole_step(rollouts, share)
+        terms = StepTerms.at(self.args, self.state.global_step, len(self.layers))
+        batch = self._next_batch(inputs)
+        groups = plan_micro_batches(batch.rollouts.input_lengths, self.args.micro_batch_tokens)
+        whole_step = self._whole_step(batch.rollouts, share)
         model.train()
         loss = torch.zeros((), device=self.args.device)
-        for group in groups:
-            request = self._request(rollouts.select(group))
+        log_p: dict[int, Tensor] = {}
+        for number, group in enumerate(groups):
+            part = batch.select(group)
+            request = self._request(part.rollouts, terms)
             with self._window.timer("teacher"):
-                teacher = self.teacher.states(request)
-            with self._window.timer("update"), self._local_gradients(model, last=group is groups[-1]):
-                group_loss = self._representation_loss(model, request, teacher, whole_step)
+                teacher = self.teacher.states(request) if terms.needs_teacher else None
+            exchange = self._local_gradients(model, last=group is groups[-1])
+            with self._window.timer("update"), exchange, self._own_randomness(number):
+                losses = MicroBatchLoss(
+                    self.args, terms, request, part, teacher, self._heads, whole_step, self._window.add
+                )
+                del teacher
+                group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
                 self.accelerator.backward(group_loss)
+            log_p |= zip(group, losses.log_p(), strict=False)
             loss += group_loss.detach()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
-            )
-        if loss == 0 and self.state.global_step == 0:
-            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
-        self._window.add(loss=loss, padding_share=share * padding_share(rollouts.input_lengths, groups))
-        self._window.add(**rollout_metrics(rollouts, correct), micro_batches=len(groups))
-        self._log_completions(inputs, rollouts, correct)
+        self._keep(batch, log_p)
+        self._check_loss(loss)
+        self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
+        self._window.add(**rollout_metrics(batch.rollouts, batch.correct), micro_batches=len(groups))
+        if batch.advantages is not None:
+            self._window.add(frac_reward_zero_std=share * silent_share(batch))
+        self._step_ended()
+        self._log_completions(inputs, batch.rollouts, batch.correct)
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
         self._batch_of_step = 0  # Trainer asks this once a step, before its first batch
         return sum(len(prompts) for prompts in batch_samples)
 
-    def _sample(self, prompts: list[Prompt]) -> Rollouts:
-        seed = derive_seed(self.args.seed, self.state.global_step, self._batch_of_step, self.args.process_index)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
+
+    def _next_batch(self, prompts: list[Prompt]) -> Batch:
+        """New rollouts, graded; between two updates on the same rollouts (num_iterations), those of the update before."""
         self._batch_of_step += 1
+        if self.state.global_step % self.args.num_iterations:
+            return self._kept[self._batch_of_step]
+        with self._window.timer("rollout"):
+            rollouts = self._sample(prompts)
+        with self._window.timer("grade"):
+            answers = {p.index: p.row.answer for p in prompts}
+            batch = Batch(rollouts, grade_rollouts(rollouts, answers.__getitem__, self._grader))
+        return with_advantages(batch, self.args) if is_on(self.args.policy_gradient_weight) else batch
+
+    def _keep(self, batch: Batch, log_p: dict[int, Tensor]) -> None:
+        """Put a batch aside for the next update on it, with the log-probabilities of the policy that sampled it."""
+        if self.args.num_iterations > 1 and batch.old_log_p is None:
+            batch = replace(batch, old_log_p=[log_p[i] for i in range(len(batch.rollouts))])
+            self._kept[self._batch_of_step] = batch
+
+    def _check_loss(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
+            )
+        if loss == 0 and self.state.global_step == 0 and not is_on(self.args.policy_gradient_weight):
+            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
+
+    def _sample(self, prompts: list[Prompt]) -> Rollouts:
         return self.engine.generate(
             self.accelerator.unwrap_model(self.model_wrapped),
             [p.ids for p in prompts],
             num_generations=self.args.num_generations,
             sampling=self.args.sampling,
-            seed=seed,
+            seed=self._seed_of_step(),
             rows=[p.index for p in prompts],
         )
 
-    def _request(self, rollouts: Rollouts) -> StateRequest:
+    def _seed_of_step(self, *parts: int) -> int:
+        rank = self.args.process_index
+        return derive_seed(self.args.seed, self.state.global_step, self._batch_of_step - 1, rank, *parts)
+
+    @contextmanager
+    def _own_randomness(self, number: int) -> Iterator[None]:
+        """Dropout as a function of seed, step and micro-batch: a forward that goes further up to measure changes no later one."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed_of_step(number))
+            yield
+
+    def _request(self, rollouts: Rollouts, terms: StepTerms) -> StateRequest:
         return request_states(
             rollouts,
-            self.layers,
+            self.layers if terms.reads_layers else (),
             positions=self.args.positions,
             position_k=self.args.position_k,
             pad_token_id=self.pad_token_id,
+            head=terms.needs_head or terms.measuring,
         ).to(self.args.device)
 
+    def _check_heads(self) -> None:
+        """Make sure that next-token distributions can be had, where a term or a measurement wants them.
+
+        Raises:
+            ValueError: a term needs them, and there is no head or it is not understood; or rows without an answer to reward.
+        """
+        args = self.args
+        if is_on(args.policy_gradient_weight) and self.train_dataset:
+            unanswered = next((p.row.source for p in self.train_dataset if p.row.answer is None), None)
+            if unanswered:
+                raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
+        if args.diagnostic_steps == 0 and not needs_head(args):
+            return
+        try:
+            student, teacher = self._heads()
+            check_head(student, self.model)
+            with self.teacher.sampler() as model:
+                check_head(teacher, model)
+        except ValueError as error:
+            if needs_head(args):
+                raise
+            logger.warning("diagnostics are off: %s", error)
+            args.diagnostic_steps = 0
+
+    def _heads(self) -> tuple[LMHead, LMHead]:
+        """Both models' LM heads over the same events: padding rows cut off, every end of text one event."""
+        student, teacher = lm_head_of(self.model), self.teacher.head()
+        size = min(vocabulary_size(self.processing_class), student.size, teacher.size)
+        return match_heads(student, teacher, vocab_size=size, stop_token_ids=tuple(self.engine.stop_token_ids))
+
     def _whole_step(self, rollouts: Rollouts, share: float) -> dict[str, float]:
-        """Rollouts and selected positions of the step, a rank, of which `rollouts` are a `share`: what all its means divide by."""
-        selected = [
-            len(select_positions(n, self.args.positions, self.args.position_k)) for n in rollouts.completion_lengths
-        ]
-        counts = torch.tensor([len(rollouts), sum(selected)], dtype=torch.float64, device=self.args.device) / share
+        """Rollouts, selected positions and response tokens of the step, a rank, of which `rollouts` are a `share`."""
+        lengths = rollouts.completion_lengths
+        selected = sum(len(select_positions(n, self.args.positions, self.args.position_k)) for n in lengths)
+        counts = torch.tensor([len(rollouts), selected, sum(lengths)], dtype=torch.float64, device=self.args.device)
+        counts /= share
         if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count makes a mean over all
             counts = self.accelerator.reduce(counts, "mean")
-        return {"step_rollouts": counts[0].item(), "step_positions": counts[1].item()}
-
-    def _representation_loss(
-        self, model: nn.Module, request: StateRequest, teacher: States, whole_step: dict[str, float]
-    ) -> Tensor:
-        """Eq. 6 over one micro-batch, each layer's error taken as soon as the student has computed it."""
-        weights_N = position_weights(request.rollout_index, request.num_rollouts, self.args.reduction, **whole_step)  # type: ignore[arg-type]
-        teacher_values = dict(zip(teacher.layers, teacher.values, strict=True))
-        del teacher
-
-        def read(layer: int, student_ND: Tensor) -> Tensor:
-            teacher_ND = teacher_values.pop(layer)
-            self._window.add(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * weights_N).sum()})
-            error_N = representation_error(student_ND, teacher_ND, normalize=self.args.normalize, reuse_teacher=True)
-            return (error_N * weights_N).sum()
-
-        terms = read_through_forward(model, request, read)
-        return self.args.representation_weight * torch.stack(terms).mean()
+        return dict(zip(("rollouts", "positions", "tokens"), counts.tolist(), strict=True))
 
     def _local_gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step, in the last micro-batch's backward."""

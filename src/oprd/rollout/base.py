@@ -45,6 +45,7 @@ class RolloutEngine(Protocol):
     """Samples completions from the current student. `TransformersEngine` is the reference that others are tested against."""
 
     pad_token_id: int
+    stop_token_ids: list[int]
 
     def generate(
         self,

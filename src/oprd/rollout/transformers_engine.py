@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from oprd.models import causal_lm
+from oprd.models import causal_lm, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
 from oprd.types import Rollouts
 
@@ -32,6 +32,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.batch_size = batch_size
+        self.vocab_size = vocabulary_size(tokenizer)
         self.on_batch: Callable[[int, int], None] | None = None
         # Any id will do: padding is masked in the prompt and cut off after the end.
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
@@ -75,13 +76,15 @@ class TransformersEngine:
         width = max(len(p) for p in prompts)
         input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
         attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
-        config = self._generation_config(sampling)
+        config = self._generation_config(sampling, lm.get_output_embeddings())
         with _own_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
             output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         return [self._cut(row) for row in output[:, width:].tolist()]
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+    def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
+        rows = getattr(head, "weight", torch.empty(0)).shape[0]
+        padding = list(range(self.vocab_size, rows))  # rows that only make the matrix's size round: they mean no token
         greedy = sampling.temperature == 0
         drawing = {} if greedy else {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k
@@ -91,6 +94,7 @@ class TransformersEngine:
             max_new_tokens=sampling.max_completion_length,
             eos_token_id=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
+            suppress_tokens=padding or None,
             **drawing,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from oprd.models import causal_lm
+from oprd.models import causal_lm, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
 from oprd.types import Rollouts
 
@@ -68,6 +68,7 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = dtype
         self.llm_kwargs = {
             "max_num_seqs": batch_size,
@@ -113,6 +114,8 @@ class VLLMEngine:
                 f"{llm.model_config.max_model_len} in its share of memory or the model's context; set a smaller one"
             )
         generator = torch.Generator().manual_seed(seed)
+        # Rows that only make the head's size round mean no token; −100 is the lowest that vLLM takes.
+        padding = dict.fromkeys(range(self.vocab_size, lm.config.get_text_config().vocab_size), -100.0)
         parameters = [
             _import_vllm().SamplingParams(
                 temperature=sampling.temperature,
@@ -122,6 +125,7 @@ class VLLMEngine:
                 stop_token_ids=self.stop_token_ids,
                 ignore_eos=True,  # these stop tokens end a completion, and none that a config names
                 detokenize=False,
+                logit_bias=padding or None,
                 seed=own_seed,
             )
             for own_seed in torch.randint(2**62, (len(prompts),), generator=generator).tolist()

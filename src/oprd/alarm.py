@@ -1,0 +1,90 @@
+"""The alarm for states that come closer while the model gets worse (all-layer matching of unrelated models, a fooled ruler)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
+_KL_FACTOR = 1.5  # the sampled KL is measured too rarely for a standard error
+
+
+class AlarmWatch:
+    """Compares the two halves of the last `window` steps, and tells once when cosine rose while accuracy or KL worsened.
+
+    After an alarm it is quiet until a whole new window has passed.
+
+    Args:
+        window: steps looked at; 0: never.
+        earlier: rows of steps before, when a run is resumed.
+    """
+
+    def __init__(self, window: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.window = window
+        self._rows: list[Mapping[str, Any]] = []
+        for row in earlier:
+            if "loss" in row:
+                self.watch(row)
+
+    def watch(self, row: Mapping[str, Any]) -> str | None:
+        """Take one step's metrics; a sentence when there is something to worry about."""
+        if not self.window:
+            return None
+        self._rows = [*self._rows, row][-self.window :]
+        if len(self._rows) < self.window:
+            return None
+        alarm = find_alarm(self._rows)
+        if alarm:
+            self._rows = []
+        return alarm
+
+
+def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What is wrong between the first and the second half of `rows`, None if nothing is.
+
+    Cosine must have risen, and either accuracy fallen by more than three standard errors (binomial, over the graded rollouts of
+    each half) or the sampled reverse KL grown by half.
+
+    Args:
+        rows: metrics of steps, with `cosine`, `accuracy` and `rollouts`, `reverse_kl` where they were measured.
+    """
+    halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    cosines = [_mean(half, "cosine") for half in halves]
+    if None in cosines or not cosines[1] > cosines[0]:  # type: ignore[operator]
+        return None
+    found = [text for text in (_accuracy_fell(*halves), _kl_grew(*halves)) if text]
+    if not found:
+        return None
+    return (
+        f"cosine rose {cosines[0]:.3f} -> {cosines[1]:.3f} over steps {rows[0].get('step', '?')} to {rows[-1].get('step', '?')} "
+        f"while {' and '.join(found)}: the states come closer and the model gets worse; try fewer layers (layers: last), a lower "
+        "learning rate, or an output-space term (docs/objectives.md)"
+    )
+
+
+def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
+    counts = []
+    for half in (before, after):
+        graded = [(row["rollouts"], row["accuracy"]) for row in half if row.get("accuracy") is not None]
+        counts.append((sum(n for n, _ in graded), sum(n * a for n, a in graded)))
+    (n, right), (m, later) = counts
+    if not n or not m:
+        return None
+    pooled = (right + later) / (n + m)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+    if right / n - later / m > _STANDARD_ERRORS * error > 0:
+        return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
+    return None
+
+
+def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
+    first, second = _mean(before, "reverse_kl"), _mean(after, "reverse_kl")
+    if first is not None and second is not None and second > _KL_FACTOR * max(first, 0.0) and second > 0:
+        return f"the sampled reverse KL grew {first:.3g} -> {second:.3g}"
+    return None
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None

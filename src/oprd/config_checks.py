@@ -1,0 +1,95 @@
+"""Checks of the settings that say what is minimised; `OPRDConfig` calls them before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from oprd.layers import LAYERS
+from oprd.objectives.composite import check_weight, is_on
+from oprd.objectives.policy_gradient import Scale, check_clip
+from oprd.objectives.reduction import Reduction
+from oprd.positions import check_positions
+
+
+def check_at_least_one(config: Any, name: str) -> None:
+    """Refuse a count below 1; None passes.
+
+    Raises:
+        ValueError: names the key and the value.
+    """
+    value = getattr(config, name)
+    if value is not None and value < 1:
+        raise ValueError(f"{name}: {value} is not allowed; it must be at least 1")
+
+
+def check_objective(config: Any) -> None:
+    """Refuse an objective that cannot be, or that has nothing in it.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    check_positions(config.positions, config.position_k)
+    if isinstance(config.layers, str) and config.layers not in LAYERS:
+        raise ValueError(f"layers: {config.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
+    if config.reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: {config.reduction!r} is not one of {', '.join(get_args(Reduction))}")
+    if config.reduction == "token" and config.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps: {config.gradient_accumulation_steps} does not go with reduction='token', whose mean "
+            "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
+            "generation_batch_size bound the memory)"
+        )
+    for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations"):
+        check_at_least_one(config, name)
+    for name in ("diagnostic_steps", "alarm_window"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}: {getattr(config, name)} is not allowed; 0 (never) or more")
+    for name in ("representation_weight", "output_weight", "policy_gradient_weight"):
+        check_weight(name, getattr(config, name))
+    _check_terms(config)
+    if is_on(config.policy_gradient_weight):
+        _check_policy_gradient(config)
+
+
+def _check_terms(config: Any) -> None:
+    matching, comparing = is_on(config.representation_weight), config.output_term is not None
+    rewarding = is_on(config.policy_gradient_weight)
+    if not (matching or comparing or rewarding):
+        raise ValueError(
+            "representation_weight: 0 leaves nothing to learn from; set output_space or policy_gradient_weight"
+        )
+    if config.crossfade_steps is not None and not (matching and comparing):
+        raise ValueError(
+            "crossfade_steps: it goes over from representation_weight to output_space, and one of the two is off"
+        )
+    if config.num_iterations > 1 and not rewarding:
+        raise ValueError(
+            f"num_iterations: {config.num_iterations} is for GRPO (policy_gradient_weight); the distillation losses are "
+            "on-policy and take new rollouts each step"
+        )
+
+
+def _check_policy_gradient(config: Any) -> None:
+    if config.num_generations < 2:
+        raise ValueError(
+            f"num_generations: {config.num_generations} is not allowed with policy_gradient_weight: a rollout's advantage is "
+            "over the mean of its prompt's rollouts; at least 2"
+        )
+    if config.task is None:
+        raise ValueError("task: policy_gradient_weight needs one, to grade the rollouts that it rewards")
+    check_clip(config.epsilon, config.epsilon_high)
+    if config.scale_rewards not in get_args(Scale):
+        raise ValueError(f"scale_rewards: {config.scale_rewards!r} is not one of {', '.join(get_args(Scale))}")
+    if config.num_iterations == 1:
+        return
+    steps = {"max_steps": config.max_steps}
+    if config.save_strategy == "steps":
+        steps["save_steps"] = config.save_steps
+    if config.save_strategy == "best" and config.eval_strategy == "steps":
+        steps["eval_steps"] = config.eval_steps or config.logging_steps
+    for name, value in steps.items():
+        if value > 0 and value % config.num_iterations:
+            raise ValueError(
+                f"{name}: {value} is not allowed with num_iterations={config.num_iterations}: a checkpoint between two updates on "
+                "the same rollouts could not be resumed from; take a multiple of it"
+            )

@@ -1,0 +1,212 @@
+"""What a run minimises, made of the terms that its settings turn on (Eq. 7), and its value on one micro-batch.
+
+    L = representation_weight · L_OPRD + output_weight · L_OPD + policy_gradient_weight · L_GRPO
+
+One forward of each model serves all terms: `MicroBatchLoss.read` takes each layer's states the moment they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oprd.batching import HEAD, StateRequest
+from oprd.config import OPRDConfig
+from oprd.head_chunks import LMHead
+from oprd.lm_head import log_probs
+from oprd.objectives.composite import crossfade, is_on, weight_at
+from oprd.objectives.diagnostics import head_diagnostics
+from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
+from oprd.objectives.reduction import position_weights
+from oprd.objectives.representation import cosine, representation_error
+from oprd.types import Rollouts, States
+
+Heads = Callable[[], tuple[LMHead, LMHead]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts of one batch with what was found out about them.
+
+    Args:
+        rollouts: prompt after prompt, each prompt's generations in a row.
+        correct: verdicts; None where not graded.
+        advantages: one a rollout, where there is a policy-gradient term.
+        old_log_p: log-probabilities of each rollout's tokens when it was sampled; None until the first update has read them.
+    """
+
+    rollouts: Rollouts
+    correct: list[bool | None]
+    advantages: Sequence[float] | None = None
+    old_log_p: Sequence[Tensor] | None = None
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        """The rollouts at `indices`, in that order."""
+        columns: dict[str, Any] = {
+            name: None if column is None else [column[i] for i in indices]
+            for name in ("correct", "advantages", "old_log_p")
+            for column in (getattr(self, name),)
+        }
+        return replace(self, rollouts=self.rollouts.select(indices), **columns)
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """The terms of one step with their weights, and what has to be read for them.
+
+    Args:
+        weights: "representation", "output_space", "policy_gradient": those that are on.
+        measuring: whether this step also measures what its loss does not need.
+        num_layers: layers of the representation term.
+    """
+
+    weights: dict[str, float]
+    measuring: bool
+    num_layers: int
+
+    @staticmethod
+    def at(config: OPRDConfig, step: int, num_layers: int) -> StepTerms:
+        """The terms of a step, counted from 0."""
+        fade_out, fade_in = crossfade(step, config.crossfade_steps)
+        weights = {}
+        if is_on(config.representation_weight):
+            weights["representation"] = fade_out * weight_at(config.representation_weight, step)
+        if config.output_term is not None:
+            weights["output_space"] = fade_in * weight_at(config.output_weight, step)
+        if is_on(config.policy_gradient_weight):
+            weights["policy_gradient"] = weight_at(config.policy_gradient_weight, step)
+        measuring = config.diagnostic_steps > 0 and step % config.diagnostic_steps == 0
+        return StepTerms(weights, measuring, num_layers)
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether states of the chosen layers are needed."""
+        return "representation" in self.weights or self.measuring
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a term is made of next-token distributions."""
+        return bool({"output_space", "policy_gradient"} & self.weights.keys())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to read the rollouts."""
+        return self.measuring or bool({"representation", "output_space"} & self.weights.keys())
+
+
+class MicroBatchLoss:
+    """The loss of one micro-batch.
+
+    Args:
+        config: the run's settings.
+        terms: the step's terms.
+        request: what is read of the student.
+        batch: the rollouts that it reads.
+        teacher: the teacher's states, where they are needed; its buffers are used up.
+        heads: gives both LM heads over the same events; asked while the student runs, where wrappers have its weights together.
+        whole_step: rollouts, selected positions and response tokens of the whole step, which all means divide by.
+        observe: takes metrics: sums over the step's micro-batches.
+    """
+
+    def __init__(
+        self,
+        config: OPRDConfig,
+        terms: StepTerms,
+        request: StateRequest,
+        batch: Batch,
+        teacher: States | None,
+        heads: Heads,
+        whole_step: dict[str, float],
+        observe: Callable[..., None],
+    ) -> None:
+        self.config, self.terms, self.request, self.batch = config, terms, request, batch
+        self.teacher_states = {} if teacher is None else dict(zip(teacher.layers, teacher.values, strict=True))
+        if teacher is not None and teacher.head_MD is not None:
+            self.teacher_states[HEAD] = teacher.head_MD
+        self.heads, self.whole_step, self.observe = heads, whole_step, observe
+        self.log_p_M: Tensor | None = None
+        self.weights_N = self._weights(request.rollout_index, whole_step["positions"])
+
+    def _weights(self, rollout_index: Tensor, step_positions: float) -> Tensor:
+        return position_weights(
+            rollout_index,
+            self.request.num_rollouts,
+            self.config.reduction,  # type: ignore[arg-type]
+            step_rollouts=self.whole_step["rollouts"],
+            step_positions=step_positions,
+        )
+
+    def read(self, layer: int, student: Tensor) -> Tensor:
+        """What one layer's states (or with `HEAD` what the LM head reads) add to the loss."""
+        return self._head_terms(student) if layer == HEAD else self._layer_term(layer, student)
+
+    def _layer_term(self, layer: int, student_ND: Tensor) -> Tensor:
+        teacher_ND = self.teacher_states.pop(layer)
+        self.observe(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * self.weights_N).sum()})
+        if "representation" not in self.terms.weights:
+            return student_ND.new_zeros((), dtype=torch.float32)
+        error_N = representation_error(student_ND, teacher_ND, normalize=self.config.normalize, reuse_teacher=True)
+        return self._weighted("representation", (error_N * self.weights_N).sum() / self.terms.num_layers)
+
+    def _head_terms(self, student_MD: Tensor) -> Tensor:
+        assert self.request.head is not None, "the head's states were not asked for"
+        index_M, tokens_M = self.request.head.rollout_index, self.request.head.tokens
+        student_head, teacher_head = self.heads()
+        loss = student_MD.new_zeros((), dtype=torch.float32)
+        if self.config.output_term is not None:
+            error_M = self.config.output_term(
+                student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M
+            )
+            loss = loss + self._weighted("output_space", (error_M * self._sum_weights(index_M)).sum())
+        if "policy_gradient" in self.terms.weights:
+            loss = loss + self._policy_gradient(student_head, student_MD, tokens_M, index_M)
+        if self.terms.measuring:
+            measured = head_diagnostics(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
+            self.observe(**{name: value_M.sum() / self.whole_step["tokens"] for name, value_M in measured.items()})
+        return loss
+
+    def _sum_weights(self, index_M: Tensor) -> Tensor | float:
+        """An output-space loss is summed over a completion and averaged over rollouts, or over all tokens (method §5)."""
+        return 1 / self.whole_step["rollouts" if self.config.reduction == "rollout" else "tokens"]
+
+    def _policy_gradient(self, head: LMHead, student_MD: Tensor, tokens_M: Tensor, index_M: Tensor) -> Tensor:
+        config, batch = self.config, self.batch
+        assert batch.advantages is not None
+        log_p_M = log_probs(head, student_MD, tokens_M, temperature=config.temperature or 1.0)
+        self.log_p_M = log_p_M.detach()
+        old_M = None if batch.old_log_p is None else torch.cat(list(batch.old_log_p))
+        advantage_M = torch.tensor(batch.advantages, device=index_M.device, dtype=log_p_M.dtype)[index_M]
+        clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+        loss_M = clipped_policy_loss(log_p_M, old_M, advantage_M, **clip)  # type: ignore[arg-type]
+        clipped_M = clipped_share(log_p_M.detach(), old_M, advantage_M, **clip)  # type: ignore[arg-type]
+        self.observe(**{"clip_ratio": clipped_M.float().sum() / self.whole_step["tokens"]})
+        return self._weighted("policy_gradient", (loss_M * self._weights(index_M, self.whole_step["tokens"])).sum())
+
+    def _weighted(self, name: str, value: Tensor) -> Tensor:
+        self.observe(**{f"loss/{name}": value.detach()})
+        return self.terms.weights[name] * value
+
+    def log_p(self) -> list[Tensor]:
+        """Log-probabilities of each rollout's tokens as this update has read them; empty without a policy-gradient term."""
+        return [] if self.log_p_M is None else list(self.log_p_M.split(self.batch.rollouts.completion_lengths))
+
+
+def with_advantages(batch: Batch, config: OPRDConfig) -> Batch:
+    """Give each rollout its advantage over its prompt's others (reward 1 for a right answer, else 0).
+
+    Raises:
+        ValueError: a rollout that was not graded.
+    """
+    rewards = torch.tensor([float("nan") if c is None else float(c) for c in batch.correct], dtype=torch.float64)
+    advantages: Any = group_advantages(rewards, config.num_generations, config.scale_rewards)  # type: ignore[arg-type]
+    return replace(batch, advantages=advantages.tolist())
+
+
+def silent_share(batch: Batch) -> float:
+    """Share of rollouts whose prompt's rewards are all alike, so that they teach GRPO nothing."""
+    advantages = batch.advantages or []
+    return sum(a == 0 for a in advantages) / max(len(advantages), 1)
