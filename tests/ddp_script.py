@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import oprd.trainer
-from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights
+from oprd.tasks import FunctionGrader, Task
+from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
 
 COLLECTIVE_SECONDS, SCENARIO_SECONDS = 60, 120  # all scenarios together take 10 s on two idle cores
 
@@ -32,10 +34,34 @@ SCENARIOS = {
     "token": ({"reduction": "token"}, {}),
     "tied": ({"positions": "last_k", "position_k": 2, "reduction": "token"}, {"tie_word_embeddings": True}),
     "lower_layers": ({"layers": [1, 2], "activation_checkpointing": True}, {}),
+    "composite": (
+        {
+            "output_space": "reverse_kl",
+            "output_weight": 0.5,
+            "reduction": "token",
+            "positions": "last_k",
+            "position_k": 2,
+            "diagnostic_steps": 1,
+        },
+        {"tie_word_embeddings": True},
+    ),
+    "grpo": (
+        {
+            "representation_weight": 0.0,
+            "policy_gradient_weight": 1.0,
+            "task": "addition",
+            "num_generations": 4,
+            "num_iterations": 2,
+            "epsilon": 0.05,
+            "diagnostic_steps": 0,
+        },
+        {},
+    ),
     "accumulated": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {}),
 }
 COMMON = {
-    "rows": prompt_rows(8), "num_generations": 2, "max_steps": 4, "micro_batch_tokens": 20, "adam_epsilon": 1e-4,
+    "rows": [{**row, "answer": "1"} for row in prompt_rows(8)],
+    "num_generations": 2, "max_steps": 4, "micro_batch_tokens": 20, "adam_epsilon": 1e-4,
     **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
 }  # fmt: skip
 
@@ -45,7 +71,21 @@ def trainer_of(name: str, folder, world_size: int, **more):
     merged = {"per_device_train_batch_size": 2, **COMMON, **settings, **more}
     if world_size == 1:
         merged["per_device_train_batch_size"] *= 2
-    return tiny_trainer(folder, tiny_model(**model), tiny_model(seed=1, **model), scripted=True, **merged)
+    trainer = tiny_trainer(folder, tiny_model(**model), tiny_model(seed=1, **model), scripted=True, **merged)
+    if "task" in settings:
+        reward_last_tokens(trainer)
+    return trainer
+
+
+def reward_last_tokens(trainer) -> None:
+    """A completion is right when its last id is a multiple of 3; ids stand in for texts."""
+
+    def generate(*arguments, **settings):
+        rollouts = scripted_generate(*arguments, **settings)
+        return replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids])
+
+    trainer.engine.generate = generate
+    trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: int(response) % 3 == 0))
 
 
 def lora_trainer(folder, **more):

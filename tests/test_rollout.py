@@ -12,6 +12,7 @@ from oprd.rollout import Sampling, TransformersEngine
 from tiny import tiny_model, tiny_tokenizer
 
 STOPS = [2, *range(10, 22)]  # many, so that short completions end by themselves
+VOCABULARY = len(tiny_tokenizer())  # the models have 64 rows; the others are padding, which is never sampled
 PROMPTS = [[5, 6, 7], [8], [30, 31, 32, 33, 34], [40, 41], [9, 9]]
 
 
@@ -31,7 +32,7 @@ def peaky_model(**overrides):
 def greedy_by_hand(model, prompt: list[int], limit: int) -> list[int]:
     completion: list[int] = []
     while len(completion) < limit and not (completion and completion[-1] in STOPS):
-        completion.append(int(model(input_ids=torch.tensor([prompt + completion])).logits[0, -1].argmax()))
+        completion.append(int(model(input_ids=torch.tensor([prompt + completion])).logits[0, -1, :VOCABULARY].argmax()))
     return completion
 
 
@@ -125,9 +126,9 @@ def distance_to_softmax(model, sampling: Sampling, samples: int = 4000) -> float
         model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11
     )
     tokens = torch.tensor([completion[0] for completion in rollouts.completion_ids])
-    frequency = torch.bincount(tokens, minlength=64) / samples
+    frequency = torch.bincount(tokens, minlength=VOCABULARY) / samples
     with torch.no_grad():
-        probability = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+        probability = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1, :VOCABULARY].softmax(-1)
     return 0.5 * (frequency - probability).abs().sum().item()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL is measured too rarely for a standard error
+_KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
 
 
 class AlarmWatch:
@@ -80,7 +81,7 @@ def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
 
 def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
     first, second = _mean(before, "reverse_kl"), _mean(after, "reverse_kl")
-    if first is not None and second is not None and second > _KL_FACTOR * max(first, 0.0) and second > 0:
+    if first is not None and second is not None and second > _KL_FACTOR * max(first, _KL_FLOOR):
         return f"the sampled reverse KL grew {first:.3g} -> {second:.3g}"
     return None
 

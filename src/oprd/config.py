@@ -78,14 +78,14 @@ class OPRDConfig(TrainingArguments):
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
     # The objective: representation_weight·L_OPRD + output_weight·L_OPD + policy_gradient_weight·L_GRPO (docs/objectives.md)
-    representation_weight: Any = field(
+    representation_weight: float | dict[str, Any] = field(
         default=1.0, metadata=_help("Factor on the representation loss (Eq. 6); 0 is off; may be a schedule.")
     )
     output_space: str | None = field(
         default=None, metadata=_help(f"Output-space loss to add: {', '.join(OUTPUT_SPACE)}; None is off.")
     )
-    output_weight: Any = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
-    policy_gradient_weight: Any = field(
+    output_weight: float | dict[str, Any] = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
+    policy_gradient_weight: float | dict[str, Any] = field(
         default=0.0, metadata=_help("Factor on GRPO's loss, reward 1 for a right answer; 0 is off; may be a schedule.")
     )
     crossfade_steps: int | None = field(

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from oprd.config import OPRDConfig
 from oprd.layers import resolve_layers
 from oprd.models import check_same_tokens, load_tokenizer, resolve_name
+from oprd.objectives.composite import is_on
 from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
 
 
@@ -38,6 +39,7 @@ def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
         f"plan: {rollouts} rollouts a step and device of up to {config.max_completion_length} tokens, "
         f"{config.max_steps if config.max_steps > 0 else f'{config.num_train_epochs} epoch(s) of'} steps"
     )
+    lines.append(f"loss: {describe_objective(config)}")
     student, teacher = (_model_config(name, config) for name in (recipe.model, recipe.teacher_model))
     lines += [_model_line("student", recipe.model, student), _model_line("teacher", recipe.teacher_model, teacher)]
     if student is not None:
@@ -53,6 +55,26 @@ def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
         _dataset_line("eval", recipe.eval_dataset, recipe.eval_split, recipe.eval_limit, config.seed),
     ]
     return [*lines, "dry run: nothing was trained or written"]
+
+
+def describe_objective(config: OPRDConfig) -> str:
+    """The sum that a run minimises, such as `10 x representation + 1 x reverse_kl, a mean over response tokens`."""
+    output = config.output_term.kind if config.output_term else ""
+    weights = (
+        (config.representation_weight, "representation"),
+        (config.output_weight if output else 0, output),
+        (config.policy_gradient_weight, "GRPO"),
+    )
+    terms = [f"{_weight(weight)} x {name}" for weight, name in weights if is_on(weight)]
+    fading = f", crossfade over {config.crossfade_steps} steps" if config.crossfade_steps else ""
+    of = "rollouts" if config.reduction == "rollout" else "response tokens"
+    return f"{' + '.join(terms)}{fading}, a mean over {of}"
+
+
+def _weight(weight: Any) -> str:
+    if isinstance(weight, Mapping):
+        return f"({weight['start']:g} to {weight['end']:g}, {weight['schedule']} in {weight['steps']} steps)"
+    return f"{weight:g}"
 
 
 def _model_config(name: str | None, config: OPRDConfig) -> tuple[int, int] | None:

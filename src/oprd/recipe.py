@@ -65,13 +65,22 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
     """
     file = find_recipe(path)
+    return parse_recipe({**read_yaml(file), **(overrides or {})}, str(file))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ValueError: not a YAML file, or not a mapping.
+    """
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected one key: value a line, found {type(content).__name__}")
-    return parse_recipe({**content, **(overrides or {})}, str(file))
+    return content
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -230,7 +239,7 @@ def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
 # What may differ when a run goes on: how long, how often and where it is recorded, and how much memory it takes.
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
-    "run_name", "use_cpu", "dataloader_num_workers",
+    "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",

@@ -22,6 +22,7 @@ from oprd.config import OPRDConfig
 from oprd.evaluate import evaluate
 from oprd.figures import plot_run
 from oprd.models import context_length, load_model, load_tokenizer, stop_token_ids
+from oprd.plan import describe_objective
 from oprd.prompts import prepare_prompts
 from oprd.recipe import Recipe, check_resumed, load_rows, resolved
 from oprd.rollout import ENGINES, Sampling, TransformersEngine
@@ -275,5 +276,5 @@ def _describe(trainer: OPRDTrainer) -> str:
     )
     return (
         f"{trained / 1e6:.2f} M parameters to train, {len(trainer.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
-        f"{rollouts} rollouts a step"
+        f"{rollouts} rollouts a step; loss: {describe_objective(args)}"
     )

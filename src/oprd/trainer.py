@@ -248,6 +248,10 @@ class OPRDTrainer(RecordingTrainer):
         if args.diagnostic_steps == 0 and not needs_head(args):
             return
         try:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "output_space, policy_gradient_weight: not with FSDP or DeepSpeed yet (sharded LM heads)"
+                )
             student, teacher = self._heads()
             check_head(student, self.model)
             with self.teacher.sampler() as model:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from oprd.compare.results import Run
 from oprd.config import OPRDConfig
 from oprd.plan import describe_plan
-from oprd.recipe import Recipe, load_recipe, resolved
+from oprd.recipe import Recipe, load_recipe, read_yaml, resolved
 
 _PACKAGE = Path(__file__).parent.parent
 COMPARISON_FOLDERS = (_PACKAGE / "comparisons", _PACKAGE.parent.parent / "comparisons")
@@ -77,13 +76,7 @@ def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
         ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
     """
     file = _find(path)
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected one key: value a line, found {type(content).__name__}")
-    comparison = Comparison(**_typed(content, file))
+    comparison = Comparison(**_typed(read_yaml(file), file))
     _check_grid(comparison, file)
     _check_keys(comparison, file)
     return file, comparison
