@@ -17,9 +17,8 @@ from oprd.checkpoint import (
     random_state,
     save_optimizer,
     set_random_state,
-    verify,
-    write_manifest,
 )
+from oprd.manifest import verify, write_manifest
 from oprd.rollout import derive_seed
 from tiny import tiny_trainer
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddp_script import SCENARIOS, greedy_trainer, lora_trainer, trainer_of
-from oprd.checkpoint import list_checkpoints, verify
+from oprd.checkpoint import list_checkpoints
+from oprd.manifest import verify
 from tiny import weights, without_times
 
 HERE = Path(__file__).parent

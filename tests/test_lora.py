@@ -7,7 +7,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 
 from oprd.capture import capture_states
-from oprd.checkpoint import list_checkpoints, verify
+from oprd.checkpoint import list_checkpoints
+from oprd.manifest import verify
 from oprd.teachers import AdapterOffTeacher
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from oprd.checkpoint import list_checkpoints, verify
+from oprd.checkpoint import list_checkpoints
+from oprd.manifest import verify
 from oprd.runlog import RunFolder
 from oprd.tasks import FunctionGrader, Task
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights, without_times

@@ -6,7 +6,6 @@ renamed into place. `VerifiedCheckpoints` puts this under transformers' `Trainer
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,61 +22,12 @@ from transformers import Trainer
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
+from oprd.manifest import fsync, is_whole, verify, write_manifest
+
 logger = logging.getLogger("oprd")
 
-MANIFEST = "manifest.json"
 STAGING = ".staging"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` (digest and size of every file below `folder`), after flushing all of them to disk."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _fsync(path)
-        files[str(path.relative_to(folder))] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
-
-
-def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
-
-    Raises:
-        ValueError: names the file that is missing, truncated or changed.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise ValueError(f"{manifest} is missing: the checkpoint was not written to its end")
-    try:
-        listed = json.loads(manifest.read_text())["files"].items()
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest} cannot be read: {error}") from error
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
-        if file_digest(path) != digest:
-            raise ValueError(f"{path} does not match its digest: its content changed after it was written")
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether `verify` finds nothing wrong."""
-    try:
-        verify(folder)
-    except ValueError:
-        return False
-    return True
 
 
 def step_of(folder: Path) -> int:
@@ -116,14 +66,6 @@ def newest_verified(run_folder: Path) -> Path | None:
     if reasons:
         raise ValueError(f"resume_from_checkpoint: no checkpoint in {run_folder} can be used: " + "; ".join(reasons))
     return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
@@ -225,7 +167,7 @@ class VerifiedCheckpoints(Trainer):
             shutil.rmtree(final)
         if not final.exists():  # a whole one of the same step is this one, saved twice
             os.replace(staged, final)
-        _fsync(run_folder)
+        fsync(run_folder)
         shutil.rmtree(run_folder / STAGING, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(run_folder),

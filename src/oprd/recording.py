@@ -16,10 +16,11 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from oprd.alarm import AlarmWatch
-from oprd.checkpoint import VerifiedCheckpoints, newest_verified, step_of, verify
+from oprd.checkpoint import VerifiedCheckpoints, newest_verified, step_of
 from oprd.config import OPRDConfig
 from oprd.data import PromptRow, as_prompt_rows
 from oprd.evaluate import Evaluation, evaluate, join_ranks
+from oprd.manifest import verify
 from oprd.metrics import MetricWindow
 from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import RolloutEngine, derive_seed

@@ -116,6 +116,7 @@ class OPRDTrainer(RecordingTrainer):
         self.pad_token_id = self.engine.pad_token_id
         self._batch_of_step = 0
         self._kept: dict[int, Batch] = {}
+        self._vocab_size = vocabulary_size(tokenizer)
         self._check_heads()
 
     def training_step(
@@ -265,7 +266,7 @@ class OPRDTrainer(RecordingTrainer):
     def _heads(self) -> tuple[LMHead, LMHead]:
         """Both models' LM heads over the same events: padding rows cut off, every end of text one event."""
         student, teacher = lm_head_of(self.model), self.teacher.head()
-        size = min(vocabulary_size(self.processing_class), student.size, teacher.size)
+        size = min(self._vocab_size, student.size, teacher.size)
         return match_heads(student, teacher, vocab_size=size, stop_token_ids=tuple(self.engine.stop_token_ids))
 
     def _whole_step(self, rollouts: Rollouts, share: float) -> dict[str, float]:

@@ -1,0 +1,158 @@
+"""What held-out tokens say of a fitted pair of layers: error by direction and rank, the rank to use, the verdict on two models.
+
+All but the mean cosine is closed form in the held-out statistics (Theorem 3 of OPRD for the choice of the rank).
+Letters here: R directions, K tokens of the held-out sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oprd.bridge.fit import PairFit
+from oprd.bridge.statistics import PairStatistics
+
+VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hopeless"]
+
+# Thresholds of `verdict`, not tuned. They follow published leads (LastOPD, RIDE: CKA about 0.98 between models of one origin, harm
+# from matching all layers of unrelated ones), Theorem 3, and the embedded pair, which is distilled directly although its student is
+# early in training: CKA 0.88 to 0.95, direct R² 0.69 to 0.86; with an untrained teacher: CKA 0.33 to 0.03, direct R² below −2.
+DIRECT_CKA = 0.8  # models of one origin have at least this CKA on every layer …
+DIRECT_R2 = 0.5  # … and agree dimension by dimension, which CKA does not see: half of the teacher's variance without a projection
+USABLE_PREDICTABLE = 0.5  # of a layer that can be bridged, the student must predict half of the teacher's variance
+USABLE_CKA = 0.3  # below it, what the student predicts of the teacher is a small part of its own variance
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """How good a `PairFit` is on held-out tokens.
+
+    Args:
+        tokens: tokens of the fit.
+        held_out_tokens: tokens it was tested on.
+        cka: linear CKA of the two layers' states, of the fit's tokens.
+        direct_r2: R² of the student's state as the teacher's without any projection; None where widths differ.
+        predictable: Σ w_i ρ_i², share of the teacher's whole variance that the student predicts (w_i: direction i's share).
+        suggested_rank: where Theorem 3's error is least; ρ² crosses 1/2 there. 0 where no direction is worth using.
+        r2_R: ρ_i², R² of each direction; below 0 where its mean would have been the better guess.
+        rank_r2_R: R² of the first 1, 2, … directions together.
+        rank_cosine_R: mean cosine of both projected vectors at rank 1, 2, …; from the held-out sample.
+        rank_error_R: Theorem 3's Σ_{i>r} λ_i ρ_i² + Σ_{i≤r} λ_i (1 − ρ_i²) at rank 1, 2, …, as a share of Σ λ_i.
+    """
+
+    tokens: int
+    held_out_tokens: int
+    cka: float
+    direct_r2: float | None
+    predictable: float
+    suggested_rank: int
+    r2_R: Float[Tensor, " R"]
+    rank_r2_R: Float[Tensor, " R"]
+    rank_cosine_R: Float[Tensor, " R"]
+    rank_error_R: Float[Tensor, " R"]
+
+
+def direction_errors(fit: PairFit, statistics: PairStatistics) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """Mean squared error of each direction's prediction, and the variance (1/n) of what is predicted, both in closed form.
+
+    E e_i² = (s_iᵀ Σ_SS s_i − 2 s_iᵀ Σ_ST p_i + p_iᵀ Σ_TT p_i)/n + (s_i·(µ_S' − µ_S) − p_i·(µ_T' − µ_T))², Σ and µ' of `statistics`.
+    """
+    student_RD, teacher_RE = fit.student_RD, fit.teacher_RE
+    predicted_R = ((student_RD @ statistics.student_DD) * student_RD).sum(1)
+    cross_R = ((student_RD @ statistics.cross_DE) * teacher_RE).sum(1)
+    wanted_R = ((teacher_RE @ statistics.teacher_EE) * teacher_RE).sum(1)
+    student_shift_R = student_RD @ (statistics.student_mean_D - fit.student_mean_D)
+    teacher_shift_R = teacher_RE @ (statistics.teacher_mean_E - fit.teacher_mean_E)
+    error_R = (predicted_R - 2 * cross_R + wanted_R).clamp_min(0) / statistics.n
+    return error_R + (student_shift_R - teacher_shift_R).square(), wanted_R.clamp_min(0) / statistics.n
+
+
+def rank_cosines(fit: PairFit, statistics: PairStatistics) -> Float[Tensor, " R"]:
+    """Mean over the sample of cos(P_S(h_S − µ_S), P_T(h_T − µ_T)) at rank 1, 2, …, R."""
+    student_KR = (statistics.student_sample_KD.double() - fit.student_mean_D) @ fit.student_RD.T
+    teacher_KR = (statistics.teacher_sample_KE.double() - fit.teacher_mean_E) @ fit.teacher_RE.T
+    product_KR = (student_KR * teacher_KR).cumsum(1)
+    lengths_KR = student_KR.square().cumsum(1).sqrt() * teacher_KR.square().cumsum(1).sqrt()
+    return (product_KR / lengths_KR.clamp_min(1e-300)).mean(0)
+
+
+def predicted_errors(variance_R: Float[Tensor, " R"], r2_R: Float[Tensor, " R"]) -> Float[Tensor, " R_plus_1"]:
+    """Theorem 3's total error Σ_{i>r} λ_i ρ_i² + Σ_{i≤r} λ_i (1 − ρ_i²) at rank r = 0, 1, …, R.
+
+    What is left out above r and could have been learnt, plus what is demanded below r and cannot be. ρ² is taken into [0, 1].
+    """
+    useful_R = variance_R * r2_R.clamp(0, 1)
+    change_R = variance_R - 2 * useful_R
+    return useful_R.sum() + torch.cat([change_R.new_zeros(1), change_R.cumsum(0)])
+
+
+def report_pair(fit: PairFit, statistics: PairStatistics, held_out: PairStatistics) -> PairReport:
+    """The report on `fit`, which was made from `statistics`, at all its ranks.
+
+    Args:
+        fit: with all its directions, as Theorem 3 wants those above the rank too.
+        statistics: of the tokens it was fitted on.
+        held_out: of tokens of other rollouts, with a sample.
+
+    Raises:
+        ValueError: fewer than 2 held-out tokens, or no sample of them.
+    """
+    if held_out.n < 2 or not len(held_out.student_sample_KD):
+        raise ValueError(
+            f"report_pair: {held_out.n} held-out tokens and a sample of {len(held_out.student_sample_KD)}; the R² needs 2 or more, "
+            "the cosine a sample: keep some rollouts out of the fit, with sample_size 1 or more"
+        )
+    error_R, variance_R = direction_errors(fit, held_out)
+    tiny = torch.finfo(error_R.dtype).tiny
+    r2_R = torch.where(variance_R > 0, 1 - error_R / variance_R.clamp_min(tiny), 0.0)
+    errors = predicted_errors(fit.variance_R, r2_R)
+    shares_R = fit.explained_R.diff(prepend=fit.explained_R.new_zeros(1))
+    return PairReport(
+        tokens=statistics.n,
+        held_out_tokens=held_out.n,
+        cka=statistics.cka(),
+        direct_r2=held_out.direct_r2(),
+        predictable=float((shares_R * r2_R.clamp(0, 1)).sum()),
+        suggested_rank=int(errors.argmin()),
+        r2_R=r2_R,
+        rank_r2_R=1 - error_R.cumsum(0) / variance_R.cumsum(0).clamp_min(tiny),
+        rank_cosine_R=rank_cosines(fit, held_out),
+        rank_error_R=errors[1:] / fit.variance_R.sum(),
+    )
+
+
+def verdict(reports: Mapping[int, PairReport], *, same_depth: bool) -> tuple[VerdictKind, tuple[int, ...]]:
+    """What to do with a pair of models, and on which student layers.
+
+    - "direct": every layer has CKA ≥ `DIRECT_CKA` and a direct R² ≥ `DIRECT_R2`, depth and width are equal: one origin, no bridge.
+    - "bridge all layers": every layer is usable, that is the student predicts at least `USABLE_PREDICTABLE` of the teacher's
+      held-out variance there and CKA is at least `USABLE_CKA`.
+    - "bridge last layers": the last layer is usable, and so is each from the one that is named first on.
+    - "hopeless": the last layer, which the LM head reads, is not.
+
+    Args:
+        reports: by student layer; layers that were not fitted are not judged.
+        same_depth: whether both models have as many layers, so that "direct" is possible at all.
+
+    Raises:
+        ValueError: no report.
+    """
+    if not reports:
+        raise ValueError("verdict: there is no layer to judge; fit at least one pair of layers")
+    layers = sorted(reports)
+    direct = [r.cka >= DIRECT_CKA and r.direct_r2 is not None and r.direct_r2 >= DIRECT_R2 for r in reports.values()]
+    if same_depth and all(direct):
+        return "direct", tuple(layers)
+    usable: list[int] = []
+    for layer in reversed(layers):
+        if reports[layer].predictable < USABLE_PREDICTABLE or reports[layer].cka < USABLE_CKA:
+            break
+        usable.insert(0, layer)
+    if not usable:
+        return "hopeless", ()
+    return ("bridge all layers" if len(usable) == len(layers) else "bridge last layers"), tuple(usable)

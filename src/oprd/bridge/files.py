@@ -1,0 +1,52 @@
+"""A folder of tensors and JSON that is written whole or not at all, and read only when every file matches its digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from oprd.manifest import verify, write_manifest
+
+TENSORS, REST = "bridge.safetensors", "bridge.json"
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Write `tensors` and `rest` into a new folder: beside it first, with a manifest of digests, then renamed into place.
+
+    Raises:
+        ValueError: there is something at `folder` already, or `rest` has numbers that are not finite.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"bridge: {folder} exists already; choose another folder or remove it first")
+    staging = folder.parent / f".{folder.name}.{os.getpid()}.staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, staging / TENSORS)
+        (staging / REST).write_text(json.dumps(rest, indent=1, allow_nan=False) + "\n")
+        write_manifest(staging)
+        os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_folder` wrote.
+
+    Raises:
+        ValueError: no such folder, or a file that is missing, truncated or changed.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"bridge: there is no folder {folder}; make one with oprd bridge fit")
+    try:
+        verify(folder)
+        return load_file(folder / TENSORS), json.loads((folder / REST).read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"bridge: {folder} cannot be used, restore it or fit it again: {error}") from error
