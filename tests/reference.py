@@ -263,6 +263,7 @@ class DenseObjective:
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value)
         result = {name: sum(values) / len(values) for name, values in columns.items()}
+        result["reverse_kl_std"] = torch.tensor(columns["reverse_kl"]).std(correction=0).item()
         for layer in self.layers:
             cosines = []
             for (_, s), (_, t) in zip(ours, theirs, strict=True):

@@ -14,7 +14,14 @@ from tiny import PROMPTS, tiny_trainer
 
 
 def history(
-    steps: int = 20, *, cosine=(0.5, 0.6), accuracy=None, kl=None, rollouts: int = 100, every: int = 10
+    steps: int = 20,
+    *,
+    cosine=(0.5, 0.6),
+    accuracy=None,
+    kl=None,
+    rollouts: int = 100,
+    every: int = 10,
+    std: float = 0.1,
 ) -> list[dict]:
     """Rows of two halves, each with one value (or none) a column; KL at every 10th step, as it is measured."""
     rows = []
@@ -25,7 +32,7 @@ def history(
             if values is not None and values[half] is not None:
                 row[name] = values[half]
         if kl is not None and index % every == 0 and kl[half] is not None:
-            row["reverse_kl"] = kl[half]
+            row |= {"reverse_kl": kl[half], "reverse_kl_std": std, "tokens": 1000.0}
         rows.append(row)
     return rows
 
@@ -38,6 +45,8 @@ def history(
         (history(accuracy=(0.5, 0.43)), "accuracy fell 50.0% -> 43.0%"),
         (history(accuracy=(1.0, 0.97)), "accuracy fell 100.0% -> 97.0%"),
         (history(accuracy=(0.5, 0.3), rollouts=12), "accuracy fell 50.0% -> 30.0%"),
+        (history(kl=(0.2, 0.4), std=1.4), "the sampled reverse KL grew 0.2 -> 0.4"),
+        (history(kl=(0.0, 0.016), std=0.01), "the sampled reverse KL grew 0 -> 0.016"),
         (history(kl=(0.2, 0.31)), "the sampled reverse KL grew 0.2 -> 0.31"),
         (history(kl=(0.2, 0.31), accuracy=(0.3, 0.5)), "the sampled reverse KL grew 0.2 -> 0.31"),
         (
@@ -62,6 +71,10 @@ def test_worse_while_closer_rings(rows, words):
         history(accuracy=(0.0, 0.0)),
         history(accuracy=(1.0, 1.0)),
         history(kl=(0.2, 0.29)),  # grown by less than half
+        history(
+            kl=(0.2, 0.4), std=1.6
+        ),  # one measurement a half: three standard errors are 3·1.6·√(2/1000), about 0.215
+        history(kl=(0.0, 0.014)),  # too small to be more than noise
         history(kl=(0.2, 0.1)),
         history(kl=(0.2, -0.1)),
         history(kl=(-0.2, -0.1)),
@@ -140,7 +153,7 @@ def test_it_looks_at_the_last_window_alone():
 def test_a_resumed_run_rings_where_the_uninterrupted_one_does(values, cut, window):
     rows = []
     for step, (cosine, accuracy, measured) in enumerate(values, 1):
-        kl = {"reverse_kl": accuracy * cosine} if measured else {}
+        kl = {"reverse_kl": accuracy * cosine, "reverse_kl_std": 0.01, "tokens": 50.0} if measured else {}
         rows.append({"step": step, "loss": 1.0, "rollouts": 16.0, "cosine": cosine, "accuracy": accuracy, **kl})
     logged = [line for row in rows[:cut] for line in (row, {"step": row["step"], "eval_avg_at_k": 0.5})]
     expected = [step for step in rung(AlarmWatch(window), rows) if step > cut]

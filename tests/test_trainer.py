@@ -302,7 +302,13 @@ def test_metrics_are_what_happened(tmp_path):
         "grad_norm", "learning_rate", "tokens", "rollouts", "completions/mean_length", "completions/clipped_ratio",
         "padding_share", "micro_batches", "time/rollout", "time/grade", "time/teacher", "time/update", "time/optimizer",
     }  # fmt: skip
-    assert metrics[0].keys() == every_step | {"entropy/student", "entropy/teacher", "overlap", "reverse_kl"}
+    assert metrics[0].keys() == every_step | {
+        "entropy/student",
+        "entropy/teacher",
+        "overlap",
+        "reverse_kl",
+        "reverse_kl_std",
+    }
     assert metrics[1].keys() == every_step
     assert all(value >= 0 for key, value in metrics[0].items() if key.startswith("time/"))
     completions = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]

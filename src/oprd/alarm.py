@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
-_KL_FACTOR = 1.5  # the sampled KL is measured too rarely for a standard error
+_KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
 
 
@@ -45,10 +45,11 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong between the first and the second half of `rows`, None if nothing is.
 
     Cosine must have risen, and either accuracy fallen by more than three standard errors (binomial, over the graded rollouts of
-    each half) or the sampled reverse KL grown by half.
+    each half) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each half).
 
     Args:
-        rows: metrics of steps, with `cosine`, `accuracy` and `rollouts`, `reverse_kl` where they were measured.
+        rows: metrics of steps, with `cosine`, `accuracy` and `rollouts`, `reverse_kl`, `reverse_kl_std` and `tokens` where they
+            were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     cosines = [_mean(half, "cosine") for half in halves]
@@ -80,8 +81,21 @@ def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
 
 
 def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
-    first, second = _mean(before, "reverse_kl"), _mean(after, "reverse_kl")
-    if first is not None and second is not None and second > _KL_FACTOR * max(first, _KL_FLOOR):
+    found = []
+    for half in (before, after):
+        measured = [
+            (row["tokens"], row["reverse_kl"], row["reverse_kl_std"])
+            for row in half
+            if row.get("reverse_kl") is not None and row.get("reverse_kl_std") is not None
+        ]
+        tokens = sum(n for n, _, _ in measured)
+        if not tokens:
+            return None
+        mean = sum(n * kl for n, kl, _ in measured) / tokens
+        found.append((mean, sum(n * std**2 for n, _, std in measured) / tokens**2))
+    (first, variance), (second, later_variance) = found
+    error = math.sqrt(variance + later_variance)
+    if second - first > _STANDARD_ERRORS * error and second > _KL_FACTOR * max(first, _KL_FLOOR):
         return f"the sampled reverse KL grew {first:.3g} -> {second:.3g}"
     return None
 

@@ -75,6 +75,8 @@ class MetricWindow:
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)
+        if "reverse_kl_square" in row:
+            row["reverse_kl_std"] = max(row.pop("reverse_kl_square") - row["reverse_kl"] ** 2, 0.0) ** 0.5
         row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
         row["completions/clipped_ratio"] = 1 - totals["finished"] / totals["rollouts"]
         row["tokens"], row["rollouts"] = totals["tokens"], totals["rollouts"]

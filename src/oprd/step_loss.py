@@ -110,6 +110,7 @@ class MicroBatchLoss:
         heads: gives both LM heads over the same events; asked while the student runs, where wrappers have its weights together.
         whole_step: rollouts, selected positions and response tokens of the whole step, which all means divide by.
         observe: takes metrics: sums over the step's micro-batches.
+        project: the student's side of a bridge, called with layer and states; the teacher's states come projected.
     """
 
     def __init__(
@@ -122,12 +123,14 @@ class MicroBatchLoss:
         heads: Heads,
         whole_step: dict[str, float],
         observe: Callable[..., None],
+        project: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self.config, self.terms, self.request, self.batch = config, terms, request, batch
         self.teacher_states = {} if teacher is None else dict(zip(teacher.layers, teacher.values, strict=True))
         if teacher is not None and teacher.head_MD is not None:
             self.teacher_states[HEAD] = teacher.head_MD
         self.heads, self.whole_step, self.observe = heads, whole_step, observe
+        self.project = project
         self.log_p_M: Tensor | None = None
         self.weights_N = self._weights(request.rollout_index, whole_step["positions"])
 
@@ -146,6 +149,8 @@ class MicroBatchLoss:
 
     def _layer_term(self, layer: int, student_ND: Tensor) -> Tensor:
         teacher_ND = self.teacher_states.pop(layer)
+        if self.project is not None:
+            student_ND = self.project(layer, student_ND)
         self.observe(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * self.weights_N).sum()})
         if "representation" not in self.terms.weights:
             return student_ND.new_zeros((), dtype=torch.float32)
@@ -166,6 +171,9 @@ class MicroBatchLoss:
             loss = loss + self._policy_gradient(student_head, student_MD, tokens_M, index_M)
         if self.terms.measuring:
             measured = head_diagnostics(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
+            measured["reverse_kl_square"] = measured[
+                "reverse_kl"
+            ].square()  # of which the step's window makes reverse_kl_std
             self.observe(**{name: value_M.sum() / self.whole_step["tokens"] for name, value_M in measured.items()})
         return loss
 
