@@ -76,19 +76,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Initialise the Llama model of the pair (4 layers, width 128) from a seed.
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int = 4, width: int = 128, heads: int = 4
+) -> LlamaForCausalLM:
+    """Initialise the Llama model of the pair (4 layers, width 128 unless said otherwise) from a seed.
 
     Not Qwen2: for its model type `AutoTokenizer` ignores what the directory says and builds a byte-level tokenizer from
     the vocabulary, which drops every character that this one would map to `<unk>`, and the space.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         # The default 0.02 suits wider models; at width 128 it costs some hundred steps before anything is learnt.
@@ -137,6 +139,13 @@ def train(settings: Settings, output: Path) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, settings.seed)
     snapshots = {settings.student_step: output / "student", settings.teacher_step: output / "teacher"}
+    train_model(model, tokenizer, settings, snapshots)
+
+
+def train_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings, snapshots: dict[int, Path]
+) -> None:
+    """Supervised training up to the teacher's step, with a snapshot written after each step of `snapshots`."""
     ids, labels = encode_examples(tokenizer, settings.teacher_step * settings.batch_size, settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     model.train()

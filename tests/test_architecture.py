@@ -63,8 +63,8 @@ ROWS = [
         "objectives",
         "objectives.output_space",
     },
-    {"bridge", "rollout", "objectives.output_term", "objectives.diagnostics", "config_checks"},
-    {"config", "evaluate"},
+    {"bridge", "bridge.teacher", "rollout", "objectives.output_term", "objectives.diagnostics", "config_checks"},
+    {"config", "evaluate", "bridge.gather"},
     {"pair", "checkpoint", "recipe", "step_loss"},
     {"plan", "recording"},
     {"trainer", "compare.plan", "compare.runner"},
@@ -153,7 +153,8 @@ def test_the_settings():
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
-        "alarm_window", "chat_template_kwargs", "crossfade_steps", "diagnostic_steps", "epsilon", "epsilon_high",
+        "alarm_window", "bridge", "bridge_rank", "chat_template_kwargs", "crossfade_steps", "diagnostic_steps",
+        "epsilon", "epsilon_high",
         "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "generation_batch_size", "layers", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",

@@ -159,7 +159,7 @@ def test_weights_to_train_in_16_bits_are_refused_and_frozen_ones_are_not(dtype):
     args = OPRDConfig("unused", use_cpu=True)
     with pytest.raises(ValueError, match=rf"trained in {dtype}.*float32.*bf16=True"):
         build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), None)
-    student, _ = build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), LoraConfig(task_type="CAUSAL_LM"))
+    student, _, _ = build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), LoraConfig(task_type="CAUSAL_LM"))
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in student.parameters() if not p.requires_grad} == {dtype}
 

@@ -27,6 +27,7 @@ from oprd.manifest import fsync, is_whole, verify, write_manifest
 logger = logging.getLogger("oprd")
 
 STAGING = ".staging"
+BRIDGE = "bridge_digest.json"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -66,6 +67,27 @@ def newest_verified(run_folder: Path) -> Path | None:
     if reasons:
         raise ValueError(f"resume_from_checkpoint: no checkpoint in {run_folder} can be used: " + "; ".join(reasons))
     return None
+
+
+def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> None:
+    """Refuse to go on through another bridge than a checkpoint was trained through: the loss would change half way.
+
+    Args:
+        checkpoint: what is resumed from.
+        folder: of this run's bridge, for the message.
+        digest: of this run's bridge; None without one.
+
+    Raises:
+        ValueError: names both.
+    """
+    file = checkpoint / BRIDGE
+    before = json.loads(file.read_text())["sha256"] if file.is_file() else None
+    if before != digest:
+        then, now = (f"a bridge of digest {d:.12}" if d else "no bridge" for d in (before, digest))
+        raise ValueError(
+            f"bridge: {checkpoint} was trained with {then}, and this run has {now}{f' ({folder})' if folder else ''}. Resume with "
+            "the bridge as it was when the run began, or start anew"
+        )
 
 
 def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
@@ -132,6 +154,7 @@ class VerifiedCheckpoints(Trainer):
     """
 
     _staging = False
+    bridge_digest: str | None = None  # of the bridge that the run learns through; kept in each of its checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -162,6 +185,8 @@ class VerifiedCheckpoints(Trainer):
             # Trainer looked for it beside the staged checkpoint.
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staged / "trainer_state.json"))
+        if self.bridge_digest is not None:
+            _write_json(staged / BRIDGE, {"sha256": self.bridge_digest})
         write_manifest(staged)
         if final.exists() and not is_whole(final):
             shutil.rmtree(final)

@@ -57,6 +57,12 @@ class OPRDConfig(TrainingArguments):
         default=None, metadata=_help("Arguments of from_pretrained for a teacher given by name.")
     )
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with a model."))
+    bridge: str | None = field(
+        default=None, metadata=_help("Folder of a fitted bridge, for a teacher of another shape (oprd bridge fit).")
+    )
+    bridge_rank: int | None = field(
+        default=None, metadata=_help("Directions of the bridge to use (default: the rank that it was saved with).")
+    )
 
     # Prompts and rollouts
     chat_template_kwargs: dict[str, Any] | None = field(

@@ -39,7 +39,9 @@ def check_objective(config: Any) -> None:
             "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
             "generation_batch_size bound the memory)"
         )
-    for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations"):
+    if config.bridge_rank is not None and config.bridge is None:
+        raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")
+    for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations", "bridge_rank"):
         check_at_least_one(config, name)
     for name in ("diagnostic_steps", "alarm_window"):
         if getattr(config, name) < 0:

@@ -198,8 +198,8 @@ def check_same_shape(student: nn.Module, teacher: nn.Module) -> None:
     if s != t:
         raise ValueError(
             f"teacher_model: it has {t[0]} layers of width {t[1]}, the student {s[0]} of {s[1]}. OPRD-Vanilla compares hidden "
-            "states dimension by dimension, so both must agree. Teachers of another shape need OPRD-Bridge (a fitted "
-            "projection, planned for the next release); until then choose a teacher trained from the same base as the student."
+            "states dimension by dimension, so both must agree. Teachers of another shape need OPRD-Bridge, a "
+            "fitted projection: oprd bridge fit, then the key 'bridge'."
         )
 
 

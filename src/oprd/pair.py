@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from oprd.bridge import Bridge
+from oprd.bridge.files import folder_digest
+from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import install_state_forward
 from oprd.config import OPRDConfig, needs_head
+from oprd.fingerprint import Fingerprint, fingerprint
 from oprd.layers import resolve_layers
 from oprd.models import (
     check_same_shape,
@@ -33,8 +38,8 @@ def build_student(
     args: OPRDConfig,
     processing_class: PreTrainedTokenizerBase | None,
     peft_config: Any | None,
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The student ready to be trained, and its tokenizer.
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Fingerprint | None]:
+    """The student ready to be trained, its tokenizer, and where there is a bridge its fingerprint from before an adapter.
 
     Loaded in float32 when given by name; with `peft_config`, wrapped in a fresh adapter; what the loss never reaches is frozen.
 
@@ -53,6 +58,7 @@ def build_student(
             raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
         processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     layers = resolve_layers(args.layers, num_layers(student))
+    own = fingerprint(student, processing_class, name or "student") if args.bridge else None
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
@@ -64,7 +70,7 @@ def build_student(
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
     _require_full_precision(student)
     install_state_forward(student)
-    return student, processing_class
+    return student, processing_class, own
 
 
 def build_teacher(
@@ -73,8 +79,9 @@ def build_teacher(
     args: OPRDConfig,
     processing_class: PreTrainedTokenizerBase,
     teacher_processing_class: PreTrainedTokenizerBase | None,
+    student_fingerprint: Fingerprint | None = None,
 ) -> Teacher:
-    """The frozen teacher, checked against the student: same depth, same width, same tokens.
+    """The frozen teacher, checked against the student: same depth, same width, same tokens; with a bridge, any depth and width.
 
     Without a `teacher_model` it is the student with its adapter off.
 
@@ -82,6 +89,8 @@ def build_teacher(
         ValueError: cannot be loaded, does not fit the student, or there is neither a teacher nor an adapter.
     """
     if teacher_model is None:
+        if args.bridge is not None:
+            raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         return AdapterOffTeacher(student)
     if isinstance(teacher_model, str):
         teacher = load_model(
@@ -94,7 +103,8 @@ def build_teacher(
         teacher = teacher_model
     if teacher is student:
         raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
-    check_same_shape(student, teacher)
+    if args.bridge is None:
+        check_same_shape(student, teacher)
     name = teacher_model if isinstance(teacher_model, str) else teacher.config.name_or_path
     if teacher_processing_class is None and name:
         teacher_processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
@@ -102,7 +112,19 @@ def build_teacher(
         logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
     else:
         check_same_tokens(processing_class, teacher_processing_class)
-    return FrozenTeacher(teacher, stop_token_ids(teacher, teacher_processing_class or processing_class))
+    frozen = FrozenTeacher(teacher, stop_token_ids(teacher, teacher_processing_class or processing_class))
+    if args.bridge is None:
+        return frozen
+    bridge = Bridge.load(
+        args.bridge,
+        student=student_fingerprint,
+        teacher=fingerprint(teacher, teacher_processing_class or processing_class, name or "teacher"),
+        layers=resolve_layers(args.layers, num_layers(student)),
+        rank=args.bridge_rank,
+    )
+    kind, layers = bridge.verdict
+    logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
+    return BridgedTeacher(frozen, bridge, folder_digest(Path(args.bridge)))
 
 
 def _require_full_precision(student: nn.Module) -> None:

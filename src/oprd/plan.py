@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from oprd.bridge import Bridge
 from oprd.config import OPRDConfig
 from oprd.layers import resolve_layers
 from oprd.models import check_same_tokens, load_tokenizer, resolve_name
@@ -44,11 +45,13 @@ def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
     lines += [_model_line("student", recipe.model, student), _model_line("teacher", recipe.teacher_model, teacher)]
     if student is not None:
         lines.append(f"layers: {len(resolve_layers(config.layers, student[0]))} of {student[0]}")
-    if student is not None and teacher is not None and student != teacher:
+    if student is not None and teacher is not None and student != teacher and config.bridge is None:
         raise ValueError(
             f"teacher_model: {teacher[0]} layers of width {teacher[1]}, the student {student[0]} of {student[1]}; OPRD-Vanilla "
-            "needs both to agree (teachers of another shape need OPRD-Bridge, planned)"
+            "needs both to agree (for a teacher of another shape fit a bridge: oprd bridge fit, then the key 'bridge')"
         )
+    if config.bridge is not None:
+        lines.append(_bridge_line(config.bridge, recipe, config, student, teacher))
     lines.append(_tokenizer_line(recipe, config))
     lines += [
         _dataset_line("train", recipe.train_dataset, recipe.train_split, recipe.train_limit, config.seed),
@@ -95,6 +98,24 @@ def _model_line(role: str, name: str | None, shape: tuple[int, int] | None) -> s
     return f"{role}: {name}: " + (
         f"{shape[0]} layers of width {shape[1]}" if shape else "not reachable from here, not checked"
     )
+
+
+def _bridge_line(
+    folder: str, recipe: Recipe, config: OPRDConfig, student: tuple[int, int] | None, teacher: tuple[int, int] | None
+) -> str:
+    if recipe.teacher_model is None:
+        raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
+    layers = None if student is None else resolve_layers(config.layers, student[0])
+    bridge = Bridge.load(folder, rank=config.bridge_rank)
+    for side, known, shape in (("student", bridge.student, student), ("teacher", bridge.teacher, teacher)):
+        if shape is not None and shape != (known.layers, known.width):
+            raise ValueError(
+                f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this {side} "
+                f"has {shape[0]} of {shape[1]}; fit a bridge for this one: oprd bridge fit"
+            )
+    if layers is not None:
+        bridge = bridge.for_layers(layers)
+    return f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
 
 
 def _tokenizer_line(recipe: Recipe, config: OPRDConfig) -> str:

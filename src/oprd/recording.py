@@ -16,7 +16,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from oprd.alarm import AlarmWatch
-from oprd.checkpoint import VerifiedCheckpoints, newest_verified, step_of
+from oprd.checkpoint import VerifiedCheckpoints, check_bridge, newest_verified, step_of
 from oprd.config import OPRDConfig
 from oprd.data import PromptRow, as_prompt_rows
 from oprd.evaluate import Evaluation, evaluate, join_ranks
@@ -133,17 +133,23 @@ class RecordingTrainer(VerifiedCheckpoints):
         """The verified checkpoint that `train` would go on from; None for a fresh start.
 
         Raises:
-            ValueError: there is none, it is damaged, or it belongs to another run than the one in `output_dir`.
+            ValueError: there is none, it is damaged, it belongs to another run than the one in `output_dir`, or it was trained
+                through another bridge.
         """
         if not resume_from_checkpoint:
             return None
+        checkpoint = self._named_checkpoint(resume_from_checkpoint)
+        check_bridge(checkpoint, self.args.bridge, self.bridge_digest)
+        return checkpoint
+
+    def _named_checkpoint(self, resume_from_checkpoint: str | bool) -> Path:
         output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
             newest = newest_verified(output_dir)
             if newest is None:
                 raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
             return newest
-        checkpoint = Path(resume_from_checkpoint)
+        checkpoint = Path(str(resume_from_checkpoint))
         if not checkpoint.is_dir():
             raise ValueError(
                 f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oprd.batching import StateRequest
-from oprd.capture import as_states, gather_states, install_state_forward, read_through_forward
+from oprd.capture import ReadState, as_states, install_state_forward, read_states, read_through_forward
 from oprd.head_chunks import LMHead
 from oprd.lm_head import lm_head_of
 from oprd.types import States
@@ -51,10 +51,14 @@ class FrozenTeacher:
         self.model = model.eval().requires_grad_(False)
         self.stop_token_ids = tuple(stop_token_ids)
 
-    @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Selected states of `request`, in the teacher's own dtype."""
-        return gather_states(self.model, request)
+        return as_states(request, self.read(request, lambda _, states_ND: states_ND))
+
+    @torch.no_grad()
+    def read(self, request: StateRequest, read: ReadState) -> list[Any]:
+        """Hand each layer's selected states to `read` as soon as they exist (`oprd.capture.read_states`)."""
+        return read_states(self.model, request, read)
 
     def head(self) -> LMHead:
         """The model's LM head."""

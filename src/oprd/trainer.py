@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from oprd.batching import StateRequest, padding_share, plan_micro_batches, request_states
+from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import read_through_forward
 from oprd.config import OPRDConfig, needs_head
 from oprd.evaluate import grade_rollouts
@@ -46,7 +47,8 @@ class OPRDTrainer(RecordingTrainer):
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same depth, width and token map, by name or as a model. None with a `peft_config`: the
+        teacher_model: teacher of the same depth, width and token map (with a `bridge`, of the same token map), by name or as a
+            model. None with a `peft_config`: the
             student without its adapter (for an adapter that is trained already: a fresh one changes nothing, so there is
             nothing to learn).
         args: settings.
@@ -86,8 +88,8 @@ class OPRDTrainer(RecordingTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, or show it one GPU only"
             )
-        student, tokenizer = build_student(model, args, processing_class, peft_config)
-        self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class)
+        student, tokenizer, fingerprint = build_student(model, args, processing_class, peft_config)
+        self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class, fingerprint)
         self.layers = resolve_layers(args.layers, num_layers(student))
         self.task = get_task(args.task) if args.task else None
         # What ends a text for the teacher ends it for the student too: the two ids mean the same.
@@ -113,6 +115,11 @@ class OPRDTrainer(RecordingTrainer):
         )
         if hasattr(self.teacher, "model") and self.place_model_on_device:
             self.teacher.model.to(self.accelerator.device)
+        self._project = None
+        if isinstance(self.teacher, BridgedTeacher):
+            self.teacher.to(self.accelerator.device)
+            self._project = self.teacher.bridge.project_student
+            self.bridge_digest = self.teacher.digest
         self.pad_token_id = self.engine.pad_token_id
         self._batch_of_step = 0
         self._kept: dict[int, Batch] = {}
@@ -148,7 +155,7 @@ class OPRDTrainer(RecordingTrainer):
             exchange = self._local_gradients(model, last=group is groups[-1])
             with self._window.timer("update"), exchange, self._own_randomness(number):
                 losses = MicroBatchLoss(
-                    self.args, terms, request, part, teacher, self._heads, whole_step, self._window.add
+                    self.args, terms, request, part, teacher, self._heads, whole_step, self._window.add, self._project
                 )
                 del teacher
                 group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()

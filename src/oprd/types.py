@@ -88,14 +88,14 @@ class States:
         values: one tensor `[N, D]` a layer, in the order of `layers`. Position n of every layer is the same token.
         rollout_index: `[N]`, whose each position is (an index into the rollouts that were read).
         num_rollouts: rollouts that were read, those without a selected position included.
-        head_MD: what the LM head reads at every response position, where that was asked for.
+        head_MD: what the LM head reads at every response position, where that was asked for; wider than projected `values`.
     """
 
     layers: tuple[int, ...]
     values: tuple[Float[Tensor, "N D"], ...]
     rollout_index: Int[Tensor, " N"]
     num_rollouts: int
-    head_MD: Float[Tensor, "M D"] | None = None
+    head_MD: Float[Tensor, "M E"] | None = None
 
     def stacked(self) -> Float[Tensor, "L N D"]:
         """One tensor `[L, N, D]` (a copy)."""

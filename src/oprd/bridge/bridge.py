@@ -80,7 +80,7 @@ class Bridge:
         max_rank: int | None = None,
         scale: str = "mean",
         projector: str = "least_squares",
-        ridge: float = 1e-6,
+        ridge: float = 1e-4,
         intercept: bool = True,
     ) -> Bridge:
         """A bridge from statistics that were gathered in one pass over rollouts of the student.

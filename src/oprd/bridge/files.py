@@ -12,9 +12,19 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oprd.manifest import verify, write_manifest
+from oprd.manifest import MANIFEST, file_digest, verify, write_manifest
 
 TENSORS, REST = "bridge.safetensors", "bridge.json"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Make sure that a bridge may be written here.
+
+    Raises:
+        ValueError: there is something at `folder` already.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"bridge: {folder} exists already; choose another folder or remove it first")
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -23,8 +33,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str,
     Raises:
         ValueError: there is something at `folder` already, or `rest` has numbers that are not finite.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"bridge: {folder} exists already; choose another folder or remove it first")
+    refuse_existing(folder)
     staging = folder.parent / f".{folder.name}.{os.getpid()}.staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -35,6 +44,11 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str,
         os.replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of a bridge's manifest, which has that of every other file: another content, another digest."""
+    return file_digest(folder / MANIFEST)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

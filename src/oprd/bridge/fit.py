@@ -142,7 +142,7 @@ def _regress(statistics: PairStatistics, teacher_RE: Tensor, ridge: float, inter
 
 
 def fit_pair(
-    statistics: PairStatistics, *, projector: str = "least_squares", ridge: float = 1e-6, intercept: bool = True
+    statistics: PairStatistics, *, projector: str = "least_squares", ridge: float = 1e-4, intercept: bool = True
 ) -> PairFit:
     """The teacher's directions and the student's projector, of all ranks, from the statistics of one pair of layers.
 
@@ -160,7 +160,7 @@ def fit_pair(
         raise ValueError(f"projector: {projector!r} is not one of {', '.join(PROJECTORS)}")
     if not ridge >= 0:
         raise ValueError(
-            f"ridge: {ridge} must be 0 or more; it is a share of each student dimension's variance, such as 1e-6"
+            f"ridge: {ridge} must be 0 or more; it is a share of each student dimension's variance, such as 1e-4"
         )
     rounding = statistics.n * float(statistics.teacher_mean_E.norm() * torch.finfo(torch.float32).eps) ** 2
     if statistics.n < 2 or not float(statistics.teacher_EE.trace()) > rounding:

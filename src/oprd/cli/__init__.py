@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from oprd.cli import compare, demo, evaluation, train
+from oprd.cli import bridge, compare, demo, evaluation, train
 
 app = typer.Typer(
     name="oprd",
@@ -21,6 +21,7 @@ app.command("demo")(demo.demo)
 app.command("train", context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.add_typer(bridge.app, name="bridge")
 
 
 @app.callback()

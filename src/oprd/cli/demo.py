@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+PAIRS = {
+    "same-origin": "a teacher of the same origin (OPRD-Vanilla)",
+    "wider": "a teacher of 6 layers and width 160, itself of 4 and 128 (OPRD-Bridge)",
+}
 
 
 def demo(
@@ -18,8 +23,14 @@ def demo(
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; the models are too small to use more than one.")
     ] = 1,
+    pair: Annotated[
+        str,
+        typer.Option(help="same-origin: teacher and student of one run; wider: a deeper, wider teacher, by a bridge."),
+    ] = "same-origin",
 ) -> None:
     """Distil the embedded teacher (5-digit addition) into the embedded student: no download, a few minutes at most."""
+    if pair not in PAIRS:
+        raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.recipe import load_recipe
 
@@ -28,18 +39,36 @@ def demo(
 
     torch.set_num_threads(threads)
     _clear_earlier_demo(output_dir)
-    recipe, config = load_recipe(
-        "tiny", {"output_dir": str(output_dir), "max_steps": steps, "seed": seed, "eval_limit": problems}
-    )
+    changes: dict[str, Any] = {
+        "output_dir": str(output_dir), "max_steps": steps, "seed": seed, "eval_limit": problems
+    }  # fmt: skip
+    say(f"5-digit addition, written out: a half-trained student learns from {PAIRS[pair]}")
+    if pair == "wider":
+        changes |= _bridge_to_wider_teacher(output_dir / "bridge", seed)
+    recipe, config = load_recipe("tiny", changes)
     from oprd.run import describe_accuracy, run_recipe
 
-    say("5-digit addition, written out: a half-trained student learns from a teacher of the same origin (OPRD-Vanilla)")
     with live_progress() as callback:
         summary = run_recipe(recipe, config, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
     closed = "no gap to close" if summary["gap_closed"] is None else f"{summary['gap_closed']:.0%} of the gap closed"
     say(f"{closed} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+
+
+def _bridge_to_wider_teacher(folder: Path, seed: int) -> dict[str, Any]:
+    """Fit a bridge to the embedded teacher of another shape; what the recipe changes for it."""
+    from oprd.bridge.gather import fit_bridge
+    from oprd.cli.console import say
+    from oprd.recipe import load_rows
+
+    student, teacher = "embedded:tiny/student", "embedded:tiny/wider_teacher"
+    rows = load_rows("generated:addition", "train", 256, seed)
+    bridge = fit_bridge(student, teacher, rows, max_completion_length=64, seed=seed, rank=16)
+    bridge.save(folder)
+    kind, layers = bridge.verdict
+    say(f"bridge of rank {bridge.rank} fitted on {len(rows)} rollouts; verdict: {kind}, student layers {list(layers)}")
+    return {"teacher_model": teacher, "bridge": str(folder)}
 
 
 def _clear_earlier_demo(folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""`oprd bridge fit | inspect`: a projection between a student and a teacher of another shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Fit and look at a bridge to a teacher of another shape.", no_args_is_help=True)
+
+
+@app.command("fit")
+def fit(
+    student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
+    teacher: Annotated[str, typer.Option(help="Likewise; any depth and width, the student's tokens.")],
+    prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    out: Annotated[Path, typer.Option(help="New folder for the bridge.")],
+    limit: Annotated[int, typer.Option(min=10, help="Prompts to use, one rollout each.")] = 2000,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
+    layers: Annotated[
+        str, typer.Option(help="Student layers: all, last, even, odd, or a list such as [1,14,28].")
+    ] = "all",
+    rank: Annotated[
+        int | None, typer.Option(help="Directions to use (default: the median of the layers' suggestion).")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Directions to keep in the file (default: all).")] = None,
+    scale: Annotated[str, typer.Option(help="Units of the projected states: none, mean, direction.")] = "mean",
+    projector: Annotated[str, typer.Option(help="least_squares, procrustes, cca.")] = "least_squares",
+    ridge: Annotated[float, typer.Option(help="Of the least squares, relative to each dimension's variance.")] = 1e-4,
+    intercept: Annotated[bool, typer.Option(help="Subtract the student's mean.")] = True,
+    layer_map: Annotated[
+        str, typer.Option(help="proportional, or a list with each student layer's teacher layer.")
+    ] = "proportional",
+    held_out: Annotated[float, typer.Option(help="Share of rollouts to judge the fit by.")] = 0.2,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
+) -> None:
+    """Let the student write, let both models read, and fit projections in closed form; prints and writes what they are worth."""
+    from oprd.cli.console import count_completions, quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.bridge.files import refuse_existing
+    from oprd.bridge.gather import fit_bridge
+    from oprd.recipe import load_rows
+
+    chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
+    refuse_existing(out)
+    bridge = fit_bridge(
+        student, teacher, load_rows(prompts, split, limit, seed), layers=chosen, maps=maps,
+        max_completion_length=max_completion_length, held_out=held_out, seed=seed, micro_batch_tokens=micro_batch_tokens,
+        on_rollouts=count_completions(), rank=rank, max_rank=max_rank, scale=scale, projector=projector, ridge=ridge,
+        intercept=intercept,
+    )  # fmt: skip
+    bridge.save(out)
+    _show(bridge)
+    say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
+
+
+@app.command("inspect")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A bridge's folder.")],
+    output_dir: Annotated[Path | None, typer.Option(help="Write bridge.json and rank_curve.png here.")] = None,
+) -> None:
+    """Print what a bridge is worth, layer by layer; with --output-dir also as JSON and a picture."""
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.bridge import Bridge
+    from oprd.bridge.gather import plot_bridge
+
+    description = _show(Bridge.load(folder))
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "bridge.json").write_text(json.dumps(description, indent=1) + "\n")
+        plot_bridge(description, output_dir / "rank_curve.png")
+        say(f"written to {output_dir} (bridge.json, rank_curve.png)")
+
+
+def _layers(name: str, text: str) -> str | list[Any]:
+    """A name, or a list of layers as YAML has it; a single number is a list of one."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {text!r} cannot be read: {error}") from error
+    return value if isinstance(value, str | list) else [value]
+
+
+def _show(bridge: Any) -> dict[str, Any]:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from oprd.bridge.gather import describe_bridge
+    from oprd.cli.console import console, say
+
+    description = describe_bridge(bridge)
+    rank = description["rank"]
+    table = Table(
+        "student layer", "teacher layer", "CKA", "predictable", "suggested rank", f"explained at {rank}", f"R² at {rank}",
+        f"cosine at {rank}", box=SIMPLE, pad_edge=False,
+    )  # fmt: skip
+    for row in description["layers"]:
+        numbers = (row["cka"], row["predictable"])
+        at = (row["explained"][rank - 1], row["rank_r2"][rank - 1], row["rank_cosine"][rank - 1])
+        table.add_row(
+            str(row["student_layer"]), str(row["teacher_layer"]), *(f"{n:.3f}" for n in numbers), str(row["suggested_rank"]),
+            *(f"{n:.3f}" for n in at),
+        )  # fmt: skip
+    say(f"{description['teacher']} -> {description['student']}, rank {rank} of {description['max_rank']}")
+    console.print(table)
+    layers = (
+        f", student layers {', '.join(map(str, description['usable_layers']))}" if description["usable_layers"] else ""
+    )
+    say(f"verdict on held-out rollouts: {description['verdict']}{layers}")
+    return description
