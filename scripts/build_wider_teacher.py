@@ -1,6 +1,6 @@
 """Build the embedded cross pair's teacher: deeper and wider than the embedded student, with its tokenizer (OPRD-Bridge).
 
-    python scripts/build_wider_teacher.py --output src/oprd/assets/tiny/wider_teacher
+    python scripts/build_wider_teacher.py --output src/oprd/assets/wider/teacher
 
 A run of its own on five-digit addition (6 layers, width 160, another seed), so that its hidden states share nothing with the
 student's but the task. The same arguments give the same bytes on the same machine and library versions.

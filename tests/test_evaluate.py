@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 
 from oprd.data import PromptRow
 from oprd.evaluate import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
+from oprd.models import vocabulary_size
 from oprd.prompts import Prompt
 from oprd.rollout import Sampling
 from oprd.types import Rollouts
@@ -19,6 +21,7 @@ class FakeEngine:
     """Answers from a table: `completions[prompt] = [(text, token ids, finish reason), …]`."""
 
     pad_token_id = 0
+    stop_token_ids: ClassVar[list[int]] = [2]
 
     def __init__(self, table):
         self.table, self.calls = table, []
@@ -162,7 +165,7 @@ def test_the_trainer_evaluates_with_its_eval_settings_in_eval_mode(tmp_path):
         for _ in range(5):
             with torch.no_grad():
                 logits = trainer.model.eval()(input_ids=torch.tensor([prompt])).logits
-            prompt = [*prompt, int(logits[0, -1].argmax())]
+            prompt = [*prompt, int(logits[0, -1, : vocabulary_size(tiny_tokenizer())].argmax())]  # no padding id
             if prompt[-1] == 2:
                 break
         assert [list(s) for s in samples] == [prompt[4:]] * 3  # greedy: all three the same

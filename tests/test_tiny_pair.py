@@ -165,3 +165,13 @@ def test_build_refuses_a_student_after_the_teacher(
         build(["--output", str(tmp_path), *["--student-step", "5", "--teacher-step", "5"]])
     assert "the student must be an earlier step" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_wider_teacher_is_what_its_build_says(tokenizer: Any) -> None:
+    folder = TINY.parent / "wider" / "teacher"
+    built = json.loads((folder / "build.json").read_text())
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == built["sha256"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 160)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert sampled_accuracy(model, tokenizer, 50) >= 0.94  # build.json: 1.0 of 500

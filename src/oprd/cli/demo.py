@@ -62,7 +62,7 @@ def _bridge_to_wider_teacher(folder: Path, seed: int) -> dict[str, Any]:
     from oprd.cli.console import say
     from oprd.recipe import load_rows
 
-    student, teacher = "embedded:tiny/student", "embedded:tiny/wider_teacher"
+    student, teacher = "embedded:tiny/student", "embedded:wider/teacher"
     rows = load_rows("generated:addition", "train", 256, seed)
     bridge = fit_bridge(student, teacher, rows, max_completion_length=64, seed=seed, rank=16)
     bridge.save(folder)
