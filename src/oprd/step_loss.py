@@ -162,22 +162,19 @@ class MicroBatchLoss:
         index_M, tokens_M = self.request.head.rollout_index, self.request.head.tokens
         student_head, teacher_head = self.heads()
         loss = student_MD.new_zeros((), dtype=torch.float32)
-        if self.config.output_term is not None:
-            error_M = self.config.output_term(
-                student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M
-            )
-            loss = loss + self._weighted("output_space", (error_M * self._sum_weights(index_M)).sum())
+        if (term := self.config.output_term) is not None:
+            error_M = term(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
+            loss = loss + self._weighted("output_space", (error_M * self._sum_weight()).sum())
         if "policy_gradient" in self.terms.weights:
             loss = loss + self._policy_gradient(student_head, student_MD, tokens_M, index_M)
         if self.terms.measuring:
             measured = head_diagnostics(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
-            measured["reverse_kl_square"] = measured[
-                "reverse_kl"
-            ].square()  # of which the step's window makes reverse_kl_std
+            # The step's window makes reverse_kl_std of it.
+            measured["reverse_kl_square"] = measured["reverse_kl"].square()
             self.observe(**{name: value_M.sum() / self.whole_step["tokens"] for name, value_M in measured.items()})
         return loss
 
-    def _sum_weights(self, index_M: Tensor) -> Tensor | float:
+    def _sum_weight(self) -> float:
         """An output-space loss is summed over a completion and averaged over rollouts, or over all tokens (method §5)."""
         return 1 / self.whole_step["rollouts" if self.config.reduction == "rollout" else "tokens"]
 
