@@ -19,8 +19,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.config import OPRDConfig
-from oprd.evaluate import evaluate
+from oprd.contamination import say_overlap
+from oprd.evaluate import Evaluation, evaluate
 from oprd.figures import plot_run
+from oprd.model_card import write_model_card
 from oprd.models import context_length, load_model, load_tokenizer, stop_token_ids
 from oprd.plan import describe_objective
 from oprd.prompts import prepare_prompts
@@ -78,8 +80,8 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Train as the recipe says.
 
-    Writes to `output_dir`: `config.yaml` (every setting as used), `metrics.jsonl`, `completions.jsonl`, checkpoints, `model/`,
-    `summary.json`, `curves.png`.
+    Writes to `output_dir`: `config.yaml` (every setting as used), `metrics.jsonl`, `completions.jsonl`, checkpoints, `model/`
+    (with its card), `summary.json`, `curves.png`.
 
     Args:
         recipe: models and datasets.
@@ -89,8 +91,8 @@ def run_recipe(
         resume_from_checkpoint: True for the newest checkpoint of `output_dir`, or a checkpoint's folder.
 
     Returns:
-        The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`, `steps`,
-        `seconds`, ….
+        The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`,
+        `contamination` (on the first process), `steps`, `seconds`, ….
 
     Raises:
         ValueError: anything that does not fit, before training starts.
@@ -101,7 +103,9 @@ def run_recipe(
     folder = Path(config.output_dir)
     checkpoint = trainer.find_checkpoint(resume_from_checkpoint)
     settings = resolved(recipe, config)
-    summary: dict[str, Any] = {"student_before": None, "student_after": None, "teacher": None, "gap_closed": None}
+    summary: dict[str, Any] = dict.fromkeys(
+        ("student_before", "student_after", "teacher", "gap_closed", "contamination")
+    )
 
     def keep() -> None:  # after each part: a run that is killed and resumed still knows where it came from
         if main:
@@ -119,12 +123,16 @@ def run_recipe(
             (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         say(_describe(trainer))
         if recipe.eval_dataset:
+            if main:
+                rows = ([p.row for p in prompts] for prompts in (trainer.train_dataset, trainer.eval_dataset))
+                summary["contamination"] = say_overlap(*rows, say=say)
             if recipe.eval_teacher and summary["teacher"] is None:
-                with trainer.teacher.sampler() as teacher:
-                    summary["teacher"] = _evaluate(trainer, "teacher", teacher, say)
+                summary["teacher"] = _say_evaluation("teacher", trainer.evaluate_teacher(), say)
                 keep()
             if recipe.eval_before and checkpoint is None:
-                summary["student_before"] = _evaluate(trainer, "student before", trainer.model, say)
+                summary["student_before"] = _say_evaluation(
+                    "student before", trainer.evaluate_model(trainer.model), say
+                )
                 keep()
         train_started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,17 +142,26 @@ def run_recipe(
             say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
         trainer.save_model(str(folder / "model"))
         summary["gap_closed"] = gap_closed(summary)
-        summary |= {
-            "steps": trainer.state.global_step,
-            "seconds": round(time.perf_counter() - started, 2),
-            "seed": config.seed,
-            "software": {name: version(name) for name in ("oprd", "torch", "transformers")},
-            "python": platform.python_version(),
-        }
-        keep()
-        if main and (folder / METRICS).exists():
-            plot_run(folder, folder / "curves.png")
+        summary |= _about(trainer) | {"seconds": round(time.perf_counter() - started, 2)}
+        if main:
+            write_model_card(folder / "model", summary, settings)
+            keep()
+            if (folder / METRICS).exists():
+                plot_run(folder, folder / "curves.png")
     return summary
+
+
+def _about(trainer: OPRDTrainer) -> dict[str, Any]:
+    """What else a reader of the summary needs to know how the model came about."""
+    packages = ("oprd", "torch", "transformers", *(["peft"] if hasattr(trainer.model, "peft_config") else []))
+    return {
+        "objective": describe_objective(trainer.args),
+        "steps": trainer.state.global_step,
+        "seed": trainer.args.seed,
+        "processes": trainer.args.world_size,
+        "software": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+    }
 
 
 def _measured_before(folder: Path) -> dict[str, Any]:
@@ -248,10 +265,9 @@ def gap_closed(summary: dict[str, Any]) -> float | None:
     return (after - before) / (teacher - before)
 
 
-def _evaluate(trainer: OPRDTrainer, name: str, model: Any, say: Say) -> dict[str, Any]:
-    summary = trainer.evaluate_model(model).summary
-    say(f"{name:<15} {describe_accuracy(summary)}")
-    return summary
+def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, Any]:
+    say(f"{name:<15} {describe_accuracy(evaluation.summary)}")
+    return evaluation.summary
 
 
 def describe_accuracy(summary: dict[str, Any]) -> str:

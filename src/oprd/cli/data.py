@@ -1,0 +1,96 @@
+"""`oprd data check`: problems of a benchmark that are also among the training prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from oprd.contamination import Overlap, Problem
+
+app = typer.Typer(help="Look at prompt sets.", no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `check` a word to be typed while it is the only one."""
+
+
+@app.command("check")
+def check(
+    train: Annotated[
+        str, typer.Argument(help="Training prompts: .parquet, .jsonl, .json, hub name, generated:addition.")
+    ],
+    test: Annotated[str, typer.Argument(help="Benchmark problems, likewise.")],
+    threshold: Annotated[
+        float, typer.Option(help="Least similarity of a match, above 0 to 1; 0.5: half of the shorter text.")
+    ] = 0.5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write counts and all pairs here.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
+    fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,
+    train_split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Likewise.")] = "test",
+    train_limit: Annotated[int | None, typer.Option(help="First rows only; how many problems to generate.")] = None,
+    test_limit: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    seed: Annotated[int, typer.Option(help="Of generated problems.")] = 0,
+) -> None:
+    """Find benchmark problems that are, word for word or nearly, among the training prompts. Other numbers: another problem."""
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.contamination import find_overlap
+    from oprd.recipe import GENERATED, load_rows
+
+    for name, dataset, limit in (("train", train, train_limit), ("test", test, test_limit)):
+        if dataset.startswith(GENERATED) and limit is None:
+            raise ValueError(f"{dataset}: say how many problems with --{name}-limit")
+    overlap = find_overlap(
+        load_rows(train, train_split, train_limit, seed), load_rows(test, test_split, test_limit, seed), threshold
+    )
+    _show(overlap, show)
+    say(f"{train}, {test}: {overlap}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({"train": train, "test": test, **overlap.report()}, indent=1) + "\n")
+        say(f"{len(overlap.matches)} pair(s) written to {json_file}")
+    if fail and overlap.overlapping:
+        raise typer.Exit(1)
+
+
+def _show(overlap: Overlap, limit: int) -> None:
+    """Print the best pair of each test problem that has one, most similar first; `--json` has all."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from oprd.cli.console import console, say
+
+    best = sorted(overlap.best, key=lambda match: (not match.exact, -match.similarity))
+    if not best[:limit]:
+        return
+    table = Table("similarity", "benchmark", "training", box=SIMPLE, pad_edge=False, show_lines=True)
+    for match in best[:limit]:
+        degree = "same" if match.exact else f"{match.similarity:.2f}"
+        table.add_row(degree, _cell(match.test), _cell(match.train))
+    (console if console.is_terminal else Console(width=140)).print(table)  # a file or a pipe has no width to keep to
+    if len(best) > limit:
+        say(f"… and {len(best) - limit} more: --show {len(best)}, or --json FILE for every pair")
+
+
+def _cell(problem: Problem, longest: int = 240) -> Text:
+    r"""Source and text as they are, never markup; what would steer the terminal is shown as `\x1b`."""
+    from rich.text import Text
+
+    more = f" (and {len(problem.sources) - 1} more)" if len(problem.sources) > 1 else ""
+    text = " ".join(problem.text.split())
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return Text.assemble((_printable(problem.sources[0] + more), "dim"), "\n", _printable(text))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

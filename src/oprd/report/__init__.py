@@ -1,0 +1,1 @@
+"""`oprd report`: one offline HTML page about one or several run folders."""

@@ -1,0 +1,206 @@
+"""Rollouts side by side, before and after: which ones a report shows, and the file in which their distances are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+DISTANCES = "distances.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One rollout.
+
+    Args:
+        prompt: what it answers, as text.
+        text: the completion.
+        step: of the training step that logged it; None for one that was written for the report.
+        correct: its verdict, None where it has none.
+        finish_reason: "stop" or "length".
+        length: its tokens.
+        tokens: text of each token that was read; empty where the rollout was not read again.
+        distances: how far student and teacher are apart where they predict each of these tokens.
+    """
+
+    prompt: str
+    text: str
+    step: int | None = None
+    correct: bool | None = None
+    finish_reason: str = ""
+    length: int | None = None
+    tokens: tuple[str, ...] = ()
+    distances: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.distances and len(self.distances) != len(self.tokens):
+            raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
+        if not all(math.isfinite(d) and d >= 0 for d in self.distances):
+            raise ValueError("a distance is no number of 0 or more")
+
+    @property
+    def mean_distance(self) -> float | None:
+        """Mean over its tokens, None where it was not read again."""
+        return math.fsum(self.distances) / len(self.distances) if self.distances else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rollouts that are shown beside each other: of an earlier student and of a later one."""
+
+    early: Side
+    late: Side
+
+    @property
+    def same_prompt(self) -> bool:
+        """Whether both answer the same prompt."""
+        return self.early.prompt == self.late.prompt
+
+
+@dataclass(frozen=True)
+class Distances:
+    """What `oprd report --distances` found, and how.
+
+    Args:
+        format: of the file.
+        steps: that the run had when it was read; None where its summary does not say.
+        student: the student before training, as its config names it.
+        teacher: likewise.
+        layers: the student's layers that the distance is a mean over.
+        bridge: folder of the bridge through which they were compared; None without one.
+        sampling: how the completions were drawn, in words.
+        unavailable: why there are no distances; None where there are.
+        before_after: answers to the same problems by the student before and after training.
+        logged: rollouts of the run, an early and a late one.
+        notes: what else a reader must know, a sentence each.
+    """
+
+    format: int
+    steps: int | None
+    student: str
+    teacher: str
+    layers: list[int]
+    bridge: str | None
+    sampling: str
+    unavailable: str | None
+    before_after: list[Pair]
+    logged: list[Pair]
+    notes: list[str]
+
+
+def write_distances(folder: Path, found: Distances) -> Path:
+    """Write `distances.json` into a run folder, all of it or nothing."""
+    file = folder / DISTANCES
+    temporary = file.with_name(DISTANCES + ".tmp")
+    temporary.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+    return file
+
+
+def read_distances(folder: Path, steps: Any) -> tuple[Distances | None, str | None]:
+    """`distances.json` of a run folder, or a sentence that says why it cannot be used; neither where there is none.
+
+    Args:
+        folder: the run's.
+        steps: the steps that the run has now, as its summary says.
+    """
+    file = folder / DISTANCES
+    if not file.is_file():
+        return None, None
+    try:
+        found = TypeAdapter(Distances).validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return None, f"{DISTANCES} cannot be read ({where}: {first['msg']}); write it again with --distances"
+    if found.format != FORMAT:
+        return None, f"{DISTANCES} has format {found.format}, this version of oprd reads {FORMAT}; write it again"
+    if found.steps != steps:
+        return None, f"{DISTANCES} is of the run after {found.steps} steps, it has {steps} now; write it again"
+    return found, None
+
+
+def logged_pairs(
+    completions: Sequence[Mapping[str, Any]], most: int
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """An early and a late logged rollout, pair by pair, as lines of `completions.jsonl`.
+
+    The first and the last rollout of the same prompt, widest apart first. Where no prompt was logged in two steps, rollouts of
+    the first logged step beside those of the last, in their order.
+    """
+    first: dict[str, Mapping[str, Any]] = {}
+    last: dict[str, Mapping[str, Any]] = {}
+    for row in completions:
+        key = json.dumps(row.get("prompt"), sort_keys=True)
+        if key not in first:
+            first[key] = row
+        if key not in last or row["step"] > last[key]["step"]:
+            last[key] = row
+    pairs = [(first[key], last[key]) for key in first if last[key]["step"] > first[key]["step"]]
+    if pairs:
+        return sorted(pairs, key=lambda pair: pair[0]["step"] - pair[1]["step"])[:most]
+    steps = [row["step"] for row in completions]
+    if not steps or min(steps) == max(steps):
+        return []
+    early, late = ([row for row in completions if row["step"] == end] for end in (min(steps), max(steps)))
+    return list(zip(early, late, strict=False))[:most]
+
+
+def as_side(row: Mapping[str, Any]) -> Side:
+    """A line of `completions.jsonl`."""
+    verdict, tokens = row.get("correct"), row.get("tokens")
+    return Side(
+        prompt=prompt_text(row.get("prompt")),
+        text=row["completion"],
+        step=int(row["step"]),
+        correct=verdict if isinstance(verdict, bool) else None,
+        finish_reason=str(row.get("finish_reason", "")),
+        length=tokens if isinstance(tokens, int) else None,
+    )
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt to be read by a person: plain text, or each message after its role."""
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in prompt)
+    return str(prompt)
+
+
+def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
+    """The pairs worth a look, with what they are: best, worst, most divergent; a pair that is several of these comes once.
+
+    Best and worst go by the verdicts: what was won (wrong before, right after) and what was lost or stayed wrong; of equals the
+    one with the smaller, or larger, mean distance. Most divergent: the late rollout with the largest mean distance.
+    """
+    names: dict[int, list[str]] = {}
+
+    def name(label: str, index: int) -> None:
+        names.setdefault(index, []).append(label)
+
+    def rank(index: int) -> tuple[float, ...]:
+        early, late = (_score(side.correct) for side in (pairs[index].early, pairs[index].late))
+        return (late, late - early, -(pairs[index].late.mean_distance or 0.0), -index)
+
+    graded = [i for i, pair in enumerate(pairs) if pair.late.correct is not None]
+    read = [i for i, pair in enumerate(pairs) if pair.late.mean_distance is not None]
+    if graded:
+        verdicts = {pairs[i].late.correct for i in graded}
+        name("best" if True in verdicts else "best (none is right)", max(graded, key=rank))
+        if len(graded) > 1:
+            name("worst" if False in verdicts else "worst (none is wrong)", min(graded, key=rank))
+    if read:
+        name("most divergent", max(read, key=lambda i: (pairs[i].late.mean_distance or 0.0, -i)))
+    if not names and pairs:
+        name("not graded: the first", 0)
+    return [(" and ".join(labels), pairs[index]) for index, labels in names.items()]
+
+
+def _score(correct: bool | None) -> int:
+    return 0 if correct is None else 1 if correct else -1
