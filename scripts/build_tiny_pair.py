@@ -97,14 +97,14 @@ def build_model(
         initializer_range=0.05,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
         # The weights are stored in float16 for size; loading with the default dtype gives float32 for the CPU.
         dtype="float32",
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
     )
     return model
 
@@ -115,7 +115,9 @@ def encode_examples(tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> tu
     for row in problems(n, seed, "train"):
         prompt = str(row.prompt)
         prompt_ids = tokenizer.encode(prompt)
-        response_ids = [*tokenizer.encode(worked_solution(prompt)), tokenizer.eos_token_id]
+        # Split apart from the prompt, and without a start token of its own: as a response is read, whatever the tokenizer.
+        solution_ids = tokenizer.encode(worked_solution(prompt), add_special_tokens=False)
+        response_ids = [*solution_ids, tokenizer.eos_token_id]
         ids_per_row.append(prompt_ids + response_ids)
         labels_per_row.append([IGNORED_LABEL] * len(prompt_ids) + response_ids)
     # Padded on the right, where causal attention keeps it from every real position: no mask is needed.

@@ -423,7 +423,9 @@ def test_the_teachers_prompt_is_its_own():
         == ids[: -len(tokenizer("think")["input_ids"])]
     )
     assert render_for_teacher(PLAIN, tokenizer) == tokenizer("12 + 30 is")["input_ids"]
-    with pytest.raises(ValueError, match=r"file:2: system_prompt is 'Be brief\.', and the prompt is plain text"):
+    with pytest.raises(
+        ValueError, match=r"file:2: teacher_system_prompt is 'Be brief\.', and the prompt is plain text"
+    ):
         render_for_teacher(PLAIN, tokenizer, system_prompt="Be brief.")
 
     settings = {"teacher_chat_template_kwargs": {"thinking": True}, "teacher_system_prompt": "Be brief."}

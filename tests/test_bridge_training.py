@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 import oprd.bridge.gather
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
-from oprd.bridge.gather import describe_bridge, fit_bridge, read_pairs
+from oprd.bridge.gather import fit_bridge, read_pairs
+from oprd.bridge.show import describe_bridge
 from oprd.bridge.statistics import PairStatistics
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
@@ -30,7 +31,7 @@ from oprd.data import as_prompt_rows
 from oprd.fingerprint import fingerprint
 from oprd.layer_maps import layer_map
 from oprd.models import hidden_size, load_model, load_tokenizer, num_layers
-from oprd.step_loss import StepTerms
+from oprd.step_loss import Batch, StepTerms
 from oprd.tasks import FunctionGrader, Task
 from oprd.types import Rollouts
 from reference import DenseObjective, states_one_by_one
@@ -315,7 +316,8 @@ def test_the_teacher_keeps_r_numbers_a_position_and_runs_no_layer_too_many(tmp_p
     for name, module in {**modules, "norm": teacher.model.norm, "head": teacher.lm_head}.items():
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     rollouts = random_rollouts(vocab=45)
-    request = trainer._request(rollouts, StepTerms.at(trainer.args, 0, 2))
+    batch = Batch(rollouts, [None] * len(rollouts))
+    request, _ = trainer.reader.requests(batch, StepTerms.at(trainer.args, 0, 2))
     assert isinstance(trainer.teacher, BridgedTeacher)
     states = trainer.teacher.states(request)
     above = int(output_space is not None)
@@ -540,7 +542,8 @@ def gather(folders, count: int = 22, **options) -> Bridge:
 def test_a_fit_reads_all_rollouts_once_and_holds_some_out(folders, tmp_path, monkeypatch):
     parts: dict[int, list[Rollouts]] = {}
 
-    def read(models, rollouts, statistics, *rest):
+    def read(models, rollouts, statistics, *rest, pairing):
+        assert pairing is None  # one tokenizer
         parts.setdefault(statistics[1].seed, []).append(rollouts)
         read_pairs(models, rollouts, statistics, *rest)
 
@@ -703,7 +706,8 @@ def test_fit_inspect_and_train_from_the_command_line(run, tmp_path):
     assert fitted.returncode == 0, fitted.stderr
     bridge = Bridge.load(out)
     assert (bridge.student.name, bridge.teacher.name, bridge.rank) == (*EMBEDDED, 5)
-    assert bridge.options == {"projector": "least_squares", "ridge": 1e-4, "intercept": True}
+    own = {"projector": "least_squares", "ridge": 1e-4, "intercept": True}
+    assert bridge.options == {**own, "text": dict.fromkeys(bridge.options["text"])}
     for line in (
         f"{EMBEDDED[1]} -> {EMBEDDED[0]}, rank 5 of", f"written to {out};", f"rollouts: {bridge.verdict[0]}", "R² at 5",
     ):  # fmt: skip

@@ -7,20 +7,21 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from oprd.bridge.gather import fit_bridge
+from oprd.compare.bridges import fit_missing, parse_bridges
 from oprd.compare.figure import plot_comparison
 from oprd.compare.interval import mean_and_interval, t_quantile
 from oprd.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs, rollouts_a_step
 from oprd.compare.report import build_report, markdown, table, write_report
 from oprd.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
 from oprd.compare.runner import open_runs, run_all
-from oprd.recipe import load_recipe, load_rows, resolved
+from oprd.recipe import load_recipe, resolved
 from oprd.runlog import LOCK, RunFolder
 
 QUICK = {
@@ -331,14 +332,12 @@ def test_equal_rollouts_by_other_numbers(comparison):
 def test_shipped_comparisons_are_planned(path, tmp_path, monkeypatch):
     file, found = load_comparison(path.stem)
     assert file.name == path.name
-    if any("bridge" in (keys or {}) for keys in found.objectives.values()):
+    if found.bridges:
         monkeypatch.chdir(tmp_path)  # where there is no bridge yet
-        with pytest.raises(ValueError, match="there is no folder runs/bridge_wider; make one with oprd bridge fit"):
+        with pytest.raises(ValueError, match=r"there is no folder runs/.*, nor is it among this file's 'bridges'"):
             planned(path)
-        fit_bridge(
-            "embedded:tiny/student", found.settings["teacher_model"], load_rows("generated:addition", "train", 10, 0),
-            max_completion_length=64, rank=16,
-        ).save("runs/bridge_wider")  # fmt: skip
+        specs = {n: replace(s, limit=10) for n, s in parse_bridges(found.bridges, "the file").items()}
+        fit_missing(specs, found.output_dir, found.recipe, found.settings, lambda line: None)
     runs = planned(path)
     rates = [(keys or {}).get("learning_rates", found.learning_rates) for keys in found.objectives.values()]
     assert len(runs) == len(found.seeds) * sum(map(len, rates))

@@ -22,6 +22,7 @@ from oprd.lm_head import (
     log_normalizer,
     log_probs,
     match_heads,
+    share_events,
     top_k,
 )
 from reference import dense_divergence, dense_log_probs
@@ -496,3 +497,206 @@ def test_bad_arguments_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- two vocabularies
+
+OURS, THEIRS = [4, 0, 13, 9, 3, 6], [2, 16, 5, 11, 7, 0]  # of 14 and 17 rows, in one order of events
+OUR_ENDS, THEIR_ENDS = (8, 3, 12), (15, 7)  # 3 and 7 are listed, the others are their like
+SHARED_OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 2.0, "scale": 1.5},
+    "ends": {"ends": True},
+    "more ends than one side has": {"ends": True, "their_ends": (7,), "bias": True},
+    "everything": {"bias": True, "softcap": 3.0, "scale": 0.7, "ends": True, "temperature": 0.6},
+}
+
+
+def dense_events(head, hidden, ids, ends, temperature):
+    """Log-probabilities over the listed events alone, the end being all of a side's ends."""
+    logits = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    groups = [list(ends) if i in ends else [i] for i in ids]
+    return torch.stack([(logits[:, group] / temperature).logsumexp(-1) for group in groups], 1).log_softmax(-1)
+
+
+def shared_problem(
+    bias=False,
+    softcap=None,
+    scale=1.0,
+    ends=False,
+    their_ends=THEIR_ENDS,
+    temperature=1.0,
+    trained=True,
+    order=None,
+    tokens=10,
+):
+    """As `problem`, of two heads that share six events; in another `order` of these where asked."""
+    order = range(6) if order is None else order
+    sides = []
+    for rows, width, gradient in ((PADDED_STUDENT, WIDTH, True), (PADDED_TEACHER, TEACHER_WIDTH, False)):
+        b = leaf(rows, gradient=gradient and trained) if bias else None
+        sides.append(LMHead(leaf(rows, width, gradient=gradient and trained), b, softcap, scale))
+        sides.append(leaf(tokens, width, gradient=gradient))
+    student, hidden, teacher, teacher_hidden = sides
+    listed = [[side[n] for n in order] for side in (OURS, THEIRS)]
+    stops = (OUR_ENDS, their_ends) if ends else ((), ())
+    log_p, log_q = (
+        dense_events(head, h, ids, own, temperature)
+        for head, h, ids, own in zip((student, teacher), (hidden, teacher_hidden), listed, stops, strict=True)
+    )
+    student, teacher = share_events(
+        student, teacher, (listed[0], listed[1]), student_stop_ids=stops[0], teacher_stop_ids=stops[1]
+    )
+    return student, hidden, teacher, teacher_hidden, log_p, log_q
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("options", SHARED_OPTIONS.values(), ids=SHARED_OPTIONS)
+def test_listed_events_equal_the_dense_ones(options, trained, chunk_size):
+    student, hidden, teacher, teacher_hidden, log_p, log_q = shared_problem(**options, trained=trained)
+    kwargs = {"temperature": options.get("temperature", 1.0), "chunk_size": chunk_size}
+    inputs = sources(student, hidden)
+    for kind in KINDS:
+        ours = divergence(student, hidden, teacher, teacher_hidden, kind, beta=0.3, **kwargs)
+        assert_same(ours, dense_divergence(log_p, log_q, kind, 0.3), inputs, 1e-9)
+    assert_same(entropy(student, hidden, **kwargs), -(log_p.exp() * log_p).sum(-1), inputs, 1e-9)
+    places = torch.randint(0, 6, (10, 4))
+    assert_same(log_probs(student, hidden, places, **kwargs), log_p.gather(1, places), inputs, 1e-9)
+    assert_same(log_probs(student, hidden, places[:, 0], **kwargs), log_p.gather(1, places[:, :1])[:, 0], inputs, 1e-9)
+    for head, h, expected in ((student, hidden, log_p), (teacher, teacher_hidden, log_q)):
+        values, found = top_k(head, h, 6, **kwargs)
+        torch.testing.assert_close(values, expected.detach().topk(6).values, rtol=1e-9, atol=1e-12)
+        assert torch.equal(found, expected.topk(6).indices)
+
+
+def test_the_normalizer_of_listed_events():
+    student, hidden, *_ = shared_problem(bias=True, ends=True)
+    logits = hidden @ student.weight.T + student.bias
+    dense = logits[:, [*{*OURS, *OUR_ENDS}]].div(1.3).logsumexp(-1)
+    assert_same(log_normalizer(student, hidden, temperature=1.3, chunk_size=3), dense, sources(student, hidden), 1e-9)
+
+
+@pytest.mark.parametrize("options", [SHARED_OPTIONS["bias"], SHARED_OPTIONS["everything"]], ids=["listed", "ends"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_no_event_take_no_part(kind, options):
+    student, hidden, teacher, teacher_hidden, _, _ = shared_problem(**options)
+    events = {*OURS, *OUR_ENDS} if options.get("ends") else {*OURS}
+    others = [i for i in range(PADDED_STUDENT) if i not in events]
+    assert others
+
+    def value():
+        return divergence(student, hidden, teacher, teacher_hidden, kind, chunk_size=4)
+
+    before = value()
+    before.sum().backward()
+    for gradient in (student.weight.grad, student.bias.grad):
+        assert (gradient[others] == 0).all()
+        assert (gradient[sorted(events)] != 0).any(dim=-1).all()
+    with torch.no_grad():
+        student.weight[others] = 100.0
+        theirs = {*THEIRS, *(THEIR_ENDS if options.get("ends") else ())}
+        teacher.weight[[i for i in range(PADDED_TEACHER) if i not in theirs]] = -100.0
+    assert torch.equal(value(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_listed_events_by_finite_differences(kind):
+    student, hidden, teacher, teacher_hidden, _, _ = shared_problem(**SHARED_OPTIONS["everything"])
+
+    def value(h, weight, bias):
+        head = LMHead(weight, bias, student.softcap, student.scale, None, student.stop_token_ids, student.ids)
+        return divergence(head, h, teacher, teacher_hidden, kind, temperature=0.6, chunk_size=3)
+
+    assert torch.autograd.gradcheck(value, (hidden, student.weight, student.bias), atol=1e-7)
+
+
+@given(order=st.permutations(range(6)), seed=st.integers(0, 10**6), name=st.sampled_from(sorted(SHARED_OPTIONS)))
+def test_the_order_of_the_events_does_not_matter(order, seed, name):
+    results = []
+    for own in (range(6), order):
+        torch.manual_seed(seed)
+        student, hidden, teacher, teacher_hidden, _, _ = shared_problem(**SHARED_OPTIONS[name], order=own)
+        places = [list(own).index(event) for event in range(6)]  # of each event
+        values = [divergence(student, hidden, teacher, teacher_hidden, kind) for kind in KINDS]
+        values += [entropy(student, hidden), log_probs(student, hidden, torch.tensor([places] * 10)).flatten()]
+        gradients = [
+            g for v in values for g in torch.autograd.grad(v.sum(), sources(student, hidden), retain_graph=True)
+        ]
+        top, ids = top_k(student, hidden, 3)
+        results.append([*values, *gradients, top, torch.tensor(list(own))[ids]])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_no_position_has_no_value():
+    student, hidden, teacher, teacher_hidden, _, _ = shared_problem(**SHARED_OPTIONS["everything"], tokens=0)
+    plain, _, _, _, _, _ = problem()
+    none = torch.zeros(0, dtype=torch.long)
+    for head in (student, plain):
+        for value in (
+            entropy(head, hidden),
+            log_probs(head, hidden, none),
+            log_probs(head, hidden, none.reshape(0, 4)),
+        ):
+            assert value.numel() == 0
+            gradients = torch.autograd.grad(value.sum(), sources(head, hidden))
+            assert all((gradient == 0).all() for gradient in gradients)
+        assert [x.shape for x in top_k(head, hidden, 2)] == [(0, 2), (0, 2)]
+    for kind in KINDS:
+        value = divergence(student, hidden, teacher, teacher_hidden, kind)
+        assert value.shape == (0,)
+        assert all((g == 0).all() for g in torch.autograd.grad(value.sum(), sources(student, hidden)))
+
+
+def test_ends_that_a_head_does_not_have_are_left_out():
+    student, teacher = share_events(
+        LMHead(torch.zeros(4, 2)), LMHead(torch.zeros(6, 2)), ([1, 2], [5, 0]), student_stop_ids=[3, 9, 1],
+        teacher_stop_ids=[4, 3],
+    )  # fmt: skip
+    assert student.stop_token_ids == (1, 3)  # the listed one first
+    assert teacher.stop_token_ids == (3, 4)  # none of them is an event
+    assert (student.size, student.num_events, student.ids.tolist(), teacher.ids.tolist()) == (2, 2, [1, 2], [5, 0])
+    hidden = torch.zeros(1, 2)
+    assert log_probs(student, hidden, torch.tensor([0])).exp().item() == pytest.approx(2 / 3)
+    assert log_probs(teacher, hidden, torch.tensor([0])).exp().item() == pytest.approx(1 / 2)
+
+
+def test_events_that_cannot_be_are_refused():
+    weight, hidden = torch.zeros(4, 2), torch.zeros(3, 2)
+    listed = LMHead(weight, ids=torch.tensor([3, 1]))
+    for message, call in {
+        "ids must be one or more, each once, of 0 … 3": [
+            lambda ids=ids: LMHead(weight, ids=torch.tensor(ids, dtype=torch.long))
+            for ids in ([], [1, 1], [4], [-1, 0])
+        ],
+        "each once, of 0 … 2": [lambda: LMHead(weight, vocab_size=3, ids=torch.tensor([0, 3]))],
+        r"ids \[2\] are stop tokens other than the first, 1,": [
+            lambda: LMHead(weight, stop_token_ids=(1, 2), ids=torch.tensor([0, 2, 1]))
+        ],
+        "ids 0 … 2, the vocabulary has 2": [lambda: log_probs(listed, hidden, torch.tensor([0, 2, 1]))],
+        "k = 3 is not between 1 and the 2 events": [lambda: top_k(listed, hidden, 3)],
+        "pass both through match_heads": [
+            lambda: divergence(listed, hidden, LMHead(torch.zeros(2, 2)), hidden),
+            lambda: divergence(listed, hidden, LMHead(weight, ids=torch.tensor([0, 1, 2])), hidden),
+        ],
+    }.items():
+        for one in call:
+            with pytest.raises(ValueError, match=message):
+                one()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_listing_events_needs_no_larger_tensor(kind):
+    tokens, vocab, width, chunk = 64, 500, 8, 5
+    student, teacher = (LMHead(leaf(vocab, width, gradient=gradient)) for gradient in (True, False))
+    ids = list(range(3, 450))
+    student, teacher = share_events(student, teacher, (ids, ids), student_stop_ids=(3, 1), teacher_stop_ids=(3, 2))
+    hidden, teacher_hidden = leaf(tokens, width), leaf(tokens, width, gradient=False)
+    with _LargestTensor({(vocab, width), (width, vocab)}) as seen:
+        divergence(student, hidden, teacher, teacher_hidden, kind, chunk_size=chunk).sum().backward()
+    assert seen.most == chunk * vocab

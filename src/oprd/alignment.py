@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,14 @@ class AlignmentStats:
             dropped=dict(dropped),
         )
 
+    def counts(self) -> dict[str, float]:
+        """For the log: counts that add up over batches, as `MetricWindow` takes them; every reason, as ranks add up by place."""
+        dropped = {f"alignment/{reason}": float(self.dropped.get(reason, 0)) for reason in get_args(DropReason)}
+        return {
+            "alignment/positions": self.positions, "alignment/paired": self.paired, "alignment/one_to_one": self.one_to_one,
+            **dropped,
+        }  # fmt: skip
+
     @property
     def share(self) -> float:
         """Share of the student's positions that have a partner; 0 where there is no position."""
@@ -81,16 +89,21 @@ def render_for_teacher(
     Raises:
         ValueError: as `oprd.prompts.render`; or a system prompt for a prompt that is plain text.
     """
-    return render(_with_system(row, system_prompt), teacher_tokenizer, chat_template_kwargs)
+    return render(with_system(row, system_prompt), teacher_tokenizer, chat_template_kwargs)
 
 
-def _with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
+def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
+    """The row with another system prompt; as it is without one.
+
+    Raises:
+        ValueError: a system prompt for a prompt that is plain text.
+    """
     if system_prompt is None:
         return row
     if isinstance(row.prompt, str):
         raise ValueError(
-            f"{row.source}: system_prompt is {system_prompt[:40]!r}, and the prompt is plain text, which no chat template "
-            "sees; give the prompt as messages or leave system_prompt out"
+            f"{row.source}: teacher_system_prompt is {system_prompt[:40]!r}, and the prompt is plain text, which no chat template "
+            "sees; give the prompt as messages or leave it out"
         )
     rest = [message for message in row.prompt if message["role"] != "system"]
     return PromptRow([{"role": "system", "content": system_prompt}, *rest], row.answer, row.source)
@@ -195,22 +208,27 @@ class Aligner:
         teacher_rollouts = Rollouts(prompts, completions, reasons, texts, list(rollouts.rows))
         return teacher_rollouts, alignments, AlignmentStats.of(alignments)
 
-    def shared_vocabulary(self) -> tuple[list[int], list[int]]:
+    def shared_vocabulary(self, teacher_stop_ids: Collection[int] = ()) -> tuple[list[int], list[int]]:
         """Ids of both tokenizers that mean the same, in two lists of equal length, ascending by the student's.
 
         Equal bytes; special tokens by `special_map`; the student's usual end of turn with the teacher's. One id a side for the
-        same bytes: the one that the tokenizer itself would write (a letter rather than its byte token). The probability of the
-        student's other stop ids belongs to the end of turn too: add it before comparing.
+        same bytes: the one that the tokenizer itself would write (a letter rather than its byte token). Ids that the teacher reads
+        as they are (`same_ids`) are partners of themselves, special tokens among them. The probability of the student's other stop
+        ids belongs to the end of turn too: add it before comparing.
+
+        Args:
+            teacher_stop_ids: further ids that end the teacher's turn; they are partners of no text.
         """
         theirs = _ids_by_bytes(self.pair.teacher)
         shared = {ours: theirs[piece] for piece, ours in _ids_by_bytes(self.pair.student).items() if piece in theirs}
+        shared = {ours: i for ours, i in shared.items() if i not in self.same_ids} | {i: i for i in self.same_ids}
         meant = {**self.pair.special_map, **dict.fromkeys(self.pair.stop_ids[:1], self.pair.end_id)}
-        taken = set(meant.values())
+        taken = {*meant.values(), *teacher_stop_ids}
         shared = {ours: i for ours, i in shared.items() if ours not in self.pair.stop_ids and i not in taken} | meant
         return sorted(shared), [shared[i] for i in sorted(shared)]
 
     def _render(self, row: PromptRow) -> tuple[list[int], str, str]:
-        theirs = _with_system(row, self.system_prompt)
+        theirs = with_system(row, self.system_prompt)
         return (
             render(theirs, self.teacher_tokenizer, self.teacher_kwargs),
             template_space(row, self.student_tokenizer, self.student_kwargs),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from oprd.pairing import Pairing, Positions
 from oprd.positions import select_positions
 from oprd.types import Rollouts
 
@@ -19,17 +21,21 @@ HEAD = 0  # in the place of a layer's number: what the LM head reads, at every r
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """Every response position of a model batch, for what is computed from next-token distributions.
+    """Response positions of a model batch, for what is computed from next-token distributions.
 
     Args:
         flat_index: `[M]`, where each response position's state stands in the flattened `[B·T]` batch.
         rollout_index: `[M]`, whose each position is.
         tokens: `[M]`, the response token that each state predicts.
+        compared: `[P]`, those of the M that the teacher's distributions are for; None: all of them.
+        events: `[P]`, the next token at each of these as its place in a shared vocabulary; None where `compared` is.
     """
 
     flat_index: Int[Tensor, " M"]
     rollout_index: Int[Tensor, " M"]
     tokens: Int[Tensor, " M"]
+    compared: Int[Tensor, " P"] | None = None
+    events: Int[Tensor, " P"] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,10 @@ def request_states(
     *,
     positions: str = "all",
     position_k: int | None = None,
+    chosen: Positions | None = None,
     layout: Layout = "right",
     pad_token_id: int = 0,
-    head: bool = False,
+    head: bool | Positions = False,
 ) -> StateRequest:
     """Lay `rollouts` out as one model batch and locate the states that predict the selected response tokens.
 
@@ -120,9 +127,11 @@ def request_states(
         layers: 1-based layers to read, ascending.
         positions: a name in `oprd.positions.POSITIONS`.
         position_k: k of the sets that have one.
+        chosen: the positions of each rollout, ascending, in place of a named set.
         layout: rows padded on the right or the left, or all rollouts in one packed row without padding.
         pad_token_id: any valid id; what stands in padding never reaches a result.
-        head: ask also for the states that the LM head reads, at all response positions whatever `positions` says.
+        head: ask also for the states that the LM head reads, at all response positions whatever `positions` says, or at those
+            given for each rollout.
 
     Raises:
         ValueError: no rollout, or a position set that is not known.
@@ -148,7 +157,8 @@ def request_states(
         input_ids[row, span] = torch.tensor(sequence)
         attention_mask[row, span] = 1
         position_ids[row, span] = torch.arange(lengths[index])
-        selected = select_positions(len(rollouts.completion_ids[index]), positions, position_k)
+        length = len(rollouts.completion_ids[index])
+        selected = select_positions(length, positions, position_k) if chosen is None else chosen[index]
         first_states.append(row * width + start + len(rollouts.prompt_ids[index]) - 1)
         flat_index.extend(first_states[-1] + t for t in selected)
         rollout_index.extend(index for _ in selected)
@@ -156,18 +166,62 @@ def request_states(
         input_ids=input_ids,
         attention_mask=None if layout == "packed" else attention_mask,
         position_ids=position_ids,
-        flat_index=torch.tensor(flat_index),
-        rollout_index=torch.tensor(rollout_index),
+        flat_index=_indices(flat_index),
+        rollout_index=_indices(rollout_index),
         num_rollouts=len(rollouts),
         layers=layers,
-        head=_head_request(rollouts, first_states) if head else None,
+        head=_head_request(rollouts, first_states, head),
     )
 
 
-def _head_request(rollouts: Rollouts, first_states: Sequence[int]) -> HeadRequest:
-    lengths = rollouts.completion_lengths
+def _head_request(rollouts: Rollouts, first_states: Sequence[int], head: bool | Positions) -> HeadRequest | None:
+    if head is False:
+        return None
+    at: Positions = [range(n) for n in rollouts.completion_lengths] if head is True else head
     return HeadRequest(
-        flat_index=torch.tensor([first + t for first, n in zip(first_states, lengths, strict=True) for t in range(n)]),
-        rollout_index=torch.tensor([index for index, n in enumerate(lengths) for _ in range(n)]),
-        tokens=torch.tensor([token for completion in rollouts.completion_ids for token in completion]),
+        flat_index=_indices([first + t for first, own in zip(first_states, at, strict=True) for t in own]),
+        rollout_index=_indices([index for index, own in enumerate(at) for _ in own]),
+        tokens=_indices([ids[t] for ids, own in zip(rollouts.completion_ids, at, strict=True) for t in own]),
     )
+
+
+def _indices(values: list[int]) -> Int[Tensor, " N"]:
+    return torch.tensor(values, dtype=torch.long)  # said, since of an empty list torch makes floats
+
+
+def request_pair(
+    rollouts: Rollouts,
+    pairing: Pairing | None,
+    layers: tuple[int, ...],
+    *,
+    positions: str = "all",
+    position_k: int | None = None,
+    pad_token_id: int = 0,
+    head: bool = False,
+) -> tuple[StateRequest, StateRequest]:
+    """What is read of the student and what of the teacher: one request for both without a `pairing`.
+
+    Args:
+        rollouts: the student's.
+        pairing: of these rollouts, where the teacher reads a text of its own.
+        layers: the student's.
+        positions: without a pairing (which has chosen): a name in `oprd.positions.POSITIONS`.
+        position_k: k of the sets that have one.
+        pad_token_id: an id that both models have.
+        head: ask also for the states that the LM heads read.
+    """
+    if pairing is None:
+        both = request_states(
+            rollouts, layers, positions=positions, position_k=position_k, pad_token_id=pad_token_id, head=head
+        )
+        return both, both
+    student = request_states(rollouts, layers, chosen=pairing.student, pad_token_id=pad_token_id, head=head)
+    at = pairing.teacher_head if head else False
+    theirs = pairing.teacher_rollouts
+    teacher = request_states(theirs, layers, chosen=pairing.teacher, pad_token_id=pad_token_id, head=at)
+    if student.head is not None:
+        starts = [0, *accumulate(rollouts.completion_lengths)]
+        compared = [start + t for start, own in zip(starts, pairing.student_head, strict=False) for t in own]
+        events = _indices([event for own in pairing.events for event in own])
+        student = replace(student, head=replace(student.head, compared=_indices(compared), events=events))
+    return student, teacher

@@ -68,6 +68,17 @@ class OPRDConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of the chat template, such as enable_thinking.")
     )
+    teacher_chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata=_help("Let the teacher read prompts by its own chat template, with these arguments ({} for none)."),
+    )
+    teacher_system_prompt: str | None = field(
+        default=None, metadata=_help("System prompt that the teacher alone reads, in place of the row's.")
+    )
+    special_token_map: dict[str, str] | None = field(
+        default=None,
+        metadata=_help("Special token of the student: the teacher's that means the same (ends need none)."),
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata=_help("Leave out (and count) prompts of more tokens. None: a prompt too long is an error."),

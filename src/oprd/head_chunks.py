@@ -37,6 +37,9 @@ class LMHead:
         scale: factor of the logits, applied before the soft-cap.
         vocab_size: ids of the tokenizer's map (highest + 1); rows past it are padding and do not exist here. Default: all.
         stop_token_ids: ids that mean "end": one event, whose probability is their sum, under the first of them.
+        ids: `[V]`, the ids that are the events, each once, in the order that the other model's head has them too (of two
+            vocabularies, the part they share). Of the stop tokens the first alone may be among them. Tokens are then given as
+            places in `ids`, and probabilities are normalised over `ids`. Default: every id, under its own number.
     """
 
     weight: Tensor = field(repr=False)
@@ -45,23 +48,45 @@ class LMHead:
     scale: float = 1.0
     vocab_size: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    ids: Int[Tensor, " V"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
-        if not 0 < self.size <= rows:
+        if not 0 < self.rows <= rows:
             raise ValueError(f"LMHead: vocab_size {self.vocab_size} is not between 1 and the head's {rows} rows")
-        outside = [i for i in self.stop_token_ids if not 0 <= i < self.size]
+        outside = [i for i in self.stop_token_ids if not 0 <= i < self.rows]
         if outside or len(set(self.stop_token_ids)) != len(self.stop_token_ids):
-            raise ValueError(f"LMHead: stop_token_ids {self.stop_token_ids} repeat or lie outside 0 … {self.size - 1}")
+            raise ValueError(f"LMHead: stop_token_ids {self.stop_token_ids} repeat or lie outside 0 … {self.rows - 1}")
+        if self.ids is not None:
+            self._check_ids(set(self.ids.tolist()), len(self.ids))
+
+    def _check_ids(self, ids: set[int], count: int) -> None:
+        if not count or len(ids) < count or min(ids) < 0 or max(ids) >= self.rows:
+            raise ValueError(f"LMHead: ids must be one or more, each once, of 0 … {self.rows - 1}")
+        if hidden := ids & set(self.stop_token_ids[1:]):
+            raise ValueError(
+                f"LMHead: ids {sorted(hidden)} are stop tokens other than the first, {self.stop_token_ids[0]}, under which "
+                "all of them are one event"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Ids that exist for the model, stop tokens counted one by one."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
 
     @property
     def size(self) -> int:
-        """Ids that exist, stop tokens counted one by one."""
-        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+        """Names of events: tokens are below it. Without `ids`, stop tokens are counted one by one."""
+        return self.rows if self.ids is None else len(self.ids)
+
+    @property
+    def num_events(self) -> int:
+        """Events that can happen: all stop tokens are one."""
+        return self.size - (max(len(self.stop_token_ids) - 1, 0) if self.ids is None else 0)
 
     def events(self, tokens: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """`tokens` with every stop token replaced by the first of them, the name of their common event."""
-        if len(self.stop_token_ids) < 2:
+        if len(self.stop_token_ids) < 2 or self.ids is not None:
             return tokens
         merged = torch.tensor(self.stop_token_ids, device=tokens.device)
         return torch.where(torch.isin(tokens, merged), merged[0], tokens)
@@ -90,16 +115,16 @@ def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.devi
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: {chunk_size} is below 1")
-    size = chunk_size or max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES["other"]) // head.size)
+    size = chunk_size or max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES["other"]) // head.rows)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def logits_of(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
-    """Logits of one chunk, divided by the temperature; stop tokens not merged yet."""
+    """Logits of one chunk, a row of the weight each, divided by the temperature; see `event_logits`."""
     with torch.autocast(hidden_nD.device.type, enabled=False):  # else it would multiply in 16 bits
-        logits_nV = _project(hidden_nD, head.weight[: head.size], accumulate_dtype(head, hidden_nD))
+        logits_nV = _project(hidden_nD, head.weight[: head.rows], accumulate_dtype(head, hidden_nD))
     if head.bias is not None:
-        logits_nV.add_(head.bias[: head.size])
+        logits_nV.add_(head.bias[: head.rows])
     if head.scale != 1.0:
         logits_nV.mul_(head.scale)
     if head.softcap is not None:
@@ -120,6 +145,13 @@ def merge_stops(head: LMHead, logits_nV: Float[Tensor, "n V"]) -> Float[Tensor, 
     logits_nV[:, ids] = -torch.inf
     logits_nV[:, ids[0]] = own_nm.logsumexp(-1)
     return own_nm
+
+
+def event_logits(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
+    """Logits of one chunk, one an event."""
+    logits_nV = logits_of(head, hidden_nD, temperature)
+    merge_stops(head, logits_nV)
+    return logits_nV if head.ids is None else logits_nV.index_select(1, head.ids)
 
 
 def by_chunks(
@@ -158,7 +190,7 @@ class _ByChunks(torch.autograd.Function):
             upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
             values_NK[rows], logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], upstream_nK)
             if derivative_ND is not None and logits_grad_nV is not None:
-                derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.size])
+                derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.rows])
             del logits_grad_nV  # before the next chunk's logits exist
         if derivative_ND is not None:
             ctx.save_for_backward(derivative_ND)
@@ -178,7 +210,7 @@ class _ByChunks(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, *extras = ctx.saved_tensors
         job, dtype = ctx.job, grad_NK.dtype
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        size = job.head.size
+        rows_used = job.head.rows
         grad_ND = torch.empty_like(hidden_ND) if for_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if for_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=dtype) if for_bias else None
@@ -186,11 +218,11 @@ class _ByChunks(torch.autograd.Function):
             _, logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], grad_NK[rows])
             assert logits_grad_nV is not None, "a measure gave no derivative"
             if grad_ND is not None:
-                grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:size])
+                grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:rows_used])
             if grad_VD is not None:
-                grad_VD[:size].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
+                grad_VD[:rows_used].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
             if grad_V is not None:
-                grad_V[:size].add_(logits_grad_nV.sum(0))
+                grad_V[:rows_used].add_(logits_grad_nV.sum(0))
             del logits_grad_nV
         grad_VD = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return grad_ND, grad_VD, None if grad_V is None else grad_V.to(bias_V.dtype), *none
@@ -206,9 +238,12 @@ def _chunk(
     if head.softcap is not None and upstream_nK is not None:
         slope_nV = logits_nV.mul(job.temperature / head.softcap).square_().neg_().add_(1)  # of tanh
     own_nm = merge_stops(head, logits_nV)
-    values_nK, grad_nV = job.measure(logits_nV, tuple(extras), upstream_nK)
+    chosen_nV = logits_nV if head.ids is None else logits_nV.index_select(1, head.ids)
+    values_nK, grad_nV = job.measure(chosen_nV, tuple(extras), upstream_nK)
     if grad_nV is None:
         return values_nK, None
+    if head.ids is not None:  # the other rows of the weight took no part
+        grad_nV = logits_nV.zero_().index_copy_(1, head.ids, grad_nV)
     if own_nm is not None:
         ids = torch.tensor(head.stop_token_ids, device=grad_nV.device)
         share_nm = own_nm.softmax(-1).nan_to_num_(nan=0.0)  # all impossible: nothing to share

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from oprd.head_chunks import LMHead, logits_of, merge_stops
+from oprd.head_chunks import LMHead, event_logits
 
 LOG_ZERO = -100.0
 Measured = tuple[Tensor, Tensor | None]
@@ -64,8 +64,7 @@ def _both(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student (in the given buffer) and teacher, finite."""
     (teacher_nE,) = extras
-    teacher_nV = logits_of(teacher_head, teacher_nE, temperature)
-    merge_stops(teacher_head, teacher_nV)
+    teacher_nV = event_logits(teacher_head, teacher_nE, temperature)
     return finite(log_softmax_(logits_nV)), finite(log_softmax_(teacher_nV)).to(logits_nV.dtype)
 
 

@@ -9,6 +9,8 @@ Letters here: n tokens of a chunk, V vocabulary, E the teacher's width, K tokens
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
@@ -17,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from oprd.head_chunks import LMHead, accumulate_dtype, by_chunks, chunks, logits_of, merge_stops
+from oprd.head_chunks import LMHead, accumulate_dtype, by_chunks, chunks, event_logits, logits_of
 from oprd.head_measures import (
     DIVERGENCES,
     entropy_measure,
@@ -73,7 +75,7 @@ def check_head(head: LMHead, model: nn.Module) -> None:
     """
     lm = causal_lm(model)
     output = lm(input_ids=torch.tensor([[0, 1]], device=head.weight.device), output_hidden_states=True, use_cache=False)
-    theirs, hidden_ND = output.logits[0, :, : head.size].float(), output.hidden_states[-1][0]
+    theirs, hidden_ND = output.logits[0, :, : head.rows].float(), output.hidden_states[-1][0]
     ours = logits_of(head, hidden_ND, 1.0)
     tolerance = 64 * torch.finfo(head.weight.dtype).eps * float(theirs.abs().max().clamp_min(1))
     error = float((ours - theirs).abs().max())
@@ -106,13 +108,44 @@ def match_heads(
     return student, teacher
 
 
+def share_events(
+    student: LMHead,
+    teacher: LMHead,
+    shared_ids: tuple[Sequence[int], Sequence[int]],
+    *,
+    student_stop_ids: Sequence[int] = (),
+    teacher_stop_ids: Sequence[int] = (),
+) -> tuple[LMHead, LMHead]:
+    """Both heads over the events that two vocabularies share, each normalised over those.
+
+    Args:
+        student: the student's head.
+        teacher: the teacher's, over a vocabulary of its own.
+        shared_ids: the student's ids and, in the same order, the teacher's (`oprd.alignment.Aligner.shared_vocabulary`). Of a
+            side's stop tokens it names one.
+        student_stop_ids: every id that ends a text for the student.
+        teacher_stop_ids: likewise for the teacher.
+
+    Raises:
+        ValueError: an id that its head does not have.
+    """
+    sides = []
+    for head, ids, stops in zip((student, teacher), shared_ids, (student_stop_ids, teacher_stop_ids), strict=True):
+        named = set(ids)
+        ordered = sorted((i for i in set(stops) if i < head.rows), key=lambda i: (i not in named, i))
+        chosen = torch.tensor(list(ids), device=head.weight.device)
+        sides.append(replace(head, stop_token_ids=tuple(ordered), ids=chosen))
+    return sides[0], sides[1]
+
+
 def check_same_events(student: LMHead, teacher: LMHead) -> None:
     """Refuse to compare distributions over different events.
 
     Raises:
         ValueError: sizes or stop tokens differ; both sides named.
     """
-    sides = [(head.size, head.stop_token_ids) for head in (student, teacher)]
+    # Where the events are listed, the stop tokens of each side are its own affair: they are one event of the list.
+    sides = [(head.size, head.stop_token_ids if head.ids is None else "listed") for head in (student, teacher)]
     if sides[0] != sides[1]:
         raise ValueError(f"student and teacher heads have (ids, stop ids) {sides}; pass both through match_heads")
 
@@ -141,7 +174,9 @@ def log_probs(
         raise ValueError(f"log_probs: tokens at {len(tokens)} positions, states at {len(hidden_ND)}")
     if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= head.size):
         raise ValueError(f"log_probs: ids {int(tokens.min())} … {int(tokens.max())}, the vocabulary has {head.size}")
-    tokens_NK = head.events(tokens).long().reshape(len(tokens), -1)
+    tokens_NK = (
+        head.events(tokens).long().reshape(len(tokens), math.prod(tokens.shape[1:]))
+    )  # of none, −1 would say nothing
     values_NK = by_chunks(
         head, hidden_ND, token_log_probs_measure, (tokens_NK,), temperature, chunk_size, tokens_NK.shape[1]
     )
@@ -171,15 +206,13 @@ def top_k(
     Raises:
         ValueError: k is not between 1 and the number of events.
     """
-    events = head.size - max(len(head.stop_token_ids) - 1, 0)
-    if not 1 <= k <= events:
-        raise ValueError(f"top_k: k = {k} is not between 1 and the {events} events of the vocabulary")
+    if not 1 <= k <= head.num_events:
+        raise ValueError(f"top_k: k = {k} is not between 1 and the {head.num_events} events of the vocabulary")
     dtype = accumulate_dtype(head, hidden_ND)
     values_Nk = hidden_ND.new_empty(len(hidden_ND), k, dtype=dtype)
     ids_Nk = torch.empty_like(values_Nk, dtype=torch.long)
     for rows in chunks(len(hidden_ND), head, chunk_size, hidden_ND.device):
-        logits_nV = logits_of(head, hidden_ND[rows], temperature)
-        merge_stops(head, logits_nV)
+        logits_nV = event_logits(head, hidden_ND[rows], temperature)
         log_normalizer_n1 = logits_nV.logsumexp(-1, keepdim=True)
         top = logits_nV.topk(k, dim=-1)
         values_Nk[rows] = finite(top.values - log_normalizer_n1)

@@ -15,6 +15,7 @@ from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
 _TOTALS = ("rollouts", "tokens", "finished", "correct", "graded")
+_ALIGNMENT = "alignment/"  # likewise
 
 
 def rollout_metrics(rollouts: Rollouts, correct: Sequence[bool | None]) -> dict[str, float]:
@@ -71,6 +72,7 @@ class MetricWindow:
         ranks = accelerator.num_processes
         sums = dict(zip(names, values.tolist(), strict=True))
         totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
+        aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
         row = {n: v / ranks for n, v in sums.items()}
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
@@ -80,6 +82,8 @@ class MetricWindow:
         row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
         row["completions/clipped_ratio"] = 1 - totals["finished"] / totals["rollouts"]
         row["tokens"], row["rollouts"] = totals["tokens"], totals["rollouts"]
+        if student := aligned.pop(f"{_ALIGNMENT}positions", 0.0):  # all as shares of the student's positions
+            row |= {name: value / student for name, value in aligned.items()}
         if totals["graded"]:
             row["accuracy"] = totals["correct"] / totals["graded"]
         if grad_norm is not None:

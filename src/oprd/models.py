@@ -203,19 +203,29 @@ def check_same_shape(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:
+    """The student's ids that are not the same token for the teacher, ascending. Vocabulary *sizes* may differ (padding)."""
+    ours = {i: token for token, i in student.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    return [i for i in sorted(ours) if theirs.get(i) != ours[i]]
+
+
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that do not give the student's ids the same tokens. Vocabulary *sizes* may differ (padding).
+    """Refuse two tokenizers that do not give the student's ids the same tokens.
 
     Raises:
         ValueError: names the first ids that differ.
     """
-    ours = {i: token for token, i in student.get_vocab().items()}
-    theirs = {i: token for token, i in teacher.get_vocab().items()}
-    different = [i for i in sorted(ours) if theirs.get(i) != ours[i]]
+    different = different_tokens(student, teacher)
     if different:
-        shown = "; ".join(f"id {i}: student {ours[i]!r}, teacher {theirs.get(i)!r}" for i in different[:3])
+        ours, theirs = (side.convert_ids_to_tokens(different[:3]) for side in (student, teacher))
+        shown = "; ".join(
+            f"id {i}: student {mine!r}, teacher {other!r}"
+            for i, mine, other in zip(different, ours, theirs, strict=False)
+        )
         raise ValueError(
-            f"teacher_model: its tokenizer gives {len(different)} of the student's {len(ours)} ids another token ({shown}). The "
-            "teacher reads the student's token ids, so both need the same id→token map. Teachers with another tokenizer need "
-            "OPRD-Bridge with text alignment (planned); until then choose a teacher that shares the student's tokenizer."
+            f"teacher_model: its tokenizer gives {len(different)} of the student's {len(student)} ids another token ({shown}). "
+            "Hidden states of such a teacher can only be compared through OPRD-Bridge, on texts that each model reads in its own "
+            "tokens: oprd bridge fit, then the key 'bridge'. Without a bridge choose a teacher that shares the student's "
+            "tokenizer, or an output-space loss alone (representation_weight: 0)"
         )

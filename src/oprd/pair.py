@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from oprd.alignment import Aligner
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
@@ -21,11 +22,14 @@ from oprd.models import (
     check_same_shape,
     check_same_tokens,
     freeze_above,
+    hidden_size,
     load_model,
     load_tokenizer,
     num_layers,
     stop_token_ids,
 )
+from oprd.objectives.composite import is_on
+from oprd.teacher_text import TeacherText
 from oprd.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 
 logger = logging.getLogger("oprd")
@@ -80,10 +84,11 @@ def build_teacher(
     processing_class: PreTrainedTokenizerBase,
     teacher_processing_class: PreTrainedTokenizerBase | None,
     student_fingerprint: Fingerprint | None = None,
-) -> Teacher:
-    """The frozen teacher, checked against the student: same depth, same width, same tokens; with a bridge, any depth and width.
+) -> tuple[Teacher, Aligner | None]:
+    """The frozen teacher, checked against the student: same depth, width and tokens; with a bridge, any of them.
 
-    Without a `teacher_model` it is the student with its adapter off.
+    Without a `teacher_model` it is the student with its adapter off. The aligner gives the teacher its own prompts and tokens;
+    None where it reads the student's.
 
     Raises:
         ValueError: cannot be loaded, does not fit the student, or there is neither a teacher nor an adapter.
@@ -91,7 +96,8 @@ def build_teacher(
     if teacher_model is None:
         if args.bridge is not None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
-        return AdapterOffTeacher(student)
+        own = AdapterOffTeacher(student)
+        return own, _aligner(student, processing_class, own, processing_class, args)
     if isinstance(teacher_model, str):
         teacher = load_model(
             teacher_model,
@@ -103,18 +109,17 @@ def build_teacher(
         teacher = teacher_model
     if teacher is student:
         raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
-    if args.bridge is None:
+    if args.bridge is None and is_on(args.representation_weight):
         check_same_shape(student, teacher)
     name = teacher_model if isinstance(teacher_model, str) else teacher.config.name_or_path
     if teacher_processing_class is None and name:
         teacher_processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     if teacher_processing_class is None:
         logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
-    else:
-        check_same_tokens(processing_class, teacher_processing_class)
     frozen = FrozenTeacher(teacher, stop_token_ids(teacher, teacher_processing_class or processing_class))
+    aligner = _aligner(student, processing_class, frozen, teacher_processing_class, args)
     if args.bridge is None:
-        return frozen
+        return frozen, aligner
     bridge = Bridge.load(
         args.bridge,
         student=student_fingerprint,
@@ -124,7 +129,48 @@ def build_teacher(
     )
     kind, layers = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
-    return BridgedTeacher(frozen, bridge, folder_digest(Path(args.bridge)))
+    return BridgedTeacher(frozen, bridge, folder_digest(Path(args.bridge))), aligner
+
+
+def comparable_layers(
+    student: nn.Module, teacher: Teacher, aligner: Aligner | None, args: OPRDConfig
+) -> tuple[int, ...]:
+    """The student's layers whose states can be compared with the teacher's; none where neither shape nor bridge allows it."""
+    layers = resolve_layers(args.layers, num_layers(student))
+    if args.bridge is not None:
+        return layers
+    with teacher.sampler() as model:
+        alike = (num_layers(student), hidden_size(student)) == (num_layers(model), hidden_size(model))
+    if alike and (aligner is None or aligner.same_ids):
+        return layers
+    logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
+    return ()
+
+
+def _aligner(
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    args: OPRDConfig,
+) -> Aligner | None:
+    """What gives the teacher a text of its own, None where it reads the student's.
+
+    Raises:
+        ValueError: as `TeacherText.aligner`; or two vocabularies, and hidden states to compare without a bridge.
+    """
+    stops = stop_token_ids(student, tokenizer), teacher.stop_token_ids
+    aligner = TeacherText.of(args).aligner(tokenizer, teacher_tokenizer, *stops)
+    if aligner is None:
+        return None
+    # Without a bridge only models of one origin can be compared, and those split a text alike.
+    if is_on(args.representation_weight) and args.bridge is None and not aligner.same_ids:
+        check_same_tokens(tokenizer, aligner.teacher_tokenizer)
+    logger.info(
+        "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
+        len(aligner.shared_vocabulary()[0]), len(tokenizer), len(aligner.teacher_tokenizer),
+    )  # fmt: skip
+    return aligner
 
 
 def _require_full_precision(student: nn.Module) -> None:

@@ -15,6 +15,7 @@ from oprd.layers import resolve_layers
 from oprd.models import check_same_tokens, load_tokenizer, resolve_name
 from oprd.objectives.composite import is_on
 from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
+from oprd.teacher_text import TeacherText
 
 
 def load_for_plan(path: str | Path, overrides: Mapping[str, Any]) -> tuple[Recipe, OPRDConfig]:
@@ -45,7 +46,8 @@ def describe_plan(recipe: Recipe, config: OPRDConfig) -> list[str]:
     lines += [_model_line("student", recipe.model, student), _model_line("teacher", recipe.teacher_model, teacher)]
     if student is not None:
         lines.append(f"layers: {len(resolve_layers(config.layers, student[0]))} of {student[0]}")
-    if student is not None and teacher is not None and student != teacher and config.bridge is None:
+    compares = is_on(config.representation_weight)
+    if student is not None and teacher is not None and student != teacher and config.bridge is None and compares:
         raise ValueError(
             f"teacher_model: {teacher[0]} layers of width {teacher[1]}, the student {student[0]} of {student[1]}; OPRD-Vanilla "
             "needs both to agree (for a teacher of another shape fit a bridge: oprd bridge fit, then the key 'bridge')"
@@ -105,6 +107,11 @@ def _bridge_line(
 ) -> str:
     if recipe.teacher_model is None:
         raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
+    if not Path(folder).exists():
+        return (
+            f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
+            f"{recipe.model} --teacher {recipe.teacher_model} --prompts {recipe.train_dataset} --out {folder}"
+        )
     layers = None if student is None else resolve_layers(config.layers, student[0])
     bridge = Bridge.load(folder, rank=config.bridge_rank)
     for side, known, shape in (("student", bridge.student, student), ("teacher", bridge.teacher, teacher)):
@@ -127,8 +134,19 @@ def _tokenizer_line(recipe: Recipe, config: OPRDConfig) -> str:
         return "tokenizers: not reachable from here, not checked"
     if not all(Path(name).is_dir() for name in names):
         return "tokenizers: on the hub, not checked"
-    check_same_tokens(*(load_tokenizer(name, trust_remote_code=config.trust_remote_code) for name in names))
-    return "tokenizers: the teacher gives the student's ids the same tokens"
+    student, teacher = (load_tokenizer(name, trust_remote_code=config.trust_remote_code) for name in names)
+    # What ends a turn does not matter here; without their models only the tokenizers' own ends are known.
+    ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
+    aligner = TeacherText.of(config).aligner(student, teacher, *ends)
+    if aligner is None:
+        return "tokenizers: the teacher gives the student's ids the same tokens"
+    if config.bridge is None and is_on(config.representation_weight) and not aligner.same_ids:
+        check_same_tokens(student, teacher)
+    shared = len(aligner.shared_vocabulary()[0])
+    return (
+        f"tokenizers: the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its "
+        f"{len(teacher)}"
+    )
 
 
 def _dataset_line(role: str, name: str | None, split: str, limit: int | None, seed: int) -> str:

@@ -87,8 +87,10 @@ class RecordingTrainer(VerifiedCheckpoints):
         as_then = step == self.state.global_step and not self.args.load_best_model_at_end
         return summary if as_then else self.evaluate_model(self.model).summary
 
-    def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
-        """Evaluate any model (the student, its teacher) on `prompts`, shared among the ranks."""
+    def evaluate_model(
+        self, model: nn.Module, prompts: Sequence[Prompt] | None = None, engine: RolloutEngine | None = None
+    ) -> Evaluation:
+        """Evaluate any model on `prompts`, shared among the ranks; with an `engine` for its tokenizer if not the student's."""
         prompts = self.eval_dataset if prompts is None else prompts
         k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
         share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
@@ -96,7 +98,7 @@ class RecordingTrainer(VerifiedCheckpoints):
         precision = self.accelerator.autocast() if model is self.model else nullcontext()
         with self.grading() as grader, precision:
             part = evaluate(
-                self.accelerator.unwrap_model(model), self.engine, share, grader, k=k,
+                self.accelerator.unwrap_model(model), engine or self.engine, share, grader, k=k,
                 sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
             )  # fmt: skip
         if world == 1:

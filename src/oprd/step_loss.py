@@ -23,9 +23,23 @@ from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
 from oprd.objectives.reduction import position_weights
 from oprd.objectives.representation import cosine, representation_error
+from oprd.pairing import Pairing
 from oprd.types import Rollouts, States
 
-Heads = Callable[[], tuple[LMHead, LMHead]]
+
+@dataclass(frozen=True)
+class Heads:
+    """LM heads, each over the events that its use is about.
+
+    Args:
+        policy: the student's over its own vocabulary.
+        student: the student's over the events that the teacher has too.
+        teacher: the teacher's over the same events.
+    """
+
+    policy: LMHead
+    student: LMHead
+    teacher: LMHead
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,20 @@ class Batch:
         correct: verdicts; None where not graded.
         advantages: one a rollout, where there is a policy-gradient term.
         old_log_p: log-probabilities of each rollout's tokens when it was sampled; None until the first update has read them.
+        pairing: what the teacher reads, where that is not what the student does.
     """
 
     rollouts: Rollouts
     correct: list[bool | None]
     advantages: Sequence[float] | None = None
     old_log_p: Sequence[Tensor] | None = None
+    pairing: Pairing | None = None
+
+    @property
+    def input_lengths(self) -> list[int]:
+        """Tokens that the longer-winded of the two models reads of each rollout."""
+        own = self.rollouts.input_lengths
+        return own if self.pairing is None else list(map(max, own, self.pairing.teacher_rollouts.input_lengths))
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The rollouts at `indices`, in that order."""
@@ -51,7 +73,8 @@ class Batch:
             for name in ("correct", "advantages", "old_log_p")
             for column in (getattr(self, name),)
         }
-        return replace(self, rollouts=self.rollouts.select(indices), **columns)
+        pairing = None if self.pairing is None else self.pairing.select(indices)
+        return replace(self, rollouts=self.rollouts.select(indices), pairing=pairing, **columns)
 
 
 @dataclass(frozen=True)
@@ -107,8 +130,9 @@ class MicroBatchLoss:
         request: what is read of the student.
         batch: the rollouts that it reads.
         teacher: the teacher's states, where they are needed; its buffers are used up.
-        heads: gives both LM heads over the same events; asked while the student runs, where wrappers have its weights together.
-        whole_step: rollouts, selected positions and response tokens of the whole step, which all means divide by.
+        heads: gives the LM heads; asked while the student runs, where wrappers have its weights together.
+        whole_step: rollouts, selected positions, response tokens and those of them whose distributions are compared ("compared"),
+            all of the whole step; all means divide by one of them.
         observe: takes metrics: sums over the step's micro-batches.
         project: the student's side of a bridge, called with layer and states; the teacher's states come projected.
     """
@@ -120,7 +144,7 @@ class MicroBatchLoss:
         request: StateRequest,
         batch: Batch,
         teacher: States | None,
-        heads: Heads,
+        heads: Callable[[], Heads],
         whole_step: dict[str, float],
         observe: Callable[..., None],
         project: Callable[[int, Tensor], Tensor] | None = None,
@@ -159,24 +183,26 @@ class MicroBatchLoss:
 
     def _head_terms(self, student_MD: Tensor) -> Tensor:
         assert self.request.head is not None, "the head's states were not asked for"
-        index_M, tokens_M = self.request.head.rollout_index, self.request.head.tokens
-        student_head, teacher_head = self.heads()
+        asked, heads = self.request.head, self.heads()
+        compared_PD, events_P = student_MD, asked.tokens
+        if asked.compared is not None and asked.events is not None:
+            compared_PD, events_P = student_MD.index_select(0, asked.compared), asked.events
         loss = student_MD.new_zeros((), dtype=torch.float32)
         if (term := self.config.output_term) is not None:
-            error_M = term(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
-            loss = loss + self._weighted("output_space", (error_M * self._sum_weight()).sum())
+            error_P = term(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
+            loss = loss + self._weighted("output_space", (error_P * self._sum_weight()).sum())
         if "policy_gradient" in self.terms.weights:
-            loss = loss + self._policy_gradient(student_head, student_MD, tokens_M, index_M)
+            loss = loss + self._policy_gradient(heads.policy, student_MD, asked.tokens, asked.rollout_index)
         if self.terms.measuring:
-            measured = head_diagnostics(student_head, student_MD, teacher_head, self.teacher_states[HEAD], tokens_M)
+            measured = head_diagnostics(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
             # The step's window makes reverse_kl_std of it.
             measured["reverse_kl_square"] = measured["reverse_kl"].square()
-            self.observe(**{name: value_M.sum() / self.whole_step["tokens"] for name, value_M in measured.items()})
+            self.observe(**{name: value_P.sum() / self.whole_step["compared"] for name, value_P in measured.items()})
         return loss
 
     def _sum_weight(self) -> float:
         """An output-space loss is summed over a completion and averaged over rollouts, or over all tokens (method §5)."""
-        return 1 / self.whole_step["rollouts" if self.config.reduction == "rollout" else "tokens"]
+        return 1 / self.whole_step["rollouts" if self.config.reduction == "rollout" else "compared"]
 
     def _policy_gradient(self, head: LMHead, student_MD: Tensor, tokens_M: Tensor, index_M: Tensor) -> Tensor:
         config, batch = self.config, self.batch

@@ -16,21 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from oprd.batching import StateRequest, padding_share, plan_micro_batches, request_states
+from oprd.batching import padding_share, plan_micro_batches
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import read_through_forward
 from oprd.config import OPRDConfig, needs_head
-from oprd.evaluate import grade_rollouts
-from oprd.head_chunks import LMHead
-from oprd.layers import resolve_layers
-from oprd.lm_head import check_head, lm_head_of, match_heads
+from oprd.evaluate import Evaluation, grade_rollouts
 from oprd.metrics import rollout_metrics
-from oprd.models import context_length, num_layers, stop_token_ids, vocabulary_size
+from oprd.models import context_length, stop_token_ids
 from oprd.objectives.composite import is_on
-from oprd.pair import build_student, build_teacher
-from oprd.positions import select_positions
+from oprd.pair import build_student, build_teacher, comparable_layers
 from oprd.prompt_order import RepeatedSteps
 from oprd.prompts import Prompt
+from oprd.reader import PairReader
 from oprd.recording import Dataset, RecordingTrainer
 from oprd.rollout import ENGINES, derive_seed
 from oprd.runlog import RunFolder
@@ -47,15 +44,15 @@ class OPRDTrainer(RecordingTrainer):
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same depth, width and token map (with a `bridge`, of the same token map), by name or as a
-            model. None with a `peft_config`: the
-            student without its adapter (for an adapter that is trained already: a fresh one changes nothing, so there is
-            nothing to learn).
+        teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name or as a model. None with a
+            `peft_config`: the student without its adapter (for an adapter that is trained already, or with a
+            `teacher_system_prompt`: a fresh one changes nothing, so there is nothing to learn).
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer".
         eval_dataset: rows with "prompt" and "answer", for `evaluate`.
         processing_class: the student's tokenizer; by default loaded with the model.
-        teacher_processing_class: the teacher's tokenizer, compared with the student's; by default loaded with the teacher.
+        teacher_processing_class: the teacher's tokenizer; by default loaded with the teacher. Where its tokens are not the
+            student's, the teacher reads a text of its own (`oprd.alignment`).
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
@@ -89,17 +86,22 @@ class OPRDTrainer(RecordingTrainer):
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, or show it one GPU only"
             )
         student, tokenizer, fingerprint = build_student(model, args, processing_class, peft_config)
-        self.teacher = build_teacher(teacher_model, student, args, tokenizer, teacher_processing_class, fingerprint)
-        self.layers = resolve_layers(args.layers, num_layers(student))
+        self.teacher, aligner = build_teacher(
+            teacher_model, student, args, tokenizer, teacher_processing_class, fingerprint
+        )
+        self.layers = comparable_layers(student, self.teacher, aligner, args)
         self.task = get_task(args.task) if args.task else None
-        # What ends a text for the teacher ends it for the student too: the two ids mean the same.
-        stops = sorted({*stop_token_ids(student, tokenizer), *self.teacher.stop_token_ids})
+        # What ends a text for the teacher ends it for the student too, where the two share their ids.
+        also = self.teacher.stop_token_ids if aligner is None else ()
+        stops = sorted({*stop_token_ids(student, tokenizer), *also})
         self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
+        self.reader = PairReader(student, self.teacher, aligner, tokenizer, self.engine, self.layers, args)
         self.args = args  # rendering the prompts needs it, before Trainer takes it
         self.run_folder = RunFolder(args.output_dir)
+        limits = [n for n in (context_length(student), self.reader.teacher_context) if n is not None]
         self._prompt_limits = {
             "tokenizer": tokenizer,
-            "context_length": context_length(student),
+            "context_length": min(limits, default=None) if aligner is None else context_length(student),
             "max_prompt_length": args.max_prompt_length,
             "chat_template_kwargs": args.chat_template_kwargs,
         }
@@ -120,11 +122,11 @@ class OPRDTrainer(RecordingTrainer):
             self.teacher.to(self.accelerator.device)
             self._project = self.teacher.bridge.project_student
             self.bridge_digest = self.teacher.digest
-        self.pad_token_id = self.engine.pad_token_id
         self._batch_of_step = 0
         self._kept: dict[int, Batch] = {}
-        self._vocab_size = vocabulary_size(tokenizer)
         self._check_heads()
+        if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
+            self.reader.teacher_prompts(self.train_dataset, "train_dataset", args.max_completion_length)
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -142,20 +144,28 @@ class OPRDTrainer(RecordingTrainer):
         share = len(inputs) / int(num_items_in_batch or len(inputs))
         terms = StepTerms.at(self.args, self.state.global_step, len(self.layers))
         batch = self._next_batch(inputs)
-        groups = plan_micro_batches(batch.rollouts.input_lengths, self.args.micro_batch_tokens)
-        whole_step = self._whole_step(batch.rollouts, share)
+        groups = plan_micro_batches(batch.input_lengths, self.args.micro_batch_tokens)
+        whole_step = self._whole_step(batch, share)
         model.train()
         loss = torch.zeros((), device=self.args.device)
         log_p: dict[int, Tensor] = {}
         for number, group in enumerate(groups):
             part = batch.select(group)
-            request = self._request(part.rollouts, terms)
+            request, teacher_request = self.reader.requests(part, terms)
             with self._window.timer("teacher"):
-                teacher = self.teacher.states(request) if terms.needs_teacher else None
+                teacher = self.teacher.states(teacher_request) if terms.needs_teacher else None
             exchange = self._local_gradients(model, last=group is groups[-1])
             with self._window.timer("update"), exchange, self._own_randomness(number):
                 losses = MicroBatchLoss(
-                    self.args, terms, request, part, teacher, self._heads, whole_step, self._window.add, self._project
+                    self.args,
+                    terms,
+                    request,
+                    part,
+                    teacher,
+                    self.reader.heads,
+                    whole_step,
+                    self._window.add,
+                    self._project,
                 )
                 del teacher
                 group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
@@ -171,6 +181,19 @@ class OPRDTrainer(RecordingTrainer):
         self._step_ended()
         self._log_completions(inputs, batch.rollouts, batch.correct)
         return loss
+
+    def evaluate_teacher(self) -> Evaluation:
+        """Evaluate the teacher on the eval_dataset, with prompts and tokens of its own where it has them."""
+        aligner = self.reader.aligner
+        with self.teacher.sampler() as model:
+            if aligner is None:
+                return self.evaluate_model(model)
+            prompts = self.reader.teacher_prompts(
+                self.eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length
+            )
+            stops = sorted({*self.teacher.stop_token_ids, aligner.pair.end_id})
+            engine = ENGINES[self.args.rollout_engine](aligner.teacher_tokenizer, stops, **self.args.engine_kwargs)
+            return self.evaluate_model(model, prompts, engine)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
         self._batch_of_step = 0  # Trainer asks this once a step, before its first batch
@@ -193,7 +216,12 @@ class OPRDTrainer(RecordingTrainer):
             rollouts = self._sample(prompts)
         with self._window.timer("grade"):
             answers = {p.index: p.row.answer for p in prompts}
-            batch = Batch(rollouts, grade_rollouts(rollouts, answers.__getitem__, self._grader))
+            correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
+        with self._window.timer("teacher"):
+            pairing, stats = self.reader.pair(rollouts, {p.index: p.row for p in prompts})
+        if stats is not None:
+            self._window.add(**stats.counts())
+        batch = Batch(rollouts, correct, pairing=pairing)
         return with_advantages(batch, self.args) if is_on(self.args.policy_gradient_weight) else batch
 
     def _keep(self, batch: Batch, log_p: dict[int, Tensor]) -> None:
@@ -232,16 +260,6 @@ class OPRDTrainer(RecordingTrainer):
             torch.manual_seed(self._seed_of_step(number))
             yield
 
-    def _request(self, rollouts: Rollouts, terms: StepTerms) -> StateRequest:
-        return request_states(
-            rollouts,
-            self.layers if terms.reads_layers else (),
-            positions=self.args.positions,
-            position_k=self.args.position_k,
-            pad_token_id=self.pad_token_id,
-            head=terms.needs_head or terms.measuring,
-        ).to(self.args.device)
-
     def _check_heads(self) -> None:
         """Make sure that next-token distributions can be had, where a term or a measurement wants them.
 
@@ -260,31 +278,20 @@ class OPRDTrainer(RecordingTrainer):
                 raise ValueError(
                     "output_space, policy_gradient_weight: not with FSDP or DeepSpeed yet (sharded LM heads)"
                 )
-            student, teacher = self._heads()
-            check_head(student, self.model)
-            with self.teacher.sampler() as model:
-                check_head(teacher, model)
+            self.reader.check_heads()
         except ValueError as error:
             if needs_head(args):
                 raise
             logger.warning("diagnostics are off: %s", error)
             args.diagnostic_steps = 0
 
-    def _heads(self) -> tuple[LMHead, LMHead]:
-        """Both models' LM heads over the same events: padding rows cut off, every end of text one event."""
-        student, teacher = lm_head_of(self.model), self.teacher.head()
-        size = min(self._vocab_size, student.size, teacher.size)
-        return match_heads(student, teacher, vocab_size=size, stop_token_ids=tuple(self.engine.stop_token_ids))
-
-    def _whole_step(self, rollouts: Rollouts, share: float) -> dict[str, float]:
-        """Rollouts, selected positions and response tokens of the step, a rank, of which `rollouts` are a `share`."""
-        lengths = rollouts.completion_lengths
-        selected = sum(len(select_positions(n, self.args.positions, self.args.position_k)) for n in lengths)
-        counts = torch.tensor([len(rollouts), selected, sum(lengths)], dtype=torch.float64, device=self.args.device)
-        counts /= share
+    def _whole_step(self, batch: Batch, share: float) -> dict[str, float]:
+        """Rollouts and positions of the step, a rank, of which `batch` is a `share` (see `PairReader.counts`)."""
+        counts = torch.tensor(self.reader.counts(batch), dtype=torch.float64, device=self.args.device) / share
         if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count makes a mean over all
             counts = self.accelerator.reduce(counts, "mean")
-        return dict(zip(("rollouts", "positions", "tokens"), counts.tolist(), strict=True))
+        # Where nothing is compared there is nothing to divide either.
+        return dict(zip(("rollouts", "positions", "tokens", "compared"), counts.clamp_min(1e-9).tolist(), strict=True))
 
     def _local_gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step, in the last micro-batch's backward."""

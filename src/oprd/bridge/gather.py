@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.batching import plan_micro_batches, request_states
+from oprd.alignment import Aligner
+from oprd.batching import StateRequest, plan_micro_batches, request_pair
 from oprd.bridge.bridge import Bridge
 from oprd.bridge.fit import PROJECTORS, SCALES
-from oprd.bridge.statistics import PairStatistics
+from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.capture import gather_states, read_states
 from oprd.data import PromptRow
-from oprd.fingerprint import fingerprint
+from oprd.fingerprint import Fingerprint, fingerprint
 from oprd.layer_maps import LayerMapSpec, layer_map
 from oprd.layers import LayerSpec, resolve_layers
 from oprd.models import (
-    check_same_tokens,
     context_length,
     hidden_size,
     load_model,
@@ -30,9 +31,11 @@ from oprd.models import (
     num_layers,
     stop_token_ids,
 )
-from oprd.prompts import prepare_prompts
+from oprd.pairing import Pairing, pair_positions
+from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import Sampling, TransformersEngine, derive_seed
-from oprd.types import Rollouts
+from oprd.teacher_text import TeacherText
+from oprd.types import Rollouts, States
 
 logger = logging.getLogger("oprd")
 Statistics = dict[int, PairStatistics]
@@ -50,6 +53,8 @@ def fit_bridge(
     seed: int = 0,
     batch_size: int = 64,
     micro_batch_tokens: int = 16384,
+    max_prompt_length: int | None = None,
+    text: TeacherText | None = None,
     teacher_dtype: str = "auto",
     trust_remote_code: bool = False,
     on_rollouts: Callable[[int, int], None] | None = None,
@@ -59,15 +64,17 @@ def fit_bridge(
 
     Args:
         student: folder, hub name or `embedded:…`.
-        teacher: likewise; it must give the student's ids the same tokens.
+        teacher: likewise, of any tokenizer: where its tokens are others it reads the same text in its own.
         rows: prompts.
         layers: student layers to bridge.
-        maps: the layer map φ (`oprd.layer_maps.layer_map`).
+        maps: the layer map φ (`oprd.layer_maps.layer_map`); "cka" is found from the rollouts themselves.
         max_completion_length: most tokens of a rollout.
         held_out: share of the rollouts that the fit does not see and is judged by.
         seed: of the sampling.
         batch_size: completions generated together.
         micro_batch_tokens: most padded tokens of one forward pass.
+        max_prompt_length: leave out (and count) longer prompts.
+        text: how prompts are rendered for both; to be the same in training.
         teacher_dtype: of the teacher's weights.
         trust_remote_code: run code that comes with the models.
         on_rollouts: called with (rollouts read, of all).
@@ -76,40 +83,96 @@ def fit_bridge(
     Raises:
         ValueError: models, tokenizers, layers or prompts that do not fit, or too few rollouts for the share held out.
     """
-    held = _held_out(len(rows), held_out)
+    _held_out(len(rows), held_out)
     _check_fitting(**fitting)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [
-        load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval().requires_grad_(False)
-        for name, dtype in ((student, torch.float32), (teacher, teacher_dtype))
-    ]
-    tokenizers = [load_tokenizer(name, trust_remote_code=trust_remote_code) for name in (student, teacher)]
-    check_same_tokens(*tokenizers)
-    prints = [fingerprint(m, t, n) for m, t, n in zip(models, tokenizers, (student, teacher), strict=True)]
-    if max(fitting.get("rank") or 1, 1) > hidden_size(models[1]):
-        raise ValueError(f"rank: {fitting['rank']} is more than the teacher's width, which is {hidden_size(models[1])}")
-    phi = layer_map(maps, num_layers(models[0]), num_layers(models[1]))
-    prompts = prepare_prompts(
-        rows, tokenizers[0], name="prompts", max_completion_length=max_completion_length,
-        context_length=min((c for m in models if (c := context_length(m)) is not None), default=None),
-    )  # fmt: skip
-    stops = sorted({i for m, t in zip(models, tokenizers, strict=True) for i in stop_token_ids(m, t)})
-    engine = TransformersEngine(tokenizers[0], stops, batch_size)
-    chosen = resolve_layers(layers, num_layers(models[0]))
-    fit_on, judged_on = ({l: _empty(models, seed + part) for l in chosen} for part in (0, 1))
+    pair = _load((student, teacher), teacher_dtype, trust_remote_code, text or TeacherText())
+    if max(fitting.get("rank") or 1, 1) > hidden_size(pair.models[1]):
+        raise ValueError(
+            f"rank: {fitting['rank']} is more than the teacher's width, which is {hidden_size(pair.models[1])}"
+        )
+    prompts = pair.prompts(rows, max_completion_length, max_prompt_length)
+    held = _held_out(len(prompts), held_out)
+    chosen = resolve_layers(layers, num_layers(pair.models[0]))
+    phi = None if maps == "cka" else layer_map(maps, *map(num_layers, pair.models))
+    fit_on, judged_on = ({l: _empty(pair.models, seed + part) for l in chosen} for part in (0, 1))
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        rollouts = engine.generate(
-            models[0], [p.ids for p in part], num_generations=1, sampling=Sampling(max_completion_length),
+        rollouts = pair.engine(batch_size).generate(
+            pair.models[0], [p.ids for p in part], num_generations=1, sampling=Sampling(max_completion_length),
             seed=derive_seed(seed, start), rows=[p.index for p in part],
         )  # fmt: skip
+        pairing = pair.align(rollouts, {p.index: p.row for p in part})
+        if phi is None:
+            cka_ST = similarity(pair.models, rollouts, pairing, micro_batch_tokens)
+            phi = layer_map(maps, *map(num_layers, pair.models), cka_ST=cka_ST)
         for statistics, judging in ((fit_on, False), (judged_on, True)):
             mine = [i for i in range(len(rollouts)) if (start + i in held) is judging]
             if mine:
-                read_pairs(models, rollouts.select(mine), statistics, phi, micro_batch_tokens, engine.pad_token_id)
+                theirs = None if pairing is None else pairing.select(mine)
+                read_pairs(pair.models, rollouts.select(mine), statistics, phi, micro_batch_tokens, pairing=theirs)
         if on_rollouts is not None:
             on_rollouts(start + len(part), len(prompts))
-    return Bridge.fit(fit_on, judged_on, phi, student=prints[0], teacher=prints[1], **fitting)
+    assert phi is not None, "prompts are never empty"
+    bridge = Bridge.fit(fit_on, judged_on, phi, student=pair.prints[0], teacher=pair.prints[1], **fitting)
+    return replace(bridge, options={**bridge.options, "text": asdict(pair.text)})
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Student and teacher of a bridge, with what is needed to let both read a rollout."""
+
+    models: tuple[PreTrainedModel, PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    aligner: Aligner | None
+    prints: tuple[Fingerprint, Fingerprint]
+    text: TeacherText
+
+    def prompts(
+        self, rows: Sequence[PromptRow], max_completion_length: int, max_prompt_length: int | None
+    ) -> list[Prompt]:
+        limits = [context_length(model) for model in self.models]
+        common = min((limit for limit in limits if limit is not None), default=None)
+        return prepare_prompts(
+            rows, self.tokenizer, name="prompts", max_completion_length=max_completion_length,
+            context_length=common if self.aligner is None else limits[0], max_prompt_length=max_prompt_length,
+            chat_template_kwargs=self.text.chat_template_kwargs,
+        )  # fmt: skip
+
+    def engine(self, batch_size: int) -> TransformersEngine:
+        return TransformersEngine(self.tokenizer, self.stop_token_ids, batch_size)
+
+    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> Pairing | None:
+        """The rollouts as the teacher reads them, every aligned position; None where it reads them as they are."""
+        if self.aligner is None:
+            return None
+        theirs, alignments, stats = self.aligner.align(rollouts, rows)
+        limit, longest = context_length(self.models[1]), max(theirs.input_lengths)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"teacher: a rollout has {longest} tokens in its tokenizer, more than its context of {limit}; shorten "
+                "max_completion_length or leave long prompts out with max_prompt_length"
+            )
+        logger.info("%.1f %% of %d student positions have a partner", 100 * stats.share, stats.positions)
+        return pair_positions(rollouts, theirs, alignments, {})
+
+
+def _load(names: tuple[str, str], teacher_dtype: str, trust_remote_code: bool, text: TeacherText) -> _Models:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher = (
+        load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval().requires_grad_(False)  # type: ignore
+        for name, dtype in zip(names, (torch.float32, teacher_dtype), strict=True)
+    )
+    tokenizers = [load_tokenizer(name, trust_remote_code=trust_remote_code) for name in names]
+    prints = [
+        fingerprint(model, tokenizer, name)
+        for model, tokenizer, name in zip((student, teacher), tokenizers, names, strict=True)
+    ]
+    stops = stop_token_ids(student, tokenizers[0]), stop_token_ids(teacher, tokenizers[1])
+    aligner = text.aligner(tokenizers[0], tokenizers[1], *stops)
+    # What ends a text for the teacher ends it for the student too, where the two share their ids.
+    ends = stops[0] if aligner is not None else sorted({*stops[0], *stops[1]})
+    return _Models((student, teacher), tokenizers[0], ends, aligner, (prints[0], prints[1]), text)
 
 
 def read_pairs(
@@ -118,24 +181,79 @@ def read_pairs(
     statistics: Statistics,
     phi: Sequence[int],
     micro_batch_tokens: int,
-    pad_token_id: int,
+    pad_token_id: int = 0,
+    *,
+    pairing: Pairing | None = None,
 ) -> None:
-    """Let student and teacher read `rollouts`, and add every response position to the statistics of each student layer."""
+    """Let student and teacher read `rollouts`, and add every pair of positions to the statistics of each student layer.
+
+    Args:
+        models: student and teacher.
+        rollouts: the student's.
+        statistics: by student layer; updated.
+        phi: the layer map.
+        micro_batch_tokens: most padded tokens of one forward pass.
+        pad_token_id: an id that both models have.
+        pairing: of these rollouts, where the teacher reads a text of its own.
+    """
     chosen = tuple(sorted(statistics))
     wanted = tuple(sorted({phi[layer - 1] for layer in chosen}))
-    device = next(models[0].parameters()).device
-    for group in plan_micro_batches(rollouts.input_lengths, micro_batch_tokens):
-        request = request_states(rollouts.select(group), chosen, pad_token_id=pad_token_id).to(device)
+    for student, teacher_request in _read_student(models, rollouts, pairing, chosen, micro_batch_tokens, pad_token_id):
+        own = dict(zip(student.layers, student.values, strict=True))
+
+        def read(layer: int, teacher_NE: Tensor, own: dict[int, Tensor] = own) -> None:
+            for mine in chosen:
+                if phi[mine - 1] == layer:
+                    statistics[mine].update(own[mine], teacher_NE)
+
         with torch.no_grad():
-            student = gather_states(models[0], request)
-            own = dict(zip(student.layers, student.values, strict=True))
+            read_states(models[1], replace(teacher_request, layers=wanted), read)
 
-            def read(layer: int, teacher_NE: Tensor, own: dict[int, Tensor] = own) -> None:
-                for mine in chosen:
-                    if phi[mine - 1] == layer:
-                        statistics[mine].update(own[mine], teacher_NE)
 
-            read_states(models[1], replace(request, layers=wanted), read)
+def _read_student(
+    models: Sequence[nn.Module],
+    rollouts: Rollouts,
+    pairing: Pairing | None,
+    layers: tuple[int, ...],
+    micro_batch_tokens: int,
+    pad_token_id: int = 0,
+) -> Iterator[tuple[States, StateRequest]]:
+    """The student's states, a micro-batch at a time, and what to ask of the teacher for the same positions."""
+    device = next(models[0].parameters()).device
+    lengths = rollouts.input_lengths
+    if pairing is not None:
+        lengths = list(map(max, lengths, pairing.teacher_rollouts.input_lengths))
+    for group in plan_micro_batches(lengths, micro_batch_tokens):
+        theirs = None if pairing is None else pairing.select(group)
+        mine, asked = request_pair(rollouts.select(group), theirs, layers, pad_token_id=pad_token_id)
+        with torch.no_grad():
+            student = gather_states(models[0], mine.to(device))
+        yield student, asked.to(device)
+
+
+def similarity(
+    models: Sequence[nn.Module],
+    rollouts: Rollouts,
+    pairing: Pairing | None,
+    micro_batch_tokens: int,
+    *,
+    tokens: int = 1024,
+) -> Float[Tensor, "S T"]:
+    """CKA of every student layer with every teacher layer on the first `tokens` pairs of positions (`cka_matrix`)."""
+    layers = [tuple(range(1, num_layers(model) + 1)) for model in models]
+    ours: list[list[Tensor]] = [[] for _ in layers[0]]
+    theirs: list[list[Tensor]] = [[] for _ in layers[1]]
+    seen = 0
+    for student, asked in _read_student(models, rollouts, pairing, layers[0], micro_batch_tokens):
+        with torch.no_grad():
+            teacher = gather_states(models[1], replace(asked, layers=layers[1]))
+        for kept, states in ((ours, student), (theirs, teacher)):
+            for column, values_ND in zip(kept, states.values, strict=True):
+                column.append(values_ND[: tokens - seen].float().cpu())
+        seen += len(student.rollout_index)
+        if seen >= tokens:
+            break
+    return cka_matrix([torch.cat(column) for column in ours], [torch.cat(column) for column in theirs])
 
 
 def _held_out(count: int, share: float) -> set[int]:
@@ -174,60 +292,3 @@ def _check_fitting(
 
 def _empty(models: Sequence[nn.Module], seed: int) -> PairStatistics:
     return PairStatistics(hidden_size(models[0]), hidden_size(models[1]), seed=seed)
-
-
-def describe_bridge(bridge: Bridge) -> dict[str, Any]:
-    """What `oprd bridge inspect` shows, JSON-able: models, verdict, and for each pair of layers its curve over the rank."""
-    kind, usable = bridge.verdict
-    rows = []
-    for layer, pair in sorted(bridge.pairs.items()):
-        report = pair.report
-        rows.append({
-            "student_layer": layer,
-            "teacher_layer": pair.teacher_layer,
-            "tokens": report.tokens,
-            "held_out_tokens": report.held_out_tokens,
-            "cka": report.cka,
-            "direct_r2": report.direct_r2,
-            "predictable": report.predictable,
-            "suggested_rank": report.suggested_rank,
-            "explained": pair.fit.explained_R.tolist(),
-            "r2": report.r2_R.tolist(),
-            "rank_r2": report.rank_r2_R.tolist(),
-            "rank_cosine": report.rank_cosine_R.tolist(),
-            "rank_error": report.rank_error_R.tolist(),
-        })  # fmt: skip
-    return {
-        "student": bridge.student.name, "teacher": bridge.teacher.name, "rank": bridge.rank, "max_rank": bridge.max_rank,
-        "scale": bridge.scale, "options": dict(bridge.options), "verdict": kind, "usable_layers": list(usable),
-        "software": dict(bridge.software), "layers": rows,
-    }  # fmt: skip
-
-
-def plot_bridge(description: dict[str, Any], file: Path) -> None:
-    """The rank curve of each pair of layers (PNG): cosine of the projected sides, and R² of each direction."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state of pyplot
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    cosine, r2 = figure.subplots(1, 2)
-    for row in description["layers"]:
-        ranks = range(1, len(row["r2"]) + 1)
-        label = f"{row['student_layer']} ← {row['teacher_layer']}"
-        cosine.plot(ranks, row["rank_cosine"], label=label)
-        r2.plot(ranks, row["r2"], lw=0.8)
-    cosine.axvline(description["rank"], color="#999999", ls=":")
-    cosine.set(title="Cosine of the projected sides, held-out", xlabel="rank", xscale="log")
-    r2.axhline(0.5, color="#999999", ls=":")
-    r2.set(
-        title="R² of each direction, held-out (use those above 1/2)",
-        xlabel="direction",
-        xscale="log",
-        ylim=(-0.1, 1.02),
-    )
-    if len(description["layers"]) <= 12:
-        cosine.legend(title="layer", frameon=False, fontsize="small")
-    for axis in (cosine, r2):
-        axis.grid(alpha=0.25)
-    figure.savefig(file, dpi=130)

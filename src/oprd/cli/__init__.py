@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from oprd.cli import bridge, compare, demo, evaluation, train
+from oprd.cli import bridge, compare, data, demo, evaluation, report, train
 
 app = typer.Typer(
     name="oprd",
@@ -21,7 +21,9 @@ app.command("demo")(demo.demo)
 app.command("train", context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.add_typer(bridge.app, name="bridge")
+app.add_typer(data.app, name="data")
 
 
 @app.callback()

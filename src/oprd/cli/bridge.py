@@ -11,32 +11,45 @@ import typer
 app = typer.Typer(help="Fit and look at a bridge to a teacher of another shape.", no_args_is_help=True)
 
 
+# One line an option below: a command's signature is its documentation.
+_Layers = Annotated[str, typer.Option(help="Student layers: all, last, even, odd, or a list such as [1,14,28].")]
+_Rank = Annotated[int | None, typer.Option(help="Directions to use (default: the median of the layers' suggestion).")]
+_LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with each student layer's teacher layer.")]
+_Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
+_TeacherTemplate = Annotated[
+    str | None, typer.Option(help="Likewise the teacher's: it then reads prompts by its own template.")
+]
+_TeacherSystem = Annotated[str | None, typer.Option(help="System prompt that the teacher alone reads.")]
+_SpecialMap = Annotated[str | None, typer.Option(help="Special tokens of the student: the teacher's (JSON).")]
+
+
 @app.command("fit")
 def fit(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
-    teacher: Annotated[str, typer.Option(help="Likewise; any depth and width, the student's tokens.")],
+    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     out: Annotated[Path, typer.Option(help="New folder for the bridge.")],
     limit: Annotated[int, typer.Option(min=10, help="Prompts to use, one rollout each.")] = 2000,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
-    layers: Annotated[
-        str, typer.Option(help="Student layers: all, last, even, odd, or a list such as [1,14,28].")
-    ] = "all",
-    rank: Annotated[
-        int | None, typer.Option(help="Directions to use (default: the median of the layers' suggestion).")
-    ] = None,
+    layers: _Layers = "all",
+    rank: _Rank = None,
     max_rank: Annotated[int | None, typer.Option(help="Directions to keep in the file (default: all).")] = None,
     scale: Annotated[str, typer.Option(help="Units of the projected states: none, mean, direction.")] = "mean",
     projector: Annotated[str, typer.Option(help="least_squares, procrustes, cca.")] = "least_squares",
     ridge: Annotated[float, typer.Option(help="Of the least squares, relative to each dimension's variance.")] = 1e-4,
     intercept: Annotated[bool, typer.Option(help="Subtract the student's mean.")] = True,
-    layer_map: Annotated[
-        str, typer.Option(help="proportional, or a list with each student layer's teacher layer.")
-    ] = "proportional",
+    layer_map: _LayerMap = "proportional",
     held_out: Annotated[float, typer.Option(help="Share of rollouts to judge the fit by.")] = 0.2,
     micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
+    max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
+    chat_template_kwargs: _Template = None,
+    teacher_chat_template_kwargs: _TeacherTemplate = None,
+    teacher_system_prompt: _TeacherSystem = None,
+    special_token_map: _SpecialMap = None,
+    teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
     """Let the student write, let both models read, and fit projections in closed form; prints and writes what they are worth."""
     from oprd.cli.console import count_completions, quiet_libraries, say
@@ -45,14 +58,22 @@ def fit(
     from oprd.bridge.files import refuse_existing
     from oprd.bridge.gather import fit_bridge
     from oprd.recipe import load_rows
+    from oprd.teacher_text import TeacherText
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
+    text = TeacherText(
+        chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
+        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
+        teacher_system_prompt=teacher_system_prompt,
+        special_token_map=_mapping("special_token_map", special_token_map),
+    )
     refuse_existing(out)
     bridge = fit_bridge(
         student, teacher, load_rows(prompts, split, limit, seed), layers=chosen, maps=maps,
         max_completion_length=max_completion_length, held_out=held_out, seed=seed, micro_batch_tokens=micro_batch_tokens,
         on_rollouts=count_completions(), rank=rank, max_rank=max_rank, scale=scale, projector=projector, ridge=ridge,
-        intercept=intercept,
+        intercept=intercept, max_prompt_length=max_prompt_length, text=text, teacher_dtype=teacher_dtype,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     bridge.save(out)
     _show(bridge)
@@ -69,7 +90,7 @@ def inspect(
 
     quiet_libraries()
     from oprd.bridge import Bridge
-    from oprd.bridge.gather import plot_bridge
+    from oprd.bridge.show import plot_bridge
 
     description = _show(Bridge.load(folder))
     if output_dir is not None:
@@ -90,11 +111,24 @@ def _layers(name: str, text: str) -> str | list[Any]:
     return value if isinstance(value, str | list) else [value]
 
 
+def _mapping(name: str, text: str | None) -> dict[str, Any] | None:
+    """An option in JSON."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {text!r} is not JSON ({error}); such as '{{\"enable_thinking\": false}}'") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {text!r} is not allowed; an object such as '{{\"enable_thinking\": false}}'")
+    return value
+
+
 def _show(bridge: Any) -> dict[str, Any]:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from oprd.bridge.gather import describe_bridge
+    from oprd.bridge.show import describe_bridge
     from oprd.cli.console import console, say
 
     description = describe_bridge(bridge)

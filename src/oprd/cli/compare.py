@@ -25,16 +25,19 @@ def compare(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
+    from oprd.compare.bridges import fit_missing, parse_bridges
     from oprd.compare.plan import load_comparison, plan_runs, rollouts_a_step
     from oprd.compare.report import NAMES, build_report, write_report
     from oprd.compare.runner import open_runs, run_all
     from oprd.runlog import RunFolder
 
     file, comparison = load_comparison(config)
-    runs = plan_runs(comparison, file)
     folder = Path(comparison.output_dir)
     failed: list[Any] = []
     with RunFolder(folder).hold():
+        bridges = {} if report_only else parse_bridges(comparison.bridges, str(file))
+        fit_missing(bridges, comparison.output_dir, comparison.recipe, comparison.settings, say, threads=threads)
+        runs = plan_runs(comparison, file)
         missing = open_runs(runs)
         if not report_only:
             say(

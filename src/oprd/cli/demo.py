@@ -10,7 +10,9 @@ import typer
 PAIRS = {
     "same-origin": "a teacher of the same origin (OPRD-Vanilla)",
     "wider": "a teacher of 6 layers and width 160, itself of 4 and 128 (OPRD-Bridge)",
+    "other-tokenizer": "a teacher of 6 layers that reads pieces of text, itself single characters (OPRD-Bridge, aligned)",
 }
+BRIDGED = {"wider": "embedded:wider/teacher", "other-tokenizer": "embedded:other-tokenizer/teacher"}
 
 
 def demo(
@@ -25,7 +27,9 @@ def demo(
     ] = 1,
     pair: Annotated[
         str,
-        typer.Option(help="same-origin: teacher and student of one run; wider: a deeper, wider teacher, by a bridge."),
+        typer.Option(
+            help="same-origin: teacher and student of one run; by a bridge: wider (and deeper), other-tokenizer (and deeper)."
+        ),
     ] = "same-origin",
 ) -> None:
     """Distil the embedded teacher (5-digit addition) into the embedded student: no download, a few minutes at most."""
@@ -43,8 +47,8 @@ def demo(
         "output_dir": str(output_dir), "max_steps": steps, "seed": seed, "eval_limit": problems
     }  # fmt: skip
     say(f"5-digit addition, written out: a half-trained student learns from {PAIRS[pair]}")
-    if pair == "wider":
-        changes |= _bridge_to_wider_teacher(output_dir / "bridge", seed)
+    if pair in BRIDGED:
+        changes |= _bridge_to(BRIDGED[pair], output_dir / "bridge", seed)
     recipe, config = load_recipe("tiny", changes)
     from oprd.run import describe_accuracy, run_recipe
 
@@ -56,15 +60,14 @@ def demo(
     say(f"{closed} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
 
 
-def _bridge_to_wider_teacher(folder: Path, seed: int) -> dict[str, Any]:
-    """Fit a bridge to the embedded teacher of another shape; what the recipe changes for it."""
+def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Fit a bridge to an embedded teacher of another shape; what the recipe changes for it."""
     from oprd.bridge.gather import fit_bridge
     from oprd.cli.console import say
     from oprd.recipe import load_rows
 
-    student, teacher = "embedded:tiny/student", "embedded:wider/teacher"
     rows = load_rows("generated:addition", "train", 256, seed)
-    bridge = fit_bridge(student, teacher, rows, max_completion_length=64, seed=seed, rank=16)
+    bridge = fit_bridge("embedded:tiny/student", teacher, rows, max_completion_length=64, seed=seed, rank=16)
     bridge.save(folder)
     kind, layers = bridge.verdict
     say(f"bridge of rank {bridge.rank} fitted on {len(rows)} rollouts; verdict: {kind}, student layers {list(layers)}")

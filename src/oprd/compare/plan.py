@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from oprd.compare.bridges import bridge_folder, parse_bridges
 from oprd.compare.results import Run
 from oprd.config import OPRDConfig
 from oprd.plan import describe_plan
@@ -53,6 +54,7 @@ class Comparison:
         learning_rates: every objective runs at each, unless it has `learning_rates` of its own.
         objectives: name → keys of the recipe that this objective replaces.
         settings: keys of the recipe that are replaced for all runs.
+        bridges: name → options of `oprd bridge fit`: bridges that the comparison fits; the key `bridge` takes these names.
     """
 
     recipe: str
@@ -61,6 +63,7 @@ class Comparison:
     learning_rates: list[float]
     objectives: dict[str, dict[str, Any] | None]
     settings: dict[str, Any] = field(default_factory=dict)
+    bridges: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
@@ -79,6 +82,7 @@ def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
     comparison = Comparison(**_typed(read_yaml(file), file))
     _check_grid(comparison, file)
     _check_keys(comparison, file)
+    parse_bridges(comparison.bridges, str(file))
     return file, comparison
 
 
@@ -100,6 +104,8 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
             own = {"seed": seed, "learning_rate": rate, "output_dir": str(folder)}
             own |= dict.fromkeys(("eval_before", "eval_teacher"), len(runs) == first)
             values = {**comparison.settings, **changes, **own}
+            if values.get("bridge") in comparison.bridges:
+                values["bridge"] = str(bridge_folder(comparison.output_dir, values["bridge"]))
             recipe, config = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
             rollouts[name] = {key: getattr(config, key) for key in _ROLLOUTS}
             settings = resolved(recipe, config)
@@ -222,6 +228,10 @@ def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) 
             raise ValueError("eval_dataset: there is none, so nothing would be compared; set it under 'settings'")
         if config.load_best_model_at_end:
             raise ValueError(f"load_best_model_at_end: True is not allowed: {_OURS['load_best_model_at_end']}")
+        if config.bridge is not None and not Path(config.bridge).is_dir():
+            raise ValueError(
+                f"bridge: there is no folder {config.bridge}, nor is it among this file's 'bridges'; make one with oprd bridge fit"
+            )
         if not planned:
             describe_plan(checked, config)  # what it says is not needed; what it refuses is
     except ValueError as error:

@@ -28,8 +28,7 @@ def head_diagnostics(
         in a vocabulary of fewer, where all would always overlap); `reverse_kl`: log p(ŷ) − log q(ŷ) of the sampled token,
         whose mean estimates the reverse KL.
     """
-    events = student_head.size - max(len(student_head.stop_token_ids) - 1, 0)
-    k = max(1, min(OVERLAP_K, events - 1))
+    k = max(1, min(OVERLAP_K, student_head.num_events - 1))
     sides = ((student_head, student_MD), (teacher_head, teacher_ME))
     likeliest = [top_k(head, hidden, k)[1] for head, hidden in sides]
     own_M, teacher_M = (log_probs(head, hidden, tokens_M) for head, hidden in sides)

@@ -1,0 +1,157 @@
+"""What a training step reads of student and teacher: which tokens, which positions, which LM heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment import Aligner, AlignmentStats, with_system
+from oprd.batching import StateRequest, request_pair
+from oprd.config import OPRDConfig
+from oprd.data import PromptRow
+from oprd.head_chunks import LMHead
+from oprd.lm_head import check_head, lm_head_of, match_heads, share_events
+from oprd.models import context_length, vocabulary_size
+from oprd.pairing import Pairing, pair_positions
+from oprd.positions import select_positions
+from oprd.prompts import Prompt, prepare_prompts
+from oprd.rollout import RolloutEngine
+from oprd.step_loss import Batch, Heads, StepTerms
+from oprd.teachers import Teacher
+from oprd.types import Rollouts
+
+
+class PairReader:
+    """Knows how the two models of a run read the same responses, so that the loss need not.
+
+    Args:
+        student: the model in training.
+        teacher: what it is compared with.
+        aligner: gives the teacher its own prompt and tokens; None where it reads the student's.
+        tokenizer: the student's.
+        engine: what samples, for its stop tokens.
+        layers: student layers whose states are matched; none where the two models' states cannot be compared.
+        args: the run's settings.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        aligner: Aligner | None,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: RolloutEngine,
+        layers: Sequence[int],
+        args: OPRDConfig,
+    ) -> None:
+        self.student, self.teacher, self.aligner, self.engine = student, teacher, aligner, engine
+        self.layers, self.args = tuple(layers), args
+        self._vocab_size = vocabulary_size(tokenizer)
+        self._shared: tuple[list[int], list[int]] = ([], [])
+        self._event_of: dict[int, int] = {}
+        self._teacher_ends: tuple[int, ...] = ()
+        if aligner is not None:
+            ends = aligner.pair.stop_ids
+            # What ends a text for the student ends it for a teacher that gives the id the same meaning.
+            alike = [i for i in ends if i in aligner.same_ids]
+            self._teacher_ends = (*teacher.stop_token_ids, aligner.pair.end_id, *alike)
+            self._shared = aligner.shared_vocabulary(self._teacher_ends)
+            events = {i: event for event, i in enumerate(self._shared[0])}
+            self._event_of = events | dict.fromkeys(ends, events[ends[0]])  # whatever ended a response, it is one event
+
+    def pair(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> tuple[Pairing | None, AlignmentStats | None]:
+        """The rollouts as the teacher reads them, with counts; None where it reads them as they are.
+
+        Raises:
+            ValueError: a prompt that the teacher's template cannot render, or more tokens than the teacher can read.
+        """
+        if self.aligner is None:
+            return None, None
+        theirs, alignments, stats = self.aligner.align(rollouts, rows)
+        limit, longest = self.teacher_context, max(theirs.input_lengths)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"teacher_model: a rollout has {longest} tokens in its tokenizer, more than its context of {limit}; shorten "
+                "max_completion_length, or leave long prompts out with max_prompt_length"
+            )
+        where = {"positions": self.args.positions, "position_k": self.args.position_k}
+        return pair_positions(rollouts, theirs, alignments, self._event_of, **where), stats  # type: ignore[arg-type]
+
+    def teacher_prompts(self, prompts: Sequence[Prompt], name: str, max_completion_length: int) -> list[Prompt]:
+        """The same prompts as the teacher reads them.
+
+        Raises:
+            ValueError: one that its template cannot render, or that leaves no room for a completion; names the row.
+        """
+        if self.aligner is None:
+            return list(prompts)
+        try:
+            return prepare_prompts(
+                [with_system(p.row, self.aligner.system_prompt) for p in prompts],
+                self.aligner.teacher_tokenizer,
+                name=name,
+                max_completion_length=max_completion_length,
+                context_length=self.teacher_context,
+                chat_template_kwargs=self.aligner.teacher_kwargs,
+            )
+        except ValueError as error:
+            raise ValueError(f"the teacher's prompts: {error}") from error
+
+    @property
+    def teacher_context(self) -> int | None:
+        """Tokens that the teacher can read; None when unknown."""
+        with self.teacher.sampler() as model:
+            return context_length(model)
+
+    def requests(self, batch: Batch, terms: StepTerms) -> tuple[StateRequest, StateRequest]:
+        """What is read of the student and of the teacher for the terms of a step."""
+        student, teacher = request_pair(
+            batch.rollouts,
+            batch.pairing,
+            self.layers if terms.reads_layers else (),
+            positions=self.args.positions,
+            position_k=self.args.position_k,
+            pad_token_id=self.engine.pad_token_id if self.aligner is None else 0,
+            head=terms.needs_head or terms.measuring,
+        )
+        return student.to(self.args.device), teacher.to(self.args.device)
+
+    def counts(self, batch: Batch) -> list[int]:
+        """Rollouts, positions whose states are matched, response tokens, and those whose distributions are compared."""
+        lengths, pairing = batch.rollouts.completion_lengths, batch.pairing
+        if pairing is not None:
+            return [len(lengths), pairing.num_matched, sum(lengths), pairing.num_compared]
+        matched = sum(len(select_positions(n, self.args.positions, self.args.position_k)) for n in lengths)
+        return [len(lengths), matched, sum(lengths), sum(lengths)]
+
+    def heads(self) -> Heads:
+        """LM heads over the same events: padding rows cut off, every end of text one event, of two vocabularies what they share."""
+        student, teacher = lm_head_of(self.student), self.teacher.head()
+        stops = tuple(self.engine.stop_token_ids)
+        if self.aligner is None:
+            size = min(self._vocab_size, student.size, teacher.size)
+            student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=stops)
+            return Heads(student, student, teacher)
+        size = min(self._vocab_size, student.size)
+        policy, _ = match_heads(student, student, vocab_size=size, stop_token_ids=stops)
+        shared = share_events(
+            student, teacher, self._shared, student_stop_ids=stops, teacher_stop_ids=self._teacher_ends
+        )
+        return Heads(policy, *shared)
+
+    def check_heads(self) -> None:
+        """Make sure that both models' LM heads are understood.
+
+        Raises:
+            ValueError: there is none, or its logits are not the model's.
+        """
+
+        def whole(head: LMHead) -> LMHead:
+            return LMHead(head.weight, head.bias, head.softcap, head.scale)
+
+        heads = self.heads()
+        check_head(whole(heads.student), self.student)
+        with self.teacher.sampler() as model:
+            check_head(whole(heads.teacher), model)
