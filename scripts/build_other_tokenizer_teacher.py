@@ -92,6 +92,7 @@ def main() -> None:
             "layers": LAYERS,
             "width": WIDTH,
             "heads": HEADS,
+            "pieces": arguments.pieces,
             "vocabulary": len(tokenizer),
         },
         "evaluation": {"problems": arguments.evaluation_problems, "seed": EVALUATION_SEED, "split": "test"},

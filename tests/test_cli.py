@@ -227,12 +227,16 @@ def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     assert Path(tmp_path / "demo" / "curves.png").exists()
 
 
-def test_the_demo_of_the_wider_teacher_goes_through_a_bridge(oprd, tmp_path):
-    arguments = ("demo", "--pair", "wider", "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
+@pytest.mark.parametrize("pair", ["wider", "other-tokenizer"])
+def test_the_demo_of_another_teacher_goes_through_a_bridge(oprd, tmp_path, pair):
+    arguments = ("demo", "--pair", pair, "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
     result = oprd(*arguments)
     assert result.returncode == 0, result.stderr
     assert "bridge of rank 16 fitted on 256 rollouts" in result.stdout
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["teacher"]["avg_at_k"] > summary["student_before"]["avg_at_k"] + 0.3
     assert (tmp_path / "demo" / "bridge" / "manifest.json").exists()
-    assert "pair: 'other' is not one of same-origin, wider" in oprd("demo", "--pair", "other").stderr
+    step = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert step.get("alignment/paired", 1) == pytest.approx(0.9 if pair == "other-tokenizer" else 1, abs=0.05)
+    if pair == "wider":
+        assert "pair: 'other' is not one of same-origin, wider" in oprd("demo", "--pair", "other").stderr

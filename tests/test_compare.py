@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oprd.bridge import Bridge
 from oprd.compare.bridges import fit_missing, parse_bridges
 from oprd.compare.figure import plot_comparison
 from oprd.compare.interval import mean_and_interval, t_quantile
@@ -564,3 +565,45 @@ def test_a_failing_comparison_ends_with_an_exit_code(oprd, comparison, monkeypat
     assert "1 of 2 runs failed: last, learning rate 0.001, seed 0" in errors
     assert "out of luck" in shown
     assert "0 of 1" in shown
+
+
+# Bridges that a comparison fits
+
+
+BRIDGED = {
+    "settings": {"teacher_model": "embedded:wider/teacher"},
+    "bridges": {"one": {"limit": 10, "rank": 4}},
+    "objectives": {"a": {"bridge": "one"}, "b": {"bridge": "one", "bridge_rank": 2}},
+}
+
+
+def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
+    path = comparison(**BRIDGED)
+    file, found = load_comparison(path)
+    specs, said = parse_bridges(found.bridges, str(file)), []
+    fit = partial(fit_missing, specs, found.output_dir, found.recipe, found.settings, said.append)
+    fit()
+    folder = tmp_path / "out" / "bridges" / "one"
+    assert said == ["bridge one: rank 4 of 63, verdict: " + Bridge.load(folder).verdict[0]]
+    written = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    fit()
+    assert len(said) == 1
+    assert written == {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    runs = planned(path)
+    assert {run.settings["bridge"] for run in runs} == {str(folder)}
+    assert [run.settings["bridge_rank"] for run in runs[:2]] == [None, 2]
+    changed = {"one": replace(specs["one"], rank=3)}
+    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted in another way than 'bridges: one' asks for"):
+        fit_missing(changed, found.output_dir, found.recipe, found.settings, said.append)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bridges": {"one": {"rnak": 4}}}, "bridges: one: rnak: 4 is not allowed"),
+        ({"bridges": {"one": {"rank": "four"}}}, "bridges: one: rank: 'four' is not allowed"),
+    ],
+)
+def test_options_of_a_bridge_are_checked_when_the_file_is_read(comparison, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_comparison(comparison(**{**BRIDGED, **changes}))

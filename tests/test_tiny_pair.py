@@ -167,11 +167,33 @@ def test_build_refuses_a_student_after_the_teacher(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_wider_teacher_is_what_its_build_says(tokenizer: Any) -> None:
-    folder = TINY.parent / "wider" / "teacher"
+@pytest.mark.parametrize(("name", "shape"), [("wider", (6, 160)), ("other-tokenizer", (6, 128))])
+def test_the_teachers_of_the_cross_pairs_are_what_their_builds_say(
+    name: str, shape: tuple[int, int], tokenizer: Any
+) -> None:
+    folder = TINY.parent / name / "teacher"
     built = json.loads((folder / "build.json").read_text())
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == built["sha256"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 160)
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
-    assert sampled_accuracy(model, tokenizer, 50) >= 0.94  # build.json: 1.0 of 500
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == shape
+    own = AutoTokenizer.from_pretrained(folder)
+    assert (own.get_vocab() == tokenizer.get_vocab()) is (name == "wider")
+    assert sampled_accuracy(model, own, 50) >= 0.94  # build.json: 1.0 of 500
+
+
+def test_the_other_tokenizer_joins_characters_and_has_other_special_tokens(tokenizer: Any) -> None:
+    own = AutoTokenizer.from_pretrained(TINY.parent / "other-tokenizer" / "teacher")
+    words = own.convert_ids_to_tokens(own("12345+67890=5+0+0=05 4+9+0=13 #80235")["input_ids"])
+    assert words == [
+        "<|start|>", *"12345+6789", "0=", *"5+0+", "0=", *"05Ġ4+9+", "0=", *"13", "Ġ#", *"80235"
+    ]  # fmt: skip
+    assert own.decode(own("12345+67890=")["input_ids"], skip_special_tokens=True) == "12345+67890="
+    special = {own.bos_token, own.eos_token, own.pad_token}
+    assert not special & set(tokenizer.get_vocab())
+    assert own.get_vocab()["5"] != tokenizer.get_vocab()["5"]
+
+
+def test_the_package_stays_small() -> None:
+    package = TINY.parent.parent
+    size = sum(f.stat().st_size for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    assert size < 15_000_000
