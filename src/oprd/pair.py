@@ -166,6 +166,11 @@ def _aligner(
     # Without a bridge only models of one origin can be compared, and those split a text alike.
     if is_on(args.representation_weight) and args.bridge is None and not aligner.same_ids:
         check_same_tokens(tokenizer, aligner.teacher_tokenizer)
+    if args.output_term is not None:
+        logger.warning(
+            "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the others "
+            "are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy (docs/bridge.md)"
+        )
     logger.info(
         "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
         len(aligner.shared_vocabulary()[0]), len(tokenizer), len(aligner.teacher_tokenizer),

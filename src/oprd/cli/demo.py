@@ -71,7 +71,7 @@ def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
     bridge.save(folder)
     kind, layers = bridge.verdict
     say(f"bridge of rank {bridge.rank} fitted on {len(rows)} rollouts; verdict: {kind}, student layers {list(layers)}")
-    return {"teacher_model": teacher, "bridge": str(folder)}
+    return {"teacher_model": teacher, "bridge": str(folder), "learning_rate": 1e-3}  # half of the same-origin pair's
 
 
 def _clear_earlier_demo(folder: Path) -> None:

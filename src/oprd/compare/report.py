@@ -30,6 +30,7 @@ def build_report(comparison: Comparison, file: Path, runs: Sequence[Run]) -> dic
             "seeds": comparison.seeds,
             "learning_rates": comparison.learning_rates,
             "settings": comparison.settings,
+            "bridges": comparison.bridges,
             "objectives": {name: changes or {} for name, changes in comparison.objectives.items()},
             "rollouts_a_step": rollouts_a_step(runs[0]),
             "common": common,
