@@ -306,6 +306,15 @@ def test_verdicts():
     assert verdict({1: good, 2: unlike}, same_depth=True) == ("hopeless", ())
 
 
+def test_the_ridge_auto_is_the_one_that_the_held_out_tokens_choose():
+    student, teacher, _ = planted_pair(160)
+    statistics, held_out = statistics_of(student[:80], teacher[:80]), statistics_of(student[80:], teacher[80:])
+    auto = fit_pair(statistics, ridge="auto", held_out=held_out)
+    chosen = choose_ridge(statistics, held_out)
+    assert chosen > 1e-4  # so few tokens want more than the default
+    assert torch.equal(auto.student_RD, fit_pair(statistics, ridge=chosen).student_RD)
+
+
 def test_bad_arguments_are_refused():
     student, teacher, _ = planted_pair(50)
     statistics = statistics_of(student, teacher)
@@ -314,6 +323,8 @@ def test_bad_arguments_are_refused():
     for message, call in {
         "'lasso' is not one of least_squares, procrustes, cca": lambda: fit_pair(statistics, projector="lasso"),
         "ridge: -1.0 must be 0 or more": lambda: fit_pair(statistics, ridge=-1.0),
+        "ridge: 'some' is not allowed; a number": lambda: fit_pair(statistics, ridge="some"),
+        "ridge: 'auto' is chosen by held-out tokens": lambda: fit_pair(statistics, ridge="auto"),
         "do not vary over the 50 tokens": lambda: fit_pair(constant),
         "do not vary over the 0 tokens": lambda: fit_pair(PairStatistics(D, E)),
         "rank: 40 is not between 1 and the 32 directions": lambda: fit.first(40),

@@ -659,7 +659,7 @@ EMBEDDED = ("embedded:tiny/student", "embedded:tiny/teacher")
         ({"scale": "whiten"}, "scale: 'whiten' is not one of none, mean, direction"),
         ({"projector": "adamw"}, "projector: 'adamw' is not one of least_squares"),
         ({"rank": 0}, "rank: 0 is not allowed"),
-        ({"ridge": -1}, "ridge: -1.0 is not allowed"),
+        ({"ridge": -1}, "ridge: -1.0 must be 0 or more"),
         ({"layers": "[1, 2"}, "layers: '[1, 2' cannot be read"),
     ],
     ids=str,

@@ -107,7 +107,7 @@ def _bridge_line(
 ) -> str:
     if recipe.teacher_model is None:
         raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
-    if not Path(folder).exists():
+    if not Path(folder).exists() and (student is None or teacher is None):  # nor could it be fitted here
         return (
             f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
             f"{recipe.model} --teacher {recipe.teacher_model} --prompts {recipe.train_dataset} --out {folder}"

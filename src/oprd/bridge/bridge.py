@@ -80,7 +80,7 @@ class Bridge:
         max_rank: int | None = None,
         scale: str = "mean",
         projector: str = "least_squares",
-        ridge: float = 1e-4,
+        ridge: float | str = 1e-4,
         intercept: bool = True,
     ) -> Bridge:
         """A bridge from statistics that were gathered in one pass over rollouts of the student.
@@ -105,7 +105,7 @@ class Bridge:
         options = {"projector": projector, "ridge": ridge, "intercept": intercept}
         pairs: dict[int, BridgePair] = {}
         for layer in sorted(statistics):
-            fit = fit_pair(statistics[layer], projector=projector, ridge=ridge, intercept=intercept)
+            fit = fit_pair(statistics[layer], held_out=held_out[layer], **options)  # type: ignore[arg-type]
             report = report_pair(fit, statistics[layer], held_out[layer])
             kept = fit if max_rank is None else fit.first(min(max_rank, len(fit.variance_R)))
             pairs[layer] = BridgePair(layer_map[layer - 1], kept.map(lambda t: t.float().contiguous()), report)

@@ -141,8 +141,27 @@ def _regress(statistics: PairStatistics, teacher_RE: Tensor, ridge: float, inter
     return (teacher_RE @ statistics.cross_DE.T) @ axes_MD.T / (values_M + ridge) @ axes_MD
 
 
+def check_ridge(ridge: float | str) -> None:
+    """Refuse what is no ridge.
+
+    Raises:
+        ValueError: neither a number of at least 0 nor "auto".
+    """
+    if isinstance(ridge, str) and ridge != "auto":
+        raise ValueError(f"ridge: {ridge!r} is not allowed; a number, 0 or more, or 'auto'")
+    if not isinstance(ridge, str) and not ridge >= 0:
+        raise ValueError(
+            f"ridge: {ridge} must be 0 or more; it is a share of each student dimension's variance, such as 1e-4 (or 'auto')"
+        )
+
+
 def fit_pair(
-    statistics: PairStatistics, *, projector: str = "least_squares", ridge: float = 1e-4, intercept: bool = True
+    statistics: PairStatistics,
+    *,
+    projector: str = "least_squares",
+    ridge: float | str = 1e-4,
+    intercept: bool = True,
+    held_out: PairStatistics | None = None,
 ) -> PairFit:
     """The teacher's directions and the student's projector, of all ranks, from the statistics of one pair of layers.
 
@@ -150,25 +169,27 @@ def fit_pair(
         statistics: of the tokens to fit on.
         projector: "least_squares" (the paper's aim, solved exactly), "procrustes" or "cca".
         ridge: added to each student dimension's variance, as a share of it, so that the units of a dimension do not matter. The
-            default only keeps the sums invertible; see `choose_ridge` where tokens are few.
+            default only keeps the sums invertible. "auto", where tokens are few: `choose_ridge` by `held_out`.
         intercept: whether the student's mean is subtracted first. The teacher's always is.
+        held_out: of other tokens, for "auto".
 
     Raises:
         ValueError: unknown projector, negative ridge, fewer than 2 tokens, or a teacher whose states never vary.
     """
     if projector not in PROJECTORS:
         raise ValueError(f"projector: {projector!r} is not one of {', '.join(PROJECTORS)}")
-    if not ridge >= 0:
-        raise ValueError(
-            f"ridge: {ridge} must be 0 or more; it is a share of each student dimension's variance, such as 1e-4"
-        )
+    check_ridge(ridge)
     rounding = statistics.n * float(statistics.teacher_mean_E.norm() * torch.finfo(torch.float32).eps) ** 2
     if statistics.n < 2 or not float(statistics.teacher_EE.trace()) > rounding:
         raise ValueError(
             f"fit_pair: the teacher's states do not vary over the {statistics.n} tokens, so there is no direction; update the "
             "statistics with more rollouts"
         )
-    teacher_RE, student_RD = PROJECTORS[projector](statistics, ridge, intercept)
+    if ridge == "auto":
+        if held_out is None:
+            raise ValueError("ridge: 'auto' is chosen by held-out tokens; pass held_out")
+        ridge = choose_ridge(statistics, held_out, intercept=intercept)
+    teacher_RE, student_RD = PROJECTORS[projector](statistics, float(ridge), intercept)
     along_RE = teacher_RE @ statistics.teacher_EE
     sizes_R = (along_RE * teacher_RE).sum(1)
     explained_R = (along_RE.square().sum(1) / sizes_R).cumsum(0) / statistics.teacher_EE.trace()

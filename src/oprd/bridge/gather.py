@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.alignment import Aligner
 from oprd.batching import StateRequest, plan_micro_batches, request_pair
 from oprd.bridge.bridge import Bridge
-from oprd.bridge.fit import PROJECTORS, SCALES
+from oprd.bridge.fit import PROJECTORS, SCALES, check_ridge
 from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.capture import gather_states, read_states
 from oprd.data import PromptRow
@@ -276,7 +276,7 @@ def _check_fitting(
     max_rank: int | None = None,
     scale: str = "mean",
     projector: str = "least_squares",
-    ridge: float = 0.0,
+    ridge: float | str = 0.0,
     intercept: bool = True,
 ) -> None:
     """What `Bridge.fit` would refuse after all rollouts, refused before anything is loaded."""
@@ -286,8 +286,7 @@ def _check_fitting(
     for name, value in (("rank", rank), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not allowed; it must be at least 1")
-    if not ridge >= 0:
-        raise ValueError(f"ridge: {ridge} is not allowed; 0 or more, a share of each student dimension's variance")
+    check_ridge(ridge)
 
 
 def _empty(models: Sequence[nn.Module], seed: int) -> PairStatistics:

@@ -14,6 +14,9 @@ app = typer.Typer(help="Fit and look at a bridge to a teacher of another shape."
 # One line an option below: a command's signature is its documentation.
 _Layers = Annotated[str, typer.Option(help="Student layers: all, last, even, odd, or a list such as [1,14,28].")]
 _Rank = Annotated[int | None, typer.Option(help="Directions to use (default: the median of the layers' suggestion).")]
+_Ridge = Annotated[
+    str, typer.Option(help="A share of each dimension's variance; auto: chosen by the held-out rollouts.")
+]
 _LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with each student layer's teacher layer.")]
 _Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
 _TeacherTemplate = Annotated[
@@ -36,7 +39,7 @@ def fit(
     max_rank: Annotated[int | None, typer.Option(help="Directions to keep in the file (default: all).")] = None,
     scale: Annotated[str, typer.Option(help="Units of the projected states: none, mean, direction.")] = "mean",
     projector: Annotated[str, typer.Option(help="least_squares, procrustes, cca.")] = "least_squares",
-    ridge: Annotated[float, typer.Option(help="Of the least squares, relative to each dimension's variance.")] = 1e-4,
+    ridge: _Ridge = "1e-4",
     intercept: Annotated[bool, typer.Option(help="Subtract the student's mean.")] = True,
     layer_map: _LayerMap = "proportional",
     held_out: Annotated[float, typer.Option(help="Share of rollouts to judge the fit by.")] = 0.2,
@@ -71,7 +74,7 @@ def fit(
     bridge = fit_bridge(
         student, teacher, load_rows(prompts, split, limit, seed), layers=chosen, maps=maps,
         max_completion_length=max_completion_length, held_out=held_out, seed=seed, micro_batch_tokens=micro_batch_tokens,
-        on_rollouts=count_completions(), rank=rank, max_rank=max_rank, scale=scale, projector=projector, ridge=ridge,
+        on_rollouts=count_completions(), rank=rank, max_rank=max_rank, scale=scale, projector=projector, ridge=_ridge(ridge),
         intercept=intercept, max_prompt_length=max_prompt_length, text=text, teacher_dtype=teacher_dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
@@ -109,6 +112,13 @@ def _layers(name: str, text: str) -> str | list[Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: {text!r} cannot be read: {error}") from error
     return value if isinstance(value, str | list) else [value]
+
+
+def _ridge(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # "auto"; anything else is refused by the fit
 
 
 def _mapping(name: str, text: str | None) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ class BridgeSpec:
     max_rank: int | None = None
     scale: str = "mean"
     projector: str = "least_squares"
-    ridge: float = 1e-4
+    ridge: float | str = 1e-4
     intercept: bool = True
     held_out: float = 0.2
     seed: int = 0
