@@ -501,14 +501,14 @@ def test_bad_arguments_are_refused():
 
 # ---- two vocabularies
 
-OURS, THEIRS = [4, 0, 13, 9, 3, 6], [2, 16, 5, 11, 7, 0]  # of 14 and 17 rows, in one order of events
-OUR_ENDS, THEIR_ENDS = (8, 3, 12), (15, 7)  # 3 and 7 are listed, the others are their like
+OURS, THEIRS = [4, 0, 13, 9, 8, 6], [2, 16, 5, 11, 15, 0]  # of 14 and 17 rows, in one order of events
+OUR_ENDS, THEIR_ENDS = (8, 3, 12), (15, 7)  # 8 and 15 are listed, the others are their like
 SHARED_OPTIONS = {
     "plain": {},
     "bias": {"bias": True},
     "softcap": {"softcap": 2.0, "scale": 1.5},
     "ends": {"ends": True},
-    "more ends than one side has": {"ends": True, "their_ends": (7,), "bias": True},
+    "more ends than one side has": {"ends": True, "their_ends": (15,), "bias": True},
     "everything": {"bias": True, "softcap": 3.0, "scale": 0.7, "ends": True, "temperature": 0.6},
 }
 
@@ -655,12 +655,12 @@ def test_what_is_no_position_has_no_value():
 
 def test_ends_that_a_head_does_not_have_are_left_out():
     student, teacher = share_events(
-        LMHead(torch.zeros(4, 2)), LMHead(torch.zeros(6, 2)), ([1, 2], [5, 0]), student_stop_ids=[3, 9, 1],
+        LMHead(torch.zeros(4, 2)), LMHead(torch.zeros(6, 2)), ([3, 2], [5, 0]), student_stop_ids=[1, 9, 3],
         teacher_stop_ids=[4, 3],
     )  # fmt: skip
-    assert student.stop_token_ids == (1, 3)  # the listed one first
+    assert student.stop_token_ids == (3, 1)  # the listed one first
     assert teacher.stop_token_ids == (3, 4)  # none of them is an event
-    assert (student.size, student.num_events, student.ids.tolist(), teacher.ids.tolist()) == (2, 2, [1, 2], [5, 0])
+    assert (student.size, student.num_events, student.ids.tolist(), teacher.ids.tolist()) == (2, 2, [3, 2], [5, 0])
     hidden = torch.zeros(1, 2)
     assert log_probs(student, hidden, torch.tensor([0])).exp().item() == pytest.approx(2 / 3)
     assert log_probs(teacher, hidden, torch.tensor([0])).exp().item() == pytest.approx(1 / 2)
