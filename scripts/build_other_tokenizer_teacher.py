@@ -11,15 +11,9 @@ widths must not be taken for a common origin. The same arguments give the same b
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-from build_tiny_pair import EVALUATION_SEED, Settings, build_model, sampled_accuracy, train_model
+from build_tiny_pair import Settings, build_cross_teacher
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,32 +70,12 @@ def main() -> None:
     parser.add_argument("--pieces", choices=SPLITS, default="equals", help="what the tokenizer joins (default equals)")
     parser.add_argument("--evaluation-problems", type=int, default=500, help="test problems (default 500)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     settings = Settings(arguments.seed, student_step=0, teacher_step=arguments.steps)
     tokenizer = build_tokenizer(arguments.pieces)
-    model = build_model(tokenizer, settings.seed, layers=LAYERS, width=WIDTH, heads=HEADS)
-    started = time.perf_counter()
-    train_model(model, tokenizer, settings, {arguments.steps: arguments.output})
-    print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)
-    weights = arguments.output / "model.safetensors"
-    description = {
-        "task": "five-digit addition, column by column",
-        "settings": {
-            **asdict(settings),
-            "layers": LAYERS,
-            "width": WIDTH,
-            "heads": HEADS,
-            "pieces": arguments.pieces,
-            "vocabulary": len(tokenizer),
-        },
-        "evaluation": {"problems": arguments.evaluation_problems, "seed": EVALUATION_SEED, "split": "test"},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sampled_accuracy": sampled_accuracy(arguments.output, arguments.evaluation_problems),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-    }
-    (arguments.output / "build.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(description, indent=2))
+    build_cross_teacher(
+        arguments.output, settings, tokenizer, arguments.evaluation_problems, layers=LAYERS, width=WIDTH, heads=HEADS,
+        pieces=arguments.pieces, vocabulary=len(tokenizer),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

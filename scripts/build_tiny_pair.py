@@ -231,6 +231,36 @@ def describe(settings: Settings, output: Path, evaluation_problems: int) -> dict
     }
 
 
+def build_cross_teacher(
+    output: Path,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    evaluation_problems: int,
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    **more: object,
+) -> None:
+    """Train the teacher of a cross pair from scratch, measure it, and write it with its `build.json`; `more` goes there too."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    model = build_model(tokenizer, settings.seed, layers=layers, width=width, heads=heads)
+    started = time.perf_counter()
+    train_model(model, tokenizer, settings, {settings.teacher_step: output})
+    print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)
+    description = {
+        "task": "five-digit addition, column by column",
+        "settings": {**asdict(settings), "layers": layers, "width": width, "heads": heads, **more},
+        "evaluation": {"problems": evaluation_problems, "seed": EVALUATION_SEED, "split": "test"},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sampled_accuracy": sampled_accuracy(output, evaluation_problems),
+        "sha256": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    (output / "build.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(description, indent=2))
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line (`None`: the one of the process)."""
     parser = argparse.ArgumentParser(description="Build the embedded tiny pair (student and teacher).")

@@ -181,7 +181,8 @@ def test_the_settings():
         "output_top_k", "output_weight", "policy_gradient_weight", "position_k", "positions", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "scale_rewards",
         "special_token_map", "task",
-        "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt", "temperature", "top_k", "top_p", "trust_remote_code",
+        "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
+        "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
         "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
@@ -208,12 +209,24 @@ def test_the_package_stays_small():
     assert sum(p.stat().st_size for p in assets) < 15 * 2**20
 
 
-def test_the_configuration_document_is_up_to_date():
-    path = ROOT / "scripts" / "write_configuration_doc.py"
-    spec = importlib.util.spec_from_file_location("write_configuration_doc", path)
+def script(name: str):
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bridge_document_says_what_was_measured():
+    """Every figure in its tables comes from a result file."""
+    written = (ROOT / "docs" / "bridge.md").read_text()
+    module = script("write_bridge_doc")
+    assert written == module.render(written), "run python scripts/write_bridge_doc.py"
+    assert all(f"<!-- {name} -->\n|" in written for name in module.BLOCKS)
+
+
+def test_the_configuration_document_is_up_to_date():
     written = (ROOT / "docs" / "configuration.md").read_text()
-    assert written == module.render(), f"run python {path.relative_to(ROOT)}"
+    assert written == script("write_configuration_doc").render(), "run python scripts/write_configuration_doc.py"
     assert "`layers`" in written
     assert "`train_dataset`" in written

@@ -30,7 +30,7 @@ from oprd.bridge.statistics import PairStatistics
 from oprd.data import PromptRow, as_prompt_rows
 from oprd.fingerprint import fingerprint
 from oprd.layer_maps import layer_map
-from oprd.models import ASSETS, hidden_size, num_layers
+from oprd.models import ASSETS, hidden_size, load_model, num_layers
 from oprd.pairing import pair_positions
 from oprd.plan import describe_plan
 from oprd.recipe import parse_recipe
@@ -1007,7 +1007,7 @@ def best_map(matrix: Tensor) -> tuple[int, ...]:
     )
 
 
-@pytest.mark.parametrize("tokens", [9, 1024])
+@pytest.mark.parametrize("tokens", [7, 10, 1024])
 def test_the_similarity_of_layers_is_of_states_that_have_read_the_same(tokens):
     ours, theirs = PAIRS["pieces to others"]
     models = [ours.model(num_hidden_layers=4), theirs.model(seed=1, **SHAPE)]
@@ -1052,22 +1052,30 @@ def gather(folders, **options) -> Bridge:
 
 @pytest.mark.parametrize("maps", ["proportional", "cka"])
 def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
-    from oprd.models import load_model
-
     drawn: list[Rollouts] = []
     generate = oprd.bridge.gather.TransformersEngine.generate
     monkeypatch.setattr(
         oprd.bridge.gather.TransformersEngine, "generate", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1]
     )
+    matrices: list[Tensor] = []
+
+    def measured(*args, **kwargs):
+        matrices.append(similarity(*args, **kwargs))
+        return matrices[-1]
+
+    monkeypatch.setattr(oprd.bridge.gather, "similarity", measured)
     bridge = gather(folders, maps=maps)
     models = [load_model(name, dtype=torch.float32).eval() for name in folders]
     states = [paired_states(CHARACTERS, MANY, models, rollouts) for rollouts in drawn]
     if maps == "cka":
         sides = [[torch.cat([pair[n][l] for pair in states[0]]) for l in range(d)] for n, d in ((0, 4), (1, 5))]
-        phi = best_map(torch.tensor([[cka(s, t) for t in sides[1]] for s in sides[0]]))
+        matrix = torch.tensor([[cka(s, t) for t in sides[1]] for s in sides[0]], dtype=torch.float64)
+        torch.testing.assert_close(matrices, [matrix], rtol=1e-3, atol=1e-4)
+        phi = best_map(matrix)
         assert phi != layer_map("proportional", 4, 5)
     else:
         phi = (1, 2, 4, 5)
+        assert not matrices
     assert bridge.teacher_layers == phi
     flat = [pair for batch in states for pair in batch]
     held = oprd.bridge.gather._held_out(40, 0.25)
