@@ -61,15 +61,13 @@ def factors() -> str:
     base = found["rows"][0]["final_by_seed"]
     rows = []
     for row in found["rows"]:
-        rows.append(
-            [row["objective"], interval(row["final_avg"], row["final_ci95"]), _difference(row["final_by_seed"], base)]
-        )
+        rows.append([row["objective"], percent(row["final_avg"]), _difference(row["final_by_seed"], base)])
     refits = {str(run["seed"]): run["student_after"]["avg_at_k"] for run in read("refits")}
     every = read("refits")[0]["every"]
     rows.append(
         [f"refitted every {every} steps", percent(sum(refits.values()) / len(refits)), _difference(refits, base)]
     )
-    return markdown(["choice", "Avg@2 [95 %]", "against base, points (each seed)"], rows)
+    return markdown(["choice", "Avg@2", "against base, points (each seed)"], rows)
 
 
 def _difference(one: dict[str, float], other: dict[str, float]) -> str:
