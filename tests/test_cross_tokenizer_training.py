@@ -541,7 +541,7 @@ def test_two_steps_of_an_output_space_loss_equal_plain_pytorch(tmp_path, kind, p
 # Ends of several names: for the student also "#" (text that ends a turn), for the teacher also a special token and "9".
 ENDS = (
     Side(CHARACTERS.tokenizer, (2, 18)),
-    side(pieces("12", "ab", "01", *SINGLE, "=0", "x", also=["<stop>"]), "<stop>"),
+    side(pieces("12", "ab", "01", *SINGLE, "=0", "x", also=["<stop>"]), "<stop>", "9"),
 )
 assert ENDS[0].split("#") == [18]
 
