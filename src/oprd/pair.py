@@ -20,7 +20,6 @@ from oprd.fingerprint import Fingerprint, fingerprint
 from oprd.layers import resolve_layers
 from oprd.models import (
     check_same_shape,
-    check_same_tokens,
     freeze_above,
     hidden_size,
     load_model,
@@ -29,7 +28,7 @@ from oprd.models import (
     stop_token_ids,
 )
 from oprd.objectives.composite import is_on
-from oprd.teacher_text import TeacherText
+from oprd.teacher_text import TeacherText, check_one_text
 from oprd.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
 
 logger = logging.getLogger("oprd")
@@ -163,18 +162,12 @@ def _aligner(
     aligner = TeacherText.of(args).aligner(tokenizer, teacher_tokenizer, *stops)
     if aligner is None:
         return None
-    # Without a bridge only models of one origin can be compared, and those split a text alike.
-    if is_on(args.representation_weight) and args.bridge is None and not aligner.same_ids:
-        check_same_tokens(tokenizer, aligner.teacher_tokenizer)
+    check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
     if args.output_term is not None:
         logger.warning(
             "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the others "
             "are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy (docs/bridge.md)"
         )
-    logger.info(
-        "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
-        len(aligner.shared_vocabulary()[0]), len(tokenizer), len(aligner.teacher_tokenizer),
-    )  # fmt: skip
     return aligner
 
 

@@ -55,6 +55,12 @@ class Pairing:
         return sum(map(len, self.events))
 
 
+def input_lengths(rollouts: Rollouts, pairing: Pairing | None) -> list[int]:
+    """Tokens that the longer-winded of the two models reads of each rollout; the student's own without a pairing."""
+    own = rollouts.input_lengths
+    return own if pairing is None else list(map(max, own, pairing.teacher_rollouts.input_lengths))
+
+
 def pair_positions(
     rollouts: Rollouts,
     teacher_rollouts: Rollouts,

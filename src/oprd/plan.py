@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig
 from oprd.layers import resolve_layers
-from oprd.models import check_same_tokens, load_tokenizer, resolve_name
+from oprd.models import load_tokenizer, resolve_name
 from oprd.objectives.composite import is_on
 from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
-from oprd.teacher_text import TeacherText
+from oprd.teacher_text import TeacherText, check_one_text
 
 
 def load_for_plan(path: str | Path, overrides: Mapping[str, Any]) -> tuple[Recipe, OPRDConfig]:
@@ -140,8 +140,7 @@ def _tokenizer_line(recipe: Recipe, config: OPRDConfig) -> str:
     aligner = TeacherText.of(config).aligner(student, teacher, *ends)
     if aligner is None:
         return "tokenizers: the teacher gives the student's ids the same tokens"
-    if config.bridge is None and is_on(config.representation_weight) and not aligner.same_ids:
-        check_same_tokens(student, teacher)
+    check_one_text(aligner, compares_states=is_on(config.representation_weight) and config.bridge is None)
     shared = len(aligner.shared_vocabulary()[0])
     return (
         f"tokenizers: the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its "

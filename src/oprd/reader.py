@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -21,6 +22,8 @@ from oprd.rollout import RolloutEngine
 from oprd.step_loss import Batch, Heads, StepTerms
 from oprd.teachers import Teacher
 from oprd.types import Rollouts
+
+logger = logging.getLogger("oprd")
 
 
 class PairReader:
@@ -58,6 +61,10 @@ class PairReader:
             alike = [i for i in ends if i in aligner.same_ids]
             self._teacher_ends = (*teacher.stop_token_ids, aligner.pair.end_id, *alike)
             self._shared = aligner.shared_vocabulary(self._teacher_ends)
+            logger.info(
+                "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
+                len(self._shared[0]), len(tokenizer), len(aligner.teacher_tokenizer),
+            )  # fmt: skip
             events = {i: event for event, i in enumerate(self._shared[0])}
             self._event_of = events | dict.fromkeys(ends, events[ends[0]])  # whatever ended a response, it is one event
 

@@ -23,7 +23,7 @@ from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
 from oprd.objectives.reduction import position_weights
 from oprd.objectives.representation import cosine, representation_error
-from oprd.pairing import Pairing
+from oprd.pairing import Pairing, input_lengths
 from oprd.types import Rollouts, States
 
 
@@ -63,8 +63,7 @@ class Batch:
     @property
     def input_lengths(self) -> list[int]:
         """Tokens that the longer-winded of the two models reads of each rollout."""
-        own = self.rollouts.input_lengths
-        return own if self.pairing is None else list(map(max, own, self.pairing.teacher_rollouts.input_lengths))
+        return input_lengths(self.rollouts, self.pairing)
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The rollouts at `indices`, in that order."""

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment import Aligner
-from oprd.models import different_tokens
+from oprd.models import check_same_tokens, different_tokens
 
 logger = logging.getLogger("oprd")
 
@@ -86,6 +86,16 @@ class TeacherText:
             teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
             teacher_system_prompt=self.teacher_system_prompt,
         )
+
+
+def check_one_text(aligner: Aligner, *, compares_states: bool) -> None:
+    """Refuse two vocabularies where hidden states are to be compared without a bridge: one origin splits a text alike.
+
+    Raises:
+        ValueError: names the first ids that differ.
+    """
+    if compares_states and not aligner.same_ids:
+        check_same_tokens(aligner.student_tokenizer, aligner.teacher_tokenizer)
 
 
 def _special_ids(

@@ -31,7 +31,7 @@ from oprd.models import (
     num_layers,
     stop_token_ids,
 )
-from oprd.pairing import Pairing, pair_positions
+from oprd.pairing import Pairing, input_lengths, pair_positions
 from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import Sampling, TransformersEngine, derive_seed
 from oprd.teacher_text import TeacherText
@@ -220,10 +220,7 @@ def _read_student(
 ) -> Iterator[tuple[States, StateRequest]]:
     """The student's states, a micro-batch at a time, and what to ask of the teacher for the same positions."""
     device = next(models[0].parameters()).device
-    lengths = rollouts.input_lengths
-    if pairing is not None:
-        lengths = list(map(max, lengths, pairing.teacher_rollouts.input_lengths))
-    for group in plan_micro_batches(lengths, micro_batch_tokens):
+    for group in plan_micro_batches(input_lengths(rollouts, pairing), micro_batch_tokens):
         theirs = None if pairing is None else pairing.select(group)
         mine, asked = request_pair(rollouts.select(group), theirs, layers, pad_token_id=pad_token_id)
         with torch.no_grad():
