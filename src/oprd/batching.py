@@ -194,34 +194,41 @@ def request_pair(
     pairing: Pairing | None,
     layers: tuple[int, ...],
     *,
-    positions: str = "all",
-    position_k: int | None = None,
+    chosen: Positions | None = None,
+    compared: Positions | None = None,
     pad_token_id: int = 0,
     head: bool = False,
 ) -> tuple[StateRequest, StateRequest]:
-    """What is read of the student and what of the teacher: one request for both without a `pairing`.
+    """What is read of the student and what of the teacher: one request for both where they read the same at the same places.
 
     Args:
         rollouts: the student's.
         pairing: of these rollouts, where the teacher reads a text of its own.
         layers: the student's.
-        positions: without a pairing (which has chosen): a name in `oprd.positions.POSITIONS`.
-        position_k: k of the sets that have one.
+        chosen: without a pairing (which has chosen): positions of each rollout whose states are matched; None: all.
+        compared: likewise, those whose next-token distributions are compared; None: all.
         pad_token_id: an id that both models have.
         head: ask also for the states that the LM heads read.
     """
     if pairing is None:
-        both = request_states(
-            rollouts, layers, positions=positions, position_k=position_k, pad_token_id=pad_token_id, head=head
-        )
-        return both, both
+        student = request_states(rollouts, layers, chosen=chosen, pad_token_id=pad_token_id, head=head)
+        if not head or compared is None:
+            return student, student
+        teacher = request_states(rollouts, layers, chosen=chosen, pad_token_id=pad_token_id, head=compared)
+        events = [[ids[t] for t in own] for ids, own in zip(rollouts.completion_ids, compared, strict=True)]
+        return _compared(student, rollouts, compared, events), teacher
     student = request_states(rollouts, layers, chosen=pairing.student, pad_token_id=pad_token_id, head=head)
     at = pairing.teacher_head if head else False
     theirs = pairing.teacher_rollouts
     teacher = request_states(theirs, layers, chosen=pairing.teacher, pad_token_id=pad_token_id, head=at)
-    if student.head is not None:
-        starts = [0, *accumulate(rollouts.completion_lengths)]
-        compared = [start + t for start, own in zip(starts, pairing.student_head, strict=False) for t in own]
-        events = _indices([event for own in pairing.events for event in own])
-        student = replace(student, head=replace(student.head, compared=_indices(compared), events=events))
-    return student, teacher
+    return _compared(student, rollouts, pairing.student_head, pairing.events), teacher
+
+
+def _compared(request: StateRequest, rollouts: Rollouts, at: Positions, events: Positions) -> StateRequest:
+    """The student's request with the positions at which next-token distributions are compared, and what follows there."""
+    if request.head is None:
+        return request
+    starts = [0, *accumulate(rollouts.completion_lengths)]
+    flat = _indices([start + t for start, own in zip(starts, at, strict=False) for t in own])
+    events_P = _indices([event for own in events for event in own])
+    return replace(request, head=replace(request.head, compared=flat, events=events_P))

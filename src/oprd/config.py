@@ -92,6 +92,10 @@ class OPRDConfig(TrainingArguments):
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
     )
+    lmbda: float = field(
+        default=1.0,
+        metadata=_help("Share of steps whose rollouts the student writes, in the others the teacher; 1 is on-policy."),
+    )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
     # The objective: representation_weight·L_OPRD + output_weight·L_OPD + policy_gradient_weight·L_GRPO (docs/objectives.md)
@@ -119,7 +123,19 @@ class OPRDConfig(TrainingArguments):
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions: 2 − 2·cos instead of raw states."))
 
+    end_of_turn: str = field(
+        default="merge",
+        metadata=_help(
+            "merge: ids that end a text for either model are one event; by_id: they are not; skip: leave the position that "
+            "predicts the end out of the distillation terms."
+        ),
+    )
+
     # Its output-space term
+    output_positions: str = field(
+        default="all", metadata=_help("Response positions of the output-space loss: all, last, last_k, first_k.")
+    )
+    output_position_k: int | None = field(default=None, metadata=_help("k of its last_k and first_k."))
     output_top_k: int = field(default=16, metadata=_help("Tokens of the support of top_k* and tail_sampled."))
     output_support: str = field(
         default="student",

@@ -8,7 +8,7 @@ from oprd.layers import LAYERS
 from oprd.objectives.composite import check_weight, is_on
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
-from oprd.positions import check_positions
+from oprd.positions import check_end_of_turn, check_positions
 
 
 def check_at_least_one(config: Any, name: str) -> None:
@@ -29,6 +29,8 @@ def check_objective(config: Any) -> None:
         ValueError: names the key, the value, what is allowed.
     """
     check_positions(config.positions, config.position_k)
+    check_positions(config.output_positions, config.output_position_k, ("output_positions", "output_position_k"))
+    check_end_of_turn(config.end_of_turn)
     if isinstance(config.layers, str) and config.layers not in LAYERS:
         raise ValueError(f"layers: {config.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
     if config.reduction not in get_args(Reduction):
@@ -49,6 +51,7 @@ def check_objective(config: Any) -> None:
     for name in ("representation_weight", "output_weight", "policy_gradient_weight"):
         check_weight(name, getattr(config, name))
     _check_terms(config)
+    _check_writer(config)
     if is_on(config.policy_gradient_weight):
         _check_policy_gradient(config)
 
@@ -69,6 +72,45 @@ def _check_terms(config: Any) -> None:
             f"num_iterations: {config.num_iterations} is for GRPO (policy_gradient_weight); the distillation losses are "
             "on-policy and take new rollouts each step"
         )
+
+
+# Losses whose gradient is an expectation over tokens that the student has drawn.
+_DRAWN_BY_THE_STUDENT = ("sampled_token", "tail_sampled")
+
+
+def _check_writer(config: Any) -> None:
+    """Whose rollouts a loss can be learnt from."""
+    if not 0 <= config.lmbda <= 1:
+        raise ValueError(
+            f"lmbda: {config.lmbda} is not allowed; a share from 0 (the teacher writes) to 1 (the student)"
+        )
+    kind = None if config.output_term is None else config.output_term.kind
+    if config.lmbda < 1 and (kind in _DRAWN_BY_THE_STUDENT or is_on(config.policy_gradient_weight)):
+        raise ValueError(
+            f"lmbda: {config.lmbda} is not allowed with output_space={', '.join(_DRAWN_BY_THE_STUDENT)} or "
+            "policy_gradient_weight, whose gradients are expectations over the student's own tokens; set it to 1"
+        )
+    if kind == "cross_entropy" and config.lmbda == 1:
+        raise ValueError(
+            "output_space: cross_entropy on the student's own tokens has no gradient in expectation; let the teacher write "
+            "(lmbda: 0)"
+        )
+    if kind is None and config.output_positions != "all":
+        raise ValueError(f"output_positions: {config.output_positions!r} has no effect without output_space; remove it")
+
+
+def check_default_ends(config: Any) -> None:
+    """Refuse what is not done for a teacher that reads a text of its own.
+
+    Raises:
+        ValueError: names the key and the value.
+    """
+    for name, default in (("output_positions", "all"), ("end_of_turn", "merge"), ("lmbda", 1.0)):
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name}: {getattr(config, name)!r} is not done with a teacher that reads a text of its own (another tokenizer, "
+                f"template or system prompt); leave it at {default!r}"
+            )
 
 
 def _check_policy_gradient(config: Any) -> None:

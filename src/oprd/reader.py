@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment import Aligner, AlignmentStats, with_system
 from oprd.batching import StateRequest, request_pair
 from oprd.config import OPRDConfig
+from oprd.config_checks import check_default_ends
 from oprd.data import PromptRow
 from oprd.head_chunks import LMHead
 from oprd.lm_head import check_head, lm_head_of, match_heads, share_events
 from oprd.models import context_length, vocabulary_size
-from oprd.pairing import Pairing, pair_positions
-from oprd.positions import select_positions
+from oprd.pairing import Pairing, Positions, pair_positions
+from oprd.positions import select_before_end, select_positions
 from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import RolloutEngine
 from oprd.step_loss import Batch, Heads, StepTerms
@@ -56,6 +57,7 @@ class PairReader:
         self._event_of: dict[int, int] = {}
         self._teacher_ends: tuple[int, ...] = ()
         if aligner is not None:
+            check_default_ends(args)
             ends = aligner.pair.stop_ids
             # What ends a text for the student ends it for a teacher that gives the id the same meaning.
             alike = [i for i in ends if i in aligner.same_ids]
@@ -118,8 +120,8 @@ class PairReader:
             batch.rollouts,
             batch.pairing,
             self.layers if terms.reads_layers else (),
-            positions=self.args.positions,
-            position_k=self.args.position_k,
+            chosen=self._matched(batch.rollouts),
+            compared=self._compared(batch.rollouts),
             pad_token_id=self.engine.pad_token_id if self.aligner is None else 0,
             head=terms.needs_head or terms.measuring,
         )
@@ -130,8 +132,25 @@ class PairReader:
         lengths, pairing = batch.rollouts.completion_lengths, batch.pairing
         if pairing is not None:
             return [len(lengths), pairing.num_matched, sum(lengths), pairing.num_compared]
-        matched = sum(len(select_positions(n, self.args.positions, self.args.position_k)) for n in lengths)
-        return [len(lengths), matched, sum(lengths), sum(lengths)]
+        matched, compared = self._matched(batch.rollouts), self._compared(batch.rollouts)
+        compared_tokens = sum(lengths) if compared is None else sum(map(len, compared))
+        return [len(lengths), sum(map(len, matched)), sum(lengths), compared_tokens]
+
+    def _matched(self, rollouts: Rollouts) -> Positions:
+        """The positions of each rollout whose states are matched, where both models read the same ids."""
+        return self._select(rollouts, self.args.positions, self.args.position_k)
+
+    def _compared(self, rollouts: Rollouts) -> Positions | None:
+        """Likewise, those whose next-token distributions are compared; None: all."""
+        if self.args.output_positions == "all" and self.args.end_of_turn != "skip":
+            return None
+        return self._select(rollouts, self.args.output_positions, self.args.output_position_k)
+
+    def _select(self, rollouts: Rollouts, positions: str, k: int | None) -> Positions:
+        if self.args.end_of_turn != "skip":
+            return [select_positions(n, positions, k) for n in rollouts.completion_lengths]
+        lengths = zip(rollouts.completion_lengths, rollouts.finish_reasons, strict=True)
+        return [select_before_end(n, reason == "stop", positions, k) for n, reason in lengths]
 
     def heads(self) -> Heads:
         """LM heads over the same events: padding rows cut off, every end of text one event, of two vocabularies what they share."""
@@ -139,7 +158,8 @@ class PairReader:
         stops = tuple(self.engine.stop_token_ids)
         if self.aligner is None:
             size = min(self._vocab_size, student.size, teacher.size)
-            student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=stops)
+            ends = () if self.args.end_of_turn == "by_id" else stops
+            student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
             return Heads(student, student, teacher)
         size = min(self._vocab_size, student.size)
         policy, _ = match_heads(student, student, vocab_size=size, stop_token_ids=stops)

@@ -24,6 +24,7 @@ from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, 
 from oprd.objectives.reduction import position_weights
 from oprd.objectives.representation import cosine, representation_error
 from oprd.pairing import Pairing, input_lengths
+from oprd.rollout import student_writes
 from oprd.types import Rollouts, States
 
 
@@ -84,11 +85,13 @@ class StepTerms:
         weights: "representation", "output_space", "policy_gradient": those that are on.
         measuring: whether this step also measures what its loss does not need.
         num_layers: layers of the representation term.
+        on_policy: whether the student writes the step's rollouts.
     """
 
     weights: dict[str, float]
     measuring: bool
     num_layers: int
+    on_policy: bool = True
 
     @staticmethod
     def at(config: OPRDConfig, step: int, num_layers: int) -> StepTerms:
@@ -102,7 +105,7 @@ class StepTerms:
         if is_on(config.policy_gradient_weight):
             weights["policy_gradient"] = weight_at(config.policy_gradient_weight, step)
         measuring = config.diagnostic_steps > 0 and step % config.diagnostic_steps == 0
-        return StepTerms(weights, measuring, num_layers)
+        return StepTerms(weights, measuring, num_layers, student_writes(config.lmbda, config.seed, step))
 
     @property
     def reads_layers(self) -> bool:
@@ -194,8 +197,10 @@ class MicroBatchLoss:
             loss = loss + self._policy_gradient(heads.policy, student_MD, asked.tokens, asked.rollout_index)
         if self.terms.measuring:
             measured = head_diagnostics(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
-            # The step's window makes reverse_kl_std of it.
-            measured["reverse_kl_square"] = measured["reverse_kl"].square()
+            if self.terms.on_policy:  # over the teacher's tokens it would estimate something else
+                measured["reverse_kl_square"] = measured["reverse_kl"].square()  # the window makes reverse_kl_std of it
+            else:
+                del measured["reverse_kl"]
             self.observe(**{name: value_P.sum() / self.whole_step["compared"] for name, value_P in measured.items()})
         return loss
 

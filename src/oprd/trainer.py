@@ -92,7 +92,7 @@ class OPRDTrainer(RecordingTrainer):
         self.layers = comparable_layers(student, self.teacher, aligner, args)
         self.task = get_task(args.task) if args.task else None
         # What ends a text for the teacher ends it for the student too, where the two share their ids.
-        also = self.teacher.stop_token_ids if aligner is None else ()
+        also = self.teacher.stop_token_ids if aligner is None and args.end_of_turn != "by_id" else ()
         stops = sorted({*stop_token_ids(student, tokenizer), *also})
         self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
         self.reader = PairReader(student, self.teacher, aligner, tokenizer, self.engine, self.layers, args)
@@ -143,7 +143,7 @@ class OPRDTrainer(RecordingTrainer):
         """
         share = len(inputs) / int(num_items_in_batch or len(inputs))
         terms = StepTerms.at(self.args, self.state.global_step, len(self.layers))
-        batch = self._next_batch(inputs)
+        batch = self._next_batch(inputs, terms)
         groups = plan_micro_batches(batch.input_lengths, self.args.micro_batch_tokens)
         whole_step = self._whole_step(batch, share)
         model.train()
@@ -157,16 +157,9 @@ class OPRDTrainer(RecordingTrainer):
             exchange = self._local_gradients(model, last=group is groups[-1])
             with self._window.timer("update"), exchange, self._own_randomness(number):
                 losses = MicroBatchLoss(
-                    self.args,
-                    terms,
-                    request,
-                    part,
-                    teacher,
-                    self.reader.heads,
-                    whole_step,
-                    self._window.add,
+                    self.args, terms, request, part, teacher, self.reader.heads, whole_step, self._window.add,
                     self._project,
-                )
+                )  # fmt: skip
                 del teacher
                 group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
                 self.accelerator.backward(group_loss)
@@ -175,7 +168,10 @@ class OPRDTrainer(RecordingTrainer):
         self._keep(batch, log_p)
         self._check_loss(loss)
         self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
-        self._window.add(**rollout_metrics(batch.rollouts, batch.correct), micro_batches=len(groups))
+        verdicts = batch.correct if terms.on_policy else []  # the teacher's accuracy would pass for the student's
+        self._window.add(**rollout_metrics(batch.rollouts, verdicts), micro_batches=len(groups))
+        if self.args.lmbda < 1:
+            self._window.add(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
             self._window.add(frac_reward_zero_std=share * silent_share(batch))
         self._step_ended()
@@ -207,13 +203,13 @@ class OPRDTrainer(RecordingTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
 
-    def _next_batch(self, prompts: list[Prompt]) -> Batch:
+    def _next_batch(self, prompts: list[Prompt], terms: StepTerms) -> Batch:
         """New rollouts, graded; between two updates on the same rollouts (num_iterations), those of the update before."""
         self._batch_of_step += 1
         if self.state.global_step % self.args.num_iterations:
             return self._kept[self._batch_of_step]
         with self._window.timer("rollout"):
-            rollouts = self._sample(prompts)
+            rollouts = self._sample(prompts, terms)
         with self._window.timer("grade"):
             answers = {p.index: p.row.answer for p in prompts}
             correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
@@ -238,15 +234,17 @@ class OPRDTrainer(RecordingTrainer):
         if loss == 0 and self.state.global_step == 0 and not is_on(self.args.policy_gradient_weight):
             logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
 
-    def _sample(self, prompts: list[Prompt]) -> Rollouts:
-        return self.engine.generate(
-            self.accelerator.unwrap_model(self.model_wrapped),
-            [p.ids for p in prompts],
-            num_generations=self.args.num_generations,
-            sampling=self.args.sampling,
-            seed=self._seed_of_step(),
-            rows=[p.index for p in prompts],
-        )
+    def _sample(self, prompts: list[Prompt], terms: StepTerms) -> Rollouts:
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        with nullcontext(student) if terms.on_policy else self.teacher.sampler() as writer:
+            return self.engine.generate(
+                writer,
+                [p.ids for p in prompts],
+                num_generations=self.args.num_generations,
+                sampling=self.args.sampling,
+                seed=self._seed_of_step(),
+                rows=[p.index for p in prompts],
+            )
 
     def _seed_of_step(self, *parts: int) -> int:
         rank = self.args.process_index

@@ -2,7 +2,7 @@
 
 A weight is a number, or a mapping as it stands in a recipe:
 
-    {schedule: linear, start: 0.0, end: 1.0, steps: 10}     # also: cosine
+    {schedule: linear, start: 0.0, end: 1.0, steps: 10}     # also: cosine; step (all at once, at step 10)
 
 Step s of a run, counted from 0, has the weight `weight_at(spec, s)`: `start` at step 0, `end` from step `steps` on.
 """
@@ -19,6 +19,7 @@ Weight = float | int | Mapping[str, Any]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "step": lambda x: float(x >= 1),
 }
 _KEYS = ("schedule", "start", "end", "steps")
 

@@ -9,6 +9,7 @@ events: pass them through `lm_head.match_heads` first. No gradient flows into th
 | `full_vocabulary_loss` | KL or JSD, exactly | exact |
 | `sampled_token_loss` | reverse KL by one token | unbiased, noisy; less so with `baseline` |
 | `tail_sampled_loss` | reverse KL by k tokens and one | unbiased; noise from the tail only |
+| `cross_entropy_loss` | forward KL by one token of the teacher's, up to its entropy | unbiased on the teacher's rollouts |
 | `top_k_loss` | reverse or forward KL renormalised on k tokens | biased |
 """
 
@@ -94,6 +95,34 @@ def sampled_token_loss(
                 student_head, student_ND, teacher_head, teacher_NE, temperature=temperature, chunk_size=chunk_size
             )
     return _value_with_gradient_of(value_N, advantage_N * own_N)
+
+
+def cross_entropy_loss(
+    student_head: LMHead,
+    student_ND: Float[Tensor, "N D"],
+    teacher_head: LMHead,
+    teacher_NE: Float[Tensor, "N E"],
+    tokens_N: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " N"]:
+    """−log p(ŷ): supervised training on the responses, which is sequence-level distillation where the teacher wrote them.
+
+    Args:
+        student_head: gets the gradient where it requires one.
+        student_ND: gets the gradient.
+        teacher_head: not read; over the same events all the same.
+        teacher_NE: not read.
+        tokens_N: the response token at each position.
+        temperature: divides the logits.
+        chunk_size: tokens of a chunk.
+
+    Raises:
+        ValueError: a token outside the vocabulary, heads over different events.
+    """
+    check_same_events(student_head, teacher_head)
+    return -log_probs(student_head, student_ND, tokens_N, temperature=temperature, chunk_size=chunk_size)
 
 
 def tail_sampled_loss(

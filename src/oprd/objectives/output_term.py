@@ -12,6 +12,7 @@ from torch import Tensor
 from oprd.head_chunks import LMHead
 from oprd.objectives.output_space import (
     Support,
+    cross_entropy_loss,
     full_vocabulary_loss,
     sampled_token_loss,
     tail_sampled_loss,
@@ -28,6 +29,7 @@ OUTPUT_SPACE: dict[str, tuple[Callable[..., Tensor], Settings]] = {
     "jsd": (full_vocabulary_loss, lambda term, _: {"kind": "jsd", "beta": term.beta}),
     "top_k": (top_k_loss, lambda term, _: {"kind": "reverse_kl", "k": term.top_k, "support": term.support}),
     "top_k_forward_kl": (top_k_loss, lambda term, _: {"kind": "forward_kl", "k": term.top_k, "support": term.support}),
+    "cross_entropy": (cross_entropy_loss, lambda term, tokens_M: {"tokens_N": tokens_M}),
     "tail_sampled": (
         tail_sampled_loss, lambda term, tokens_M: {"tokens_N": tokens_M, "k": term.top_k, "support": term.support}
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from oprd.rollout.base import RolloutEngine, Sampling, derive_seed
+from oprd.rollout.base import RolloutEngine, Sampling, derive_seed, student_writes
 from oprd.rollout.transformers_engine import TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine
 
@@ -13,4 +13,4 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "vllm": VLLMEngine,
 }
 
-__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "derive_seed"]
+__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "derive_seed", "student_writes"]

@@ -89,6 +89,11 @@ def to_rollouts(
     return Rollouts(prompts, completions, reasons, texts, owners)
 
 
-def derive_seed(*parts: int) -> int:
+def student_writes(lmbda: float, seed: int, step: int) -> bool:
+    """Whether the student writes this step's rollouts, not the teacher: true for a share `lmbda` of steps, alike on all ranks."""
+    return derive_seed(seed, step, "writer") < lmbda * 2**56
+
+
+def derive_seed(*parts: int | str) -> int:
     """A seed that depends on all `parts` and on nothing else: any step can be repeated without those before it."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")

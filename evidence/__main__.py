@@ -1,0 +1,109 @@
+"""`python -m evidence`: measure the claims, and write what was found into docs/evidence.md and the README."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evidence.claim import Claim, Work
+from evidence.document import write_document, write_readme
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULT, FIGURE = "result.json", "figure.png"
+_SHOWN_LINE = 160
+
+
+def claims() -> Iterator[tuple[Path, Claim]]:
+    """Every claim with its folder, E1 first."""
+    for folder in sorted(HERE.glob("e[0-9][0-9]_*")):
+        module: Any = importlib.import_module(f"evidence.{folder.name}.claim")
+        yield folder, module
+
+
+def results(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Claim → its result, of those that have one under `folder`."""
+    files = {claim.ID: folder / own.name / RESULT for own, claim in claims()}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def measure(claim: Claim, work: Work, target: Path) -> None:
+    """Measure one claim and leave its result and its picture in `target`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    started = time.monotonic()
+    work.folder.mkdir(parents=True, exist_ok=True)
+    clock = work.folder / "seconds.json"  # of interrupted calls too: what the whole took
+    before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+    try:
+        found = dict(claim.measure(work))
+    finally:
+        clock.write_text(json.dumps(before + time.monotonic() - started))
+    found["took_seconds"] = round(before + time.monotonic() - started)
+    found["machine"] = {"cpus": os.cpu_count(), "workers": work.workers, "platform": platform.platform()}
+    found["software"] = {name: version(name) for name in ("oprd", "torch", "transformers")}
+    claim.judge(found)  # a result that cannot be read is not written
+    target.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    claim.draw(found, figure)
+    figure.savefig(target / FIGURE, dpi=120, metadata={"Software": None})
+    (target / RESULT).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Claims, such as E1,E7; default: all.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: shows that it runs.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
+    document: Annotated[bool, typer.Option("--document", help="Measure nothing; write the documents anew.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also claims that have been measured by an earlier call.")
+    ] = False,
+) -> None:
+    """Measure the claims. Called again after an interruption, it goes on; runs are kept in runs/evidence[-quick]/."""
+    import torch
+
+    torch.set_num_threads(1)
+    # Relative to where the call is made: a run's settings name its teacher's and its bridge's folder.
+    base = Path(os.path.relpath(ROOT / "runs")) / ("evidence-quick" if quick else "evidence")
+    wanted = {name.strip().upper() for name in only.split(",") if name.strip()}
+    if unknown := wanted - {claim.ID for _, claim in claims()}:
+        raise SystemExit(f"--only: there is no claim {', '.join(sorted(unknown))}")
+    started = time.monotonic()
+    for own, claim in claims():
+        if document or (wanted and claim.ID not in wanted):
+            continue
+        target = base / own.name / "measured" if quick else own
+        done = base / own.name / "done"
+        if done.exists() and not again:
+            typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it anew)")
+            continue
+        typer.echo(f"{claim.ID} {claim.TITLE}")
+        measure(
+            claim, Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE])), target
+        )
+        done.touch()
+    if quick:
+        found = {
+            c.ID: json.loads(f.read_text()) for o, c in claims() if (f := base / o.name / "measured" / RESULT).is_file()
+        }
+        write_document(base / "evidence.md", list(claims()), found, figures=None)
+    else:
+        found = results(HERE)
+        write_document(ROOT / "docs" / "evidence.md", list(claims()), found, figures="../evidence")
+        write_readme(ROOT / "README.md", list(claims()), found)
+    typer.echo(f"{len(found)} claims in the document, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""What a claim's script provides, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Verdict = Literal["holds", "partly", "not"]
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a claim is to be measured.
+
+    Args:
+        folder: where runs and half-done work are kept; what is found there complete is not done again.
+        quick: a tenth of the work: shows that everything runs, not what is true.
+        workers: processes at a time.
+        say: takes a line of progress.
+    """
+
+    folder: Path
+    quick: bool
+    workers: int
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a result says.
+
+    Args:
+        verdict: whether the claim holds here.
+        measured: the result in one line, for the table.
+        paragraph: Markdown: what was found and what it means, against us where it is; every number out of the result.
+    """
+
+    verdict: Verdict
+    measured: str
+    paragraph: str
+
+
+class Claim(Protocol):
+    """A module `evidence/eNN_name/claim.py`."""
+
+    ID: str
+    """E1 … E12."""
+    TITLE: str
+    CLAIM: str
+    """What the paper (or the field) says, in one sentence, with its section."""
+    SETTING: str
+    """Models, data, steps; what is not in the result."""
+
+    def measure(self, work: Work) -> dict[str, Any]:
+        """Measure; JSON-able. Takes up where an interrupted call stopped."""
+        ...
+
+    def judge(self, result: Result) -> Finding:
+        """The verdict and its words, from the result alone."""
+        ...
+
+    def draw(self, result: Result, figure: Any) -> None:
+        """Draw the result into an empty matplotlib figure."""
+        ...

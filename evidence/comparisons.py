@@ -1,0 +1,147 @@
+"""Training runs of a claim: a comparison file, run by `oprd compare`'s own functions, one record a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Work
+from oprd.compare.bridges import fit_missing, parse_bridges
+from oprd.compare.interval import mean_and_interval
+from oprd.compare.plan import load_comparison, plan_runs
+from oprd.compare.results import Run, read_result, summary_of
+from oprd.compare.runner import open_runs, run_all
+from oprd.runlog import RunFolder
+
+Record = dict[str, Any]
+QUICK = {"max_steps": 8, "eval_limit": 40, "eval_steps": 4}
+"""Settings of a quick run: it shows that the machinery works, not what is true."""
+
+
+def run_comparison(
+    file: Path,
+    work: Work,
+    *,
+    folder: str,
+    seeds: Sequence[int] | None = None,
+    rates: Mapping[str, Sequence[float]] | None = None,
+    objectives: Collection[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Record]:
+    """Run what is missing of a comparison and read all of it.
+
+    Args:
+        file: the comparison; its `output_dir` is not used.
+        work: how much, and where.
+        folder: where the runs are kept, beside the folder of the claim: claims on the same pair share one, and a run that two of
+            them ask for is run once.
+        seeds: in place of the file's.
+        rates: objective → its learning rates, in place of the file's.
+        objectives: those of the file that are wanted (default: all, or those of `rates`).
+        settings: further settings of all runs.
+
+    Returns:
+        One record a run: objective, learning_rate, seed, final, best and points (Avg@k by step), cosine, length, dist_4,
+        finished, alarms (steps), steps, seconds; before and teacher (Avg@k of the seed's problems).
+
+    Raises:
+        ValueError: a file that is not allowed, or runs that failed.
+    """
+    file, comparison = load_comparison(file)
+    wanted = list(rates or {}) if objectives is None and rates else list(objectives or comparison.objectives)
+    chosen: dict[str, dict[str, Any] | None] = {}
+    for name in wanted:
+        changes = dict(comparison.objectives[name] or {})
+        if rates and name in rates:
+            changes["learning_rates"] = list(rates[name])
+        chosen[name] = changes
+    comparison = dataclasses.replace(
+        comparison,
+        output_dir=str(work.folder.parent / folder),
+        seeds=list(seeds if seeds is not None else comparison.seeds),
+        objectives=chosen,
+        settings={**comparison.settings, **(settings or {}), **(QUICK if work.quick else {})},
+    )
+    with RunFolder(Path(comparison.output_dir)).hold():
+        bridges = parse_bridges(comparison.bridges, str(file))
+        fit_missing(bridges, comparison.output_dir, comparison.recipe, comparison.settings, work.say)
+        runs = plan_runs(comparison, file)
+        missing = open_runs(runs)
+        work.say(f"{len(runs)} runs, {len(missing)} to do")
+        failed = run_all(missing, workers=work.workers, threads=1, say=work.say)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
+    known = _of_a_seed(Path(comparison.output_dir))
+    return [_record(run, known.get(run.seed, {})) for run in runs]
+
+
+def _record(run: Run, of_seed: Mapping[str, float]) -> Record:
+    result = read_result(run, of_seed.get("student_before"))
+    after = summary_of(run)["student_after"]
+    lines = [line for line in RunFolder(run.folder).read_metrics() if "loss" in line]
+    cosines = [line["cosine"] for line in lines if "cosine" in line]
+    return {
+        "objective": run.objective,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "final": _round(result.final.avg),
+        "best": _round(result.best),
+        "points": [[point.step, _round(point.avg)] for point in result.points],
+        "cosine": [_round(cosines[0]), _round(cosines[-1])] if cosines else None,
+        "length": _round(after["mean_length"]),
+        "dist_4": _round(after["dist_4"]),
+        "finished": _round(after["finished"]),
+        "alarms": [line["step"] for line in lines if line.get("alarm")],
+        "steps": result.final.step,
+        "seconds": _round(result.final.seconds),
+        "before": of_seed.get("student_before"),
+        "teacher": of_seed.get("teacher"),
+    }
+
+
+def _of_a_seed(folder: Path) -> dict[int, dict[str, float]]:
+    """Seed → Avg@k of the student before and of the teacher on its problems, from the first run in `folder` that measured them."""
+    found: dict[int, dict[str, float]] = {}
+    for file in sorted(folder.glob("runs/*/*/seed_*/summary.json")):
+        summary = json.loads(file.read_text())
+        for name in ("student_before", "teacher"):
+            if summary.get(name):
+                own = found.setdefault(int(file.parent.name.removeprefix("seed_")), {})
+                own.setdefault(name, summary[name]["avg_at_k"])
+    return found
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+
+
+def of(records: Sequence[Record], objective: str, rate: float | None = None) -> list[Record]:
+    """The records of one objective, by seed."""
+    own = [r for r in records if r["objective"] == objective and (rate is None or r["learning_rate"] == rate)]
+    return sorted(own, key=lambda r: r["seed"])
+
+
+def best_rate(records: Sequence[Record], objective: str) -> float:
+    """The rate with the best mean final accuracy (the smaller of equals)."""
+    rates = sorted({r["learning_rate"] for r in of(records, objective)})
+    return max(rates, key=lambda rate: mean_and_interval([r["final"] for r in of(records, objective, rate)])[0] or 0.0)
+
+
+def difference(
+    records: Sequence[Record], one: str, other: str, key: str = "final"
+) -> tuple[float, list[float] | None, int]:
+    """Mean over the shared seeds of `one` − `other`, its 95 % t-interval, and the number of seeds."""
+    mine, theirs = ({r["seed"]: r[key] for r in of(records, name)} for name in (one, other))
+    gaps = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    mean, interval = mean_and_interval(gaps)
+    if mean is None:
+        raise ValueError(f"{one!r} and {other!r} have no seed in common")
+    return mean, interval, len(gaps)
+
+
+def gap_closed(records: Sequence[Record]) -> tuple[float | None, list[float] | None]:
+    """Share of the teacher's lead that training closed: mean over seeds and its 95 % t-interval."""
+    return mean_and_interval([(r["final"] - r["before"]) / (r["teacher"] - r["before"]) for r in records])

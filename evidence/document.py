@@ -1,0 +1,92 @@
+"""docs/evidence.md and the README's part of it, out of the committed results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Claim
+from evidence.words import table
+
+_VERDICT = {"holds": "holds here", "partly": "partly", "not": "not here"}
+_BEGIN, _END = "<!-- evidence: begin, written by python -m evidence -->", "<!-- evidence: end -->"
+_HEAD = """# Evidence
+
+The paper (arXiv 2606.06021) has one seed, checkpoints chosen on the test sets and no full-vocabulary baseline. Here each of its claims,
+and some of the field's, is measured at a scale that anyone can re-run. Small models: a claim that holds or fails here may do otherwise at 7B.
+
+    make evidence           # everything, about {minutes} minutes on 2 cores; goes on where it was interrupted
+    make evidence-quick     # a tenth of the work in runs/: that it runs, not what is true
+    .venv/bin/python -m evidence --only E7
+
+This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
+(`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
+"""
+
+
+def document(
+    claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]], figures: str | None
+) -> str:
+    """The page.
+
+    Args:
+        claims: in their order, with their folders.
+        results: claim → its result; claims without one are named as not measured.
+        figures: the way from the page to the evidence folder; None: no pictures.
+    """
+    rows, sections = [], []
+    for folder, claim in claims:
+        if claim.ID not in results:
+            rows.append([claim.ID, claim.TITLE, "not measured", ""])
+            continue
+        result = results[claim.ID]
+        finding = claim.judge(result)
+        link = f"[{claim.TITLE}](#{claim.ID.lower()})"
+        rows.append([claim.ID, link, f"**{_VERDICT[finding.verdict]}**", finding.measured])
+        picture = "" if figures is None else f"\n![{claim.TITLE}]({figures}/{folder.name}/figure.png)\n"
+        sections.append(
+            f'<a id="{claim.ID.lower()}"></a>\n\n## {claim.ID} {claim.TITLE}: {_VERDICT[finding.verdict]}\n\n> {claim.CLAIM}\n{picture}\n'
+            f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`, "
+            f"{_duration(result)}; [script and result](../evidence/{folder.name}/)."
+        )
+    minutes = round(sum(result.get("took_seconds", 0) for result in results.values()) / 60)
+    head = _HEAD.format(minutes=minutes)
+    return "\n\n".join([head + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
+
+
+def write_document(
+    file: Path, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]], figures: str | None
+) -> None:
+    """Write the page into `file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(document(claims, results, figures))
+
+
+def readme(text: str, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README with the claims' table between its two marks brought up to date.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"README.md has no {_BEGIN} … {_END}")
+    rows = []
+    for _, claim in claims:
+        if claim.ID in results:
+            finding = claim.judge(results[claim.ID])
+            link = f"[{claim.ID}](docs/evidence.md#{claim.ID.lower()})"
+            rows.append([link, claim.TITLE, _VERDICT[finding.verdict], finding.measured])
+    return f"{before}{begin}\n{table(['', 'claim', 'verdict', 'measured'], rows)}\n{end}{after}"
+
+
+def write_readme(file: Path, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Bring the README up to date."""
+    file.write_text(readme(file.read_text(), claims, results))
+
+
+def _duration(result: Mapping[str, Any]) -> str:
+    seconds = result.get("took_seconds", 0)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

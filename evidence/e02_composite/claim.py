@@ -1,0 +1,101 @@
+"""E2: the composite loss, how much of each part, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import Record, best_rate, difference, of, run_comparison
+from evidence.e01_accuracy.claim import TUNING_SEED, baseline
+from evidence.words import mean_of, percent, points, surely, table
+from oprd.compare.interval import mean_and_interval
+
+ID = "E2"
+TITLE = "Output-space OPD plus µ times OPRD beats both of its parts"
+CLAIM = (
+    "The composite L_OPD + µ·L_OPRD beats sampled-token OPD and grows with µ (paper: AIME24 42.3, 47.7, 50.2 for µ = 0, 1, 10; OPRD "
+    "alone 49.8). The field adds: match states first, then distributions (LastOPD)."
+)
+SETTING = "as E1 (pair, steps, rollouts), three seeds; each way's rate is the better of 3e-4 and 1e-3 on seed 10, E1's at E1's."
+FILE = Path(__file__).parent / "comparison.yaml"
+OWN = ("composite_mu_1", "composite_mu_100", "crossfade", "warm_start")
+SHARED = ("sampled_token", "composite_mu_10", "representation", "full_reverse_kl")
+SWEEP = {
+    "sampled_token": "0",
+    "composite_mu_1": "1",
+    "composite_mu_10": "10",
+    "composite_mu_100": "100",
+    "representation": "∞",
+}
+OTHERS = {
+    "full_reverse_kl": "full reverse KL alone",
+    "crossfade": "representation fading into the full reverse KL over 30 steps",
+    "warm_start": "20 steps of representation, then the full reverse KL alone",
+}
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Tune the ways that E1 does not have, then run them on E1's first seeds."""
+    seeds = [0] if work.quick else [0, 1, 2]
+    chosen, shared = baseline(work, SHARED, seeds)
+    grid = {name: [3.0e-4, 1.0e-3] for name in OWN}
+    tuning = run_comparison(FILE, work, folder="tiny_composite", seeds=[TUNING_SEED], rates=grid)
+    rates = {name: best_rate(tuning, name) for name in OWN}
+    own = run_comparison(
+        FILE, work, folder="tiny_composite", seeds=seeds, rates={name: [rate] for name, rate in rates.items()}
+    )
+    return {"tuning": tuning, "rates": {**{name: chosen[name] for name in SHARED}, **rates}, "runs": [*shared, *own]}
+
+
+def judge(result: Result) -> Finding:
+    """Holds where the best µ beats both parts surely; partly where only the output-space part."""
+    runs, rates = result["runs"], result["rates"]
+    means = {name: _mean(runs, name) for name in SWEEP}
+    best = max(("composite_mu_1", "composite_mu_10", "composite_mu_100"), key=means.__getitem__)
+    over_output, over_states = difference(runs, best, "sampled_token"), difference(runs, best, "representation")
+    signs = surely(over_output[1]), surely(over_states[1])
+    verdict = "holds" if min(signs) > 0 else "partly" if signs[0] > 0 else "not"
+    sweep = [
+        [f"µ = {mu}", f"{rates[name]:g}", mean_of([r["final"] for r in of(runs, name)])] for name, mu in SWEEP.items()
+    ]
+    rest = [[text, f"{rates[name]:g}", mean_of([r["final"] for r in of(runs, name)])] for name, text in OTHERS.items()]
+    late = {name: difference(runs, name, "full_reverse_kl") for name in ("crossfade", "warm_start")}
+    text = (
+        f"{table(['loss', 'rate', 'Avg@2 after 60 steps'], [*sweep, *rest])}\n\nµ = 0 is sampled-token OPD, µ = ∞ the representation "
+        f"loss alone; both terms are token means (with L_OPD summed over a completion the same µ weighs some fifty times less: "
+        f"[objectives](objectives.md)). The best µ, {SWEEP[best]}, is {_word(signs[0])} sampled-token OPD "
+        f"({points(*over_output[:2])}) and {_word(signs[1])} the representation loss alone ({points(*over_states[:2])}). Going over "
+        f"from states to the full reverse KL, against that KL alone: crossfade {points(*late['crossfade'][:2])}, warm start "
+        f"{points(*late['warm_start'][:2])}; against the representation loss alone: crossfade "
+        f"{points(*difference(runs, 'crossfade', 'representation')[:2])}, warm start "
+        f"{points(*difference(runs, 'warm_start', 'representation')[:2])}."
+    )
+    measured = "µ = " + ", ".join(f"{mu}: {percent(means[name])}" for name, mu in SWEEP.items())
+    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+
+
+def _mean(runs: list[Record], name: str) -> float:
+    return mean_and_interval([r["final"] for r in of(runs, name)])[0] or 0.0
+
+
+def _word(sign: int) -> str:
+    return {1: "ahead of", 0: "not to be told apart from", -1: "behind"}[sign]
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Accuracy over µ, and the ways to go over."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, names in ((left, SWEEP), (right, OTHERS)):
+        for column, name in enumerate(names):
+            values = [r["final"] for r in of(result["runs"], name)]
+            mean, interval = mean_and_interval(values)
+            low, high = interval or (mean, mean)
+            axis.plot([column, column], [max(low, 0), min(high, 1)], color="#88CCEE", lw=5, solid_capstyle="butt")
+            axis.plot([column] * len(values), values, "o", color="#332288", ms=4)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, axis="y")
+    left.set_xticks(range(len(SWEEP)), [f"µ = {mu}" for mu in SWEEP.values()])
+    right.set_xticks(range(len(OTHERS)), ["reverse KL\nalone", "crossfade", "warm start"])
+    left.set(ylabel="Avg@2 after 60 steps", ylim=(-0.02, 1.02), title="sampled-token OPD + µ · representation")
+    right.set(title="from states to the full reverse KL")

@@ -1,0 +1,1 @@
+"""E4: which layers carry the loss."""

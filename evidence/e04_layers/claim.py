@@ -1,0 +1,89 @@
+"""E4: which layers carry the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import difference, of, run_comparison
+from evidence.e01_accuracy.claim import baseline
+from evidence.words import mean_of, percent, points, surely, table
+from oprd.compare.interval import mean_and_interval
+
+ID = "E4"
+TITLE = "Same-origin pairs want all layers"
+CLAIM = (
+    "All layers beat fewer on same-origin pairs (paper), where the diagonal of layer-wise CKA is about 0.98; the last layer or few are "
+    "for other pairs (LastOPD, RIDE)."
+)
+SETTING = "as E1 (pair of four layers, steps, rollouts), three seeds, all at the rate that E1 chose for all layers."
+FILE = Path(__file__).parent / "comparison.yaml"
+NAMES = {
+    "representation": "all four",
+    "last_three": "last three",
+    "even": "even (2, 4)",
+    "odd": "odd (1, 3)",
+    "last": "last",
+}
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """All layer sets at one rate, and the similarity of the two models' layers before training."""
+    seeds = [0] if work.quick else [0, 1, 2]
+    rates, shared = baseline(work, ("representation",), seeds)
+    own = run_comparison(
+        FILE, work, folder="tiny_layers", seeds=seeds,
+        rates={name: [rates["representation"]] for name in NAMES if name != "representation"},
+    )  # fmt: skip
+    from oprd.diagnose import diagnose_pair
+
+    similar = diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", prompts=32 if work.quick else 128)
+    return {"rate": rates["representation"], "runs": [*shared, *own], "layers": similar}
+
+
+def judge(result: Result) -> Finding:
+    """Holds where all layers are surely ahead of every other set; partly where ahead of some and behind none."""
+    runs = result["runs"]
+    leads = {name: difference(runs, "representation", name) for name in NAMES if name != "representation"}
+    signs = [surely(lead[1]) for lead in leads.values()]
+    verdict = "holds" if min(signs) > 0 else "partly" if max(signs) > 0 and min(signs) >= 0 else "not"
+    rows = [
+        [text, mean_of([r["final"] for r in of(runs, name)]), "" if name not in leads else points(*leads[name][:2])]
+        for name, text in NAMES.items()
+    ]
+    similar = result["layers"]
+    text = (
+        f"{table(['layers', 'Avg@2 after 60 steps', 'all four lead by'], rows)}\n\nAt rate {result['rate']:g}. Before training, layer by "
+        f"layer: linear CKA {_list(similar['cka'])}, cosine {_list(similar['cosine'])}; the gate of the field (CKA about 0.98 on the "
+        f"diagonal) {'lets' if min(similar['cka']) >= 0.9 else 'would not let'} all layers through "
+        f"(`oprd diagnose` measures it for any pair)."
+    )
+    measured = ", ".join(
+        f"{name} {percent(mean_and_interval([r['final'] for r in of(runs, key)])[0])}" for key, name in NAMES.items()
+    )
+    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Accuracy of each layer set, and CKA and cosine of each layer before training."""
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    for row, name in enumerate(NAMES):
+        values = [r["final"] for r in of(result["runs"], name)]
+        left.barh(row, mean_and_interval(values)[0], color="#332288", alpha=0.8)
+        left.plot(values, [row] * len(values), ".", color="black")
+    left.set_yticks(range(len(NAMES)), NAMES.values())
+    left.invert_yaxis()
+    left.set(xlim=(0, 1.02), xlabel="Avg@2 after 60 steps (dots: seeds)", ylabel="layers that carry the loss")
+    layers = range(1, len(result["layers"]["cka"]) + 1)
+    right.plot(layers, result["layers"]["cka"], "o-", color="#117733", label="linear CKA")
+    right.plot(layers, result["layers"]["cosine"], "s--", color="#CC6677", label="cosine")
+    right.set(xticks=list(layers), xlabel="layer", ylabel="student and teacher before training", ylim=(0, 1.02))
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)

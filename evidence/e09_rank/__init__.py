@@ -1,0 +1,1 @@
+"""E9: the rank of a bridge."""

@@ -1,0 +1,1 @@
+"""E10: teachers of another shape and tokenizer."""

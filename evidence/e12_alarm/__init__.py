@@ -1,0 +1,1 @@
+"""E12: cosine up, accuracy down, and the alarm for it."""

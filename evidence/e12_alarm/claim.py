@@ -1,0 +1,143 @@
+"""E12: cosine up, accuracy down, and the alarm for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import Record, run_comparison
+from evidence.e01_accuracy.claim import FILE as MAIN
+from evidence.e01_accuracy.claim import NAMES, SHARED, chosen_rates, tune
+from evidence.e10_bridge.claim import HERE as BRIDGES
+from evidence.permuted import save_permuted
+from evidence.words import percent, table
+
+ID = "E12"
+TITLE = "States can come closer while the model gets worse, and the run says so"
+CLAIM = (
+    "All-layer matching of unrelated models lifts cosine while accuracy collapses (LastOPD, RIDE: 25 → 46 → 11), and nobody has an alarm "
+    "for it."
+)
+SETTING = (
+    "a teacher of the student's shape and the first teacher's function whose hidden dimensions are permuted (no common origin), bridges of too "
+    "low a rank, and every run of E1, E9 and E10; the alarm as it comes (`alarm_window: 20`). A bad case: cosine rose over the run and the "
+    "student ended below where it began."
+)
+FILE = Path(__file__).parent / "comparison.yaml"
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Runs that go wrong, and those of E1, E9 and E10, each with its alarms."""
+    seeds = [0] if work.quick else [0, 1]
+    teacher = work.folder.parent / "permuted"
+    if not (teacher / "config.json").exists():
+        save_permuted("embedded:tiny/teacher", teacher, 0)
+    found = {
+        "same shape, other origin": run_comparison(
+            FILE, work, folder="permuted_teacher", seeds=seeds, settings={"teacher_model": str(teacher)}
+        )
+    }
+    tuning = tune(work)
+    rates = {name: [rate] for name, rate in chosen_rates(tuning).items()}
+    found["E1"] = [
+        *tuning,
+        *run_comparison(MAIN, work, folder=SHARED, seeds=[0] if work.quick else [0, 1, 2, 3, 4], rates=rates),
+    ]
+    names = ["rank_4", "rank_16"] if work.quick else ["rank_4", "rank_8", "rank_16", "rank_64", "paper"]
+    found["wider teacher"] = run_comparison(
+        BRIDGES / "comparison.yaml", work, folder="wider", seeds=seeds, objectives=names
+    )
+    found["other tokenizer"] = run_comparison(
+        BRIDGES / "other_tokenizer.yaml", work, folder="other_tokenizer", seeds=seeds
+    )
+    keys = ("objective", "learning_rate", "seed", "before", "final", "cosine", "alarms")
+    return {"runs": [{"of": where, **{key: r[key] for key in keys}} for where, runs in found.items() for r in runs]}
+
+
+def is_bad(record: Record) -> bool:
+    """Whether cosine rose over the run and accuracy ended below where it began."""
+    return bool(record["cosine"]) and record["cosine"][1] > record["cosine"][0] and record["final"] < record["before"]
+
+
+def judge(result: Result) -> Finding:
+    """Holds where there are such runs and the alarm rang in nine tenths of them and in at most a tenth of the runs that got better."""
+    runs = result["runs"]
+    bad = [r for r in runs if is_bad(r)]
+    good = [r for r in runs if r["final"] >= r["before"]]
+    caught, false = sum(bool(r["alarms"]) for r in bad), sum(bool(r["alarms"]) for r in good)
+    worse = [r for r in runs if r["final"] < r["before"] and not is_bad(r)]
+    verdict = "not"
+    if bad and caught >= 0.9 * len(bad):
+        verdict = "holds" if false <= 0.1 * len(good) else "partly"
+    elif bad and caught >= 0.5 * len(bad):
+        verdict = "partly"
+    rows = [
+        [where, _name(name), f"{rate:g}", len(own), _span(own, "before"), _span(own, "final"),
+         f"{min(r['cosine'][0] for r in own):.2f} → {max(r['cosine'][1] for r in own):.2f}",
+         f"{sum(bool(r['alarms']) for r in own)} of {len(own)}", ", ".join(str(r["alarms"][0]) for r in own if r["alarms"])]
+        for (where, name, rate), own in _groups(bad).items()
+    ]  # fmt: skip
+    header = ["runs of", "loss", "rate", "runs", "before", "after", "cosine", "alarm", "first at step"]
+    text = (
+        f"{len(runs)} runs: {len(good)} ended at or above where they began, {len(bad)} below although cosine rose (the table), {len(worse)} "
+        f"below with cosine falling too or not measured.\n\n{table(header, rows)}\n\nThe alarm rang in {caught} of the {len(bad)} bad cases, "
+        f"and in {false} of the {len(good)} runs that ended well: {_false(good)}"
+    )
+    measured = f"{len(bad)} of {len(runs)} runs: cosine up, accuracy down; alarm in {caught} of these, in {false} of {len(good)} good runs"
+    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+
+
+def _false(good: list[Record]) -> str:
+    rung = [r for r in good if r["alarms"]]
+    if not rung:
+        return "none."
+    early = sum(max(r["alarms"]) <= 30 for r in rung)
+    return (
+        f"{early} of those {len(rung)} only within the first 30 steps, where accuracy does fall for a while before it climbs (E1's rates are "
+        "high); a run that rings once and then climbs was not in danger."
+    )
+
+
+def _name(objective: str) -> str:
+    return {**NAMES, "other_origin": "representation, all layers"}.get(objective, objective.replace("_", " "))
+
+
+def _groups(runs: list[Record]) -> dict[tuple[str, str, float], list[Record]]:
+    groups: dict[tuple[str, str, float], list[Record]] = {}
+    for r in runs:
+        groups.setdefault((r["of"], r["objective"], r["learning_rate"]), []).append(r)
+    return groups
+
+
+def _span(runs: list[Record], key: str) -> str:
+    low, high = min(r[key] for r in runs), max(r[key] for r in runs)
+    return (
+        percent(low, 0)
+        if percent(low, 0) == percent(high, 0)
+        else f"{percent(low, 0).removesuffix(' %')}–{percent(high, 0)}"
+    )
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Change of cosine against change of accuracy; filled where the alarm rang."""
+    axis = figure.subplots()
+    colours = {
+        "same shape, other origin": "#CC6677",
+        "E1": "#332288",
+        "wider teacher": "#117733",
+        "other tokenizer": "#DDAA33",
+    }
+    for where, colour in colours.items():
+        for rang in (True, False):
+            own = [r for r in result["runs"] if r["of"] == where and r["cosine"] and bool(r["alarms"]) is rang]
+            axis.plot(
+                [r["cosine"][1] - r["cosine"][0] for r in own], [r["final"] - r["before"] for r in own], "o", color=colour,
+                mfc=colour if rang else "none", label=f"{where}, {'alarm' if rang else 'quiet'}", ms=6,
+            )  # fmt: skip
+    axis.axhline(0, color="black", lw=0.8)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set(xlabel="change of cosine over the run", ylabel="change of Avg@2 over the run")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
