@@ -1,4 +1,5 @@
 # make demo: the method at work, on models that come with the package.   make test: lint, types and tests.
+# make evidence: the paper's claims measured anew (docs/evidence.md), resumable; make evidence-quick: a tenth of it, in runs/.
 # Each makes its own virtual environment and installs what it needs. Wants Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install evidence evidence-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -14,6 +15,12 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+evidence: $(VENV)/.ready-dev
+	$(BIN)/python -m evidence
+
+evidence-quick: $(VENV)/.ready-dev
+	$(BIN)/python -m evidence --quick
 
 install: $(VENV)/.ready-dev
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from evidence.claim import Claim, Work
-from evidence.document import write_document, write_readme
+from evidence.document import write_document
+from evidence.readme import write_readme
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -17,7 +17,8 @@ from oprd.compare.runner import open_runs, run_all
 from oprd.runlog import RunFolder
 
 Record = dict[str, Any]
-QUICK = {"max_steps": 8, "eval_limit": 40, "eval_steps": 4}
+TUNING_SEED = 10  # whose problems are used to choose a learning rate, and for nothing else (but for quick runs)
+QUICK = {"max_steps": 4, "eval_limit": 40, "eval_steps": 4}
 """Settings of a quick run: it shows that the machinery works, not what is true."""
 
 
@@ -76,6 +77,20 @@ def run_comparison(
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))
     return [_record(run, known.get(run.seed, {})) for run in runs]
+
+
+def first_seeds(work: Work, count: int) -> list[int]:
+    """The seeds 0, 1, … of a claim; of a quick run the tuning seed, whose runs are there already."""
+    return [TUNING_SEED] if work.quick else list(range(count))
+
+
+def diagnosed(work: Work) -> dict[str, Any]:
+    """What `oprd diagnose` says of the embedded pair before training, on problems of the tuning seed."""
+    from oprd.diagnose import diagnose_pair
+    from oprd.recipe import load_rows
+
+    rows = load_rows("generated:addition", "train", 32 if work.quick else 128, TUNING_SEED)
+    return diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", rows, max_completion_length=64)
 
 
 def _record(run: Run, of_seed: Mapping[str, float]) -> Record:

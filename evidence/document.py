@@ -1,4 +1,4 @@
-"""docs/evidence.md and the README's part of it, out of the committed results alone."""
+"""docs/evidence.md, out of the committed results alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Claim
-from evidence.words import table
+from evidence.words import VERDICTS, table
 
-_VERDICT = {"holds": "holds here", "partly": "partly", "not": "not here"}
-_BEGIN, _END = "<!-- evidence: begin, written by python -m evidence -->", "<!-- evidence: end -->"
 _HEAD = """# Evidence
 
 The paper (arXiv 2606.06021) has one seed, checkpoints chosen on the test sets and no full-vocabulary baseline. Here each of its claims,
@@ -43,10 +41,10 @@ def document(
         result = results[claim.ID]
         finding = claim.judge(result)
         link = f"[{claim.TITLE}](#{claim.ID.lower()})"
-        rows.append([claim.ID, link, f"**{_VERDICT[finding.verdict]}**", finding.measured])
+        rows.append([claim.ID, link, f"**{VERDICTS[finding.verdict]}**", finding.measured])
         picture = "" if figures is None else f"\n![{claim.TITLE}]({figures}/{folder.name}/figure.png)\n"
         sections.append(
-            f'<a id="{claim.ID.lower()}"></a>\n\n## {claim.ID} {claim.TITLE}: {_VERDICT[finding.verdict]}\n\n> {claim.CLAIM}\n{picture}\n'
+            f'<a id="{claim.ID.lower()}"></a>\n\n## {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n{picture}\n'
             f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`, "
             f"{_duration(result)}; [script and result](../evidence/{folder.name}/)."
         )
@@ -61,30 +59,6 @@ def write_document(
     """Write the page into `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(document(claims, results, figures))
-
-
-def readme(text: str, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README with the claims' table between its two marks brought up to date.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"README.md has no {_BEGIN} … {_END}")
-    rows = []
-    for _, claim in claims:
-        if claim.ID in results:
-            finding = claim.judge(results[claim.ID])
-            link = f"[{claim.ID}](docs/evidence.md#{claim.ID.lower()})"
-            rows.append([link, claim.TITLE, _VERDICT[finding.verdict], finding.measured])
-    return f"{before}{begin}\n{table(['', 'claim', 'verdict', 'measured'], rows)}\n{end}{after}"
-
-
-def write_readme(file: Path, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Bring the README up to date."""
-    file.write_text(readme(file.read_text(), claims, results))
 
 
 def _duration(result: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from oprd.compare.interval import mean_and_interval
 
+VERDICTS = {"holds": "holds here", "partly": "partly", "not": "not here"}
+
 
 def percent(value: float | None, digits: int = 1) -> str:
     """`0.941` as "94.1 %"."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import Record, difference, of, run_comparison
+from evidence.comparisons import Record, diagnosed, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import baseline
 from evidence.other_end import save_other_end
 from evidence.words import mean_of, percent, points, surely, table
@@ -39,7 +39,7 @@ ENDS = {
 
 def measure(work: Work) -> dict[str, Any]:
     """The table's runs, the runs on a teacher with another end, and how similar the pair is at the first and last positions."""
-    seeds = [0] if work.quick else [0, 1, 2]
+    seeds = first_seeds(work, 3)
     rates, shared = baseline(work, ("representation", "full_reverse_kl"), seeds)
     states, output = rates["representation"], rates["full_reverse_kl"]
     own = {name: [states if kind == STATES else output] for (_, kind), name in TABLE.items() if name not in rates}
@@ -52,9 +52,7 @@ def measure(work: Work) -> dict[str, Any]:
         rates={"output_merged": [output], "output_by_id": [output], "states_by_id": [states]},
         settings={"teacher_model": str(teacher)},
     )  # fmt: skip
-    from oprd.diagnose import diagnose_pair
-
-    similar = diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", prompts=32 if work.quick else 128)
+    similar = diagnosed(work)["positions"]["cosine"]
     return {"runs": [*shared, *runs], "ends": ends, "rates": {STATES: states, OUTPUT: output}, "positions": similar}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import difference, of, run_comparison
+from evidence.comparisons import diagnosed, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import baseline
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.compare.interval import mean_and_interval
@@ -30,15 +30,13 @@ NAMES = {
 
 def measure(work: Work) -> dict[str, Any]:
     """All layer sets at one rate, and the similarity of the two models' layers before training."""
-    seeds = [0] if work.quick else [0, 1, 2]
+    seeds = first_seeds(work, 3)
     rates, shared = baseline(work, ("representation",), seeds)
     own = run_comparison(
         FILE, work, folder="tiny_layers", seeds=seeds,
         rates={name: [rates["representation"]] for name in NAMES if name != "representation"},
     )  # fmt: skip
-    from oprd.diagnose import diagnose_pair
-
-    similar = diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", prompts=32 if work.quick else 128)
+    similar = diagnosed(work)["layers"]
     return {"rate": rates["representation"], "runs": [*shared, *own], "layers": similar}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import of, run_comparison
+from evidence.comparisons import first_seeds, of, run_comparison
 from evidence.words import mean_of, percent, table
 from oprd.compare.interval import mean_and_interval
 
@@ -31,7 +31,7 @@ def measure(work: Work) -> dict[str, Any]:
     from oprd.bridge.show import describe_bridge
     from oprd.compare.bridges import bridge_folder
 
-    seeds = [0] if work.quick else [0, 1]
+    seeds = first_seeds(work, 2)
     names = [*RANKS.values(), "paper"] if not work.quick else ["rank_4", "rank_16"]
     runs = run_comparison(FILE, work, folder="wider", seeds=seeds, objectives=names)
     described = describe_bridge(Bridge.load(bridge_folder(str(work.folder.parent / "wider"), "least_squares")))
