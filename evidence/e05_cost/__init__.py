@@ -1,0 +1,1 @@
+"""E5: time and memory of an update."""

@@ -1,0 +1,1 @@
+"""E6: how long and how varied the trained students' responses are."""

@@ -1,0 +1,1 @@
+"""E7: the noise of each estimator's gradient at fixed prefixes, along training."""

@@ -1,0 +1,286 @@
+"""E8: what the LM head does not see of a hidden state, and what that is worth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import first_seeds
+from evidence.e01_accuracy.claim import SHARED, baseline
+from evidence.words import percent, table
+from oprd import Sampling, TransformersEngine, capture_states
+from oprd.compare.interval import mean_and_interval
+from oprd.diagnose.theory import centred_gram
+from oprd.lm_head import divergence, lm_head_of
+from oprd.models import load_model, load_tokenizer, stop_token_ids
+from oprd.tasks import get_task
+
+ID = "E8"
+TITLE = "Output-space losses do not see part of a hidden state, OPRD does"
+CLAIM = (
+    "State differences in N_W = {Δh : W Δh ∝ 1} cost nothing in any output-space loss; along the smallest singular direction of the head the "
+    "ratio |Δh|²/loss grows as (σ_1/σ_d)² (paper, Theorem 2)."
+)
+SETTING = (
+    "LM heads of SmolLM2-135M-Instruct (49,152 × 576) and of the embedded student (17 × 128), with the mean row taken off, which softmax does "
+    "not see. SmolLM2's own states on 32 tokens after each of eight prompts, moved by 5 % of their length along singular directions. The embedded "
+    "pair: E1's models of seeds 0 to 2 on 128 rollouts of their own."
+)
+ROOT = Path(__file__).parents[2]
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+STEP = 0.05
+PLACES = {"1st": 0.0, "2nd": 1e-9, "1/64": 1 / 64, "1/8": 1 / 8, "1/2": 1 / 2, "7/8": 7 / 8, "last": 1.0}
+PROMPTS = (
+    "The capital of France is", "Write a short poem about the sea.", "def fibonacci(n):", "Explain why the sky is blue.",
+    "Once upon a time", "What is 17 times 23?", "The three laws of motion are", "Dear Sir or Madam,",
+)  # fmt: skip
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Spectra, small moves along singular directions, and what trained students have left over."""
+    if not (SMOLLM2 / "config.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--output", str(SMOLLM2)], check=True)
+    model = load_model(str(SMOLLM2), dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(str(SMOLLM2))
+    states_ND = own_states(model, tokenizer, 8 if work.quick else 32)
+    moved = move_along(model, states_ND)
+    tiny = load_model("embedded:tiny/student", dtype=torch.float32).eval()
+    spectra = {"SmolLM2-135M-Instruct": spectrum(model), "embedded student": spectrum(tiny)}
+    seeds = first_seeds(work, 3)
+    rates, records = baseline(work, ("representation", "full_reverse_kl"), seeds)
+    left = [
+        {
+            "objective": r["objective"],
+            "seed": r["seed"],
+            "final": r["final"],
+            **left_over(_model_of(work, r), r["seed"], work),
+        }
+        for r in records
+    ]
+    before = left_over("embedded:tiny/student", seeds[0], work)
+    return {
+        "spectra": spectra,
+        "moved": moved,
+        "states": len(states_ND),
+        "left": left,
+        "before": before,
+        "rates": rates,
+    }
+
+
+def _model_of(work: Work, record: dict[str, Any]) -> str:
+    runs = work.folder.parent / SHARED / "runs"
+    return str(runs / record["objective"] / f"lr_{record['learning_rate']!r}" / f"seed_{record['seed']}" / "model")
+
+
+@torch.no_grad()
+def own_states(model: nn.Module, tokenizer: Any, tokens: int) -> Tensor:
+    """`[N, D]`: states after the final norm at the tokens that the model writes itself after each of the prompts."""
+    engine = TransformersEngine(tokenizer, stop_token_ids(model, tokenizer))
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rollouts = engine.generate(model, prompts, num_generations=1, sampling=Sampling(tokens), seed=0)
+    return capture_states(model, rollouts, "last").values[0]
+
+
+@torch.no_grad()
+def directions(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Singular values `[D]` and right singular directions `[D, D]` (columns) of the head without its mean row, largest first."""
+    squares_D, vectors_DD = torch.linalg.eigh(centred_gram(lm_head_of(model)))
+    return squares_D.flip(0).clamp_min(0).sqrt(), vectors_DD.flip(1)
+
+
+def spectrum(model: nn.Module) -> dict[str, Any]:
+    """Width, directions that the head sees, σ_1/σ_d of those, effective rank exp(entropy of σ²), 64 values of σ/σ_1."""
+    values_D, _ = directions(model)
+    seen_D = values_D[values_D.square() > values_D[0].square() * 1e-10]
+    share_D = seen_D.square() / seen_D.square().sum()
+    at = torch.linspace(0, len(values_D) - 1, 64).round().long()
+    return {
+        "width": len(values_D), "seen": len(seen_D), "condition": round(float(seen_D[0] / seen_D[-1]), 3),
+        "effective_rank": round(float(torch.exp(-(share_D * share_D.log()).sum())), 2),
+        "index": (at + 1).tolist(), "sigma": [float(f"{float(values_D[i] / values_D[0]):.4g}") for i in at],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def move_along(model: nn.Module, states_ND: Tensor) -> list[dict[str, Any]]:
+    """Move every state by `STEP` of its length along singular directions: exact KL, second-order KL, |Δh|²/KL."""
+    head = lm_head_of(model)
+    values_D, vectors_DD = directions(model)
+    weight_VD = head.weight[: head.rows].double() * head.scale
+    rows = []
+    for name, share in PLACES.items():
+        index = min(max(round(share * (len(values_D) - 1)), 1 if name == "2nd" else 0), len(values_D) - 1)
+        length_N = STEP * states_ND.norm(dim=-1)
+        moved_ND = states_ND + length_N[:, None] * vectors_DD[:, index].to(states_ND.dtype)
+        # In double precision: of the last directions the KL is near the rounding of float32.
+        kl_N = torch.cat([
+            divergence(_double(head), own.double(), _double(head), other.double(), "forward_kl")
+            for own, other in zip(states_ND.split(64), moved_ND.split(64), strict=True)
+        ])  # fmt: skip
+        along_V = weight_VD @ vectors_DD[:, index]
+        second_N = (
+            torch.cat([_variance(own, weight_VD, along_V) for own in states_ND.split(64)])
+            / 2
+            * length_N.double().square()
+        )
+        rows.append({
+            "place": name, "index": index + 1, "sigma": float(values_D[index] / values_D[0]), "kl": float(kl_N.mean()),
+            "second_order": float(second_N.mean()), "ratio": float(length_N.double().square().mean() / kl_N.mean()),
+        })  # fmt: skip
+    return [
+        {key: value if isinstance(value, str | int) else float(f"{value:.5g}") for key, value in row.items()}
+        for row in rows
+    ]
+
+
+def _double(head: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(head, weight=head.weight.detach().double())
+
+
+def _variance(states_nD: Tensor, weight_VD: Tensor, along_V: Tensor) -> Tensor:
+    """Var_{v~p}(w_v·d) at each state: dᵀ Wᵀ(diag p − ppᵀ)W d, twice the second-order KL of a unit step along d."""
+    p_nV = (states_nD.double() @ weight_VD.T).softmax(-1)
+    return (p_nV @ along_V.square()) - (p_nV @ along_V).square()
+
+
+@torch.no_grad()
+def left_over(name: str, seed: int, work: Work) -> dict[str, float]:
+    """What separates a student's last states from its teacher's, on its own rollouts: seen and not seen by the head; mean KL."""
+    student = load_model(name, dtype=torch.float32).eval()
+    teacher = load_model("embedded:tiny/teacher", dtype=torch.float32).eval()
+    tokenizer = load_tokenizer("embedded:tiny/student")
+    problems = get_task("addition").problems
+    assert problems is not None
+    prompts = [tokenizer(row.prompt)["input_ids"] for row in problems(16 if work.quick else 128, seed, "test")]
+    engine = TransformersEngine(tokenizer, stop_token_ids(student, tokenizer))
+    rollouts = engine.generate(student, prompts, num_generations=1, sampling=Sampling(64), seed=seed)
+    own_ND, their_ND = (capture_states(model, rollouts, "last").values[0] for model in (student, teacher))
+    values_D, vectors_DD = directions(student)
+    seen = int((values_D.square() > values_D[0].square() * 1e-10).sum())
+    along_ND = (own_ND - their_ND).double() @ vectors_DD
+    power = float(their_ND.double().square().sum(1).mean())
+    kl_N = divergence(lm_head_of(student), own_ND, lm_head_of(teacher), their_ND, "reverse_kl")
+    parts = {"seen": along_ND[:, :seen], "unseen": along_ND[:, seen:]}
+    return {
+        "kl": float(f"{float(kl_N.mean()):.5g}"),
+        **{key: float(f"{float(part.square().sum(1).mean()) / power:.5g}") for key, part in parts.items()},
+    }
+
+
+def judge(result: Result) -> Finding:
+    """Holds where unseen directions cost nothing, the ratio grows along the spectrum, and KL training leaves more unseen than OPRD."""
+    moved, left = result["moved"], result["left"]
+    growth, theory = moved[-1]["ratio"] / moved[0]["ratio"], (moved[0]["sigma"] / moved[-1]["sigma"]) ** 2
+    means = {
+        name: {
+            key: mean_and_interval([r[key] for r in left if r["objective"] == name])[0] or 0.0
+            for key in ("kl", "seen", "unseen", "final")
+        }
+        for name in ("representation", "full_reverse_kl")
+    }
+    leaves_more = means["full_reverse_kl"]["unseen"] > 2 * means["representation"]["unseen"]
+    rises = all(a["ratio"] < b["ratio"] for a, b in zip((moved[0], moved[3]), (moved[3], moved[-1]), strict=True))
+    verdict = (
+        "holds" if rises and leaves_more and growth >= 0.1 * theory else "partly" if rises or leaves_more else "not"
+    )
+    spectra = [
+        [name, s["width"], s["seen"], f"{s['condition']:.3g}", f"{s['effective_rank']:.0f}"]
+        for name, s in result["spectra"].items()
+    ]
+    steps = [
+        [
+            row["place"],
+            row["index"],
+            f"{row['sigma']:.3f}",
+            f"{row['kl']:.3g}",
+            f"{row['second_order']:.3g}",
+            f"{row['ratio']:.3g}",
+        ]
+        for row in moved
+    ]
+    rest = [
+        [
+            "student before",
+            f"{result['before']['kl']:.4f}",
+            percent(result["before"]["seen"]),
+            percent(result["before"]["unseen"]),
+            "",
+        ],
+        *(
+            [
+                text,
+                f"{means[name]['kl']:.4f}",
+                percent(means[name]["seen"]),
+                percent(means[name]["unseen"]),
+                percent(means[name]["final"]),
+            ]
+            for name, text in (
+                ("full_reverse_kl", "trained by the full reverse KL"),
+                ("representation", "trained by representation"),
+            )
+        ),
+    ]
+    tiny = result["spectra"]["embedded student"]
+    text = (
+        f"{table(['LM head', 'width', 'directions seen', 'σ_1/σ_d', 'effective rank'], spectra)}\n\n{result['states']} states of SmolLM2, moved by "
+        f"{percent(STEP, 0)} of their length:\n\n"
+        f"{table(['direction', 'number', 'σ/σ_1', 'KL, nats', 'second order', 'length² a KL'], steps)}\n\nFrom the first direction to the last, the same "
+        f"squared distance costs {growth:.3g} times less KL; (σ_1/σ_d)² is {theory:.3g}. The theorem's ratio is for logits that all count alike; real "
+        f"distributions are peaked, and what costs is the variance of the logits' change under them (second order, which agrees). A vocabulary "
+        f"larger than the width leaves no exact null space in SmolLM2: nothing there is free, some things are cheap.\n\nThe embedded student's head "
+        f"sees {tiny['seen']} of {tiny['width']} directions, the rest costs exactly nothing. Distance of the last states to the teacher's, as a "
+        f"share of the teacher's mean square:\n\n"
+        f"{table(['', 'KL', 'seen by the head', 'not seen', 'Avg@2'], rest)}\n\nTraining by the full KL leaves "
+        f"{means['full_reverse_kl']['unseen'] / max(means['representation']['unseen'], 1e-12):.3g} times as much unseen difference as training on "
+        f"states. At the last layer that difference is harmless by itself: no distribution changes with it. The two objectives' accuracies differ "
+        f"for other reasons as well (E1, E7), so this shows what is not seen, not what it is worth."
+    )
+    measured = (
+        f"SmolLM2: the last direction costs {growth:.2g} times less KL than the first ((σ_1/σ_d)² = {theory:.2g}); embedded pair: "
+        f"{percent(means['full_reverse_kl']['unseen'])} unseen difference left by the full KL, {percent(means['representation']['unseen'])} by OPRD"
+    )
+    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Spectra; KL along the directions; what is left after training."""
+    left, middle, right = figure.subplots(1, 3)
+    for (name, s), colour in zip(result["spectra"].items(), ("#332288", "#CC6677"), strict=True):
+        left.semilogy(
+            [i / s["width"] for i in s["index"]], [max(v, 1e-4) for v in s["sigma"]], color=colour, label=name
+        )
+    left.set(xlabel="direction, as a share of the width", ylabel="σ / σ_1 (cut at 1e-4)")
+    left.legend(frameon=False, fontsize=7)
+    moved = result["moved"]
+    middle.loglog([r["sigma"] for r in moved], [r["kl"] for r in moved], "o-", color="#332288", label="measured")
+    middle.loglog(
+        [r["sigma"] for r in moved], [r["second_order"] for r in moved], "x", color="#DDAA33", label="second order"
+    )
+    middle.set(xlabel="σ / σ_1 of the direction, SmolLM2", ylabel="KL of a step of 5 %, nats")
+    middle.legend(frameon=False, fontsize=7)
+    for column, (name, text) in enumerate((("full_reverse_kl", "full KL"), ("representation", "OPRD"))):
+        own = [r for r in result["left"] if r["objective"] == name]
+        for shift, (key, colour) in enumerate((("seen", "#88CCEE"), ("unseen", "#882255"))):
+            value = mean_and_interval([r[key] for r in own])[0]
+            right.bar(
+                column + 0.35 * (shift - 0.5),
+                value,
+                width=0.33,
+                color=colour,
+                label=f"{key} by the head" if not column else None,
+            )
+        right.text(column, 0, f"\n{text}", ha="center", va="top")
+    right.set_xticks([])
+    right.set(ylabel="distance of the last states to the teacher's")
+    right.legend(frameon=False, fontsize=7)
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,218 @@
+"""Time and memory of one update by every way, beside the floor.
+
+Time: all ways in one process, one after the other, round after round; the median over rounds, and of each round's ratio to its own
+floor. Memory: each way in a process of its own, the peak of resident memory during the update (Linux `VmHWM`, reset just before)
+minus the resident memory before it, gradients of the parameters included. One thread unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oprd.bench.ways import TITLES, WAYS, Pair
+from oprd.types import Rollouts
+
+_QWEN = {
+    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-4-layers": ("qwen2", {**_QWEN, "num_hidden_layers": 4}),
+    "qwen2-24-layers": ("qwen2", {**_QWEN, "num_hidden_layers": 24}),
+    "smollm2-135m": ("llama", {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+"""Random models of the shapes of Qwen2.5-0.5B (24 layers; with 4 the head is most of it) and of SmolLM2-135M."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is read.
+
+    Args:
+        rollouts: in the micro-batch.
+        prompt: tokens of each prompt.
+        response: tokens of each response, of which the second half is supervised.
+    """
+
+    rollouts: int = 4
+    prompt: int = 1
+    response: int = 512
+
+
+QUICK = Size(rollouts=2, response=256)
+
+
+def build(shape: str, size: Size, seed: int = 0) -> Pair:
+    """Two random models of a shape and random rollouts.
+
+    Raises:
+        ValueError: the shape is not known.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"model: {shape!r} is not one of {', '.join(SHAPES)}")
+    family, settings = SHAPES[shape]
+    torch.manual_seed(seed)
+    student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)) for _ in range(2))
+    rows = torch.randint(0, settings["vocab_size"], (size.rollouts, size.prompt + size.response)).tolist()
+    rollouts = Rollouts(
+        [row[: size.prompt] for row in rows], [row[size.prompt :] for row in rows], ["length"] * len(rows), [""] * len(rows),
+        list(range(len(rows))),
+    )  # fmt: skip
+    return Pair(student.train(), teacher.eval().requires_grad_(False), rollouts, size.response // 2)
+
+
+def run_once(pair: Pair, way: str) -> float:
+    """One update; returns its loss and leaves gradients behind."""
+    pair.student.zero_grad(set_to_none=True)
+    loss = WAYS[way](pair)
+    loss.backward()
+    return float(loss.detach())
+
+
+def time_ways(
+    shape: str, size: Size, ways: Sequence[str], rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Seconds of each way in each round, all in this process."""
+    pair = build(shape, size)
+    run_once(build_small(pair), ways[0])  # what is loaded or compiled at first use
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in ways if number % 2 == 0 else list(reversed(ways)):
+            start = time.perf_counter()
+            run_once(pair, way)
+            seconds[way].append(time.perf_counter() - start)
+        say(f"{shape}: round {number + 1} of {rounds}")
+    return [{"name": way, "model": shape, "seconds": own} for way, own in seconds.items()]
+
+
+def build_small(pair: Pair) -> Pair:
+    """The same models with eight tokens to read."""
+    first = pair.rollouts
+    short = Rollouts([first.prompt_ids[0][:1]], [first.completion_ids[0][:8]], ["length"], [""], [0])
+    return Pair(pair.student, pair.teacher, short, 4)
+
+
+def peak_bytes(shape: str, size: Size, way: str) -> int:
+    """Peak memory of one update in this process beyond what was there before. Linux only."""
+    pair = build(shape, size)
+    run_once(build_small(pair), way)
+    pair.student.zero_grad(set_to_none=True)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    run_once(pair, way)
+    return 1024 * (_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def bench_update(
+    shapes: Sequence[str],
+    size: Size,
+    *,
+    rounds: int,
+    threads: int,
+    say: Callable[[str], None],
+    ways: Sequence[str] = tuple(WAYS),
+) -> dict[str, Any]:
+    """All ways on all shapes.
+
+    Args:
+        shapes: names in `SHAPES`.
+        size: what is read.
+        rounds: of timing.
+        threads: CPU threads.
+        say: takes a line of progress.
+        ways: names in `WAYS`, `floor` among them.
+
+    Returns:
+        `rows` (name, model, seconds: median, seconds_range, time_ratio and its range over rounds, peak_bytes, memory_ratio),
+        `size`,
+        `machine`.
+    """
+    torch.set_num_threads(threads)
+    rows = []
+    for shape in shapes:
+        timed = {row["name"]: row["seconds"] for row in time_ways(shape, size, ways, rounds, say)}
+        peaks = {way: _in_a_process(shape, size, way, threads) for way in ways}
+        say(f"{shape}: memory measured")
+        rows += [_row(way, shape, timed, peaks) for way in ways]
+    machine = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), "threads": threads,
+               "torch": torch.__version__, "dtype": "float32"}  # fmt: skip
+    return {
+        "rows": rows,
+        "size": {**asdict(size), "supervised": size.response // 2},
+        "rounds": rounds,
+        "machine": machine,
+    }
+
+
+def _row(way: str, shape: str, timed: Mapping[str, list[float]], peaks: Mapping[str, int]) -> dict[str, Any]:
+    ratios = [own / base for own, base in zip(timed[way], timed["floor"], strict=True)]
+    return {
+        "name": way,
+        "model": shape,
+        "seconds": round(statistics.median(timed[way]), 4),
+        "seconds_range": [round(min(timed[way]), 4), round(max(timed[way]), 4)],
+        "time_ratio": round(statistics.median(ratios), 4),
+        "time_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "peak_bytes": peaks[way],
+        "memory_ratio": round(peaks[way] / peaks["floor"], 4),
+    }
+
+
+def _in_a_process(shape: str, size: Size, way: str, threads: int) -> int:
+    # Large blocks go back to the system when freed, so that resident memory follows what is alive.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+    command = [sys.executable, "-m", "oprd.bench.update", shape, json.dumps(asdict(size)), way, str(threads)]
+    return int(
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    )
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a table a model."""
+    size = report["size"]
+    parts = [
+        f"{report['machine']['threads']} thread(s), fp32, {size['rollouts']} × {size['response']} response tokens, the last "
+        f"{size['supervised']} supervised; {report['rounds']} rounds; ratios to the floor, in brackets their range over rounds."
+    ]
+    for shape in dict.fromkeys(row["model"] for row in report["rows"]):
+        lines = [f"| {shape} | time | seconds | memory | MiB |", "| --- | --- | --- | --- | --- |"]
+        for row in (r for r in report["rows"] if r["model"] == shape):
+            low, high = row["time_ratio_range"]
+            lines.append(
+                f"| {TITLES[row['name']]} | {row['time_ratio']:.2f} [{low:.2f}, {high:.2f}] | {row['seconds']:.2f} | "
+                f"{row['memory_ratio']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":  # one way's memory, for `_in_a_process`
+    torch.set_num_threads(int(sys.argv[4]))
+    print(peak_bytes(sys.argv[1], Size(**json.loads(sys.argv[2])), sys.argv[3]))

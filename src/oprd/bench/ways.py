@@ -1,0 +1,171 @@
+"""The update of one micro-batch in several ways, ours and others': loss and backward; the models' gradients are what is left.
+
+All ways supervise the same positions, the second half of each response, and compute in the models' own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from oprd.batching import StateRequest, request_states
+from oprd.capture import gather_states
+from oprd.lm_head import lm_head_of, match_heads
+from oprd.models import num_layers
+from oprd.objectives.output_term import OutputTerm
+from oprd.objectives.reduction import position_weights, representation_loss
+from oprd.types import Rollouts
+
+TOP_K = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models and what both read.
+
+    Args:
+        student: causal LM of transformers whose parameters get gradients.
+        teacher: frozen causal LM.
+        rollouts: all of one length.
+        position_k: last response positions that are supervised.
+    """
+
+    student: Any
+    teacher: Any
+    rollouts: Rollouts
+    position_k: int
+
+    @property
+    def ids(self) -> Tensor:
+        """`[B, T]`: what the models read, the last response token not among it."""
+        rows = zip(self.rollouts.prompt_ids, self.rollouts.completion_ids, strict=True)
+        return torch.tensor([[*prompt, *completion][:-1] for prompt, completion in rows])
+
+    def request(self, layers: tuple[int, ...]) -> StateRequest:
+        """The supervised positions' states of some layers."""
+        return request_states(self.rollouts, layers, positions="last_k", position_k=self.position_k)
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[N]`: the response tokens at the supervised positions."""
+        return torch.tensor([t for completion in self.rollouts.completion_ids for t in completion[-self.position_k :]])
+
+
+Way = Callable[[Pair], Tensor]
+
+
+def floor(pair: Pair) -> Tensor:
+    """The least that any distillation with a backward pass does: both backbones forward, a trivial loss, and the way back."""
+    ids = pair.ids
+    with torch.no_grad():
+        pair.teacher.model(input_ids=ids, use_cache=False)
+    return pair.student.model(input_ids=ids, use_cache=False).last_hidden_state.square().mean()
+
+
+def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
+    """Our way: the chosen layers' states and an output-space loss by chunks, in one forward of each model.
+
+    Args:
+        layers: "all" or "last"; None: no representation loss.
+        output_space: kind of `OutputTerm`.
+    """
+
+    def way(pair: Pair) -> Tensor:
+        last = num_layers(pair.student)
+        request = pair.request(tuple(range(1, last + 1)) if layers == "all" else (last,))
+        with torch.no_grad():
+            teacher = gather_states(pair.teacher, request)
+        student = gather_states(pair.student, request)
+        loss = torch.zeros(())
+        if output_space is not None:
+            heads = match_heads(lm_head_of(pair.student), lm_head_of(pair.teacher))
+            term = OutputTerm(output_space, top_k=TOP_K)
+            error_N = term(heads[0], student.values[-1], heads[1], teacher.values[-1], pair.tokens)
+            loss = loss + (error_N * position_weights(student.rollout_index, len(pair.rollouts), "token")).sum()
+        if layers is not None:
+            loss = loss + representation_loss(student.values, teacher.values, student.rollout_index, reduction="token")
+        return loss
+
+    return way
+
+
+def reference_way(pair: Pair) -> Tensor:
+    """The published code's way: both causal LMs whole, all hidden states in float32 and stacked, logits made and thrown away."""
+    ids, k = pair.ids, pair.position_k
+
+    def states(model: nn.Module) -> Tensor:
+        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        return torch.stack([h.float() for h in output.hidden_states[1:]])[:, :, -k:]
+
+    with torch.no_grad():
+        teacher_LBKD = states(pair.teacher)
+    return (states(pair.student) - teacher_LBKD).square().mean()
+
+
+def dense(kind: str, *, keep: bool) -> Way:
+    """The straightforward way in output space: logits as tensors, and autograd does the rest.
+
+    Args:
+        kind: "full_kl", "top16" (renormalised on the student's likeliest) or "sampled_token".
+        keep: compute logits at the supervised positions only (`logits_to_keep`), which is fair and less common.
+    """
+
+    def way(pair: Pair) -> Tensor:
+        ids, k = pair.ids, pair.position_k
+
+        def log_probs(model: nn.Module) -> Tensor:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=k if keep else 0).logits.float()
+            return logits.log_softmax(-1)[:, -k:]
+
+        with torch.no_grad():
+            log_q = log_probs(pair.teacher)
+        log_p = log_probs(pair.student)
+        if kind == "full_kl":
+            return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+        if kind == "top16":
+            chosen = log_p.detach().topk(TOP_K, -1).indices
+            own, theirs = (side.gather(-1, chosen).log_softmax(-1) for side in (log_p, log_q))
+            return (own.exp() * (own - theirs)).sum(-1).mean()
+        tokens = pair.tokens.view(len(ids), k, 1)
+        own, theirs = log_p.gather(-1, tokens), log_q.gather(-1, tokens)
+        return ((own - theirs).detach() * own).mean()
+
+    return way
+
+
+WAYS: dict[str, Way] = {
+    "floor": floor,
+    "representation": ours(layers="all"),
+    "representation_last_layer": ours(layers="last"),
+    "full_kl": ours(output_space="reverse_kl"),
+    "composite": ours(layers="all", output_space="reverse_kl"),
+    "top16": ours(output_space="top_k"),
+    "sampled_token": ours(output_space="sampled_token"),
+    "reference_way": reference_way,
+    "dense_full_kl": dense("full_kl", keep=False),
+    "dense_top16": dense("top16", keep=False),
+    "dense_sampled_token": dense("sampled_token", keep=False),
+    "kept_full_kl": dense("full_kl", keep=True),
+    "kept_top16": dense("top16", keep=True),
+}
+"""Name → way; `floor` is what the others are divided by."""
+TITLES = {
+    "floor": "floor: both backbones, a trivial loss",
+    "representation": "representation, all layers",
+    "representation_last_layer": "representation, last layer",
+    "full_kl": "full reverse KL, by chunks",
+    "composite": "full reverse KL and representation",
+    "top16": "top-16, by chunks",
+    "sampled_token": "sampled-token, by chunks",
+    "reference_way": "published code's way (all states in fp32, logits thrown away)",
+    "dense_full_kl": "full reverse KL, dense",
+    "dense_top16": "top-16, dense",
+    "dense_sampled_token": "sampled-token, dense",
+    "kept_full_kl": "full reverse KL, dense at supervised positions only",
+    "kept_top16": "top-16, dense at supervised positions only",
+}

@@ -1,0 +1,124 @@
+"""All ways of the update benchmark are the same update where they claim to be, and its report is complete."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from oprd.bench import update
+from oprd.bench.update import QUICK, SHAPES, Size, bench_update, build, markdown
+from oprd.bench.ways import TITLES, WAYS, Pair
+from oprd.cli import app
+from oprd.types import Rollouts
+from tiny import tiny_model
+
+ALIKE = [
+    ("reference_way", "representation"),
+    ("dense_full_kl", "full_kl"),
+    ("kept_full_kl", "full_kl"),
+    ("dense_top16", "top16"),
+    ("kept_top16", "top16"),
+]
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 64, (3, 11), generator=generator).tolist()
+    rollouts = Rollouts([r[:3] for r in rows], [r[3:] for r in rows], ["length"] * 3, [""] * 3, [0, 1, 2])
+    student, teacher = tiny_model("llama").double(), tiny_model("llama", seed=1).double().requires_grad_(False)
+    return Pair(student, teacher, rollouts, 4)
+
+
+def gradients(pair, way):
+    pair.student.zero_grad(set_to_none=True)
+    loss = WAYS[way](pair)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in pair.student.named_parameters() if p.grad is not None and p.grad.any()}
+    return float(loss.detach()), found
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ALIKE, ids=str)
+def test_their_way_is_the_same_update(pair, theirs, ours):
+    (value, grads), (expected, wanted) = (gradients(pair, way) for way in (theirs, ours))
+    assert value == pytest.approx(expected, rel=1e-4)  # theirs compute in float32
+    assert grads.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(grads[name], wanted[name], rtol=1e-3, atol=1e-7)
+
+
+def test_the_sampled_token_ways_have_one_gradient(pair):
+    """Their values differ: ours is the estimate of the KL, theirs the usual surrogate."""
+    grads, wanted = (gradients(pair, way)[1] for way in ("dense_sampled_token", "sampled_token"))
+    assert grads.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(grads[name], wanted[name], rtol=1e-3, atol=1e-7)
+
+
+def test_the_composite_is_the_sum(pair):
+    values = {way: gradients(pair, way)[0] for way in ("composite", "full_kl", "representation")}
+    assert values["composite"] == pytest.approx(values["full_kl"] + values["representation"], rel=1e-9)
+
+
+def test_only_the_supervised_positions_count(pair):
+    """Other tokens at the first response positions' successors would change nothing but the prefix; another k changes the loss."""
+    other = Pair(pair.student, pair.teacher, pair.rollouts, 3)
+    for way in WAYS:
+        if way not in ("floor",):
+            assert gradients(pair, way)[0] != gradients(other, way)[0], way
+
+
+def test_the_floor_runs_no_head(pair):
+    for model in (pair.student, pair.teacher):
+        model.lm_head.forward = None
+    for way in ("floor", "representation", "representation_last_layer"):
+        gradients(pair, way)
+
+
+def test_the_report(monkeypatch):
+    monkeypatch.setitem(SHAPES, "small", ("llama", {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }))  # fmt: skip
+    peaks = {way: 1000 + 10 * number for number, way in enumerate(WAYS)}
+    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: peaks[way])
+    report = bench_update(["small"], Size(2, 1, 8), rounds=2, threads=1, say=lambda line: None)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == list(WAYS) == list(TITLES)
+    assert rows["floor"]["time_ratio"] == rows["floor"]["memory_ratio"] == 1
+    for name, row in rows.items():
+        assert row["model"] == "small"
+        assert row["memory_ratio"] == pytest.approx(peaks[name] / peaks["floor"], abs=1e-4)
+        low, high = row["time_ratio_range"]
+        assert 0 < low <= row["time_ratio"] <= high
+        assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
+    text = markdown(report)
+    assert all(title in text for title in TITLES.values())
+    json.dumps(report)
+
+
+def test_one_way_in_a_process_of_its_own():
+    size = Size(1, 1, 8)
+    assert update._in_a_process("smollm2-135m", size, "floor", 1) > 4 * 135e6  # at least the parameters' gradients
+
+
+def test_quick_is_smaller():
+    assert QUICK.rollouts * QUICK.response < Size().rollouts * Size().response
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--model", "gpt5"], "--model: 'gpt5' is not one of"), (["--json", "nowhere/x.json"], "--json: there is no folder nowhere")],
+)  # fmt: skip
+def test_bad_arguments_stop_early(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "update", "--quick", *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="model: 'x' is not one of"):
+        build("x", QUICK)
