@@ -64,7 +64,7 @@ def run_comparison(
         output_dir=str(work.folder.parent / folder),
         seeds=list(seeds if seeds is not None else comparison.seeds),
         objectives=chosen,
-        settings={**comparison.settings, **(settings or {}), **(QUICK if work.quick else {})},
+        settings={**comparison.settings, **(QUICK if work.quick else {}), **(settings or {})},
     )
     with RunFolder(Path(comparison.output_dir)).hold():
         bridges = parse_bridges(comparison.bridges, str(file))

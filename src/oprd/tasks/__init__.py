@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from oprd.data import PromptRow
-from oprd.tasks import addition
+from oprd.tasks import addition, reasoning
 from oprd.tasks.math import INSTRUCTION, BoxedGrader
 
 
@@ -83,6 +83,12 @@ TASKS: dict[str, Task] = {
         "five-digit addition, column by column (the tiny pair's task)",
         lambda: FunctionGrader(addition.is_correct),
         addition.problems,
+    ),
+    "chain_sum": Task(
+        "chain_sum",
+        "two or three numbers added and subtracted (reasoning-gym)",
+        lambda: FunctionGrader(reasoning.is_correct),
+        reasoning.problems,
     ),
 }
 

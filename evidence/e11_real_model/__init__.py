@@ -1,0 +1,1 @@
+"""E11: a real pretrained model on a reasoning-gym task."""

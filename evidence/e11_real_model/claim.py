@@ -1,0 +1,132 @@
+"""E11: a real pretrained model on a reasoning-gym task."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import TUNING_SEED, Record, best_rate, difference, first_seeds, gap_closed, of, run_comparison
+from evidence.words import mean_of, percent, points, surely, table
+from oprd.compare.interval import mean_and_interval
+
+ID = "E11"
+TITLE = "On a real pretrained model, too, matching hidden states beats output-space distillation"
+CLAIM = "What E1 asks, of a pretrained model: OPRD-Vanilla beats output-space OPD on a same-origin pair (paper, R1-Distill-Qwen-1.5B from JustRL-1.5B)."
+SETTING = (
+    "SmolLM2-135M-Instruct from itself after 60 supervised steps on worked chain sums (reasoning-gym: two or three terms of one or two digits), raw "
+    "prompts, 10 steps of 12 rollouts of at most 16 tokens, fp32, three seeds, Avg@2 on 64 held-out problems a seed (T 0.7, top-p 0.95). "
+    "Each objective's rate is the better of 1e-4 and 3e-4 on seed 10's problems."
+)
+ROOT = Path(__file__).parents[2]
+FILE = Path(__file__).parent / "comparison.yaml"
+STUDENT, TEACHER = ROOT / "models" / "SmolLM2-135M-Instruct", ROOT / "models" / "SmolLM2-135M-chain-sum"
+TEACHER_STEPS = 60
+NAMES = {
+    "representation": "representation (OPRD-Vanilla)",
+    "full_reverse_kl": "full reverse KL",
+    "sampled_token": "sampled-token OPD",
+    "top_16": "top-16 OPD, renormalised",
+    "supervised": "supervised, on the teacher's responses",
+}
+RATES = (1.0e-4, 3.0e-4)
+QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1}
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Get the model, build its teacher, tune on one seed, measure on three others."""
+    if not (STUDENT / "config.json").exists():
+        _script("get_smollm2.py", "--output", str(STUDENT))
+    if not (TEACHER / "build.json").exists():
+        _script(
+            "build_reasoning_teacher.py",
+            "--model",
+            str(STUDENT),
+            "--output",
+            str(TEACHER),
+            "--steps",
+            str(TEACHER_STEPS),
+        )
+    names = ("representation", "full_reverse_kl") if work.quick else tuple(NAMES)
+    settings = QUICK if work.quick else None
+    grid = dict.fromkeys(names, RATES[:1] if work.quick else RATES)
+    tuning = run_comparison(FILE, work, folder="smollm2", seeds=[TUNING_SEED], rates=grid, settings=settings)
+    rates = {name: best_rate(tuning, name) for name in names}
+    runs = run_comparison(
+        FILE,
+        work,
+        folder="smollm2",
+        seeds=first_seeds(work, 3),
+        rates={name: [rate] for name, rate in rates.items()},
+        settings=settings,
+    )
+    build = json.loads((TEACHER / "build.json").read_text())
+    return {"tuning": tuning, "rates": rates, "runs": runs, "teacher": build["settings"]}
+
+
+def _script(name: str, *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise RuntimeError(
+            f"scripts/{name} failed: E11 needs SmolLM2-135M (from PyPI) and reasoning-gym (pip install '.[reasoning]')"
+        )
+
+
+def judge(result: Result) -> Finding:
+    """Holds where representation is surely ahead of every output-space loss; partly where ahead in the mean of all of them."""
+    runs, rates = result["runs"], result["rates"]
+    names = [name for name in NAMES if of(runs, name)]
+    gaps = {name: difference(runs, "representation", name) for name in names if name != "representation"}
+    rivals = [gaps[name] for name in ("full_reverse_kl", "sampled_token", "top_16") if name in gaps]
+    signs = [surely(gap[1]) for gap in rivals]
+    verdict = "holds" if min(signs) > 0 else "partly" if min(gap[0] for gap in rivals) > 0 else "not"
+    rows = [
+        [NAMES[name], f"{rates[name]:g}", mean_of([r["final"] for r in of(runs, name)]), percent(gap_closed(of(runs, name))[0], 0),
+         "" if name == "representation" else points(*gaps[name][:2]), _cosine(of(runs, name)),
+         f"{mean_and_interval([r['length'] for r in of(runs, name)])[0]:.1f}",
+         " ".join(percent(r["final"], 0).removesuffix(" %") for r in sorted(of(result["tuning"], name), key=lambda r: r["learning_rate"]))]
+        for name in names
+    ]  # fmt: skip
+    header = ["objective", "rate", "Avg@2", "gap closed", "representation leads by", "cosine", "length", "tuning seed"]
+    ours = of(runs, "representation")
+    before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
+    behind = [NAMES[name] for name, gap in gaps.items() if surely(gap[1]) < 0]
+    ahead = [NAMES[name] for name, gap in gaps.items() if surely(gap[1]) > 0]
+    text = (
+        f"Student before {percent(before)}, teacher {percent(teacher)}.\n\n{table(header, rows)}\n\nSurely ahead of: "
+        f"{', '.join(ahead) or 'none'}; surely behind: {', '.join(behind) or 'none'}; not to be told apart with {len(ours)} seeds: "
+        f"{', '.join(NAMES[n] for n, gap in gaps.items() if not surely(gap[1])) or 'none'}. A few minutes of training on one core a run: this "
+        "is the beginning of a distillation, where an objective that starts faster leads."
+    )
+    measured = ", ".join(
+        f"{NAMES[name].split(' (')[0]} {percent(mean_and_interval([r['final'] for r in of(runs, name)])[0])}"
+        for name in names
+    )
+    return Finding(verdict, f"{measured}; student {percent(before)}, teacher {percent(teacher)}", text)  # type: ignore[arg-type]
+
+
+def _cosine(records: list[Record]) -> str:
+    known = [r["cosine"] for r in records if r["cosine"]]
+    first, last = (mean_and_interval([pair[end] for pair in known])[0] or 0.0 for end in (0, 1))
+    return f"{first:.3f} → {last:.3f}" if known else "–"
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Accuracy of each objective."""
+    axis = figure.subplots()
+    runs = result["runs"]
+    names = [name for name in NAMES if of(runs, name)]
+    for row, name in enumerate(names):
+        values = [r["final"] for r in of(runs, name)]
+        axis.barh(row, mean_and_interval(values)[0], color="#332288" if name == "representation" else "#88CCEE")
+        axis.plot(values, [row] * len(values), ".", color="black")
+    ours = of(runs, "representation")
+    for key, style in (("teacher", "--"), ("before", ":")):
+        axis.axvline(mean_and_interval([r[key] for r in ours])[0], color="black", ls=style, lw=1)
+    axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.02), xlabel="Avg@2 on held-out chain sums (dots: seeds; dashed: teacher; dotted: before)")
+    axis.spines[["top", "right"]].set_visible(False)

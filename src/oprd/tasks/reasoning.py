@@ -1,0 +1,111 @@
+"""Problems of reasoning-gym (https://github.com/open-thought/reasoning-gym): chains of additions and subtractions.
+
+A problem is the package's own question as a raw prompt; it ends in `=`, so that a model which is not tuned for chat goes
+on with the answer too. `worked_solution` carries the chain out term by term, in one line:
+
+    State the final answer to the following arithmetic problem: 57 + 87 - 70 =     <- prompt
+     144 - 70 = 74
+
+The package's own scoring is not used: it reads numbers generously (`01.0` for 1), and other data sets of the package hand
+the response to sympy. A response is text from a model; here it is only searched by a regular expression.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from hashlib import blake2b
+
+from oprd.data import PromptRow
+
+SPLITS = ("train", "test")
+
+CHAIN_SUM = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+"""The chains: two or three terms of one or of two digits, no negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
+
+_WHOLE = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9]+(?:[.,][0-9]+)*")
+_CHAIN = re.compile(r".*: ([0-9]+(?: [+-] [0-9]+)+) =")
+_ONE_IN_TEST = 5
+_DRAWS_A_PROBLEM = 200
+
+
+def problems(n: int, seed: int, split: str) -> list[PromptRow]:
+    """Draw `n` distinct problems of one split, the same ones for the same arguments.
+
+    A problem's split follows from the numbers in it alone, whatever their order and signs, so no seed can make the splits
+    overlap, and `a + b` and `b + a` are in the same one. About one problem in five is a test problem.
+
+    Args:
+        n: how many, at least 1.
+        seed: any integer; other seeds give other draws from the same split.
+        split: "train" or "test".
+
+    Raises:
+        ValueError: `n` is below 1, `split` is not a split, there are not so many problems, or reasoning-gym is not installed.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}: the number of problems must be 1 or more")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: allowed are {', '.join(map(repr, SPLITS))}")
+    try:
+        from reasoning_gym import create_dataset
+    except ImportError as error:
+        raise ValueError("task 'chain_sum' needs reasoning-gym: pip install 'oprd[reasoning]'") from error
+    # Item i of the package's seed s is drawn by Random(s + i): neighbouring seeds would draw nearly the same problems.
+    start = random.Random(f"chain_sum/{split}/{seed}").getrandbits(60)
+    drawn: dict[str, PromptRow] = {}
+    for item in create_dataset("chain_sum", seed=start, size=_DRAWS_A_PROBLEM * n, **CHAIN_SUM):
+        prompt = item["question"]
+        if split_of(prompt) == split and prompt not in drawn:
+            source = f"chain_sum {split} seed {seed}, problem {len(drawn)}"
+            drawn[prompt] = PromptRow(prompt=prompt, answer=item["answer"], source=source)
+            if len(drawn) == n:
+                return list(drawn.values())
+    raise ValueError(f"n is {n}: {_DRAWS_A_PROBLEM * n} draws gave only {len(drawn)} different {split} problems")
+
+
+def split_of(prompt: str) -> str:
+    """The split of a problem: by a hash of its numbers, sorted, without signs."""
+    numbers = ",".join(sorted(re.findall(r"[0-9]+", prompt)))
+    digest = blake2b(numbers.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest, "big") % _ONE_IN_TEST == 0 else "train"
+
+
+def worked_solution(prompt: str) -> str:
+    """Carry a chain out, left to right: what stands after the `=` of the prompt.
+
+    Example:
+        >>> worked_solution("State the final answer to the following arithmetic problem: 57 + 87 - 70 =")
+        ' 144 - 70 = 74'
+
+    Raises:
+        ValueError: `prompt` does not end in a chain of sums and an equals sign.
+    """
+    match = _CHAIN.fullmatch(prompt)
+    if match is None:
+        raise ValueError(f"prompt is {prompt!r}: it must end in a chain such as ': 57 + 87 - 70 ='")
+    total, *rest = match.group(1).split(" ")
+    value, lines = int(total), []
+    while rest:
+        sign, term, *rest = rest
+        value += int(term) if sign == "+" else -int(term)
+        lines.append(" ".join([str(value), *rest]))
+    return " " + " = ".join(lines)
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether the last whole number in the first line of `response` is `answer`, digit for digit.
+
+    Blank lines before it are skipped. The first line, since a model that does not end its turn there goes on with other
+    things. A minus counts right before the digits, unless a digit comes before it: `- 4` and the end of `2-4` are 4. Of `12.5`
+    and `1,234` no part counts.
+
+    Raises:
+        ValueError: `answer` is not a whole number.
+    """
+    if not _WHOLE.fullmatch(answer):
+        raise ValueError(f"answer is {answer!r}: it must be a whole number, such as '-12'")
+    line = response.strip().partition("\n")[0]
+    stated = _NUMBER.findall(line)
+    return bool(stated) and stated[-1] == answer
