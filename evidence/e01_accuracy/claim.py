@@ -116,11 +116,11 @@ def judge(result: Result) -> Finding:
         f"better of the evaluations on the same problems, so optimistic. The lead is seed by seed, ± 95 %.\n\n{table(header, rows)}\n\n"
         f"{_output_space(gaps, beaten)}\n\n{_off_policy(runs, gaps)}\n\n{_robust(tuning)}"
     )
+    finals = {name: percent(mean_and_interval([r["final"] for r in of(runs, name)])[0]) for name in NAMES}
     measured = (
-        f"{percent(mean_and_interval([r['final'] for r in ours])[0])} ({percent(closed, 0)} of the gap); full reverse KL "
-        f"{percent(mean_and_interval([r['final'] for r in of(runs, 'full_reverse_kl')])[0])}, sampled-token "
-        f"{percent(mean_and_interval([r['final'] for r in of(runs, 'sampled_token')])[0])}, supervised on the teacher's responses "
-        f"{percent(mean_and_interval([r['final'] for r in of(runs, 'supervised')])[0])}"
+        f"{finals['representation']} ({percent(closed, 0)} of the gap); full reverse KL {finals['full_reverse_kl']}, sampled-token "
+        f"{finals['sampled_token']}; on the teacher's responses: supervised {finals['supervised']}, matching states "
+        f"{finals['states_off_policy']}"
     )
     return Finding(verdict, measured, text)  # type: ignore[arg-type]
 
@@ -202,7 +202,7 @@ def draw(result: Result, figure: Any) -> None:
             line(value, color="black", ls=style, lw=1)
     left.set_yticks(range(len(names)), [NAMES[name] for name in names], fontsize=8)
     left.invert_yaxis()
-    left.set(xlim=(0, 1.02), xlabel="Avg@2 after the last step (dots: seeds; dashed: teacher; dotted: before)")
+    left.set(xlim=(0, 1.02), xlabel="Avg@2 at the end (dots: seeds; dashed: teacher)")
     right.set(xscale="log", ylim=(-0.02, 1.02), xlabel="learning rate (ring: chosen)", ylabel="Avg@2, tuning seed")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
