@@ -16,10 +16,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-evidence: $(VENV)/.ready-dev
+evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence
 
-evidence-quick: $(VENV)/.ready-dev
+evidence-quick: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence --quick
 
 install: $(VENV)/.ready-dev
@@ -38,6 +38,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.ready-evidence: $(VENV)/.ready-dev
+	$(PIP) -e '.[dev,reasoning]'  # reasoning-gym, and what it brings along, is for E11 alone
 	touch $@
 
 clean:
