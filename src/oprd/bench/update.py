@@ -87,7 +87,7 @@ def run_once(pair: Pair, way: str) -> float:
 
 def time_ways(
     shape: str, size: Size, ways: Sequence[str], rounds: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> dict[str, list[float]]:
     """Seconds of each way in each round, all in this process."""
     pair = build(shape, size)
     run_once(build_small(pair), ways[0])  # what is loaded or compiled at first use
@@ -98,7 +98,7 @@ def time_ways(
             run_once(pair, way)
             seconds[way].append(time.perf_counter() - start)
         say(f"{shape}: round {number + 1} of {rounds}")
-    return [{"name": way, "model": shape, "seconds": own} for way, own in seconds.items()]
+    return seconds
 
 
 def build_small(pair: Pair) -> Pair:
@@ -152,18 +152,36 @@ def bench_update(
     torch.set_num_threads(threads)
     rows = []
     for shape in shapes:
-        timed = {row["name"]: row["seconds"] for row in time_ways(shape, size, ways, rounds, say)}
-        peaks = {way: _in_a_process(shape, size, way, threads) for way in ways}
-        say(f"{shape}: memory measured")
-        rows += [_row(way, shape, timed, peaks) for way in ways]
-    machine = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), "threads": threads,
-               "torch": torch.__version__, "dtype": "float32"}  # fmt: skip
+        timed = time_ways(shape, size, ways, rounds, say)
+        rows += to_rows(shape, timed, measure_peaks(shape, size, ways, threads, say))
     return {
         "rows": rows,
         "size": {**asdict(size), "supervised": size.response // 2},
         "rounds": rounds,
-        "machine": machine,
+        "machine": machine(threads),
     }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), "threads": threads,
+        "torch": torch.__version__, "dtype": "float32",
+    }  # fmt: skip
+
+
+def measure_peaks(
+    shape: str, size: Size, ways: Sequence[str], threads: int, say: Callable[[str], None]
+) -> dict[str, int]:
+    """Way → peak bytes of one update, each in a process of its own."""
+    peaks = {way: _in_a_process(shape, size, way, threads) for way in ways}
+    say(f"{shape}: memory measured")
+    return peaks
+
+
+def to_rows(shape: str, timed: Mapping[str, list[float]], peaks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Times and peaks of a shape as rows, each beside its floor."""
+    return [_row(way, shape, timed, peaks) for way in timed]
 
 
 def _row(way: str, shape: str, timed: Mapping[str, list[float]], peaks: Mapping[str, int]) -> dict[str, Any]:
