@@ -52,7 +52,7 @@ def judge(result: Result) -> Finding:
     ]
     similar = result["layers"]
     text = (
-        f"{table(['layers', 'Avg@2 after 60 steps', 'all four lead by'], rows)}\n\nAt rate {result['rate']:g}. Before training, layer by "
+        f"{table(['layers', 'Avg@2 after 60 steps', 'all four lead by'], rows)}\n\n{_last_layer(runs)} At rate {result['rate']:g}. Before training, layer by "
         f"layer: linear CKA {_list(similar['cka'])}, cosine {_list(similar['cosine'])}; the gate of the field (CKA about 0.98 on the "
         f"diagonal) {'lets' if min(similar['cka']) >= 0.9 else 'would not let'} all layers through "
         f"(`oprd diagnose` measures it for any pair)."
@@ -61,6 +61,16 @@ def judge(result: Result) -> Finding:
         f"{name} {percent(mean_and_interval([r['final'] for r in of(runs, key)])[0])}" for key, name in NAMES.items()
     )
     return Finding(verdict, measured, text)  # type: ignore[arg-type]
+
+
+def _last_layer(runs: list[dict[str, Any]]) -> str:
+    """What the layer that the LM head reads is worth."""
+    means = {name: mean_and_interval([r["final"] for r in of(runs, name)])[0] or 0.0 for name in NAMES}
+    with_it = [means[name] for name in NAMES if name != "odd"]
+    return (
+        f"The sets that hold the last layer, which the LM head reads, end between {percent(min(with_it))} and {percent(max(with_it))}; the odd "
+        f"layers, without it, at {percent(means['odd'])}."
+    )
 
 
 def _list(values: list[float]) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from oprd.cli import bridge, compare, data, demo, evaluation, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, evaluation, report, train
 
 app = typer.Typer(
     name="oprd",
@@ -22,6 +22,8 @@ app.command("train", context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("diagnose")(diagnose.diagnose)
+app.add_typer(bench.app, name="bench")
 app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")
 

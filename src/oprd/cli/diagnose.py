@@ -1,0 +1,100 @@
+"""`oprd diagnose`: how alike two models are, and what to choose, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oprd.cli.bridge import _mapping, _SpecialMap, _TeacherSystem, _TeacherTemplate, _Template
+
+
+def diagnose(
+    student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
+    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to use, one rollout each.")] = 64,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
+    task: Annotated[
+        str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw CKA and the curve over positions here (PNG).")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Write the recipe fragment here (YAML).")] = None,
+    sample: Annotated[int, typer.Option(min=4, help="Positions for the CKA of all pairs of layers.")] = 1024,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
+    max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
+    chat_template_kwargs: _Template = None,
+    teacher_chat_template_kwargs: _TeacherTemplate = None,
+    teacher_system_prompt: _TeacherSystem = None,
+    special_token_map: _SpecialMap = None,
+    teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
+) -> None:
+    """Let the student write and both models read: one origin or not, where they differ, and what to choose. Trains nothing."""
+    from oprd.cli.console import count_completions, quiet_libraries
+
+    quiet_libraries()
+    from oprd.diagnose import diagnose_pair
+    from oprd.recipe import load_rows
+    from oprd.teacher_text import TeacherText
+
+    text = TeacherText(
+        chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
+        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
+        teacher_system_prompt=teacher_system_prompt,
+        special_token_map=_mapping("special_token_map", special_token_map),
+    )
+    for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
+        if file is not None and file.is_dir():
+            raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
+    report = diagnose_pair(
+        student, teacher, load_rows(prompts, split, limit, seed), max_completion_length=max_completion_length, seed=seed,
+        text=text, task=task, max_prompt_length=max_prompt_length, micro_batch_tokens=micro_batch_tokens, sample=sample,
+        teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code, prompts_name=prompts,
+        on_rollouts=count_completions(),
+    )  # fmt: skip
+    _show(report)
+    _write(report, json_file, figure, recipe)
+
+
+def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Path | None) -> None:
+    from oprd.cli.console import say
+    from oprd.diagnose.show import plot_report
+
+    for file in (json_file, figure, recipe):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            say(f"written to {file}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+    if figure is not None:
+        plot_report(report, figure)
+    if recipe is not None:
+        recipe.write_text(report["recipe"])
+
+
+def _show(report: dict) -> None:
+    from rich.console import Console
+
+    from oprd.cli.console import console, say
+    from oprd.diagnose.advice import printable
+    from oprd.diagnose.show import tables
+
+    wide = console if console.is_terminal else Console(width=130)  # a file or a pipe has no width to keep to
+    for title, table in tables(report):
+        say(title)
+        wide.print(table)
+    verdict = report["verdict"]
+    means = "states need a bridge" if verdict["bridge"] else "no bridge is needed"
+    say(
+        f"verdict: {verdict['kind']}, {'even a bridge is unlikely to help' if verdict['kind'] == 'unrelated' else means}"
+    )
+    if report["bridge_command"]:
+        say(f"\n{printable(report['bridge_command'])}")
+    say("\n# add train_dataset, output_dir and the rest (docs/configuration.md)")
+    say(report["recipe"].rstrip())
