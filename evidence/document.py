@@ -14,11 +14,12 @@ _HEAD = """# Evidence
 The paper (arXiv 2606.06021) has one seed, checkpoints chosen on the test sets and no full-vocabulary baseline. Here each of its claims,
 and some of the field's, is measured at a scale that anyone can re-run. Small models: a claim that holds or fails here may do otherwise at 7B.
 
-    make evidence           # everything, about {minutes} minutes on 2 cores; goes on where it was interrupted
+    make evidence           # everything; goes on where it was interrupted
     make evidence-quick     # a tenth of the work in runs/: that it runs, not what is true
     .venv/bin/python -m evidence --only E7
 
-This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
+The results here were made in pieces on 2 cores beside other work; `make evidence` as a whole has not been timed on a quiet machine yet. This
+page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
 (`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
 """
 
@@ -45,12 +46,10 @@ def document(
         picture = "" if figures is None else f"\n![{claim.TITLE}]({figures}/{folder.name}/figure.png)\n"
         sections.append(
             f'<a id="{claim.ID.lower()}"></a>\n\n## {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n{picture}\n'
-            f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`, "
-            f"{_duration(result)}; [script and result](../evidence/{folder.name}/)."
+            f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`; "
+            f"[script and result](../evidence/{folder.name}/)."
         )
-    minutes = round(sum(result.get("took_seconds", 0) for result in results.values()) / 60)
-    head = _HEAD.format(minutes=minutes)
-    return "\n\n".join([head + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
+    return "\n\n".join([_HEAD + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
 
 
 def write_document(
@@ -59,8 +58,3 @@ def write_document(
     """Write the page into `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(document(claims, results, figures))
-
-
-def _duration(result: Mapping[str, Any]) -> str:
-    seconds = result.get("took_seconds", 0)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

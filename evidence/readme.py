@@ -117,8 +117,12 @@ def _smollm2(claims: Claims, results: Results) -> str:
         f'{percent(math["avg_at_k"], 0)}, in form already like its teacher ("Step 1: …"): a model of 135 M parameters and sixteen steps '
         f"show that the method runs and converges on a real model, not that it teaches competition mathematics. On {teacher['problems']} "
         f"held-out problems of its own kind the teacher has Avg@{teacher['k']} {percent(teacher['avg_at_k'], 0)} [{100 * low:.0f}, "
-        f"{100 * high:.0f}], the student it came from {percent(student['avg_at_k'], 0)} (it writes no box). Accuracy on a real model over "
-        "three seeds: [evidence, E11](docs/evidence.md#e11)."
+        f"{100 * high:.0f}], the student it came from {percent(student['avg_at_k'], 0)} (it writes no box)."
+        + (
+            " Accuracy on a real model over three seeds: [evidence, E11](docs/evidence.md#e11)."
+            if "E11" in results
+            else ""
+        )
     )
 
 

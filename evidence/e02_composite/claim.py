@@ -17,9 +17,7 @@ CLAIM = (
     "The composite L_OPD + µ·L_OPRD beats sampled-token OPD and grows with µ (paper: AIME24 42.3, 47.7, 50.2 for µ = 0, 1, 10; OPRD "
     "alone 49.8). The field adds: match states first, then distributions (LastOPD)."
 )
-SETTING = (
-    "as E1 (pair, steps, rollouts), three seeds; each way's rate is the better of 3e-4 and 1e-3 on seed 10, E1's at E1's."
-)
+SETTING = "as E1 (pair, steps, rollouts), three seeds; each way's rate is the better of 3e-4 and 1e-3 on seed 10, E1's at E1's."
 FILE = Path(__file__).parent / "comparison.yaml"
 OWN = ("composite_mu_1", "composite_mu_100", "crossfade", "warm_start")
 SHARED = ("sampled_token", "composite_mu_10", "representation", "full_reverse_kl")
