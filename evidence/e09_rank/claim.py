@@ -21,12 +21,12 @@ SETTING = (
     "used at several ranks; 60 steps of 32 rollouts at 1e-3, two seeds, Avg@2 on 250 problems."
 )
 FILE = Path(__file__).parent.parent / "e10_bridge" / "comparison.yaml"
-RANKS = {4: "rank_4", 8: "rank_8", 16: "rank_16"}
+RANKS = {4: "rank_4", 8: "rank_8", 16: "rank_16", 32: "rank_32", 64: "rank_64"}
 SHOWN = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """The rank curve of one bridge, and training at three of its ranks and at the published setting."""
+    """The rank curve of one bridge, and training at five of its ranks and at the published setting."""
     from oprd.bridge import Bridge
     from oprd.bridge.show import describe_bridge
     from oprd.compare.bridges import bridge_folder

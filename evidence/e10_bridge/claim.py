@@ -18,7 +18,7 @@ CLAIM = (
 )
 SETTING = (
     "embedded student (4 layers, width 128); teachers of 6 layers trained apart: width 160, same tokenizer; width 128, pieces of several "
-    "characters. Bridge fitted on 256 rollouts, rank 16; 60 steps of 32 rollouts, two seeds, Avg@2 on 250 problems. Five seeds of 100 "
+    "characters. Bridge fitted on 256 rollouts, rank 16; 60 steps of 32 rollouts, three seeds, Avg@2 on 250 problems. Five seeds of 100 "
     "steps, and one factor at a time: [bridge](bridge.md)."
 )
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ OTHER = {"rank_16": "bridge", "output_alone": "full reverse KL on shared tokens,
 
 def measure(work: Work) -> dict[str, Any]:
     """Both teachers, with a bridge and without."""
-    seeds = first_seeds(work, 2)
+    seeds = first_seeds(work, 3)
     wider = run_comparison(HERE / "comparison.yaml", work, folder="wider", seeds=seeds, objectives=WIDER)
     other = run_comparison(HERE / "other_tokenizer.yaml", work, folder="other_tokenizer", seeds=seeds, objectives=OTHER)
     return {"wider": wider, "other_tokenizer": other}

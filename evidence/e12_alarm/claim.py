@@ -50,7 +50,7 @@ def measure(work: Work) -> dict[str, Any]:
         *tuning,
         *run_comparison(MAIN, work, folder=SHARED, seeds=first_seeds(work, 5), rates=rates),
     ]
-    names = ["rank_4", "rank_16"] if work.quick else ["rank_4", "rank_8", "rank_16", "paper"]
+    names = ["rank_4", "rank_16"] if work.quick else ["rank_4", "rank_8", "rank_16", "rank_32", "rank_64", "paper"]
     found["wider teacher"] = run_comparison(
         BRIDGES / "comparison.yaml", work, folder="wider", seeds=seeds, objectives=names
     )
