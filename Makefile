@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(BIN)/oprd demo --output-dir runs/demo
 
 test: $(VENV)/.ready-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence

@@ -75,9 +75,9 @@ def test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates(tmp_path, ac
     seen, rollouts, sampled = [], [], []
     next_batch, generate = trainer._next_batch, trainer.engine.generate
 
-    def recorded(prompts):
+    def recorded(prompts, terms):
         seen.extend(prompt.index for prompt in prompts)
-        batch = next_batch(prompts)
+        batch = next_batch(prompts, terms)
         rollouts.append(batch.rollouts)
         return batch
 
