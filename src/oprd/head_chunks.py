@@ -7,7 +7,7 @@ Letters here: n tokens of a chunk, V vocabulary, D width, K values a token (1 un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oprd.head_products import for_parameters, project, to_hidden
+
 # Entries of one chunk's logits (64 MiB of float32 on CPU, 256 MiB on an accelerator); three or four such buffers live at once.
 _CHUNK_ENTRIES = {"cpu": 2**24, "other": 2**26}
-_WEIGHT_ROWS = 8192  # rows of a 16-bit head widened at a time, where the device cannot multiply 16-bit into float32
-_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
 
 # measure(logits [n, V], extras [n, …], upstream [n, K] or None) -> values [n, K], derivative [n, V] or None.
 # The logits are the measure's to overwrite.
@@ -40,6 +40,8 @@ class LMHead:
         ids: `[V]`, the ids that are the events, each once, in the order that the other model's head has them too (of two
             vocabularies, the part they share). Of the stop tokens the first alone may be among them. Tokens are then given as
             places in `ids`, and probabilities are normalised over `ids`. Default: every id, under its own number.
+        in_place: backward adds the gradients of weight and bias to their `.grad` itself, so that no second matrix of the
+            vocabulary's size is made. For parameters whose gradients no wrapper waits for; `torch.autograd.grad` misses them.
     """
 
     weight: Tensor = field(repr=False)
@@ -49,6 +51,7 @@ class LMHead:
     vocab_size: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ids: Int[Tensor, " V"] | None = field(default=None, repr=False)
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
@@ -68,6 +71,11 @@ class LMHead:
                 f"LMHead: ids {sorted(hidden)} are stop tokens other than the first, {self.stop_token_ids[0]}, under which "
                 "all of them are one event"
             )
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        return self.weight, self.bias
 
     @property
     def rows(self) -> int:
@@ -122,7 +130,7 @@ def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.devi
 def logits_of(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
     """Logits of one chunk, a row of the weight each, divided by the temperature; see `event_logits`."""
     with torch.autocast(hidden_nD.device.type, enabled=False):  # else it would multiply in 16 bits
-        logits_nV = _project(hidden_nD, head.weight[: head.rows], accumulate_dtype(head, hidden_nD))
+        logits_nV = project(hidden_nD, head.weight[: head.rows], accumulate_dtype(head, hidden_nD))
     if head.bias is not None:
         logits_nV.add_(head.bias[: head.rows])
     if head.scale != 1.0:
@@ -188,9 +196,9 @@ class _ByChunks(torch.autograd.Function):
         derivative_ND = torch.empty_like(hidden_ND) if at_once else None
         for rows in job.chunks:
             upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
-            values_NK[rows], logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], upstream_nK)
+            values_NK[rows], logits_grad_nV = _chunk(job, rows, hidden_ND, extras, upstream_nK)
             if derivative_ND is not None and logits_grad_nV is not None:
-                derivative_ND[rows] = _to_hidden(logits_grad_nV, job.head.weight[: job.head.rows])
+                derivative_ND[rows] = to_hidden(logits_grad_nV, job.head.weight[: job.head.rows])
             del logits_grad_nV  # before the next chunk's logits exist
         if derivative_ND is not None:
             ctx.save_for_backward(derivative_ND)
@@ -215,31 +223,41 @@ class _ByChunks(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if for_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=dtype) if for_bias else None
         for rows in job.chunks:
-            _, logits_grad_nV = _chunk(job, hidden_ND[rows], [e[rows] for e in extras], grad_NK[rows])
+            _, logits_grad_nV = _chunk(job, rows, hidden_ND, extras, grad_NK[rows])
             assert logits_grad_nV is not None, "a measure gave no derivative"
             if grad_ND is not None:
-                grad_ND[rows] = _to_hidden(logits_grad_nV, weight_VD[:rows_used])
+                grad_ND[rows] = to_hidden(logits_grad_nV, weight_VD[:rows_used])
             if grad_VD is not None:
                 grad_VD[:rows_used].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
             if grad_V is not None:
                 grad_V[:rows_used].add_(logits_grad_nV.sum(0))
             del logits_grad_nV
-        grad_VD = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
-        return grad_ND, grad_VD, None if grad_V is None else grad_V.to(bias_V.dtype), *none
+        return grad_ND, *for_parameters(job.head.parameters, (grad_VD, grad_V), job.head.in_place), *none
 
 
 def _chunk(
-    job: _Job, hidden_nD: Tensor, extras: list[Tensor], upstream_nK: Tensor | None
+    job: _Job, rows: slice, hidden_ND: Tensor, extras: Sequence[Tensor], upstream_nK: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    chosen = [extra[rows] for extra in extras]
+    return chunk_with_gradient(job.head, job.measure, job.temperature, hidden_ND[rows], chosen, upstream_nK)
+
+
+def chunk_with_gradient(
+    head: LMHead,
+    measure: Measure,
+    temperature: float,
+    hidden_nD: Tensor,
+    extras: list[Tensor],
+    upstream_nK: Tensor | None,
 ) -> tuple[Float[Tensor, "n K"], Float[Tensor, "n V"] | None]:
     """Values of one chunk and, given what comes from upstream, the gradient of W h (before bias, scale and soft-cap)."""
-    head = job.head
-    logits_nV = logits_of(head, hidden_nD, job.temperature)
+    logits_nV = logits_of(head, hidden_nD, temperature)
     slope_nV = None
     if head.softcap is not None and upstream_nK is not None:
-        slope_nV = logits_nV.mul(job.temperature / head.softcap).square_().neg_().add_(1)  # of tanh
+        slope_nV = logits_nV.mul(temperature / head.softcap).square_().neg_().add_(1)  # of tanh
     own_nm = merge_stops(head, logits_nV)
     chosen_nV = logits_nV if head.ids is None else logits_nV.index_select(1, head.ids)
-    values_nK, grad_nV = job.measure(chosen_nV, tuple(extras), upstream_nK)
+    values_nK, grad_nV = measure(chosen_nV, tuple(extras), upstream_nK)
     if grad_nV is None:
         return values_nK, None
     if head.ids is not None:  # the other rows of the weight took no part
@@ -250,30 +268,5 @@ def _chunk(
         grad_nV[:, ids] = grad_nV[:, ids[0], None] * share_nm
     if slope_nV is not None:
         grad_nV.mul_(slope_nV)
-    factor = head.scale / job.temperature
+    factor = head.scale / temperature
     return values_nK, grad_nV.mul_(factor) if factor != 1.0 else grad_nV
-
-
-def _project(hidden_nD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Float[Tensor, "n V"]:
-    """W h in `dtype`, without a copy of the whole weight in it."""
-    if hidden_nD.dtype == weight_VD.dtype == dtype:
-        return hidden_nD @ weight_VD.T
-    if _MM_OUT_DTYPE and hidden_nD.is_cuda and hidden_nD.dtype == weight_VD.dtype:
-        return torch.mm(hidden_nD, weight_VD.T, out_dtype=dtype)
-    logits_nV = hidden_nD.new_empty(len(hidden_nD), len(weight_VD), dtype=dtype)
-    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
-        part = slice(start, start + _WEIGHT_ROWS)
-        logits_nV[:, part] = hidden_nD.to(dtype) @ weight_VD[part].to(dtype).T
-    return logits_nV
-
-
-def _to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor, "n D"]:
-    """Wᵀ times the gradient of W h, likewise."""
-    if weight_VD.dtype == grad_nV.dtype:
-        with torch.autocast(grad_nV.device.type, enabled=False):
-            return grad_nV @ weight_VD
-    grad_nD = grad_nV.new_zeros(len(grad_nV), weight_VD.shape[1])
-    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
-        part = slice(start, start + _WEIGHT_ROWS)
-        grad_nD.addmm_(grad_nV[:, part], weight_VD[part].to(grad_nV.dtype))
-    return grad_nD

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from oprd.head_chunks import LMHead, accumulate_dtype, by_chunks, chunks, event_logits, logits_of
+from oprd.head_chunks import LMHead, Measure, accumulate_dtype, by_chunks, chunks, event_logits, logits_of
 from oprd.head_measures import (
     DIVERGENCES,
     entropy_measure,
@@ -27,6 +27,7 @@ from oprd.head_measures import (
     log_normalizer_measure,
     token_log_probs_measure,
 )
+from oprd.head_total import total_by_chunks
 from oprd.models import causal_lm
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -249,6 +250,42 @@ def divergence(
     Raises:
         ValueError: unknown kind, bad beta, heads over different events, different numbers of positions.
     """
+    measure = _divergence_measure(kind, beta, temperature, student_head, student_ND, teacher_head, teacher_NE)
+    return by_chunks(student_head, student_ND, measure, (teacher_NE.detach(),), temperature, chunk_size)[:, 0]
+
+
+def total_divergence(
+    student_head: LMHead,
+    student_ND: Float[Tensor, "N D"],
+    teacher_head: LMHead,
+    teacher_NE: Float[Tensor, "N E"],
+    weights_N: Float[Tensor, " N"],
+    kind: Divergence = "reverse_kl",
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, ""]:
+    """Σ_n weights_n · divergence_n: `divergence`, weighted and summed, in one pass over the vocabulary where the head is trained.
+
+    The gradients are taken along with the value (see `head_total`), so backward may run once. Other arguments as of `divergence`.
+
+    Args:
+        weights_N: weight of each position; no gradient flows into them.
+
+    Raises:
+        ValueError: as of `divergence`, and another number of weights than of positions.
+    """
+    measure = _divergence_measure(kind, beta, temperature, student_head, student_ND, teacher_head, teacher_NE)
+    return total_by_chunks(
+        student_head, student_ND, measure, (teacher_NE.detach(),), weights_N, temperature, chunk_size
+    )
+
+
+def _divergence_measure(
+    kind: str, beta: float, temperature: float, student_head: LMHead, student_ND: Tensor, teacher_head: LMHead,
+    teacher_NE: Tensor,
+) -> Measure:  # fmt: skip
     if kind not in get_args(Divergence):
         raise ValueError(f"divergence: {kind!r} is not one of {', '.join(get_args(Divergence))}")
     if not 0 < beta < 1:
@@ -256,5 +293,4 @@ def divergence(
     check_same_events(student_head, teacher_head)
     if len(student_ND) != len(teacher_NE):
         raise ValueError(f"divergence: {len(student_ND)} student positions against {len(teacher_NE)} teacher positions")
-    measure = partial(DIVERGENCES[kind], teacher_head=teacher_head, temperature=temperature, beta=beta)
-    return by_chunks(student_head, student_ND, measure, (teacher_NE.detach(),), temperature, chunk_size)[:, 0]
+    return partial(DIVERGENCES[kind], teacher_head=teacher_head, temperature=temperature, beta=beta)

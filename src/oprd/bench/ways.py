@@ -6,7 +6,7 @@ All ways supervise the same positions, the second half of each response, and com
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div
 
 from oprd.batching import StateRequest, request_states
 from oprd.capture import gather_states
+from oprd.embedding_gradient import spare_embedding_gradient
 from oprd.lm_head import lm_head_of, match_heads
 from oprd.models import num_layers
 from oprd.objectives.output_term import OutputTerm
@@ -76,6 +77,7 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
     """
 
     def way(pair: Pair) -> Tensor:
+        spare_embedding_gradient(pair.student)
         last = num_layers(pair.student)
         request = pair.request(tuple(range(1, last + 1)) if layers == "all" else (last,))
         with torch.no_grad():
@@ -83,10 +85,11 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
         student = gather_states(pair.student, request)
         loss = torch.zeros(())
         if output_space is not None:
-            heads = match_heads(lm_head_of(pair.student), lm_head_of(pair.teacher))
+            own = replace(lm_head_of(pair.student), in_place=True)  # as the trainer does in one process
+            heads = match_heads(own, lm_head_of(pair.teacher))
             term = OutputTerm(output_space, top_k=TOP_K)
-            error_N = term(heads[0], student.values[-1], heads[1], teacher.values[-1], pair.tokens)
-            loss = loss + (error_N * position_weights(student.rollout_index, len(pair.rollouts), "token")).sum()
+            weights_N = position_weights(student.rollout_index, len(pair.rollouts), "token")
+            loss = loss + term.total(heads[0], student.values[-1], heads[1], teacher.values[-1], pair.tokens, weights_N)
         if layers is not None:
             loss = loss + representation_loss(student.values, teacher.values, student.rollout_index, reduction="token")
         return loss

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oprd.head_chunks import LMHead
+from oprd.lm_head import total_divergence
 from oprd.objectives.output_space import (
     Support,
     cross_entropy_loss,
@@ -92,3 +93,19 @@ class OutputTerm:
         loss, settings = OUTPUT_SPACE[self.kind]
         sides = (student_head, student_MD, teacher_head, teacher_ME)
         return loss(*sides, **settings(self, tokens_M), temperature=self.temperature)
+
+    def total(
+        self,
+        student_head: LMHead,
+        student_MD: Float[Tensor, "M D"],
+        teacher_head: LMHead,
+        teacher_ME: Float[Tensor, "M E"],
+        tokens_M: Int[Tensor, " M"],
+        weights_M: Float[Tensor, " M"],
+    ) -> Float[Tensor, ""]:
+        """Σ_m weights_m · loss_m, a scalar; a third less work with the head than the losses one by one, for the divergences."""
+        sides = (student_head, student_MD, teacher_head, teacher_ME)
+        loss, settings = OUTPUT_SPACE[self.kind]
+        if loss is full_vocabulary_loss:
+            return total_divergence(*sides, weights_M, **settings(self, tokens_M), temperature=self.temperature)
+        return (self(*sides, tokens_M) * weights_M).sum()

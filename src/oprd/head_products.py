@@ -1,0 +1,60 @@
+"""Products with an LM head's weight that make no wide copy of it, and where the gradients of its parameters go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_WEIGHT_ROWS = 8192  # rows of a 16-bit head widened at a time, where the device cannot multiply 16-bit into float32
+_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def project(hidden_nD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Float[Tensor, "n V"]:
+    """W h in `dtype`, without a copy of the whole weight in it."""
+    if hidden_nD.dtype == weight_VD.dtype == dtype:
+        return hidden_nD @ weight_VD.T
+    if _MM_OUT_DTYPE and hidden_nD.is_cuda and hidden_nD.dtype == weight_VD.dtype:
+        return torch.mm(hidden_nD, weight_VD.T, out_dtype=dtype)
+    logits_nV = hidden_nD.new_empty(len(hidden_nD), len(weight_VD), dtype=dtype)
+    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
+        part = slice(start, start + _WEIGHT_ROWS)
+        logits_nV[:, part] = hidden_nD.to(dtype) @ weight_VD[part].to(dtype).T
+    return logits_nV
+
+
+def to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor, "n D"]:
+    """Wᵀ times the gradient of W h, likewise."""
+    if weight_VD.dtype == grad_nV.dtype:
+        with torch.autocast(grad_nV.device.type, enabled=False):
+            return grad_nV @ weight_VD
+    grad_nD = grad_nV.new_zeros(len(grad_nV), weight_VD.shape[1])
+    for start in range(0, len(weight_VD), _WEIGHT_ROWS):
+        part = slice(start, start + _WEIGHT_ROWS)
+        grad_nD.addmm_(grad_nV[:, part], weight_VD[part].to(grad_nV.dtype))
+    return grad_nD
+
+
+def for_parameters(
+    parameters: Sequence[Tensor | None], gradients: Sequence[Tensor | None], in_place: bool
+) -> list[Tensor | None]:
+    """What a backward returns for parameters: their gradients in their dtype, or nothing where it adds them to `.grad` itself.
+
+    Raises:
+        RuntimeError: in place, and a parameter is no leaf.
+    """
+    pairs = list(zip(parameters, gradients, strict=True))
+    if not in_place:
+        return [None if p is None or g is None else g.to(p.dtype) for p, g in pairs]
+    for parameter, gradient in pairs:
+        if parameter is None or gradient is None:
+            continue
+        if not parameter.is_leaf:
+            raise RuntimeError("LMHead: in_place is for parameters; this weight is computed from others")
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter.dtype)
+        else:
+            parameter.grad.add_(gradient)
+    return [None] * len(pairs)
