@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from oprd.embedding_gradient import spare_embedding_gradient
+from oprd.embedding_gradient import embedding_gradient_by_rows
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.tensor([[5, 3, 5, 1], [0, 5, 2, 2]])
@@ -29,11 +30,10 @@ def test_gradients_are_the_same(family, tied, updates):
     """With and without the head's gradient, alone and added to that of earlier micro-batches."""
     plain = tiny_model(family, tie_word_embeddings=tied)
     spared = copy.deepcopy(plain)
-    assert spare_embedding_gradient(spared)
-    assert spare_embedding_gradient(spared)
     for head in updates:
         backward(plain, head=head)
-        backward(spared, head=head)
+        with embedding_gradient_by_rows(spared):
+            backward(spared, head=head)
         for (name, one), other in zip(plain.named_parameters(), spared.parameters(), strict=True):
             if one.grad is None:
                 assert other.grad is None, name
@@ -45,27 +45,32 @@ def test_gradients_are_the_same(family, tied, updates):
 def test_the_embedding_passes_rows_back():
     """So that the matrix is not made: what arrives at the weight holds as many rows as the batch has tokens."""
     model = tiny_model(tie_word_embeddings=False)
-    spare_embedding_gradient(model)
     weight, arrived = model.get_input_embeddings().weight, []
     weight.register_hook(lambda gradient: arrived.append(gradient))
-    backward(model, head=True)
+    with embedding_gradient_by_rows(model):
+        backward(model, head=True)
     assert arrived[0].is_sparse
-    assert arrived[0]._nnz() == (IDS != model.config.pad_token_id).sum()  # padding has no gradient
+    assert arrived[0]._nnz() == (model.config.pad_token_id != IDS).sum()  # padding has no gradient
     assert not weight.grad.is_sparse
 
 
-def test_it_can_be_turned_off():
+def test_outside_and_in_copies_it_is_off():
     model = tiny_model(tie_word_embeddings=False)
     weight, arrived = model.get_input_embeddings().weight, []
     weight.register_hook(lambda gradient: arrived.append(gradient.is_sparse))
     for on in (True, False, True):
-        spare_embedding_gradient(model, on=on)
-        backward(model, head=True)
+        with embedding_gradient_by_rows(model) if on else nullcontext():
+            backward(model, head=True)
     assert arrived == [True, False, True]
     assert len(weight._post_accumulate_grad_hooks) == 1
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    with embedding_gradient_by_rows(twin):
+        backward(twin, head=True)
+    assert not twin.get_input_embeddings().weight.grad.is_sparse
 
 
 def test_a_frozen_embedding_is_left_alone():
     model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
-    assert not spare_embedding_gradient(model)
-    assert not model.get_input_embeddings().sparse
+    with embedding_gradient_by_rows(model):
+        assert not model.get_input_embeddings().sparse

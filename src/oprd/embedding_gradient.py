@@ -7,31 +7,35 @@ there: the LM head's, where head and embedding are one weight, or that of the mi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from oprd.models import causal_lm
 
 
-def spare_embedding_gradient(model: nn.Module, *, on: bool = True) -> bool:
-    """Let the input embedding of a causal LM pass back rows; what ends up in `weight.grad` is dense as ever.
+@contextmanager
+def embedding_gradient_by_rows(model: nn.Module) -> Iterator[None]:
+    """Forward passes in here let the input embedding pass rows back; what ends up in `weight.grad` is dense as ever.
 
-    For a model that no wrapper reduces gradients of: DDP and FSDP want them dense as they arrive.
+    For a model that no wrapper reduces gradients of: DDP and FSDP want them dense as they arrive. Embeddings that are not trained,
+    and those of another class than torch's, are left as they are.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
-        on: False: back to PyTorch's own way.
-
-    Returns:
-        Whether it is on: not for embeddings that are not trained, nor for those of another class than torch's.
     """
     embedding = causal_lm(model).get_input_embeddings()
     if not isinstance(embedding, nn.Embedding) or not embedding.weight.requires_grad:
-        return False
-    embedding.sparse = on
-    if on and not getattr(embedding, "_densified", False):
-        embedding._densified = True  # type: ignore[assignment]
-        embedding.weight.register_post_accumulate_grad_hook(_densify)
-    return on
+        yield
+        return
+    if not hasattr(embedding.weight, "_oprd_densified"):
+        embedding.weight._oprd_densified = embedding.weight.register_post_accumulate_grad_hook(_densify)  # type: ignore
+    before, embedding.sparse = embedding.sparse, True
+    try:
+        yield
+    finally:
+        embedding.sparse = before
 
 
 def _densify(weight: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class PairReader:
     ) -> None:
         self.student, self.teacher, self.aligner, self.engine = student, teacher, aligner, engine
         self.layers, self.args = tuple(layers), args
+        self.head_in_place = False  # see `LMHead.in_place`; the trainer knows whether a wrapper waits for the gradient
         self._vocab_size = vocabulary_size(tokenizer)
         self._shared: tuple[list[int], list[int]] = ([], [])
         self._event_of: dict[int, int] = {}
@@ -154,7 +156,7 @@ class PairReader:
 
     def heads(self) -> Heads:
         """LM heads over the same events: padding rows cut off, every end of text one event, of two vocabularies what they share."""
-        student, teacher = lm_head_of(self.student), self.teacher.head()
+        student, teacher = replace(lm_head_of(self.student), in_place=self.head_in_place), self.teacher.head()
         stops = tuple(self.engine.stop_token_ids)
         if self.aligner is None:
             size = min(self._vocab_size, student.size, teacher.size)

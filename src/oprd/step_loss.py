@@ -191,8 +191,11 @@ class MicroBatchLoss:
             compared_PD, events_P = student_MD.index_select(0, asked.compared), asked.events
         loss = student_MD.new_zeros((), dtype=torch.float32)
         if (term := self.config.output_term) is not None:
-            error_P = term(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
-            loss = loss + self._weighted("output_space", (error_P * self._sum_weight()).sum())
+            weights_P = torch.full(events_P.shape, self._sum_weight(), device=events_P.device)
+            error = term.total(
+                heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P, weights_P
+            )
+            loss = loss + self._weighted("output_space", error)
         if "policy_gradient" in self.terms.weights:
             loss = loss + self._policy_gradient(heads.policy, student_MD, asked.tokens, asked.rollout_index)
         if self.terms.measuring:

@@ -20,6 +20,7 @@ from oprd.batching import padding_share, plan_micro_batches
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import read_through_forward
 from oprd.config import OPRDConfig, needs_head
+from oprd.embedding_gradient import embedding_gradient_by_rows
 from oprd.evaluate import Evaluation, grade_rollouts
 from oprd.metrics import rollout_metrics
 from oprd.models import context_length, stop_token_ids
@@ -117,6 +118,7 @@ class OPRDTrainer(RecordingTrainer):
         )
         if hasattr(self.teacher, "model") and self.place_model_on_device:
             self.teacher.model.to(self.accelerator.device)
+        self.reader.head_in_place = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._project = None
         if isinstance(self.teacher, BridgedTeacher):
             self.teacher.to(self.accelerator.device)
@@ -155,7 +157,8 @@ class OPRDTrainer(RecordingTrainer):
             with self._window.timer("teacher"):
                 teacher = self.teacher.states(teacher_request) if terms.needs_teacher else None
             exchange = self._local_gradients(model, last=group is groups[-1])
-            with self._window.timer("update"), exchange, self._own_randomness(number):
+            rows = embedding_gradient_by_rows(self.reader.student) if self.reader.head_in_place else nullcontext()
+            with self._window.timer("update"), exchange, rows, self._own_randomness(number):
                 losses = MicroBatchLoss(
                     self.args, terms, request, part, teacher, self.reader.heads, whole_step, self._window.add,
                     self._project,

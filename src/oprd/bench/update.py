@@ -23,7 +23,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oprd.bench.ways import TITLES, WAYS, Pair
-from oprd.embedding_gradient import spare_embedding_gradient
 from oprd.types import Rollouts
 
 _QWEN = {
@@ -81,7 +80,6 @@ def build(shape: str, size: Size, seed: int = 0) -> Pair:
 def run_once(pair: Pair, way: str) -> float:
     """One update; returns its loss and leaves gradients behind."""
     pair.student.zero_grad(set_to_none=True)
-    spare_embedding_gradient(pair.student, on=False)  # ours alone turn it on
     loss = WAYS[way](pair)
     loss.backward()
     return float(loss.detach())

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div
 
 from oprd.batching import StateRequest, request_states
 from oprd.capture import gather_states
-from oprd.embedding_gradient import spare_embedding_gradient
+from oprd.embedding_gradient import embedding_gradient_by_rows
 from oprd.lm_head import lm_head_of, match_heads
 from oprd.models import num_layers
 from oprd.objectives.output_term import OutputTerm
@@ -77,15 +77,15 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
     """
 
     def way(pair: Pair) -> Tensor:
-        spare_embedding_gradient(pair.student)
         last = num_layers(pair.student)
         request = pair.request(tuple(range(1, last + 1)) if layers == "all" else (last,))
         with torch.no_grad():
             teacher = gather_states(pair.teacher, request)
-        student = gather_states(pair.student, request)
+        with embedding_gradient_by_rows(pair.student):  # as the trainer does in one process
+            student = gather_states(pair.student, request)
         loss = torch.zeros(())
         if output_space is not None:
-            own = replace(lm_head_of(pair.student), in_place=True)  # as the trainer does in one process
+            own = replace(lm_head_of(pair.student), in_place=True)  # likewise
             heads = match_heads(own, lm_head_of(pair.teacher))
             term = OutputTerm(output_space, top_k=TOP_K)
             weights_N = position_weights(student.rollout_index, len(pair.rollouts), "token")

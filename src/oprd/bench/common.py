@@ -1,0 +1,102 @@
+"""What the benchmarks share: spreads, memory of a process, what was measured on, and models made in code."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from oprd.bench.update import machine
+
+# Large blocks go back to the system when freed, so that resident memory follows what is alive. Slows a process down: no timing.
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+
+def describe_machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on: machine, processor, threads, versions."""
+    versions = {name: _version(name) for name in ("transformers", "trl", "vllm")}
+    return {**machine(threads), "cpu": _processor(), **{k: v for k, v in versions.items() if v is not None}}
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    """One sentence about the machine, for a table's head."""
+    names = [f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "vllm") if name in found]
+    return f"{found['threads']} thread(s) of {found['cpus']} CPUs ({found['cpu']}), fp32, {', '.join(names)}."
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """Median and range of repetitions: `median`, `range`."""
+    return {
+        "median": round(statistics.median(values), digits),
+        "range": [round(min(values), digits), round(max(values), digits)],
+    }
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process now (`VmRSS`) or at its highest (`VmHWM`). Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def settle_memory() -> int:
+    """Give freed memory back, start a new high-water mark at what is left, and return that in bytes. Linux only."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    return resident_bytes()
+
+
+def quiet_environment(threads: int) -> dict[str, str]:
+    """Environment of a measuring process: its threads, no hub, no telemetry."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` ids: padding, start, end, the 256 bytes, and tokens that no text has, up to the size.
+
+    So that every row of a head means a token, as in a real model.
+
+    Raises:
+        ValueError: `size` < 259.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<bos>", "<eos>", *alphabet]
+    if size < len(names):
+        raise ValueError(f"vocabulary: {size} is not enough for a tokenizer of bytes; at least {len(names)}")
+    names += [f"<unused {i}>" for i in range(size - len(names))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=4096
+    )
