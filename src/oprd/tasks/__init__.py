@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from oprd.data import PromptRow
@@ -89,6 +90,12 @@ TASKS: dict[str, Task] = {
         "two or three numbers added and subtracted (reasoning-gym)",
         lambda: FunctionGrader(reasoning.is_correct),
         reasoning.problems,
+    ),
+    "sum_of_two": Task(
+        "sum_of_two",
+        "the same, two numbers only",
+        lambda: FunctionGrader(reasoning.is_correct),
+        partial(reasoning.problems, max_terms=2),
     ),
 }
 

@@ -20,8 +20,8 @@ from oprd.data import PromptRow
 
 SPLITS = ("train", "test")
 
-CHAIN_SUM = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
-"""The chains: two or three terms of one or of two digits, no negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
+CHAIN_SUM = {"min_terms": 2, "min_digits": 1, "max_digits": 2}
+"""The chains: two terms or more of one or of two digits, no negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
 
 _WHOLE = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9]+(?:[.,][0-9]+)*")
@@ -30,7 +30,7 @@ _ONE_IN_TEST = 5
 _DRAWS_A_PROBLEM = 200
 
 
-def problems(n: int, seed: int, split: str) -> list[PromptRow]:
+def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRow]:
     """Draw `n` distinct problems of one split, the same ones for the same arguments.
 
     A problem's split follows from the numbers in it alone, whatever their order and signs, so no seed can make the splits
@@ -40,6 +40,7 @@ def problems(n: int, seed: int, split: str) -> list[PromptRow]:
         n: how many, at least 1.
         seed: any integer; other seeds give other draws from the same split.
         split: "train" or "test".
+        max_terms: the most terms of a chain.
 
     Raises:
         ValueError: `n` is below 1, `split` is not a split, there are not so many problems, or reasoning-gym is not installed.
@@ -55,7 +56,8 @@ def problems(n: int, seed: int, split: str) -> list[PromptRow]:
     # Item i of the package's seed s is drawn by Random(s + i): neighbouring seeds would draw nearly the same problems.
     start = random.Random(f"chain_sum/{split}/{seed}").getrandbits(60)
     drawn: dict[str, PromptRow] = {}
-    for item in create_dataset("chain_sum", seed=start, size=_DRAWS_A_PROBLEM * n, **CHAIN_SUM):
+    chains = {**CHAIN_SUM, "max_terms": max_terms}
+    for item in create_dataset("chain_sum", seed=start, size=_DRAWS_A_PROBLEM * n, **chains):
         prompt = item["question"]
         if split_of(prompt) == split and prompt not in drawn:
             source = f"chain_sum {split} seed {seed}, problem {len(drawn)}"
