@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,17 @@ def test_splits_are_apart_whatever_the_seed_and_the_order(problems):
     train, test = ({row.prompt for row in problems(300, seed, split)} for seed, split in ((3, "train"), (4, "test")))
     assert not train & test
     assert split_of(QUESTION.format("12 + 7 - 35")) == split_of(QUESTION.format("35 - 12 + 7"))
+
+
+def test_sums_of_two_have_two_numbers_and_the_same_splits(problems):
+    """So that a teacher built on the chains' training problems has not seen a test sum."""
+    rows = get_task("sum_of_two").problems(150, 1, "test")
+    assert len({row.prompt for row in rows}) == 150
+    for row in rows:
+        assert len(re.findall("[0-9]+", row.prompt)) == 2
+        assert split_of(row.prompt) == "test"
+        assert is_correct(worked_solution(row.prompt), row.answer)
+    assert any(len(re.findall("[0-9]+", row.prompt)) == 3 for row in problems(150, 1, "test"))
 
 
 def test_every_solution_ends_in_the_packages_answer(problems):

@@ -18,7 +18,7 @@ TITLE = "On a real pretrained model, too, matching hidden states beats output-sp
 CLAIM = "What E1 asks, of a pretrained model: OPRD-Vanilla beats output-space OPD on a same-origin pair (paper, R1-Distill-Qwen-1.5B from JustRL-1.5B)."
 SETTING = (
     "SmolLM2-135M-Instruct from itself after 60 supervised steps on worked chain sums (reasoning-gym: two or three terms of one or two digits). "
-    "Sums and differences of two numbers, raw prompts, 16 steps of 24 rollouts of at most 8 tokens, fp32, three seeds, Avg@2 on 100 held-out "
+    "Sums and differences of two numbers, raw prompts, 16 steps of 16 rollouts of at most 8 tokens, fp32, three seeds, Avg@2 on 100 held-out "
     "problems a seed (T 0.7, top-p 0.95). Each objective's rate is the better of 5e-5 and 1.5e-4 on seed 10's problems."
 )
 ROOT = Path(__file__).parents[2]
@@ -128,5 +128,5 @@ def draw(result: Result, figure: Any) -> None:
         axis.axvline(mean_and_interval([r[key] for r in ours])[0], color="black", ls=style, lw=1)
     axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1.02), xlabel="Avg@2 on held-out chain sums (dots: seeds; dashed: teacher; dotted: before)")
+    axis.set(xlim=(0, 1.02), xlabel="Avg@2 on held-out sums (dots: seeds; dashed: teacher; dotted: before)")
     axis.spines[["top", "right"]].set_visible(False)
