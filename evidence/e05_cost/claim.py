@@ -23,7 +23,7 @@ CLAIM = (
 SETTING = (
     "`oprd bench update`: random models of the shapes of Qwen2.5-0.5B cut to 4 layers (vocabulary 151,936: the head is most of the work) and of "
     "SmolLM2-135M (30 layers, vocabulary 49,152), fp32, one thread, 2 × 256 response tokens of which the last 128 are supervised, everything "
-    "trained. The floor is both backbones and a trivial loss. Update only: rollouts cost all objectives the same. Two rounds, in opposite order."
+    "trained, CPU seconds. The floor is both backbones and a trivial loss. Update only: rollouts cost all objectives the same. Two rounds, in opposite order."
 )
 SHAPES = ("qwen2-4-layers", "smollm2-135m")
 GROUPS = {

@@ -1,8 +1,9 @@
 """Time and memory of one update by every way, beside the floor.
 
 Time: all ways in one process, one after the other, round after round; the median over rounds, and of each round's ratio to its own
-floor. Memory: each way in a process of its own, the peak of resident memory during the update (Linux `VmHWM`, reset just before)
-minus the resident memory before it, gradients of the parameters included. One thread unless said otherwise.
+floor. With one thread it is CPU time, which other processes disturb less; with more, time on the clock. Memory: each way in a
+process of its own, the peak of resident memory during the update (Linux `VmHWM`, reset just before) minus the resident memory
+before it, gradients of the parameters included. One thread unless said otherwise.
 """
 
 from __future__ import annotations
@@ -89,14 +90,15 @@ def time_ways(
     shape: str, size: Size, ways: Sequence[str], rounds: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round, all in this process."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pair = build(shape, size)
     run_once(build_small(pair), ways[0])  # what is loaded or compiled at first use
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways if number % 2 == 0 else list(reversed(ways)):
-            start = time.perf_counter()
+            start = clock()
             run_once(pair, way)
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(clock() - start)
         say(f"{shape}: round {number + 1} of {rounds}")
     return seconds
 
@@ -214,9 +216,10 @@ def _in_a_process(shape: str, size: Size, way: str, threads: int) -> int:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table a model."""
-    size = report["size"]
+    size, threads = report["size"], report["machine"]["threads"]
+    clock = "CPU seconds" if threads == 1 else "seconds on the clock"
     parts = [
-        f"{report['machine']['threads']} thread(s), fp32, {size['rollouts']} × {size['response']} response tokens, the last "
+        f"{threads} thread(s), {clock}, fp32, {size['rollouts']} × {size['response']} response tokens, the last "
         f"{size['supervised']} supervised; {report['rounds']} rounds; ratios to the floor, in brackets their range over rounds."
     ]
     for shape in dict.fromkeys(row["model"] for row in report["rows"]):
