@@ -39,11 +39,12 @@ ROWS = [
         "bridge.statistics",
         "similarity",
         "bench",
+        "doctor",
         "report",
         "report.rollouts",
         "report.text",
     },
-    {"head_chunks"},
+    {"head_chunks", "rollout.vllm_http", "sharding", "doctor.shape"},
     {
         "grading",
         "runlog",
@@ -78,6 +79,7 @@ ROWS = [
         "objectives",
         "objectives.output_space",
     },
+    {"rollout.vllm_server"},
     {
         "bridge",
         "bridge.teacher",
@@ -92,9 +94,15 @@ ROWS = [
     {"config", "evaluate", "bridge.gather", "report.distances", "report.page", "diagnose.pair", "diagnose.verdict"}
     | {"bench.ways"},
     {"pair", "checkpoint", "recipe", "step_loss", "diagnose.read", "diagnose.advice"} | {"bench.update"},
-    {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"},
-    {"trainer", "compare.plan", "compare.runner", "diagnose.measure"},
-    {"run", "compare.report", "diagnose"},
+    {"bench.common"},
+    {"bench.points", "bench.rollout"},
+    {"bench.growth"},
+    {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
+    | {"doctor.workload"},
+    {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
+    {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},
+    {"doctor.show", "bench.step"},
+    {"doctor.document"},
     {"cli"},
 ]
 
@@ -183,6 +191,7 @@ def test_the_settings():
         "end_of_turn",
         "epsilon", "epsilon_high",
         "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
+        "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",
         "num_iterations", "output_baseline", "output_beta",

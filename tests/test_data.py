@@ -203,7 +203,10 @@ def test_shared_files_load_whole(name, rows):
 def test_tasks_by_name():
     assert set(TASKS) == {"math", "addition", "chain_sum", "sum_of_two"}
     assert all(task.name == name and task.description for name, task in TASKS.items())
-    with pytest.raises(ValueError, match=r"no task 'maths': allowed are 'math', 'addition', 'chain_sum', 'sum_of_two'.*Did you mean 'math'"):
+    with pytest.raises(
+        ValueError,
+        match=r"no task 'maths': allowed are 'math', 'addition', 'chain_sum', 'sum_of_two'.*Did you mean 'math'",
+    ):
         get_task("maths")
 
 

@@ -25,8 +25,8 @@ SECONDS = 300  # for both ranks together; the limits of a rank itself, in ddp_sc
 pytestmark = pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks; what they say must win
 
 
-def start_rank(rank: int, out: Path) -> subprocess.Popen:
-    """`ddp_script.py` as one of two ranks, without a launcher (whose death would leave its ranks alone)."""
+def start_rank(script: str, rank: int, out: Path) -> subprocess.Popen:
+    """A script as one of two ranks, without a launcher (whose death would leave its ranks alone)."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     environment = {
         **os.environ, **{name: str(value) for name, value in ranks.items()}, "GLOO_SOCKET_IFNAME": "lo",
@@ -34,9 +34,7 @@ def start_rank(rank: int, out: Path) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     with log_of(rank, out).open("wb") as log:  # a file, not a pipe: nobody waits for whom it belongs to
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "ddp_script.py"), str(out)], env=environment, stdout=log, stderr=log
-        )
+        return subprocess.Popen([sys.executable, str(HERE / script), str(out)], env=environment, stdout=log, stderr=log)
 
 
 def log_of(rank: int, out: Path) -> Path:
@@ -67,14 +65,12 @@ def stop(processes: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """The folder in which both ranks of `ddp_script.py` left their results."""
-    out = tmp_path_factory.mktemp("ddp")
+def run_two_ranks(script: str, out: Path) -> Path:
+    """Both ranks of a script of this folder, which leave their results in `out`."""
     processes: list[subprocess.Popen] = []
     try:
         for rank in (0, 1):
-            processes.append(start_rank(rank, out))
+            processes.append(start_rank(script, rank, out))
         late = wait_for(processes, SECONDS)
         if any(process.returncode for process in processes):
             wait_for([p for p in processes if p.poll() is None], 10)  # the other one's error tells more
@@ -85,6 +81,12 @@ def two_ranks(tmp_path_factory) -> Path:
         said = "\n".join(f"--- rank {rank}\n{log_of(rank, out).read_text()[-8000:]}" for rank in (0, 1))
         pytest.fail(f"{'not done in time, ' * late}exit codes {codes}\n{said}", pytrace=False)
     return out
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder in which both ranks of `ddp_script.py` left their results."""
+    return run_two_ranks("ddp_script.py", tmp_path_factory.mktemp("ddp"))
 
 
 def results(out: Path, name: str):

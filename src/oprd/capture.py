@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -66,8 +67,9 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
 
     handles = [block_list[l - 1].register_forward_hook(hook_for(l)) for l in request.layers if l < len(block_list)]
     if top < len(block_list):
-        # Before the next block rather than after the top one, so that every wrapper of the top block has finished with it.
-        handles.append(block_list[top].register_forward_pre_hook(leave))
+        # Before the next block rather than after the top one, so that every wrapper of the top block has finished with it; and
+        # before that block's own hooks, by which FSDP would gather weights that nobody gives back.
+        handles.append(block_list[top].register_forward_pre_hook(leave, prepend=True))
     try:
         output = body(
             input_ids=request.input_ids,
@@ -163,11 +165,14 @@ def install_state_forward(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+@dataclass
 class _ReadResults:
-    """A box that accelerate does not open: it would cast every tensor of a list it finds to float32 (a copy)."""
+    """A box that accelerate does not open: it would cast every tensor of a list it finds to float32 (a copy).
 
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
+    FSDP opens dataclasses and must: a gradient that arrives here is its sign to gather the root's weights for the backward pass.
+    """
+
+    values: list[Any]
 
 
 def read_through_forward(model: nn.Module, request: StateRequest, read: ReadState) -> list[Any]:

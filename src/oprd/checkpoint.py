@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
 from oprd.manifest import fsync, is_whole, verify, write_manifest
+from oprd.sharding import load_whole_weights, sharded_state, whole_state, whole_weights
 
 logger = logging.getLogger("oprd")
 
@@ -150,7 +152,8 @@ def _write_json(path: Path, value: Any) -> None:
 class VerifiedCheckpoints(Trainer):
     """The part of a `Trainer` that saves and restores, with the guarantees of this module.
 
-    Under FSDP and DeepSpeed the optimizer's state is written by those libraries in their own formats; the manifest covers it.
+    A model sharded by FSDP2 is gathered into the same files that one process writes, weights and optimizer both, so that any
+    number of processes can go on from them. DeepSpeed writes its own formats; the manifest covers them.
     """
 
     _staging = False
@@ -214,9 +217,17 @@ class VerifiedCheckpoints(Trainer):
 
     @property
     def _own_optimizer_format(self) -> bool:
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return not self.is_deepspeed_enabled
+
+    @property
+    def _is_sharded(self) -> bool:
+        return isinstance(self.model, FSDPModule)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._is_sharded:
+            state_dict = whole_weights(self.model, keep=self.args.should_save)
+            if not self.args.should_save:
+                return
         super()._save(output_dir, state_dict)
         pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"
         if pickled.is_file():
@@ -226,16 +237,39 @@ class VerifiedCheckpoints(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._own_optimizer_format:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_optimizer(self.optimizer.state_dict(), Path(output_dir))
+            return
+        state_dict = self.optimizer.state_dict()
+        if self._is_sharded:  # every rank takes part in the gathering
+            state_dict["state"] = whole_state(state_dict["state"], keep=self.args.should_save)
+        if self.args.should_save:
+            save_optimizer(state_dict, Path(output_dir))
             _write_json(Path(output_dir) / "scheduler.json", self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._own_optimizer_format:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            self.optimizer.load_state_dict(load_optimizer(Path(checkpoint)))
+            saved = load_optimizer(Path(checkpoint))
+            if self._is_sharded:
+                saved["state"] = sharded_state(saved["state"], self.optimizer.param_groups)
+            self.optimizer.load_state_dict(saved)
             self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / "scheduler.json").read_text()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        files = sorted(Path(resume_from_checkpoint).glob("model*.safetensors"))
+        if not files:
+            raise ValueError(f"resume_from_checkpoint: there is no model.safetensors in {resume_from_checkpoint}")
+        for file in files:
+            load_whole_weights(self.model, load_file(file))
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded and self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _random_file(self, folder: str) -> Path:
         return Path(folder) / f"rng_state_{self.args.process_index}.json"

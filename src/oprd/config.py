@@ -56,6 +56,12 @@ class OPRDConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a teacher given by name.")
     )
+    fully_shard: bool = field(
+        default=False,
+        metadata=_help(
+            "Spread student and teacher over all processes (FSDP2; docs/scale.md), where one cannot hold them."
+        ),
+    )
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with a model."))
     bridge: str | None = field(
         default=None, metadata=_help("Folder of a fitted bridge, for a teacher of another shape (oprd bridge fit).")
@@ -251,7 +257,7 @@ class OPRDConfig(TrainingArguments):
     @property
     def engine_kwargs(self) -> dict[str, Any]:
         """Arguments of the rollout engine; under bf16, vLLM computes in it as the trainer's autocast does."""
-        own = {"dtype": "bfloat16"} if self.rollout_engine == "vllm" and self.bf16 else {}
+        own = {"dtype": "bfloat16"} if self.rollout_engine in ("vllm", "vllm_server") and self.bf16 else {}
         return {"batch_size": self.generation_batch_size, **own, **(self.rollout_engine_kwargs or {})}
 
     @property

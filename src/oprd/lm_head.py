@@ -29,6 +29,7 @@ from oprd.head_measures import (
 )
 from oprd.head_total import total_by_chunks
 from oprd.models import causal_lm
+from oprd.sharding import whole
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 # How configs say that logits are scaled: attribute → power of its value that multiplies them.
@@ -43,7 +44,8 @@ def lm_head_of(model: nn.Module, *, vocab_size: int | None = None, stop_token_id
     """The LM head of a causal LM of transformers or a PEFT model around one, with its scaling and soft-cap.
 
     Raises:
-        ValueError: no head, a LoRA on it, or a quantised one. `check_head` refuses heads this reading gets wrong.
+        ValueError: no head, a LoRA on it, or a quantised or (outside the forward, with gradient) sharded one. `check_head` refuses
+            heads this reading gets wrong.
     """
     lm = causal_lm(model)
     module, config = lm.get_output_embeddings(), lm.config.get_text_config()
@@ -54,7 +56,7 @@ def lm_head_of(model: nn.Module, *, vocab_size: int | None = None, stop_token_id
         raise ValueError(
             f"{name}: there is an adapter on the LM head; leave lm_head out of target_modules or train it whole"
         )
-    weight: Tensor = module.weight
+    weight: Tensor = whole(module.weight)
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != config.hidden_size:
         raise ValueError(
             f"{name}: the LM head's weight is {tuple(weight.shape)} {weight.dtype}, not a plain [V, D] matrix"
@@ -64,7 +66,7 @@ def lm_head_of(model: nn.Module, *, vocab_size: int | None = None, stop_token_id
         value = getattr(config, attribute, None)
         scale *= 1.0 if value is None else float(value) ** (1 if config.model_type == "hyperclovax" else power)
     softcap = next((float(c) for n in _SOFTCAPS if (c := getattr(config, n, None))), None)
-    return LMHead(weight, getattr(module, "bias", None), softcap, scale, vocab_size, tuple(stop_token_ids))
+    return LMHead(weight, whole(getattr(module, "bias", None)), softcap, scale, vocab_size, tuple(stop_token_ids))
 
 
 @torch.no_grad()

@@ -6,17 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment import Aligner, AlignmentStats, with_system
 from oprd.batching import StateRequest, request_pair
-from oprd.config import OPRDConfig
+from oprd.config import OPRDConfig, needs_head
 from oprd.config_checks import check_default_ends
 from oprd.data import PromptRow
 from oprd.head_chunks import LMHead
 from oprd.lm_head import check_head, lm_head_of, match_heads, share_events
 from oprd.models import context_length, vocabulary_size
+from oprd.objectives.composite import is_on
 from oprd.pairing import Pairing, Positions, pair_positions
 from oprd.positions import select_before_end, select_positions
 from oprd.prompts import Prompt, prepare_prompts
@@ -170,6 +172,34 @@ class PairReader:
         )
         return Heads(policy, *shared)
 
+    def check_terms(self, prompts: Sequence[Prompt], *, deepspeed: bool) -> None:
+        """Make sure that answers and next-token distributions can be had, where a term or a measurement wants them.
+
+        Where only a measurement does, it is turned off with a warning.
+
+        Raises:
+            ValueError: a term needs them, and there is no head or it is not understood; or rows without an answer to reward.
+        """
+        args = self.args
+        if is_on(args.policy_gradient_weight):
+            unanswered = next((p.row.source for p in prompts if p.row.answer is None), None)
+            if unanswered:
+                raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
+        if args.diagnostic_steps == 0 and not needs_head(args):
+            return
+        try:
+            if deepspeed:
+                raise ValueError(
+                    "output_space, policy_gradient_weight: not with DeepSpeed (it shards the LM head); use fully_shard or DDP"
+                )
+            self.check_heads()
+        except ValueError as error:
+            if needs_head(args):
+                raise
+            logger.warning("diagnostics are off: %s", error)
+            args.diagnostic_steps = 0
+
+    @torch.no_grad()
     def check_heads(self) -> None:
         """Make sure that both models' LM heads are understood.
 

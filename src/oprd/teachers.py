@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from oprd.batching import StateRequest
-from oprd.capture import ReadState, as_states, install_state_forward, read_states, read_through_forward
+from oprd.capture import ReadState, as_states, install_state_forward, read_through_forward
 from oprd.head_chunks import LMHead
 from oprd.lm_head import lm_head_of
 from oprd.types import States
@@ -50,6 +50,7 @@ class FrozenTeacher:
     def __init__(self, model: nn.Module, stop_token_ids: Sequence[int] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
         self.stop_token_ids = tuple(stop_token_ids)
+        install_state_forward(model)
 
     def states(self, request: StateRequest) -> States:
         """Selected states of `request`, in the teacher's own dtype."""
@@ -58,7 +59,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def read(self, request: StateRequest, read: ReadState) -> list[Any]:
         """Hand each layer's selected states to `read` as soon as they exist (`oprd.capture.read_states`)."""
-        return read_states(self.model, request, read)
+        return read_through_forward(self.model, request, read)
 
     def head(self) -> LMHead:
         """The model's LM head."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from oprd.batching import padding_share, plan_micro_batches
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import read_through_forward
-from oprd.config import OPRDConfig, needs_head
+from oprd.config import OPRDConfig
 from oprd.embedding_gradient import embedding_gradient_by_rows
 from oprd.evaluate import Evaluation, grade_rollouts
 from oprd.metrics import rollout_metrics
@@ -32,6 +32,7 @@ from oprd.reader import PairReader
 from oprd.recording import Dataset, RecordingTrainer
 from oprd.rollout import ENGINES, derive_seed
 from oprd.runlog import RunFolder
+from oprd.sharding import check_launch, even_rounds, leave_sharding_alone, local_gradients, shard_pair
 from oprd.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share, with_advantages
 from oprd.tasks import get_task
 from oprd.types import Rollouts
@@ -97,6 +98,8 @@ class OPRDTrainer(RecordingTrainer):
         stops = sorted({*stop_token_ids(student, tokenizer), *also})
         self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
         self.reader = PairReader(student, self.teacher, aligner, tokenizer, self.engine, self.layers, args)
+        if args.fully_shard:
+            shard_pair(student, getattr(self.teacher, "model", None), args.device)
         self.args = args  # rendering the prompts needs it, before Trainer takes it
         self.run_folder = RunFolder(args.output_dir)
         limits = [n for n in (context_length(student), self.reader.teacher_context) if n is not None]
@@ -116,19 +119,31 @@ class OPRDTrainer(RecordingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if hasattr(self.teacher, "model") and self.place_model_on_device:
-            self.teacher.model.to(self.accelerator.device)
+        self._settle_models()
+        self._batch_of_step = 0
+        self._kept: dict[int, Batch] = {}
+        self.reader.check_terms(self.train_dataset or [], deepspeed=self.is_deepspeed_enabled)
+        if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
+            self.reader.teacher_prompts(self.train_dataset, "train_dataset", args.max_completion_length)
+
+    def _settle_models(self) -> None:
+        """Put both models where they compute, as the launch says; the student itself is wrapped when training begins."""
+        args, teacher = self.args, getattr(self.teacher, "model", None)
+        if self._is_sharded:
+            leave_sharding_alone(self)
+        check_launch(args.fully_shard, self.accelerator)
+        if teacher is not None and self.place_model_on_device:
+            teacher.to(self.accelerator.device)
+        if self.is_fsdp_enabled:  # accelerate shards the student, when training begins, and knows nothing of a teacher
+            shard_pair(None, teacher, args.device)
         self.reader.head_in_place = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        # DeepSpeed would divide by the number of accumulated batches, of which the loss is a share already.
+        self._backward_settings = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self._project = None
         if isinstance(self.teacher, BridgedTeacher):
             self.teacher.to(self.accelerator.device)
             self._project = self.teacher.bridge.project_student
             self.bridge_digest = self.teacher.digest
-        self._batch_of_step = 0
-        self._kept: dict[int, Batch] = {}
-        self._check_heads()
-        if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
-            self.reader.teacher_prompts(self.train_dataset, "train_dataset", args.max_completion_length)
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -151,23 +166,26 @@ class OPRDTrainer(RecordingTrainer):
         model.train()
         loss = torch.zeros((), device=self.args.device)
         log_p: dict[int, Tensor] = {}
-        for number, group in enumerate(groups):
+        rounds = even_rounds(groups, (model, getattr(self.teacher, "model", model)), self.accelerator)
+        for number, group in enumerate(rounds):
+            idle = number >= len(groups)
             part = batch.select(group)
             request, teacher_request = self.reader.requests(part, terms)
             with self._window.timer("teacher"):
                 teacher = self.teacher.states(teacher_request) if terms.needs_teacher else None
-            exchange = self._local_gradients(model, last=group is groups[-1])
+            exchange = local_gradients(model, self.accelerator, last=number == len(rounds) - 1)
             rows = embedding_gradient_by_rows(self.reader.student) if self.reader.head_in_place else nullcontext()
             with self._window.timer("update"), exchange, rows, self._own_randomness(number):
                 losses = MicroBatchLoss(
-                    self.args, terms, request, part, teacher, self.reader.heads, whole_step, self._window.add,
-                    self._project,
+                    self.args, terms, request, part, teacher, self.reader.heads, whole_step,
+                    _unobserved if idle else self._window.add, self._project,
                 )  # fmt: skip
                 del teacher
                 group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
-                self.accelerator.backward(group_loss)
-            log_p |= zip(group, losses.log_p(), strict=False)
-            loss += group_loss.detach()
+                self.accelerator.backward(group_loss * 0.0 if idle else group_loss, **self._backward_settings)
+            if not idle:
+                log_p |= zip(group, losses.log_p(), strict=False)
+                loss += group_loss.detach()
         self._keep(batch, log_p)
         self._check_loss(loss)
         self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
@@ -261,31 +279,6 @@ class OPRDTrainer(RecordingTrainer):
             torch.manual_seed(self._seed_of_step(number))
             yield
 
-    def _check_heads(self) -> None:
-        """Make sure that next-token distributions can be had, where a term or a measurement wants them.
-
-        Raises:
-            ValueError: a term needs them, and there is no head or it is not understood; or rows without an answer to reward.
-        """
-        args = self.args
-        if is_on(args.policy_gradient_weight) and self.train_dataset:
-            unanswered = next((p.row.source for p in self.train_dataset if p.row.answer is None), None)
-            if unanswered:
-                raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
-        if args.diagnostic_steps == 0 and not needs_head(args):
-            return
-        try:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "output_space, policy_gradient_weight: not with FSDP or DeepSpeed yet (sharded LM heads)"
-                )
-            self.reader.check_heads()
-        except ValueError as error:
-            if needs_head(args):
-                raise
-            logger.warning("diagnostics are off: %s", error)
-            args.diagnostic_steps = 0
-
     def _whole_step(self, batch: Batch, share: float) -> dict[str, float]:
         """Rollouts and positions of the step, a rank, of which `batch` is a `share` (see `PairReader.counts`)."""
         counts = torch.tensor(self.reader.counts(batch), dtype=torch.float64, device=self.args.device) / share
@@ -294,6 +287,9 @@ class OPRDTrainer(RecordingTrainer):
         # Where nothing is compared there is nothing to divide either.
         return dict(zip(("rollouts", "positions", "tokens", "compared"), counts.clamp_min(1e-9).tolist(), strict=True))
 
-    def _local_gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, in the last micro-batch's backward."""
-        return nullcontext() if last else self.accelerator.no_sync(model)
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        return nullcontext()  # what Trainer asks between accumulated batches; see `local_gradients`
+
+
+def _unobserved(**metrics: Any) -> None:
+    """Takes the place of the metric window where a micro-batch counts for nothing."""

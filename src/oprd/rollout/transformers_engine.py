@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from oprd.models import causal_lm, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.sharding import is_sharded, most_of_ranks
 from oprd.types import Rollouts
 
 
@@ -61,14 +62,22 @@ class TransformersEngine:
         devices = [next(model.parameters()).device] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]), _sampling_mode(model):
             torch.manual_seed(seed)
-            for start in range(0, len(order), self.batch_size):
-                indices = order[start : start + self.batch_size]
+            for start in self._starts(model, len(order)):
+                # A rank that is done keeps the others company: a sharded model takes every rank for each of its tokens.
+                indices = order[start : start + self.batch_size] or order[:1]
                 batch = self._generate_batch(model, [prompts[i] for i in indices], sampling)
-                completions.update(zip(indices, batch, strict=True))
+                if start < len(order):
+                    completions.update(zip(indices, batch, strict=True))
                 if self.on_batch is not None:
                     self.on_batch(len(completions), len(order))
         ordered = [completions[i] for i in range(len(prompts))]
         return to_rollouts(prompts, ordered, owners, self.tokenizer, self.stop_token_ids)
+
+    def _starts(self, model: nn.Module, count: int) -> range:
+        batches = -(-count // self.batch_size)
+        if is_sharded(model):
+            batches = most_of_ranks(batches, next(model.parameters()).device)
+        return range(0, batches * self.batch_size, self.batch_size)
 
     @torch.no_grad()
     def _generate_batch(self, model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
@@ -79,7 +88,10 @@ class TransformersEngine:
         config = self._generation_config(sampling, lm.get_output_embeddings())
         with _own_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
-            output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            together = (
+                {"synced_gpus": True} if is_sharded(model) else {}
+            )  # until the last rank's last completion is done
+            output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **together)
         return [self._cut(row) for row in output[:, width:].tolist()]
 
     def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:

@@ -1,0 +1,132 @@
+"""Run by test_fsdp.py on two processes: student and teacher sharded by torch's `fully_shard`, gloo on the CPU.
+
+    RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python fsdp_script.py FOLDER
+
+Guards against hanging, and the way it ends, are those of ddp_script.py, which says why.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+import oprd.trainer
+from ddp_script import COLLECTIVE_SECONDS, SCENARIO_SECONDS, trainer_of
+from oprd.batching import request_states
+from oprd.capture import install_state_forward, read_through_forward
+from oprd.layers import resolve_layers
+from oprd.models import blocks, num_layers
+from oprd.sharding import shard_model
+from tiny import PROMPTS, random_rollouts, tiny_model, tiny_trainer
+
+SCENARIOS = ("rollout", "lower_layers", "composite", "grpo", "accumulated")  # of ddp_script.py
+STEPS = 2
+READS = {
+    "all": ({}, "all"),
+    "low": ({}, [1, 2]),
+    "tied": ({"tie_word_embeddings": True}, "last"),
+    "gpt2": ({"family": "gpt2", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, [1]),
+}
+
+
+def read_gradients(name: str, shard: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Sums of squares of each layer's states on two sets of rollouts and the gradients they leave, through the model's forward."""
+    settings, layers = READS[name]
+    model = tiny_model(**settings)
+    install_state_forward(model)
+    if shard:
+        shard_model(model)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+    losses = []
+    for seed in (0, 1):
+        request = request_states(random_rollouts(seed), resolve_layers(layers, num_layers(model)))
+        with torch.no_grad():
+            before = read_through_forward(model, request, lambda _, states_ND: states_ND.square().mean())
+        values = read_through_forward(model, request, lambda _, states_ND: states_ND.square().mean())
+        assert torch.equal(torch.stack(before), torch.stack(values).detach())
+        # also where the forward was left early, all have given their weights back
+        assert not shard or all(isinstance(p, DTensor) for p in model.parameters())
+        torch.stack(values).sum().backward()
+        losses += [value.detach() for value in values]
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return losses, {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+
+
+def sharded_trainer(name: str, folder, **more):
+    """A scenario of ddp_script.py with both models sharded."""
+    trainer = trainer_of(name, folder, 2, fully_shard=True, **{"max_steps": STEPS, **more})
+    for model in (trainer.model, trainer.teacher.model):
+        assert isinstance(model, FSDPModule)
+        assert all(isinstance(block, FSDPModule) for block in blocks(model))
+        assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
+    return trainer
+
+
+def sampled_trainer(folder, **more):
+    """Rollouts from the engine: ranks stop at different lengths and have different numbers of batches."""
+    settings = {
+        "rows": [{"prompt": p} for p in PROMPTS[:6]], "per_device_train_batch_size": 3, "num_generations": 2,
+        "generation_batch_size": 2, "max_steps": 1, "max_completion_length": 12, "ddp_backend": "gloo",
+        "fully_shard": True, "eval_dataset": [{"prompt": p} for p in PROMPTS[:3]], "eval_num_generations": 3,
+        "eval_strategy": "steps", "eval_steps": 1, **more,
+    }  # fmt: skip
+    return tiny_trainer(folder, tiny_model(), tiny_model(seed=1), **settings)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    started = time.perf_counter()
+    faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )  # fmt: skip
+
+    def finish(name, tensors):
+        save_file({n: t.detach().clone() for n, t in tensors.items()}, out / f"{name}-{rank}.safetensors")
+        print(f"rank {rank}: {name} done, {time.perf_counter() - started:.1f} s after the start", flush=True)
+        faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)  # in place of the one before
+
+    for name in READS:
+        losses, gradients = read_gradients(name, shard=True)
+        finish(f"read-{name}", {"losses": torch.stack(losses), **gradients})
+    plan, groups = oprd.trainer.plan_micro_batches, {}
+    for name in SCENARIOS:
+        counts = groups.setdefault(name, [])
+        oprd.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        trainer = sharded_trainer(name, out / name)
+        trainer.train()
+        finish(name, {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    oprd.trainer.plan_micro_batches = plan
+    for steps, resumed in ((2, False), (3, True)):  # saved by two ranks, resumed by two, and by one in the test
+        trainer = sharded_trainer("tied", out / "saved", max_steps=steps, save_strategy="steps", save_steps=1)
+        trainer.train(resume_from_checkpoint=True if resumed else None)
+        finish(f"saved-{steps}", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    trainer = sampled_trainer(out / "sampled")
+    trainer.train()
+    finish("sampled", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    (out / f"groups-{rank}.json").write_text(json.dumps(groups))
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        main(Path(sys.argv[1]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

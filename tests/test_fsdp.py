@@ -1,0 +1,165 @@
+"""Student and teacher sharded by FSDP2 over two gloo processes on the CPU train as one process with twice the batch does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_distributed as ddp
+from ddp_script import trainer_of
+from fsdp_script import READS, SCENARIOS, STEPS, read_gradients
+from oprd.checkpoint import list_checkpoints
+from oprd.manifest import verify
+from oprd.models import load_model
+from oprd.sharding import check_launch, is_sharded, most_of_ranks, shard_model, sharded_like, whole
+from tiny import tiny_model, tiny_trainer, weights
+
+pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder in which both ranks of `fsdp_script.py` left their results."""
+    return ddp.run_two_ranks("fsdp_script.py", tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize("name", READS)
+def test_states_and_gradients_are_those_of_one_process(two_ranks, name):
+    """Through a forward that is left early, too: nothing of the sharded model stays whole (asserted there)."""
+    losses, gradients = read_gradients(name, shard=False)
+    ours = ddp.results(two_ranks, f"read-{name}")
+    torch.testing.assert_close(ours.pop("losses"), torch.stack(losses), rtol=1e-5, atol=1e-7)
+    assert ours.keys() == gradients.keys()
+    for key, value in gradients.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
+    assert max(value.abs().max() for value in gradients.values()) > 1e-4
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_training_is_that_of_one_process(two_ranks, tmp_path, name):
+    trainer = trainer_of(name, tmp_path / name, 1, max_steps=STEPS)
+    start = weights(trainer.model)
+    trainer.train()
+    expected = weights(trainer.model)
+    ddp.assert_close(ddp.results(two_ranks, name), expected)
+    assert max((expected[n] - start[n]).abs().max().item() for n in start) > 1e-3
+    ours, theirs = ddp.metrics(two_ranks / name), ddp.metrics(tmp_path / name)
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5, abs=1e-7)
+    ddp.assert_close_metrics(ours, theirs)
+
+
+def test_ranks_with_unequal_numbers_of_micro_batches_do_not_hang(two_ranks):
+    groups = [json.loads((two_ranks / f"groups-{rank}.json").read_text()) for rank in (0, 1)]
+    for name in ("rollout", "composite"):
+        assert groups[0][name] != groups[1][name]
+
+
+def test_a_checkpoint_of_two_ranks_is_resumed_by_one(two_ranks, tmp_path):
+    folder = two_ranks / "saved" / "checkpoint-2"
+    verify(folder)
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    loaded = load_model(str(folder), dtype=torch.float32)
+    assert type(loaded).__name__ == "Qwen2ForCausalLM"
+    saved = ddp.results(two_ranks, "saved-2")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(loaded).items())
+    whole_run = trainer_of("tied", tmp_path / "whole", 1, max_steps=3)
+    whole_run.train()
+    resumed = trainer_of("tied", tmp_path / "resumed", 1, max_steps=3)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert resumed.state.global_step == 3
+    ddp.assert_close(weights(resumed.model), weights(whole_run.model))
+    # and by two again, whose last line is that of one process
+    ddp.assert_close(ddp.results(two_ranks, "saved-3"), weights(whole_run.model))
+    assert [p.name for p in list_checkpoints(two_ranks / "saved")] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    ddp.assert_close_metrics(ddp.metrics(two_ranks / "saved"), ddp.metrics(tmp_path / "whole"))
+
+
+def test_sampling_ends_for_all_ranks_together(two_ranks):
+    rows = ddp.metrics(two_ranks / "sampled")
+    assert [row["eval_problems"] for row in rows if "eval_problems" in row] == [3]
+    ddp.results(two_ranks, "sampled")  # the ranks agree
+
+
+class Launched:
+    """An accelerator as `accelerate launch` makes it on GPUs."""
+
+    def __init__(self, device: str = "cuda", **settings) -> None:
+        class Plugin:
+            fsdp_version, cpu_ram_efficient_loading, state_dict_type = 2, False, "FULL_STATE_DICT"
+
+        for name, value in settings.items():
+            setattr(Plugin, name, value)
+        self.device = torch.device(device)
+        self.state = type("State", (), {"fsdp_plugin": Plugin})
+
+
+@pytest.mark.parametrize(
+    ("sharded", "accelerator", "message"),
+    [
+        (True, Launched(), "use one of them"),
+        (False, Launched("cpu"), "does not shard on a CPU"),
+        (False, Launched(fsdp_version=1), "fsdp_version: 1"),
+        (False, Launched(state_dict_type="SHARDED_STATE_DICT"), "FULL_STATE_DICT"),
+        (False, Launched(cpu_ram_efficient_loading=True), "without weights"),
+    ],
+)
+def test_wrong_launches_are_refused(sharded, accelerator, message):
+    with pytest.raises(ValueError, match=message):
+        check_launch(sharded, accelerator)
+
+
+def test_right_launches_are_not(monkeypatch):
+    check_launch(False, Launched())
+    alone = type("Alone", (), {"device": torch.device("cpu"), "state": type("State", (), {"fsdp_plugin": None})})
+    check_launch(True, alone)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate forgets on a CPU
+    with pytest.raises(ValueError, match="does not shard on a CPU"):
+        check_launch(False, alone)
+
+
+def test_one_process_and_adapters_are_refused(tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="fully_shard: there is one process"):
+        tiny_trainer(tmp_path, fully_shard=True)
+    with pytest.raises(ValueError, match="adapters"):
+        tiny_trainer(tmp_path, fully_shard=True, peft_config=LoraConfig(task_type="CAUSAL_LM", r=2))
+    with pytest.raises(ValueError, match="not a plain model"):
+        shard_model(torch.nn.Linear(2, 2))
+
+
+def test_what_is_not_sharded_is_left_alone():
+    model, tensor = tiny_model(), torch.ones(2, requires_grad=True)
+    assert not is_sharded(model)
+    assert whole(tensor) is tensor
+    assert sharded_like(tensor, tensor) is tensor
+    assert most_of_ranks(3, "cpu") == 3
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_shipped_launch_configs_are_known_to_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))  # refuses unknown keys of the top level
+    known = vars(launch_command_parser().parse_args(["script.py"])).keys()
+    nested = {**config.fsdp_config, **config.deepspeed_config}
+    assert not nested.keys() - known
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED"}
+    assert config.distributed_type.value == expected[path.stem]
+    if path.stem == "fsdp2":
+        plugin = {k.removeprefix("fsdp_"): v for k, v in nested.items()}
+        check_launch(False, Launched(fsdp_version=plugin["version"], state_dict_type=plugin["state_dict_type"],
+                                     cpu_ram_efficient_loading=plugin["cpu_ram_efficient_loading"]))  # fmt: skip
+    if "zero" in path.stem:
+        assert nested["zero_stage"] == int(path.stem[-1])
+
+
+def test_all_four_are_shipped():
+    assert [p.stem for p in CONFIGS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
