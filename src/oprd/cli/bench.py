@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(help="Measure costs; every figure is a ratio within one run.", no_args_is_help=True)
-
-
-@app.callback()
-def _root() -> None:
-    """Keep `update` a word to be typed while it is the only one."""
 
 
 @app.command("update")
@@ -33,12 +29,87 @@ def update(
     shapes = model or (["qwen2-4-layers", "smollm2-135m"] if quick else list(SHAPES))
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise ValueError(f"--model: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")
+    _check_json(json_file)
     report = bench_update(
         shapes, QUICK if quick else Size(), rounds=rounds or (2 if quick else 5), threads=threads, say=say
     )
-    typer.echo(markdown(report))
+    _finish(report, markdown(report), json_file)
+
+
+@app.command("step")
+def step(
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, 4 × 32 tokens, one round.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Student's folder (default: a random model, SmolLM2's shape).")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher's folder, given together with --model.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+) -> None:
+    """A whole optimizer step, rollout included, beside TRL's DistillationTrainer and GKDTrainer."""
+    _check_json(json_file)
+    if (model is None) != (teacher is None):
+        raise ValueError("--model, --teacher: give both or neither; one alone would be compared with a random model")
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.bench.step import QUICK, bench_step, markdown
+    from oprd.bench.trainers import Setup
+
+    setup = replace(QUICK if quick else Setup(), model=model, teacher=teacher)
+    report = bench_step(setup, rounds=rounds or (1 if quick else 3), threads=threads, say=say)
+    _finish(report, markdown(report), json_file)
+
+
+@app.command("growth")
+def growth(
+    quick: Annotated[bool, typer.Option("--quick", help="Without the largest sizes, one round.")] = False,
+    axis: Annotated[list[str] | None, typer.Option(help="What grows (default: all).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+) -> None:
+    """How time and memory of an update grow with length, batch, layers, vocabulary and a bridge's rank."""
+    _check_json(json_file)
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.bench.growth import AXES, bench_growth, markdown
+
+    number = rounds or (1 if quick else 3)
+    report = bench_growth(axis or list(AXES), rounds=number, threads=threads, quick=quick, say=say)
+    _finish(report, markdown(report), json_file)
+
+
+@app.command("rollout")
+def rollout(
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, 16 prompts, two rounds.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 2).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+) -> None:
+    """Tokens a second of each rollout engine beside the bare engine under it."""
+    _check_json(json_file)
+    from oprd.cli.console import quiet_libraries, say
+
+    quiet_libraries()
+    from oprd.bench.rollout import QUICK, Requests, bench_rollout, markdown
+
+    number = rounds or (2 if quick else 3)
+    report = bench_rollout(QUICK if quick else Requests(), rounds=number, threads=threads, say=say)
+    _finish(report, markdown(report), json_file)
+
+
+def _check_json(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {json_file.parent}")
+
+
+def _finish(report: dict[str, Any], table: str, json_file: Path | None) -> None:
+    from oprd.cli.console import say
+
+    typer.echo(table)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
         say(f"written to {json_file}")
