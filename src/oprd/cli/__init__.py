@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, evaluation, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
 
 app = typer.Typer(
     name="oprd",
@@ -23,6 +23,7 @@ app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("diagnose")(diagnose.diagnose)
+app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")

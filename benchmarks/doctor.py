@@ -1,0 +1,247 @@
+"""`oprd doctor` against measurement: predicted and measured memory of real training steps, a process a configuration.
+
+    python benchmarks/doctor.py                # measures, writes benchmarks/doctor.json and docs/doctor.md (a few minutes, Linux)
+    python benchmarks/doctor.py --document     # writes docs/doctor.md anew from benchmarks/doctor.json and the model
+
+Each process builds two random models and an `OPRDTrainer`, puts fixed rollouts in the place of sampled ones, and takes two steps.
+Measured are, in the last step: resident memory before it, beyond that of before the models were built (weights, moments), and the
+peak (Linux `VmHWM`, reset just before) during teacher forward, student forward and backward. One thread, float32, CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULT = HERE / "doctor.json"
+DOCUMENT = HERE.parent / "docs" / "doctor.md"
+MIB = 2**20
+_TINY_MODEL = {"family": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
+               "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
+# name → what differs: of the model, and of the run
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "8 layers, all matched": ({}, {}),
+    "only the last layer matched": ({}, {"layers": "last"}),
+    "16 layers, narrow": ({"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 344}, {}),
+    "4 layers, wide, grouped keys": (
+        {"family": "qwen2", "num_hidden_layers": 4, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12,
+         "num_key_value_heads": 2}, {}),
+    "rollouts of two lengths (mask)": ({"num_key_value_heads": 2}, {"padded": True}),
+    "one long rollout a micro-batch": ({}, {"completion": 512, "rollouts": 2, "micro_batch_tokens": 600}),
+    "four micro-batches": ({}, {"rollouts": 8, "micro_batch_tokens": 600}),
+    "large vocabulary, tied, no output space": (
+        {"vocab_size": 50_000, "tie_word_embeddings": True, "num_hidden_layers": 4}, {}),
+    "full KL, large vocabulary, tied": (
+        {"vocab_size": 50_000, "tie_word_embeddings": True, "num_hidden_layers": 4},
+        {"representation_weight": 0.0, "output_space": "reverse_kl", "completion": 128}),
+    "composite, large vocabulary, untied": (
+        {"vocab_size": 50_000, "num_hidden_layers": 4}, {"output_space": "reverse_kl", "completion": 128}),
+    "composite, small vocabulary": ({}, {"output_space": "reverse_kl"}),
+    "jsd, two micro-batches": (
+        {"vocab_size": 50_000, "num_hidden_layers": 4},
+        {"output_space": "jsd", "completion": 128, "micro_batch_tokens": 300}),
+    "diagnostics, large vocabulary": (
+        {"vocab_size": 50_000, "num_hidden_layers": 4}, {"diagnostic_steps": 1, "completion": 128}),
+    "activation checkpointing": ({}, {"activation_checkpointing": True}),
+    "LoRA on q and v": ({}, {"lora": ["q_proj", "v_proj"]}),
+    "LoRA on all, checkpointing": (
+        {"family": "qwen2", "num_key_value_heads": 2},
+        {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+         "activation_checkpointing": True}),
+    "few tokens, many weights": (
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}, {"completion": 32, "rollouts": 2}),
+}  # fmt: skip
+_RUN = {"rollouts": 4, "prompt": 1, "completion": 256, "micro_batch_tokens": 16384, "layers": "all", "padded": False,
+        "representation_weight": 1.0, "output_space": None, "diagnostic_steps": 0, "activation_checkpointing": False,
+        "lora": None}  # fmt: skip
+
+
+def settings_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and run of a configuration, whole."""
+    model, run = CONFIGURATIONS[name]
+    return {**_TINY_MODEL, **model}, {**_RUN, **run}
+
+
+def workload(name: str) -> Any:
+    """The configuration as `oprd doctor` sees it."""
+    from dataclasses import replace
+
+    from transformers import AutoConfig
+
+    from oprd.doctor.shape import shape_of
+    from oprd.doctor.workload import Lora, Workload
+    from oprd.layers import resolve_layers
+
+    model, run = settings_of(name)
+    shape = shape_of(AutoConfig.for_model(model.pop("family"), **model))
+    represents = run["representation_weight"] > 0
+    work = Workload(
+        student=shape,
+        teacher=None if run["lora"] else replace(shape),
+        rollouts=run["rollouts"],
+        prompt=run["prompt"],
+        completion=run["completion"],
+        micro_batch_tokens=run["micro_batch_tokens"],
+        layers=resolve_layers(run["layers"], shape.layers) if represents or run["diagnostic_steps"] else (),
+        positions=run["completion"],
+        compared=run["completion"],
+        representation=represents,
+        output_space=run["output_space"],
+        diagnostics=run["diagnostic_steps"] > 0,
+        checkpointing=run["activation_checkpointing"],
+        lora=Lora(8, tuple(run["lora"])) if run["lora"] else None,
+        padded=run["padded"],
+        accelerator=False,
+    )
+    return work
+
+
+def predicted(name: str) -> dict[str, float]:
+    """Bytes: what is held between steps, and the most in the teacher's and the update's phase."""
+    from oprd.doctor.memory import predict_memory
+
+    memory = predict_memory(workload(name))
+    held = sum(memory.parts[part] for part in ("student weights", "optimizer", "teacher weights"))
+    return {"held": held, "peak": max(memory.phases["teacher"], memory.phases["update"])}
+
+
+def measure(name: str) -> dict[str, int]:
+    """The same of a real trainer, in this process."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from oprd import OPRDConfig, OPRDTrainer, Rollouts
+    from oprd.bench.update import _status
+
+    torch.set_num_threads(1)
+    model, run = settings_of(name)
+    config = AutoConfig.for_model(model.pop("family"), **model, bos_token_id=1, eos_token_id=2)
+    words = {f"t{i}": i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2")
+    lengths = [run["completion"]] * run["rollouts"]
+    if run["padded"]:
+        lengths[-1] -= 1
+    generator = torch.Generator().manual_seed(0)
+    completions = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    count = run["rollouts"]
+    rollouts = Rollouts([[5]] * count, completions, ["length"] * count, [""] * count, list(range(count)))
+    seen: dict[str, int] = {}
+
+    class Measured(OPRDTrainer):
+        def _sample(self, *args: Any) -> Rollouts:
+            return rollouts
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            loss = super().training_step(*args, **kwargs)
+            seen.update(held=1024 * (before - base), peak=1024 * (_status("VmHWM") - base))
+            return loss
+
+    def trainer(folder: str, settings: dict[str, Any]) -> OPRDTrainer:
+        torch.manual_seed(0)
+        student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)) for _ in range(2))
+        lora = None
+        if run["lora"]:
+            from peft import LoraConfig
+
+            lora, teacher = LoraConfig(r=8, target_modules=run["lora"], lora_dropout=0.0), None
+        args = OPRDConfig(
+            folder, use_cpu=True, max_steps=2, disable_tqdm=True, per_device_train_batch_size=count, save_strategy="no",
+            report_to=[],
+            max_completion_length=run["completion"], micro_batch_tokens=run["micro_batch_tokens"], layers=run["layers"],
+            representation_weight=run["representation_weight"], output_space=run["output_space"],
+            diagnostic_steps=run["diagnostic_steps"], activation_checkpointing=run["activation_checkpointing"],
+            log_completions=False, alarm_window=0,
+        )  # fmt: skip
+        rows = [{"prompt": "t5"} for _ in range(count)]
+        return Measured(student, teacher, args, rows, processing_class=fast, teacher_processing_class=None if lora else fast,
+                        peft_config=lora)  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = {"model_type": config.model_type, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": config.vocab_size,
+                 "eos_token_id": 2}  # fmt: skip
+        base, whole, rollouts = 0, rollouts, Rollouts([[5]] * count, [[7] * 8] * count, ["length"] * count, [""] * count,
+                                                       list(range(count)))  # fmt: skip
+        trainer(f"{folder}/small", small).train()  # what is loaded at first use is not the run's
+        import gc
+
+        gc.collect()
+        rollouts, base = whole, _status("VmRSS")
+        settings = {**model, "model_type": config.model_type, "eos_token_id": 2}
+        trainer(f"{folder}/run", settings).train()
+    return seen
+
+
+def in_a_process(name: str) -> dict[str, int]:
+    """`measure` in a process of its own, whose freed blocks go back to the system at once."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+    command = [sys.executable, __file__, "--one", name]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, int] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure, or write the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", help="measure this configuration in this process and print it")
+    parser.add_argument("--only", help="measure configurations with this in their name, write nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
+    )
+    parser.add_argument("--document", action="store_true", help="write docs/doctor.md from what was measured")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one)))
+        return
+    if not args.document:
+        measure_all(args.only, args.jobs)
+    if not args.only:
+        write_document()
+
+
+def measure_all(only: str | None, jobs: int) -> None:
+    """Measure every configuration, or those with `only` in their name, and print both figures; a whole pass is kept."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from oprd.bench.update import machine
+
+    names = [name for name in CONFIGURATIONS if not only or only in name]
+    rows = []
+    for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
+        guess = predicted(name)
+        rows.append({"name": name, "measured": measured})
+        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in guess]
+        beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
+        print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
+        if not only:
+            RESULT.write_text(json.dumps({"rows": rows, "machine": machine(1)}, indent=1) + "\n")
+
+
+def write_document() -> None:
+    """docs/doctor.md, from benchmarks/doctor.json and the model."""
+    from oprd.doctor.document import render
+
+    result = json.loads(RESULT.read_text())
+    DOCUMENT.write_text(render(result, {row["name"]: predicted(row["name"]) for row in result["rows"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`oprd doctor`: what a recipe will need, computed before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    context: typer.Context,
+    config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
+    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    sharding: Annotated[
+        str | None, typer.Option(help="none, ddp (a copy each), fsdp (split). Default: by devices and fully_shard.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16: what the student computes in (default: the recipe's bf16).")
+    ] = None,
+    prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest prompt (default: max_prompt_length, else 256).")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a CPU: smaller chunks of logits.")] = False,
+    device_tflops: Annotated[
+        float | None, typer.Option(help="10^12 operations a second (default: 989, H100 SXM, dense bfloat16).")
+    ] = None,
+    device_bandwidth: Annotated[float | None, typer.Option(help="GB/s from memory (default: 3350, H100 SXM).")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take both from a short test of this machine.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+) -> None:
+    """Memory of each device and time of a step. Any key of the recipe can be set with --key value. Trains and loads nothing."""
+    from oprd.cli.console import quiet_libraries, say
+    from oprd.recipe import parse_overrides
+
+    _check(dtype, device_tflops, device_bandwidth, measure, json_file)
+    quiet_libraries()
+    import torch
+
+    from oprd.doctor.show import examine, lines_of
+    from oprd.doctor.time import Device, measure_device
+    from oprd.doctor.workload import workload_of
+    from oprd.plan import load_for_plan
+
+    recipe, settings = load_for_plan(config, parse_overrides(context.args))
+    if sharding is None and devices > 1:
+        sharding = "fsdp" if settings.fully_shard else "ddp"
+    work = workload_of(
+        recipe, settings, prompt=prompt_length, devices=devices, sharding=sharding,
+        bf16=None if dtype is None else dtype == "bfloat16", accelerator=not cpu,
+    )  # fmt: skip
+    if measure:
+        place = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+        device = measure_device(torch.bfloat16 if work.bf16 else torch.float32, place)
+    else:
+        device = Device(device_tflops or Device.tflops, device_bandwidth or Device.bandwidth)
+    found = examine(work, device)
+    for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
+        say(line)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        say(f"written to {json_file}")
+
+
+def _check(
+    dtype: str | None, tflops: float | None, bandwidth: float | None, measure: bool, json_file: Path | None
+) -> None:
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--dtype: {dtype!r} is not one of float32, bfloat16")
+    for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
+        if value is not None and value <= 0:
+            raise ValueError(f"--device-{name}: {value} is not above 0")
+    if measure and (tflops or bandwidth):
+        raise ValueError(
+            "--measure: it finds out what --device-tflops and --device-bandwidth say; give one or the other"
+        )
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {json_file.parent}")

@@ -1,0 +1,1 @@
+"""`oprd doctor`: what a run will need, computed from settings and model configs alone; no weights are loaded."""
