@@ -97,7 +97,7 @@ ROWS = [
     {"bench.common"},
     {"bench.points", "bench.rollout"},
     {"bench.growth"},
-    {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
+    {"parity"} | {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
     | {"doctor.workload"},
     {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
     {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},

@@ -1,6 +1,7 @@
 """How time and memory of an update grow along each axis: a short geometric series, and the exponent fitted in log-log.
 
-Time: all points of an axis in this process, one after the other, round after round, each the median over rounds. Memory: one other
+Time: all points of an axis in this process, one after the other, round after round, each the median over rounds; CPU time with one
+thread, as in `oprd bench update`. Memory: one other
 process, a high-water mark a point, gradients of the parameters included. What a bridge or a choice of layers saves is the teacher's
 cache, which is counted exactly.
 """
@@ -96,6 +97,7 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> dict[str, f
 
 def time_points(sizes: Sequence[Point], rounds: int) -> list[list[float]]:
     """Seconds of each point in each round."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     cases = [build(size) for size in sizes]
     for case in cases:
         case.update()
@@ -103,9 +105,9 @@ def time_points(sizes: Sequence[Point], rounds: int) -> list[list[float]]:
     order = list(range(len(cases)))
     for number in range(rounds):
         for i in order if number % 2 == 0 else reversed(order):
-            start = time.perf_counter()
+            start = clock()
             cases[i].update()
-            seconds[i].append(time.perf_counter() - start)
+            seconds[i].append(clock() - start)
     return seconds
 
 

@@ -1,0 +1,67 @@
+"""An engine's log-probabilities against the student's own: values by hand, and what a run says of an engine that is off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from oprd.parity import PARITY_BOUND, log_prob_gap
+from oprd.types import Rollouts
+from tiny import prompt_rows, tiny_model, tiny_trainer
+
+ROLLOUTS = Rollouts([[5, 6], [7, 8, 9]], [[3, 4, 2], [9, 9]], ["stop", "length"], ["", ""], [0, 1])
+
+
+def own_log_probs(model, rollouts):
+    found = []
+    for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+        with torch.no_grad():
+            log_p = model(torch.tensor([[*prompt, *completion]])).logits[0].log_softmax(-1)
+        found.append([float(log_p[len(prompt) - 1 + t, token]) for t, token in enumerate(completion)])
+    return found
+
+
+@pytest.mark.parametrize("budget", [4, 1000])
+def test_the_gap_is_what_the_models_own_logits_say(budget):
+    model = tiny_model().eval()
+    shifts = [[0.0, 0.25, -0.5], [0.125, 0.0]]
+    theirs = [
+        [p + s for p, s in zip(*pair, strict=True)] for pair in zip(own_log_probs(model, ROLLOUTS), shifts, strict=True)
+    ]
+    gap = log_prob_gap(model, ROLLOUTS, theirs, budget)
+    torch.testing.assert_close(gap, torch.tensor([0.0, 0.25, 0.5, 0.125, 0.0]), rtol=0, atol=1e-5)
+
+
+def test_one_log_probability_a_token_is_wanted():
+    with pytest.raises(ValueError, match="not one for each token"):
+        log_prob_gap(tiny_model(), ROLLOUTS, [[0.0], [0.0, 0.0]], 100)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_a_run_measures_it_and_says_so(tmp_path, caplog, off):
+    trainer = tiny_trainer(
+        tmp_path, rows=prompt_rows(4), max_steps=3, diagnostic_steps=2, per_device_train_batch_size=2, num_generations=2
+    )
+    generate = trainer.engine.generate
+
+    def reporting(model, *arguments, **settings):
+        rollouts = generate(model, *arguments, **settings)
+        trainer.engine.log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
+        return rollouts
+
+    trainer.engine.generate = reporting
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [("rollout_log_prob_gap" in row) for row in rows] == [True, False, True]
+    assert all(row["rollout_log_prob_gap"] == pytest.approx(off, abs=1e-5) for row in rows[::2])
+    assert caplog.text.count("what it samples is not the student") == (off > PARITY_BOUND)
+
+
+def test_an_engine_that_reports_none_is_not_measured(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, rows=prompt_rows(4), max_steps=1, diagnostic_steps=1, per_device_train_batch_size=2
+    )
+    trainer.train()
+    assert "rollout_log_prob_gap" not in (tmp_path / "metrics.jsonl").read_text()
