@@ -75,6 +75,7 @@ ROWS = [
         "rollout.vllm_engine",
         "tasks",
         "teachers",
+        "parity",
         "teacher_text",
         "objectives",
         "objectives.output_space",
@@ -97,7 +98,7 @@ ROWS = [
     {"bench.common"},
     {"bench.points", "bench.rollout"},
     {"bench.growth"},
-    {"parity"} | {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
+    {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
     | {"doctor.workload"},
     {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
     {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},

@@ -22,6 +22,7 @@ from oprd.data import PromptRow, as_prompt_rows
 from oprd.evaluate import Evaluation, evaluate, join_ranks
 from oprd.manifest import verify
 from oprd.metrics import MetricWindow
+from oprd.parity import ParityWatch
 from oprd.prompts import Prompt, prepare_prompts
 from oprd.rollout import RolloutEngine, derive_seed
 from oprd.runlog import METRICS, RunFolder
@@ -50,6 +51,7 @@ class RecordingTrainer(VerifiedCheckpoints):
         self._grader: Grader | None = None
         self._window = MetricWindow()
         self._alarms = AlarmWatch(0)
+        self._parity = ParityWatch()
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
         super().__init__(*args, **kwargs)
 
@@ -182,6 +184,13 @@ class RecordingTrainer(VerifiedCheckpoints):
             if changed:
                 logger.info("%s: appended %r to %d of %d prompts", name, self.task.instruction, changed, len(rows))
         return prepare_prompts(rows, name=name, max_completion_length=max_completion_length, **self._prompt_limits)
+
+    def _measure_parity(self, model: nn.Module, rollouts: Rollouts, share: float) -> None:
+        """How far the engine that drew these rollouts is from the student; not of sharded models, whose forward takes all ranks."""
+        if not self._is_sharded:
+            student = self.accelerator.unwrap_model(model)
+            gap = self._parity.measure(self.engine, student, rollouts, self.args.micro_batch_tokens)
+            self._window.add(**{name: share * value for name, value in gap.items()})
 
     def _log_completions(self, prompts: list[Prompt], rollouts: Rollouts, correct: list[bool | None]) -> None:
         if self.args.log_completions and self.is_world_process_zero():

@@ -26,7 +26,6 @@ from oprd.metrics import rollout_metrics
 from oprd.models import context_length, stop_token_ids
 from oprd.objectives.composite import is_on
 from oprd.pair import build_student, build_teacher, comparable_layers
-from oprd.parity import ParityWatch
 from oprd.prompt_order import RepeatedSteps
 from oprd.prompts import Prompt
 from oprd.reader import PairReader
@@ -122,7 +121,6 @@ class OPRDTrainer(RecordingTrainer):
         )
         self._settle_models()
         self._batch_of_step = 0
-        self._parity = ParityWatch()
         self._kept: dict[int, Batch] = {}
         self.reader.check_terms(self.train_dataset or [], deepspeed=self.is_deepspeed_enabled)
         if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
@@ -193,14 +191,8 @@ class OPRDTrainer(RecordingTrainer):
         self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         verdicts = batch.correct if terms.on_policy else []  # the teacher's accuracy would pass for the student's
         self._window.add(**rollout_metrics(batch.rollouts, verdicts), micro_batches=len(groups))
-        if terms.measuring and terms.on_policy and not self._is_sharded and batch.old_log_p is None:
-            of_student = (
-                self.engine,
-                self.accelerator.unwrap_model(model),
-                batch.rollouts,
-                self.args.micro_batch_tokens,
-            )
-            self._window.add(**{name: share * gap for name, gap in self._parity.measure(*of_student).items()})
+        if terms.measuring and terms.on_policy and batch.old_log_p is None:
+            self._measure_parity(model, batch.rollouts, share)
         if self.args.lmbda < 1:
             self._window.add(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
