@@ -7,10 +7,15 @@ from collections.abc import Callable
 from oprd.rollout.base import RolloutEngine, Sampling, derive_seed, student_writes
 from oprd.rollout.transformers_engine import TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine
+from oprd.rollout.vllm_server import VLLMServerEngine
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "transformers": TransformersEngine,
     "vllm": VLLMEngine,
+    "vllm_server": VLLMServerEngine,
 }
 
-__all__ = ["ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "derive_seed", "student_writes"]
+__all__ = [
+    "ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "derive_seed",
+    "student_writes",
+]  # fmt: skip

@@ -45,6 +45,9 @@ class VLLMEngine:
         gpu_memory_utilization: share of the device's memory for vLLM's copy of the weights and its keys and values.
         llm_kwargs: further arguments of `vllm.LLM`, which win over those given here.
 
+    Attributes:
+        log_probs: of the last `generate`, each token's log-probability under the served weights, before temperature and truncation.
+
     Raises:
         ValueError: vLLM is not installed, or `batch_size` < 1.
     """
@@ -70,6 +73,7 @@ class VLLMEngine:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = dtype
+        self.log_probs: list[list[float]] = []
         self.llm_kwargs = {
             "max_num_seqs": batch_size,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -113,23 +117,9 @@ class VLLMEngine:
                 f"max_completion_length: prompt and completion may take {longest} tokens, and vLLM holds sequences of up to "
                 f"{llm.model_config.max_model_len} in its share of memory or the model's context; set a smaller one"
             )
-        generator = torch.Generator().manual_seed(seed)
-        # Rows that only make the head's size round mean no token; −100 is the lowest that vLLM takes.
-        padding = dict.fromkeys(range(self.vocab_size, lm.config.get_text_config().vocab_size), -100.0)
-        parameters = [
-            _import_vllm().SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k or -1,
-                max_tokens=sampling.max_completion_length,
-                stop_token_ids=self.stop_token_ids,
-                ignore_eos=True,  # these stop tokens end a completion, and none that a config names
-                detokenize=False,
-                logit_bias=padding or None,
-                seed=own_seed,
-            )
-            for own_seed in torch.randint(2**62, (len(prompts),), generator=generator).tolist()
-        ]
+        padding = range(self.vocab_size, lm.config.get_text_config().vocab_size)
+        arguments = sampling_arguments(sampling, seed, len(prompts), self.stop_token_ids, padding)
+        parameters = [_import_vllm().SamplingParams(**own) for own in arguments]
         try:
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": live_weights(lm)})
             llm.apply_model(_refresh_head)
@@ -138,7 +128,11 @@ class VLLMEngine:
         except BaseException:
             VLLMEngine._served = None  # start afresh: the rest of this call must not come out of the next one
             raise
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        drawn = [output.outputs[0] for output in outputs]
+        self.log_probs = [
+            [at[token].logprob for at, token in zip(own.logprobs, own.token_ids, strict=True)] for own in drawn
+        ]
+        return [list(own.token_ids) for own in drawn]
 
     def _llm_for(self, lm: PreTrainedModel) -> Any:
         """The process's `vllm.LLM`, started anew unless it already serves this architecture with these settings."""
@@ -147,7 +141,7 @@ class VLLMEngine:
         wanted = {"config": config, "dtype": dtype, "device": lm.device, **self.llm_kwargs}
         if VLLMEngine._running is not None and VLLMEngine._served == wanted:
             return VLLMEngine._running
-        _refuse_what_cannot_be_synchronised(lm)
+        refuse_what_cannot_be_synchronised(lm)
         distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         if VLLMEngine._running is not None:
             if distributed:  # vLLM ends the processes' communication when it stops
@@ -216,7 +210,39 @@ def _refresh_head(vllm_model: nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _refuse_what_cannot_be_synchronised(lm: PreTrainedModel) -> None:
+def sampling_arguments(
+    sampling: Sampling, seed: int, count: int, stop_token_ids: Sequence[int], padding: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Arguments of `vllm.SamplingParams` for `count` completions, each with a random stream of its own.
+
+    Args:
+        sampling: how completions are drawn.
+        seed: all streams come from it.
+        count: how many completions.
+        stop_token_ids: ids that end a completion.
+        padding: ids that only make the head's size round and mean no token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    common = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "max_tokens": sampling.max_completion_length,
+        "stop_token_ids": list(stop_token_ids),
+        "ignore_eos": True,  # these stop tokens end a completion, and none that a config names
+        "detokenize": False,
+        "logit_bias": dict.fromkeys(padding, -100.0) or None,  # the lowest that vLLM takes
+        "logprobs": 0,  # of the token that was drawn
+    }
+    return [{**common, "seed": own} for own in torch.randint(2**62, (count,), generator=generator).tolist()]
+
+
+def refuse_what_cannot_be_synchronised(lm: PreTrainedModel) -> None:
+    """Refuse a student whose live weights vLLM cannot take.
+
+    Raises:
+        ValueError: quantised, laid out in memory differently than in its checkpoint, or adapters on tied embeddings.
+    """
     advice = "set rollout_engine: transformers"
     if getattr(lm, "hf_quantizer", None) is not None:
         raise ValueError(f"rollout_engine: vllm is not supported for quantised students; {advice}")
