@@ -18,8 +18,8 @@ and some of the field's, is measured at a scale that anyone can re-run. Small mo
     make evidence-quick     # a tenth of the work in runs/: that it runs, not what is true
     .venv/bin/python -m evidence --only E7
 
-The results here were made in pieces on 2 cores beside other work; `make evidence` as a whole has not been timed on a quiet machine yet. This
-page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
+The results here were made in pieces on 2 cores beside other work, in {minutes} minutes by the claims' own clocks (runs that two claims share
+count once); `make evidence` as a whole has not been timed on a quiet machine yet. This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
 (`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
 """
 
@@ -49,7 +49,9 @@ def document(
             f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`; "
             f"[script and result](../evidence/{folder.name}/)."
         )
-    return "\n\n".join([_HEAD + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
+    minutes = round(sum(float(result.get("took_seconds", 0)) for result in results.values()) / 60)
+    head = _HEAD.replace("{minutes}", str(minutes))
+    return "\n\n".join([head + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
 
 
 def write_document(
