@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd import head_chunks
+from oprd import head_chunks, head_products
 from oprd.head_measures import LOG_ZERO
 from oprd.lm_head import (
     LMHead,
@@ -165,7 +165,7 @@ def test_a_tied_head_gets_both_gradients():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_bfloat16_states_are_computed_in_float32(trained, monkeypatch):
-    monkeypatch.setattr(head_chunks, "_WEIGHT_ROWS", 4)  # several pieces of the weight
+    monkeypatch.setattr(head_products, "_WEIGHT_ROWS", 4)  # several pieces of the weight
     student, hidden, teacher, teacher_hidden, _, _ = problem(dtype=torch.bfloat16, trained=trained)
     ours = divergence(student, hidden, teacher, teacher_hidden, chunk_size=3)
     dense = dense_divergence(
