@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd import head_chunks, head_products
+from oprd import head_products
 from oprd.head_measures import LOG_ZERO
 from oprd.lm_head import (
     LMHead,
