@@ -119,7 +119,7 @@ def measure(name: str) -> dict[str, int]:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from oprd import OPRDConfig, OPRDTrainer, Rollouts
-    from oprd.bench.update import _status
+    from oprd.bench.update import resident_bytes
 
     torch.set_num_threads(1)
     model, run = settings_of(name)
@@ -142,10 +142,10 @@ def measure(name: str) -> dict[str, int]:
             return rollouts
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            before = _status("VmRSS")
+            before = resident_bytes()
             Path("/proc/self/clear_refs").write_text("5")
             loss = super().training_step(*args, **kwargs)
-            seen.update(held=1024 * (before - base), peak=1024 * (_status("VmHWM") - base))
+            seen.update(held=before - base, peak=resident_bytes("VmHWM") - base)
             return loss
 
     def trainer(folder: str, settings: dict[str, Any]) -> OPRDTrainer:
@@ -178,7 +178,7 @@ def measure(name: str) -> dict[str, int]:
         import gc
 
         gc.collect()
-        rollouts, base = whole, _status("VmRSS")
+        rollouts, base = whole, resident_bytes()
         settings = {**model, "model_type": config.model_type, "eos_token_id": 2}
         trainer(f"{folder}/run", settings).train()
     return seen

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oprd.head_products import for_parameters, project, to_hidden
+from oprd.head_products import HeadGradients, for_parameters, project, to_hidden
 
 # Entries of one chunk's logits (64 MiB of float32 on CPU, 256 MiB on an accelerator); three or four such buffers live at once.
 _CHUNK_ENTRIES = {"cpu": 2**24, "other": 2**26}
@@ -217,22 +217,15 @@ class _ByChunks(torch.autograd.Function):
             return (derivative_ND * grad_NK).to(derivative_ND.dtype), None, None, *none
         hidden_ND, weight_VD, bias_V, *extras = ctx.saved_tensors
         job, dtype = ctx.job, grad_NK.dtype
-        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        rows_used = job.head.rows
-        grad_ND = torch.empty_like(hidden_ND) if for_hidden else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if for_weight else None
-        grad_V = torch.zeros_like(bias_V, dtype=dtype) if for_bias else None
+        wanted = ctx.needs_input_grad[:3]
+        gradients = HeadGradients((hidden_ND, weight_VD, bias_V), wanted, job.head.rows, dtype)
         for rows in job.chunks:
             _, logits_grad_nV = _chunk(job, rows, hidden_ND, extras, grad_NK[rows])
             assert logits_grad_nV is not None, "a measure gave no derivative"
-            if grad_ND is not None:
-                grad_ND[rows] = to_hidden(logits_grad_nV, weight_VD[:rows_used])
-            if grad_VD is not None:
-                grad_VD[:rows_used].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
-            if grad_V is not None:
-                grad_V[:rows_used].add_(logits_grad_nV.sum(0))
+            gradients.add(rows, logits_grad_nV)
             del logits_grad_nV
-        return grad_ND, *for_parameters(job.head.parameters, (grad_VD, grad_V), job.head.in_place), *none
+        own = for_parameters(job.head.parameters, (gradients.weight_VD, gradients.bias_V), job.head.in_place)
+        return gradients.hidden_ND, *own, *none
 
 
 def _chunk(

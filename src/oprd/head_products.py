@@ -37,6 +37,36 @@ def to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor,
     return grad_nD
 
 
+class HeadGradients:
+    """Gradients of states, weight and bias of an LM head, made up chunk by chunk; None for what is not wanted.
+
+    Args:
+        sources: states `[N, D]`, weight `[V, D]`, bias `[V]` or None.
+        wanted: which of the three.
+        rows: of the weight, those that exist for the model.
+        dtype: what weight and bias are added up in.
+    """
+
+    def __init__(self, sources: Sequence[Tensor | None], wanted: Sequence[bool], rows: int, dtype: torch.dtype) -> None:
+        hidden, weight, bias = (source if want else None for source, want in zip(sources, wanted, strict=True))
+        self.hidden_ND = None if hidden is None else torch.empty_like(hidden)
+        self.weight_VD = None if weight is None else torch.zeros_like(weight, dtype=dtype)
+        self.bias_V = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        self._sources, self._rows, self._dtype = sources, rows, dtype
+
+    def add(self, rows: slice, logits_grad_nV: Float[Tensor, "n V"]) -> None:
+        """Take in the gradient of the logits of some tokens."""
+        hidden_ND, weight_VD, _ = self._sources
+        assert hidden_ND is not None, "a head reads states"
+        assert weight_VD is not None, "a head has a weight"
+        if self.hidden_ND is not None:
+            self.hidden_ND[rows] = to_hidden(logits_grad_nV, weight_VD[: self._rows])
+        if self.weight_VD is not None:
+            self.weight_VD[: self._rows].addmm_(logits_grad_nV.T, hidden_ND[rows].to(self._dtype))
+        if self.bias_V is not None:
+            self.bias_V[: self._rows].add_(logits_grad_nV.sum(0))
+
+
 def for_parameters(
     parameters: Sequence[Tensor | None], gradients: Sequence[Tensor | None], in_place: bool
 ) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oprd.head_chunks import LMHead, Measure, accumulate_dtype, chunk_with_gradient, chunks
-from oprd.head_products import for_parameters, to_hidden
+from oprd.head_products import HeadGradients, for_parameters
 
 
 def total_by_chunks(
@@ -66,9 +66,7 @@ class _TotalByChunks(torch.autograd.Function):
         head, measure, temperature, chunk_size, recording = job
         dtype = accumulate_dtype(head, hidden_ND)
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
-        grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted[1] else None
-        grad_V = torch.zeros_like(bias_V, dtype=dtype) if wanted[2] and bias_V is not None else None
+        gradients = HeadGradients((hidden_ND, weight_VD, bias_V), wanted, head.rows, dtype)
         total = hidden_ND.new_zeros((), dtype=dtype)
         for rows in chunks(len(hidden_ND), head, chunk_size, hidden_ND.device):
             weights_n1 = weights_N[rows, None].to(dtype)
@@ -77,16 +75,11 @@ class _TotalByChunks(torch.autograd.Function):
                 head, measure, temperature, hidden_ND[rows], chosen, weights_n1 if any(wanted) else None
             )
             total += (values_n1 * weights_n1).sum()
-            if logits_grad_nV is None:
-                continue
-            if grad_ND is not None:
-                grad_ND[rows] = to_hidden(logits_grad_nV, weight_VD[: head.rows])
-            if grad_VD is not None:
-                grad_VD[: head.rows].addmm_(logits_grad_nV.T, hidden_ND[rows].to(dtype))
-            if grad_V is not None:
-                grad_V[: head.rows].add_(logits_grad_nV.sum(0))
+            if logits_grad_nV is not None:
+                gradients.add(rows, logits_grad_nV)
             del logits_grad_nV  # before the next chunk's logits exist
-        ctx.held, ctx.head, ctx.others = (grad_ND, grad_VD, grad_V), head, 2 + len(extras)
+        held = (gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)
+        ctx.held, ctx.head, ctx.others = held, head, 2 + len(extras)
         return total
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.bench.update import machine
+from oprd.bench.update import machine, resident_bytes
 
 # Large blocks go back to the system when freed, so that resident memory follows what is alive. Slows a process down: no timing.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -53,12 +53,6 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
         "median": round(statistics.median(values), digits),
         "range": [round(min(values), digits), round(max(values), digits)],
     }
-
-
-def resident_bytes(field: str = "VmRSS") -> int:
-    """Resident memory of this process now (`VmRSS`) or at its highest (`VmHWM`). Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def settle_memory() -> int:

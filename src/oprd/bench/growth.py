@@ -25,11 +25,11 @@ from oprd.bench.common import (
     describe_machine,
     machine_line,
     quiet_environment,
-    resident_bytes,
     settle_memory,
     spread,
 )
 from oprd.bench.points import Point, build
+from oprd.bench.update import resident_bytes
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
-from oprd.bench.common import byte_tokenizer, resident_bytes, settle_memory
-from oprd.bench.update import SHAPES
+from oprd.bench.common import byte_tokenizer, settle_memory
+from oprd.bench.update import SHAPES, resident_bytes
 from oprd.config import OPRDConfig
 from oprd.models import load_model, load_tokenizer
 from oprd.trainer import OPRDTrainer

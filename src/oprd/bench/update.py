@@ -115,16 +115,16 @@ def peak_bytes(shape: str, size: Size, way: str) -> int:
     pair = build(shape, size)
     run_once(build_small(pair), way)
     pair.student.zero_grad(set_to_none=True)
-    before = _status("VmRSS")
+    before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
     run_once(pair, way)
-    return 1024 * (_status("VmHWM") - before)
+    return resident_bytes("VmHWM") - before
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process now (`VmRSS`) or at its highest (`VmHWM`). Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def bench_update(
