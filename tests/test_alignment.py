@@ -90,7 +90,7 @@ def prefixes(kind: str, ids: list[int], opening: str) -> list[bytes | None]:
     """What each position has read, by hand: bytes without the opening; None after a token that stands for nothing."""
     pieces = pieces_of(kind)
     whole = b"".join(pieces.get(i, b"") for i in ids)
-    skip = len(opening) if whole.startswith(opening.encode()) and len(whole) > len(opening) else 0
+    skip = len(opening) if whole.startswith(opening.encode()) else 0
     found: list[bytes | None] = []
     for t in range(len(ids)):
         known = all(i in pieces for i in ids[:t])
@@ -120,9 +120,6 @@ def check(student: str, teacher: str, row: PromptRow, rollouts: Rollouts) -> Ali
     teacher_opening = aligner.pair.teacher.opening(
         render(row, tokenizer_of(teacher), None), template_space(row, tokenizer_of(teacher))
     )
-    if student_opening and got.content == student_opening.encode():
-        # Known and open (dev/LOG.md): of a text that is nothing but the tokenizer's own opening space the space is kept as text.
-        return got
     read = prefixes(student, ours, student_opening)
     opening_bytes = b"".join(pieces_of(teacher)[i] for i in got.teacher_opening)
     body = written[:-1] if written[-1] == tokenizer_of(teacher).eos_token_id else written
@@ -141,7 +138,7 @@ def check(student: str, teacher: str, row: PromptRow, rollouts: Rollouts) -> Ali
         if u < len(body):
             assert same == (pieces_of(student).get(ours[t], b"-") == pieces_of(teacher)[body[u]])
         else:
-            assert same == got.ended
+            assert same == (got.ended and t == len(ours) - 1)
     assert theirs.finish_reasons == ["stop" if got.ended else "length"]
     return got
 
@@ -382,8 +379,40 @@ def test_the_space_of_a_sentencepiece_student_is_no_text():
     assert (got.student_positions, got.dropped) == ((0, 2), {"no_boundary": 1})
     got, (lead, names) = opened("unigram", "byte_level", ["▁is"], PLAIN)  # after text it is a space
     assert (got.content, names) == (b" is", ["Ġis", "<end>"])
-    got, _ = opened("unigram", "byte_level", ["▁"])  # alone it is all that was written
-    assert (got.content, got.student_positions) == (b" ", (0, 1))
+
+
+@pytest.mark.parametrize(("student", "end"), [("llama", "</s>"), ("unigram", "<end>")])
+def test_a_response_of_the_opening_space_alone_is_empty(student, end):
+    got, (lead, names) = opened(student, "byte_level", ["▁"])
+    assert (got.content, lead, names, got.ended) == (b"", [], ["<end>"], True)
+    assert (got.student_read, got.student_positions, got.teacher_positions) == ((0, 0), (0,), (0,))
+    assert got.one_to_one == (False,)  # the student is about to write its space, the teacher its end
+    assert got.dropped == {"no_boundary": 1}
+    # The end in the middle stands for no text and has no partner here; what follows it is not read.
+    got, (lead, names) = opened(student, "byte_level", ["▁", end, "▁", "a"])
+    assert (got.content, lead, names, got.ended) == (b"", [], ["<end>"], False)
+    assert (got.student_read, got.student_positions, got.one_to_one) == ((0, 0), (0,), (False,))
+    assert got.dropped == {"no_boundary": 1, "special_token": 3}
+    got, (_, names) = opened(student, "byte_level", ["▁", "▁"])  # the second is the text's
+    assert (got.content, names, got.student_positions) == (b" ", ["Ġ", "<end>"], (0, 2))
+    got, (_, names) = opened(student, "byte_level", ["▁"], PLAIN)  # after text the first is too
+    assert (got.content, names, got.student_positions) == (b" ", ["Ġ", "<end>"], (0, 1))
+
+    tokenizer = tokenizer_of(student)  # cut right after it
+    space = tokenizer.convert_tokens_to_ids("▁")
+    rollouts = Rollouts([render(CHAT, tokenizer, None)], [[space]], ["length"], [""], [0])
+    theirs, (got,), _ = aligner_of(student, "byte_level").align(rollouts, [CHAT])
+    assert (got.content, got.ended, got.student_positions, got.one_to_one) == (b"", False, (0,), (False,))
+    assert theirs.texts == [""]
+
+
+def test_the_opening_space_is_no_text_where_the_teacher_reads_the_students_ids():
+    got, (lead, names) = opened("unigram", "unigram", ["▁", "4"])
+    assert (got.content, got.student_read, lead, names) == (b"4", (0, 0, 1), [], ["▁", "4", "<end>"])
+    assert got.student_positions == got.teacher_positions == (0, 1, 2)
+    assert all(got.one_to_one)
+    got, (lead, names) = opened("unigram", "unigram", ["▁"])
+    assert (got.content, got.student_positions, names, got.one_to_one) == (b"", (0, 1), ["▁", "<end>"], (True, True))
 
 
 def test_a_sentencepiece_teacher_gets_its_space():

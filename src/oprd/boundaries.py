@@ -25,8 +25,8 @@ class Alignment:
     """One rollout of the student beside the same response in the teacher's tokens.
 
     Args:
-        content: the bytes of the response that both read. 0xFF, which no text has, stands for a special token that has a
-            partner by meaning.
+        content: the bytes of the response that both read, without an opening. 0xFF, which no text has, stands for a special
+            token that has a partner by meaning.
         student_read: bytes of `content` read at each student position, as far as its tokens can be read at all; ascending.
         teacher_read: likewise, per teacher position.
         teacher_opening: ids of the teacher's for whitespace that its tokenizer or template puts before a response; they belong
@@ -128,7 +128,7 @@ def align_completion(
     last = completion[-1]
     ends = finish_reason == "stop" and (last in pair.stop_ids or last not in pair.student.pieces)
     body = list(completion[:-1] if ends else completion)
-    shared = _shared_start(pair, same_ids, body) if student_opening == teacher_opening else None
+    shared = _shared_start(pair, same_ids, body, student_opening) if student_opening == teacher_opening else None
     if shared is not None:
         student = teacher = shared
         opening: list[int] = []
@@ -136,7 +136,8 @@ def align_completion(
         student = _read_student(pair, body, student_opening)
         teacher, opening = _write_teacher(pair, student, teacher_opening, cut=not ends)
     complete = ends and teacher.stopped is None
-    pairs = _pair_positions(student.read[: len(completion)], teacher.read)
+    whole = min(len(completion), len(teacher.read))  # the very same tokens: every position has its like
+    pairs = [(t, t) for t in range(whole)] if shared else _pair_positions(student.read[: len(completion)], teacher.read)
     follows = complete or not teacher.ids or pairs[-1][1] == len(teacher.ids)
     paired = {t for t, _ in pairs}
     dropped: Counter[DropReason] = Counter(
@@ -156,22 +157,24 @@ def align_completion(
         student_positions=tuple(t for t, _ in pairs),
         teacher_positions=tuple(u for _, u in pairs),
         one_to_one=tuple(
-            _same_next(pair, same_ids, completion[t], teacher.ids[u]) if u < len(teacher.ids) else complete
+            _same_next(pair, same_ids, completion[t], teacher.ids[u])
+            if u < len(teacher.ids)
+            else complete and t == len(completion) - 1  # not where the student has only its opening space to write
             for t, u in pairs
         ),
         dropped=dict(dropped),
     )
 
 
-def _shared_start(pair: TokenizerPair, same_ids: frozenset[int], body: list[int]) -> _Reading | None:
+def _shared_start(pair: TokenizerPair, same_ids: frozenset[int], body: list[int], opening: str) -> _Reading | None:
     """The student's own ids, where the teacher can read them up to the end or up to one that stands for nothing."""
     count = next((n for n, i in enumerate(body) if i not in same_ids), len(body))
     stops = count < len(body)
     if not same_ids or (stops and (body[count] in pair.student.pieces or body[count] in pair.special_map)):
         return None
     pieces = [pair.student.pieces.get(i, b"\xff") for i in body[:count]]
-    read = list(accumulate(map(len, pieces), initial=0))
-    return _Reading(body[:count], read, b"".join(pieces), "special_token" if stops else None)
+    read, content = _without_opening(pieces, opening)
+    return _Reading(body[:count], read, content, "special_token" if stops else None)
 
 
 def _read_student(pair: TokenizerPair, body: list[int], opening: str) -> _Reading:
@@ -182,10 +185,18 @@ def _read_student(pair: TokenizerPair, body: list[int], opening: str) -> _Readin
         if piece is None:
             break
         pieces.append(piece)
+    read, content = _without_opening(pieces, opening)
+    return _Reading(body[: len(pieces)], read, content, "special_token" if len(pieces) < len(body) else None)
+
+
+def _without_opening(pieces: list[bytes], opening: str) -> tuple[list[int], bytes]:
+    """Bytes read before each piece and after the last, and all of them, both without an opening that they begin with.
+
+    A response of nothing but the opening is an empty text: the tokenizer itself decodes it to one.
+    """
     content, lead = b"".join(pieces), opening.encode()
-    skipped = len(lead) if content.startswith(lead) and len(content) > len(lead) else 0
-    read = [max(0, n - skipped) for n in accumulate(map(len, pieces), initial=0)]
-    return _Reading(body[: len(pieces)], read, content[skipped:], "special_token" if len(pieces) < len(body) else None)
+    skipped = len(lead) if content.startswith(lead) else 0
+    return [max(0, n - skipped) for n in accumulate(map(len, pieces), initial=0)], content[skipped:]
 
 
 def _write_teacher(pair: TokenizerPair, student: _Reading, opening: str, *, cut: bool) -> tuple[_Reading, list[int]]:
