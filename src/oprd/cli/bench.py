@@ -85,19 +85,30 @@ def growth(
 @app.command("rollout")
 def rollout(
     quick: Annotated[bool, typer.Option("--quick", help="A small model, 16 prompts, two rounds.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a model with a chat template (default: a random one, SmolLM2's shape)."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights, in every way.")] = "float32",
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many (default: 64; with --quick, 16).")] = None,
+    completion: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a completion (default: 96; with --quick, 24).")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 2).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
-    """Tokens a second of each rollout engine beside the bare engine under it."""
+    """Tokens a second of each rollout engine beside bare `generate` and, where vLLM is installed, bare vLLM."""
     _check_json(json_file)
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.bench.rollout import QUICK, Requests, bench_rollout, markdown
+    from oprd.bench.requests import QUICK, Requests
+    from oprd.bench.rollout import bench_rollout, markdown
 
-    number = rounds or (2 if quick else 3)
-    report = bench_rollout(QUICK if quick else Requests(), rounds=number, threads=threads, say=say)
+    given: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "completion": completion}
+    requests = replace(QUICK if quick else Requests(), **{k: v for k, v in given.items() if v is not None})
+    report = bench_rollout(requests, rounds=rounds or (2 if quick else 3), threads=threads, say=say)
     _finish(report, markdown(report), json_file)
 
 
