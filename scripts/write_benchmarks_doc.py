@@ -1,7 +1,10 @@
 """Write docs/benchmarks.md from the results in benchmarks/results, so that no figure is typed (a test compares).
 
-    oprd bench step --json benchmarks/results/step.json      # likewise update, growth, rollout
+    oprd bench step --json benchmarks/results/step.json      # likewise update, growth
+    OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
+
+The rollouts where vLLM is installed (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`), for its rows and the targets.
 
 A section is written for each result file that is there.
 """
@@ -9,6 +12,7 @@ A section is written for each result file that is there.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +38,36 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
         step.markdown,
     ),
     "growth": ("How it grows", "One update along each axis, the others fixed.", growth.markdown),
-    "rollout": ("Rollouts", "Each engine beside the bare engine under it.", rollout.markdown),
+    "rollout": (
+        "Rollouts",
+        "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` is given the "
+        "weights anew in every pass, and its seconds include that. `generate` works until the longest completion is done, so its "
+        "seconds are those of every engine's completions.",
+        rollout.markdown,
+    ),
 }
 """Result file → title, what it is, its table."""
+
+
+def overlap_table(report: Mapping[str, Any]) -> str:
+    """What `oprd compare --config tiny_overlap` found: accuracy and seconds of a run with and without `overlap_rollouts`."""
+    rows = {row["objective"]: row for row in report["rows"]}
+    lines = ["| rollouts | Avg@2 at the end, a seed | mean | seconds a run, a seed | median |", "| --- | --- | --- | --- | --- |"]
+    medians = {}
+    for name, row in rows.items():
+        seconds = list(row["seconds_by_seed"].values())
+        medians[name] = statistics.median(seconds)
+        finals = ", ".join(f"{100 * value:.1f}" for value in row["final_by_seed"].values())
+        lines.append(
+            f"| {name} | {finals} | {100 * row['final_avg']:.1f} % | {', '.join(f'{s:.1f}' for s in seconds)} | {medians[name]:.1f} |"
+        )
+    machine, common = report["machine"], report["settings"]["settings"]
+    return (
+        "\n".join(lines)
+        + f"\n\nOverlapped takes {medians['overlapped'] / medians['fresh']:.2f} of the time. Embedded pair, {common['max_steps']} steps of "
+        f"{report['settings']['rollouts_a_step']} rollouts, evaluation not counted; {machine['cpus']} cores, {machine['threads']} thread a "
+        f"thread of Python, {machine['workers']} run at a time.\n"
+    )
 
 
 def render(results: Path = RESULTS) -> str:
@@ -49,6 +80,13 @@ def render(results: Path = RESULTS) -> str:
             parts.append(f"## {title}\n\n`oprd bench {name}`. {text}\n\n{table(report)}")
         else:
             missing.append(f"`oprd bench {name}`")
+    overlap = results / "overlap.json"
+    if overlap.exists():
+        text = (
+            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` samples the "
+            "next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
+        )
+        parts.append(f"## Sampling during the update\n\n{text}\n\n{overlap_table(json.loads(overlap.read_text()))}")
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(parts)

@@ -44,7 +44,8 @@ ROWS = [
         "report.rollouts",
         "report.text",
     },
-    {"head_chunks", "rollout.vllm_http", "sharding", "doctor.shape"},
+    {"head_chunks", "rollout.vllm_http", "rollout.vllm_weights", "sharding", "doctor.shape", "rollout.ahead"}
+    | {"rollout.ranks"},
     {
         "grading",
         "runlog",
@@ -53,6 +54,7 @@ ROWS = [
         "tasks.reasoning",
         "prompts",
         "rollout.base",
+        "rollout.weights_folder",
         "head_measures",
         "head_total",
         "embedding_gradient",
@@ -67,7 +69,7 @@ ROWS = [
     {"batching"},
     {"compare.results", "tasks.math", "capture", "figures"}
     | {"bridge.curve", "alignment", "objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"}
-    | {"report.read"},
+    | {"report.read", "rollout.transformers_continuous"},
     {
         "report.curves",
         "bridge.bridge",
@@ -96,10 +98,11 @@ ROWS = [
     | {"bench.ways"},
     {"pair", "checkpoint", "recipe", "step_loss", "diagnose.read", "diagnose.advice"} | {"bench.update"},
     {"bench.common"},
-    {"bench.points", "bench.rollout"},
-    {"bench.growth"},
+    {"bench.points", "bench.requests"},
+    {"bench.growth", "bench.rollout"},
     {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
     | {"doctor.workload"},
+    {"rollout_step"},
     {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
     {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},
     {"doctor.show", "bench.step"},
@@ -197,7 +200,7 @@ def test_the_settings():
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",
         "num_iterations", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
-        "output_top_k", "output_weight", "policy_gradient_weight", "position_k", "positions", "reduction",
+        "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "scale_rewards",
         "special_token_map", "task",
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 
 from oprd.rollout import ENGINES, Sampling, TransformersEngine
-from oprd.rollout.vllm_engine import VLLMEngine, live_weights
+from oprd.rollout.vllm_engine import VLLMEngine
+from oprd.rollout.vllm_weights import live_weights
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from fake_vllm import FakeVLLM
 from oprd.models import load_model, load_tokenizer
 from oprd.rollout import Sampling, TransformersEngine, VLLMEngine
-from oprd.rollout.vllm_server import VLLMServerEngine, write_weights
+from oprd.rollout.vllm_server import VLLMServerEngine
+from oprd.rollout.weights_folder import write_weights
 from test_vllm_engine import PROMPTS, STOPS, greedy, lora_of, model_with
 from tiny import tiny_tokenizer, tiny_trainer
 
@@ -226,11 +227,12 @@ def test_a_folder_of_another_model_is_not_written_over(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["start", "v1", "v2"]
 
 
-def test_a_trainer_samples_from_each_steps_weights(fake, tmp_path):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_trainer_samples_from_each_steps_weights(fake, tmp_path, overlap):
     settings = {"weights_dir": str(tmp_path / "weights"), "base_url": fake.url, "wait": 5}
     trainer = tiny_trainer(
         tmp_path / "run", model_with(), model_with(seed=1), rollout_engine="vllm_server",
-        rollout_engine_kwargs=settings, max_steps=3,
+        rollout_engine_kwargs=settings, max_steps=3, per_device_train_batch_size=1, overlap_rollouts=overlap,
     )  # fmt: skip
     totals = []
     fake.fail["/update_weight_version"] = lambda body: (
@@ -242,7 +244,8 @@ def test_a_trainer_samples_from_each_steps_weights(fake, tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == 3
-    assert len(set(totals)) == 3
+    assert len(set(totals)) == (2 if overlap else 3)
+    assert (totals[0] == totals[1]) == overlap  # sampled before the first update, to be learnt from after it
 
 
 # Real vLLM from here on.

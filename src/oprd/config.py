@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from oprd.config_checks import check_at_least_one, check_objective
+from oprd.config_checks import check_at_least_one, check_objective, check_overlap
 from oprd.layers import LAYERS
 from oprd.objectives.composite import is_on
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
@@ -97,6 +97,12 @@ class OPRDConfig(TrainingArguments):
     rollout_engine: str = field(default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}."))
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
+    )
+    overlap_rollouts: bool = field(
+        default=False,
+        metadata=_help(
+            "Sample the next step's rollouts by a copy of the student during the update: one step off-policy."
+        ),
     )
     lmbda: float = field(
         default=1.0,
@@ -210,6 +216,8 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
         if self.task is not None and self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(TASKS)}")
+        if self.overlap_rollouts:
+            check_overlap(self, getattr(ENGINES[self.rollout_engine], "beside_training", False))
         # Built once here so that a bad sampling value stops the run before any model is loaded.
         _ = self.sampling, self.eval_sampling
 

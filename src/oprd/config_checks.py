@@ -99,6 +99,37 @@ def _check_writer(config: Any) -> None:
         raise ValueError(f"output_positions: {config.output_positions!r} has no effect without output_space; remove it")
 
 
+def check_overlap(config: Any, engine_can: bool) -> None:
+    """Refuse to sample during the update where the loss wants fresh rollouts or the engine cannot.
+
+    Args:
+        config: the settings, with `overlap_rollouts` on.
+        engine_can: whether the rollout engine may sample in another thread than the one that trains.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    kind = None if config.output_term is None else config.output_term.kind
+    if kind in _DRAWN_BY_THE_STUDENT or is_on(config.policy_gradient_weight):
+        raise ValueError(
+            f"overlap_rollouts: not with output_space={', '.join(_DRAWN_BY_THE_STUDENT)} or policy_gradient_weight, whose "
+            "gradients are expectations over tokens that the student of the same step has drawn; set it to false"
+        )
+    if config.lmbda < 1:
+        raise ValueError(
+            f"overlap_rollouts: not with lmbda={config.lmbda}, which lets the teacher write; set one of the two off"
+        )
+    if config.fully_shard:
+        raise ValueError(
+            "overlap_rollouts: not with fully_shard: no process has a copy of the student; set one of the two off"
+        )
+    if not engine_can:
+        raise ValueError(
+            f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which samples on the device that trains and in "
+            "its process; take transformers or vllm_server"
+        )
+
+
 def check_default_ends(config: Any) -> None:
     """Refuse what is not done for a teacher that reads a text of its own.
 

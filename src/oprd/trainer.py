@@ -1,7 +1,7 @@
 """`OPRDTrainer`: on-policy representation distillation on transformers' `Trainer`.
 
-`training_step` is the paper's algorithm. Loading is in `pair.py`, formulas in `objectives/`, records and evaluation in
-`recording.py`, saving in `checkpoint.py`.
+`training_step` is the paper's algorithm. Loading is in `pair.py`, formulas in `objectives/`, a step's rollouts in
+`rollout_step.py`, records and evaluation in `recording.py`, saving in `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,26 +20,26 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.capture import read_through_forward
 from oprd.config import OPRDConfig
 from oprd.embedding_gradient import embedding_gradient_by_rows
-from oprd.evaluate import Evaluation, grade_rollouts
+from oprd.evaluate import Evaluation
 from oprd.metrics import rollout_metrics
 from oprd.models import context_length, stop_token_ids
 from oprd.objectives.composite import is_on
 from oprd.pair import build_student, build_teacher, comparable_layers
-from oprd.prompt_order import RepeatedSteps
 from oprd.prompts import Prompt
 from oprd.reader import PairReader
-from oprd.recording import Dataset, RecordingTrainer
-from oprd.rollout import ENGINES, derive_seed
+from oprd.recording import Dataset
+from oprd.rollout import ENGINES
+from oprd.rollout.ahead import RolloutsAhead
+from oprd.rollout_step import RolloutTrainer
 from oprd.runlog import RunFolder
 from oprd.sharding import check_launch, even_rounds, leave_sharding_alone, local_gradients, shard_pair
-from oprd.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share, with_advantages
+from oprd.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share
 from oprd.tasks import get_task
-from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
 
 
-class OPRDTrainer(RecordingTrainer):
+class OPRDTrainer(RolloutTrainer):
     """Distils a teacher into a student on the student's own rollouts, by matching hidden states (OPRD, arXiv 2606.06021).
 
     Args:
@@ -120,8 +119,6 @@ class OPRDTrainer(RecordingTrainer):
             optimizers=optimizers,
         )
         self._settle_models()
-        self._batch_of_step = 0
-        self._kept: dict[int, Batch] = {}
         self.reader.check_terms(self.train_dataset or [], deepspeed=self.is_deepspeed_enabled)
         if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
             self.reader.teacher_prompts(self.train_dataset, "train_dataset", args.max_completion_length)
@@ -139,6 +136,12 @@ class OPRDTrainer(RecordingTrainer):
         self.reader.head_in_place = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # DeepSpeed would divide by the number of accumulated batches, of which the loss is a share already.
         self._backward_settings = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        if args.overlap_rollouts:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "overlap_rollouts: not with a sharded student, of which no process has a copy; set it to false"
+                )
+            self._ahead = RolloutsAhead(self.model)
         self._project = None
         if isinstance(self.teacher, BridgedTeacher):
             self.teacher.to(self.accelerator.device)
@@ -191,7 +194,7 @@ class OPRDTrainer(RecordingTrainer):
         self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         verdicts = batch.correct if terms.on_policy else []  # the teacher's accuracy would pass for the student's
         self._window.add(**rollout_metrics(batch.rollouts, verdicts), micro_batches=len(groups))
-        if terms.measuring and terms.on_policy and batch.old_log_p is None:
+        if terms.measuring and terms.on_policy and batch.old_log_p is None and self._ahead is None:
             self._measure_parity(model, batch.rollouts, share)
         if self.args.lmbda < 1:
             self._window.add(student_wrote=share * terms.on_policy)
@@ -214,41 +217,6 @@ class OPRDTrainer(RecordingTrainer):
             engine = ENGINES[self.args.rollout_engine](aligner.teacher_tokenizer, stops, **self.args.engine_kwargs)
             return self.evaluate_model(model, prompts, engine)
 
-    def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
-        self._batch_of_step = 0  # Trainer asks this once a step, before its first batch
-        return sum(len(prompts) for prompts in batch_samples)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        args = self.args
-        if args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
-        prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
-
-    def _next_batch(self, prompts: list[Prompt], terms: StepTerms) -> Batch:
-        """New rollouts, graded; between two updates on the same rollouts (num_iterations), those of the update before."""
-        self._batch_of_step += 1
-        if self.state.global_step % self.args.num_iterations:
-            return self._kept[self._batch_of_step]
-        with self._window.timer("rollout"):
-            rollouts = self._sample(prompts, terms)
-        with self._window.timer("grade"):
-            answers = {p.index: p.row.answer for p in prompts}
-            correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
-        with self._window.timer("teacher"):
-            pairing, stats = self.reader.pair(rollouts, {p.index: p.row for p in prompts})
-        if stats is not None:
-            self._window.add(**stats.counts())
-        batch = Batch(rollouts, correct, pairing=pairing)
-        return with_advantages(batch, self.args) if is_on(self.args.policy_gradient_weight) else batch
-
-    def _keep(self, batch: Batch, log_p: dict[int, Tensor]) -> None:
-        """Put a batch aside for the next update on it, with the log-probabilities of the policy that sampled it."""
-        if self.args.num_iterations > 1 and batch.old_log_p is None:
-            batch = replace(batch, old_log_p=[log_p[i] for i in range(len(batch.rollouts))])
-            self._kept[self._batch_of_step] = batch
-
     def _check_loss(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -257,28 +225,12 @@ class OPRDTrainer(RecordingTrainer):
         if loss == 0 and self.state.global_step == 0 and not is_on(self.args.policy_gradient_weight):
             logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
 
-    def _sample(self, prompts: list[Prompt], terms: StepTerms) -> Rollouts:
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        with nullcontext(student) if terms.on_policy else self.teacher.sampler() as writer:
-            return self.engine.generate(
-                writer,
-                [p.ids for p in prompts],
-                num_generations=self.args.num_generations,
-                sampling=self.args.sampling,
-                seed=self._seed_of_step(),
-                rows=[p.index for p in prompts],
-            )
-
-    def _seed_of_step(self, *parts: int) -> int:
-        rank = self.args.process_index
-        return derive_seed(self.args.seed, self.state.global_step, self._batch_of_step - 1, rank, *parts)
-
     @contextmanager
     def _own_randomness(self, number: int) -> Iterator[None]:
         """Dropout as a function of seed, step and micro-batch: a forward that goes further up to measure changes no later one."""
         device = self.args.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed_of_step(number))
+            torch.manual_seed(self._seed_of_step(self._batch_of_step - 1, number))
             yield
 
     def _whole_step(self, batch: Batch, share: float) -> dict[str, float]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from oprd.rollout.base import RolloutEngine, Sampling, derive_seed, student_writes
+from oprd.rollout.transformers_continuous import TransformersContinuousEngine
 from oprd.rollout.transformers_engine import TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine
 from oprd.rollout.vllm_server import VLLMServerEngine
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "transformers": TransformersEngine,
+    "transformers_continuous": TransformersContinuousEngine,
     "vllm": VLLMEngine,
     "vllm_server": VLLMServerEngine,
 }
 
 __all__ = [
-    "ENGINES", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "derive_seed",
-    "student_writes",
+    "ENGINES", "RolloutEngine", "Sampling", "TransformersContinuousEngine", "TransformersEngine", "VLLMEngine",
+    "VLLMServerEngine", "derive_seed", "student_writes",
 ]  # fmt: skip

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from oprd.models import causal_lm, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
@@ -25,7 +34,10 @@ class TransformersEngine:
 
     Attributes:
         on_batch: called after each batch with (completions done, of all), for a progress display.
+        beside_training: it may sample from a copy of the student in another thread while the student is trained.
     """
+
+    beside_training: ClassVar[bool] = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
         if batch_size < 1:
@@ -50,7 +62,7 @@ class TransformersEngine:
     ) -> Rollouts:
         """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed.
 
-        The global random state is left as it was, and so is the model's train/eval mode.
+        The global random state plays no part, and the model's train/eval mode is left as it was.
 
         Raises:
             ValueError: `num_generations` < 1.
@@ -59,13 +71,12 @@ class TransformersEngine:
         completions: dict[int, list[int]] = {}
         # Neighbours in length share a batch, so that left padding stays small; ties keep their order (determinism).
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        devices = [next(model.parameters()).device] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]), _sampling_mode(model):
-            torch.manual_seed(seed)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        with _sampling_mode(model):
             for start in self._starts(model, len(order)):
                 # A rank that is done keeps the others company: a sharded model takes every rank for each of its tokens.
                 indices = order[start : start + self.batch_size] or order[:1]
-                batch = self._generate_batch(model, [prompts[i] for i in indices], sampling)
+                batch = self._generate_batch(model, [prompts[i] for i in indices], sampling, generator)
                 if start < len(order):
                     completions.update(zip(indices, batch, strict=True))
                 if self.on_batch is not None:
@@ -80,7 +91,9 @@ class TransformersEngine:
         return range(0, batches * self.batch_size, self.batch_size)
 
     @torch.no_grad()
-    def _generate_batch(self, model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def _generate_batch(
+        self, model: nn.Module, prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
+    ) -> list[list[int]]:
         lm = causal_lm(model)
         width = max(len(p) for p in prompts)
         input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
@@ -88,26 +101,23 @@ class TransformersEngine:
         config = self._generation_config(sampling, lm.get_output_embeddings())
         with _own_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
-            together = (
-                {"synced_gpus": True} if is_sharded(model) else {}
-            )  # until the last rank's last completion is done
-            output = generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **together)
+            # Sharded: until the last rank's last completion is done.
+            together = {"synced_gpus": True} if is_sharded(model) else {}
+            output = generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
+                logits_processor=drawing_processors(sampling, generator), **together,
+            )  # fmt: skip
         return [self._cut(row) for row in output[:, width:].tolist()]
 
     def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
         rows = getattr(head, "weight", torch.empty(0)).shape[0]
         padding = list(range(self.vocab_size, rows))  # rows that only make the matrix's size round: they mean no token
-        greedy = sampling.temperature == 0
-        drawing = {} if greedy else {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k
-        }  # fmt: skip
         return GenerationConfig(
-            do_sample=not greedy,
+            do_sample=False,  # of what `drawing_processors` leave
             max_new_tokens=sampling.max_completion_length,
             eos_token_id=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
             suppress_tokens=padding or None,
-            **drawing,
         )
 
     def _cut(self, completion: list[int]) -> list[int]:
@@ -116,6 +126,39 @@ class TransformersEngine:
             if token in self.stop_token_ids:
                 return completion[: index + 1]
         return completion
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token possible in each row, drawn from `generator`.
+
+    `generate` would draw from the process's random state, which a thread that trains draws from too.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn_B1 = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
+
+
+def drawing_processors(sampling: Sampling, generator: torch.Generator) -> LogitsProcessorList:
+    """What `generate(do_sample=True)` does to the logits `[batch, vocab]`, in its order, and the draw itself; nothing where greedy.
+
+    Args:
+        sampling: how completions are drawn.
+        generator: where the randomness comes from, on the logits' device.
+    """
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*warpers, _Draw(generator)])
 
 
 @contextmanager

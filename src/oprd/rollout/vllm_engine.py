@@ -12,17 +12,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.models import causal_lm, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.rollout.vllm_weights import live_weights, refuse_what_cannot_be_synchronised
 from oprd.types import Rollouts
 
 # What a config says about anything but the computation: models that differ only here are served by the same `vllm.LLM`.
 _INCIDENTAL = frozenset(
     ("_name_or_path", "transformers_version", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+)
+_NO_SLEEP = (
+    "rollout_engine_kwargs: sleep: true needs an accelerator whose memory vLLM can give back (CUDA, ROCm), and {}; "
+    "set it to false"
 )
 
 
@@ -43,17 +47,20 @@ class VLLMEngine:
         dtype: dtype vLLM computes in; "auto" is that of the student's weights. For float32 weights trained under bf16 autocast
             "bfloat16" is closer to the student that is trained, and on a GPU far faster.
         gpu_memory_utilization: share of the device's memory for vLLM's copy of the weights and its keys and values.
+        sleep: whether vLLM gives its device memory back after each `generate`, for the update. The next one takes it again, so the
+            free memory has to be there then. Only where vLLM has sleep mode (CUDA, ROCm). Checked by call order only: no GPU yet.
         llm_kwargs: further arguments of `vllm.LLM`, which win over those given here.
 
     Attributes:
         log_probs: of the last `generate`, each token's log-probability under the served weights, before temperature and truncation.
 
     Raises:
-        ValueError: vLLM is not installed, or `batch_size` < 1.
+        ValueError: vLLM is not installed, `batch_size` < 1, or `sleep` without an accelerator.
     """
 
     _running: ClassVar[Any] = None  # the process's `vllm.LLM`
     _served: ClassVar[dict[str, Any] | None] = None  # what it was started for
+    _asleep: ClassVar[bool] = False  # its weights and keys and values are gone
 
     def __init__(
         self,
@@ -63,16 +70,20 @@ class VLLMEngine:
         *,
         dtype: str = "auto",
         gpu_memory_utilization: float = 0.3,
+        sleep: bool = False,
         llm_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"generation_batch_size: {batch_size} is not allowed; at least 1")
+        if sleep and not torch.accelerator.is_available():
+            raise ValueError(_NO_SLEEP.format("there is none"))
         _import_vllm()
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = dtype
+        self.sleep = sleep
         self.log_probs: list[list[float]] = []
         self.llm_kwargs = {
             "max_num_seqs": batch_size,
@@ -81,6 +92,7 @@ class VLLMEngine:
             "load_format": "dummy",
             "skip_tokenizer_init": True,  # ids in, ids out
             "generation_config": "vllm",  # nothing of the sampling defaults that come with a model
+            **({"enable_sleep_mode": True} if sleep else {}),
             **(llm_kwargs or {}),
         }
 
@@ -121,10 +133,19 @@ class VLLMEngine:
         arguments = sampling_arguments(sampling, seed, len(prompts), self.stop_token_ids, padding)
         parameters = [_import_vllm().SamplingParams(**own) for own in arguments]
         try:
+            if VLLMEngine._asleep:  # room for the weights first: while they arrive, that of keys and values is free
+                llm.wake_up(tags=["weights"])
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": live_weights(lm)})
             llm.apply_model(_refresh_head)
+            if VLLMEngine._asleep:
+                llm.wake_up(tags=["kv_cache"])
+                VLLMEngine._asleep = False
             llm.reset_prefix_cache()  # it holds keys and values of the weights before
             outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+            if self.sleep:
+                # Level 2 drops the weights, which are sent anew each time, and keeps the buffers, which need not be, on the host.
+                VLLMEngine._asleep = True
+                llm.sleep(level=2)
         except BaseException:
             VLLMEngine._served = None  # start afresh: the rest of this call must not come out of the next one
             raise
@@ -136,6 +157,8 @@ class VLLMEngine:
 
     def _llm_for(self, lm: PreTrainedModel) -> Any:
         """The process's `vllm.LLM`, started anew unless it already serves this architecture with these settings."""
+        if self.sleep and lm.device.type == "cpu":
+            raise ValueError(_NO_SLEEP.format("the student is on the cpu"))
         config = {k: v for k, v in lm.config.to_dict().items() if k not in _INCIDENTAL}
         dtype = str(lm.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         wanted = {"config": config, "dtype": dtype, "device": lm.device, **self.llm_kwargs}
@@ -146,8 +169,11 @@ class VLLMEngine:
         if VLLMEngine._running is not None:
             if distributed:  # vLLM ends the processes' communication when it stops
                 raise ValueError("rollout_engine: vllm serves one architecture only when several processes train")
+            if VLLMEngine._asleep:
+                VLLMEngine._running.wake_up()  # on CUDA its allocator gives back what is there, and would give back twice
             VLLMEngine._running.llm_engine.engine_core.shutdown()
             VLLMEngine._running = VLLMEngine._served = None
+            VLLMEngine._asleep = False
             gc.collect()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the live weights are
         arguments = {
@@ -161,46 +187,6 @@ class VLLMEngine:
             VLLMEngine._running = _import_vllm().LLM(model=folder, **arguments)
         VLLMEngine._served = wanted
         return VLLMEngine._running
-
-
-def live_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model under its name in a checkpoint, adapters merged. The model stays as it is, bit for bit."""
-    return _weights_of(lm, "", set())
-
-
-def _weights_of(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if hasattr(module, "get_base_layer"):  # a PEFT adapter around a layer
-        yield from ((prefix + name, tensor) for name, tensor in _merged(module).items())
-        return
-    if hasattr(module, "modules_to_save"):  # a layer of which PEFT trains a whole copy
-        copies: Any = module.modules_to_save
-        module = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]  # type: ignore
-    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if name not in module._non_persistent_buffers_set and id(tensor) not in seen:
-            seen.add(id(tensor))  # a tied weight is in a checkpoint once
-            data = tensor.detach()
-            yield prefix + name, data.full_tensor() if hasattr(data, "full_tensor") else data
-    for name, child in module.named_children():
-        yield from _weights_of(child, f"{prefix}{name}.", seen)
-
-
-@torch.no_grad()
-def _merged(layer: Any) -> dict[str, Tensor]:
-    """The weights of a PEFT layer with its adapters merged in; the plain layer's own when they are off or merged already."""
-    plain = layer.get_base_layer()
-    saved = {name: parameter.data for name, parameter in plain.named_parameters()}
-    if layer.disable_adapters or layer.merged:
-        return saved
-    try:
-        for parameter in plain.parameters():
-            parameter.data = parameter.data.clone()  # merging and unmerging round, so they happen to a copy
-        layer.merge()
-        merged = {name: parameter.data.clone() for name, parameter in plain.named_parameters()}
-        layer.unmerge()
-    finally:
-        for name, parameter in plain.named_parameters():
-            parameter.data = saved[name]
-    return merged
 
 
 def _refresh_head(vllm_model: nn.Module) -> None:
@@ -235,27 +221,6 @@ def sampling_arguments(
         "logprobs": 0,  # of the token that was drawn
     }
     return [{**common, "seed": own} for own in torch.randint(2**62, (count,), generator=generator).tolist()]
-
-
-def refuse_what_cannot_be_synchronised(lm: PreTrainedModel) -> None:
-    """Refuse a student whose live weights vLLM cannot take.
-
-    Raises:
-        ValueError: quantised, laid out in memory differently than in its checkpoint, or adapters on tied embeddings.
-    """
-    advice = "set rollout_engine: transformers"
-    if getattr(lm, "hf_quantizer", None) is not None:
-        raise ValueError(f"rollout_engine: vllm is not supported for quantised students; {advice}")
-    names = {name: tensor.detach().to("meta") for name, tensor in lm.state_dict().items()}
-    if set(revert_weight_conversion(lm, names)) != set(names):
-        raise ValueError(
-            f"rollout_engine: vllm is not supported for {type(lm).__name__}, whose weights are laid out in memory differently than "
-            f"in its checkpoint; {advice}"
-        )
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    adapted = any(hasattr(end, "get_base_layer") or hasattr(end, "modules_to_save") for end in ends)
-    if adapted and lm.config.get_text_config().tie_word_embeddings:
-        raise ValueError(f"rollout_engine: vllm is not supported for adapters on tied embeddings; {advice}")
 
 
 def _import_vllm() -> Any:

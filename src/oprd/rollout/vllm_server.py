@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.manifest import fsync
 from oprd.models import causal_lm, parse_dtype, vocabulary_size
 from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
-from oprd.rollout.vllm_engine import live_weights, refuse_what_cannot_be_synchronised, sampling_arguments
+from oprd.rollout.ranks import Ranks
+from oprd.rollout.vllm_engine import sampling_arguments
 from oprd.rollout.vllm_http import Completion, ServerLost, VLLMClient
+from oprd.rollout.vllm_weights import refuse_what_cannot_be_synchronised
+from oprd.rollout.weights_folder import gather_weights, write_folder
 from oprd.types import Rollouts
 
 logger = logging.getLogger(__name__)
-
-# What a served model's config says of its computation; the rest (names, versions) may differ between runs.
-_INCIDENTAL = ("_name_or_path", "transformers_version")
 
 
 class VLLMServerEngine:
@@ -39,8 +35,11 @@ class VLLMServerEngine:
     was restarted has another label: its completions are thrown away, it is sent the weights again and asked again. The same seeds
     give the same completions, so a restart does not show in the rollouts.
 
-    Run so far: vLLM 0.32 on one CPU, on the same machine. Not run: GPUs, several machines. Refused: several training processes, and
-    the students that `VLLMEngine` refuses.
+    Several training processes sample by one server: the first writes and sends the weights, each asks for its own prompts, and if
+    one of them loses the server all go through another round. All must call `generate`, with at least one prompt each.
+
+    Run so far: vLLM 0.32 on one CPU, on the same machine, for one process; two processes with a server made for the tests. Not run:
+    GPUs, several machines. Refused: the students that `VLLMEngine` refuses.
 
     Args:
         tokenizer: decodes completions.
@@ -57,11 +56,14 @@ class VLLMServerEngine:
 
     Attributes:
         log_probs: of the last `generate`, each token's log-probability under the served weights, before temperature and truncation.
-        pushes: how often weights were sent.
+        pushes: how often this process has sent weights; only the first of several does.
+        beside_training: it may sample from a copy of the student in another thread while the student is trained.
 
     Raises:
         ValueError: an argument that is not allowed.
     """
+
+    beside_training: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class VLLMServerEngine:
         self.log_probs: list[list[float]] = []
         self.pushes = 0
         self._run, self._count = secrets.token_hex(6), 0
+        self._ranks = Ranks()
 
     def generate(
         self,
@@ -114,43 +117,64 @@ class VLLMServerEngine:
             ConnectionError: no server answers within `wait` seconds, or it was lost more than `retries` times.
             ValueError: `num_generations` < 1, a model that cannot be served, a server that cannot take weights, an answer that is
                 none, or longer sequences than it holds.
+            ConnectionError, ValueError, RuntimeError: one of these met another process, which the message names.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         lm = causal_lm(model)
         refuse_what_cannot_be_synchronised(lm)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("rollout_engine: vllm_server is for one training process; set rollout_engine: vllm")
+        longest = max(len(prompt) for prompt in prompts) + sampling.max_completion_length
         self._count += 1
-        version = f"{self._run}-{self._count:06d}"
-        folder = write_weights(lm, self.weights_dir, version, self.dtype)
+        told = self._ranks.together(lambda: (f"{self._run}-{self._count:06d}", longest))
+        version, longest = told[0][0], max(own for _, own in told)
+        self._write(lm, version)
         try:
-            done = self._complete(lm.config, prompts, sampling, seed, version)
+            done = self._complete(lm.config, prompts, sampling, seed, version, longest)
         finally:
-            shutil.rmtree(folder)
+            if self._ranks.rank == 0:
+                shutil.rmtree(self.weights_dir / version)
         completions = [done[i] for i in range(len(prompts))]
         self.log_probs = [c.log_probs for c in completions]
         return to_rollouts(prompts, [c.token_ids for c in completions], owners, self.tokenizer, self.stop_token_ids)
 
+    def _write(self, lm: PreTrainedModel, version: str) -> None:
+        """All processes gather the weights; the first, whose folder the server sees, writes them."""
+        weights = gather_weights(lm, self.dtype, keep=self._ranks.rank == 0)
+        self._ranks.first(lambda: write_folder(lm, weights, self.weights_dir, version, self.dtype))
+
     def _complete(
-        self, config: PreTrainedConfig, prompts: list[list[int]], sampling: Sampling, seed: int, version: str
+        self,
+        config: PreTrainedConfig,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        version: str,
+        longest: int,
     ) -> dict[int, Completion]:
         rows = config.get_text_config().vocab_size
         padding = range(self.vocab_size, rows)
         arguments = sampling_arguments(sampling, seed, len(prompts), self.stop_token_ids, padding)
-        longest = max(len(prompt) for prompt in prompts) + sampling.max_completion_length
         done: dict[int, Completion] = {}
-        lost: ServerLost | None = None
-        for _ in range(1 + self.retries):
-            self._hold(version, longest)
+
+        def ask() -> tuple[ServerLost | None, int, int]:
             lost = self._ask_for_missing(prompts, arguments, version, rows, done)
-            if lost is None:
+            return lost, len(prompts) - len(done), len(prompts)
+
+        losses: list[ServerLost] = []
+        for _ in range(1 + self.retries):
+            self._ranks.first(lambda: self._hold(version, longest))
+            asked = self._ranks.together(ask)
+            losses = [lost for lost, _, _ in asked if lost is not None]
+            if not losses:
                 return done
-            logger.warning("rollout server: %s; %d of %d completions are asked for again", lost,
-                           len(prompts) - len(done), len(prompts))  # fmt: skip
+            if self._ranks.rank == 0:
+                missing, wanted = sum(own for _, own, _ in asked), sum(own for _, _, own in asked)
+                logger.warning(
+                    "rollout server: %s; %d of %d completions are asked for again", losses[0], missing, wanted
+                )
         raise ConnectionError(
             f"rollout_engine: vllm_server was lost {1 + self.retries} times in one set of rollouts (retries: {self.retries}; does "
-            f"another trainer use this server?); last: {lost}"
-        ) from lost
+            f"another trainer use this server?); last: {losses[0]}"
+        ) from losses[0]
 
     def _ask_for_missing(
         self, prompts: list[list[int]], arguments: list[dict], version: str, rows: int, done: dict[int, Completion]
@@ -167,6 +191,8 @@ class VLLMServerEngine:
                 lost.append(error)
 
         missing = [i for i in range(len(prompts)) if i not in done]
+        if not missing:
+            return None  # another process lost the server
         with ThreadPoolExecutor(min(self.batch_size, len(missing))) as pool:
             list(pool.map(ask, missing))  # a ValueError comes out here
         return lost[0] if lost else None
@@ -203,74 +229,9 @@ class VLLMServerEngine:
             )
 
     def start_command(self) -> str:
-        """How to start the server on what `write_weights` has put into `weights_dir`."""
+        """How to start the server on what `write_folder` has put into `weights_dir`."""
         dtype = json.loads((self.weights_dir / "start" / "config.json").read_text())["dtype"]
         return (
             f"VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model {self.server_weights_dir}/start "
             f"--dtype {dtype} --host 127.0.0.1 --skip-tokenizer-init --enable-scale-out --generation-config vllm"
         )
-
-
-def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: torch.dtype | None) -> Path:
-    """Write a model's live weights, adapters merged, to `weights_dir/version`, whole or not at all; and `weights_dir/start` once.
-
-    A tied LM head is written as a weight of its own and the config says "untied": on CPU vLLM computes from a packed copy of a tied
-    head, which its `reload_weights` leaves as it was.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: `weights_dir/start` holds another model.
-    """
-    config = copy.deepcopy(lm.config)
-    weights: dict[str, Tensor] = dict(live_weights(lm))
-    if config.get_text_config().tie_word_embeddings:
-        head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-        names = {id(module): name for name, module in lm.named_modules()}
-        weights[f"{names[id(head)]}.weight"] = weights[f"{names[id(embedding)]}.weight"]
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-    config.dtype = dtype or lm.dtype
-    config.architectures = [type(lm).__name__]
-    stored = {name: tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous() for name, tensor in weights.items()}
-
-    def write(folder: Path) -> None:
-        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
-
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    _write_start(weights_dir / "start", config, write)
-    return _write_whole(weights_dir / version, write)
-
-
-def _write_start(start: Path, config: PreTrainedConfig, write: Callable[[Path], None]) -> None:
-    """The folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
-    if not start.exists():
-        _write_whole(start, write)
-        return
-    there, wanted = json.loads((start / "config.json").read_text()), json.loads(config.to_json_string(use_diff=True))
-    differing = sorted(
-        k for k in there.keys() | wanted.keys() if k not in _INCIDENTAL and there.get(k) != wanted.get(k)
-    )
-    if differing:
-        raise ValueError(
-            f"weights_dir: {start} holds another model (config: {', '.join(differing)}); stop its server and remove the folder, or "
-            "choose another weights_dir"
-        )
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> Path:
-    """A folder that is seen whole or not at all: written beside, flushed to disk, renamed."""
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        write(partial)
-        for path in partial.iterdir():
-            fsync(path)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync(folder.parent)
-    return folder

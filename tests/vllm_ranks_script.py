@@ -1,0 +1,128 @@
+"""Run by test_vllm_server_ranks.py on two processes: both sample by the servers that FOLDER/urls.json names.
+
+    RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python vllm_ranks_script.py FOLDER
+
+Guards against hanging, and the way it ends, are those of ddp_script.py, which says why.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from ddp_script import COLLECTIVE_SECONDS, SCENARIO_SECONDS
+from oprd.rollout import Sampling
+from oprd.rollout.vllm_server import VLLMServerEngine
+from oprd.sharding import shard_model, whole
+from tiny import prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
+
+PROMPTS = {0: [[5, 6, 7], [8], [30, 31, 32, 33, 34]], 1: [[40, 41]]}  # of each rank
+STEPS = 3
+
+
+def engine_for(url: str, folder, **settings) -> VLLMServerEngine:
+    settings = {"wait": 20, "timeout": 20, **settings}
+    return VLLMServerEngine(tiny_tokenizer(), [3], 2, weights_dir=str(folder), base_url=url, **settings)
+
+
+def sample(engine, model, rank: int) -> list[list[int]]:
+    """What a rank asks for, in one process or in two."""
+    sampling = Sampling(6)
+    return list(
+        engine.generate(model, PROMPTS[rank], num_generations=2, sampling=sampling, seed=10 + rank).completion_ids
+    )
+
+
+@torch.no_grad()
+def update(model) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.013)
+
+
+def total_of(model) -> int:
+    """What FakeVLLM keeps of the weights that it was sent."""
+    return sum(int(1000 * whole(tensor.detach()).double().abs().sum()) for tensor in model.state_dict().values())
+
+
+def steps(engine, model, rank: int) -> dict:
+    """Sampled, updated, sampled, …"""
+    completions, totals = [], []
+    for _ in range(STEPS):
+        completions.append(sample(engine, model, rank))
+        totals.append(total_of(model))
+        update(model)
+    return {"completions": completions, "totals": totals, "pushes": engine.pushes}
+
+
+def trained(url: str, out: Path) -> dict:
+    trainer = tiny_trainer(
+        out / "trained", tiny_model(), tiny_model(seed=1), rollout_engine="vllm_server", ddp_backend="gloo",
+        rollout_engine_kwargs={"weights_dir": str(out / "weights-trained"), "base_url": url, "wait": 20},
+        rows=prompt_rows(8), per_device_train_batch_size=2, max_steps=STEPS,
+    )  # fmt: skip
+    generate, totals, completions = trainer.engine.generate, [], []
+
+    def watched(model, *arguments, **settings):
+        totals.append(total_of(model))
+        rollouts = generate(model, *arguments, **settings)
+        completions.append([*rollouts.completion_ids])
+        return rollouts
+
+    trainer.engine.generate = watched
+    trainer.train()
+    return {
+        "totals": totals,
+        "completions": completions,
+        "after": total_of(trainer.model),
+        "step": trainer.state.global_step,
+    }
+
+
+def scenario(name: str, url: str, out: Path, rank: int) -> dict:
+    if name == "trained":
+        return trained(url, out)
+    settings = {"wait": 0.3} if name == "absent" else {"retries": 1}
+    engine = engine_for(url, out / f"weights-{name}", **settings)
+    model = tiny_model(tie_word_embeddings=name == "sharded")
+    if name == "sharded":
+        shard_model(model)
+    if name in ("steps", "sharded"):
+        return steps(engine, model, rank)
+    try:
+        return {"completions": [sample(engine, model, rank)], "pushes": engine.pushes}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )  # fmt: skip
+    for name, url in json.loads((out / "urls.json").read_text()).items():
+        found = scenario(name, url, out, rank)
+        (out / f"{name}-{rank}.json").write_text(json.dumps(found))
+        print(f"rank {rank}: {name} done", flush=True)
+        faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)  # in place of the one before
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        main(Path(sys.argv[1]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
