@@ -52,7 +52,10 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
 def overlap_table(report: Mapping[str, Any]) -> str:
     """What `oprd compare --config tiny_overlap` found: accuracy and seconds of a run with and without `overlap_rollouts`."""
     rows = {row["objective"]: row for row in report["rows"]}
-    lines = ["| rollouts | Avg@2 at the end, a seed | mean | seconds a run, a seed | median |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| rollouts | Avg@2 at the end, a seed | mean | seconds a run, a seed | median |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     medians = {}
     for name, row in rows.items():
         seconds = list(row["seconds_by_seed"].values())

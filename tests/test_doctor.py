@@ -122,6 +122,17 @@ def test_the_parts_in_closed_form():
     assert predict_memory(work(bridge_rank=5)).parts["state cache"] == 4 * 4 * 6 * 3 * 5
 
 
+def test_sampling_during_the_update_holds_a_copy_and_the_cache_all_the_time():
+    alone, overlapped = predict_memory(work()), predict_memory(work(overlap=True))
+    copy = 4 * work().trainable
+    assert overlapped.parts == {**alone.parts, "copy that samples": copy}
+    assert overlapped.phases["rollout"] == alone.phases["rollout"] + copy
+    sampling = 3 * 4 * 4 * work().student.rows  # three float32 [4 rollouts, vocabulary]
+    for phase in ("teacher", "update", "optimizer"):
+        beside = copy + alone.parts["rollout KV cache"] + sampling
+        assert overlapped.phases[phase] == pytest.approx(alone.phases[phase] + beside)
+
+
 def test_chunks_do_not_grow_with_the_tokens():
     few, many = (
         work(student=known_shape("1.5B"), output_space="jsd", completion=n, accelerator=True) for n in (2048, 8192)

@@ -60,7 +60,9 @@ def predict_memory(work: Workload) -> Memory:
         "vocabulary chunks": held.chunks + held.head_gradient,
         "rollout KV cache": held.rollout_cache,
     }
-    base = held.weights + held.moments + held.teacher
+    if work.overlap:
+        parts["copy that samples"] = held.copy
+    base = held.weights + held.moments + held.teacher + held.copy
     kept = held.gradients if work.micro_batches > 1 else 0.0  # of the step's earlier micro-batches
     phases = {
         "rollout": base + held.rollout_cache + held.sampling + held.gathered,
@@ -68,6 +70,9 @@ def predict_memory(work: Workload) -> Memory:
         "update": base + held.update(kept),
         "optimizer": base + held.gradients,
     }
+    if work.overlap:  # the next step's rollouts are under way in every phase
+        for phase in ("teacher", "update", "optimizer"):
+            phases[phase] += held.rollout_cache + held.sampling
     return Memory(parts, phases)
 
 
@@ -110,6 +115,7 @@ class _Held:
         self.weights = _FLOAT * (shape.parameters + adapter) / self.split
         self.gradients = _FLOAT * trainable / self.split
         self.moments = 2 * self.gradients
+        self.copy = self.gradients if work.overlap else 0.0  # of what is trained
         if work.sharding == "ddp" and work.devices > 1:
             self.gradients *= 2  # DDP's buckets are a second copy
         other = work.teacher or shape

@@ -54,6 +54,7 @@ class Workload:
         teacher_bytes: bytes of one of the teacher's weights and states.
         padded: rollouts of a micro-batch differ in length (an attention mask is needed).
         generation_batch: completions generated together.
+        overlap: the next step's rollouts are sampled during the update.
         devices: how many.
         sharding: none, ddp (a copy a device) or fsdp (student and teacher split, as the setting fully_shard does).
         accelerator: not a CPU; chunks of logits are larger there.
@@ -79,6 +80,7 @@ class Workload:
     teacher_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
+    overlap: bool = False
     devices: int = 1
     sharding: str = "none"
     accelerator: bool = True
@@ -198,6 +200,7 @@ def workload_of(
         bf16=config.bf16 if bf16 is None else bf16,
         teacher_bytes=_teacher_bytes(config, student if teacher is None else teacher, teacher is None),
         generation_batch=config.generation_batch_size,
+        overlap=config.overlap_rollouts,
         devices=devices,
         sharding=sharding or ("none" if devices == 1 else "ddp"),
         accelerator=accelerator,
