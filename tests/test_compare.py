@@ -291,7 +291,7 @@ def test_an_objective_may_have_rates_of_its_own(comparison):
 
 
 def test_files_that_are_no_comparisons(tmp_path):
-    with pytest.raises(ValueError, match="no file 'nowhere'; shipped comparisons are tiny"):
+    with pytest.raises(ValueError, match="no file 'nowhere'; shipped comparisons are smollm2_states, tiny"):
         load_comparison("nowhere")
     bad = tmp_path / "bad.yaml"
     for content, message in (("a: [1", "not a YAML file"), ("- a", "expected one key: value a line, found list")):
