@@ -61,15 +61,14 @@ def overlap_table(report: Mapping[str, Any]) -> str:
         seconds = list(row["seconds_by_seed"].values())
         medians[name] = statistics.median(seconds)
         finals = ", ".join(f"{100 * value:.1f}" for value in row["final_by_seed"].values())
-        lines.append(
-            f"| {name} | {finals} | {100 * row['final_avg']:.1f} % | {', '.join(f'{s:.1f}' for s in seconds)} | {medians[name]:.1f} |"
-        )
-    machine, common = report["machine"], report["settings"]["settings"]
-    return (
-        "\n".join(lines)
-        + f"\n\nOverlapped takes {medians['overlapped'] / medians['fresh']:.2f} of the time. Embedded pair, {common['max_steps']} steps of "
-        f"{report['settings']['rollouts_a_step']} rollouts, evaluation not counted; {machine['cpus']} cores, {machine['threads']} thread a "
-        f"thread of Python, {machine['workers']} run at a time.\n"
+        clock = ", ".join(f"{value:.1f}" for value in seconds)
+        lines.append(f"| {name} | {finals} | {100 * row['final_avg']:.1f} % | {clock} | {medians[name]:.1f} |")
+    machine, setting = report["machine"], report["settings"]
+    share = medians["overlapped"] / medians["fresh"]
+    return "\n".join(lines) + (
+        f"\n\nOverlapped takes {share:.2f} of the time. Embedded pair, {setting['settings']['max_steps']} steps of "
+        f"{setting['rollouts_a_step']} rollouts, evaluation not counted; {machine['cpus']} cores, {machine['threads']} "
+        f"thread a thread of Python, {machine['workers']} run at a time.\n"
     )
 
 
@@ -86,8 +85,8 @@ def render(results: Path = RESULTS) -> str:
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (
-            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` samples the "
-            "next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
+            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` samples "
+            "the next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
         )
         parts.append(f"## Sampling during the update\n\n{text}\n\n{overlap_table(json.loads(overlap.read_text()))}")
     if missing:
