@@ -85,8 +85,8 @@ def render(results: Path = RESULTS) -> str:
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (
-            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` samples "
-            "the next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
+            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` "
+            "samples the next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
         )
         parts.append(f"## Sampling during the update\n\n{text}\n\n{overlap_table(json.loads(overlap.read_text()))}")
     if missing:
