@@ -291,7 +291,7 @@ def test_an_objective_may_have_rates_of_its_own(comparison):
 
 
 def test_files_that_are_no_comparisons(tmp_path):
-    with pytest.raises(ValueError, match="no file 'nowhere'; shipped comparisons are smollm2_states, tiny"):
+    with pytest.raises(ValueError, match="no file 'nowhere'; shipped comparisons are tiny"):
         load_comparison("nowhere")
     bad = tmp_path / "bad.yaml"
     for content, message in (("a: [1", "not a YAML file"), ("- a", "expected one key: value a line, found list")):
@@ -451,7 +451,16 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+@pytest.fixture
+def _interruptible():
+    """A shell's background jobs start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("_interruptible")
 def test_processes_end_with_their_parent(comparison, how):
     runs = planned(comparison())
 
