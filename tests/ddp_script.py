@@ -2,31 +2,24 @@
 
     RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python ddp_script.py FOLDER
 
-A rank that hangs ends itself and says where: a collective that the other rank does not join fails after `COLLECTIVE_SECONDS`;
-after `SCENARIO_SECONDS` without a finished scenario the stacks of all threads are printed and the process is gone.
+Guards against hanging, and the way it ends, are in rank_process.py, which says why.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import sys
 import time
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 import oprd.trainer
 from oprd.tasks import FunctionGrader, Task
+from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
-
-COLLECTIVE_SECONDS, SCENARIO_SECONDS = 60, 120  # all scenarios together take 10 s on two idle cores
 
 # name → (settings, what differs in the models); two ranks see twice the prompts of `per_device_train_batch_size`
 SCENARIOS = {
@@ -108,21 +101,14 @@ def greedy_trainer(folder, world_size: int):
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    rank = join(out)
     plan, groups = oprd.trainer.plan_micro_batches, {}
     started = time.perf_counter()
-    faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)
-    # A file of this run instead of a port that another process may take; Trainer finds the group made.
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )  # fmt: skip
 
     def finish(name, trainer):
         save_file(weights(trainer.model), out / f"{name}-{rank}.safetensors")
         print(f"rank {rank}: {name} done, {time.perf_counter() - started:.1f} s after the start", flush=True)
-        faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)  # in place of the one before
+        watch()
 
     for name in SCENARIOS:
         counts = groups.setdefault(name, [])
@@ -154,15 +140,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    status = 1
-    try:
-        main(Path(sys.argv[1]))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    # No destructor and no destroy_process_group: when the last reference to the group is a DDP model's, as in a trainer that
-    # is freed after it, ~ProcessGroupGloo joins its threads with the GIL held, for which a thread that frees a tensor of its
-    # last collective may be waiting (pytorch/pytorch#56297). Both then wait forever; on two busy cores, often.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_and_leave(main)

@@ -2,18 +2,13 @@
 
     RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python fsdp_script.py FOLDER
 
-Guards against hanging, and the way it ends, are those of ddp_script.py, which says why.
+Guards against hanging, and the way it ends, are in rank_process.py, which says why.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import os
-import sys
 import time
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,12 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import oprd.trainer
-from ddp_script import COLLECTIVE_SECONDS, SCENARIO_SECONDS, trainer_of
+from ddp_script import trainer_of
 from oprd.batching import request_states
 from oprd.capture import install_state_forward, read_through_forward
 from oprd.layers import resolve_layers
 from oprd.models import blocks, num_layers
 from oprd.sharding import shard_model
+from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, random_rollouts, tiny_model, tiny_trainer
 
 SCENARIOS = ("rollout", "lower_layers", "composite", "grpo", "accumulated")  # of ddp_script.py
@@ -85,19 +81,13 @@ def sampled_trainer(folder, **more):
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    rank = join(out)
     started = time.perf_counter()
-    faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )  # fmt: skip
 
     def finish(name, tensors):
         save_file({n: t.detach().clone() for n, t in tensors.items()}, out / f"{name}-{rank}.safetensors")
         print(f"rank {rank}: {name} done, {time.perf_counter() - started:.1f} s after the start", flush=True)
-        faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)  # in place of the one before
+        watch()
 
     for name in READS:
         losses, gradients = read_gradients(name, shard=True)
@@ -121,12 +111,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    status = 1
-    try:
-        main(Path(sys.argv[1]))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_and_leave(main)

@@ -2,25 +2,20 @@
 
     RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python vllm_ranks_script.py FOLDER
 
-Guards against hanging, and the way it ends, are those of ddp_script.py, which says why.
+Guards against hanging, and the way it ends, are in rank_process.py, which says why.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import os
-import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from ddp_script import COLLECTIVE_SECONDS, SCENARIO_SECONDS
 from oprd.rollout import Sampling
 from oprd.rollout.vllm_server import VLLMServerEngine
 from oprd.sharding import shard_model, whole
+from rank_process import join, run_and_leave, watch
 from tiny import prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
 
 PROMPTS = {0: [[5, 6, 7], [8], [30, 31, 32, 33, 34]], 1: [[40, 41]]}  # of each rank
@@ -102,27 +97,13 @@ def scenario(name: str, url: str, out: Path, rank: int) -> dict:
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )  # fmt: skip
+    rank = join(out)
     for name, url in json.loads((out / "urls.json").read_text()).items():
         found = scenario(name, url, out, rank)
         (out / f"{name}-{rank}.json").write_text(json.dumps(found))
         print(f"rank {rank}: {name} done", flush=True)
-        faulthandler.dump_traceback_later(SCENARIO_SECONDS, exit=True)  # in place of the one before
+        watch()
 
 
 if __name__ == "__main__":
-    status = 1
-    try:
-        main(Path(sys.argv[1]))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_and_leave(main)

@@ -61,6 +61,11 @@ class RolloutEngine(Protocol):
         ...
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
+    """The id that an engine pads with. Any will do: padding is masked in the prompt and cut off after the end."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
+
+
 def repeat_prompts(
     prompt_ids: Sequence[Sequence[int]], num_generations: int, rows: Sequence[int] | None
 ) -> tuple[list[list[int]], list[int]]:

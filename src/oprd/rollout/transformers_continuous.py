@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models import causal_lm, vocabulary_size
-from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.rollout.base import Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.sharding import is_sharded
 from oprd.types import Rollouts
 
@@ -81,7 +81,7 @@ class TransformersContinuousEngine:
         self.batching_kwargs = {"auto_switch_to_flash": False, **(batching_kwargs or {})}
         self.vocab_size = vocabulary_size(tokenizer)
         self.on_batch: Callable[[int, int], None] | None = None
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
 
     def generate(
         self,

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from oprd.models import causal_lm, vocabulary_size
-from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.rollout.base import Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.sharding import is_sharded, most_of_ranks
 from oprd.types import Rollouts
 
@@ -47,8 +47,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.vocab_size = vocabulary_size(tokenizer)
         self.on_batch: Callable[[int, int], None] | None = None
-        # Any id will do: padding is masked in the prompt and cut off after the end.
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
 
     def generate(
         self,

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models import causal_lm, vocabulary_size
-from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.rollout.base import Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.rollout.vllm_weights import live_weights, refuse_what_cannot_be_synchronised
 from oprd.types import Rollouts
 
@@ -80,7 +80,7 @@ class VLLMEngine:
         _import_vllm()
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
         self.vocab_size = vocabulary_size(tokenizer)
         self.dtype = dtype
         self.sleep = sleep

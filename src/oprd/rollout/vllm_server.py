@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models import causal_lm, parse_dtype, vocabulary_size
-from oprd.rollout.base import Sampling, repeat_prompts, to_rollouts
+from oprd.rollout.base import Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.rollout.ranks import Ranks
 from oprd.rollout.vllm_engine import sampling_arguments
 from oprd.rollout.vllm_http import Completion, ServerLost, VLLMClient
@@ -90,7 +90,7 @@ class VLLMServerEngine:
         self.client = VLLMClient(base_url, timeout)
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_token_ids[0]
+        self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
         self.vocab_size = vocabulary_size(tokenizer)
         self.batch_size, self.wait, self.retries = batch_size, wait, retries
         self.dtype = None if dtype == "auto" else parse_dtype(dtype)
