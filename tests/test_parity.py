@@ -44,9 +44,11 @@ def test_a_run_measures_it_and_says_so(tmp_path, caplog, off):
     trainer = tiny_trainer(
         tmp_path, rows=prompt_rows(4), max_steps=3, diagnostic_steps=2, per_device_train_batch_size=2, num_generations=2
     )
-    generate = trainer.engine.generate
+    generate, wanted = trainer.engine.generate, []
+    trainer.engine.want_log_probs = True
 
     def reporting(model, *arguments, **settings):
+        wanted.append(trainer.engine.want_log_probs)
         rollouts = generate(model, *arguments, **settings)
         trainer.engine.log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
         return rollouts
@@ -54,7 +56,7 @@ def test_a_run_measures_it_and_says_so(tmp_path, caplog, off):
     trainer.engine.generate = reporting
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [("rollout_log_prob_gap" in row) for row in rows] == [True, False, True]
+    assert [("rollout_log_prob_gap" in row) for row in rows] == wanted == [True, False, True]
     assert all(row["rollout_log_prob_gap"] == pytest.approx(off, abs=1e-5) for row in rows[::2])
     assert caplog.text.count("what it samples is not the student") == (off > PARITY_BOUND)
 

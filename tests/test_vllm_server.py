@@ -281,6 +281,17 @@ def test_in_process_log_probs_are_the_students(temperature):
     assert parity(model, rollouts, engine.log_probs).mean() > 1e-2  # other weights show
 
 
+@needs_vllm
+def test_the_same_tokens_without_log_probs():
+    model, tokenizer = load_model("embedded:tiny/student", dtype="float32"), load_tokenizer("embedded:tiny/student")
+    engine = VLLMEngine(tokenizer, [tokenizer.eos_token_id])
+    with_them = pair_rollouts(engine, model, tokenizer, Sampling(12), 8)
+    assert engine.log_probs
+    engine.want_log_probs = False
+    assert pair_rollouts(engine, model, tokenizer, Sampling(12), 8) == with_them
+    assert engine.log_probs == []
+
+
 class Served:
     """A `vllm serve` process."""
 

@@ -114,9 +114,11 @@ class RolloutTrainer(RecordingTrainer):
     def _sample(self, prompts: list[Prompt], terms: StepTerms) -> Rollouts:
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with nullcontext(student) if terms.on_policy else self.teacher.sampler() as writer:
-            return self._generate(writer, prompts, self._seed_of_step(self._batch_of_step - 1))
+            return self._generate(writer, prompts, self._seed_of_step(self._batch_of_step - 1), terms.measuring)
 
-    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int) -> Rollouts:
+    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Rollouts:
+        if hasattr(self.engine, "want_log_probs"):
+            self.engine.want_log_probs = measuring
         return self.engine.generate(
             writer,
             [p.ids for p in prompts],
@@ -149,7 +151,7 @@ class RolloutTrainer(RecordingTrainer):
         drawn = []
         with self.accelerator.autocast():
             for number, prompts in enumerate(batches):
-                rollouts = self._generate(writer, prompts, self._seed_of_step(number, step=step))
+                rollouts = self._generate(writer, prompts, self._seed_of_step(number, step=step), measuring)
                 if measuring:
                     gap = self._parity.measure(self.engine, writer, rollouts, self.args.micro_batch_tokens)
                     for name, value in gap.items():

@@ -3,7 +3,8 @@
 Requests: prompts of uneven length, all asked for in one call; completions end by stop tokens, so they are uneven too. The seed is
 the same in every round, and so are an engine's completions. The bare ways answer the same requests, each completion made as long
 as the one drawn for it: `model.generate` on all prompts in one batch, padded left, and `LLM.generate` of the very `vllm.LLM` that
-our engine started, without what ours adds: handing over the weights, a seed a completion, log-probabilities, records.
+our engine started, without what ours adds: handing over the weights, a seed a completion, records. Log-probabilities are asked of
+no way: a trainer asks for them at the steps that measure (`diagnostic_steps`).
 
 `generate` computes every row until the last one is done, so its seconds depend on the longest completion only. That is equally long
 in all engines (or the benchmark stops), so its seconds hold for each engine's completions.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
-from oprd.bench.common import describe_machine, machine_line, spread
+from oprd.bench.common import describe_machine, machine_line, spread, vllm_environment
 from oprd.bench.requests import Requests
 from oprd.rollout import ENGINES, RolloutEngine, Sampling
 from oprd.rollout.vllm_engine import VLLMEngine
@@ -48,7 +49,9 @@ class Timed:
 
 
 def by_engine(engine: RolloutEngine, model: Any, prompts: list[list[int]], most: int) -> Rollouts:
-    """All requests through one of our engines."""
+    """All requests through one of our engines, as a trainer asks for them at most steps."""
+    if hasattr(engine, "want_log_probs"):
+        engine.want_log_probs = False
     return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED)
 
 
@@ -70,13 +73,8 @@ def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], len
     ids = torch.tensor([[engine.pad_token_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=max(lengths),
-        pad_token_id=engine.pad_token_id,
-    )
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max(lengths), pad_token_id=engine.pad_token_id
+    )  # fmt: skip
     saved, model.generation_config = model.generation_config, config  # else its end token would end rows as well
     try:
         written = model.generate(
@@ -142,9 +140,7 @@ def bench_rollout(requests: Requests, *, rounds: int, threads: int, say: Callabl
             f"start it as OMP_NUM_THREADS={threads} oprd bench rollout --threads {threads}"
         )
     torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.update(vllm_environment())
     model, tokenizer, stops, prompts = requests.build()
     engines = {n: make(tokenizer, stops, batch_size=len(prompts)) for n, make in ENGINES.items() if n not in left_out}
     lengths = {n: by_engine(e, model, prompts, requests.completion).completion_lengths for n, e in engines.items()}

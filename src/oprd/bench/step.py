@@ -16,10 +16,11 @@ from dataclasses import asdict
 from typing import Any
 
 from oprd.bench.common import MEMORY_ENVIRONMENT, describe_machine, machine_line, quiet_environment, spread
-from oprd.bench.trainers import TITLES, TRAINERS, Setup, require_trl
+from oprd.bench.trainers import TITLES, Setup, installed_trainers, require_trl
 
-WANTED = 1.5  # our target: a step at least this much faster than each of TRL's
-OURS = ("representation", "full_kl")
+WANTED = {"representation": 1.5, "full_kl": 1.5, "representation_vllm": 2.0, "representation_vllm_bf16": 2.0}
+"""Our targets: a step at least this much faster than each of TRL's."""
+OURS = ("representation", "full_kl")  # the table's columns of ratios
 TOKENS = ("prompt_tokens", "generated_tokens", "trained_tokens")
 QUICK_SHAPE = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -41,23 +42,24 @@ def bench_step(setup: Setup, *, rounds: int, threads: int, say: Callable[[str], 
         say: takes a line of progress.
 
     Returns:
-        `rows` (see `to_rows`), `target`, `setup`, `rounds`, `machine`.
+        `rows` (see `to_rows`), `targets`, `setup`, `rounds`, `machine`.
 
     Raises:
         ValueError: TRL is not installed, or trainers did not generate and train on the same number of tokens.
     """
     require_trl()
-    timed: dict[str, list[list[dict[str, float]]]] = {name: [] for name in TRAINERS}
+    names = installed_trainers()
+    timed: dict[str, list[list[dict[str, float]]]] = {name: [] for name in names}
     for number in range(rounds):
-        for name in TRAINERS if number % 2 == 0 else list(reversed(TRAINERS)):
+        for name in names if number % 2 == 0 else list(reversed(names)):
             timed[name].append(_in_a_process(name, setup, "time", threads)["steps"])
         say(f"round {number + 1} of {rounds}")
-    peaks = {name: _in_a_process(name, setup, "memory", threads)["peak_bytes"] for name in TRAINERS}
+    peaks = {name: _in_a_process(name, setup, "memory", threads)["peak_bytes"] for name in names}
     say("memory measured")
     rows = to_rows(timed, peaks)
     about = {**asdict(setup), "shape": setup.shape if None in (setup.model, setup.teacher) else None}
     return {
-        "rows": rows, "target": judge(rows), "setup": about, "rounds": rounds, "machine": describe_machine(threads)
+        "rows": rows, "targets": judge(rows), "setup": about, "rounds": rounds, "machine": describe_machine(threads)
     }  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def to_rows(timed: Rounds, peaks: Mapping[str, int]) -> list[dict[str, Any]]:
     for name in timed:
         row: dict[str, Any] = {"name": name, "title": TITLES[name], "tokens": tokens[name], "peak_bytes": peaks[name]}
         row |= {key: spread([part[key] for part in parts[name]]) for key in parts[name][0]}
-        for base in OURS:
+        for base in (name for name in timed if name in WANTED):
             pairs = list(zip(parts[name], parts[base], strict=True))
             row[f"over_{base}"] = {
                 "time": spread([own["seconds"] / other["seconds"] for own, other in pairs]),
@@ -119,10 +121,13 @@ def _parts(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether each of ours is `WANTED` times faster than all of TRL's: the smallest ratio, and `met`."""
-    others = [row for row in rows if row["name"] not in OURS]
-    least = {base: min(row[f"over_{base}"]["time"]["median"] for row in others) for base in OURS}
-    return {"wanted": WANTED, **{base: {"least": value, "met": value >= WANTED} for base, value in least.items()}}
+    """Whether each of ours is as much faster than all of TRL's as `WANTED`: `wanted`, the smallest ratio (`least`), and `met`."""
+    others = [row for row in rows if row["name"] not in WANTED]
+    found = {}
+    for base in (row["name"] for row in rows if row["name"] in WANTED):
+        least = min(row[f"over_{base}"]["time"]["median"] for row in others)
+        found[base] = {"wanted": WANTED[base], "least": least, "met": least >= WANTED[base]}
+    return found
 
 
 def _in_a_process(name: str, setup: Setup, what: str, threads: int) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def _in_a_process(name: str, setup: Setup, what: str, threads: int) -> dict[str,
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table."""
-    setup, rows, target = report["setup"], report["rows"], report["target"]
+    setup, rows = report["setup"], report["rows"]
     tokens = rows[0]["tokens"]
     shape = setup["shape"]
     model = setup["model"] or (
@@ -161,10 +166,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         cells += [_cell(other["time"]), _cell(other["update"])]
         cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{one['memory']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    verdicts = [
-        f"{TITLES[base]}: {target[base]['least']:.2f} ({'met' if target[base]['met'] else 'not met'})" for base in OURS
+    if any("vllm" in row["name"] for row in rows):
+        lines += [
+            "",
+            "vLLM has its own copy of the weights and, unless VLLM_CPU_KVCACHE_SPACE says otherwise, 1 GiB for keys and values.",
+        ]
+    lines += ["", "Targets: a step so many times faster than the faster of TRL's."]
+    lines += [
+        f"- {TITLES[base]}: at least {target['wanted']}, found {target['least']:.2f} ({'met' if target['met'] else 'not met'})."
+        for base, target in report["targets"].items()
     ]
-    lines += ["", f"Target: a step at least {target['wanted']} times faster than both. {'; '.join(verdicts)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
-"""Whole training steps of four trainers on the same models and prompts: two of ours, two of TRL's.
+"""Whole training steps of ours and of TRL's trainers on the same models and prompts.
 
 Alike in all: models, prompts, rollouts of full length from the student (temperature 1, nothing truncated), optimizer (fused
 AdamW), learning rate, gradient clipping, float32, no activation checkpointing, one micro-batch. The divergences are reverse KL at
-temperature 1.
+temperature 1. Ours also samples by vLLM where that is installed, in float32 as the rest, and in bfloat16, which does less work.
 """
 
 from __future__ import annotations
@@ -106,6 +106,20 @@ class StepWatch(TrainerCallback):
 
         model.generate = generate
 
+    def watch_engine(self, engine: Any) -> None:
+        """Likewise around a rollout engine that does not call the model's `generate`: no token ends its completions."""
+        inner, engine.stop_token_ids = engine.generate, []
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            rollouts = inner(*args, **kwargs)
+            self._now["rollout_seconds"] += time.perf_counter() - start
+            self._now["prompt_tokens"] += sum(map(len, rollouts.prompt_ids))
+            self._now["generated_tokens"] += sum(rollouts.completion_lengths)
+            return rollouts
+
+        engine.generate = generate
+
     def count_trained(self, owner: Any, method: str, count: Callable[[Any, Any], int]) -> None:
         """Count, at each call of a method, the tokens that the loss is made of: `count(arguments, result)`."""
         inner = getattr(owner, method)
@@ -138,12 +152,12 @@ def settings(setup: Setup) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(**objective: Any) -> Callable[..., Any]:
-    """`OPRDTrainer` with settings of the objective."""
+def ours(**own: Any) -> Callable[..., Any]:
+    """`OPRDTrainer` with settings of the objective or of the rollout engine."""
 
     def build(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: StepWatch) -> OPRDTrainer:
         student, teacher, tokenizer = models
-        args = OPRDConfig(folder, **settings(setup), max_completion_length=setup.completion, **objective)
+        args = OPRDConfig(folder, **settings(setup), max_completion_length=setup.completion, **own)
         trainer = OPRDTrainer(
             student, teacher, args=args, train_dataset=[{"prompt": text} for text in setup.texts()],
             processing_class=tokenizer, teacher_processing_class=tokenizer, callbacks=[watch],
@@ -203,13 +217,22 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "full_kl": ours(representation_weight=0.0, output_space="reverse_kl", reduction="token"),
     "trl_distillation": trl_distillation,
     "trl_gkd": trl_gkd,
+    "representation_vllm": ours(layers="all", rollout_engine="vllm"),
+    "representation_vllm_bf16": ours(layers="all", rollout_engine="vllm", rollout_engine_kwargs={"dtype": "bfloat16"}),
 }
 TITLES = {
     "representation": "oprd, representation, all layers",
     "full_kl": "oprd, full reverse KL",
     "trl_distillation": "TRL DistillationTrainer",
     "trl_gkd": "TRL GKDTrainer",
+    "representation_vllm": "oprd, representation, rollouts by vLLM",
+    "representation_vllm_bf16": "oprd, representation, rollouts by vLLM in bf16",
 }
+
+
+def installed_trainers() -> list[str]:
+    """The trainers whose packages are there: those that sample by vLLM want vLLM. (Without TRL there is no comparison.)"""
+    return [name for name in TRAINERS if "vllm" not in name or find_spec("vllm") is not None]
 
 
 def require_trl() -> None:
@@ -246,7 +269,10 @@ def run_trainer(name: str, setup: Setup, *, memory: bool = False) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         models = setup.build()
         trainer = TRAINERS[name](setup, models, f"{folder}/run", watch)
-        watch.watch(models[0])
+        if "vllm" in name:
+            watch.watch_engine(trainer.engine)
+        else:
+            watch.watch(models[0])
         trainer.train()
     found: dict[str, Any] = {"steps": watch.steps}
     return {**found, "peak_bytes": resident_bytes("VmHWM") - before} if memory else found

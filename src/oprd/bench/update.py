@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.bench.ways import TITLES, WAYS, Pair
+from oprd.bench.ways import TITLES, WAYS, Pair, installed_ways
 from oprd.types import Rollouts
 
 _QWEN = {
@@ -56,7 +57,10 @@ class Size:
     response: int = 512
 
 
-QUICK = Size(rollouts=2, response=256)
+QUICK = Size(rollouts=2, response=192)
+QUICK_WAYS = (
+    "floor", "representation", "full_kl", "top16", "reference_way", "dense_top16", "kept_top16", "trl_distillation",
+)  # fmt: skip
 
 
 def build(shape: str, size: Size, seed: int = 0) -> Pair:
@@ -135,6 +139,7 @@ def bench_update(
     threads: int,
     say: Callable[[str], None],
     ways: Sequence[str] = tuple(WAYS),
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """All ways on all shapes.
 
@@ -145,23 +150,46 @@ def bench_update(
         threads: CPU threads.
         say: takes a line of progress.
         ways: names in `WAYS`, `floor` among them.
+        folder: where each shape's peaks and times are kept as they are measured; what is there is not measured again.
 
     Returns:
         `rows` (name, model, seconds: median, seconds_range, time_ratio and its range over rounds, peak_bytes, memory_ratio),
         `size`,
         `machine`.
+
+    Raises:
+        ValueError: what `folder` holds was measured with other settings.
     """
     torch.set_num_threads(threads)
+    installed = installed_ways(ways)
+    if missing := [way for way in ways if way not in installed]:
+        say(f"left out, TRL is not installed: {', '.join(missing)}")
+    about = {
+        "size": {**asdict(size), "supervised": size.response // 2}, "rounds": rounds, "machine": machine(threads)
+    }  # fmt: skip
+    asked = {**about, "ways": installed}
     rows = []
     for shape in shapes:
-        timed = time_ways(shape, size, ways, rounds, say)
-        rows += to_rows(shape, timed, measure_peaks(shape, size, ways, threads, say))
-    return {
-        "rows": rows,
-        "size": {**asdict(size), "supervised": size.response // 2},
-        "rounds": rounds,
-        "machine": machine(threads),
-    }
+        peaks = _kept(folder, f"{shape}-peaks", asked, partial(measure_peaks, shape, size, installed, threads, say))
+        timed = _kept(folder, f"{shape}-seconds", asked, partial(time_ways, shape, size, installed, rounds, say))
+        rows += to_rows(shape, timed, peaks)
+    return {"rows": rows, **about}
+
+
+def _kept(folder: Path | None, name: str, asked: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """What `measure` returns, or what it returned when it was called before under the same settings."""
+    if folder is None:
+        return measure()
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"asked": asked, "found": measure()}))
+    kept = json.loads(file.read_text())
+    if kept["asked"] != asked:
+        raise ValueError(
+            f"--resume: {file} was measured with other settings, {kept['asked']} and not {asked}; choose another folder"
+        )
+    return kept["found"]
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -5,8 +5,9 @@ All ways supervise the same positions, the second half of each response, and com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -141,6 +142,33 @@ def dense(kind: str, *, keep: bool) -> Way:
     return way
 
 
+def trl_distillation(pair: Pair) -> Tensor:
+    """The loss of TRL 1.16's `DistillationTrainer` (beta 1, the reverse KL by tiles), given the supervised positions alone.
+
+    As on a GPU: its kernels leave masked positions out there. On a CPU they would project the whole response.
+    """
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    ids, k = pair.ids, pair.position_k
+
+    def states(model: Any) -> Tensor:
+        last: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return last[:, -k:]
+
+    student_BKD = states(pair.student)
+    with torch.no_grad():
+        teacher_BKD = states(pair.teacher)
+    head, teacher_head = (model.get_output_embeddings().weight for model in (pair.student, pair.teacher))
+    mask_BK = torch.ones(student_BKD.shape[:2], dtype=torch.long)
+    loss: Tensor = _chunked_divergence_loss(student_BKD, teacher_BKD, head, teacher_head, mask_BK, 1.0)[0]
+    return loss
+
+
+def installed_ways(ways: Iterable[str]) -> list[str]:
+    """The ways whose packages are there: TRL's wants TRL."""
+    return [way for way in ways if not way.startswith("trl") or find_spec("trl") is not None]
+
+
 WAYS: dict[str, Way] = {
     "floor": floor,
     "representation": ours(layers="all"),
@@ -155,6 +183,7 @@ WAYS: dict[str, Way] = {
     "dense_sampled_token": dense("sampled_token", keep=False),
     "kept_full_kl": dense("full_kl", keep=True),
     "kept_top16": dense("top16", keep=True),
+    "trl_distillation": trl_distillation,
 }
 """Name → way; `floor` is what the others are divided by."""
 TITLES = {
@@ -171,4 +200,5 @@ TITLES = {
     "dense_sampled_token": "sampled-token, dense",
     "kept_full_kl": "full reverse KL, dense at supervised positions only",
     "kept_top16": "top-16, dense at supervised positions only",
+    "trl_distillation": "TRL DistillationTrainer's loss (full reverse KL by tiles)",
 }

@@ -14,25 +14,31 @@ app = typer.Typer(help="Measure costs; every figure is a ratio within one run.",
 
 @app.command("update")
 def update(
-    quick: Annotated[bool, typer.Option("--quick", help="Two models, 2 × 256 tokens, two rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two models, eight ways, 2 × 192 tokens, two rounds.")] = False,
     model: Annotated[list[str] | None, typer.Option(help="Shapes of models (default: all; with --quick, two).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 5; with --quick, 2).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what is measured; called again, only what is missing is measured."),
+    ] = None,
 ) -> None:
     """Time and memory of one update, loss and backward, by each objective and by the ways of others."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.bench.update import QUICK, SHAPES, Size, bench_update, markdown
+    from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, markdown
+    from oprd.bench.ways import WAYS
 
     shapes = model or (["qwen2-4-layers", "smollm2-135m"] if quick else list(SHAPES))
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise ValueError(f"--model: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
     _check_json(json_file)
     report = bench_update(
-        shapes, QUICK if quick else Size(), rounds=rounds or (2 if quick else 5), threads=threads, say=say
-    )
+        shapes, QUICK if quick else Size(), rounds=rounds or (2 if quick else 5), threads=threads, say=say,
+        ways=QUICK_WAYS if quick else tuple(WAYS), folder=resume,
+    )  # fmt: skip
     _finish(report, markdown(report), json_file)
 
 

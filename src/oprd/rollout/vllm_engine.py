@@ -53,6 +53,8 @@ class VLLMEngine:
 
     Attributes:
         log_probs: of the last `generate`, each token's log-probability under the served weights, before temperature and truncation.
+        want_log_probs: whether `generate` asks for them, which costs a softmax over the vocabulary a token. A trainer sets it for
+            the steps that compare them with its own.
 
     Raises:
         ValueError: vLLM is not installed, `batch_size` < 1, or `sleep` without an accelerator.
@@ -85,6 +87,7 @@ class VLLMEngine:
         self.dtype = dtype
         self.sleep = sleep
         self.log_probs: list[list[float]] = []
+        self.want_log_probs = True
         self.llm_kwargs = {
             "max_num_seqs": batch_size,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -131,7 +134,8 @@ class VLLMEngine:
             )
         padding = range(self.vocab_size, lm.config.get_text_config().vocab_size)
         arguments = sampling_arguments(sampling, seed, len(prompts), self.stop_token_ids, padding)
-        parameters = [_import_vllm().SamplingParams(**own) for own in arguments]
+        asked = {} if self.want_log_probs else {"logprobs": None}
+        parameters = [_import_vllm().SamplingParams(**{**own, **asked}) for own in arguments]
         try:
             if VLLMEngine._asleep:  # room for the weights first: while they arrive, that of keys and values is free
                 llm.wake_up(tags=["weights"])
@@ -151,7 +155,8 @@ class VLLMEngine:
             raise
         drawn = [output.outputs[0] for output in outputs]
         self.log_probs = [
-            [at[token].logprob for at, token in zip(own.logprobs, own.token_ids, strict=True)] for own in drawn
+            [at[token].logprob for at, token in zip(own.logprobs, own.token_ids, strict=True)]
+            for own in (drawn if self.want_log_probs else ())
         ]
         return [list(own.token_ids) for own in drawn]
 
