@@ -41,6 +41,12 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full KL, large vocabulary, tied": (
         {"vocab_size": 50_000, "tie_word_embeddings": True, "num_hidden_layers": 4},
         {"representation_weight": 0.0, "output_space": "reverse_kl", "completion": 128}),
+    "top-16, large vocabulary, tied": (
+        {"vocab_size": 50_000, "tie_word_embeddings": True, "num_hidden_layers": 4},
+        {"representation_weight": 0.0, "output_space": "top_k", "completion": 128}),
+    "sampled token, large vocabulary, untied": (
+        {"vocab_size": 50_000, "num_hidden_layers": 4},
+        {"representation_weight": 0.0, "output_space": "sampled_token", "completion": 128}),
     "composite, large vocabulary, untied": (
         {"vocab_size": 50_000, "num_hidden_layers": 4}, {"output_space": "reverse_kl", "completion": 128}),
     "composite, small vocabulary": ({}, {"output_space": "reverse_kl"}),
@@ -119,7 +125,7 @@ def measure(name: str) -> dict[str, int]:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from oprd import OPRDConfig, OPRDTrainer, Rollouts
-    from oprd.bench.update import resident_bytes
+    from oprd.bench.memory import resident_bytes
 
     torch.set_num_threads(1)
     model, run = settings_of(name)

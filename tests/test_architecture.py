@@ -39,6 +39,7 @@ ROWS = [
         "bridge.statistics",
         "similarity",
         "bench",
+        "bench.memory",
         "doctor",
         "report",
         "report.rollouts",
@@ -65,7 +66,7 @@ ROWS = [
         "bridge.fit",
         "bridge.files",
     },
-    {"pairing"},
+    {"pairing", "head_rows"},
     {"batching"},
     {"compare.results", "tasks.math", "capture", "figures"}
     | {"bridge.curve", "alignment", "objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"}
@@ -81,6 +82,7 @@ ROWS = [
         "teacher_text",
         "objectives",
         "objectives.output_space",
+        "objectives.totals",
     },
     {"rollout.vllm_server"},
     {

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oprd import head_total
+from oprd import head_chunks, head_total
 from oprd.lm_head import divergence, total_divergence
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
 from reference import dense_divergence
-from test_lm_head import KINDS, OPTIONS, TOKENS, problem, sources
+from test_lm_head import KINDS, OPTIONS, TOKENS, impossible_pair, problem, sources
 
 
 def gradients(value, inputs):
@@ -102,10 +102,12 @@ def test_without_gradient_no_gradient_is_made():
     assert not total.requires_grad
 
 
-@pytest.mark.parametrize("kind", OUTPUT_SPACE)
-def test_a_terms_total_is_the_sum_of_its_losses(kind):
-    student, hidden, teacher, teacher_hidden, _, _ = problem(stops=(3, 7))
-    term = OutputTerm(kind, top_k=4, temperature=1.3)
+@pytest.mark.parametrize(
+    "settings", [*({"kind": kind} for kind in OUTPUT_SPACE), {"kind": "sampled_token", "baseline": True}], ids=str
+)
+def test_a_terms_total_is_the_sum_of_its_losses(settings):
+    student, hidden, teacher, teacher_hidden, _, _ = problem(bias=True, stops=(3, 7))
+    term = OutputTerm(**settings, top_k=4, temperature=1.3)
     tokens, weights = torch.randint(0, 13, (TOKENS,)), torch.rand(TOKENS, dtype=torch.float64)
     arguments = (student, hidden, teacher, teacher_hidden, tokens)
     total, losses = term.total(*arguments, weights), term(*arguments)
@@ -113,6 +115,41 @@ def test_a_terms_total_is_the_sum_of_its_losses(kind):
     torch.testing.assert_close(total, (losses * weights).sum())
     for own, expected in zip(gradients(total, inputs), gradients((losses * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_the_sampled_totals_of_impossible_tokens(baseline):
+    """A sampled token that is impossible for the student or the teacher counts with LOG_ZERO and moves nothing by itself."""
+    student, hidden, teacher, teacher_hidden = impossible_pair((1,), (2,))
+    tokens, weights = torch.tensor([1, 2, 3, 1, 2, 3, 0]), torch.rand(TOKENS, dtype=torch.float64)
+    for term in (OutputTerm("sampled_token", baseline=baseline), OutputTerm("cross_entropy")):
+        total = term.total(student, hidden, teacher, teacher_hidden, tokens, weights)
+        losses = term(student, hidden, teacher, teacher_hidden, tokens)
+        torch.testing.assert_close(total, (losses * weights).sum())
+        inputs = sources(student, hidden)
+        for own, expected in zip(gradients(total, inputs), gradients((losses * weights).sum(), inputs), strict=True):
+            assert torch.isfinite(own).all()
+            torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [("sampled_token", [1, 1]), ("cross_entropy", [1, 0]), ("reverse_kl", [1, 1]), ("top_k", [1, 0])],
+)
+def test_how_often_a_vocabulary_is_gone_through(monkeypatch, kind, products):
+    """Student's and teacher's logits a token, forward and backward together (and the gradients' own products beside them)."""
+    seen = {True: 0, False: 0}
+    project = head_chunks.project
+
+    def counted(hidden_nD, weight_VD, dtype):
+        seen[weight_VD.shape[1] == student.weight.shape[1]] += len(hidden_nD)
+        return project(hidden_nD, weight_VD, dtype)
+
+    monkeypatch.setattr(head_chunks, "project", counted)
+    student, hidden, teacher, teacher_hidden, _, _ = problem()
+    tokens, weights = torch.randint(0, 13, (TOKENS,)), torch.rand(TOKENS, dtype=torch.float64)
+    OutputTerm(kind, top_k=4).total(student, hidden, teacher, teacher_hidden, tokens, weights).backward()
+    assert [seen[True], seen[False]] == [TOKENS * n for n in products]
 
 
 @pytest.mark.parametrize(

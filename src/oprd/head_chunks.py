@@ -92,6 +92,17 @@ class LMHead:
         """Events that can happen: all stop tokens are one."""
         return self.size - (max(len(self.stop_token_ids) - 1, 0) if self.ids is None else 0)
 
+    def check_tokens(self, tokens: Int[Tensor, "N ..."], positions: int) -> None:
+        """Refuse tokens that the head does not have, or that are not given at each position.
+
+        Raises:
+            ValueError: either.
+        """
+        if len(tokens) != positions:
+            raise ValueError(f"LM head: tokens at {len(tokens)} positions, states at {positions}")
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.size):
+            raise ValueError(f"LM head: ids {int(tokens.min())} … {int(tokens.max())}, the vocabulary has {self.size}")
+
     def events(self, tokens: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """`tokens` with every stop token replaced by the first of them, the name of their common event."""
         if len(self.stop_token_ids) < 2 or self.ids is not None:
@@ -115,6 +126,11 @@ def accumulate_dtype(head: LMHead, hidden_ND: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(head.weight.dtype, hidden_ND.dtype), torch.float32)
 
 
+def chunk_entries(device: torch.device) -> int:
+    """Entries of the largest buffer that is made at a time on a device."""
+    return _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES["other"])
+
+
 def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.device) -> Iterator[slice]:
     """Slices that cover `tokens`, of `chunk_size` or as many as fit the budget.
 
@@ -123,7 +139,7 @@ def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.devi
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: {chunk_size} is below 1")
-    size = chunk_size or max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES["other"]) // head.rows)
+    size = chunk_size or max(1, chunk_entries(device) // head.rows)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 

@@ -59,7 +59,7 @@ def log_normalizer_measure(logits_nV: Tensor, extras: tuple[Tensor, ...], upstre
 DivergenceMeasure = Callable[..., Measured]
 
 
-def _both(
+def both_log_probs(
     logits_nV: Tensor, extras: tuple[Tensor, ...], teacher_head: LMHead, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student (in the given buffer) and teacher, finite."""
@@ -77,7 +77,7 @@ def reverse_kl_measure(
     beta: float,
 ) -> Measured:
     """KL(p‖q); d/dz_v = p_v (log(p_v/q_v) − KL)."""
-    log_p_nV, log_q_nV = _both(logits_nV, extras, teacher_head, temperature)
+    log_p_nV, log_q_nV = both_log_probs(logits_nV, extras, teacher_head, temperature)
     q_nV = log_q_nV.exp()
     ratio_nV = torch.sub(log_p_nV, log_q_nV, out=log_q_nV)
     p_nV = log_p_nV.exp_()
@@ -95,7 +95,7 @@ def forward_kl_measure(
 ) -> Measured:
     """KL(q‖p); d/dz_v = p_v − q_v, with q zero (and p scaled by the rest) on what is impossible for the student."""
     impossible_nV = logits_nV.isneginf()
-    log_p_nV, log_q_nV = _both(logits_nV, extras, teacher_head, temperature)
+    log_p_nV, log_q_nV = both_log_probs(logits_nV, extras, teacher_head, temperature)
     p_nV = log_p_nV.exp()
     ratio_nV = torch.sub(log_q_nV, log_p_nV, out=log_p_nV)
     q_nV = log_q_nV.exp_()
@@ -115,7 +115,7 @@ def jsd_measure(
     beta: float,
 ) -> Measured:
     """β KL(q‖m) + (1−β) KL(p‖m), m = βq + (1−β)p; d/dz_v = (1−β) p_v (log(p_v/m_v) − KL(p‖m))."""
-    log_p_nV, log_q_nV = _both(logits_nV, extras, teacher_head, temperature)
+    log_p_nV, log_q_nV = both_log_probs(logits_nV, extras, teacher_head, temperature)
     q_nV = log_q_nV.exp()
     most = (
         80.0 if log_p_nV.dtype == torch.float32 else 700.0

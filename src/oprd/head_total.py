@@ -3,6 +3,7 @@
 Where the LM head is trained, `head_chunks.by_chunks` has to make every chunk's logits twice: the gradient of a token's value can
 only be added to the head's once it is known how much of it is asked for. With the weights given beforehand once is enough: four
 products with the head a token (both models' logits, the way back to states and head) instead of six.
+A loss that is renormalised on a few tokens needs none of these (see `head_rows`).
 """
 
 from __future__ import annotations

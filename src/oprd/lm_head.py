@@ -173,10 +173,7 @@ def log_probs(
     Raises:
         ValueError: an id outside the vocabulary, another number of positions than `hidden_ND` has.
     """
-    if len(tokens) != len(hidden_ND):
-        raise ValueError(f"log_probs: tokens at {len(tokens)} positions, states at {len(hidden_ND)}")
-    if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= head.size):
-        raise ValueError(f"log_probs: ids {int(tokens.min())} … {int(tokens.max())}, the vocabulary has {head.size}")
+    head.check_tokens(tokens, len(hidden_ND))
     tokens_NK = (
         head.events(tokens).long().reshape(len(tokens), math.prod(tokens.shape[1:]))
     )  # of none, −1 would say nothing

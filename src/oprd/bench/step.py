@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from oprd.bench.common import MEMORY_ENVIRONMENT, describe_machine, machine_line, quiet_environment, spread
+from oprd.bench.common import describe_machine, machine_line, quiet_environment, spread
+from oprd.bench.memory import MEMORY_ENVIRONMENT
 from oprd.bench.trainers import TITLES, Setup, installed_trainers, require_trl
 
 WANTED = {"representation": 1.5, "full_kl": 1.5, "representation_vllm": 2.0, "representation_vllm_bf16": 2.0}

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
-from oprd.bench.common import byte_tokenizer, settle_memory
-from oprd.bench.update import SHAPES, resident_bytes
+from oprd.bench.common import byte_tokenizer
+from oprd.bench.memory import resident_bytes, settle_memory
+from oprd.bench.update import SHAPES
 from oprd.config import OPRDConfig
 from oprd.models import load_model, load_tokenizer
 from oprd.trainer import OPRDTrainer

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oprd.bench.memory import MEMORY_ENVIRONMENT, resident_bytes, settle_memory
 from oprd.bench.ways import TITLES, WAYS, Pair, installed_ways
 from oprd.types import Rollouts
 
@@ -119,16 +120,9 @@ def peak_bytes(shape: str, size: Size, way: str) -> int:
     pair = build(shape, size)
     run_once(build_small(pair), way)
     pair.student.zero_grad(set_to_none=True)
-    before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    before = settle_memory()
     run_once(pair, way)
     return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(field: str = "VmRSS") -> int:
-    """Resident memory of this process now (`VmRSS`) or at its highest (`VmHWM`). Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def bench_update(
@@ -229,13 +223,7 @@ def _row(way: str, shape: str, timed: Mapping[str, list[float]], peaks: Mapping[
 
 
 def _in_a_process(shape: str, size: Size, way: str, threads: int) -> int:
-    # Large blocks go back to the system when freed, so that resident memory follows what is alive.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **MEMORY_ENVIRONMENT}
     command = [sys.executable, "-m", "oprd.bench.update", shape, json.dumps(asdict(size)), way, str(threads)]
     return int(
         subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]

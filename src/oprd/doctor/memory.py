@@ -18,7 +18,8 @@ from oprd.head_chunks import LMHead, chunks
 PHASES = ("rollout", "teacher", "update", "optimizer")
 _FLOAT = 4
 # [n, V] float32 buffers alive at once in one chunk (head_measures.py; logsumexp has one of its own).
-_CHUNK_BUFFERS = {"reverse_kl": 3.0, "forward_kl": 3.25, "jsd": 4.0}
+_CHUNK_BUFFERS = {"reverse_kl": 3.0, "forward_kl": 3.25, "jsd": 4.0, "sampled_token": 3.0}
+_BY_ROWS = ("top_k", "top_k_forward_kl")  # the head's gradient is made of a few rows, in place (head_rows.py)
 _OTHER_BUFFERS = 2.0  # log-probabilities of given tokens, top-k: logits and one more
 _DIAGNOSTIC_BUFFERS = 3.0  # of all measurements the entropy needs most: log p, p and their product
 _SAMPLING_BUFFERS = 3  # float32 [rows, V]: the logits, what the samplers make of them, and their softmax
@@ -132,7 +133,8 @@ class _Held:
         wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)
         self.teacher_transient = work.teacher_bytes * tokens * wide
         self.chunks = self._chunks()
-        head_trained = work.head_term and work.lora is None
+        by_rows = work.output_space in _BY_ROWS and not work.policy_gradient and work.devices == 1
+        head_trained = work.head_term and work.lora is None and not by_rows
         self.head_gradient = float(_FLOAT * shape.vocabulary) if head_trained else 0.0
         self.rollout_cache, self.sampling = self._rollout()
 

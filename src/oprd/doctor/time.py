@@ -15,9 +15,10 @@ from oprd.doctor.shape import Shape
 from oprd.doctor.workload import Workload
 
 # Products with the `[V, D]` head a compared token and term: both models' logits and the ways back to states and head
-# (head_total.py); the others make the student's logits once more in backward (head_chunks.py).
-_HEAD_PRODUCTS = {"reverse_kl": 4, "forward_kl": 4, "jsd": 4}
-_OTHER_PRODUCTS = 5
+# (head_total.py). Top-k looks for the student's likeliest tokens only (head_rows.py); the tail's sample does both, and makes the
+# student's logits once more in backward (head_chunks.py).
+_HEAD_PRODUCTS = {"top_k": 1, "top_k_forward_kl": 1, "cross_entropy": 3, "tail_sampled": 6}
+_OTHER_PRODUCTS = 4
 _POLICY_PRODUCTS = 4
 
 

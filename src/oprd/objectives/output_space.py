@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from oprd.head_chunks import LMHead
+from oprd.head_rows import logits_of_events
 from oprd.lm_head import Divergence, check_same_events, divergence, log_probs, top_k
 
 Support = Literal["student", "teacher", "union", "intersection"]
@@ -187,6 +188,8 @@ def top_k_loss(
 ) -> Float[Tensor, " N"]:
     """KL between p and q renormalised on a support of likely tokens (Eq. 5). Not an estimate of the KL: it ignores the tail.
 
+    One pass over the vocabulary finds a side's likeliest tokens; the loss and its gradient read the support's rows alone.
+
     Args:
         student_head: gets the gradient where it requires one.
         student_ND: gets the gradient.
@@ -209,8 +212,8 @@ def top_k_loss(
     left_out_NK = ~(member_NK | empty_N1)  # an empty support stands in as a whole one, and is zeroed below
 
     def renormalised(head: LMHead, hidden: Tensor) -> Tensor:
-        log_p_NK = log_probs(head, hidden, support_NK, temperature=temperature, chunk_size=chunk_size)
-        return log_p_NK.masked_fill(left_out_NK, -torch.inf).log_softmax(-1)
+        logits_NK = logits_of_events(head, hidden, support_NK, temperature=temperature)
+        return logits_NK.masked_fill(left_out_NK, -torch.inf).log_softmax(-1)
 
     with torch.no_grad():
         log_q_NK = renormalised(teacher_head, teacher_NE)

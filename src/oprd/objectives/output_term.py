@@ -19,6 +19,7 @@ from oprd.objectives.output_space import (
     tail_sampled_loss,
     top_k_loss,
 )
+from oprd.objectives.totals import cross_entropy_total, sampled_token_total
 
 Settings = Callable[["OutputTerm", Tensor], dict[str, Any]]
 
@@ -35,6 +36,12 @@ OUTPUT_SPACE: dict[str, tuple[Callable[..., Tensor], Settings]] = {
         tail_sampled_loss, lambda term, tokens_M: {"tokens_N": tokens_M, "k": term.top_k, "support": term.support}
     ),
 }  # fmt: skip
+TOTALS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    full_vocabulary_loss: total_divergence,
+    sampled_token_loss: sampled_token_total,
+    cross_entropy_loss: cross_entropy_total,
+}
+"""Loss → its weighted sum in one pass over the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,9 @@ class OutputTerm:
         tokens_M: Int[Tensor, " M"],
         weights_M: Float[Tensor, " M"],
     ) -> Float[Tensor, ""]:
-        """Σ_m weights_m · loss_m, a scalar; a third less work with the head than the losses one by one, for the divergences."""
+        """Σ_m weights_m · loss_m, a scalar; less work with the head than the losses one by one, for the losses in `TOTALS`."""
         sides = (student_head, student_MD, teacher_head, teacher_ME)
         loss, settings = OUTPUT_SPACE[self.kind]
-        if loss is full_vocabulary_loss:
-            return total_divergence(*sides, weights_M, **settings(self, tokens_M), temperature=self.temperature)
+        if loss in TOTALS:
+            return TOTALS[loss](*sides, weights_M, **settings(self, tokens_M), temperature=self.temperature)
         return (self(*sides, tokens_M) * weights_M).sum()
