@@ -192,7 +192,7 @@ TITLES = {
     "representation_last_layer": "representation, last layer",
     "full_kl": "full reverse KL, by chunks",
     "composite": "full reverse KL and representation",
-    "top16": "top-16, by chunks",
+    "top16": "top-16, by its rows of the head",
     "sampled_token": "sampled-token, by chunks",
     "reference_way": "published code's way (all states in fp32, logits thrown away)",
     "dense_full_kl": "full reverse KL, dense",
