@@ -62,7 +62,7 @@ def test_each_step_learns_from_what_the_weights_before_the_last_update_sampled(t
         prompts, sampled = [by_index[row] for row in dict.fromkeys(rollouts.rows)], []
         for before in (step, max(step - 1, 0)):
             fresh.load_state_dict(watch.weights[before])
-            sampled.append(trainer._generate(fresh, prompts, trainer._seed_of_step(batch - 1, step=step)))
+            sampled.append(trainer._generate(fresh, prompts, trainer._seed_of_step(batch - 1, step=step), False))
         assert rollouts == sampled[int(staleness[step])]
         others += sampled[0] != sampled[1]
     assert others >= 2  # so that it is seen whose they are

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 from oprd.rollout import ENGINES, Sampling, TransformersEngine
 from oprd.rollout.vllm_engine import VLLMEngine
 from oprd.rollout.vllm_weights import live_weights
-from tiny import tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import WIDE, tiny_model, tiny_tokenizer, tiny_trainer
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # raised inside vLLM and what it imports
@@ -33,7 +33,6 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 STOPS = [3, *range(10, 16)]  # not the model's own end of sequence, which is 2
 PROMPTS = [[5, 6, 7], [8], [30, 31, 32, 33, 34], [40, 41], [9, 9]]
-WIDE = {"hidden_size": 128, "intermediate_size": 96}  # heads of a size that vLLM has kernels for
 GREEDY = Sampling(12, temperature=0)
 KNOWN = len(tiny_tokenizer())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -16,13 +17,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import vllm_ranks_script
 from fake_vllm import FakeVLLM
 from oprd.models import load_model, load_tokenizer
 from oprd.rollout import Sampling, TransformersEngine, VLLMEngine
 from oprd.rollout.vllm_server import VLLMServerEngine
 from oprd.rollout.weights_folder import write_weights
+from test_distributed import run_two_ranks
 from test_vllm_engine import PROMPTS, STOPS, greedy, lora_of, model_with
-from tiny import tiny_tokenizer, tiny_trainer
+from tiny import WIDE, tiny_model, tiny_tokenizer, tiny_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -370,6 +373,29 @@ def test_a_real_server_follows_the_weights_and_survives_being_killed(served, tie
     again = engine.generate(model, PROMPTS, num_generations=4, sampling=Sampling(8), seed=3)
     assert again == sampled
     assert engine.pushes == pushes + 1
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
+def test_two_processes_share_a_real_server(served, tmp_path):
+    """Each gets what it gets alone, at every step of changing weights."""
+    served.kill()
+    engine = real_engine(served, tiny_tokenizer(), STOPS, "alone")
+    write_weights(tiny_model(**WIDE), engine.weights_dir, "unused", None)
+    served.start(engine.start_command())
+    alone = [
+        vllm_ranks_script.steps(
+            vllm_ranks_script.engine_for(served.url, engine.weights_dir, wait=240), tiny_model(**WIDE), rank
+        )
+        for rank in (0, 1)
+    ]
+    (tmp_path / "urls.json").write_text(json.dumps({"real": served.url}))
+    run_two_ranks("vllm_ranks_script.py", tmp_path)
+    found = [json.loads((tmp_path / f"real-{rank}.json").read_text()) for rank in (0, 1)]
+    for ours, expected in zip(found, alone, strict=True):
+        assert ours["completions"] == expected["completions"]
+        assert ours["totals"] == expected["totals"]
+    assert [own["pushes"] for own in found] == [vllm_ranks_script.STEPS, 0]
 
 
 @needs_vllm

@@ -37,6 +37,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+WIDE = {"hidden_size": 128, "intermediate_size": 96}  # overrides: heads of a size that vLLM has kernels for
+
+
 def tiny_model(
     family: str = "qwen2", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
 ) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from oprd.rollout import Sampling
 from oprd.rollout.vllm_server import VLLMServerEngine
 from oprd.sharding import shard_model, whole
 from rank_process import join, run_and_leave, watch
-from tiny import prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import WIDE, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
 
 PROMPTS = {0: [[5, 6, 7], [8], [30, 31, 32, 33, 34]], 1: [[40, 41]]}  # of each rank
 STEPS = 3
@@ -83,12 +83,14 @@ def trained(url: str, out: Path) -> dict:
 def scenario(name: str, url: str, out: Path, rank: int) -> dict:
     if name == "trained":
         return trained(url, out)
-    settings = {"wait": 0.3} if name == "absent" else {"retries": 1}
+    settings = {"absent": {"wait": 0.3}, "real": {"timeout": 60}}.get(name, {"retries": 1})
     engine = engine_for(url, out / f"weights-{name}", **settings)
     model = tiny_model(tie_word_embeddings=name == "sharded")
     if name == "sharded":
         shard_model(model)
-    if name in ("steps", "sharded"):
+    if name == "real":
+        model = tiny_model(**WIDE)
+    if name in ("steps", "sharded", "real"):
         return steps(engine, model, rank)
     try:
         return {"completions": [sample(engine, model, rank)], "pushes": engine.pushes}
