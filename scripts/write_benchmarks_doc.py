@@ -1,10 +1,13 @@
 """Write docs/benchmarks.md from the results in benchmarks/results, so that no figure is typed (a test compares).
 
-    oprd bench step --json benchmarks/results/step.json      # likewise update, growth
+    oprd bench update --model qwen2-4-layers --model smollm2-135m --rounds 2 --json benchmarks/results/update.json
+    oprd bench update --quick --model qwen2-24-layers --json benchmarks/results/update_24_layers.json
+    oprd bench growth --json benchmarks/results/growth.json
+    OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench step --json benchmarks/results/step.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
-The rollouts where vLLM is installed (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`), for its rows and the targets.
+Steps and rollouts where vLLM is installed (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`), for its rows.
 
 A section is written for each result file that is there.
 """
@@ -26,27 +29,36 @@ HEAD = """# Benchmarks
 Written by `python scripts/write_benchmarks_doc.py` from `benchmarks/results/*.json`; edit the script, not this page.
 Every ratio is made within one run, whose ways take turns. Each command takes `--quick` and `--json FILE`.
 """
-SECTIONS: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
+SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = {
     "update": (
         "One update",
+        "oprd bench update",
         "Loss and backward on given rollouts by each objective and by the ways of others, beside the floor.",
+        update.markdown,
+    ),
+    "update_24_layers": (
+        "One update of a deep model",
+        "oprd bench update --quick --model qwen2-24-layers",
+        "The same under Qwen2.5-0.5B's whole body, with fewer tokens: four layers exaggerate the head's share.",
         update.markdown,
     ),
     "step": (
         "A whole step",
+        "oprd bench step",
         "Rollout, loss, backward and optimizer, beside TRL's trainers. Losses are not compared here: time and memory only.",
         step.markdown,
     ),
-    "growth": ("How it grows", "One update along each axis, the others fixed.", growth.markdown),
+    "growth": ("How it grows", "oprd bench growth", "One update along each axis, the others fixed.", growth.markdown),
     "rollout": (
         "Rollouts",
+        "oprd bench rollout",
         "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` is given the "
         "weights anew in every pass, and its seconds include that. `generate` works until the longest completion is done, so its "
         "seconds are those of every engine's completions.",
         rollout.markdown,
     ),
 }
-"""Result file → title, what it is, its table."""
+"""Result file → title, command, what it is, its table."""
 
 
 def overlap_table(report: Mapping[str, Any]) -> str:
@@ -75,13 +87,13 @@ def overlap_table(report: Mapping[str, Any]) -> str:
 def render(results: Path = RESULTS) -> str:
     """The whole page."""
     parts, missing = [HEAD], []
-    for name, (title, text, table) in SECTIONS.items():
+    for name, (title, command, text, table) in SECTIONS.items():
         path = results / f"{name}.json"
         if path.exists():
             report = json.loads(path.read_text())
-            parts.append(f"## {title}\n\n`oprd bench {name}`. {text}\n\n{table(report)}")
+            parts.append(f"## {title}\n\n`{command}`. {text}\n\n{table(report)}")
         else:
-            missing.append(f"`oprd bench {name}`")
+            missing.append(f"`{command}`")
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (

@@ -99,6 +99,12 @@ def test_the_report(monkeypatch):
         assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
     text = markdown(report)
     assert all(title in text for title in TITLES.values())
+    ratio = rows["representation"]["memory_ratio"]
+    assert (
+        f"- small, memory of representation, all layers: at most 1.1 times that of floor, found {ratio:.2f} (met).\n"
+        in text
+    )
+    assert "published code's way" not in text.split("Targets:")[1]  # that is meant for another shape
     json.dumps(report)
 
 
@@ -110,6 +116,21 @@ def test_the_peak_holds_at_least_the_gradients(monkeypatch):
     }))  # fmt: skip
     gradients = 4 * 20_000 * 256
     assert update.peak_bytes("small", Size(1, 1, 8), "dense_full_kl") > 0.9 * gradients
+
+
+def test_targets_are_judged_on_the_shape_they_are_meant_for():
+    ratios = {
+        "floor": (1.0, 1.0), "representation": (1.06, 1.0), "reference_way": (2.4, 2.1), "dense_top16": (4.7, 5.0),
+        "full_kl": (3.0, 1.6),
+    }  # fmt: skip
+    rows = [
+        {"model": "qwen2-4-layers", "name": name, "time_ratio": time, "memory_ratio": memory}
+        for name, (time, memory) in ratios.items()
+    ]
+    assert [line.rsplit(", found ", 1)[1] for line in update.judge(rows, full_size=True)] == [
+        "1.06 (not met)", "1.00 (met)", "2.26 (met)", "2.10 (not met)", "4.43 (not met)", "5.00 (met)", "1.60 (not met)",
+    ]  # fmt: skip
+    assert len(update.judge(rows, full_size=False)) == 2
 
 
 def test_what_a_folder_keeps_is_not_measured_again(monkeypatch, tmp_path):

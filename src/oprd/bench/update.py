@@ -42,6 +42,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Random models of the shapes of Qwen2.5-0.5B (24 layers; with 4 the head is most of it) and of SmolLM2-135M."""
 
+# What we set out to reach: way, of which other way, in what, at most (−1) or at least (+1) how much, and the shape it is meant for
+# (None: every one; a named one at full size only).
+TARGETS: tuple[tuple[str, str, str, int, float, str | None], ...] = (
+    ("representation", "floor", "time", -1, 1.05, None),
+    ("representation", "floor", "memory", -1, 1.10, None),
+    ("reference_way", "representation", "time", 1, 2.2, "qwen2-4-layers"),
+    ("reference_way", "representation", "memory", 1, 2.2, "qwen2-4-layers"),
+    ("dense_top16", "representation", "time", 1, 4.5, "qwen2-4-layers"),
+    ("dense_top16", "representation", "memory", 1, 5.0, "qwen2-4-layers"),
+    ("full_kl", "representation", "memory", -1, 1.5, "qwen2-4-layers"),
+)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -97,7 +109,7 @@ def time_ways(
     """Seconds of each way in each round, all in this process."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pair = build(shape, size)
-    run_once(build_small(pair), ways[0])  # what is loaded or compiled at first use
+    run_once(pair, ways[0])  # a process's first pass is slower: what is loaded at first use, pages that were never touched
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways if number % 2 == 0 else list(reversed(ways)):
@@ -230,6 +242,22 @@ def _in_a_process(shape: str, size: Size, way: str, threads: int) -> int:
     )
 
 
+def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
+    """A line a target: what was wanted, what was found, met or not."""
+    found = {(row["model"], row["name"]): row for row in rows}
+    lines = []
+    for shape in dict.fromkeys(row["model"] for row in rows):
+        for name, base, what, sign, wanted, only in TARGETS:
+            meant = only is None or (only == shape and full_size)
+            if not meant or (shape, name) not in found:
+                continue
+            ratio = found[shape, name][f"{what}_ratio"] / found[shape, base][f"{what}_ratio"]
+            said = f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
+            met = "met" if sign * (ratio - wanted) >= 0 else "not met"
+            lines.append(f"{shape}, {what} of {TITLES[name]}: {said}, found {ratio:.2f} ({met})")
+    return lines
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table a model."""
     size, threads = report["size"], report["machine"]["threads"]
@@ -247,6 +275,8 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"{row['memory_ratio']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
             )
         parts.append("\n".join(lines))
+    full = (size["rollouts"], size["response"]) == (Size().rollouts, Size().response)
+    parts.append("\n".join(["Targets:", *(f"- {line}." for line in judge(report["rows"], full))]))
     return "\n\n".join(parts) + "\n"
 
 
