@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from oprd.bench import update, ways
+from oprd.bench.memory import in_a_fork
 from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, build, markdown
 from oprd.bench.ways import TITLES, WAYS, Pair
 from oprd.cli import app
@@ -86,7 +87,7 @@ def test_the_report(monkeypatch):
         "num_key_value_heads": 2, "tie_word_embeddings": True,
     }))  # fmt: skip
     peaks = {way: 1000 + 10 * number for number, way in enumerate(WAYS)}
-    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: peaks[way])
+    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, ways, threads: peaks)
     report = bench_update(["small"], Size(2, 1, 8), rounds=2, threads=1, say=lambda line: None)
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == list(WAYS) == list(TITLES)
@@ -114,8 +115,31 @@ def test_the_peak_holds_at_least_the_gradients(monkeypatch):
         "vocab_size": 20_000, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 2, "tie_word_embeddings": True,
     }))  # fmt: skip
-    gradients = 4 * 20_000 * 256
-    assert update.peak_bytes("small", Size(1, 1, 8), "dense_full_kl") > 0.9 * gradients
+    gradients, pair = 4 * 20_000 * 256, build("small", Size(1, 1, 8))
+    assert update.peak_bytes(pair, "dense_full_kl") > 0.9 * gradients
+    ways = ("floor", "dense_full_kl")
+    forked = [in_a_fork(lambda way=way: update.peak_bytes(pair, way)) for way in ways]
+    assert forked[1] > 0.9 * gradients
+
+
+def test_a_failing_fork_is_said():
+    def fails():
+        raise MemoryError("too much")
+
+    with pytest.raises(RuntimeError, match="a measuring process failed"):
+        in_a_fork(fails)
+
+
+def test_more_threads_do_not_fork(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        update, "_in_a_process", lambda shape, size, ways, threads: asked.append(ways) or dict.fromkeys(ways, 1)
+    )
+    for threads in (1, 2):
+        assert update.measure_peaks("small", Size(1, 1, 8), ("floor", "full_kl"), threads, lambda line: None) == {
+            "floor": 1, "full_kl": 1,
+        }  # fmt: skip
+    assert asked == [["floor", "full_kl"], ["floor"], ["full_kl"]]
 
 
 def test_targets_are_judged_on_the_shape_they_are_meant_for():
@@ -135,7 +159,9 @@ def test_targets_are_judged_on_the_shape_they_are_meant_for():
 
 def test_what_a_folder_keeps_is_not_measured_again(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: calls.append(("peak", way)) or 1000)
+    monkeypatch.setattr(
+        update, "_in_a_process", lambda shape, size, ways, threads: calls.append(ways) or dict.fromkeys(ways, 1000)
+    )
 
     def once(shape, size, ways, rounds, say):
         if calls.count("time") == 0:
@@ -155,9 +181,9 @@ def test_what_a_folder_keeps_is_not_measured_again(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench_update(["smollm2-135m"], Size(2, 1, 8), **asked)
     first = bench_update(["smollm2-135m"], Size(2, 1, 8), **asked)
-    assert calls == [("peak", "floor"), ("peak", "full_kl"), "time", "time"]
+    assert calls == [["floor", "full_kl"], "time", "time"]
     assert bench_update(["smollm2-135m"], Size(2, 1, 8), **asked) == first
-    assert len(calls) == 4
+    assert len(calls) == 3
     with pytest.raises(ValueError, match=r"--resume: .*smollm2-135m-peaks\.json was measured with other settings"):
         bench_update(["smollm2-135m"], Size(3, 1, 8), **asked)
 
@@ -165,7 +191,7 @@ def test_what_a_folder_keeps_is_not_measured_again(monkeypatch, tmp_path):
 def test_without_trl_its_row_is_left_out_and_said(monkeypatch):
     said = []
     monkeypatch.setattr(ways, "find_spec", lambda name: None)
-    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, way, threads: 1000)
+    monkeypatch.setattr(update, "_in_a_process", lambda shape, size, ways, threads: dict.fromkeys(ways, 1000))
     monkeypatch.setattr(update, "time_ways", lambda shape, size, ways, rounds, say: {way: [1.0] for way in ways})
     report = bench_update(
         ["smollm2-135m"], Size(1, 1, 4), rounds=1, threads=1, say=said.append, ways=("floor", "trl_distillation")

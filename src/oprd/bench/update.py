@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.bench.memory import MEMORY_ENVIRONMENT, resident_bytes, settle_memory
+from oprd.bench.memory import MEMORY_ENVIRONMENT, in_a_fork, resident_bytes, settle_memory
 from oprd.bench.ways import TITLES, WAYS, Pair, installed_ways
 from oprd.types import Rollouts
 
@@ -109,7 +109,9 @@ def time_ways(
     """Seconds of each way in each round, all in this process."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pair = build(shape, size)
-    run_once(pair, ways[0])  # a process's first pass is slower: what is loaded at first use, pages that were never touched
+    run_once(
+        pair, ways[0]
+    )  # a process's first pass is slower: what is loaded at first use, pages that were never touched
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways if number % 2 == 0 else list(reversed(ways)):
@@ -127,9 +129,8 @@ def build_small(pair: Pair) -> Pair:
     return Pair(pair.student, pair.teacher, short, 4)
 
 
-def peak_bytes(shape: str, size: Size, way: str) -> int:
+def peak_bytes(pair: Pair, way: str) -> int:
     """Peak memory of one update in this process beyond what was there before. Linux only."""
-    pair = build(shape, size)
     run_once(build_small(pair), way)
     pair.student.zero_grad(set_to_none=True)
     before = settle_memory()
@@ -210,7 +211,11 @@ def measure_peaks(
     shape: str, size: Size, ways: Sequence[str], threads: int, say: Callable[[str], None]
 ) -> dict[str, int]:
     """Way → peak bytes of one update, each in a process of its own."""
-    peaks = {way: _in_a_process(shape, size, way, threads) for way in ways}
+    # One thread: models are built once, and each way runs in a fork. More threads do not outlive a fork.
+    groups = [list(ways)] if threads == 1 else [[way] for way in ways]
+    peaks: dict[str, int] = {}
+    for group in groups:
+        peaks |= _in_a_process(shape, size, group, threads)
     say(f"{shape}: memory measured")
     return peaks
 
@@ -234,12 +239,12 @@ def _row(way: str, shape: str, timed: Mapping[str, list[float]], peaks: Mapping[
     }
 
 
-def _in_a_process(shape: str, size: Size, way: str, threads: int) -> int:
+def _in_a_process(shape: str, size: Size, ways: Sequence[str], threads: int) -> dict[str, int]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **MEMORY_ENVIRONMENT}
-    command = [sys.executable, "-m", "oprd.bench.update", shape, json.dumps(asdict(size)), way, str(threads)]
-    return int(
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
-    )
+    command = [sys.executable, "-m", "oprd.bench.update", shape, json.dumps(asdict(size)), ",".join(ways), str(threads)]
+    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, int] = json.loads(said.splitlines()[-1])
+    return found
 
 
 def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
@@ -280,6 +285,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-if __name__ == "__main__":  # one way's memory, for `_in_a_process`
+if __name__ == "__main__":  # memory of some ways, for `_in_a_process`
     torch.set_num_threads(int(sys.argv[4]))
-    print(peak_bytes(sys.argv[1], Size(**json.loads(sys.argv[2])), sys.argv[3]))
+    built, asked = build(sys.argv[1], Size(**json.loads(sys.argv[2]))), sys.argv[3].split(",")
+    alone = len(asked) == 1
+    measured = {w: peak_bytes(built, w) if alone else in_a_fork(partial(peak_bytes, built, w)) for w in asked}
+    print(json.dumps(measured))
