@@ -92,16 +92,17 @@ class LMHead:
         """Events that can happen: all stop tokens are one."""
         return self.size - (max(len(self.stop_token_ids) - 1, 0) if self.ids is None else 0)
 
-    def check_tokens(self, tokens: Int[Tensor, "N ..."], positions: int) -> None:
-        """Refuse tokens that the head does not have, or that are not given at each position.
+    def checked_events(self, tokens: Int[Tensor, "*N"], positions: int) -> Int[Tensor, "*N"]:
+        """`events` of tokens that are given at each position, after a look at whether the head has them.
 
         Raises:
-            ValueError: either.
+            ValueError: another number of positions, or a token outside the vocabulary.
         """
         if len(tokens) != positions:
             raise ValueError(f"LM head: tokens at {len(tokens)} positions, states at {positions}")
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.size):
             raise ValueError(f"LM head: ids {int(tokens.min())} … {int(tokens.max())}, the vocabulary has {self.size}")
+        return self.events(tokens).long()
 
     def events(self, tokens: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """`tokens` with every stop token replaced by the first of them, the name of their common event."""

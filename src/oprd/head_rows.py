@@ -38,8 +38,9 @@ def logits_of_events(
     """
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature} is not above 0")
-    head.check_tokens(events_NK, len(hidden_ND))
-    rows_NK = head.events(events_NK).long() if head.ids is None else head.ids[events_NK]
+    rows_NK = head.checked_events(events_NK, len(hidden_ND))
+    if head.ids is not None:
+        rows_NK = head.ids[rows_NK]
     merged = head.stop_token_ids if len(head.stop_token_ids) > 1 else ()
     stops_Nm = torch.tensor(merged, dtype=torch.long, device=rows_NK.device).expand(len(rows_NK), len(merged))
     logits_NR = _logits_of_rows(head, hidden_ND, torch.cat([rows_NK, stops_Nm], 1), temperature)

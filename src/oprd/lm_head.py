@@ -173,10 +173,8 @@ def log_probs(
     Raises:
         ValueError: an id outside the vocabulary, another number of positions than `hidden_ND` has.
     """
-    head.check_tokens(tokens, len(hidden_ND))
-    tokens_NK = (
-        head.events(tokens).long().reshape(len(tokens), math.prod(tokens.shape[1:]))
-    )  # of none, −1 would say nothing
+    shape_NK = (len(tokens), math.prod(tokens.shape[1:]))  # of none, −1 would say nothing
+    tokens_NK = head.checked_events(tokens, len(hidden_ND)).reshape(shape_NK)
     values_NK = by_chunks(
         head, hidden_ND, token_log_probs_measure, (tokens_NK,), temperature, chunk_size, tokens_NK.shape[1]
     )

@@ -34,7 +34,7 @@ def sampled_token_total(
     Other arguments and what is raised as of `output_space.sampled_token_loss`.
     """
     check_same_events(student_head, teacher_head)
-    tokens_N1 = _names(student_head, tokens_N, student_ND)
+    tokens_N1 = student_head.checked_events(tokens_N, len(student_ND))[:, None]
     measure = partial(_sampled_token_measure, teacher_head=teacher_head, temperature=temperature, baseline=baseline)
     extras = (teacher_NE.detach(), tokens_N1)
     return total_by_chunks(student_head, student_ND, measure, extras, weights_N, temperature, chunk_size)
@@ -59,15 +59,10 @@ def cross_entropy_total(
     Other arguments and what is raised as of `output_space.cross_entropy_loss`.
     """
     check_same_events(student_head, teacher_head)
-    tokens_N1 = _names(student_head, tokens_N, student_ND)
+    tokens_N1 = student_head.checked_events(tokens_N, len(student_ND))[:, None]
     return total_by_chunks(
         student_head, student_ND, token_log_probs_measure, (tokens_N1,), -weights_N, temperature, chunk_size
     )
-
-
-def _names(head: LMHead, tokens_N: Tensor, hidden_ND: Tensor) -> Int[Tensor, "N 1"]:
-    head.check_tokens(tokens_N, len(hidden_ND))
-    return head.events(tokens_N).long()[:, None]
 
 
 def _sampled_token_measure(

@@ -133,9 +133,10 @@ class VLLMEngine:
                 f"{llm.model_config.max_model_len} in its share of memory or the model's context; set a smaller one"
             )
         padding = range(self.vocab_size, lm.config.get_text_config().vocab_size)
-        arguments = sampling_arguments(sampling, seed, len(prompts), self.stop_token_ids, padding)
-        asked = {} if self.want_log_probs else {"logprobs": None}
-        parameters = [_import_vllm().SamplingParams(**{**own, **asked}) for own in arguments]
+        arguments = sampling_arguments(
+            sampling, seed, len(prompts), self.stop_token_ids, padding, log_probs=self.want_log_probs
+        )
+        parameters = [_import_vllm().SamplingParams(**own) for own in arguments]
         try:
             if VLLMEngine._asleep:  # room for the weights first: while they arrive, that of keys and values is free
                 llm.wake_up(tags=["weights"])
@@ -202,7 +203,13 @@ def _refresh_head(vllm_model: nn.Module) -> None:
 
 
 def sampling_arguments(
-    sampling: Sampling, seed: int, count: int, stop_token_ids: Sequence[int], padding: Sequence[int]
+    sampling: Sampling,
+    seed: int,
+    count: int,
+    stop_token_ids: Sequence[int],
+    padding: Sequence[int],
+    *,
+    log_probs: bool = True,
 ) -> list[dict[str, Any]]:
     """Arguments of `vllm.SamplingParams` for `count` completions, each with a random stream of its own.
 
@@ -212,6 +219,7 @@ def sampling_arguments(
         count: how many completions.
         stop_token_ids: ids that end a completion.
         padding: ids that only make the head's size round and mean no token.
+        log_probs: ask for the log-probability of each token that is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     common = {
@@ -223,7 +231,7 @@ def sampling_arguments(
         "ignore_eos": True,  # these stop tokens end a completion, and none that a config names
         "detokenize": False,
         "logit_bias": dict.fromkeys(padding, -100.0) or None,  # the lowest that vLLM takes
-        "logprobs": 0,  # of the token that was drawn
+        "logprobs": 0 if log_probs else None,  # 0: of the drawn token alone
     }
     return [{**common, "seed": own} for own in torch.randint(2**62, (count,), generator=generator).tolist()]
 
