@@ -20,7 +20,7 @@ from evidence.readme import write_readme
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-RESULT, FIGURE = "result.json", "figure.png"
+RESULT, FIGURE, WHOLE = "result.json", "figure.png", "whole.json"
 _SHOWN_LINE = 160
 
 
@@ -67,6 +67,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: shows that it runs.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
     document: Annotated[bool, typer.Option("--document", help="Measure nothing; write the documents anew.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Choose learning rates anew, too.")] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Also claims that have been measured by an earlier call.")
     ] = False,
@@ -80,7 +81,7 @@ def main(
     wanted = {name.strip().upper() for name in only.split(",") if name.strip()}
     if unknown := wanted - {claim.ID for _, claim in claims()}:
         raise SystemExit(f"--only: there is no claim {', '.join(sorted(unknown))}")
-    started = time.monotonic()
+    started, measured = time.monotonic(), 0
     for own, claim in claims():
         if document or (wanted and claim.ID not in wanted):
             continue
@@ -90,10 +91,13 @@ def main(
             typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it anew)")
             continue
         typer.echo(f"{claim.ID} {claim.TITLE}")
-        measure(
-            claim, Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE])), target
-        )
+        work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune)
+        measure(claim, work, target)
         done.touch()
+        measured += 1
+    if measured == len(list(claims())):  # all in one go: how long that takes is a result, too
+        about = {"seconds": round(time.monotonic() - started), "cpus": os.cpu_count(), "workers": workers, "tune": tune}
+        (base if quick else HERE).joinpath(WHOLE).write_text(json.dumps(about) + "\n")
     if quick:
         found = {
             c.ID: json.loads(f.read_text()) for o, c in claims() if (f := base / o.name / "measured" / RESULT).is_file()

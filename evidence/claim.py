@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,12 +22,14 @@ class Work:
         quick: a tenth of the work: shows that everything runs, not what is true.
         workers: processes at a time.
         say: takes a line of progress.
+        tune: choose learning rates anew; otherwise those of the committed result are taken, with the runs that chose them.
     """
 
     folder: Path
     quick: bool
     workers: int
     say: Callable[[str], None]
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,21 @@ class Finding:
     verdict: Verdict
     measured: str
     paragraph: str
+
+
+def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`function(*a)` for each of `arguments`, in processes of one thread, `work.workers` at a time; results in their order.
+
+    Args:
+        work: how many at a time.
+        function: of a module, as are its arguments: what can be pickled.
+        arguments: of each call.
+    """
+    import torch
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(work.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return [future.result() for future in [pool.submit(function, *own) for own in arguments]]
 
 
 class Claim(Protocol):

@@ -79,6 +79,19 @@ def run_comparison(
     return [_record(run, known.get(run.seed, {})) for run in runs]
 
 
+def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:
+    """The runs by which learning rates were chosen, of the committed result of the claim in `folder`.
+
+    Raises:
+        ValueError: there is none, or an objective has no run in it.
+    """
+    file = folder / "result.json"
+    found: list[Record] = json.loads(file.read_text())["tuning"] if file.is_file() else []
+    if missing := set(names) - {record["objective"] for record in found}:
+        raise ValueError(f"{file}: no rate was chosen for {', '.join(sorted(missing))}; choose with --tune")
+    return found
+
+
 def first_seeds(work: Work, count: int) -> list[int]:
     """The seeds 0, 1, … of a claim; of a quick run the tuning seed, whose runs are there already."""
     return [TUNING_SEED] if work.quick else list(range(count))

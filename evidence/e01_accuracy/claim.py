@@ -10,6 +10,7 @@ from evidence.comparisons import (
     TUNING_SEED,
     Record,
     best_rate,
+    committed_tuning,
     difference,
     first_seeds,
     gap_closed,
@@ -48,6 +49,8 @@ OFF_POLICY = ("supervised", "states_off_policy")
 
 def tune(work: Work) -> list[Record]:
     """Every objective on the tuning seed at rising rates, as long as it keeps half of its best accuracy."""
+    if not work.tune:
+        return committed_tuning(FILE.parent, NAMES)
     records: list[Record] = []
     alive = list(NAMES)
     for rate in (1.0e-3,) if work.quick else RATES:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import TUNING_SEED, Record, best_rate, difference, first_seeds, of, run_comparison
+from evidence.comparisons import (
+    TUNING_SEED,
+    Record,
+    best_rate,
+    committed_tuning,
+    difference,
+    first_seeds,
+    of,
+    run_comparison,
+)
 from evidence.e01_accuracy.claim import baseline
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.compare.interval import mean_and_interval
@@ -40,7 +49,11 @@ def measure(work: Work) -> dict[str, Any]:
     seeds = first_seeds(work, 3)
     chosen, shared = baseline(work, SHARED, seeds)
     grid = {name: [1.0e-3] if work.quick else [3.0e-4, 1.0e-3] for name in OWN}
-    tuning = run_comparison(FILE, work, folder="tiny_composite", seeds=[TUNING_SEED], rates=grid)
+    tuning = (
+        run_comparison(FILE, work, folder="tiny_composite", seeds=[TUNING_SEED], rates=grid)
+        if work.tune
+        else committed_tuning(FILE.parent, OWN)
+    )
     rates = {name: best_rate(tuning, name) for name in OWN}
     own = run_comparison(
         FILE, work, folder="tiny_composite", seeds=seeds, rates={name: [rate] for name, rate in rates.items()}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from evidence.claim import Finding, Result, Work
+from evidence.claim import Finding, Result, Work, side_by_side
 from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import NAMES, SHARED, baseline
 from evidence.words import percent, table
@@ -47,7 +48,7 @@ def measure(work: Work) -> dict[str, Any]:
     """Sample from E1's models, the student before and the teacher."""
     seeds = first_seeds(work, 2)
     _, records = baseline(work, OBJECTIVES, seeds)
-    rows = []
+    files, missing = [], []
     for seed in seeds:
         models = {
             "teacher": "embedded:tiny/teacher",
@@ -67,14 +68,18 @@ def measure(work: Work) -> dict[str, Any]:
             },
         }
         file = work.folder / f"seed_{seed}.json"
+        files.append(file)
         if not file.is_file():
-            file.write_text(json.dumps(_of_seed(models, seed, work)))
-        rows += json.loads(file.read_text())
-    return {"rows": rows}
+            missing.append((file, models, seed, *((8, 4) if work.quick else (48, 16))))
+    side_by_side(work, _one_seed, missing)
+    return {"rows": [row for file in files for row in json.loads(file.read_text())]}
 
 
-def _of_seed(models: dict[str, str], seed: int, work: Work) -> list[dict[str, Any]]:
-    problems, k = (8, 4) if work.quick else (48, 16)
+def _one_seed(file: Path, *how: Any) -> None:
+    file.write_text(json.dumps(_of_seed(*how)))
+
+
+def _of_seed(models: dict[str, str], seed: int, problems: int, k: int) -> list[dict[str, Any]]:
     responses: dict[str, list[list[Sequence[int]]]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
@@ -86,7 +91,7 @@ def _of_seed(models: dict[str, str], seed: int, work: Work) -> list[dict[str, An
             "finished": summary["finished"], "dist_4": distinct_n(own).value,
             "answers": sum(len({_answer(rollouts.texts[i * k + j]) for j in range(k)}) for i in range(problems)) / problems,
         }  # fmt: skip
-        work.say(f"seed {seed}: {name}")
+        print(f"  seed {seed}: {name}", flush=True)
     shortest = [min(len(r) for own in responses.values() for r in own[i]) for i in range(problems)]
     for name, own in responses.items():
         cut = [[response[:n] for response in of_problem] for of_problem, n in zip(own, shortest, strict=True)]

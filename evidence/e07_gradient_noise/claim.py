@@ -6,11 +6,12 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from evidence.claim import Finding, Result, Work
+from evidence.claim import Finding, Result, Work, side_by_side
 from evidence.comparisons import first_seeds
 from evidence.e07_gradient_noise.noise import FixedPrefixes, at_checkpoint, scatter
 from evidence.words import table
@@ -43,20 +44,18 @@ BATCH, RATE = 32, 1e-3
 
 def measure(work: Work) -> dict[str, Any]:
     """Train, and stop at some steps to look at the gradients."""
-    rows = []
-    for seed in first_seeds(work, 2):
-        file = work.folder / f"seed_{seed}.json"
-        if not file.is_file():
-            steps, draws, batches = ((0, 3), 4, 2) if work.quick else (STEPS, 16, 8)
-            found = list(_along_training(seed, steps, draws, batches, work))
-            file.write_text(json.dumps(found))
-        rows += json.loads(file.read_text())
-    return {"rows": rows}
+    steps, draws, batches = ((0, 3), 4, 2) if work.quick else (STEPS, 16, 8)
+    files = {seed: work.folder / f"seed_{seed}.json" for seed in first_seeds(work, 2)}
+    missing = [(file, seed, steps, draws, batches) for seed, file in files.items() if not file.is_file()]
+    side_by_side(work, _one_seed, missing)
+    return {"rows": [row for file in files.values() for row in json.loads(file.read_text())]}
 
 
-def _along_training(
-    seed: int, steps: tuple[int, ...], draws: int, batches: int, work: Work
-) -> Iterator[dict[str, Any]]:
+def _one_seed(file: Path, *how: Any) -> None:
+    file.write_text(json.dumps(list(_along_training(*how))))
+
+
+def _along_training(seed: int, steps: tuple[int, ...], draws: int, batches: int) -> Iterator[dict[str, Any]]:
     student = load_model("embedded:tiny/student", dtype=torch.float32)
     teacher = load_model("embedded:tiny/teacher", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = load_tokenizer("embedded:tiny/student")
@@ -78,7 +77,7 @@ def _along_training(
                 "seed": seed, "step": step, **at_checkpoint(prefixes, draws, generator),
                 "rollouts": _between_rollouts([FixedPrefixes(student, teacher, sample(10_000 + step * 10 + i)) for i in range(batches)]),
             })  # fmt: skip
-            work.say(f"seed {seed}, step {step}")
+            print(f"  seed {seed}, step {step}", flush=True)
         for group in optimizer.param_groups:  # warm-up over the first 3 %, then cosine, as the trainer's
             group["lr"] = RATE * min((step + 1) / 2, 1.0) * (1 + math.cos(math.pi * step / max(steps))) / 2
         prefixes = FixedPrefixes(student, teacher, sample(step + 100_000))

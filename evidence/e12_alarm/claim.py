@@ -24,7 +24,7 @@ SETTING = (
     "low a rank, and every run of E1, E9 and E10; the alarm as it comes (`alarm_window: 20`). A bad case: cosine rose over the run and the "
     "student ended below where it began."
 )
-RATES = (3.0e-4, 1.0e-3)
+RATE = 1.0e-3
 FILE = Path(__file__).parent / "comparison.yaml"
 
 
@@ -39,8 +39,8 @@ def measure(work: Work) -> dict[str, Any]:
             FILE,
             work,
             folder="permuted_teacher",
-            seeds=seeds,
-            rates={"other_origin": RATES[:1] if work.quick else RATES},
+            seeds=first_seeds(work, 3),
+            rates={"other_origin": [RATE]},
             settings={"teacher_model": str(teacher)},
         )
     }

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from oprd.compare.process import ForkedProcess, Process, forks, start_program
 from oprd.compare.results import FAILED, MACHINE, Run, is_complete, summary_of
 from oprd.config import OPRDConfig
 from oprd.runlog import LOCK, RunFolder
@@ -31,9 +31,14 @@ Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]
 
 
+def train_arguments(run: Run) -> list[str]:
+    """What follows `oprd` on the command line of one run."""
+    return ["train", "--config", str(run.folder / RECIPE)]
+
+
 def train_command(run: Run) -> list[str]:
     """The command line of one run."""
-    return [sys.executable, "-m", "oprd.cli", "train", "--config", str(run.folder / RECIPE)]
+    return [sys.executable, "-m", "oprd.cli", *train_arguments(run)]
 
 
 def open_runs(runs: Sequence[Run]) -> list[Run]:
@@ -74,9 +79,7 @@ def refuse_other_settings(run: Run) -> None:
         )
 
 
-def run_all(
-    runs: Sequence[Run], *, workers: int, threads: int, say: Say, command: Command = train_command
-) -> list[Run]:
+def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, command: Command | None = None) -> list[Run]:
     """Run every run of the list, `workers` at a time; whatever ends this function ends the processes too.
 
     Args:
@@ -84,7 +87,8 @@ def run_all(
         workers: processes at a time.
         threads: CPU threads of each.
         say: called with a line for each run that ended.
-        command: the command line of a run.
+        command: the command line of a run, a program of its own; None: `oprd train`, forked from a process that has it imported,
+            where the system can.
 
     Returns:
         The runs that failed.
@@ -93,14 +97,14 @@ def run_all(
         ValueError: a folder is in use, or holds what `refuse_other_settings` refuses.
     """
     waiting, failed = list(runs), []
-    running: dict[subprocess.Popen[bytes], Run] = {}
+    running: dict[Process, Run] = {}
     started, done = time.monotonic(), 0
     with _stopped_by_sigterm():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     run = waiting.pop(0)
-                    running[_start(run, command(run), workers, threads)] = run
+                    running[_start(run, command, workers, threads)] = run
                 for process in [p for p in running if p.poll() is not None]:
                     run, done = running.pop(process), done + 1
                     if process.returncode != 0:
@@ -110,14 +114,14 @@ def run_all(
                     say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_news(run, good)}  ETA {_duration(left)}")
                     if not good:
                         failed.append(run)
-                        _show_end(run, process.returncode, say)
+                        _show_end(run, process.returncode or 0, say)
                 time.sleep(0.05)
         finally:
             _stop(list(running))
     return failed
 
 
-def _start(run: Run, command: list[str], workers: int, threads: int) -> subprocess.Popen[bytes]:
+def _start(run: Run, command: Command | None, workers: int, threads: int) -> Process:
     refuse_other_settings(run)  # again: hours may have passed
     with RunFolder(run.folder).hold():  # a run that another process left behind may still be at work here
         for item in run.folder.iterdir():
@@ -126,16 +130,12 @@ def _start(run: Run, command: list[str], workers: int, threads: int) -> subproce
         (run.folder / RECIPE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
     machine = {"cpus": os.cpu_count(), "threads": threads, "workers": workers, "platform": platform.platform()}
     (run.folder / MACHINE).write_text(json.dumps(machine, indent=1) + "\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with (run.folder / OUTPUT).open("wb") as output:
-        # A session of its own: Ctrl-C reaches the parent alone, which then stops the run with all that it started.
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+    if command is None and forks():
+        return ForkedProcess(train_arguments(run), run.folder / OUTPUT, threads)
+    return start_program((command or train_command)(run), run.folder / OUTPUT, threads)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Sequence[Process]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             if process.poll() is None:
