@@ -1,11 +1,13 @@
 """`oprd doctor` against measurement: predicted and measured memory of real training steps, a process a configuration.
 
     python benchmarks/doctor.py                # measures, writes benchmarks/doctor.json and docs/doctor.md (a few minutes, Linux)
-    python benchmarks/doctor.py --document     # writes docs/doctor.md anew from benchmarks/doctor.json and the model
+    python benchmarks/doctor.py --cuda         # the same on a GPU, bfloat16, a model of 0.5B; benchmarks/doctor_cuda.json
+    python benchmarks/doctor.py --document     # writes docs/doctor.md anew from what was measured and the model
 
 Each process builds two random models and an `OPRDTrainer`, puts fixed rollouts in the place of sampled ones, and takes two steps.
 Measured are, in the last step: resident memory before it, beyond that of before the models were built (weights, moments), and the
-peak (Linux `VmHWM`, reset just before) during teacher forward, student forward and backward. One thread, float32, CPU.
+peak (Linux `VmHWM`, reset just before) during teacher forward, student forward and backward. One thread, float32, CPU. On a GPU it
+is what PyTorch's allocator has handed out, all configurations in one process.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULT = HERE / "doctor.json"
+RESULT, CUDA_RESULT = HERE / "doctor.json", HERE / "doctor_cuda.json"
 DOCUMENT = HERE.parent / "docs" / "doctor.md"
 MIB = 2**20
+ON_GPU = "GPU: "  # before a configuration's name
 _TINY_MODEL = {"family": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
                "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
 # name → what differs: of the model, and of the run
@@ -64,13 +68,35 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "few tokens, many weights": (
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}, {"completion": 32, "rollouts": 2}),
 }  # fmt: skip
-_RUN = {"rollouts": 4, "prompt": 1, "completion": 256, "micro_batch_tokens": 16384, "layers": "all", "padded": False,
+_GPU_MODEL = {"family": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+              "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+_GPU_RUN = {"rollouts": 16, "completion": 1024, "bf16": True}
+CUDA_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "all layers": {},
+    "last layer": {"layers": "last"},
+    "rollouts of two lengths (mask)": {"padded": True},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "two micro-batches": {"micro_batch_tokens": 8192},
+    "full KL": {"representation_weight": 0.0, "output_space": "reverse_kl"},
+    "top-16": {"representation_weight": 0.0, "output_space": "top_k"},
+    "full KL, checkpointing": {
+        "representation_weight": 0.0, "output_space": "reverse_kl", "activation_checkpointing": True},
+    "composite, sampled token, checkpointing": {"output_space": "sampled_token", "activation_checkpointing": True},
+    "diagnostics, checkpointing": {"diagnostic_steps": 1, "activation_checkpointing": True},
+    "LoRA on all, checkpointing": {
+        "lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "activation_checkpointing": True},
+    "float32": {"bf16": False, "rollouts": 8},
+}  # fmt: skip
+_RUN = {"bf16": False, "rollouts": 4, "prompt": 1, "completion": 256, "micro_batch_tokens": 16384, "layers": "all", "padded": False,
         "representation_weight": 1.0, "output_space": None, "diagnostic_steps": 0, "activation_checkpointing": False,
         "lora": None}  # fmt: skip
 
 
 def settings_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and run of a configuration, whole."""
+    if name.startswith(ON_GPU):
+        return {**_GPU_MODEL}, {**_RUN, **_GPU_RUN, **CUDA_CONFIGURATIONS[name.removeprefix(ON_GPU)]}
     model, run = CONFIGURATIONS[name]
     return {**_TINY_MODEL, **model}, {**_RUN, **run}
 
@@ -104,7 +130,9 @@ def workload(name: str) -> Any:
         checkpointing=run["activation_checkpointing"],
         lora=Lora(8, tuple(run["lora"])) if run["lora"] else None,
         padded=run["padded"],
-        accelerator=False,
+        bf16=run["bf16"],
+        teacher_bytes=2 if run["bf16"] and not run["lora"] else 4,
+        accelerator=name.startswith(ON_GPU),
     )
     return work
 
@@ -127,7 +155,9 @@ def measure(name: str) -> dict[str, int]:
     from oprd import OPRDConfig, OPRDTrainer, Rollouts
     from oprd.bench.memory import resident_bytes
 
-    torch.set_num_threads(1)
+    gpu = name.startswith(ON_GPU)
+    if not gpu:
+        torch.set_num_threads(1)
     model, run = settings_of(name)
     config = AutoConfig.for_model(model.pop("family"), **model, bos_token_id=1, eos_token_id=2)
     words = {f"t{i}": i for i in range(config.vocab_size)}
@@ -148,6 +178,16 @@ def measure(name: str) -> dict[str, int]:
             return rollouts
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                seen.update(held=torch.cuda.memory_allocated() - base)
+                started = time.perf_counter()
+                loss = super().training_step(*args, **kwargs)
+                torch.cuda.synchronize()
+                seen.update(milliseconds=round(1000 * (time.perf_counter() - started)))
+                seen.update(peak=torch.cuda.max_memory_allocated() - base, reserved=torch.cuda.max_memory_reserved())
+                return loss
             before = resident_bytes()
             Path("/proc/self/clear_refs").write_text("5")
             loss = super().training_step(*args, **kwargs)
@@ -156,15 +196,18 @@ def measure(name: str) -> dict[str, int]:
 
     def trainer(folder: str, settings: dict[str, Any]) -> OPRDTrainer:
         torch.manual_seed(0)
-        student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)) for _ in range(2))
+        with torch.device("cuda" if gpu else "cpu"):
+            student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)) for _ in range(2))
+        if run["bf16"]:
+            teacher.bfloat16()
         lora = None
         if run["lora"]:
             from peft import LoraConfig
 
             lora, teacher = LoraConfig(r=8, target_modules=run["lora"], lora_dropout=0.0), None
         args = OPRDConfig(
-            folder, use_cpu=True, max_steps=2, disable_tqdm=True, per_device_train_batch_size=count, save_strategy="no",
-            report_to=[],
+            folder, use_cpu=not gpu, bf16=run["bf16"], max_steps=4 if gpu else 2, disable_tqdm=True,
+            per_device_train_batch_size=count, save_strategy="no", report_to=[],
             max_completion_length=run["completion"], micro_batch_tokens=run["micro_batch_tokens"], layers=run["layers"],
             representation_weight=run["representation_weight"], output_space=run["output_space"],
             diagnostic_steps=run["diagnostic_steps"], activation_checkpointing=run["activation_checkpointing"],
@@ -184,7 +227,9 @@ def measure(name: str) -> dict[str, int]:
         import gc
 
         gc.collect()
-        rollouts, base = whole, resident_bytes()
+        if gpu:
+            torch.cuda.empty_cache()
+        rollouts, base = whole, torch.cuda.memory_allocated() if gpu else resident_bytes()
         settings = {**model, "model_type": config.model_type, "eos_token_id": 2}
         trainer(f"{folder}/run", settings).train()
     return seen
@@ -212,12 +257,15 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
     )
+    parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
     parser.add_argument("--document", action="store_true", help="write docs/doctor.md from what was measured")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))
         return
-    if not args.document:
+    if args.cuda:
+        measure_on_gpu(args.only)
+    elif not args.document:
         measure_all(args.only, args.jobs)
     if not args.only:
         write_document()
@@ -239,6 +287,36 @@ def measure_all(only: str | None, jobs: int) -> None:
         print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
         if not only:
             RESULT.write_text(json.dumps({"rows": rows, "machine": machine(1)}, indent=1) + "\n")
+
+
+def measure_on_gpu(only: str | None) -> None:
+    """Measure the GPU's configurations, one after the other in this process, and print both figures; a whole pass is kept."""
+    import gc
+
+    import torch
+
+    from oprd.bench.update import machine
+
+    rows = []
+    for name in (ON_GPU + name for name in CUDA_CONFIGURATIONS if not only or only in name):
+        measured, guess = measure(name), predicted(name)
+        rows.append({"name": name, "measured": measured})
+        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in guess]
+        beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
+        print(
+            name,
+            *shown,
+            f"beyond {beyond:.2f}",
+            f"reserved {measured['reserved'] / MIB:.0f}",
+            f"{measured['milliseconds']} ms",
+            sep=": ",
+            flush=True,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not only:
+            about = {**machine(torch.get_num_threads()), "dtype": "bfloat16", "gpu": torch.cuda.get_device_name()}
+            CUDA_RESULT.write_text(json.dumps({"rows": rows, "machine": about}, indent=1) + "\n")
 
 
 def write_document() -> None:

@@ -19,14 +19,14 @@ import torch
 COLLECTIVE_SECONDS, SCENARIO_SECONDS = 60, 120  # all scenarios of a script together take 10 s on two idle cores
 
 
-def join(out: Path) -> int:
-    """Meet the other process in folder `out`, and give this one's rank."""
+def join(out: Path, world_size: int = 2) -> int:
+    """Meet the other process in folder `out`, if there is one, and give this one's rank."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     watch()
     # A file of this run instead of a port that another process may take; Trainer finds the group made.
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=2,
+        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )  # fmt: skip
     return rank

@@ -21,6 +21,7 @@ ROWS = [
     {
         "compare",
         "compare.interval",
+        "compare.process",
         "types",
         "positions",
         "layers",
@@ -107,7 +108,7 @@ ROWS = [
     {"rollout_step"},
     {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
     {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},
-    {"doctor.show", "bench.step"},
+    {"doctor.show", "bench.step", "bench.cuda"},
     {"doctor.document"},
     {"cli"},
 ]

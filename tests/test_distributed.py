@@ -25,9 +25,9 @@ SECONDS = 300  # for both ranks together; the limits of a rank itself, in ddp_sc
 pytestmark = pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks; what they say must win
 
 
-def start_rank(script: str, rank: int, out: Path) -> subprocess.Popen:
+def start_rank(script: str, rank: int, out: Path, world_size: int = 2) -> subprocess.Popen:
     """A script as one of two ranks, without a launcher (whose death would leave its ranks alone)."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     environment = {
         **os.environ, **{name: str(value) for name, value in ranks.items()}, "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),

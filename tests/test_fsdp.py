@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import test_distributed as ddp
 from ddp_script import trainer_of
@@ -49,6 +50,20 @@ def test_training_is_that_of_one_process(two_ranks, tmp_path, name):
     ours, theirs = ddp.metrics(two_ranks / name), ddp.metrics(tmp_path / name)
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5, abs=1e-7)
     ddp.assert_close_metrics(ours, theirs)
+
+
+def test_one_process_alone_may_be_sharded(tmp_path):
+    """Its shards are whole, yet nothing may be added to them in place: on a GPU that wrote to memory given back long ago."""
+    process = ddp.start_rank("fsdp_alone_script.py", 0, tmp_path, world_size=1)
+    try:
+        ddp.wait_for([process], ddp.SECONDS)
+    finally:
+        ddp.stop([process])
+    assert process.returncode == 0, ddp.log_of(0, tmp_path).read_text()[-8000:]
+    for name in ("tied", "composite"):
+        trainer = trainer_of(name, tmp_path / f"{name}-plain", 1, max_steps=2)
+        trainer.train()
+        ddp.assert_close(load_file(tmp_path / f"{name}.safetensors"), weights(trainer.model))
 
 
 def test_ranks_with_unequal_numbers_of_micro_batches_do_not_hang(two_ranks):

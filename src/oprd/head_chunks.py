@@ -8,7 +8,7 @@ Letters here: n tokens of a chunk, V vocabulary, D width, K values a token (1 un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class LMHead:
             places in `ids`, and probabilities are normalised over `ids`. Default: every id, under its own number.
         in_place: backward adds the gradients of weight and bias to their `.grad` itself, so that no second matrix of the
             vocabulary's size is made. For parameters whose gradients no wrapper waits for; `torch.autograd.grad` misses them.
+        product_dtype: 16 bits that weight, states and the gradient of the logits are rounded to before they are multiplied; sums
+            and all else stay in float32. What autocast would do, but for the logits, which it rounds too. Default: no rounding.
     """
 
     weight: Tensor = field(repr=False)
@@ -52,6 +54,7 @@ class LMHead:
     stop_token_ids: tuple[int, ...] = ()
     ids: Int[Tensor, " V"] | None = field(default=None, repr=False)
     in_place: bool = False
+    product_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         rows = self.weight.shape[0]
@@ -144,10 +147,20 @@ def chunks(tokens: int, head: LMHead, chunk_size: int | None, device: torch.devi
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
+def rounded(head: LMHead) -> LMHead:
+    """The head with its weight as it is multiplied; itself where there is nothing to round."""
+    if head.product_dtype is None or head.weight.dtype == head.product_dtype:
+        return head
+    return replace(head, weight=head.weight.detach().to(head.product_dtype))
+
+
 def logits_of(head: LMHead, hidden_nD: Float[Tensor, "n D"], temperature: float) -> Float[Tensor, "n V"]:
     """Logits of one chunk, a row of the weight each, divided by the temperature; see `event_logits`."""
-    with torch.autocast(hidden_nD.device.type, enabled=False):  # else it would multiply in 16 bits
-        logits_nV = project(hidden_nD, head.weight[: head.rows], accumulate_dtype(head, hidden_nD))
+    dtype, head = accumulate_dtype(head, hidden_nD), rounded(head)
+    if head.product_dtype is not None:
+        hidden_nD = hidden_nD.to(head.product_dtype)
+    with torch.autocast(hidden_nD.device.type, enabled=False):  # else it would round the logits
+        logits_nV = project(hidden_nD, head.weight[: head.rows], dtype)
     if head.bias is not None:
         logits_nV.add_(head.bias[: head.rows])
     if head.scale != 1.0:
@@ -211,11 +224,13 @@ class _ByChunks(torch.autograd.Function):
         at_once = job.gradient and job.values == 1 and not any(ctx.needs_input_grad[1:3])
         values_NK = hidden_ND.new_empty(len(hidden_ND), job.values, dtype=accumulate_dtype(job.head, hidden_ND))
         derivative_ND = torch.empty_like(hidden_ND) if at_once else None
+        head = rounded(job.head)
         for rows in job.chunks:
             upstream_nK = values_NK.new_ones(rows.stop - rows.start, 1) if at_once else None
-            values_NK[rows], logits_grad_nV = _chunk(job, rows, hidden_ND, extras, upstream_nK)
+            values_NK[rows], logits_grad_nV = _chunk(job, head, rows, hidden_ND, extras, upstream_nK)
             if derivative_ND is not None and logits_grad_nV is not None:
-                derivative_ND[rows] = to_hidden(logits_grad_nV, job.head.weight[: job.head.rows])
+                weight_VD = head.weight[: head.rows]
+                derivative_ND[rows] = to_hidden(logits_grad_nV, weight_VD, head.product_dtype is not None)
             del logits_grad_nV  # before the next chunk's logits exist
         if derivative_ND is not None:
             ctx.save_for_backward(derivative_ND)
@@ -235,9 +250,11 @@ class _ByChunks(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, *extras = ctx.saved_tensors
         job, dtype = ctx.job, grad_NK.dtype
         wanted = ctx.needs_input_grad[:3]
-        gradients = HeadGradients((hidden_ND, weight_VD, bias_V), wanted, job.head.rows, dtype)
+        head = rounded(job.head)
+        sources = (hidden_ND, weight_VD if head is job.head else head.weight, bias_V)
+        gradients = HeadGradients(sources, wanted, head.rows, dtype, head.product_dtype is not None)
         for rows in job.chunks:
-            _, logits_grad_nV = _chunk(job, rows, hidden_ND, extras, grad_NK[rows])
+            _, logits_grad_nV = _chunk(job, head, rows, hidden_ND, extras, grad_NK[rows])
             assert logits_grad_nV is not None, "a measure gave no derivative"
             gradients.add(rows, logits_grad_nV)
             del logits_grad_nV
@@ -246,10 +263,10 @@ class _ByChunks(torch.autograd.Function):
 
 
 def _chunk(
-    job: _Job, rows: slice, hidden_ND: Tensor, extras: Sequence[Tensor], upstream_nK: Tensor | None
+    job: _Job, head: LMHead, rows: slice, hidden_ND: Tensor, extras: Sequence[Tensor], upstream_nK: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     chosen = [extra[rows] for extra in extras]
-    return chunk_with_gradient(job.head, job.measure, job.temperature, hidden_ND[rows], chosen, upstream_nK)
+    return chunk_with_gradient(head, job.measure, job.temperature, hidden_ND[rows], chosen, upstream_nK)
 
 
 def chunk_with_gradient(

@@ -1,4 +1,8 @@
-"""Products with an LM head's weight that make no wide copy of it, and where the gradients of its parameters go."""
+"""Products with an LM head's weight that make no wide copy of it, and where the gradients of its parameters go.
+
+A GPU multiplies 16-bit numbers many times as fast as float32, and adds them up in float32 all the same. Where `rounded` is
+asked for, the gradient of the logits is rounded to the weight's 16 bits, as autograd does with logits of 16 bits; sums never are.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,13 @@ def project(hidden_nD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Float[T
     return logits_nV
 
 
-def to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor) -> Float[Tensor, "n D"]:
-    """Wᵀ times the gradient of W h, likewise."""
+def to_hidden(grad_nV: Float[Tensor, "n V"], weight_VD: Tensor, rounded: bool = False) -> Float[Tensor, "n D"]:
+    """Wᵀ times the gradient of W h, likewise; with `rounded`, the gradient is first rounded to the weight's dtype."""
+    if rounded and weight_VD.dtype != grad_nV.dtype:
+        dtype, grad_nV = grad_nV.dtype, grad_nV.to(weight_VD.dtype)
+        if _MM_OUT_DTYPE and grad_nV.is_cuda:
+            return torch.mm(grad_nV, weight_VD, out_dtype=dtype)
+        grad_nV = grad_nV.to(dtype)
     if weight_VD.dtype == grad_nV.dtype:
         with torch.autocast(grad_nV.device.type, enabled=False):
             return grad_nV @ weight_VD
@@ -45,14 +54,22 @@ class HeadGradients:
         wanted: which of the three.
         rows: of the weight, those that exist for the model.
         dtype: what weight and bias are added up in.
+        rounded: round the logits' gradients to the weight's dtype before products.
     """
 
-    def __init__(self, sources: Sequence[Tensor | None], wanted: Sequence[bool], rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+        rows: int,
+        dtype: torch.dtype,
+        rounded: bool = False,
+    ) -> None:
         hidden, weight, bias = (source if want else None for source, want in zip(sources, wanted, strict=True))
         self.hidden_ND = None if hidden is None else torch.empty_like(hidden)
         self.weight_VD = None if weight is None else torch.zeros_like(weight, dtype=dtype)
         self.bias_V = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-        self._sources, self._rows, self._dtype = sources, rows, dtype
+        self._sources, self._rows, self._dtype, self._rounded = sources, rows, dtype, rounded
 
     def add(self, rows: slice, logits_grad_nV: Float[Tensor, "n V"]) -> None:
         """Take in the gradient of the logits of some tokens."""
@@ -60,11 +77,23 @@ class HeadGradients:
         assert hidden_ND is not None, "a head reads states"
         assert weight_VD is not None, "a head has a weight"
         if self.hidden_ND is not None:
-            self.hidden_ND[rows] = to_hidden(logits_grad_nV, weight_VD[: self._rows])
+            self.hidden_ND[rows] = to_hidden(logits_grad_nV, weight_VD[: self._rows], self._rounded)
         if self.weight_VD is not None:
-            self.weight_VD[: self._rows].addmm_(logits_grad_nV.T, hidden_ND[rows].to(self._dtype))
+            own_VD, hidden_nD = self.weight_VD[: self._rows], hidden_ND[rows]
+            if self._rounded and weight_VD.dtype != self._dtype:
+                _add_rounded(own_VD, logits_grad_nV.to(weight_VD.dtype), hidden_nD.to(weight_VD.dtype))
+            else:
+                own_VD.addmm_(logits_grad_nV.T, hidden_nD.to(self._dtype))
         if self.bias_V is not None:
             self.bias_V[: self._rows].add_(logits_grad_nV.sum(0))
+
+
+def _add_rounded(total_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor) -> None:
+    """Add gᵀ h of 16-bit numbers to a sum in float32."""
+    if _MM_OUT_DTYPE and total_VD.is_cuda:
+        torch.addmm(total_VD, grad_nV.T, hidden_nD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD.addmm_(grad_nV.T.to(total_VD.dtype), hidden_nD.to(total_VD.dtype))
 
 
 def for_parameters(

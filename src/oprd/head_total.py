@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oprd.head_chunks import LMHead, Measure, accumulate_dtype, chunk_with_gradient, chunks
+from oprd.head_chunks import LMHead, Measure, accumulate_dtype, chunk_with_gradient, chunks, rounded
 from oprd.head_products import HeadGradients, for_parameters
 
 
@@ -67,13 +67,15 @@ class _TotalByChunks(torch.autograd.Function):
         head, measure, temperature, chunk_size, recording = job
         dtype = accumulate_dtype(head, hidden_ND)
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
-        gradients = HeadGradients((hidden_ND, weight_VD, bias_V), wanted, head.rows, dtype)
+        used = rounded(head)
+        sources = (hidden_ND, weight_VD if used is head else used.weight, bias_V)
+        gradients = HeadGradients(sources, wanted, head.rows, dtype, head.product_dtype is not None)
         total = hidden_ND.new_zeros((), dtype=dtype)
         for rows in chunks(len(hidden_ND), head, chunk_size, hidden_ND.device):
             weights_n1 = weights_N[rows, None].to(dtype)
             chosen = [extra[rows] for extra in extras]
             values_n1, logits_grad_nV = chunk_with_gradient(
-                head, measure, temperature, hidden_ND[rows], chosen, weights_n1 if any(wanted) else None
+                used, measure, temperature, hidden_ND[rows], chosen, weights_n1 if any(wanted) else None
             )
             total += (values_n1 * weights_n1).sum()
             if logits_grad_nV is not None:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from oprd.head_chunks import LMHead, Measure, accumulate_dtype, by_chunks, chunks, event_logits, logits_of
+from oprd.head_chunks import LMHead, Measure, accumulate_dtype, by_chunks, chunks, event_logits, logits_of, rounded
 from oprd.head_measures import (
     DIVERGENCES,
     entropy_measure,
@@ -206,7 +206,7 @@ def top_k(
     """
     if not 1 <= k <= head.num_events:
         raise ValueError(f"top_k: k = {k} is not between 1 and the {head.num_events} events of the vocabulary")
-    dtype = accumulate_dtype(head, hidden_ND)
+    dtype, head = accumulate_dtype(head, hidden_ND), rounded(head)
     values_Nk = hidden_ND.new_empty(len(hidden_ND), k, dtype=dtype)
     ids_Nk = torch.empty_like(values_Nk, dtype=torch.long)
     for rows in chunks(len(hidden_ND), head, chunk_size, hidden_ND.device):

@@ -55,6 +55,8 @@ class PairReader:
     ) -> None:
         self.student, self.teacher, self.aligner, self.engine = student, teacher, aligner, engine
         self.layers, self.args = tuple(layers), args
+        # Under bf16 a GPU multiplies in it, and adds up in float32; a CPU gains nothing by rounding.
+        self.product_dtype = torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None
         self.head_in_place = False  # see `LMHead.in_place`; the trainer knows whether a wrapper waits for the gradient
         self._vocab_size = vocabulary_size(tokenizer)
         self._shared: tuple[list[int], list[int]] = ([], [])
@@ -158,7 +160,8 @@ class PairReader:
 
     def heads(self) -> Heads:
         """LM heads over the same events: padding rows cut off, every end of text one event, of two vocabularies what they share."""
-        student, teacher = replace(lm_head_of(self.student), in_place=self.head_in_place), self.teacher.head()
+        student = replace(lm_head_of(self.student), in_place=self.head_in_place, product_dtype=self.product_dtype)
+        teacher = self.teacher.head()
         stops = tuple(self.engine.stop_token_ids)
         if self.aligner is None:
             size = min(self._vocab_size, student.size, teacher.size)

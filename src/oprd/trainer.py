@@ -133,7 +133,8 @@ class OPRDTrainer(RolloutTrainer):
             teacher.to(self.accelerator.device)
         if self.is_fsdp_enabled:  # accelerate shards the student, when training begins, and knows nothing of a teacher
             shard_pair(None, teacher, args.device)
-        self.reader.head_in_place = args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        sharded = self._is_sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled  # also by one process alone
+        self.reader.head_in_place = args.world_size == 1 and not sharded
         # DeepSpeed would divide by the number of accumulated batches, of which the loss is a share already.
         self._backward_settings = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         if args.overlap_rollouts:

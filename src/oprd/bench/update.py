@@ -87,12 +87,15 @@ def build(shape: str, size: Size, seed: int = 0) -> Pair:
     family, settings = SHAPES[shape]
     torch.manual_seed(seed)
     student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)) for _ in range(2))
-    rows = torch.randint(0, settings["vocab_size"], (size.rollouts, size.prompt + size.response)).tolist()
-    rollouts = Rollouts(
-        [row[: size.prompt] for row in rows], [row[size.prompt :] for row in rows], ["length"] * len(rows), [""] * len(rows),
-        list(range(len(rows))),
-    )  # fmt: skip
+    rollouts = random_rollouts(settings["vocab_size"], size)
     return Pair(student.train(), teacher.eval().requires_grad_(False), rollouts, size.response // 2)
+
+
+def random_rollouts(vocabulary: int, size: Size) -> Rollouts:
+    """Rollouts of random tokens, all of one length."""
+    rows = torch.randint(0, vocabulary, (size.rollouts, size.prompt + size.response)).tolist()
+    prompts, responses = [row[: size.prompt] for row in rows], [row[size.prompt :] for row in rows]
+    return Rollouts(prompts, responses, ["length"] * len(rows), [""] * len(rows), list(range(len(rows))))
 
 
 def run_once(pair: Pair, way: str) -> float:

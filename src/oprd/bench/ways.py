@@ -43,19 +43,25 @@ class Pair:
     position_k: int
 
     @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return next(self.student.parameters()).device
+
+    @property
     def ids(self) -> Tensor:
         """`[B, T]`: what the models read, the last response token not among it."""
         rows = zip(self.rollouts.prompt_ids, self.rollouts.completion_ids, strict=True)
-        return torch.tensor([[*prompt, *completion][:-1] for prompt, completion in rows])
+        return torch.tensor([[*prompt, *completion][:-1] for prompt, completion in rows], device=self.device)
 
     def request(self, layers: tuple[int, ...]) -> StateRequest:
         """The supervised positions' states of some layers."""
-        return request_states(self.rollouts, layers, positions="last_k", position_k=self.position_k)
+        return request_states(self.rollouts, layers, positions="last_k", position_k=self.position_k).to(self.device)
 
     @property
     def tokens(self) -> Tensor:
         """`[N]`: the response tokens at the supervised positions."""
-        return torch.tensor([t for completion in self.rollouts.completion_ids for t in completion[-self.position_k :]])
+        tokens = [t for completion in self.rollouts.completion_ids for t in completion[-self.position_k :]]
+        return torch.tensor(tokens, device=self.device)
 
 
 Way = Callable[[Pair], Tensor]
@@ -84,9 +90,10 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
             teacher = gather_states(pair.teacher, request)
         with embedding_gradient_by_rows(pair.student):  # as the trainer does in one process
             student = gather_states(pair.student, request)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=pair.device)
         if output_space is not None:
-            own = replace(lm_head_of(pair.student), in_place=True)  # likewise
+            products = torch.bfloat16 if pair.device.type == "cuda" else None
+            own = replace(lm_head_of(pair.student), in_place=True, product_dtype=products)  # likewise
             heads = match_heads(own, lm_head_of(pair.teacher))
             term = OutputTerm(output_space, top_k=TOP_K)
             weights_N = position_weights(student.rollout_index, len(pair.rollouts), "token")
@@ -159,7 +166,7 @@ def trl_distillation(pair: Pair) -> Tensor:
     with torch.no_grad():
         teacher_BKD = states(pair.teacher)
     head, teacher_head = (model.get_output_embeddings().weight for model in (pair.student, pair.teacher))
-    mask_BK = torch.ones(student_BKD.shape[:2], dtype=torch.long)
+    mask_BK = torch.ones(student_BKD.shape[:2], dtype=torch.long, device=pair.device)
     loss: Tensor = _chunked_divergence_loss(student_BKD, teacher_BKD, head, teacher_head, mask_BK, 1.0)[0]
     return loss
 

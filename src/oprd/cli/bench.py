@@ -23,11 +23,17 @@ def update(
         Path | None,
         typer.Option(help="Folder that keeps what is measured; called again, only what is missing is measured."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one model of 1.5B, bfloat16.")] = "cpu",
 ) -> None:
     """Time and memory of one update, loss and backward, by each objective and by the ways of others."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {device!r} is not one of cpu, cuda")
+    if device == "cuda":
+        _update_on_gpu(quick, model or [], rounds, resume, json_file)
+        return
     from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, markdown
     from oprd.bench.ways import WAYS
 
@@ -39,6 +45,20 @@ def update(
         shapes, QUICK if quick else Size(), rounds=rounds or (2 if quick else 5), threads=threads, say=say,
         ways=QUICK_WAYS if quick else tuple(WAYS), folder=resume,
     )  # fmt: skip
+    _finish(report, markdown(report), json_file)
+
+
+def _update_on_gpu(
+    quick: bool, model: list[str], rounds: int | None, resume: Path | None, json_file: Path | None
+) -> None:
+    from oprd.bench.cuda import SHAPE, bench_on_gpu, markdown
+    from oprd.bench.ways import WAYS
+    from oprd.cli.console import say
+
+    if quick or resume is not None or len(model) > 1:
+        raise ValueError("--device cuda: takes one --model, --rounds and --json; it is done in minutes")
+    _check_json(json_file)
+    report = bench_on_gpu(tuple(WAYS), say, shape=model[0] if model else SHAPE, rounds=rounds or 5)
     _finish(report, markdown(report), json_file)
 
 

@@ -10,26 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 _PRELOADED = ["oprd.cli.console", "oprd.run", "matplotlib.backends.backend_agg"]
-
-
-class Process(Protocol):
-    """A started process; the leader of a session of its own, so that a signal to its group reaches all that it starts."""
-
-    pid: int
-    returncode: int | None
-
-    def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
-        ...
 
 
 class ForkedProcess:
     """`python -m oprd.cli ARGUMENTS` in a fork of a server that imported torch, transformers and oprd once.
 
-    The server imports and never computes: no thread, no random state, no device is there to be inherited.
+    The server imports and never computes: no thread, no random state, no device is there to be inherited. As `subprocess.Popen` it
+    has a `pid`, a `returncode` and `poll`; it leads a session of its own, so that a signal to its group reaches all that it starts.
 
     Args:
         arguments: of the command line.
@@ -57,6 +46,9 @@ class ForkedProcess:
         """Its exit code, None while it runs."""
         self.returncode = self._process.exitcode
         return self.returncode
+
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 def forks() -> bool:

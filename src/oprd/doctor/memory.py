@@ -87,9 +87,13 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     adapter, what only the gradients of frozen weights would need is not kept.
     """
     shape, compute = work.student, 2 if work.bf16 else _FLOAT
-    repeats = work.padded and work.rows > 1 and shape.kv_heads < shape.heads
-    attention = 2 * shape.attention + 2 * (shape.attention if repeats else shape.keys)
+    masked, grouped = work.padded and work.rows > 1, shape.kv_heads < shape.heads
+    # Without a fused kernel (none takes grouped keys in float32 on a GPU) sdpa repeats keys and keeps what softmax gave.
+    unfused = work.accelerator and not work.bf16 and grouped and not masked
+    attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
     scales = _FLOAT * (shape.heads + 2)
+    if unfused:
+        scales += _FLOAT * shape.heads * work.length
     if work.padded and work.rows > 1:
         scales += work.length * compute  # the mask, made a bias anew in each block
     if work.lora is None:
@@ -136,6 +140,8 @@ class _Held:
         by_rows = work.output_space in _BY_ROWS and not work.policy_gradient and work.devices == 1
         head_trained = work.head_term and work.lora is None and not by_rows
         self.head_gradient = float(_FLOAT * shape.vocabulary) if head_trained else 0.0
+        if work.reads_head and work.bf16 and work.accelerator:  # the head as it is multiplied (`LMHead.product_dtype`)
+            self.chunks += 2.0 * shape.vocabulary
         self.rollout_cache, self.sampling = self._rollout()
 
     def _states(self) -> float:
@@ -155,6 +161,8 @@ class _Held:
         device = torch.device("cuda" if work.accelerator else "cpu")
         first = next(iter(chunks(work.rows * work.completion, head, None, device)))
         buffers = _CHUNK_BUFFERS.get(work.output_space or "", _OTHER_BUFFERS)
+        if work.bf16 and work.accelerator and work.head_term:
+            buffers += 0.5  # the logits' gradient in 16 bits
         if work.diagnostics:
             buffers = max(buffers, _DIAGNOSTIC_BUFFERS)
         return _FLOAT * buffers * first.stop * work.student.rows

@@ -106,7 +106,7 @@ class TransformersContinuousEngine:
         refuse_what_is_not_supported(model)
         lm = causal_lm(model)
         settings = {**self.batching_kwargs, **self.sizes(prompts, sampling), "seed": seed}
-        with _left_as_it_was(model, lm):
+        with _left_as_it_was(model, lm), _cache_of_one_dtype():
             completions = self._complete(lm, prompts, sampling, settings)
         return to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids)
 
@@ -227,11 +227,33 @@ def _import_continuous_batching() -> tuple[Any, Any]:
         from transformers.generation.continuous_batching import ContinuousBatchingManager
     except ImportError as error:
         raise ValueError(
-            f"rollout_engine: transformers_continuous needs transformers >= 5.17 ({error}); update it, or {_ADVICE}"
+            f"rollout_engine: transformers_continuous needs transformers >= 5.18 ({error}); update it, or {_ADVICE}"
         ) from error
     if "page_size" not in {field.name for field in fields(ContinuousBatchingConfig)}:
-        raise ValueError(f"rollout_engine: transformers_continuous needs transformers >= 5.17; update it, or {_ADVICE}")
+        raise ValueError(f"rollout_engine: transformers_continuous needs transformers >= 5.18; update it, or {_ADVICE}")
     return ContinuousBatchingManager, ContinuousBatchingConfig
+
+
+@contextmanager
+def _cache_of_one_dtype() -> Iterator[None]:
+    """Let the paged cache take what autocast computes: values of 16 bits beside keys that were rotated in float32.
+
+    It is made in the model's own dtype and refuses any other; `generate`'s cache does not care.
+    """
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    update = PagedAttentionCache.update
+
+    def cast(cache: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        stored = update(cache, key_states.to(cache.dtype), value_states.to(cache.dtype), *args, **kwargs)
+        keys, values = (states.to(key_states.dtype) for states in stored)
+        return keys, values
+
+    PagedAttentionCache.update = cast
+    try:
+        yield
+    finally:
+        PagedAttentionCache.update = update
 
 
 @contextmanager
