@@ -138,12 +138,15 @@ def workload(name: str) -> Any:
 
 
 def predicted(name: str) -> dict[str, float]:
-    """Bytes: what is held between steps, and the most in the teacher's and the update's phase."""
+    """Bytes: what is held between steps, and the most in the teacher's and the update's phase; milliseconds of both on an H200."""
     from oprd.doctor.memory import predict_memory
+    from oprd.doctor.time import Device, predict_seconds
 
-    memory = predict_memory(workload(name))
+    work = workload(name)
+    memory, seconds = predict_memory(work), predict_seconds(work, Device(bandwidth=4800.0))
     held = sum(memory.parts[part] for part in ("student weights", "optimizer", "teacher weights"))
-    return {"held": held, "peak": max(memory.phases["teacher"], memory.phases["update"])}
+    peak = max(memory.phases["teacher"], memory.phases["update"])
+    return {"held": held, "peak": peak, "milliseconds": 1000 * (seconds["teacher"] + seconds["update"])}
 
 
 def measure(name: str) -> dict[str, int]:
@@ -282,7 +285,7 @@ def measure_all(only: str | None, jobs: int) -> None:
     for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
         guess = predicted(name)
         rows.append({"name": name, "measured": measured})
-        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in guess]
+        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
         beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
         print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
         if not only:
@@ -301,7 +304,7 @@ def measure_on_gpu(only: str | None) -> None:
     for name in (ON_GPU + name for name in CUDA_CONFIGURATIONS if not only or only in name):
         measured, guess = measure(name), predicted(name)
         rows.append({"name": name, "measured": measured})
-        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in guess]
+        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
         beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
         print(
             name,
@@ -323,8 +326,9 @@ def write_document() -> None:
     """docs/doctor.md, from benchmarks/doctor.json and the model."""
     from oprd.doctor.document import render
 
-    result = json.loads(RESULT.read_text())
-    DOCUMENT.write_text(render(result, {row["name"]: predicted(row["name"]) for row in result["rows"]}))
+    result, gpu = (json.loads(file.read_text()) for file in (RESULT, CUDA_RESULT))
+    guesses = {row["name"]: predicted(row["name"]) for row in [*result["rows"], *gpu["rows"]]}
+    DOCUMENT.write_text(render(result, gpu, guesses, ON_GPU))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def results(folder: Path) -> dict[str, Mapping[str, Any]]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
+def measured_whole(folder: Path) -> dict[str, Any] | None:
+    """What a call that measured all claims left in `folder`: its seconds, cpus, workers."""
+    file = folder / WHOLE
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
 def measure(claim: Claim, work: Work, target: Path) -> None:
     """Measure one claim and leave its result and its picture in `target`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,10 +108,11 @@ def main(
         found = {
             c.ID: json.loads(f.read_text()) for o, c in claims() if (f := base / o.name / "measured" / RESULT).is_file()
         }
-        write_document(base / "evidence.md", list(claims()), found, figures=None)
+        write_document(base / "evidence.md", list(claims()), found, figures=None, whole=measured_whole(base))
     else:
         found = results(HERE)
-        write_document(ROOT / "docs" / "evidence.md", list(claims()), found, figures="../evidence")
+        whole = measured_whole(HERE)
+        write_document(ROOT / "docs" / "evidence.md", list(claims()), found, figures="../evidence", whole=whole)
         write_readme(ROOT / "README.md", list(claims()), found)
     typer.echo(f"{len(found)} claims in the document, {time.monotonic() - started:.0f} s")
 

@@ -17,15 +17,19 @@ and some of the field's, is measured at a scale that anyone can re-run. Small mo
     make evidence           # everything; goes on where it was interrupted
     make evidence-quick     # a tenth of the work in runs/: that it runs, not what is true
     .venv/bin/python -m evidence --only E7
+    .venv/bin/python -m evidence --tune    # choose the learning rates anew, too (E1, E2, E11)
 
-The results here were made in pieces on 2 cores beside other work, in {minutes} minutes by the claims' own clocks (runs that two claims share
-count once); `make evidence` as a whole has not been timed on a quiet machine yet. This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed there too
-(`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
+{whole}Learning rates were chosen by earlier runs on a seed of their own; these stand in the results, and `make evidence` takes the rates from
+there. This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed
+there too (`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
 """
 
 
 def document(
-    claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]], figures: str | None
+    claims: Sequence[tuple[Path, Claim]],
+    results: Mapping[str, Mapping[str, Any]],
+    figures: str | None,
+    whole: Mapping[str, Any] | None,
 ) -> str:
     """The page.
 
@@ -33,6 +37,7 @@ def document(
         claims: in their order, with their folders.
         results: claim → its result; claims without one are named as not measured.
         figures: the way from the page to the evidence folder; None: no pictures.
+        whole: of a call that measured all claims: seconds, cpus, workers; None: there was none.
     """
     rows, sections = [], []
     for folder, claim in claims:
@@ -49,14 +54,26 @@ def document(
             f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`; "
             f"[script and result](../evidence/{folder.name}/)."
         )
-    minutes = round(sum(float(result.get("took_seconds", 0)) for result in results.values()) / 60)
-    head = _HEAD.replace("{minutes}", str(minutes))
+    head = _HEAD.replace("{whole}", _took(whole))
     return "\n\n".join([head + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
 
 
+def _took(whole: Mapping[str, Any] | None) -> str:
+    if whole is None:
+        return ""
+    return (
+        f"All of it was measured in one call, in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores"
+        f"{', ' + whole['beside'] if whole.get('beside') else ''}. "
+    )
+
+
 def write_document(
-    file: Path, claims: Sequence[tuple[Path, Claim]], results: Mapping[str, Mapping[str, Any]], figures: str | None
+    file: Path,
+    claims: Sequence[tuple[Path, Claim]],
+    results: Mapping[str, Mapping[str, Any]],
+    figures: str | None,
+    whole: Mapping[str, Any] | None,
 ) -> None:
     """Write the page into `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(document(claims, results, figures))
+    file.write_text(document(claims, results, figures, whole))

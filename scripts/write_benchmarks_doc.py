@@ -2,6 +2,7 @@
 
     oprd bench update --model qwen2-4-layers --model smollm2-135m --rounds 2 --json benchmarks/results/update.json
     oprd bench update --quick --model qwen2-24-layers --json benchmarks/results/update_24_layers.json
+    oprd bench update --device cuda --json benchmarks/results/update_gpu.json
     oprd bench growth --json benchmarks/results/growth.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench step --json benchmarks/results/step.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.bench import growth, rollout, step, update
+from oprd.bench import cuda, growth, rollout, step, update
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
@@ -41,6 +42,13 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
         "oprd bench update --quick --model qwen2-24-layers",
         "The same under Qwen2.5-0.5B's whole body, with fewer tokens: four layers exaggerate the head's share.",
         update.markdown,
+    ),
+    "update_gpu": (
+        "One update on a GPU",
+        "oprd bench update --device cuda",
+        "The shape of the paper's two models, in bfloat16, without and with activation checkpointing; about the paper's k of "
+        "positions. Our output-space losses take 16-bit operands and add up in float32, as under `bf16: true`.",
+        cuda.markdown,
     ),
     "step": (
         "A whole step",

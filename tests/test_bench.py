@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from oprd.bench import update, ways
+from oprd.bench import cuda, update, ways
 from oprd.bench.memory import in_a_fork
 from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, build, markdown
 from oprd.bench.ways import TITLES, WAYS, Pair
@@ -218,3 +218,45 @@ def test_bad_arguments_stop_early(arguments, message):
 def test_an_unknown_shape_is_refused():
     with pytest.raises(ValueError, match="model: 'x' is not one of"):
         build("x", QUICK)
+
+
+# On a GPU: what can be seen without one
+
+
+def gpu_row(name: str, checkpointing: bool, **more):
+    figures = {"seconds": 0.25, "seconds_range": [0.2, 0.3], "time_ratio": 1.5, "time_ratio_range": [1.4, 1.6]}
+    figures |= {"peak_bytes": 3 * 2**30, "memory_ratio": 2.0, "bytes_with_weights": 5 * 2**30}
+    return {"name": name, "checkpointing": checkpointing, **figures, **more}
+
+
+def test_the_gpus_table_says_what_does_not_fit():
+    rows = [gpu_row("floor", c) for c in (False, True)]
+    rows += [{"name": "dense_full_kl", "checkpointing": False}, gpu_row("dense_full_kl", True, time_ratio=1.25)]
+    machine = {"gpu": "NVIDIA X", "torch": "2.99"}
+    report = {"rows": rows, "model": "small", "size": {"rollouts": 2, "response": 8}, "rounds": 3, "machine": machine}
+    text = cuda.markdown(report)
+    assert "NVIDIA X, torch 2.99, bf16, shape small, 2 × 8 response tokens, the last 4 supervised; 3 rounds" in text
+    off, on = text.split("activation checkpointing on")
+    assert "| full reverse KL, dense | does not fit |" in off
+    assert "| full reverse KL, dense | 1.25 [1.40, 1.60] | 250 | 2.00 | 3.0 | 5.0 |" in on
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="PyTorch sees no GPU"):
+        cuda.bench_on_gpu(("floor",), print)
+    with pytest.raises(ValueError, match="--model: 'gpt5' is not one of"):
+        cuda.bench_on_gpu(("floor",), print, shape="gpt5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda"),
+        (["--device", "cuda", "--quick"], "--device cuda: takes one --model"),
+        (["--device", "cuda", "--resume", "x"], "--device cuda: takes one --model"),
+    ],
+)
+def test_settings_of_the_device(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "update", *arguments])
+    assert message in str(result.exception)

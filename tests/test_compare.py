@@ -19,6 +19,7 @@ from oprd.compare.bridges import fit_missing, parse_bridges
 from oprd.compare.figure import plot_comparison
 from oprd.compare.interval import mean_and_interval, t_quantile
 from oprd.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs, rollouts_a_step
+from oprd.compare.process import ForkedProcess
 from oprd.compare.report import build_report, markdown, table, write_report
 from oprd.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
 from oprd.compare.runner import open_runs, run_all
@@ -574,6 +575,44 @@ def test_a_failing_comparison_ends_with_an_exit_code(oprd, comparison, monkeypat
     assert "1 of 2 runs failed: last, learning rate 0.001, seed 0" in errors
     assert "out of luck" in shown
     assert "0 of 1" in shown
+
+
+# Forked from a process that has everything imported
+
+
+def wait_for_end(process) -> int:
+    end = time.monotonic() + 120
+    while process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return process.returncode
+
+
+def test_a_forked_process_is_the_command_line_with_its_own_output_and_session(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    first = ForkedProcess(["train", "--config", str(tmp_path / "none.yaml")], tmp_path / "first", threads=1)
+    assert os.getpgid(first.pid) in (first.pid, os.getpgid(os.getpid()))  # at once, or as soon as it has begun
+    assert wait_for_end(first) == 1
+    said = (tmp_path / "first").read_text()
+    assert said.startswith("oprd: error: ")
+    assert "none.yaml" in said
+    assert "OMP_NUM_THREADS" not in os.environ
+    second = ForkedProcess(["train", "--help"], tmp_path / "second", threads=1)
+    assert wait_for_end(second) == 0
+    assert "--config" in (tmp_path / "second").read_text()
+
+
+def test_a_forked_process_can_be_ended(tmp_path):
+    recipe = tmp_path / "long.yaml"
+    recipe.write_text(yaml.safe_dump({**QUICK, "max_steps": 100_000, "output_dir": str(tmp_path / "run")}))
+    process = ForkedProcess(["train", "--config", str(recipe)], tmp_path / "output", threads=1)
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert wait_for_end(process) != 0
 
 
 # Bridges that a comparison fits

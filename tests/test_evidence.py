@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, claims, measure, results
-from evidence.claim import Finding, Work
-from evidence.comparisons import best_rate, difference, gap_closed, of
+from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results
+from evidence.claim import Finding, Work, side_by_side
+from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of
 from evidence.document import document
 from evidence.readme import readme
 from evidence.words import mean_of, percent, points, surely, table
@@ -33,7 +33,9 @@ def test_every_claim_is_there():
 
 
 def test_the_page_is_what_the_results_give():
-    assert (ROOT / "docs" / "evidence.md").read_text() == document(list(claims()), RESULTS, figures="../evidence")
+    assert (ROOT / "docs" / "evidence.md").read_text() == document(
+        list(claims()), RESULTS, figures="../evidence", whole=measured_whole(HERE)
+    )
 
 
 def test_the_readme_is_what_the_results_give():
@@ -108,7 +110,7 @@ def test_the_alarms_verdict_follows_the_data():
 
 
 def test_what_is_not_measured_is_said():
-    text = document(list(claims()), {}, figures=None)
+    text = document(list(claims()), {}, figures=None, whole=None)
     assert text.count("not measured") == len(CLAIMS)
 
 
@@ -181,3 +183,26 @@ def test_every_folder_has_its_files():
     for folder, claim in claims():
         assert {"__init__.py", "claim.py"} <= {f.name for f in Path(folder).iterdir()}
         assert claim.CLAIM.strip().endswith(".")
+
+
+def test_rates_come_from_the_committed_result_or_are_chosen_anew(tmp_path):
+    (tmp_path / RESULT).write_text(json.dumps({"tuning": RECORDS}))
+    assert committed_tuning(tmp_path, ("a", "b")) == RECORDS
+    with pytest.raises(ValueError, match=r"no rate was chosen for c; choose with --tune"):
+        committed_tuning(tmp_path, ("a", "c"))
+    with pytest.raises(ValueError, match=r"no rate was chosen for a; choose with --tune"):
+        committed_tuning(tmp_path / "nothing", ("a",))
+
+
+def test_results_of_side_by_side_keep_their_order():
+    work = Work(Path("unused"), False, 2, print)
+    assert side_by_side(work, divmod, [(7, 2), (9, 4), (5, 5)]) == [(3, 1), (2, 1), (1, 0)]
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(work, divmod, [(1, 0)])
+
+
+def test_how_long_the_whole_took_is_said(tmp_path):
+    assert measured_whole(tmp_path) is None
+    (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "beside a cat"}))
+    text = document(list(claims()), {}, figures=None, whole=measured_whole(tmp_path))
+    assert "All of it was measured in one call, in 100 minutes on 2 cores, beside a cat. Learning" in text

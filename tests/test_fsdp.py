@@ -66,6 +66,15 @@ def test_one_process_alone_may_be_sharded(tmp_path):
         ddp.assert_close(load_file(tmp_path / f"{name}.safetensors"), weights(trainer.model))
 
 
+def test_a_torch_whose_backward_crashed_is_refused(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(ValueError, match=r"fully_shard: torch 2.11.0\+cu130 is too old"):
+        shard_model(model)
+    with pytest.raises(ValueError, match="there is one process"):  # a teacher, which has no backward, got further
+        shard_model(model.requires_grad_(False))
+
+
 def test_ranks_with_unequal_numbers_of_micro_batches_do_not_hang(two_ranks):
     groups = [json.loads((two_ranks / f"groups-{rank}.json").read_text()) for rank in (0, 1)]
     for name in ("rollout", "composite"):

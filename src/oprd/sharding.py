@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from oprd.models import blocks
 
+_OLDEST_TORCH = (2, 13)
+
 
 def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings: Any) -> None:
     """Shard a causal LM over all processes, in place, by torch's `fully_shard`: block by block, then what is left.
@@ -36,7 +38,7 @@ def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings
         settings: further arguments of `fully_shard`, such as `mp_policy`.
 
     Raises:
-        ValueError: another model, one that is sharded already, or no process group.
+        ValueError: another model, one that is sharded already, no process group, or a torch that a trained model would crash with.
 
     Example:
         >>> shard_model(student); shard_model(teacher)
@@ -50,6 +52,11 @@ def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings
         )
     if is_sharded(model):
         raise ValueError("fully_shard: the model is sharded already; leave the setting off for it")
+    if any(p.requires_grad for p in model.parameters()) and _torch_version() < _OLDEST_TORCH:
+        raise ValueError(
+            f"fully_shard: torch {torch.__version__} is too old; with 2.11 the backward pass crashed, and 2.13 is what it was "
+            "tested with"
+        )
     if not dist.is_initialized():
         raise ValueError(
             "fully_shard: there is one process; start several with `accelerate launch`, or set it to false"
@@ -61,6 +68,10 @@ def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings
     for block in blocks(model):
         fully_shard(block, **settings)
     fully_shard(model, **settings)
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def shard_pair(student: nn.Module | None, teacher: nn.Module | None, device: torch.device) -> None:
