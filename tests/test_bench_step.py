@@ -426,6 +426,6 @@ def test_the_benchmarks_page_says_what_was_measured(tmp_path):
     assert "## Rollouts" in page
     assert "| 0.50 [0.50, 0.50] |" in page
     assert (
-        "Not measured yet: `oprd bench update`, `oprd bench update --quick --model qwen2-24-layers`, `oprd bench step`, "
-        in page
+        "Not measured yet: `oprd bench update`, `oprd bench update --quick --model qwen2-24-layers`, "
+        "`oprd bench update --device cuda`, `oprd bench step`, " in page
     )
