@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -60,6 +61,16 @@ def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[t
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(work.workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return [future.result() for future in [pool.submit(function, *own) for own in arguments]]
+
+
+def kept_side_by_side(work: Work, function: Callable[..., Any], arguments: Mapping[Path, tuple[Any, ...]]) -> list[Any]:
+    """What `function` returns for the arguments of each file, which keeps it: what is there is not computed again."""
+    side_by_side(work, _keep, [(file, function, own) for file, own in arguments.items() if not file.is_file()])
+    return [json.loads(file.read_text()) for file in arguments]
+
+
+def _keep(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    file.write_text(json.dumps(function(*arguments)))
 
 
 class Claim(Protocol):

@@ -241,6 +241,25 @@ def test_the_gpus_table_says_what_does_not_fit():
     assert "| full reverse KL, dense | 1.25 [1.40, 1.60] | 250 | 2.00 | 3.0 | 5.0 |" in on
 
 
+def test_the_rows_of_a_gpu_stand_beside_its_floor(monkeypatch):
+    peaks, seconds = {"floor": 50, "full_kl": 100}, {"floor": [1.0, 2.0], "full_kl": [2.0, 3.0]}
+    monkeypatch.setattr(cuda, "build_on_gpu", lambda *a: None)
+    monkeypatch.setattr(cuda, "_peak", lambda pair, way: peaks.get(way))
+    monkeypatch.setattr(cuda, "_time", lambda pair, ways, rounds: {way: seconds[way] for way in ways})
+    for name, value in {
+        "is_available": True,
+        "memory_allocated": 7,
+        "empty_cache": None,
+        "get_device_name": "X",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    rows = cuda.bench_on_gpu(("floor", "full_kl", "dense_full_kl"), str)["rows"]
+    assert [(r["name"], r["checkpointing"]) for r in rows[2:4]] == [("dense_full_kl", False), ("floor", True)]
+    assert rows[2] == {"name": "dense_full_kl", "checkpointing": False}  # it did not fit
+    assert (rows[1]["seconds"], rows[1]["time_ratio"], rows[1]["time_ratio_range"]) == (2.5, 1.75, [1.5, 2.0])
+    assert (rows[1]["memory_ratio"], rows[1]["peak_bytes"], rows[1]["bytes_with_weights"]) == (2.0, 100, 107)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PyTorch sees no GPU"):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from evidence.claim import Finding, Result, Work, side_by_side
+from evidence.claim import Finding, Result, Work, kept_side_by_side
 from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import NAMES, SHARED, baseline
 from evidence.words import percent, table
@@ -48,7 +46,7 @@ def measure(work: Work) -> dict[str, Any]:
     """Sample from E1's models, the student before and the teacher."""
     seeds = first_seeds(work, 2)
     _, records = baseline(work, OBJECTIVES, seeds)
-    files, missing = [], []
+    wanted = {}
     for seed in seeds:
         models = {
             "teacher": "embedded:tiny/teacher",
@@ -67,16 +65,8 @@ def measure(work: Work) -> dict[str, Any]:
                 if r["seed"] == seed
             },
         }
-        file = work.folder / f"seed_{seed}.json"
-        files.append(file)
-        if not file.is_file():
-            missing.append((file, models, seed, *((8, 4) if work.quick else (48, 16))))
-    side_by_side(work, _one_seed, missing)
-    return {"rows": [row for file in files for row in json.loads(file.read_text())]}
-
-
-def _one_seed(file: Path, *how: Any) -> None:
-    file.write_text(json.dumps(_of_seed(*how)))
+        wanted[work.folder / f"seed_{seed}.json"] = (models, seed, *((8, 4) if work.quick else (48, 16)))
+    return {"rows": [row for rows in kept_side_by_side(work, _of_seed, wanted) for row in rows]}
 
 
 def _of_seed(models: dict[str, str], seed: int, problems: int, k: int) -> list[dict[str, Any]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from evidence.claim import Finding, Result, Work, side_by_side
+from evidence.claim import Finding, Result, Work, kept_side_by_side
 from evidence.comparisons import first_seeds
 from evidence.e07_gradient_noise.noise import FixedPrefixes, at_checkpoint, scatter
 from evidence.words import table
@@ -45,14 +43,12 @@ BATCH, RATE = 32, 1e-3
 def measure(work: Work) -> dict[str, Any]:
     """Train, and stop at some steps to look at the gradients."""
     steps, draws, batches = ((0, 3), 4, 2) if work.quick else (STEPS, 16, 8)
-    files = {seed: work.folder / f"seed_{seed}.json" for seed in first_seeds(work, 2)}
-    missing = [(file, seed, steps, draws, batches) for seed, file in files.items() if not file.is_file()]
-    side_by_side(work, _one_seed, missing)
-    return {"rows": [row for file in files.values() for row in json.loads(file.read_text())]}
+    wanted = {work.folder / f"seed_{seed}.json": (seed, steps, draws, batches) for seed in first_seeds(work, 2)}
+    return {"rows": [row for rows in kept_side_by_side(work, _one_seed, wanted) for row in rows]}
 
 
-def _one_seed(file: Path, *how: Any) -> None:
-    file.write_text(json.dumps(list(_along_training(*how))))
+def _one_seed(*how: Any) -> list[dict[str, Any]]:
+    return list(_along_training(*how))
 
 
 def _along_training(seed: int, steps: tuple[int, ...], draws: int, batches: int) -> Iterator[dict[str, Any]]:

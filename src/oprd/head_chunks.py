@@ -247,12 +247,12 @@ class _ByChunks(torch.autograd.Function):
         if ctx.at_once:
             (derivative_ND,) = ctx.saved_tensors
             return (derivative_ND * grad_NK).to(derivative_ND.dtype), None, None, *none
-        hidden_ND, weight_VD, bias_V, *extras = ctx.saved_tensors
+        hidden_ND, _, bias_V, *extras = ctx.saved_tensors
         job, dtype = ctx.job, grad_NK.dtype
         wanted = ctx.needs_input_grad[:3]
         head = rounded(job.head)
-        sources = (hidden_ND, weight_VD if head is job.head else head.weight, bias_V)
-        gradients = HeadGradients(sources, wanted, head.rows, dtype, head.product_dtype is not None)
+        sources, rounds = (hidden_ND, head.weight, bias_V), head.product_dtype is not None
+        gradients = HeadGradients(sources, wanted, head.rows, dtype, rounds)
         for rows in job.chunks:
             _, logits_grad_nV = _chunk(job, head, rows, hidden_ND, extras, grad_NK[rows])
             assert logits_grad_nV is not None, "a measure gave no derivative"

@@ -68,8 +68,8 @@ class _TotalByChunks(torch.autograd.Function):
         dtype = accumulate_dtype(head, hidden_ND)
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
         used = rounded(head)
-        sources = (hidden_ND, weight_VD if used is head else used.weight, bias_V)
-        gradients = HeadGradients(sources, wanted, head.rows, dtype, head.product_dtype is not None)
+        sources, rounds = (hidden_ND, used.weight, bias_V), head.product_dtype is not None
+        gradients = HeadGradients(sources, wanted, head.rows, dtype, rounds)
         total = hidden_ND.new_zeros((), dtype=dtype)
         for rows in chunks(len(hidden_ND), head, chunk_size, hidden_ND.device):
             weights_n1 = weights_N[rows, None].to(dtype)

@@ -6,7 +6,6 @@ clock, with the device waited for. A way for which the device is too small is sa
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oprd.bench.update import SHAPES, Size, build_small, machine, random_rollouts, run_once
+from oprd.bench.update import SHAPES, Size, build_small, machine, random_rollouts, run_once, to_rows
 from oprd.bench.ways import TITLES, Pair, installed_ways
 
 GIB = 2**30
@@ -72,11 +71,14 @@ def bench_on_gpu(
         pair = build_on_gpu(shape, size, checkpointing)
         weights = torch.cuda.memory_allocated()
         peaks = {way: _peak(pair, way) for way in installed}
-        fits = [way for way in installed if peaks[way] is not None]
-        seconds = _time(pair, fits, rounds)
+        fits = {way: peak for way, peak in peaks.items() if peak is not None and peaks["floor"] is not None}
+        measured = {row["name"]: row for row in to_rows(shape, _time(pair, tuple(fits), rounds), fits)}
         say(f"{shape}, checkpointing {'on' if checkpointing else 'off'}: measured")
         for way in installed:
-            rows.append({"name": way, "checkpointing": checkpointing, **_row(way, seconds, peaks, weights)})
+            row: dict[str, Any] = {"name": way, "checkpointing": checkpointing}
+            if way in fits:
+                row |= {**measured[way], "bytes_with_weights": fits[way] + weights}
+            rows.append(row)
         del pair
         torch.cuda.empty_cache()
     about = {**machine(torch.get_num_threads()), "gpu": torch.cuda.get_device_name(), "dtype": "bfloat16"}
@@ -111,22 +113,6 @@ def _time(pair: Pair, ways: Sequence[str], rounds: int) -> dict[str, list[float]
             if number:
                 seconds[way].append(time.perf_counter() - start)
     return seconds
-
-
-def _row(way: str, seconds: Mapping[str, list[float]], peaks: Mapping[str, int | None], weights: int) -> dict[str, Any]:
-    own, floor = peaks[way], peaks["floor"]
-    if own is None or floor is None:
-        return {}
-    ratios = [mine / base for mine, base in zip(seconds[way], seconds["floor"], strict=True)]
-    return {
-        "seconds": round(statistics.median(seconds[way]), 5),
-        "seconds_range": [round(min(seconds[way]), 5), round(max(seconds[way]), 5)],
-        "time_ratio": round(statistics.median(ratios), 4),
-        "time_ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "peak_bytes": own,
-        "memory_ratio": round(own / floor, 4),
-        "bytes_with_weights": own + weights,
-    }
 
 
 def markdown(report: Mapping[str, Any]) -> str:

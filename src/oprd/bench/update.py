@@ -112,9 +112,8 @@ def time_ways(
     """Seconds of each way in each round, all in this process."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pair = build(shape, size)
-    run_once(
-        pair, ways[0]
-    )  # a process's first pass is slower: what is loaded at first use, pages that were never touched
+    # A process's first pass is slower: what is loaded at first use, pages that were never touched.
+    run_once(pair, ways[0])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways if number % 2 == 0 else list(reversed(ways)):

@@ -94,7 +94,7 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     scales = _FLOAT * (shape.heads + 2)
     if unfused:
         scales += _FLOAT * shape.heads * work.length
-    if work.padded and work.rows > 1:
+    if masked:
         scales += work.length * compute  # the mask, made a bias anew in each block
     if work.lora is None:
         inputs = (5 if work.bf16 else 2) * shape.width
