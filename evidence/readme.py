@@ -48,7 +48,7 @@ def _picture(claims: Claims, results: Results) -> str:
     }
     return (
         f"![final accuracy of each objective over five seeds, and over learning rates](evidence/{folder.name}/figure.png)\n\n"
-        f"*A student that adds 5-digit numbers right {percent(before, 0)} of the time, {ours[0]['steps']} steps of {32} rollouts, "
+        f"*A student that adds 5-digit numbers right {percent(before, 0)} of the time, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, "
         f"{len(ours)} seeds, each objective at the learning rate that was best on another seed: matching hidden states takes it to "
         f"{percent(after)} ({percent(gap_closed(ours)[0], 0)} of the gap to the teacher's {percent(teacher)}), the full reverse KL to "
         f"{percent(rivals['full_reverse_kl'])}, sampled-token distillation to {percent(rivals['sampled_token'])}, supervised training on "

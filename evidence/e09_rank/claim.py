@@ -18,7 +18,7 @@ CLAIM = (
 )
 SETTING = (
     "student of 4 layers and width 128, teacher of 6 and 160 trained apart (`embedded:wider/teacher`), one bridge fitted on 256 rollouts and "
-    "used at several ranks; 60 steps of 32 rollouts at 1e-3, two seeds, Avg@2 on 250 problems."
+    "used at several ranks; 60 steps of 16 rollouts at 1e-3, two seeds, Avg@2 on 250 problems."
 )
 FILE = Path(__file__).parent.parent / "e10_bridge" / "comparison.yaml"
 RANKS = {4: "rank_4", 8: "rank_8", 16: "rank_16", 32: "rank_32", 64: "rank_64"}

@@ -18,7 +18,7 @@ CLAIM = (
 )
 SETTING = (
     "embedded student (4 layers, width 128); teachers of 6 layers trained apart: width 160, same tokenizer; width 128, pieces of several "
-    "characters. Bridge fitted on 256 rollouts, rank 16; 60 steps of 32 rollouts, three seeds, Avg@2 on 250 problems. Five seeds of 100 "
+    "characters. Bridge fitted on 256 rollouts, rank 16; 60 steps of 16 rollouts, three seeds, Avg@2 on 250 problems. Five seeds of 100 "
     "steps, and one factor at a time: [bridge](bridge.md)."
 )
 HERE = Path(__file__).parent

@@ -42,10 +42,6 @@ NAMES = {
     "top_16": "top-16 OPD, renormalised",
     "supervised": "supervised, on the teacher's responses",
 }
-STATES_FILE = Path(__file__).parent / "states.yaml"
-STATES = {
-    "last_layer": "representation, last layer alone",
-}
 RATES = (5.0e-5, 1.5e-4)
 QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1}
 
@@ -81,16 +77,8 @@ def measure(work: Work) -> dict[str, Any]:
         rates={name: [rate] for name, rate in rates.items()},
         settings=settings,
     )
-    states = run_comparison(
-        STATES_FILE,
-        work,
-        folder="smollm2",
-        seeds=first_seeds(work, 3),
-        rates={name: [rates["representation"]] for name in STATES},
-        settings=settings,
-    )
     build = json.loads((TEACHER / "build.json").read_text())
-    return {"tuning": tuning, "rates": rates, "runs": runs, "states": states, "teacher": build["settings"]}
+    return {"tuning": tuning, "rates": rates, "runs": runs, "teacher": build["settings"]}
 
 
 def _script(name: str, *arguments: str) -> None:
@@ -121,59 +109,17 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     behind = [NAMES[name] for name, gap in gaps.items() if surely(gap[1]) < 0]
     ahead = [NAMES[name] for name, gap in gaps.items() if surely(gap[1]) > 0]
-    rows += _states_rows(result)
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}.\n\n{table(header, rows)}\n\nSurely ahead of: "
         f"{', '.join(ahead) or 'none'}; surely behind: {', '.join(behind) or 'none'}; not to be told apart with {len(ours)} seeds: "
         f"{', '.join(NAMES[n] for n, gap in gaps.items() if not surely(gap[1])) or 'none'}. A few minutes of training on one core a run: this "
-        f"is the beginning of a distillation, where an objective that starts faster leads.{_states_words(result)}"
+        f"is the beginning of a distillation, where an objective that starts faster leads."
     )
     measured = ", ".join(
         f"{NAMES[name].split(' (')[0]} {percent(mean_and_interval([r['final'] for r in of(runs, name)])[0])}"
         for name in names
     )
     return Finding(verdict, f"{measured}; student {percent(before)}, teacher {percent(teacher)}", text)  # type: ignore[arg-type]
-
-
-def _states_rows(result: Result) -> list[list[str]]:
-    """Rows of the representation loss on other parts of the states, at the rate of all layers."""
-    rows = []
-    for name, title in STATES.items():
-        if own := of(result["states"], name):
-            lead = points(*difference([*result["runs"], *own], "representation", name)[:2])
-            values, length = [r["final"] for r in own], mean_and_interval([r["length"] for r in own])[0]
-            closed = percent(gap_closed(own)[0], 0)
-            rows.append(
-                [
-                    title,
-                    f"{own[0]['learning_rate']:g}",
-                    mean_of(values),
-                    closed,
-                    lead,
-                    _cosine(own),
-                    f"{length:.1f}",
-                    "–",
-                ]
-            )
-    return rows
-
-
-def _states_words(result: Result) -> str:
-    last = of(result["states"], "last_layer")
-    if not last:
-        return ""
-    together = [*result["runs"], *result["states"]]
-    lead, over = difference(together, "last_layer", "representation")[:2]
-    text = (
-        "\n\n**Which states.** Unnormalised, nearly all of the loss over all layers is that of layers 20 to 29 of 30, whose residual stream is "
-        f"large. The last layer alone, the one that the LM head reads: {points(lead, over)} against all layers, "
-        f"{points(*difference(together, 'last_layer', 'full_reverse_kl')[:2])} against the full reverse KL, at a rate that was not chosen for it."
-    )
-    if lead > 0:
-        text += " So soon, what the layers below the last are asked for costs accuracy rather than gives it" + (
-            "." if surely(over) > 0 else ", though three seeds do not show it surely."
-        )
-    return text
 
 
 def _cosine(records: list[Record]) -> str:

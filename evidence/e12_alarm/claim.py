@@ -39,7 +39,7 @@ def measure(work: Work) -> dict[str, Any]:
             FILE,
             work,
             folder="permuted_teacher",
-            seeds=first_seeds(work, 3),
+            seeds=seeds,
             rates={"other_origin": [RATE]},
             settings={"teacher_model": str(teacher)},
         )
