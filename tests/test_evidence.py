@@ -16,6 +16,8 @@ from evidence.words import mean_of, percent, points, surely, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from oprd.compare.plan import load_comparison
+
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
 NOT_YET: set[str] = set()
@@ -206,3 +208,28 @@ def test_how_long_the_whole_took_is_said(tmp_path):
     (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "beside a cat"}))
     text = document(list(claims()), {}, figures=None, whole=measured_whole(tmp_path))
     assert "All of it was measured in one call, in 100 minutes on 2 cores, beside a cat. Learning" in text
+
+
+def test_what_more_rollouts_give_is_paired_by_seed():
+    from evidence.e01_accuracy.claim import _more_rollouts
+
+    runs = [{"objective": "grpo", "seed": seed, "final": final} for seed, final in ((1, 0.6), (0, 0.5), (2, 0.9))]
+    more = {"rollouts": 32, "final": {"grpo": {"0": 0.6, "1": 0.9}}}  # seed 2 has no partner
+    text = _more_rollouts({"runs": runs, "rollouts": 16, "more_rollouts": more})
+    half = 12.7062 * 0.1  # gains 0.1 and 0.3: s/√2 = 0.1
+    assert "With 32 instead of 16" in text
+    assert f"GRPO 75.0 % [-115.6, 265.6], +20.0 ± {100 * half:.1f} points" in text
+
+
+def test_the_comparison_with_more_rollouts_differs_in_nothing_else():
+    folder = HERE / "e01_accuracy"
+    few, many = (load_comparison(folder / name)[1] for name in ("comparison.yaml", "rollouts_32.yaml"))
+    settings = json.loads((folder / "rollouts_32.json").read_text())["settings"]
+    assert (settings["settings"], settings["objectives"]) == (many.settings, many.objectives)
+    assert {**few.settings, "per_device_train_batch_size": 32} == many.settings
+    assert (few.recipe, few.seeds) == (many.recipe, many.seeds)
+    free = {"learning_rates", "per_device_train_batch_size"}  # GRPO's counts prompts
+    for name, changes in few.objectives.items():
+        assert {k: v for k, v in changes.items() if k not in free} == {
+            k: v for k, v in many.objectives[name].items() if k not in free
+        }
