@@ -64,13 +64,23 @@ def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[t
 
 
 def kept_side_by_side(work: Work, function: Callable[..., Any], arguments: Mapping[Path, tuple[Any, ...]]) -> list[Any]:
-    """What `function` returns for the arguments of each file, which keeps it: what is there is not computed again."""
-    side_by_side(work, _keep, [(file, function, own) for file, own in arguments.items() if not file.is_file()])
-    return [json.loads(file.read_text()) for file in arguments]
+    """What `function` returns for the arguments (JSON-able) of each file, which keeps both: what is there for the same is not computed again."""
+    missing = [(file, function, own) for file, own in arguments.items() if _kept(file).get("arguments") != _plain(own)]
+    side_by_side(work, _keep, missing)
+    return [_kept(file)["found"] for file in arguments]
 
 
 def _keep(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    file.write_text(json.dumps(function(*arguments)))
+    file.write_text(json.dumps({"arguments": _plain(arguments), "found": function(*arguments)}))
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _plain(arguments: tuple[Any, ...]) -> Any:
+    return json.loads(json.dumps(arguments))
 
 
 class Claim(Protocol):

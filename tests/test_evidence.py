@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results
-from evidence.claim import Finding, Work, side_by_side
+from evidence.claim import Finding, Work, kept_side_by_side, side_by_side
 from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of
 from evidence.document import document
 from evidence.readme import readme
@@ -233,3 +233,27 @@ def test_the_comparison_with_more_rollouts_differs_in_nothing_else():
         assert {k: v for k, v in changes.items() if k not in free} == {
             k: v for k, v in many.objectives[name].items() if k not in free
         }
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_said():
+    def best_at(place):
+        def change(result):
+            rates = sorted({r["learning_rate"] for r in result["tuning"]})
+            for record in result["tuning"]:
+                record["final"] = 0.5 + 0.1 * (record["learning_rate"] == rates[place])
+
+        return changed("E1", change).paragraph
+
+    assert (
+        "Best at the lowest rate tried, so a lower one might be better still: representation (OPRD-Vanilla)"
+        in best_at(0)
+    )
+    assert "Best at the lowest rate" not in best_at(1)
+
+
+def test_what_is_kept_is_computed_anew_for_other_arguments(tmp_path):
+    work, file = Work(tmp_path, False, 1, print), tmp_path / "seed_0.json"
+    assert kept_side_by_side(work, divmod, {file: (7, 2)}) == [[3, 1]]
+    file.write_text(file.read_text().replace("[3, 1]", "[30, 10]"))
+    assert kept_side_by_side(work, divmod, {file: (7, 2)}) == [[30, 10]]  # kept
+    assert kept_side_by_side(work, divmod, {file: (9, 2)}) == [[4, 1]]

@@ -35,7 +35,7 @@ SETTING = (
 FILE = Path(__file__).parent / "comparison.yaml"
 MORE_ROLLOUTS = Path(__file__).parent / "rollouts_32.json"  # the compare.json of rollouts_32.yaml
 SHARED = "tiny"  # the runs' folder, which other claims on this pair share
-RATES = (1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3)
+RATES = (3.0e-5, 1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3)
 NAMES = {
     "representation": "representation (OPRD-Vanilla)",
     "full_reverse_kl": "full reverse KL",
@@ -191,23 +191,30 @@ def _more_rollouts(result: Result) -> str:
     more, said = result["more_rollouts"], []
     for name, final in more["final"].items():
         own = {r["seed"]: r["final"] for r in of(result["runs"], name)}
-        gains = mean_and_interval([final[str(seed)] - value for seed, value in own.items() if str(seed) in final])
-        said.append(f"{NAMES[name]} {mean_of(list(final.values()))}, {points(*gains)}")
+        gain, interval = mean_and_interval([final[str(seed)] - own[seed] for seed in own if str(seed) in final])
+        if gain is not None:  # a quick run has another seed
+            said.append(f"{NAMES[name]} {mean_of(list(final.values()))}, {points(gain, interval)}")
     return (
         f"**Rollouts a step.** With {more['rollouts']} instead of {result['rollouts']}, at rates chosen with {more['rollouts']} "
-        f"(`rollouts_{more['rollouts']}.yaml`, measured apart), and how much that adds, seed by seed: {'; '.join(said)}."
+        f"(`rollouts_{more['rollouts']}.yaml`, measured apart), and how much that adds, seed by seed: {'; '.join(said) or 'no seed in common'}."
     )
 
 
 def _robust(tuning: list[Record]) -> str:
     """Over how many rates an objective keeps near its best."""
     rates = _rates(tuning)
+    lowest = [NAMES[name] for name in NAMES if best_rate(tuning, name) == rates[0]]
     near = {name: sum(r["final"] >= _best(tuning, name) - 0.1 for r in of(tuning, name)) for name in NAMES}
     return (
         f"**Learning rates.** On the tuning seed, rates rose by steps of about three from {rates[0]:g} to {rates[-1]:g} until an objective "
         "lost half of its best accuracy (a dot: not tried any more). Rates within ten points of the objective's own best: "
         + ", ".join(f"{NAMES[name]} {count}" for name, count in near.items())
         + "."
+        + (
+            f" Best at the lowest rate tried, so a lower one might be better still: {', '.join(lowest)}."
+            if lowest
+            else ""
+        )
     )
 
 
