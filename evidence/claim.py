@@ -76,7 +76,7 @@ def _keep(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 def _kept(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text()) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}  # a list: kept without its arguments, by an earlier version
 
 
 def _plain(arguments: tuple[Any, ...]) -> Any:

@@ -133,7 +133,7 @@ def judge(result: Result) -> Finding:
     text = (
         f"{len(ours)} seeds; student before {percent(before)}, teacher {percent(teacher)}. Final: after the last step. Best step: the "
         f"better of the evaluations on the same problems, so optimistic. The lead is seed by seed, ± 95 %.\n\n{table(header, rows)}\n\n"
-        f"{_output_space(gaps, beaten)}\n\n{_off_policy(runs, gaps)}\n\n"
+        f"{_output_space(gaps, beaten)}\n\n{_off_policy(result, gaps)}\n\n"
         f"{_more_rollouts(result)}\n\n{_robust(tuning)}"
     )
     finals = {name: percent(mean_and_interval([r["final"] for r in of(runs, name)])[0]) for name in NAMES}
@@ -170,17 +170,17 @@ def _output_space(gaps: dict[str, Any], beaten: list[str]) -> str:
     )
 
 
-def _off_policy(runs: list[Record], gaps: dict[str, Any]) -> str:
+def _off_policy(result: Result, gaps: dict[str, Any]) -> str:
     """Whether tuned off-policy training does as well."""
     parts = []
     for name in OFF_POLICY:
         word = {1: "better than", 0: "not to be told apart from", -1: "worse than"}[surely(gaps[name][1])]
         parts.append(
-            f"{NAMES[name]} reaches {mean_of([r['final'] for r in of(runs, name)])}: on-policy representation is {word} it "
+            f"{NAMES[name]} reaches {mean_of([r['final'] for r in of(result['runs'], name)])}: on-policy representation is {word} it "
             f"({points(*gaps[name][:2])})"
         )
     return (
-        "**Off-policy with the same budget**, each step on 16 new responses of the teacher's, its rate tuned alike: "
+        f"**Off-policy with the same budget**, each step on {result['rollouts']} new responses of the teacher's, its rate tuned alike: "
         + "; ".join(parts)
         + "."
     )

@@ -113,7 +113,7 @@ def judge(result: Result) -> Finding:
         f"Student before {percent(before)}, teacher {percent(teacher)}.\n\n{table(header, rows)}\n\nSurely ahead of: "
         f"{', '.join(ahead) or 'none'}; surely behind: {', '.join(behind) or 'none'}; not to be told apart with {len(ours)} seeds: "
         f"{', '.join(NAMES[n] for n, gap in gaps.items() if not surely(gap[1])) or 'none'}. A few minutes of training on one core a run: this "
-        f"is the beginning of a distillation, where an objective that starts faster leads."
+        "is the beginning of a distillation, where an objective that starts faster leads."
     )
     measured = ", ".join(
         f"{NAMES[name].split(' (')[0]} {percent(mean_and_interval([r['final'] for r in of(runs, name)])[0])}"
