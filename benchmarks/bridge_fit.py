@@ -38,16 +38,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from oprd.batching import plan_micro_batches, request_states
 from oprd.bridge.curve import direction_errors
 from oprd.bridge.fit import PairFit, adamw_projector, fit_pair
 from oprd.bridge.statistics import PairStatistics
-from oprd.capture import read_states
-from oprd.data import PromptRow
-from oprd.layer_maps import layer_map
-from oprd.models import backbone, blocks, hidden_size, load_model, load_tokenizer, num_layers, stop_token_ids
-from oprd.prompts import render
-from oprd.rollout import Sampling, TransformersEngine
+from oprd.data.prompts import render
+from oprd.data.rows import PromptRow
+from oprd.models.architecture import backbone, blocks, hidden_size, num_layers
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.states.capture import read_states
+from oprd.states.layer_maps import layer_map
+from oprd.states.requests import plan_micro_batches, request_states
 from oprd.tasks.addition import problems
 from oprd.types import Rollouts
 

@@ -107,9 +107,9 @@ def workload(name: str) -> Any:
 
     from transformers import AutoConfig
 
-    from oprd.doctor.shape import shape_of
-    from oprd.doctor.workload import Lora, Workload
-    from oprd.layers import resolve_layers
+    from oprd.states.layers import resolve_layers
+    from oprd.tools.doctor.shape import shape_of
+    from oprd.tools.doctor.workload import Lora, Workload
 
     model, run = settings_of(name)
     shape = shape_of(AutoConfig.for_model(model.pop("family"), **model))
@@ -139,8 +139,8 @@ def workload(name: str) -> Any:
 
 def predicted(name: str) -> dict[str, float]:
     """Bytes: what is held between steps, and the most in the teacher's and the update's phase; milliseconds of both on an H200."""
-    from oprd.doctor.memory import predict_memory
-    from oprd.doctor.time import Device, predict_seconds
+    from oprd.tools.doctor.memory import predict_memory
+    from oprd.tools.doctor.time import Device, predict_seconds
 
     work = workload(name)
     memory, seconds = predict_memory(work), predict_seconds(work, Device(bandwidth=4800.0))
@@ -156,7 +156,7 @@ def measure(name: str) -> dict[str, int]:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from oprd import OPRDConfig, OPRDTrainer, Rollouts
-    from oprd.bench.memory import resident_bytes
+    from oprd.tools.bench.memory import resident_bytes
 
     gpu = name.startswith(ON_GPU)
     if not gpu:
@@ -278,7 +278,7 @@ def measure_all(only: str | None, jobs: int) -> None:
     """Measure every configuration, or those with `only` in their name, and print both figures; a whole pass is kept."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from oprd.bench.update import machine
+    from oprd.tools.bench.update import machine
 
     names = [name for name in CONFIGURATIONS if not only or only in name]
     rows = []
@@ -298,7 +298,7 @@ def measure_on_gpu(only: str | None) -> None:
 
     import torch
 
-    from oprd.bench.update import machine
+    from oprd.tools.bench.update import machine
 
     rows = []
     for name in (ON_GPU + name for name in CUDA_CONFIGURATIONS if not only or only in name):
@@ -324,7 +324,7 @@ def measure_on_gpu(only: str | None) -> None:
 
 def write_document() -> None:
     """docs/doctor.md, from benchmarks/doctor.json and the model."""
-    from oprd.doctor.document import render
+    from oprd.tools.doctor.document import render
 
     result, gpu = (json.loads(file.read_text()) for file in (RESULT, CUDA_RESULT))
     guesses = {row["name"]: predicted(row["name"]) for row in [*result["rows"], *gpu["rows"]]}

@@ -5,8 +5,8 @@
 Measure: each case runs in a fresh process; its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
 the resident memory before it. Student and teacher differ in padded vocabulary (151,936 and 152,064), as Qwen's do.
 Ways: "representation" is the all-layer loss of OPRD, no head; the names of `OUTPUT_SPACE` and "policy_gradient" (GRPO, no teacher)
-go through `oprd.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" makes both logits and
-lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "reverse_kl_trained" trains it:
+go through `oprd.models.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" makes both
+logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "reverse_kl_trained" trains it:
 its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
 """
 
@@ -51,7 +51,7 @@ def update(way, student, teacher, rollouts) -> float:
     import torch
 
     from oprd import capture_states, position_weights, representation_loss
-    from oprd.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.models.lm_head.lm_head import lm_head_of, log_probs, match_heads
     from oprd.objectives.output_term import OutputTerm
     from oprd.objectives.policy_gradient import clipped_policy_loss
 

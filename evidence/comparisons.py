@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Work
-from oprd.compare.bridges import fit_missing, parse_bridges
-from oprd.compare.interval import mean_and_interval
-from oprd.compare.plan import load_comparison, plan_runs
-from oprd.compare.results import Run, read_result, summary_of
-from oprd.compare.runner import open_runs, run_all
-from oprd.runlog import RunFolder
+from oprd.runs.folder import RunFolder
+from oprd.tools.compare.bridges import fit_missing, parse_bridges
+from oprd.tools.compare.interval import mean_and_interval
+from oprd.tools.compare.plan import load_comparison, plan_runs
+from oprd.tools.compare.results import Run, read_result, summary_of
+from oprd.tools.compare.runner import open_runs, run_all
 
 Record = dict[str, Any]
 TUNING_SEED = 10  # whose problems are used to choose a learning rate, and for nothing else (but for quick runs)
@@ -99,8 +99,8 @@ def first_seeds(work: Work, count: int) -> list[int]:
 
 def diagnosed(work: Work) -> dict[str, Any]:
     """What `oprd diagnose` says of the embedded pair before training, on problems of the tuning seed."""
-    from oprd.diagnose import diagnose_pair
-    from oprd.recipe import load_rows
+    from oprd.tasks.problems import load_rows
+    from oprd.tools.diagnose import diagnose_pair
 
     rows = load_rows("generated:addition", "train", 32 if work.quick else 128, TUNING_SEED)
     return diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", rows, max_completion_length=64)

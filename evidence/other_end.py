@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evidence.permuted import save
-from oprd.models import load_model, load_tokenizer
+from oprd.models.loading import load_model, load_tokenizer
 
 
 def with_other_end(model: PreTrainedModel, end: int, other: int) -> PreTrainedModel:

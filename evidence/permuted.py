@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.models import hidden_size, load_model, load_tokenizer
+from oprd.models.architecture import hidden_size
+from oprd.models.loading import load_model, load_tokenizer
 
 READS = frozenset({"embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"})
 """Weights `[…, D]` whose columns stand for residual dimensions (an embedding's too: it writes by rows)."""

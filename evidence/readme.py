@@ -11,7 +11,7 @@ from typing import Any
 from evidence.claim import Claim
 from evidence.comparisons import gap_closed, of
 from evidence.words import VERDICTS, percent, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 HERE = Path(__file__).parent
 _BLOCK = re.compile(r"(<!-- (\w+): written by python -m evidence -->\n).*?(<!-- end -->)", re.DOTALL)

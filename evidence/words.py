@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 VERDICTS = {"holds": "holds here", "partly": "partly", "not": "not here"}
 

@@ -13,8 +13,9 @@ import random
 import torch
 
 from oprd import Sampling, TransformersEngine, capture_states, representation_loss
-from oprd.models import load_model, load_tokenizer, stop_token_ids
-from oprd.tasks import get_task
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.tasks.task import get_task
 
 
 def main(steps: int, prompts_per_step: int, learning_rate: float, seed: int, problems: int = 250) -> None:

@@ -46,10 +46,10 @@ def read_responses(path: Path, limit: int | None) -> list[str]:
 
 def measure(student_folder: str, teacher_folder: str, responses: list[str]) -> dict[str, Any]:
     """Align all responses for one pair of tokenizers."""
-    from oprd.alignment import Aligner
-    from oprd.data import PromptRow
-    from oprd.models import load_tokenizer
-    from oprd.prompts import render
+    from oprd.alignment.aligner import Aligner
+    from oprd.data.prompts import render
+    from oprd.data.rows import PromptRow
+    from oprd.models.loading import load_tokenizer
     from oprd.types import Rollouts
 
     student, teacher = load_tokenizer(student_folder), load_tokenizer(teacher_folder)

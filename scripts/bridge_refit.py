@@ -18,12 +18,13 @@ import torch
 from transformers import TrainerCallback
 
 from oprd.bridge import Bridge
-from oprd.bridge.gather import fit_bridge, read_pairs
+from oprd.bridge.collect import fit_bridge, read_pairs
 from oprd.bridge.statistics import PairStatistics
-from oprd.models import hidden_size
-from oprd.recipe import load_recipe, load_rows
-from oprd.rollout import derive_seed
-from oprd.run import build_trainer, describe_accuracy
+from oprd.models.architecture import hidden_size
+from oprd.rollouts.engine import derive_seed
+from oprd.run_config import load_recipe
+from oprd.tasks.problems import load_rows
+from oprd.training.run import build_trainer, describe_accuracy
 
 STUDENT, TEACHER, RANK, ROLLOUTS = "embedded:tiny/student", "embedded:wider/teacher", 16, 256
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from oprd.models import load_model, load_tokenizer
-from oprd.tasks import get_task
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.tasks.reasoning import worked_solution
+from oprd.tasks.task import get_task
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def main() -> None:
         held = Path(folder) / "constraints.txt"
         held.write_text("\n".join(loosened((ROOT / "constraints.txt").read_text(), theirs)))
         pip("-c", str(held), *theirs, "-e", str(ROOT), *TOOLS)
-    subprocess.run([sys.executable, "-c", "import vllm, oprd.rollout"], check=True)
+    subprocess.run([sys.executable, "-c", "import vllm, oprd.rollouts.engines"], check=True)
 
 
 if __name__ == "__main__":

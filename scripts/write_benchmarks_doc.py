@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.bench import cuda, growth, rollout, step, update
+from oprd.tools.bench import cuda, growth, rollout, step, update
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"

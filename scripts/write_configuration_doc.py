@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from oprd.config import OPRDConfig
-from oprd.recipe import Recipe
+from oprd.run_config import Recipe
 
 HEAD = """# Configuration
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-import oprd.trainer
-from oprd.tasks import FunctionGrader, Task
+import oprd.training.trainer
+from oprd.tasks.task import FunctionGrader, Task
 from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
 
@@ -102,7 +102,7 @@ def greedy_trainer(folder, world_size: int):
 
 def main(out: Path) -> None:
     rank = join(out)
-    plan, groups = oprd.trainer.plan_micro_batches, {}
+    plan, groups = oprd.training.trainer.plan_micro_batches, {}
     started = time.perf_counter()
 
     def finish(name, trainer):
@@ -112,11 +112,11 @@ def main(out: Path) -> None:
 
     for name in SCENARIOS:
         counts = groups.setdefault(name, [])
-        oprd.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        oprd.training.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = trainer_of(name, out / name, 2)
         trainer.train()
         finish(name, trainer)
-    oprd.trainer.plan_micro_batches = plan
+    oprd.training.trainer.plan_micro_batches = plan
     trainer = lora_trainer(out / "lora")
     trainer.train()
     finish("lora", trainer)

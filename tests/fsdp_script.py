@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-import oprd.trainer
+import oprd.training.trainer
 from ddp_script import trainer_of
-from oprd.batching import request_states
-from oprd.capture import install_state_forward, read_through_forward
-from oprd.layers import resolve_layers
-from oprd.models import blocks, num_layers
-from oprd.sharding import shard_model
+from oprd.models.architecture import blocks, num_layers
+from oprd.models.sharding import shard_model
+from oprd.states.capture import install_state_forward, read_through_forward
+from oprd.states.layers import resolve_layers
+from oprd.states.requests import request_states
 from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, random_rollouts, tiny_model, tiny_trainer
 
@@ -92,14 +92,14 @@ def main(out: Path) -> None:
     for name in READS:
         losses, gradients = read_gradients(name, shard=True)
         finish(f"read-{name}", {"losses": torch.stack(losses), **gradients})
-    plan, groups = oprd.trainer.plan_micro_batches, {}
+    plan, groups = oprd.training.trainer.plan_micro_batches, {}
     for name in SCENARIOS:
         counts = groups.setdefault(name, [])
-        oprd.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        oprd.training.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = sharded_trainer(name, out / name)
         trainer.train()
         finish(name, {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
-    oprd.trainer.plan_micro_batches = plan
+    oprd.training.trainer.plan_micro_batches = plan
     for steps, resumed in ((2, False), (3, True)):  # saved by two ranks, resumed by two, and by one in the test
         trainer = sharded_trainer("tied", out / "saved", max_steps=steps, save_strategy="steps", save_steps=1)
         trainer.train(resume_from_checkpoint=True if resumed else None)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.alarm import AlarmWatch, find_alarm
-from oprd.tasks import FunctionGrader, Task
+from oprd.tasks.task import FunctionGrader, Task
+from oprd.training.alarm import AlarmWatch, find_alarm
 from tiny import PROMPTS, tiny_trainer
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from oprd.alignment import Aligner, AlignmentStats, align_rollouts, render_for_teacher, template_space
-from oprd.batching import request_states
-from oprd.boundaries import Alignment
-from oprd.data import PromptRow
-from oprd.prompts import render
+from oprd.alignment.aligner import Aligner, AlignmentStats, align_rollouts, render_for_teacher, template_space
+from oprd.alignment.boundaries import Alignment
+from oprd.data.prompts import render
+from oprd.data.rows import PromptRow
+from oprd.states.requests import request_states
 from oprd.types import Rollouts
 from tiny import tiny_tokenizer
 from tokenizer_kinds import KINDS, pieces_of, sentencepiece_bpe, tokenizer_of, wrapped

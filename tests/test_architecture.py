@@ -16,152 +16,61 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "oprd"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-# A module may import from rows above its own; a row's modules do not import each other.
-ROWS = [
-    {
-        "compare",
-        "compare.interval",
-        "compare.process",
-        "types",
-        "positions",
-        "layers",
-        "models",
-        "data",
-        "measures",
-        "grading_worker",
-        "head_products",
-        "objectives.composite",
-        "objectives.policy_gradient",
-        "prompt_order",
-        "alarm",
-        "layer_maps",
-        "manifest",
-        "token_bytes",
-        "bridge.statistics",
-        "similarity",
-        "bench",
-        "bench.memory",
-        "doctor",
-        "report",
-        "report.rollouts",
-        "report.text",
-    },
-    {"head_chunks", "rollout.vllm_http", "rollout.vllm_weights", "sharding", "doctor.shape", "rollout.ahead"}
-    | {"rollout.ranks"},
-    {
-        "grading",
-        "runlog",
-        "objectives.representation",
-        "tasks.addition",
-        "tasks.reasoning",
-        "prompts",
-        "rollout.base",
-        "rollout.weights_folder",
-        "head_measures",
-        "head_total",
-        "embedding_gradient",
-        "fingerprint",
-        "boundaries",
-        "contamination",
-        "model_card",
-        "bridge.fit",
-        "bridge.files",
-    },
-    {"pairing", "head_rows"},
-    {"batching"},
-    {"compare.results", "tasks.math", "capture", "figures"}
-    | {"bridge.curve", "alignment", "objectives.reduction", "metrics", "rollout.transformers_engine", "lm_head"}
-    | {"report.read", "rollout.transformers_continuous"},
-    {
-        "report.curves",
-        "bridge.bridge",
-        "compare.figure",
-        "rollout.vllm_engine",
-        "tasks",
-        "teachers",
-        "parity",
-        "teacher_text",
-        "objectives",
-        "objectives.output_space",
-        "objectives.totals",
-    },
-    {"rollout.vllm_server"},
-    {
-        "bridge",
-        "bridge.teacher",
-        "bridge.show",
-        "rollout",
-        "objectives.output_term",
-        "objectives.diagnostics",
-        "config_checks",
-        "report.draw",
-        "report.table",
-    },
-    {"config", "evaluate", "bridge.gather", "report.distances", "report.page", "diagnose.pair", "diagnose.verdict"}
-    | {"bench.ways"},
-    {"pair", "checkpoint", "recipe", "step_loss", "diagnose.read", "diagnose.advice"} | {"bench.update"},
-    {"bench.common"},
-    {"bench.points", "bench.requests"},
-    {"bench.growth", "bench.rollout"},
-    {"plan", "recording", "reader", "report.before_after", "compare.bridges", "diagnose.theory", "diagnose.show"}
-    | {"doctor.workload"},
-    {"rollout_step"},
-    {"trainer", "compare.plan", "compare.runner", "diagnose.measure", "doctor.memory", "doctor.time"},
-    {"run", "compare.report", "diagnose", "doctor.advice", "bench.trainers"},
-    {"doctor.show", "bench.step", "bench.cuda"},
-    {"doctor.document"},
-    {"cli"},
-]
+# Each name may import those before it, and itself.
+ORDER = [
+    "types", "registry", "files", "data", "models", "states", "alignment", "rollouts", "tasks", "objectives", "bridge",
+    "config", "run_config", "runs", "resolve", "training", "tools", "cli",
+]  # fmt: skip
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(p for p in parts if p != "__init__") or "oprd"
+def place_of(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> set[str]:
-    found = set()
+    """First names under `oprd` that a module imports."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("oprd"):
-            module = node.module.removeprefix("oprd").lstrip(".")
-            for alias in node.names:
-                nested = f"{module}.{alias.name}".lstrip(".")
-                found.add(nested if (SOURCE / f"{nested.replace('.', '/')}.py").exists() else module)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "oprd":
+            below = node.module.split(".")[1:]
+            found |= {below[0]} if below else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("oprd.") for a in node.names if a.name.startswith("oprd.")}
-    return found - {""}
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("oprd.")}
+    return found
 
 
-def row_of(module: str) -> int:
-    for index, row in enumerate(ROWS):
-        if module in row or (module.startswith("cli.") and "cli" in row):
-            return index
-    raise AssertionError(f"{module} has no row in tests/test_architecture.py: decide where it belongs")
+def test_imports_point_one_way():
+    wrong = [
+        f"{path.relative_to(SOURCE)} imports oprd.{imported}"
+        for path in MODULES
+        if place_of(path) != "__init__"
+        for imported in imports_of(path)
+        if ORDER.index(imported) > ORDER.index(place_of(path))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != "oprd"], ids=name_of)
-def test_imports_point_one_way(path):
-    module = name_of(path)
-    for imported in imports_of(path):
-        if module.startswith("cli") and imported.startswith("cli"):
-            continue
-        assert row_of(imported) < row_of(module), f"{module} imports {imported}"
+def test_the_root_stays_small():
+    modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert modules | packages == set(ORDER)
+    assert len(modules) <= 8
+    assert len(packages) <= 12
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_modules_and_functions_stay_small(path):
-    source = path.read_text()
-    assert len(source.splitlines()) <= 300, "over 300 lines: find the room that is missing"
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            docstring = node.body[0] if ast.get_docstring(node) else None
-            own = node.end_lineno - node.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
-            assert own <= 60, f"{node.name} has {own} lines without its docstring"
+def test_functions_stay_small():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) else None
+                documented = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+                own = node.end_lineno - node.lineno + 1 - documented
+                assert own <= 60, f"{path}: {node.name} has {own} lines without its docstring"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [pytest.param(SOURCE, id="src")])
 def test_nothing_evaluates_text_or_unpickles(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in (n for p in path.rglob("*.py") for n in ast.walk(ast.parse(p.read_text()))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}, f"line {node.lineno}"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -190,7 +99,7 @@ def test_the_settings():
     from transformers import TrainingArguments
 
     from oprd.config import OPRDConfig
-    from oprd.recipe import Recipe
+    from oprd.run_config import Recipe
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
@@ -230,7 +139,7 @@ def test_help_does_not_import_torch():
 
 
 def test_the_package_stays_small():
-    assets = [p for p in (SOURCE / "assets").rglob("*") if p.is_file()]
+    assets = [p for p in (SOURCE / "models" / "assets").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in assets) < 15 * 2**20
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from oprd.bench import cuda, update, ways
-from oprd.bench.memory import in_a_fork
-from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, build, markdown
-from oprd.bench.ways import TITLES, WAYS, Pair
 from oprd.cli import app
+from oprd.tools.bench import cuda, update, ways
+from oprd.tools.bench.memory import in_a_fork
+from oprd.tools.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, build, markdown
+from oprd.tools.bench.ways import TITLES, WAYS, Pair
 from oprd.types import Rollouts
 from tiny import tiny_model
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from oprd.bench import growth, rollout, step, trainers
-from oprd.bench.common import byte_tokenizer
-from oprd.bench.requests import Requests
 from oprd.cli import app
-from oprd.rollout import ENGINES
+from oprd.rollouts.engines import ENGINES
+from oprd.tools.bench import growth, rollout, step, trainers
+from oprd.tools.bench.common import byte_tokenizer
+from oprd.tools.bench.requests import Requests
 from test_architecture import ROOT, script
 from tiny import tiny_model, tiny_tokenizer
 

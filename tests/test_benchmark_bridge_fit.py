@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oprd.bridge.fit import adamw_projector, fit_pair
-from oprd.capture import capture_states
+from oprd.states.capture import capture_states
 from tiny import random_rollouts, tiny_model
 
 

@@ -14,10 +14,12 @@ from oprd import Sampling, TransformersEngine, capture_states
 from oprd.bridge import Bridge
 from oprd.bridge.fit import fit_pair
 from oprd.bridge.statistics import PairStatistics
-from oprd.fingerprint import Fingerprint, fingerprint
-from oprd.layer_maps import layer_map
-from oprd.models import load_model, load_tokenizer, num_layers, stop_token_ids
-from oprd.tasks import get_task
+from oprd.models.architecture import num_layers
+from oprd.models.fingerprint import Fingerprint, fingerprint
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.states.layer_maps import layer_map
+from oprd.tasks.task import get_task
 from tiny import tiny_model
 
 D, E, LAYERS = 10, 14, {1: 1, 2: 3, 3: 5}

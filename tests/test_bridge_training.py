@@ -19,20 +19,21 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import TrainerCallback
 
-import oprd.bridge.gather
+import oprd.bridge.collect
 from oprd.bridge import Bridge
+from oprd.bridge.collect import fit_bridge, read_pairs
 from oprd.bridge.files import folder_digest
-from oprd.bridge.gather import fit_bridge, read_pairs
 from oprd.bridge.show import describe_bridge
 from oprd.bridge.statistics import PairStatistics
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
-from oprd.data import as_prompt_rows
-from oprd.fingerprint import fingerprint
-from oprd.layer_maps import layer_map
-from oprd.models import hidden_size, load_model, load_tokenizer, num_layers
-from oprd.step_loss import Batch, StepTerms
-from oprd.tasks import FunctionGrader, Task
+from oprd.data.rows import as_prompt_rows
+from oprd.models.architecture import hidden_size, num_layers
+from oprd.models.fingerprint import fingerprint
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.objectives.step_loss import Batch, StepTerms
+from oprd.states.layer_maps import layer_map
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from reference import DenseObjective, states_one_by_one
 from tiny import (
@@ -547,7 +548,7 @@ def test_a_fit_reads_all_rollouts_once_and_holds_some_out(folders, tmp_path, mon
         parts.setdefault(statistics[1].seed, []).append(rollouts)
         read_pairs(models, rollouts, statistics, *rest)
 
-    monkeypatch.setattr(oprd.bridge.gather, "read_pairs", read)
+    monkeypatch.setattr(oprd.bridge.collect, "read_pairs", read)
     bridge = gather(folders)
     fitted, held = (Rollouts.concatenate(parts[seed]) for seed in (5, 6))
     assert sorted([*fitted.rows, *held.rows]) == list(range(22))
@@ -615,7 +616,7 @@ def test_only_chosen_layers_are_fitted(folders):
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9])
 def test_the_share_that_is_held_out(share):
-    held = oprd.bridge.gather._held_out(100, share)
+    held = oprd.bridge.collect._held_out(100, share)
     assert len(held) == math.ceil(round(100 * share, 9))
     assert all(abs(len({i for i in held if i < n}) - n * share) < 1 for n in range(1, 101))
 
@@ -673,7 +674,7 @@ def test_a_fit_that_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path,
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(oprd.bridge.gather, "load_model", load)
+    monkeypatch.setattr(oprd.bridge.collect, "load_model", load)
     result = run(*fit_words(*EMBEDDED, **{"out": "bridge", **options}))
     assert result.returncode == 1
     assert message in result.stderr
@@ -694,7 +695,7 @@ def test_a_fit_that_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path,
 def test_a_fit_that_the_models_do_not_allow_is_refused_before_anything_is_sampled(
     run, tmp_path, monkeypatch, options, message
 ):
-    monkeypatch.setattr(oprd.bridge.gather.TransformersEngine, "generate", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(oprd.bridge.collect.TransformersEngine, "generate", lambda *a, **k: 1 / 0)
     result = run(*fit_words(*EMBEDDED, tmp_path / "bridge", **options))
     assert result.returncode == 1
     assert message in result.stderr

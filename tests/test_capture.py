@@ -8,9 +8,9 @@ import inspect
 import pytest
 import torch
 
-from oprd.batching import request_states
-from oprd.capture import capture_states, gather_states, install_state_forward, read_states, read_through_forward
-from oprd.models import backbone, blocks
+from oprd.models.architecture import backbone, blocks
+from oprd.states.capture import capture_states, gather_states, install_state_forward, read_states, read_through_forward
+from oprd.states.requests import request_states
 from oprd.types import Rollouts
 from reference import states_one_by_one
 from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from oprd.checkpoint import (
+from oprd.files import verify, write_manifest
+from oprd.rollouts.engine import derive_seed
+from oprd.runs.checkpoints import (
     list_checkpoints,
     load_optimizer,
     newest_verified,
@@ -18,8 +20,6 @@ from oprd.checkpoint import (
     save_optimizer,
     set_random_state,
 )
-from oprd.manifest import verify, write_manifest
-from oprd.rollout import derive_seed
 from tiny import tiny_trainer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oprd.runlog import RunFolder
+from oprd.runs.folder import RunFolder
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 QUICK = {

@@ -15,16 +15,16 @@ import pytest
 import yaml
 
 from oprd.bridge import Bridge
-from oprd.compare.bridges import fit_missing, parse_bridges
-from oprd.compare.figure import plot_comparison
-from oprd.compare.interval import mean_and_interval, t_quantile
-from oprd.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs, rollouts_a_step
-from oprd.compare.process import ForkedProcess
-from oprd.compare.report import build_report, markdown, table, write_report
-from oprd.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
-from oprd.compare.runner import open_runs, run_all
-from oprd.recipe import load_recipe, resolved
-from oprd.runlog import LOCK, RunFolder
+from oprd.run_config import load_recipe, resolved
+from oprd.runs.folder import LOCK, RunFolder
+from oprd.tools.compare.bridges import fit_missing, parse_bridges
+from oprd.tools.compare.figure import plot_comparison
+from oprd.tools.compare.interval import mean_and_interval, t_quantile
+from oprd.tools.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs, rollouts_a_step
+from oprd.tools.compare.process import ForkedProcess
+from oprd.tools.compare.report import build_report, markdown, table, write_report
+from oprd.tools.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
+from oprd.tools.compare.runner import open_runs, run_all
 
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
@@ -563,7 +563,7 @@ def test_a_comparison_from_end_to_end(oprd, comparison, tmp_path):
 
 
 def test_a_failing_comparison_ends_with_an_exit_code(oprd, comparison, monkeypatch):
-    from oprd.compare import runner
+    from oprd.tools.compare import runner
 
     def start(run: Run) -> list[str]:
         metrics = """print(json.dumps({'step': 2, 'time/rollout': 1.0}), file=open('metrics.jsonl', 'w'))\n"""

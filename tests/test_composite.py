@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.objectives.composite import SCHEDULES, check_weight, crossfade, is_on, weight_at
-from oprd.recipe import parse_recipe, resolved
+from oprd.objectives.schedules import SCHEDULES, check_weight, crossfade, is_on, weight_at
+from oprd.run_config import parse_recipe, resolved
 
 LINEAR = {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 10}
 schedules = st.fixed_dictionaries(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.contamination import (
+from oprd.data.contamination import (
     THRESHOLD,
     Problem,
     distinct_problems,
@@ -22,8 +22,9 @@ from oprd.contamination import (
     shingles,
     words_of,
 )
-from oprd.data import PromptRow, load_prompts
-from oprd.tasks import TASKS, addition, with_instruction
+from oprd.data.rows import PromptRow, load_prompts
+from oprd.tasks import addition
+from oprd.tasks.task import TASKS, with_instruction
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 BOX = r" Please reason step by step, and put your final answer within \boxed{}."

@@ -22,20 +22,21 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 
-import oprd.bridge.gather
-from oprd.alignment import Aligner, AlignmentStats
+import oprd.bridge.collect
+from oprd.alignment.aligner import Aligner, AlignmentStats
+from oprd.alignment.position_pairs import pair_positions
 from oprd.bridge import Bridge
-from oprd.bridge.gather import fit_bridge, read_pairs, similarity
+from oprd.bridge.collect import fit_bridge, read_pairs, similarity
 from oprd.bridge.statistics import PairStatistics
-from oprd.data import PromptRow, as_prompt_rows
-from oprd.fingerprint import fingerprint
-from oprd.layer_maps import layer_map
-from oprd.models import ASSETS, hidden_size, load_model, num_layers
-from oprd.pairing import pair_positions
+from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.architecture import hidden_size, num_layers
+from oprd.models.fingerprint import fingerprint
+from oprd.models.loading import ASSETS, load_model
 from oprd.plan import describe_plan
-from oprd.recipe import parse_recipe
-from oprd.tasks import FunctionGrader, Task
+from oprd.run_config import parse_recipe
+from oprd.states.layer_maps import layer_map
 from oprd.tasks.addition import problems
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from reference import DenseObjective, read_one_by_one
 from tiny import PROMPTS, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
@@ -1053,9 +1054,9 @@ def gather(folders, **options) -> Bridge:
 @pytest.mark.parametrize("maps", ["proportional", "cka"])
 def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
     drawn: list[Rollouts] = []
-    generate = oprd.bridge.gather.TransformersEngine.generate
+    generate = oprd.bridge.collect.TransformersEngine.generate
     monkeypatch.setattr(
-        oprd.bridge.gather.TransformersEngine, "generate", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1]
+        oprd.bridge.collect.TransformersEngine, "generate", lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1]
     )
     matrices: list[Tensor] = []
 
@@ -1063,7 +1064,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
         matrices.append(similarity(*args, **kwargs))
         return matrices[-1]
 
-    monkeypatch.setattr(oprd.bridge.gather, "similarity", measured)
+    monkeypatch.setattr(oprd.bridge.collect, "similarity", measured)
     bridge = gather(folders, maps=maps)
     models = [load_model(name, dtype=torch.float32).eval() for name in folders]
     states = [paired_states(CHARACTERS, MANY, models, rollouts) for rollouts in drawn]
@@ -1078,7 +1079,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
         assert not matrices
     assert bridge.teacher_layers == phi
     flat = [pair for batch in states for pair in batch]
-    held = oprd.bridge.gather._held_out(40, 0.25)
+    held = oprd.bridge.collect._held_out(40, 0.25)
     sets = [{l: PairStatistics(32, 48) for l in (1, 2, 3, 4)} for _ in range(2)]
     for index, (s, t) in enumerate(flat):
         for layer, statistics in sets[index in held].items():

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from oprd.bench.cuda import GPU_SHAPES, bench_on_gpu, markdown
-from oprd.bench.update import Size
-from oprd.capture import capture_states
-from oprd.head_chunks import LMHead
-from oprd.lm_head import lm_head_of
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.lm_head import lm_head_of
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.reduction import position_weights, representation_loss
 from oprd.objectives.totals import cross_entropy_total
-from oprd.rollout import Sampling, TransformersContinuousEngine, TransformersEngine
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.states.capture import capture_states
+from oprd.tools.bench.cuda import GPU_SHAPES, bench_on_gpu, markdown
+from oprd.tools.bench.update import Size
 from tiny import FAMILIES, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

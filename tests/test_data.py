@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from oprd.data import PromptRow, as_prompt_rows, load_prompts, parse_row
-from oprd.tasks import TASKS, get_task
+from oprd.data.rows import PromptRow, as_prompt_rows, load_prompts, parse_row
+from oprd.tasks.task import TASKS, get_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 USER = [{"role": "user", "content": "1+1?"}]

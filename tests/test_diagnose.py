@@ -14,19 +14,19 @@ from evidence.other_end import save_other_end
 from evidence.permuted import save_permuted
 from transformers import AutoModelForCausalLM
 
+from oprd.alignment.teacher_text import TeacherText
 from oprd.bridge.statistics import cka_matrix
-from oprd.diagnose import diagnose_pair
-from oprd.diagnose.advice import advise, bridge_command, printable
-from oprd.diagnose.pair import load_pair
-from oprd.diagnose.read import read_pair
-from oprd.diagnose.show import plot_report, tables
-from oprd.diagnose.theory import theory_figures
-from oprd.diagnose.verdict import judge
-from oprd.models import load_model, load_tokenizer
-from oprd.recipe import parse_recipe
-from oprd.similarity import PairSums
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.run_config import parse_recipe
+from oprd.states.similarity import PairSums
 from oprd.tasks.addition import problems
-from oprd.teacher_text import TeacherText
+from oprd.tools.diagnose import diagnose_pair
+from oprd.tools.diagnose.advice import advise, bridge_command, printable
+from oprd.tools.diagnose.pair import load_pair
+from oprd.tools.diagnose.read import read_pair
+from oprd.tools.diagnose.show import plot_report, tables
+from oprd.tools.diagnose.theory import theory_figures
+from oprd.tools.diagnose.verdict import judge
 
 STUDENT, TEACHER = "embedded:tiny/student", "embedded:tiny/teacher"
 ROWS = problems(12, 0, "train")

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddp_script import SCENARIOS, greedy_trainer, lora_trainer, trainer_of
-from oprd.checkpoint import list_checkpoints
-from oprd.manifest import verify
+from oprd.files import verify
+from oprd.runs.checkpoints import list_checkpoints
 from tiny import weights, without_times
 
 HERE = Path(__file__).parent
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_two_ranks_resumes_to_the_same_bits(two_ranks):
 
 
 def test_another_number_of_processes_is_refused(two_ranks, tmp_path):
-    from oprd.checkpoint import VerifiedCheckpoints
+    from oprd.runs.checkpoints import VerifiedCheckpoints
 
     class Rank2:
         args = type("Args", (), {"process_index": 2})

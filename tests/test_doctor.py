@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from oprd.cli import app
-from oprd.doctor.advice import advise
-from oprd.doctor.document import MARGIN, errors, render
-from oprd.doctor.memory import predict_memory, saved_bytes
-from oprd.doctor.shape import KNOWN, known_shape, shape_of
-from oprd.doctor.time import Device, predict_seconds
-from oprd.doctor.workload import Lora, Workload, workload_of
-from oprd.models import freeze_above
-from oprd.recipe import load_recipe
+from oprd.models.architecture import freeze_above
+from oprd.run_config import load_recipe
+from oprd.tools.doctor.advice import advise
+from oprd.tools.doctor.document import MARGIN, errors, render
+from oprd.tools.doctor.memory import predict_memory, saved_bytes
+from oprd.tools.doctor.shape import KNOWN, known_shape, shape_of
+from oprd.tools.doctor.time import Device, predict_seconds
+from oprd.tools.doctor.workload import Lora, Workload, workload_of
 from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from oprd.data import PromptRow
-from oprd.evaluate import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
-from oprd.models import vocabulary_size
-from oprd.prompts import Prompt
-from oprd.rollout import Sampling
+from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow
+from oprd.models.tokens import vocabulary_size
+from oprd.rollouts.engine import Sampling
+from oprd.tasks.evaluation import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 

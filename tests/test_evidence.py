@@ -16,7 +16,7 @@ from evidence.words import mean_of, percent, points, surely, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from oprd.compare.plan import load_comparison
+from oprd.tools.compare.plan import load_comparison
 
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)

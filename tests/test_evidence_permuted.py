@@ -8,7 +8,8 @@ from evidence import other_end, permuted
 from torch.nn.functional import cosine_similarity
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from oprd.models import load_model, load_tokenizer, stop_token_ids
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
 
 TEACHER = "embedded:tiny/teacher"
 IDS = torch.tensor([[4, 5, 6, 13, 7, 8, 14, 3], [9, 3, 13, 12, 11, 14, 6, 5]])

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 import test_distributed as ddp
 from ddp_script import trainer_of
 from fsdp_script import READS, SCENARIOS, STEPS, read_gradients
-from oprd.checkpoint import list_checkpoints
-from oprd.manifest import verify
-from oprd.models import load_model
-from oprd.sharding import check_launch, is_sharded, most_of_ranks, shard_model, sharded_like, whole
+from oprd.files import verify
+from oprd.models.loading import load_model
+from oprd.models.sharding import is_sharded, most_of_ranks, shard_model, sharded_like, whole
+from oprd.runs.checkpoints import list_checkpoints
+from oprd.training.parallel import check_launch
 from tiny import tiny_model, tiny_trainer, weights
 
 pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)

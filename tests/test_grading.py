@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.data import PromptRow, load_prompts
-from oprd.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
-from oprd.tasks import get_task, with_instruction
+from oprd.data.rows import PromptRow, load_prompts
+from oprd.tasks.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.task import get_task, with_instruction
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -283,7 +283,7 @@ def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
     mark = tmp_path / "mark"
     code = "+".join(f"chr({ord(c)})" for c in f"open('{mark}','w')")
-    program = "import sys; from oprd.grading_worker import verify; verify(sys.argv[1], '\\\\pi')"
+    program = "import sys; from oprd.tasks.grading_worker import verify; verify(sys.argv[1], '\\\\pi')"
     subprocess.run([sys.executable, "-c", program, HOSTILE[-1].format(code=code)], check=True, timeout=60)
     assert mark.exists()
 
@@ -325,7 +325,7 @@ def test_survives_killed_workers_and_serves_threads(grader):
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 print("script runs", flush=True)
-from oprd.grading import MathGrader
+from oprd.tasks.grading import MathGrader
 grader = MathGrader(timeout_s=60)
 assert grader.grade([(r"\\boxed{x+1}", "1+x")]) == [True]
 print(multiprocessing.active_children()[0].pid, flush=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from oprd.head_chunks import LMHead
-from oprd.lm_head import divergence, log_probs, top_k, total_divergence
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.lm_head import divergence, log_probs, top_k, total_divergence
 from oprd.objectives.totals import cross_entropy_total
 from tiny import tiny_model, tiny_trainer
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oprd import head_rows
-from oprd.head_measures import LOG_ZERO
-from oprd.head_rows import logits_of_events
-from oprd.lm_head import log_probs
+from oprd.models.lm_head import head_rows
+from oprd.models.lm_head.head_measures import LOG_ZERO
+from oprd.models.lm_head.head_rows import logits_of_events
+from oprd.models.lm_head.lm_head import log_probs
 from test_lm_head import OPTIONS, TOKENS, VOCAB, assert_same, impossible_pair, problem, sources
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oprd import head_chunks, head_total
-from oprd.lm_head import divergence, total_divergence
+from oprd.models.lm_head import head_chunks, head_total
+from oprd.models.lm_head.lm_head import divergence, total_divergence
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
 from reference import dense_divergence
 from test_lm_head import KINDS, OPTIONS, TOKENS, impossible_pair, problem, sources

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from oprd.layer_maps import LAYER_MAPS, layer_map
+from oprd.states.layer_maps import LAYER_MAPS, layer_map
 
 
 def exact_round(numerator: int, denominator: int) -> int:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd import head_products
-from oprd.head_measures import LOG_ZERO
-from oprd.lm_head import (
+from oprd.models.lm_head import head_products
+from oprd.models.lm_head.head_measures import LOG_ZERO
+from oprd.models.lm_head.lm_head import (
     LMHead,
     check_head,
     divergence,

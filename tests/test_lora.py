@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 
-from oprd.capture import capture_states
-from oprd.checkpoint import list_checkpoints
-from oprd.manifest import verify
-from oprd.teachers import AdapterOffTeacher
+from oprd.files import verify
+from oprd.runs.checkpoints import list_checkpoints
+from oprd.states.capture import capture_states
+from oprd.states.teachers import AdapterOffTeacher
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
 
@@ -106,7 +106,7 @@ def test_without_a_teacher_a_moved_adapter_is_pulled_back_to_the_base(tmp_path):
 def test_the_base_as_teacher_is_read_without_dropout_and_leaves_the_mode_alone():
     from peft import get_peft_model
 
-    from oprd.batching import request_states
+    from oprd.states.requests import request_states
 
     model = get_peft_model(tiny_model("gpt2"), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     request = request_states(random_rollouts(), (1, 2, 3))
@@ -124,7 +124,7 @@ def test_the_base_as_teacher_is_read_without_dropout_and_leaves_the_mode_alone()
 
 def test_neither_teacher_nor_adapter_is_refused(tmp_path):
     from oprd.config import OPRDConfig
-    from oprd.trainer import OPRDTrainer
+    from oprd.training.trainer import OPRDTrainer
 
     with pytest.raises(ValueError, match="teacher_model: without one, the teacher is the student without its adapter"):
         OPRDTrainer(tiny_model(), args=OPRDConfig(str(tmp_path), use_cpu=True), processing_class=tiny_tokenizer())

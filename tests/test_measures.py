@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.measures import Sample, avg_at_k, best_at_k, bootstrap_ci, distinct_n, summarize
+from oprd.tasks.measures import Sample, avg_at_k, best_at_k, bootstrap_ci, distinct_n, summarize
 
 VERDICTS = st.integers(1, 5).flatmap(
     lambda k: st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=1, max_size=8)

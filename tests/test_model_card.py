@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.manifest import verify, write_manifest
-from oprd.model_card import CARD, model_card, write_model_card
-from oprd.recipe import parse_recipe, resolved
+from oprd.files import verify, write_manifest
+from oprd.run_config import parse_recipe, resolved
+from oprd.runs.model_card import CARD, model_card, write_model_card
 
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
@@ -42,7 +42,7 @@ SUMMARY = {
 
 def run(folder: Path, **changes) -> tuple[dict, dict, list[str]]:
     """A small real run: its summary, its settings, and what it said."""
-    from oprd.run import run_recipe
+    from oprd.training.run import run_recipe
 
     recipe, config = parse_recipe({**QUICK, "output_dir": str(folder), **changes})
     said: list[str] = []

@@ -11,25 +11,21 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
-from oprd.capture import capture_states
 from oprd.config import OPRDConfig
-from oprd.models import (
+from oprd.models.architecture import (
     backbone,
     blocks,
     causal_lm,
     check_same_shape,
-    check_same_tokens,
     context_length,
     freeze_above,
     hidden_size,
-    load_model,
-    load_tokenizer,
     num_layers,
-    parse_dtype,
-    resolve_name,
-    stop_token_ids,
 )
-from oprd.pair import build_student, build_teacher
+from oprd.models.loading import load_model, load_tokenizer, parse_dtype, resolve_name
+from oprd.models.tokens import check_same_tokens, stop_token_ids
+from oprd.resolve import build_student, build_teacher
+from oprd.states.capture import capture_states
 from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model, tiny_tokenizer
 
 

@@ -13,10 +13,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import GenerationConfig, TrainerCallback
 
-import oprd.trainer
+import oprd.training.trainer
 from oprd.config import OPRDConfig
-from oprd.rollout import Sampling, TransformersEngine
-from oprd.tasks import FunctionGrader, Task
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from reference import DenseObjective
 from tiny import (
@@ -597,13 +598,13 @@ def test_measuring_changes_no_bit_of_the_weights(tmp_path, settings):
 
 
 def test_dropout_is_new_in_each_step_batch_and_micro_batch(tmp_path, monkeypatch):
-    states, read = [], oprd.trainer.read_through_forward
+    states, read = [], oprd.training.trainer.read_through_forward
 
     def recorded(*arguments):
         states.append(torch.get_rng_state())
         return read(*arguments)
 
-    monkeypatch.setattr(oprd.trainer, "read_through_forward", recorded)
+    monkeypatch.setattr(oprd.training.trainer, "read_through_forward", recorded)
     trainer = tiny_trainer(
         tmp_path, tiny_model("gpt2"), tiny_model("gpt2", 1), scripted=True, max_steps=2, micro_batch_tokens=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2,

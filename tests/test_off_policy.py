@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.config import OPRDConfig
-from oprd.positions import select_before_end, select_positions
-from oprd.rollout import student_writes
+from oprd.rollouts.engine import student_writes
+from oprd.states.positions import select_before_end, select_positions
 from reference import dense_divergence, loss_by_loops, states_one_by_one
 from tiny import prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
 

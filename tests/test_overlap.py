@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from oprd.config import OPRDConfig
-from oprd.rollout import Sampling, TransformersEngine, VLLMServerEngine
-from oprd.rollout.ahead import RolloutsAhead, StepRollouts
-from oprd.rollout.transformers_engine import drawing_processors
+from oprd.rollouts.background import RolloutsAhead, StepRollouts
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine, drawing_processors
+from oprd.rollouts.vllm.server import VLLMServerEngine
 from tiny import PROMPTS, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
 STEPS = 5

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from oprd.parity import PARITY_BOUND, log_prob_gap
+from oprd.rollouts.parity import PARITY_BOUND, log_prob_gap
 from oprd.types import Rollouts
 from tiny import prompt_rows, tiny_model, tiny_trainer
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.prompt_order import RepeatedSteps
-from oprd.tasks import FunctionGrader, Task
+from oprd.data.order import RepeatedSteps
+from oprd.tasks.task import FunctionGrader, Task
 from tiny import PROMPTS, tiny_trainer
 
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from oprd.data import PromptRow, as_prompt_rows
-from oprd.prompts import prepare_prompts, render
+from oprd.data.prompts import prepare_prompts, render
+from oprd.data.rows import PromptRow, as_prompt_rows
 from tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]

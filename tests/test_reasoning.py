@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.tasks import get_task
 from oprd.tasks.reasoning import is_correct, split_of, worked_solution
+from oprd.tasks.task import get_task
 
 QUESTION = "State the final answer to the following arithmetic problem: {} ="
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from oprd.plan import describe_plan, load_for_plan
-from oprd.recipe import find_recipe, load_recipe, load_rows, parse_overrides, parse_recipe, resolved
+from oprd.run_config import find_recipe, load_recipe, parse_overrides, parse_recipe, resolved
+from oprd.tasks.problems import load_rows
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL = {

@@ -18,10 +18,10 @@ import torch
 import yaml
 from PIL import Image
 
-from oprd.report import curves, draw
-from oprd.report.page import render, write_page
-from oprd.report.read import read_runs
-from oprd.report.rollouts import (
+from oprd.tools.report import curves, draw
+from oprd.tools.report.page import render, write_page
+from oprd.tools.report.read import read_runs
+from oprd.tools.report.rollouts import (
     FORMAT,
     Distances,
     Pair,
@@ -32,8 +32,8 @@ from oprd.report.rollouts import (
     read_distances,
     write_distances,
 )
-from oprd.report.table import table
-from oprd.report.text import shown, shown_token
+from oprd.tools.report.table import table
+from oprd.tools.report.text import shown, shown_token
 from tiny import random_rollouts, tiny_model, tiny_tokenizer
 
 STEPS, LAYERS = 60, 3
@@ -602,7 +602,7 @@ def flat(nested) -> list[float]:
 
 
 def test_distances_are_those_of_a_slow_loop():
-    from oprd.report.distances import Comparison, token_distances
+    from oprd.tools.report.distances import Comparison, token_distances
 
     student, teacher, rollouts = tiny_model(seed=1), tiny_model(seed=2), random_rollouts(count=7)
     for layers in ((1, 2, 3), (3,), (1, 2)):
@@ -616,8 +616,8 @@ def test_distances_are_those_of_a_slow_loop():
 def test_distances_through_a_bridge_are_in_its_space():
     from oprd.bridge import Bridge
     from oprd.bridge.statistics import PairStatistics
-    from oprd.fingerprint import fingerprint
-    from oprd.report.distances import Comparison, token_distances
+    from oprd.models.fingerprint import fingerprint
+    from oprd.tools.report.distances import Comparison, token_distances
 
     student, teacher = tiny_model(seed=1), tiny_model(seed=2, num_hidden_layers=5, hidden_size=48)
     rollouts, maps = random_rollouts(count=7), (1, 3, 5)
@@ -639,7 +639,7 @@ def test_distances_through_a_bridge_are_in_its_space():
 
 
 def test_tokens_are_the_text_that_each_adds():
-    from oprd.report.distances import token_texts
+    from oprd.tools.report.distances import token_texts
     from tokenizer_kinds import byte_level, wrapped
 
     tokenizer = wrapped(byte_level())
@@ -676,7 +676,7 @@ def trained(make_run, tmp_path):
 
 
 def measured(run, **arguments) -> Distances:
-    from oprd.report.before_after import measure_distances
+    from oprd.tools.report.before_after import measure_distances
 
     return measure_distances(read_runs([run])[0], say=lambda line: None, **{"problems": 3, **arguments})
 
@@ -759,7 +759,7 @@ def test_problems_out_of_reach_are_replaced_by_logged_prompts(trained):
 
 
 def test_a_config_cannot_turn_remote_code_on(trained, monkeypatch):
-    from oprd.report import before_after
+    from oprd.tools.report import before_after
 
     asked = []
     load = before_after.load_model

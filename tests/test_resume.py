@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from oprd.checkpoint import list_checkpoints
-from oprd.manifest import verify
-from oprd.runlog import RunFolder
-from oprd.tasks import FunctionGrader, Task
+from oprd.files import verify
+from oprd.runs.checkpoints import list_checkpoints
+from oprd.runs.folder import RunFolder
+from oprd.tasks.task import FunctionGrader, Task
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights, without_times
 
 STEPS = 6

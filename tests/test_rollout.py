@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from oprd.rollout import Sampling, TransformersEngine
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
 from tiny import tiny_model, tiny_tokenizer
 
 STOPS = [2, *range(10, 22)]  # many, so that short completions end by themselves

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.batching import padding_share, plan_micro_batches, request_states
-from oprd.layers import resolve_layers
-from oprd.positions import select_positions
+from oprd.states.layers import resolve_layers
+from oprd.states.positions import select_positions
+from oprd.states.requests import padding_share, plan_micro_batches, request_states
 from tiny import random_rollouts
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.bridge.statistics import PairStatistics, cka_matrix
-from oprd.similarity import PairSums, ladder, position_curve
+from oprd.states.similarity import PairSums, ladder, position_curve
 
 
 def draw(*shape, seed=0):

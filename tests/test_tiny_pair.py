@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import oprd
 from oprd.tasks.addition import ALPHABET, is_correct, problems, worked_solution
 
-TINY = Path(oprd.__file__).parent / "assets" / "tiny"
+TINY = Path(oprd.__file__).parent / "models" / "assets" / "tiny"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tiny_pair.py"
 NAMES = ("student", "teacher")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.token_bytes import TokenBytes
+from oprd.alignment.token_bytes import TokenBytes
 from tiny import tiny_tokenizer
 from tokenizer_kinds import KINDS, byte_level, pieces_of, sentencepiece_unigram, tokenizer_of, wrapped
 

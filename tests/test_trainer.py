@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from oprd.rollout import Sampling
-from oprd.runlog import LOCK, RunFolder
-from oprd.tasks import FunctionGrader, Task
+from oprd.rollouts.engine import Sampling
+from oprd.runs.folder import LOCK, RunFolder
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from tiny import (
     PROMPTS,

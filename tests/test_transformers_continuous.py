@@ -11,7 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from oprd.rollout import ENGINES, Sampling, TransformersContinuousEngine, TransformersEngine
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
+from oprd.rollouts.transformers_engine import TransformersEngine
 from tiny import EchoConfig, EchoModel, tiny_model, tiny_tokenizer, tiny_trainer
 
 STOPS = [2, *range(10, 22)]  # many, so that short completions end by themselves
@@ -308,7 +311,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
     held = tiny_model()
     held._cached_continuous_batching_manager = object()
     refused(held, "holds a manager already")
-    monkeypatch.setattr("oprd.rollout.transformers_continuous.is_sharded", lambda model: True)
+    monkeypatch.setattr("oprd.rollouts.transformers_continuous.is_sharded", lambda model: True)
     refused(tiny_model(), "a sharded model .fully_shard: true.; set rollout_engine: transformers")
 
 

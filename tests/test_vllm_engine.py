@@ -18,9 +18,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 
-from oprd.rollout import ENGINES, Sampling, TransformersEngine
-from oprd.rollout.vllm_engine import VLLMEngine
-from oprd.rollout.vllm_weights import live_weights
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.rollouts.vllm.engine import VLLMEngine
+from oprd.rollouts.vllm.weights import live_weights
 from tiny import WIDE, tiny_model, tiny_tokenizer, tiny_trainer
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -321,7 +323,7 @@ def test_without_vllm_there_is_advice(monkeypatch):
 
 
 def test_importing_the_engines_does_not_import_vllm():
-    code = "import sys, oprd.rollout; sys.exit('vllm' in sys.modules)"
+    code = "import sys, oprd.rollouts.engines; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import vllm_ranks_script
 from fake_vllm import FakeVLLM
-from oprd.models import load_model, load_tokenizer
-from oprd.rollout import Sampling, TransformersEngine, VLLMEngine
-from oprd.rollout.vllm_server import VLLMServerEngine
-from oprd.rollout.weights_folder import write_weights
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.rollouts.vllm.engine import VLLMEngine
+from oprd.rollouts.vllm.server import VLLMServerEngine
+from oprd.rollouts.vllm.weights_folder import write_weights
 from test_distributed import run_two_ranks
 from test_vllm_engine import PROMPTS, STOPS, greedy, lora_of, model_with
 from tiny import WIDE, tiny_model, tiny_tokenizer, tiny_trainer

@@ -9,7 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from oprd.rollout import Sampling, VLLMEngine
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.vllm.engine import VLLMEngine
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -147,7 +147,7 @@ def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, 
     One step, a constant learning rate, no weight decay and no checkpoint unless `settings` say so.
     """
     from oprd.config import OPRDConfig  # here, so that tests of leaves need not wait for it
-    from oprd.trainer import OPRDTrainer
+    from oprd.training.trainer import OPRDTrainer
 
     own = ("eval_dataset", "callbacks", "peft_config", "optimizers", "processing_class", "teacher_processing_class")
     arguments = {name: settings.pop(name) for name in own if name in settings}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from oprd.rollout import Sampling
-from oprd.rollout.vllm_server import VLLMServerEngine
-from oprd.sharding import shard_model, whole
+from oprd.models.sharding import shard_model, whole
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.vllm.server import VLLMServerEngine
 from rank_process import join, run_and_leave, watch
 from tiny import WIDE, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
 

@@ -19,8 +19,8 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
-from oprd.compare.plan import load_comparison
+from oprd.tools.compare.interval import mean_and_interval
+from oprd.tools.compare.plan import load_comparison
 
 ID = "E1"
 TITLE = "Matching hidden states is as accurate as the teacher, more than output-space distillation"

@@ -18,7 +18,7 @@ from evidence.comparisons import (
 )
 from evidence.e01_accuracy.claim import baseline
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E2"
 TITLE = "Output-space OPD plus µ times OPRD beats both of its parts"

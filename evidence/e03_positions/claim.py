@@ -10,7 +10,7 @@ from evidence.comparisons import Record, diagnosed, difference, first_seeds, of,
 from evidence.e01_accuracy.claim import baseline
 from evidence.other_end import save_other_end
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E3"
 TITLE = "The last k positions are enough for hidden states"

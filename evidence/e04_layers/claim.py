@@ -9,7 +9,7 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import diagnosed, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import baseline
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E4"
 TITLE = "Same-origin pairs want all layers"

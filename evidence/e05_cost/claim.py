@@ -9,8 +9,8 @@ from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.words import table
-from oprd.bench.update import QUICK, bench_update
-from oprd.bench.ways import TITLES
+from oprd.tools.bench.update import QUICK, bench_update
+from oprd.tools.bench.ways import TITLES
 
 ID = "E5"
 TITLE = "An OPRD update costs less time and memory than an output-space one"

@@ -12,12 +12,13 @@ from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import NAMES, SHARED, baseline
 from evidence.words import percent, table
 from oprd import Sampling, TransformersEngine
-from oprd.compare.interval import mean_and_interval
-from oprd.evaluate import evaluate
-from oprd.measures import distinct_n
-from oprd.models import load_model, load_tokenizer, stop_token_ids
-from oprd.prompts import prepare_prompts
-from oprd.tasks import get_task
+from oprd.data.prompts import prepare_prompts
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.tasks.evaluation import evaluate
+from oprd.tasks.measures import distinct_n
+from oprd.tasks.task import get_task
+from oprd.tools.compare.interval import mean_and_interval
 from oprd.types import Rollouts
 
 ID = "E6"

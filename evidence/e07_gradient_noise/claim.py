@@ -14,8 +14,9 @@ from evidence.comparisons import first_seeds
 from evidence.e07_gradient_noise.noise import FixedPrefixes, at_checkpoint, scatter
 from evidence.words import table
 from oprd import Rollouts, Sampling, TransformersEngine
-from oprd.models import load_model, load_tokenizer, stop_token_ids
-from oprd.tasks import get_task
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.tasks.task import get_task
 
 ID = "E7"
 TITLE = "After the rollout, OPRD's gradient has no sampling noise; the sampled-token gradient drowns as the student comes close"

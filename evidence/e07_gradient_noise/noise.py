@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from oprd import Rollouts, capture_states, position_weights, representation_loss
-from oprd.head_chunks import LMHead, event_logits
-from oprd.lm_head import lm_head_of, match_heads
+from oprd.models.lm_head.head_chunks import LMHead, event_logits
+from oprd.models.lm_head.lm_head import lm_head_of, match_heads
 from oprd.objectives.output_term import OutputTerm
 
 SAMPLED = {

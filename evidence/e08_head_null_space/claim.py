@@ -15,11 +15,12 @@ from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import SHARED, baseline
 from evidence.words import percent, table
 from oprd import Sampling, TransformersEngine, capture_states
-from oprd.compare.interval import mean_and_interval
-from oprd.diagnose.theory import centred_gram
-from oprd.lm_head import divergence, lm_head_of
-from oprd.models import load_model, load_tokenizer, stop_token_ids
-from oprd.tasks import get_task
+from oprd.models.lm_head.lm_head import divergence, lm_head_of
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.tasks.task import get_task
+from oprd.tools.compare.interval import mean_and_interval
+from oprd.tools.diagnose.theory import centred_gram
 
 ID = "E8"
 TITLE = "Output-space losses do not see part of a hidden state, OPRD does"

@@ -8,7 +8,7 @@ from typing import Any
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import first_seeds, of, run_comparison
 from evidence.words import mean_of, percent, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E9"
 TITLE = "A bridge has a best rank, where R² crosses one half"
@@ -29,7 +29,7 @@ def measure(work: Work) -> dict[str, Any]:
     """The rank curve of one bridge, and training at five of its ranks and at the published setting."""
     from oprd.bridge import Bridge
     from oprd.bridge.show import describe_bridge
-    from oprd.compare.bridges import bridge_folder
+    from oprd.tools.compare.bridges import bridge_folder
 
     seeds = first_seeds(work, 2)
     names = [*RANKS.values(), "paper"] if not work.quick else ["rank_4", "rank_16"]

@@ -8,7 +8,7 @@ from typing import Any
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import difference, first_seeds, gap_closed, of, run_comparison
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E10"
 TITLE = "Through a bridge, teachers of another shape and tokenizer can be followed"

@@ -21,7 +21,7 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.compare.interval import mean_and_interval
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E11"
 TITLE = "On a real pretrained model, too, matching hidden states beats output-space distillation"

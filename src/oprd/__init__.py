@@ -11,42 +11,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oprd.batching import plan_micro_batches, request_states
-    from oprd.capture import capture_states
     from oprd.config import OPRDConfig
-    from oprd.layers import resolve_layers
-    from oprd.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.models.lm_head.lm_head import lm_head_of, log_probs, match_heads
     from oprd.objectives.output_space import full_vocabulary_loss, sampled_token_loss, tail_sampled_loss, top_k_loss
     from oprd.objectives.policy_gradient import clipped_policy_loss, group_advantages
     from oprd.objectives.reduction import position_weights, representation_loss
     from oprd.objectives.representation import representation_error
-    from oprd.positions import select_positions
-    from oprd.rollout import Sampling, TransformersEngine
-    from oprd.trainer import OPRDTrainer
+    from oprd.rollouts.engine import Sampling
+    from oprd.rollouts.transformers_engine import TransformersEngine
+    from oprd.states.capture import capture_states
+    from oprd.states.layers import resolve_layers
+    from oprd.states.positions import select_positions
+    from oprd.states.requests import plan_micro_batches, request_states
+    from oprd.training.trainer import OPRDTrainer
     from oprd.types import Rollouts, States
 
 _HOME = {
     "OPRDConfig": "oprd.config",
-    "OPRDTrainer": "oprd.trainer",
+    "OPRDTrainer": "oprd.training.trainer",
     "Rollouts": "oprd.types",
-    "Sampling": "oprd.rollout",
+    "Sampling": "oprd.rollouts.engines",
     "States": "oprd.types",
-    "TransformersEngine": "oprd.rollout",
-    "capture_states": "oprd.capture",
+    "TransformersEngine": "oprd.rollouts.engines",
+    "capture_states": "oprd.states.capture",
     "clipped_policy_loss": "oprd.objectives.policy_gradient",
     "full_vocabulary_loss": "oprd.objectives.output_space",
     "group_advantages": "oprd.objectives.policy_gradient",
-    "lm_head_of": "oprd.lm_head",
-    "log_probs": "oprd.lm_head",
-    "match_heads": "oprd.lm_head",
-    "plan_micro_batches": "oprd.batching",
+    "lm_head_of": "oprd.models.lm_head.lm_head",
+    "log_probs": "oprd.models.lm_head.lm_head",
+    "match_heads": "oprd.models.lm_head.lm_head",
+    "plan_micro_batches": "oprd.states.requests",
     "position_weights": "oprd.objectives.reduction",
     "representation_error": "oprd.objectives.representation",
     "representation_loss": "oprd.objectives.reduction",
-    "request_states": "oprd.batching",
-    "resolve_layers": "oprd.layers",
+    "request_states": "oprd.states.requests",
+    "resolve_layers": "oprd.states.layers",
     "sampled_token_loss": "oprd.objectives.output_space",
-    "select_positions": "oprd.positions",
+    "select_positions": "oprd.states.positions",
     "tail_sampled_loss": "oprd.objectives.output_space",
     "top_k_loss": "oprd.objectives.output_space",
 }

@@ -9,11 +9,12 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.config_checks import check_at_least_one, check_objective, check_overlap
-from oprd.layers import LAYERS
-from oprd.objectives.composite import is_on
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
-from oprd.rollout import ENGINES, Sampling
-from oprd.tasks import TASKS
+from oprd.objectives.schedules import is_on
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engines import ENGINES
+from oprd.states.layers import LAYERS
+from oprd.tasks.task import TASKS
 
 
 def _help(text: str) -> dict[str, str]:

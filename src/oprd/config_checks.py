@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from oprd.layers import LAYERS
-from oprd.objectives.composite import check_weight, is_on
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
-from oprd.positions import check_end_of_turn, check_positions
+from oprd.objectives.schedules import check_weight, is_on
+from oprd.states.layers import LAYERS
+from oprd.states.positions import check_end_of_turn, check_positions
 
 
 def check_at_least_one(config: Any, name: str) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from oprd.alignment.teacher_text import TeacherText, check_one_text
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig
-from oprd.layers import resolve_layers
-from oprd.models import load_tokenizer, resolve_name
-from oprd.objectives.composite import is_on
-from oprd.recipe import GENERATED, Recipe, load_recipe, load_rows, resolved
-from oprd.teacher_text import TeacherText, check_one_text
+from oprd.models.loading import load_tokenizer, resolve_name
+from oprd.objectives.schedules import is_on
+from oprd.run_config import Recipe, load_recipe, resolved
+from oprd.states.layers import resolve_layers
+from oprd.tasks.problems import GENERATED, load_rows
 
 
 def load_for_plan(path: str | Path, overrides: Mapping[str, Any]) -> tuple[Recipe, OPRDConfig]:

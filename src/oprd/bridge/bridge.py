@@ -21,7 +21,7 @@ from oprd.bridge.curve import PairReport, VerdictKind, report_pair, verdict
 from oprd.bridge.files import read_folder, write_folder
 from oprd.bridge.fit import SCALES, PairFit, fit_pair
 from oprd.bridge.statistics import PairStatistics
-from oprd.fingerprint import Fingerprint
+from oprd.models.fingerprint import Fingerprint
 
 FORMAT = 1
 
@@ -88,7 +88,7 @@ class Bridge:
         Args:
             statistics: of each student layer l with teacher layer φ(l), on the tokens to fit on.
             held_out: likewise on tokens of other rollouts.
-            layer_map: φ(1), …, φ(L_S) (`oprd.layer_maps.layer_map`).
+            layer_map: φ(1), …, φ(L_S) (`oprd.states.layer_maps.layer_map`).
             student: whose states they are.
             teacher: likewise.
             rank: directions to use; default the median over layers of the suggested rank, at least 1.

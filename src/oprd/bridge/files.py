@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oprd.manifest import MANIFEST, file_digest, verify, write_manifest
+from oprd.files import MANIFEST, file_digest, verify, write_manifest
 
 TENSORS, REST = "bridge.safetensors", "bridge.json"
 

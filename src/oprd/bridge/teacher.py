@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oprd.batching import HEAD, StateRequest
 from oprd.bridge.bridge import Bridge
-from oprd.head_chunks import LMHead
-from oprd.teachers import FrozenTeacher
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.states.requests import HEAD, StateRequest
+from oprd.states.teachers import FrozenTeacher
 from oprd.types import States
 
 

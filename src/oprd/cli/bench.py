@@ -34,8 +34,8 @@ def update(
     if device == "cuda":
         _update_on_gpu(quick, model or [], rounds, resume, json_file)
         return
-    from oprd.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, markdown
-    from oprd.bench.ways import WAYS
+    from oprd.tools.bench.update import QUICK, QUICK_WAYS, SHAPES, Size, bench_update, markdown
+    from oprd.tools.bench.ways import WAYS
 
     shapes = model or (["qwen2-4-layers", "smollm2-135m"] if quick else list(SHAPES))
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
@@ -51,9 +51,9 @@ def update(
 def _update_on_gpu(
     quick: bool, model: list[str], rounds: int | None, resume: Path | None, json_file: Path | None
 ) -> None:
-    from oprd.bench.cuda import SHAPE, bench_on_gpu, markdown
-    from oprd.bench.ways import WAYS
     from oprd.cli.console import say
+    from oprd.tools.bench.cuda import SHAPE, bench_on_gpu, markdown
+    from oprd.tools.bench.ways import WAYS
 
     if quick or resume is not None or len(model) > 1:
         raise ValueError("--device cuda: takes one --model, --rounds and --json; it is done in minutes")
@@ -80,8 +80,8 @@ def step(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.bench.step import QUICK, bench_step, markdown
-    from oprd.bench.trainers import Setup
+    from oprd.tools.bench.step import QUICK, bench_step, markdown
+    from oprd.tools.bench.trainers import Setup
 
     setup = replace(QUICK if quick else Setup(), model=model, teacher=teacher)
     report = bench_step(setup, rounds=rounds or (1 if quick else 3), threads=threads, say=say)
@@ -101,7 +101,7 @@ def growth(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.bench.growth import AXES, bench_growth, markdown
+    from oprd.tools.bench.growth import AXES, bench_growth, markdown
 
     number = rounds or (1 if quick else 3)
     report = bench_growth(axis or list(AXES), rounds=number, threads=threads, quick=quick, say=say)
@@ -129,8 +129,8 @@ def rollout(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.bench.requests import QUICK, Requests
-    from oprd.bench.rollout import bench_rollout, markdown
+    from oprd.tools.bench.requests import QUICK, Requests
+    from oprd.tools.bench.rollout import bench_rollout, markdown
 
     given: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "completion": completion}
     requests = replace(QUICK if quick else Requests(), **{k: v for k, v in given.items() if v is not None})

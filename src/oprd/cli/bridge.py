@@ -58,10 +58,10 @@ def fit(
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     quiet_libraries()
+    from oprd.alignment.teacher_text import TeacherText
+    from oprd.bridge.collect import fit_bridge
     from oprd.bridge.files import refuse_existing
-    from oprd.bridge.gather import fit_bridge
-    from oprd.recipe import load_rows
-    from oprd.teacher_text import TeacherText
+    from oprd.tasks.problems import load_rows
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
     text = TeacherText(

@@ -25,11 +25,11 @@ def compare(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.compare.bridges import fit_missing, parse_bridges
-    from oprd.compare.plan import load_comparison, plan_runs, rollouts_a_step
-    from oprd.compare.report import NAMES, build_report, write_report
-    from oprd.compare.runner import open_runs, run_all
-    from oprd.runlog import RunFolder
+    from oprd.runs.folder import RunFolder
+    from oprd.tools.compare.bridges import fit_missing, parse_bridges
+    from oprd.tools.compare.plan import load_comparison, plan_runs, rollouts_a_step
+    from oprd.tools.compare.report import NAMES, build_report, write_report
+    from oprd.tools.compare.runner import open_runs, run_all
 
     file, comparison = load_comparison(config)
     folder = Path(comparison.output_dir)
@@ -61,7 +61,7 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from oprd.cli.console import console, say
-    from oprd.compare.report import notes, table
+    from oprd.tools.compare.report import notes, table
 
     header, rows = table(report)
     shown = Table(*header, box=SIMPLE, pad_edge=False)

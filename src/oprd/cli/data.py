@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from oprd.contamination import Overlap, Problem
+    from oprd.data.contamination import Overlap, Problem
 
 app = typer.Typer(help="Look at prompt sets.", no_args_is_help=True)
 
@@ -43,8 +43,8 @@ def check(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.contamination import find_overlap
-    from oprd.recipe import GENERATED, load_rows
+    from oprd.data.contamination import find_overlap
+    from oprd.tasks.problems import GENERATED, load_rows
 
     for name, dataset, limit in (("train", train, train_limit), ("test", test, test_limit)):
         if dataset.startswith(GENERATED) and limit is None:

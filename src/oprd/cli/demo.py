@@ -36,7 +36,7 @@ def demo(
     if pair not in PAIRS:
         raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
     from oprd.cli.console import live_progress, quiet_libraries, say
-    from oprd.recipe import load_recipe
+    from oprd.run_config import load_recipe
 
     quiet_libraries()
     import torch
@@ -50,7 +50,7 @@ def demo(
     if pair in BRIDGED:
         changes |= _bridge_to(BRIDGED[pair], output_dir / "bridge", seed)
     recipe, config = load_recipe("tiny", changes)
-    from oprd.run import describe_accuracy, run_recipe
+    from oprd.training.run import describe_accuracy, run_recipe
 
     with live_progress() as callback:
         summary = run_recipe(recipe, config, say=say, callbacks=[callback])
@@ -62,9 +62,9 @@ def demo(
 
 def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
     """Fit a bridge to an embedded teacher of another shape; what the recipe changes for it."""
-    from oprd.bridge.gather import fit_bridge
+    from oprd.bridge.collect import fit_bridge
     from oprd.cli.console import say
-    from oprd.recipe import load_rows
+    from oprd.tasks.problems import load_rows
 
     rows = load_rows("generated:addition", "train", 256, seed)
     bridge = fit_bridge("embedded:tiny/student", teacher, rows, max_completion_length=64, seed=seed, rank=16)
@@ -78,7 +78,7 @@ def _clear_earlier_demo(folder: Path) -> None:
     """Empty the folder if an earlier demo wrote it; leave every other folder to the usual refusal."""
     import shutil
 
-    from oprd.runlog import LOCK, RunFolder
+    from oprd.runs.folder import LOCK, RunFolder
 
     marker = folder / ".oprd-demo"
     if marker.exists():

@@ -39,9 +39,9 @@ def diagnose(
     from oprd.cli.console import count_completions, quiet_libraries
 
     quiet_libraries()
-    from oprd.diagnose import diagnose_pair
-    from oprd.recipe import load_rows
-    from oprd.teacher_text import TeacherText
+    from oprd.alignment.teacher_text import TeacherText
+    from oprd.tasks.problems import load_rows
+    from oprd.tools.diagnose import diagnose_pair
 
     text = TeacherText(
         chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
@@ -64,7 +64,7 @@ def diagnose(
 
 def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Path | None) -> None:
     from oprd.cli.console import say
-    from oprd.diagnose.show import plot_report
+    from oprd.tools.diagnose.show import plot_report
 
     for file in (json_file, figure, recipe):
         if file is not None:
@@ -82,8 +82,8 @@ def _show(report: dict) -> None:
     from rich.console import Console
 
     from oprd.cli.console import console, say
-    from oprd.diagnose.advice import printable
-    from oprd.diagnose.show import tables
+    from oprd.tools.diagnose.advice import printable
+    from oprd.tools.diagnose.show import tables
 
     wide = console if console.is_terminal else Console(width=130)  # a file or a pipe has no width to keep to
     for title, table in tables(report):

@@ -32,16 +32,16 @@ def doctor(
 ) -> None:
     """Memory of each device and time of a step. Any key of the recipe can be set with --key value. Trains and loads nothing."""
     from oprd.cli.console import quiet_libraries, say
-    from oprd.recipe import parse_overrides
+    from oprd.run_config import parse_overrides
 
     _check(dtype, device_tflops, device_bandwidth, measure, json_file)
     quiet_libraries()
     import torch
 
-    from oprd.doctor.show import examine, lines_of
-    from oprd.doctor.time import Device, measure_device
-    from oprd.doctor.workload import workload_of
     from oprd.plan import load_for_plan
+    from oprd.tools.doctor.show import examine, lines_of
+    from oprd.tools.doctor.time import Device, measure_device
+    from oprd.tools.doctor.workload import workload_of
 
     recipe, settings = load_for_plan(config, parse_overrides(context.args))
     if sharding is None and devices > 1:

@@ -38,8 +38,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
     quiet_libraries()
-    from oprd.rollout import Sampling
-    from oprd.run import describe_accuracy, evaluate_checkpoint
+    from oprd.rollouts.engine import Sampling
+    from oprd.training.run import describe_accuracy, evaluate_checkpoint
 
     summary = evaluate_checkpoint(
         model,

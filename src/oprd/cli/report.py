@@ -28,13 +28,13 @@ def report(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
-    from oprd.report.page import render, write_page
-    from oprd.report.read import read_runs
-    from oprd.report.rollouts import DISTANCES, write_distances
+    from oprd.tools.report.page import render, write_page
+    from oprd.tools.report.read import read_runs
+    from oprd.tools.report.rollouts import DISTANCES, write_distances
 
     records = read_runs(runs)
     if distances:
-        from oprd.report.before_after import measure_distances
+        from oprd.tools.report.before_after import measure_distances
 
         for record in records:
             found = measure_distances(

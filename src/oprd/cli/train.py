@@ -24,7 +24,7 @@ def train(
 ) -> None:
     """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
     from oprd.cli.console import live_progress, quiet_libraries, say
-    from oprd.recipe import load_recipe, parse_overrides
+    from oprd.run_config import load_recipe, parse_overrides
 
     quiet_libraries()
     overrides = parse_overrides(context.args)
@@ -35,7 +35,7 @@ def train(
             say(line)
         return
     recipe, settings = load_recipe(config, overrides)
-    from oprd.run import run_recipe
+    from oprd.training.run import run_recipe
 
     resume: str | bool = resume_from_checkpoint or settings.resume_from_checkpoint or False
     if str(resume).lower() in ("true", "yes", "false", "no"):

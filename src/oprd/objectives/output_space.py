@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from oprd.head_chunks import LMHead
-from oprd.head_rows import logits_of_events
-from oprd.lm_head import Divergence, check_same_events, divergence, log_probs, top_k
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.head_rows import logits_of_events
+from oprd.models.lm_head.lm_head import Divergence, check_same_events, divergence, log_probs, top_k
 
 Support = Literal["student", "teacher", "union", "intersection"]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oprd.head_chunks import LMHead
-from oprd.lm_head import total_divergence
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.lm_head import total_divergence
 from oprd.objectives.output_space import (
     Support,
     cross_entropy_loss,

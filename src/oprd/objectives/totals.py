@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oprd.head_chunks import LMHead
-from oprd.head_measures import Measured, both_log_probs, finite, token_log_probs_measure
-from oprd.head_total import total_by_chunks
-from oprd.lm_head import check_same_events
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.head_measures import Measured, both_log_probs, finite, token_log_probs_measure
+from oprd.models.lm_head.head_total import total_by_chunks
+from oprd.models.lm_head.lm_head import check_same_events
 
 
 def sampled_token_total(

@@ -13,7 +13,7 @@ import random
 import re
 from hashlib import blake2b
 
-from oprd.data import PromptRow
+from oprd.data.rows import PromptRow
 
 ALPHABET = "0123456789+= #"
 """Every character that a prompt or a worked solution contains."""

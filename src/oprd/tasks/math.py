@@ -1,11 +1,11 @@
-r"""Mathematics with the answer in ``\boxed{}``: prompts come from a file or the hub, grading from `oprd.grading`."""
+r"""Mathematics with the answer in ``\boxed{}``: prompts come from a file or the hub, grading from `oprd.tasks.grading`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from oprd.grading import MathGrader
+from oprd.tasks.grading import MathGrader
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """The sentence that published evaluations put after a problem."""

@@ -16,7 +16,7 @@ import random
 import re
 from hashlib import blake2b
 
-from oprd.data import PromptRow
+from oprd.data.rows import PromptRow
 
 SPLITS = ("train", "test")
 

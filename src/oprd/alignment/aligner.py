@@ -1,0 +1,265 @@
+"""Rollouts for a teacher with another tokenizer: its own chat template, its own tokens, and partners for the student's positions.
+
+The teacher never sees an id of the student's. A prompt is rendered by the teacher's template; the student's response, as text,
+is split by the teacher's tokenizer; `oprd.alignment.boundaries` finds the positions where both have read the same bytes
+(OPRD section 4).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment.boundaries import Alignment, DropReason, TokenizerPair, align_completion
+from oprd.alignment.token_bytes import TokenBytes
+from oprd.data.prompts import render
+from oprd.data.rows import PromptRow
+from oprd.types import FinishReason, Rollouts
+
+_PROBE = "OPRD-answer"  # stands for the answer in a chat template
+
+
+@dataclass(frozen=True)
+class AlignmentStats:
+    """Counts over rollouts. `share` is the metric: student positions that found a partner.
+
+    Args:
+        positions: the student's response positions.
+        paired: those with a partner.
+        one_to_one: pairs whose next tokens are the same bytes.
+        teacher_positions: the teacher's response positions.
+        dropped: student positions without a partner, by reason.
+    """
+
+    positions: int = 0
+    paired: int = 0
+    one_to_one: int = 0
+    teacher_positions: int = 0
+    dropped: Mapping[DropReason, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, alignments: Iterable[Alignment]) -> AlignmentStats:
+        """Sums over `alignments`."""
+        items = list(alignments)
+        dropped: Counter[DropReason] = Counter()
+        for item in items:
+            dropped.update(item.dropped)
+        paired = sum(len(item.student_positions) for item in items)
+        return cls(
+            positions=paired + dropped.total(),
+            paired=paired,
+            one_to_one=sum(sum(item.one_to_one) for item in items),
+            teacher_positions=sum(len(item.teacher_ids) for item in items),
+            dropped=dict(dropped),
+        )
+
+    def counts(self) -> dict[str, float]:
+        """For the log: counts that add up over batches, as `MetricWindow` takes them; every reason, as ranks add up by place."""
+        dropped = {f"alignment/{reason}": float(self.dropped.get(reason, 0)) for reason in get_args(DropReason)}
+        return {
+            "alignment/positions": self.positions, "alignment/paired": self.paired, "alignment/one_to_one": self.one_to_one,
+            **dropped,
+        }  # fmt: skip
+
+    @property
+    def share(self) -> float:
+        """Share of the student's positions that have a partner; 0 where there is no position."""
+        return self.paired / self.positions if self.positions else 0.0
+
+
+def render_for_teacher(
+    row: PromptRow,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
+) -> list[int]:
+    """Token ids of a prompt by the teacher's own chat template and tokenizer.
+
+    Args:
+        row: the prompt.
+        teacher_tokenizer: with its chat template.
+        chat_template_kwargs: arguments of the template, the thinking switch among them (`enable_thinking`).
+        system_prompt: the teacher's own; takes the place of one in the row.
+
+    Raises:
+        ValueError: as `oprd.data.prompts.render`; or a system prompt for a prompt that is plain text.
+    """
+    return render(with_system(row, system_prompt), teacher_tokenizer, chat_template_kwargs)
+
+
+def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
+    """The row with another system prompt; as it is without one.
+
+    Raises:
+        ValueError: a system prompt for a prompt that is plain text.
+    """
+    if system_prompt is None:
+        return row
+    if isinstance(row.prompt, str):
+        raise ValueError(
+            f"{row.source}: teacher_system_prompt is {system_prompt[:40]!r}, and the prompt is plain text, which no chat template "
+            "sees; give the prompt as messages or leave it out"
+        )
+    rest = [message for message in row.prompt if message["role"] != "system"]
+    return PromptRow([{"role": "system", "content": system_prompt}, *rest], row.answer, row.source)
+
+
+def template_space(
+    row: PromptRow, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """The whitespace that a chat template puts between its generation prompt and an answer ("[/INST]" and " Yes"), often none."""
+    if isinstance(row.prompt, str) or tokenizer.chat_template is None:
+        return ""
+    kwargs = {"tokenize": False, **(chat_template_kwargs or {})}
+    answered = [*row.prompt, {"role": "assistant", "content": _PROBE}]
+    try:
+        before = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, **kwargs)
+        after, found, _ = tokenizer.apply_chat_template(answered, **kwargs).partition(_PROBE)
+    except (TemplateError, ValueError):  # a template that takes no such conversation
+        return ""
+    space = after.removeprefix(before) if found and after.startswith(before) else ""
+    return space if space.isspace() else ""
+
+
+class Aligner:
+    """Turns the student's rollouts into the teacher's tokens; built once for a pair of tokenizers, used at every step.
+
+    Args:
+        student_tokenizer: that the rollouts were sampled with.
+        teacher_tokenizer: that the teacher was trained with.
+        student_stop_ids: ids that end the student's turn (`oprd.models.tokens.stop_token_ids`); None: the tokenizer's end token.
+        teacher_end_id: what ends the teacher's turn; None: its tokenizer's end token.
+        special_map: student id → teacher id of other special tokens that mean the same.
+        chat_template_kwargs: arguments of the student's chat template.
+        teacher_chat_template_kwargs: arguments of the teacher's.
+        teacher_system_prompt: the teacher's own system prompt; None keeps the row's.
+
+    Raises:
+        ValueError: a tokenizer whose tokens' bytes cannot be known; an end or mapped id that the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        *,
+        student_stop_ids: Collection[int] | None = None,
+        teacher_end_id: int | None = None,
+        special_map: Mapping[int, int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
+        teacher_system_prompt: str | None = None,
+    ) -> None:
+        self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
+        teacher = TokenBytes.of(teacher_tokenizer, "teacher's tokenizer")
+        usual = student_tokenizer.eos_token_id
+        stops = student_stop_ids if student_stop_ids is not None else [i for i in [usual] if i is not None]
+        end = teacher_end_id if teacher_end_id is not None else teacher_tokenizer.eos_token_id
+        for what, i in [("teacher_end_id", end), *(("special_map", i) for i in (special_map or {}).values())]:
+            if i not in teacher.pieces and i not in teacher.control:
+                raise ValueError(f"{what}: {i} is no id of the teacher's tokenizer; give the id of a token that it has")
+        self.pair = TokenizerPair(
+            student=TokenBytes.of(student_tokenizer, "student's tokenizer"),
+            teacher=teacher,
+            stop_ids=tuple(sorted(stops, key=lambda i: (i != usual, i))),
+            end_id=end,
+            special_map=dict(special_map or {}),
+        )
+        self.same_ids = self.pair.same_ids()
+        self.student_kwargs, self.teacher_kwargs = chat_template_kwargs, teacher_chat_template_kwargs
+        self.system_prompt = teacher_system_prompt
+
+    def align(
+        self, rollouts: Rollouts, rows: Sequence[PromptRow] | Mapping[int, PromptRow]
+    ) -> tuple[Rollouts, list[Alignment], AlignmentStats]:
+        """The teacher's rollouts (its prompt, its ids), an alignment a rollout, and counts.
+
+        Args:
+            rollouts: the student's.
+            rows: the dataset rows that `rollouts.rows` points into.
+
+        Raises:
+            ValueError: a prompt that the teacher's template cannot render; names the row.
+        """
+        rendered: dict[int, tuple[list[int], str, str]] = {}
+        prompts, alignments = [], []
+        for index, number in enumerate(rollouts.rows):
+            if number not in rendered:
+                rendered[number] = self._render(rows[number])
+            prompt, student_space, teacher_space = rendered[number]
+            alignment = align_completion(
+                self.pair,
+                self.same_ids,
+                rollouts.completion_ids[index],
+                finish_reason=rollouts.finish_reasons[index],
+                student_opening=self.pair.student.opening(rollouts.prompt_ids[index], student_space),
+                teacher_opening=self.pair.teacher.opening(prompt, teacher_space),
+            )
+            prompts.append([*prompt, *alignment.teacher_opening])
+            alignments.append(alignment)
+        reasons: list[FinishReason] = ["stop" if a.ended else "length" for a in alignments]
+        texts = [a.content.replace(b"\xff", b"").decode(errors="replace") for a in alignments]
+        completions = [list(a.teacher_ids) for a in alignments]
+        teacher_rollouts = Rollouts(prompts, completions, reasons, texts, list(rollouts.rows))
+        return teacher_rollouts, alignments, AlignmentStats.of(alignments)
+
+    def shared_vocabulary(self, teacher_stop_ids: Collection[int] = ()) -> tuple[list[int], list[int]]:
+        """Ids of both tokenizers that mean the same, in two lists of equal length, ascending by the student's.
+
+        Equal bytes; special tokens by `special_map`; the student's usual end of turn with the teacher's. One id a side for the
+        same bytes: the one that the tokenizer itself would write (a letter rather than its byte token). Ids that the teacher reads
+        as they are (`same_ids`) are partners of themselves, special tokens among them. The probability of the student's other stop
+        ids belongs to the end of turn too: add it before comparing.
+
+        Args:
+            teacher_stop_ids: further ids that end the teacher's turn; they are partners of no text.
+        """
+        theirs = _ids_by_bytes(self.pair.teacher)
+        shared = {ours: theirs[piece] for piece, ours in _ids_by_bytes(self.pair.student).items() if piece in theirs}
+        shared = {ours: i for ours, i in shared.items() if i not in self.same_ids} | {i: i for i in self.same_ids}
+        meant = {**self.pair.special_map, **dict.fromkeys(self.pair.stop_ids[:1], self.pair.end_id)}
+        taken = {*meant.values(), *teacher_stop_ids}
+        shared = {ours: i for ours, i in shared.items() if ours not in self.pair.stop_ids and i not in taken} | meant
+        return sorted(shared), [shared[i] for i in sorted(shared)]
+
+    def _render(self, row: PromptRow) -> tuple[list[int], str, str]:
+        theirs = with_system(row, self.system_prompt)
+        return (
+            render(theirs, self.teacher_tokenizer, self.teacher_kwargs),
+            template_space(row, self.student_tokenizer, self.student_kwargs),
+            template_space(theirs, self.teacher_tokenizer, self.teacher_kwargs),
+        )
+
+
+def _ids_by_bytes(table: TokenBytes) -> dict[bytes, int]:
+    ids: dict[bytes, int] = {}
+    for i in sorted(table.pieces):
+        piece = table.pieces[i]
+        if piece not in ids or table.encode(piece.decode(errors="replace")) == [i]:
+            ids[piece] = i
+    return ids
+
+
+def align_rollouts(
+    rollouts: Rollouts,
+    rows: Sequence[PromptRow] | Mapping[int, PromptRow],
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    **settings: Any,
+) -> tuple[Rollouts, list[Alignment], AlignmentStats]:
+    """`Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)`, for a single use.
+
+    Example:
+        >>> teacher_rollouts, alignments, stats = align_rollouts(rollouts, rows, student_tokenizer, teacher_tokenizer)
+        >>> students, teachers = alignments[0].select("last_k", 2000)
+
+    Raises:
+        ValueError: as `Aligner` and its `align`.
+    """
+    return Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)

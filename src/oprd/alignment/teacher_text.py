@@ -1,0 +1,126 @@
+"""How a teacher gets to read its own text: settings, and when an `Aligner` is needed at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment.aligner import Aligner
+from oprd.models.tokens import check_same_tokens, different_tokens
+
+logger = logging.getLogger("oprd")
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """Settings of the prompts that both models read; a teacher's setting that is not None gives it prompts of its own.
+
+    Args:
+        chat_template_kwargs: of the student's chat template.
+        teacher_chat_template_kwargs: of the teacher's; {} for its own template as it is.
+        teacher_system_prompt: the teacher's own, in place of one in the row.
+        special_token_map: special token of the student → the teacher's that means the same; ends of turn need none.
+    """
+
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    teacher_chat_template_kwargs: Mapping[str, Any] | None = None
+    teacher_system_prompt: str | None = None
+    special_token_map: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, settings: Any) -> TeacherText:
+        """Those of an object that has settings of these names, such as an `OPRDConfig`."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
+    @property
+    def asked(self) -> list[str]:
+        """The settings that give the teacher a text of its own."""
+        return [f.name for f in fields(self)[1:] if getattr(self, f.name) is not None]
+
+    def aligner(
+        self,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        student_stop_ids: Sequence[int],
+        teacher_stop_ids: Sequence[int],
+    ) -> Aligner | None:
+        """What turns rollouts into the teacher's text; None where the teacher can read the student's tokens and shall.
+
+        Args:
+            student_tokenizer: the student's.
+            teacher_tokenizer: the teacher's; None when unknown.
+            student_stop_ids: ids that end the student's turn.
+            teacher_stop_ids: ids that end the teacher's; the tokenizer's end token where it has one, else the lowest of these,
+                stands for all of the student's.
+
+        Raises:
+            ValueError: tokens that cannot be aligned, a special token that one side does not have, or settings for a teacher whose
+                tokenizer is unknown.
+        """
+        if teacher_tokenizer is None:
+            if self.asked:
+                raise ValueError(f"{self.asked[0]}: it needs the teacher's tokenizer; pass teacher_processing_class")
+            return None
+        if not self.asked and not different_tokens(student_tokenizer, teacher_tokenizer):
+            if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+                logger.warning(
+                    "the teacher's chat template is not the student's, and it reads prompts as the student does; "
+                    "teacher_chat_template_kwargs: {} gives it its own"
+                )
+            return None
+        end = teacher_tokenizer.eos_token_id
+        teacher_ends = {*teacher_stop_ids, *([] if end is None else [end])} or {*student_stop_ids}
+        special_map = _special_ids(self.special_token_map or {}, student_tokenizer, teacher_tokenizer)
+        _check_map(special_map, self.special_token_map or {}, {*student_stop_ids}, teacher_ends)
+        return Aligner(
+            student_tokenizer,
+            teacher_tokenizer,
+            student_stop_ids=student_stop_ids,
+            teacher_end_id=end if end is not None else min(teacher_ends),
+            special_map=special_map,
+            chat_template_kwargs=self.chat_template_kwargs,
+            teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
+            teacher_system_prompt=self.teacher_system_prompt,
+        )
+
+
+def check_one_text(aligner: Aligner, *, compares_states: bool) -> None:
+    """Refuse two vocabularies where hidden states are to be compared without a bridge: one origin splits a text alike.
+
+    Raises:
+        ValueError: names the first ids that differ.
+    """
+    if compares_states and not aligner.same_ids:
+        check_same_tokens(aligner.student_tokenizer, aligner.teacher_tokenizer)
+
+
+def _special_ids(
+    names: Mapping[str, str], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """A map of tokens as a map of ids."""
+    known = {"student": student.get_vocab(), "teacher": teacher.get_vocab()}
+    for pair in names.items():
+        for side, token in zip(known, pair, strict=True):
+            if token not in known[side]:
+                raise ValueError(
+                    f"special_token_map: {token!r} is no token of the {side}'s tokenizer; it maps the student's special tokens on "
+                    "the teacher's, such as {<think>: <reasoning>}"
+                )
+    return {known["student"][ours]: known["teacher"][theirs] for ours, theirs in names.items()}
+
+
+def _check_map(special_map: Mapping[int, int], names: Mapping[str, str], *ends: set[int]) -> None:
+    """Refuse a map that names an end of a turn, or one token of the teacher's twice: a token means one thing."""
+    for (ours, theirs), (i, j) in zip(names.items(), special_map.items(), strict=True):
+        for side, token, ending in (("student", ours, i in ends[0]), ("teacher", theirs, j in ends[1])):
+            if ending:
+                raise ValueError(
+                    f"special_token_map: {token!r} is an end of the {side}'s turn; ends are partners without an entry, and of "
+                    "nothing else"
+                )
+        if list(special_map.values()).count(j) > 1:
+            raise ValueError(f"special_token_map: {theirs!r} stands for several of the student's tokens; map one on it")

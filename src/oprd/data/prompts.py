@@ -1,0 +1,103 @@
+"""From dataset rows to the token ids a model is asked to continue: chat template, length checks, order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from oprd.data.rows import PromptRow
+
+logger = logging.getLogger("oprd")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered and tokenised.
+
+    Args:
+        index: its place in the dataset it came from.
+        ids: token ids, special tokens of the template included.
+        row: the dataset row.
+    """
+
+    index: int
+    ids: list[int]
+    row: PromptRow
+
+
+def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Token ids of a prompt: messages through the chat template with the generation prompt, plain text as it is.
+
+    Raises:
+        ValueError: messages for a tokenizer that has no chat template, or a prompt that renders to nothing; names the row.
+    """
+    if isinstance(row.prompt, str):
+        starts = bool(tokenizer.bos_token) and row.prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(row.prompt, add_special_tokens=not starts)["input_ids"]  # no second start token
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
+                "give the prompt as plain text or set tokenizer.chat_template"
+            )
+        ids = tokenizer.apply_chat_template(
+            row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(template_kwargs or {})
+        )["input_ids"]
+    if not ids:
+        raise ValueError(f"{row.source}: the prompt has no token")
+    return list(ids)
+
+
+def prepare_prompts(
+    rows: Sequence[PromptRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_completion_length: int,
+    context_length: int | None = None,
+    max_prompt_length: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Render all rows, checking that each leaves room for its completion.
+
+    Args:
+        rows: dataset rows.
+        tokenizer: the student's.
+        name: of the dataset, for messages.
+        max_completion_length: tokens a completion may take.
+        context_length: tokens the model can read; None when unknown.
+        max_prompt_length: leave out longer prompts; their number is logged. None: nothing is left out.
+        chat_template_kwargs: arguments of the chat template.
+
+    Raises:
+        ValueError: empty dataset, nothing left, or a prompt that does not fit the context; names the row.
+    """
+    if not rows:
+        raise ValueError(f"{name}: the dataset is empty")
+    prompts = [Prompt(i, render(row, tokenizer, chat_template_kwargs), row) for i, row in enumerate(rows)]
+    if max_prompt_length is not None:
+        kept = [p for p in prompts if len(p.ids) <= max_prompt_length]
+        if len(kept) < len(prompts):
+            logger.warning(
+                "%s: left out %d of %d prompts, longer than max_prompt_length=%d tokens",
+                name, len(prompts) - len(kept), len(prompts), max_prompt_length,
+            )  # fmt: skip
+        if not kept:
+            shortest = min(len(p.ids) for p in prompts)
+            raise ValueError(
+                f"max_prompt_length: {max_prompt_length} leaves no prompt of {name}; the shortest has {shortest} tokens"
+            )
+        prompts = kept
+    for prompt in prompts:
+        if context_length is not None and len(prompt.ids) + max_completion_length > context_length:
+            room = context_length - max_completion_length
+            remedy = f", or leave such prompts out with max_prompt_length={room}" if room > 0 else ""
+            raise ValueError(
+                f"{prompt.row.source}: the prompt has {len(prompt.ids)} tokens, which with max_completion_length="
+                f"{max_completion_length} exceeds the model's context of {context_length}; shorten max_completion_length{remedy}"
+            )
+    return prompts

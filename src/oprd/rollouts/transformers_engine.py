@@ -1,0 +1,186 @@
+"""Rollouts by transformers' own `generate`: no extra dependency, any device, and the reference for faster engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from oprd.models.architecture import causal_lm
+from oprd.models.sharding import is_sharded, most_of_ranks
+from oprd.models.tokens import vocabulary_size
+from oprd.rollouts.engine import Sampling, padding_id, repeat_prompts, to_rollouts
+from oprd.types import Rollouts
+
+
+class TransformersEngine:
+    """Samples with `model.generate` in batches of similar prompt length.
+
+    Args:
+        tokenizer: decodes completions.
+        stop_token_ids: ids that end a completion; the one generated is part of it.
+        batch_size: completions generated together.
+
+    Attributes:
+        on_batch: called after each batch with (completions done, of all), for a progress display.
+        beside_training: it may sample from a copy of the student in another thread while the student is trained.
+    """
+
+    beside_training: ClassVar[bool] = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise ValueError(f"generation_batch_size: {batch_size} is not allowed; at least 1")
+        self.tokenizer = tokenizer
+        self.stop_token_ids = list(stop_token_ids)
+        self.batch_size = batch_size
+        self.vocab_size = vocabulary_size(tokenizer)
+        self.on_batch: Callable[[int, int], None] | None = None
+        self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> Rollouts:
+        """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed.
+
+        The global random state plays no part, and the model's train/eval mode is left as it was.
+
+        Raises:
+            ValueError: `num_generations` < 1.
+        """
+        prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
+        completions: dict[int, list[int]] = {}
+        # Neighbours in length share a batch, so that left padding stays small; ties keep their order (determinism).
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        with _sampling_mode(model):
+            for start in self._starts(model, len(order)):
+                # A rank that is done keeps the others company: a sharded model takes every rank for each of its tokens.
+                indices = order[start : start + self.batch_size] or order[:1]
+                batch = self._generate_batch(model, [prompts[i] for i in indices], sampling, generator)
+                if start < len(order):
+                    completions.update(zip(indices, batch, strict=True))
+                if self.on_batch is not None:
+                    self.on_batch(len(completions), len(order))
+        ordered = [completions[i] for i in range(len(prompts))]
+        return to_rollouts(prompts, ordered, owners, self.tokenizer, self.stop_token_ids)
+
+    def _starts(self, model: nn.Module, count: int) -> range:
+        batches = -(-count // self.batch_size)
+        if is_sharded(model):
+            batches = most_of_ranks(batches, next(model.parameters()).device)
+        return range(0, batches * self.batch_size, self.batch_size)
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, model: nn.Module, prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
+    ) -> list[list[int]]:
+        lm = causal_lm(model)
+        width = max(len(p) for p in prompts)
+        input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
+        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        config = self._generation_config(sampling, lm.get_output_embeddings())
+        with _own_generation_config(lm, config):
+            generate = getattr(model, "generate", lm.generate)
+            # Sharded: until the last rank's last completion is done.
+            together = {"synced_gpus": True} if is_sharded(model) else {}
+            output = generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
+                logits_processor=drawing_processors(sampling, generator), **together,
+            )  # fmt: skip
+        return [self._cut(row) for row in output[:, width:].tolist()]
+
+    def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
+        rows = getattr(head, "weight", torch.empty(0)).shape[0]
+        padding = list(range(self.vocab_size, rows))  # rows that only make the matrix's size round: they mean no token
+        return GenerationConfig(
+            do_sample=False,  # of what `drawing_processors` leave
+            max_new_tokens=sampling.max_completion_length,
+            eos_token_id=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            suppress_tokens=padding or None,
+        )
+
+    def _cut(self, completion: list[int]) -> list[int]:
+        """The completion up to and including its first stop token; what follows is padding."""
+        for index, token in enumerate(completion):
+            if token in self.stop_token_ids:
+                return completion[: index + 1]
+        return completion
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token possible in each row, drawn from `generator`.
+
+    `generate` would draw from the process's random state, which a thread that trains draws from too.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn_B1 = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
+
+
+def drawing_processors(sampling: Sampling, generator: torch.Generator) -> LogitsProcessorList:
+    """What `generate(do_sample=True)` does to the logits `[batch, vocab]`, in its order, and the draw itself; nothing where greedy.
+
+    Args:
+        sampling: how completions are drawn.
+        generator: where the randomness comes from, on the logits' device.
+    """
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    warpers: list[LogitsProcessor] = []
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*warpers, _Draw(generator)])
+
+
+@contextmanager
+def _sampling_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no activation checkpointing) for the time of sampling."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _own_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Put the model's own generation config aside: `generate` fills what is unset here from it.
+
+    Many checkpoints come with temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts off-policy unseen.
+    """
+    saved = lm.generation_config
+    lm.generation_config = config
+    try:
+        yield
+    finally:
+        lm.generation_config = saved

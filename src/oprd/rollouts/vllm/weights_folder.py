@@ -1,0 +1,115 @@
+"""The folder through which a server that runs elsewhere is given a model's weights: whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from oprd.files import fsync
+from oprd.models.sharding import is_sharded
+from oprd.rollouts.vllm.weights import live_weights
+
+# What a served model's config says of its computation; the rest (names, versions) may differ between runs.
+_INCIDENTAL = ("_name_or_path", "transformers_version")
+
+
+def gather_weights(lm: PreTrainedModel, dtype: torch.dtype | None, *, keep: bool = True) -> dict[str, Tensor]:
+    """A model's live weights in host memory, adapters merged, under their names in a checkpoint.
+
+    A tied LM head becomes a weight of its own: on CPU vLLM computes from a packed copy of a tied head, which its `reload_weights`
+    leaves as it was.
+
+    Args:
+        lm: the model. If it is sharded all processes must ask: weights are gathered from them one by one.
+        dtype: of the result; None for that of each weight.
+        keep: whether this process wants them; else it takes part and gets an empty dict.
+    """
+    gathered: dict[str, Tensor] = {}
+    if not keep and not is_sharded(lm):
+        return gathered
+    for name, tensor in live_weights(lm):
+        if keep:
+            gathered[name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+    if keep and lm.config.get_text_config().tie_word_embeddings:
+        head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+        names = {id(module): name for name, module in lm.named_modules()}
+        gathered[f"{names[id(head)]}.weight"] = gathered[f"{names[id(embedding)]}.weight"].clone()
+    return gathered
+
+
+def write_folder(
+    lm: PreTrainedModel, weights: dict[str, Tensor], weights_dir: Path, version: str, dtype: torch.dtype | None
+) -> None:
+    """Write what `gather_weights` gave to `weights_dir/version`, whole or not at all; and `weights_dir/start` once.
+
+    The config says that the head is not tied.
+
+    Raises:
+        ValueError: `weights_dir/start` holds another model.
+    """
+    config = copy.deepcopy(lm.config)
+    if config.get_text_config().tie_word_embeddings:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    config.dtype = dtype or lm.dtype
+    # fully_shard gives a module a class of its own, FSDP…, in front of the model's
+    config.architectures = [next(c.__name__ for c in type(lm).__mro__ if not issubclass(c, FSDPModule))]
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+
+    weights_dir.mkdir(parents=True, exist_ok=True)
+    _write_start(weights_dir / "start", config, write)
+    _write_whole(weights_dir / version, write)
+
+
+def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: torch.dtype | None) -> Path:
+    """`gather_weights` and `write_folder` of one process; the folder.
+
+    Raises:
+        ValueError: `weights_dir/start` holds another model.
+    """
+    write_folder(lm, gather_weights(lm, dtype), weights_dir, version, dtype)
+    return weights_dir / version
+
+
+def _write_start(start: Path, config: PreTrainedConfig, write: Callable[[Path], None]) -> None:
+    """The folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
+    if not start.exists():
+        _write_whole(start, write)
+        return
+    there, wanted = json.loads((start / "config.json").read_text()), json.loads(config.to_json_string(use_diff=True))
+    differing = sorted(
+        k for k in there.keys() | wanted.keys() if k not in _INCIDENTAL and there.get(k) != wanted.get(k)
+    )
+    if differing:
+        raise ValueError(
+            f"weights_dir: {start} holds another model (config: {', '.join(differing)}); stop its server and remove the folder, or "
+            "choose another weights_dir"
+        )
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is seen whole or not at all: written beside, flushed to disk, renamed."""
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        for path in partial.iterdir():
+            fsync(path)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync(folder.parent)

@@ -1,0 +1,96 @@
+"""The picture of a run: accuracy, loss, cosine and length over steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from oprd.runs.folder import RunFolder
+
+# Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).
+STUDENT, TEACHER, BEFORE, QUIET = "#0072B2", "#009E73", "#D55E00", "#999999"
+
+
+def plot_run(folder: Path, file: Path) -> None:
+    """Draw the curves of a run folder (its `metrics.jsonl`, and `summary.json` when there is one) into `file` (PNG).
+
+    Raises:
+        ValueError: the folder has no metrics.
+    """
+    # The object interface: no display, and no global state of pyplot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = RunFolder(folder).read_metrics()
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise ValueError(f"{folder} has no metrics to draw")
+    summary_file = folder / "summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    (accuracy, loss), (cosine, length) = figure.subplots(2, 2)
+    _draw_accuracy(accuracy, steps, [line for line in lines if "eval_avg_at_k" in line], summary)
+    loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=STUDENT)
+    alone = all(s["loss"] == s.get("loss/representation") for s in steps)
+    loss.set(title="Representation loss (Eq. 6)" if alone else "Loss", xlabel="step")
+    if all(s["loss"] > 0 for s in steps):
+        loss.set_yscale("log")
+    measured = [s for s in steps if "cosine" in s]  # a loss without states measures them now and then only
+    layers = sorted({key for s in measured for key in s if key.startswith("cosine/layer_")}, key=_layer_of)
+    for index, key in enumerate(layers):
+        last = index == len(layers) - 1
+        cosine.plot(
+            [s["step"] for s in measured], [s[key] for s in measured],
+            color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=f"layer {_layer_of(key)}" if last else None,
+        )  # fmt: skip
+    cosine.set(title="Cosine to the teacher's states (grey: lower layers)", xlabel="step")
+    if layers:
+        cosine.legend(loc="lower right", frameon=False)
+    length.plot([s["step"] for s in steps], [s["completions/mean_length"] for s in steps], color=STUDENT)
+    clipped = length.twinx()
+    clipped.plot([s["step"] for s in steps], [s["completions/clipped_ratio"] for s in steps], color=BEFORE, lw=0.8)
+    clipped.set(ylim=(0, 1.02))
+    clipped.set_ylabel("share cut off by the limit", color=BEFORE)
+    length.set(title="Rollout length (tokens)", xlabel="step")
+    for axis in (accuracy, loss, cosine, length):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+
+
+def _draw_accuracy(
+    axis: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    axis.set(title="Accuracy", xlabel="step", ylim=(-0.02, 1.02))
+    graded = [s for s in steps if "accuracy" in s]
+    if graded:
+        axis.plot(
+            [s["step"] for s in graded], [s["accuracy"] for s in graded], color=STUDENT, lw=0.8, alpha=0.6,
+            label="rollouts in training",
+        )  # fmt: skip
+    if evals:
+        axis.plot(
+            [e["step"] for e in evals], [e["eval_avg_at_k"] for e in evals], "o-", color=STUDENT, label="evaluation"
+        )
+    teacher = (summary.get("teacher") or {}).get("avg_at_k")
+    if teacher is not None:
+        axis.axhline(teacher, color=TEACHER, ls="--", label=f"teacher {teacher:.0%}")
+    points = (("student_before", 0, BEFORE, "before"), ("student_after", steps[-1]["step"], STUDENT, "after"))
+    for name, step, colour, label in points:
+        measured = summary.get(name)
+        if measured and measured["avg_at_k"] is not None:
+            value, (low, high) = measured["avg_at_k"], measured["ci95"]
+            axis.errorbar(
+                [step], [value], yerr=[[value - low], [high - value]], fmt="s", color=colour, capsize=4,
+                label=f"{label} {value:.0%} (95 % interval)",
+            )  # fmt: skip
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best", frameon=False, fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "no graded answers", ha="center", transform=axis.transAxes, color=QUIET)
+
+
+def _layer_of(key: str) -> int:
+    return int(key.rsplit("_", 1)[1])

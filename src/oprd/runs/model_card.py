@@ -1,0 +1,217 @@
+"""The model card: a README.md beside saved weights that says what they are, how they came about and what was not measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from oprd.files import fsync
+
+CARD = "README.md"
+FILE_KINDS = (".parquet", ".jsonl", ".json")
+NOT_MEASURED = "not measured"
+_PAPER = "[On-Policy Representation Distillation](https://arxiv.org/abs/2606.06021)"
+_MODELS = {"student_before": "student before", "student_after": "student after", "teacher": "teacher"}
+
+
+def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The card of a run's model, Markdown with the hub's metadata as YAML at its head.
+
+    What was not measured is said to be so. Names and settings are shown as they are, whatever they hold. Names of models and
+    datasets go into the metadata only where they are names on the hub, that is, where there is no such file here.
+
+    Args:
+        summary: of the run, as in its `summary.json`.
+        settings: of the run, as in its `config.yaml`.
+    """
+    adapter = settings.get("lora") is not None
+    student, train = settings["model"], settings["train_dataset"]
+    data = ModelCardData(
+        base_model=student if _on_hub(student) else None,
+        datasets=[train] if _on_hub(train) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["oprd", "distillation", "on-policy-distillation", *(["lora"] if adapter else [])],
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_code(student)}, distilled with OPRD",
+        f"{'An adapter for the student' if adapter else 'The student'}, trained on its own rollouts towards a teacher by {_PAPER}.",
+        _origin(summary, settings),
+        "## Results",
+        _results(summary, settings),
+        "## Contamination",
+        _contamination(summary.get("contamination")),
+        "## Limits",
+        _limits(summary, settings),
+        "## To repeat it",
+        _recipe(summary, settings),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def write_model_card(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write the card into a model's folder in place of the one that may be there (PEFT leaves one), whole or not at all."""
+    staged = folder / f".{CARD}.tmp"
+    staged.write_text(model_card(summary, settings), encoding="utf-8")
+    fsync(staged)
+    os.replace(staged, folder / CARD)
+
+
+def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    teacher, bridge = settings.get("teacher_model"), settings.get("bridge")
+    lines = {
+        "student": _code(settings["model"]),
+        "teacher": _code(teacher) if teacher else "the student without its adapter",
+        "bridge between them": _code(bridge) if bridge else None,
+        "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
+        "training prompts": _dataset(settings, "train"),
+        "loss": _recorded(summary.get("objective")),
+        "steps": _recorded(summary.get("steps")),
+        "seconds of training (of its last part, where it was resumed)": _recorded(summary.get("train_seconds")),
+        "seed": _recorded(settings.get("seed")),
+        "software": _software(summary),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    if not settings.get("eval_dataset"):
+        return f"Accuracy was {NOT_MEASURED}: the run had no evaluation set."
+    task = settings.get("task")
+    longest = settings.get("eval_max_completion_length") or settings.get("max_completion_length")
+    graded = f"graded as task {_code(task)}" if task else "without a task to grade by"
+    temperature, top_p = (_recorded(settings.get(name)) for name in ("eval_temperature", "eval_top_p"))
+    head = (
+        f"On {_dataset(settings, 'eval')}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
+        f"most tokens {_recorded(longest)}. The interval is a bootstrap over problems."
+    )
+    rows = [
+        "| model | Avg@k | 95 % interval | k | problems | Best@k | finished | mean length |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
+    ]
+    return "\n\n".join(
+        [head, "\n".join(rows), f"Share of the gap to the teacher that training closed: {_gap(summary)}."]
+    )
+
+
+def _measures(measured: Mapping[str, Any] | None) -> list[str]:
+    """Cells of a table row."""
+    if not measured:
+        return [NOT_MEASURED] * 7
+    graded = measured["avg_at_k"] is not None
+    low, high = measured["ci95"] if graded else (None, None)
+    return [
+        f"{measured['avg_at_k']:.1%}" if graded else "not graded",
+        f"{low:.1%} to {high:.1%}" if graded else "not graded",
+        str(measured["k"]),
+        str(measured["problems"]),
+        f"{measured['best_at_k']:.1%}" if graded else "not graded",
+        f"{measured['finished']:.1%}",
+        f"{measured['mean_length']:.0f} tokens",
+    ]
+
+
+def _gap(summary: Mapping[str, Any]) -> str:
+    if summary.get("gap_closed") is not None:
+        return f"{summary['gap_closed']:.1%}"
+    accuracies = [(summary.get(name) or {}).get("avg_at_k") for name in _MODELS]
+    return NOT_MEASURED if None in accuracies else "there was none, the teacher was not ahead of the student"
+
+
+def _contamination(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return f"{NOT_MEASURED.capitalize()}: the run had no evaluation set to compare its prompts with."
+    count, problems = found["overlapping"], found["eval_problems"]
+    return (
+        f"{count or 'None'} of the {problems} evaluation problems {'is' if count == 1 else 'are'} also, word for word or nearly "
+        f"(similarity {found['threshold']:g} or more), among the training prompts. Texts were compared, not meanings. Whether the "
+        f"problems were in what student and teacher were trained on before was {NOT_MEASURED}."
+    )
+
+
+def _limits(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    measured = {name: summary.get(name) for name in _MODELS}
+    missing = [label for name, label in _MODELS.items() if not measured[name]]
+    limits = ["One training seed: the spread over seeds was not measured, and the intervals do not hold it."]
+    if missing and settings.get("eval_dataset"):
+        limits.append(f"Accuracy was not measured of: {', '.join(missing)}.")
+    for name, label in _MODELS.items():
+        found = measured[name]
+        if found and found["ungraded"]:
+            limits.append(f"{label.capitalize()}: {found['ungraded']} samples were not graded.")
+        if found and found["finished"] < 1:
+            limits.append(
+                f"{label.capitalize()}: {1 - found['finished']:.1%} of the samples were cut off by the limit on their length."
+            )
+    what = "The problems above are all that was measured" if settings.get("eval_dataset") else "Nothing was measured"
+    limits += [
+        f"{what}: not other subjects and languages, not safety, not what the student could do before and may have lost.",
+        "Whether settings or this checkpoint were chosen by the evaluation above is not recorded.",
+        "Licences are not recorded: those of student, teacher and prompts hold.",
+    ]
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
+    fence = _fence(text, 3)
+    processes = summary.get("processes")
+    how = (
+        "as many processes as it had (not recorded)"
+        if processes is None
+        else f"{processes} process{'es' * (processes > 1)}"
+    )
+    return (
+        f"Save as `recipe.yaml`, then `oprd train --config recipe.yaml`, in {how}. Names of files are those of the machine "
+        f"it ran on.\n\n{fence}yaml\n{text}{fence}"
+    )
+
+
+def _dataset(settings: Mapping[str, Any], role: str) -> str:
+    """Name, split (files have none) and number of rows of the train or eval dataset."""
+    name, limit = settings[f"{role}_dataset"], settings.get(f"{role}_limit")
+    rows = "all rows" if limit is None else f"the first {limit} rows"
+    split = settings.get(f"{role}_split")
+    split = "" if split is None or Path(name).suffix in FILE_KINDS else f"split {_code(split)}, "
+    return f"{_code(name)} ({split}{rows})"
+
+
+def _recorded(value: Any) -> Any:
+    return "not recorded" if value is None else value
+
+
+def _software(summary: Mapping[str, Any]) -> str:
+    versions = {**(summary.get("software") or {}), "Python": summary.get("python")}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
+
+
+def _on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).expanduser().exists()
+
+
+def _code(value: Any) -> str:
+    """`value` as inline code: the one place of Markdown where neither markup nor HTML means anything."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    fence = _fence(text, 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than stand in a row anywhere in `text`, so that it cannot end the code it is put into."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)

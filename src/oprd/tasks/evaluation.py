@@ -1,0 +1,102 @@
+"""Evaluation: k sampled completions a problem, graded, summed up by the measures of `oprd.tasks.measures`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from oprd.data.prompts import Prompt
+from oprd.rollouts.engine import RolloutEngine, Sampling
+from oprd.tasks.measures import Sample, summarize
+from oprd.tasks.task import Grader
+from oprd.types import Rollouts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Args:
+        summary: JSON-able measures: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
+        rollouts: the completions, k a problem, problem after problem.
+        correct: their verdicts; None where the row has no answer or nothing grades.
+    """
+
+    summary: dict[str, Any]
+    rollouts: Rollouts
+    correct: list[bool | None]
+
+
+def grade_rollouts(
+    rollouts: Rollouts, answer_of: Callable[[int], str | None], grader: Grader | None
+) -> list[bool | None]:
+    """Verdict of each rollout; None where its row has no answer, or there is no grader."""
+    verdicts: list[bool | None] = [None] * len(rollouts)
+    answers = [answer_of(row) for row in rollouts.rows]
+    gradable = [i for i, answer in enumerate(answers) if answer is not None]
+    if grader is not None and gradable:
+        graded = grader.grade([rollouts.texts[i] for i in gradable], [str(answers[i]) for i in gradable])
+        for index, verdict in zip(gradable, graded, strict=True):
+            verdicts[index] = verdict
+    return verdicts
+
+
+def evaluate(
+    model: nn.Module,
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    grader: Grader | None,
+    *,
+    k: int,
+    sampling: Sampling,
+    seed: int = 0,
+) -> Evaluation:
+    """Sample k completions a prompt, grade them, and sum up.
+
+    Args:
+        model: a causal LM.
+        engine: what samples.
+        prompts: rendered problems.
+        grader: what grades; None leaves every sample ungraded.
+        k: samples a problem.
+        sampling: how they are drawn.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: no prompt, or k < 1.
+    """
+    if not prompts:
+        raise ValueError("evaluate: there is no problem")
+    rows = range(len(prompts))
+    rollouts = engine.generate(
+        model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
+    )
+    correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
+    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+
+
+def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: int) -> dict[str, Any]:
+    """The measures of rollouts that lie k a problem, problem after problem."""
+    samples = [
+        Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))
+        for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
+    ]
+    return summarize([samples[start : start + k] for start in range(0, len(samples), k)])
+
+
+def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
+    """The evaluation of all problems, in their order, out of the ranks' parts: rank r of R has problems r, r + R, r + 2R, …
+
+    A part of a rank that had no problem is left out.
+    """
+    starts = [0, *accumulate(len(part.correct) for part in parts)]
+    order = [starts[i % len(parts)] + i // len(parts) * k + sample for i in range(num_problems) for sample in range(k)]
+    verdicts = [verdict for part in parts for verdict in part.correct]
+    correct = [verdicts[i] for i in order]
+    rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
+    rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
+    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)

@@ -1,0 +1,133 @@
+"""Tasks by name: how to grade a response and, for generated tasks, where problems come from.
+
+A new task is one module beside this file and one line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+from oprd.data.rows import PromptRow
+from oprd.tasks import addition, reasoning
+from oprd.tasks.math import INSTRUCTION, BoxedGrader
+
+
+@runtime_checkable
+class Grader(AbstractContextManager["Grader"], Protocol):
+    """Grades batches inside a `with` block, where it may hold processes; `stats` counts how pairs were decided."""
+
+    @property
+    def stats(self) -> Counter[str]:
+        """How many pairs were decided how."""
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return for each response whether it gives its answer; ValueError if there are not as many answers."""
+
+
+class FunctionGrader:
+    """A `Grader` made of a function of one response and one answer."""
+
+    def __init__(self, is_correct: Callable[[str, str], bool]) -> None:
+        self._is_correct = is_correct
+        self.stats: Counter[str] = Counter()
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return for each response whether it gives its answer.
+
+        Raises:
+            ValueError: unequal lengths, or an answer that the function refuses.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, {len(answers)} answers: give one answer for each response")
+        verdicts = [self._is_correct(*pair) for pair in zip(responses, answers, strict=True)]
+        self.stats["exact"] += len(verdicts)
+        return verdicts
+
+    def __enter__(self) -> FunctionGrader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: its key in `TASKS`.
+        description: one line for `--help`.
+        grader: makes a grader: `with task.grader() as grader: grader.grade(responses, answers)`.
+        problems: `(n, seed, split) -> rows` of a task that is generated; None if prompts come from a file or the hub.
+        instruction: a sentence that tells a model how to give its answer; None if there is nothing to tell.
+        instruction_mark: a prompt that contains it says so already.
+    """
+
+    name: str
+    description: str
+    grader: Callable[[], Grader]
+    problems: Callable[[int, int, str], list[PromptRow]] | None = None
+    instruction: str | None = None
+    instruction_mark: str = ""
+
+
+TASKS: dict[str, Task] = {
+    "math": Task("math", r"mathematics, the answer in the last \boxed{}", BoxedGrader, None, INSTRUCTION, "\\boxed"),
+    "addition": Task(
+        "addition",
+        "five-digit addition, column by column (the tiny pair's task)",
+        lambda: FunctionGrader(addition.is_correct),
+        addition.problems,
+    ),
+    "chain_sum": Task(
+        "chain_sum",
+        "two or three numbers added and subtracted (reasoning-gym)",
+        lambda: FunctionGrader(reasoning.is_correct),
+        reasoning.problems,
+    ),
+    "sum_of_two": Task(
+        "sum_of_two",
+        "the same, two numbers only",
+        lambda: FunctionGrader(reasoning.is_correct),
+        partial(reasoning.problems, max_terms=2),
+    ),
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name.
+
+    Raises:
+        ValueError: there is none; lists all and the nearest.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no task {name!r}: allowed are {', '.join(map(repr, TASKS))}.{hint}")
+    return TASKS[name]
+
+
+def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
+    """Append the task's instruction to the prompts that do not yet say how to answer, as published evaluations do.
+
+    Returns:
+        The rows, and how many of them were changed.
+    """
+    changed = [_instructed(task, row) for row in rows]
+    return changed, sum(new is not old for new, old in zip(changed, rows, strict=True))
+
+
+def _instructed(task: Task, row: PromptRow) -> PromptRow:
+    text = row.prompt if isinstance(row.prompt, str) else " ".join(message["content"] for message in row.prompt)
+    if task.instruction is None or task.instruction_mark in text:
+        return row
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=f"{row.prompt} {task.instruction}")
+    last = {**row.prompt[-1], "content": f"{row.prompt[-1]['content']} {task.instruction}"}
+    return replace(row, prompt=[*row.prompt[:-1], last])

@@ -1,0 +1,250 @@
+"""The file of a comparison: what it may say, and the runs that it asks for, each checked before the first one starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from oprd.config import OPRDConfig
+from oprd.plan import describe_plan
+from oprd.run_config import Recipe, load_recipe, read_yaml, resolved
+from oprd.tools.compare.bridges import bridge_folder, parse_bridges
+from oprd.tools.compare.results import Run
+
+_PACKAGE = Path(__file__).parents[2]
+COMPARISON_FOLDERS = (_PACKAGE / "comparisons", _PACKAGE.parent.parent / "comparisons")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+# What the comparison sets itself, and how the user sets it.
+_OURS = {
+    "seed": "list the seeds under 'seeds'",
+    "output_dir": "it is the comparison's 'output_dir'",
+    "learning_rate": "list the rates under 'learning_rates'",
+    "eval_before": "the student before is evaluated once a seed",
+    "eval_teacher": "the teacher is evaluated once a seed",
+    "resume_from_checkpoint": "an interrupted run is started anew",
+    "load_best_model_at_end": "the final evaluation must be that of the last step",
+}
+# What all objectives share, or the numbers would not be about the objectives.
+_SHARED = (
+    "model", "teacher_model", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
+    "train_limit", "task",
+)  # fmt: skip
+_RATES = "learning_rates"
+_SHARED_PREFIX = "eval_"
+_ROLLOUTS = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file.
+
+    Args:
+        recipe: a recipe file, or the name of a shipped recipe: the settings that all runs start from.
+        output_dir: where the runs and the report are written.
+        seeds: of problems, prompt order, rollouts and evaluation; every objective runs under each.
+        learning_rates: every objective runs at each, unless it has `learning_rates` of its own.
+        objectives: name → keys of the recipe that this objective replaces.
+        settings: keys of the recipe that are replaced for all runs.
+        bridges: name → options of `oprd bridge fit`: bridges that the comparison fits; the key `bridge` takes these names.
+    """
+
+    recipe: str
+    output_dir: str
+    seeds: list[int]
+    learning_rates: list[float]
+    objectives: dict[str, dict[str, Any] | None]
+    settings: dict[str, Any] = field(default_factory=dict)
+    bridges: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+
+
+def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
+    """Read and check a comparison file; its recipes are checked by `plan_runs`.
+
+    Args:
+        path: a YAML file, or the name of a shipped comparison ("tiny").
+
+    Returns:
+        The file, and what it says.
+
+    Raises:
+        ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
+    """
+    file = _find(path)
+    comparison = Comparison(**_typed(read_yaml(file), file))
+    _check_grid(comparison, file)
+    _check_keys(comparison, file)
+    parse_bridges(comparison.bridges, str(file))
+    return file, comparison
+
+
+def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
+    """Every run, checked: seeds outermost, so that an interrupted comparison has the same seeds of every objective.
+
+    Only the first run of a seed evaluates the student before and the teacher: they are the same for all runs of that seed
+    (another seed draws other problems, or other samples).
+
+    Raises:
+        ValueError: a recipe that is not allowed, that has nothing to evaluate, or that rolls out another number than the others.
+    """
+    runs: list[Run] = []
+    rollouts: dict[str, dict[str, int]] = {}
+    for seed in comparison.seeds:
+        first = len(runs)
+        for rate, name, changes in _grid(comparison):
+            folder = Path(comparison.output_dir) / "runs" / name / f"lr_{rate!r}" / f"seed_{seed}"
+            own = {"seed": seed, "learning_rate": rate, "output_dir": str(folder)}
+            own |= dict.fromkeys(("eval_before", "eval_teacher"), len(runs) == first)
+            values = {**comparison.settings, **changes, **own}
+            if values.get("bridge") in comparison.bridges:
+                values["bridge"] = str(bridge_folder(comparison.output_dir, values["bridge"]))
+            recipe, config = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
+            rollouts[name] = {key: getattr(config, key) for key in _ROLLOUTS}
+            settings = resolved(recipe, config)
+            runs.append(Run(name, rate, seed, folder, settings))
+    _check_rollouts(rollouts, file)
+    return runs
+
+
+def _grid(comparison: Comparison) -> Iterator[tuple[float, str, dict[str, Any]]]:
+    """Rate, objective and the keys it replaces: rates outermost, ascending."""
+    changes = {name: dict(keys or {}) for name, keys in comparison.objectives.items()}
+    rates = {name: _rates(keys.pop(_RATES, comparison.learning_rates), name) for name, keys in changes.items()}
+    for rate in sorted({rate for own in rates.values() for rate in own}):
+        yield from ((rate, name, keys) for name, keys in changes.items() if rate in rates[name])
+
+
+def rollouts_a_step(run: Run) -> int:
+    """Rollouts that a step of this run takes."""
+    return math.prod(run.settings.get(key, 1) for key in _ROLLOUTS)
+
+
+def _find(path: str | Path) -> Path:
+    for candidate in (Path(path), *(folder / f"{path}.yaml" for folder in COMPARISON_FOLDERS)):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({p.stem for folder in COMPARISON_FOLDERS for p in folder.glob("*.yaml")})
+    raise ValueError(f"config: there is no file {str(path)!r}; shipped comparisons are {', '.join(shipped)}")
+
+
+def _typed(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The file's values as `Comparison` wants them."""
+    types = get_type_hints(Comparison)
+    for key in content:
+        _refuse_unknown(key, types, f"{file}", f"; allowed are {', '.join(types)}")
+    for needed in dataclasses.fields(Comparison):
+        if needed.default_factory is dataclasses.MISSING and content.get(needed.name) is None:
+            raise ValueError(f"{file}: the key {needed.name!r} is missing; see comparisons/ for complete files")
+    typed = {}
+    for key, value in content.items():
+        if value is None:
+            continue
+        try:
+            typed[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ": ".join([key, *map(str, first["loc"])])
+            raise ValueError(f"{file}: {where}: {first['input']!r} is not allowed: {first['msg']}") from None
+    return typed
+
+
+def _check_grid(comparison: Comparison, file: Path) -> None:
+    for key in ("seeds", "learning_rates", "objectives"):
+        values: Any = getattr(comparison, key)
+        if not values:
+            raise ValueError(f"{file}: {key}: {values!r} is not allowed; give at least one")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{file}: {key}: {values!r} names one twice; leave out the second")
+    for seed in comparison.seeds:
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{file}: seeds: {seed} is not allowed; a seed is 0 to {2**32 - 1}")
+    _rates(comparison.learning_rates, f"{file}: learning_rates")
+    lower: dict[str, str] = {}
+    for name in comparison.objectives:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{file}: objectives: {name!r} cannot name a folder; use up to 64 letters, digits, '_' and '-', the first a "
+                "letter or digit"
+            )
+        twin = lower.setdefault(name.lower(), name)
+        if twin != name:
+            raise ValueError(f"{file}: objectives: {name!r} and {twin!r} are one folder on some disks; rename one")
+
+
+def _rates(values: Any, where: str) -> list[float]:
+    try:
+        rates = TypeAdapter(list[float]).validate_python(values)  # YAML reads 1e-4 as text
+    except ValidationError:
+        raise ValueError(f"{where}: {values!r} is not allowed; give a list of rates, such as [3.0e-4]") from None
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{where}: {rate} is not allowed; a rate is above 0")
+    if not rates or len(set(rates)) != len(rates):
+        raise ValueError(f"{where}: {values!r} is not allowed; give at least one rate, each once")
+    return rates
+
+
+def _check_keys(comparison: Comparison, file: Path) -> None:
+    """Keys of the recipe that are unknown, or not for this place."""
+    known = [f.name for kind in (Recipe, OPRDConfig) for f in dataclasses.fields(kind)]
+    places: dict[str, Mapping[str, Any]] = {"settings": comparison.settings}
+    places |= {f"objectives: {name}": changes or {} for name, changes in comparison.objectives.items()}
+    for place, changes in places.items():
+        for key in changes:
+            if key == _RATES and place != "settings":
+                _rates(changes[key], f"{file}: {place}: {key}")
+                continue
+            _refuse_unknown(key, known, f"{file}: {place}", " (all keys: docs/configuration.md)")
+            if key in _OURS:
+                raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_OURS[key]}")
+            if place != "settings" and (key in _SHARED or key.startswith(_SHARED_PREFIX)):
+                raise ValueError(
+                    f"{file}: {place}: {key!r} cannot differ between objectives, which share models, problems and evaluation; "
+                    "set it under 'settings'"
+                )
+
+
+def _refuse_unknown(key: Any, known: Iterable[str], where: str, allowed: str) -> None:
+    known = list(known)
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where}: unknown key {key!r}{hint}{allowed}")
+
+
+def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) -> tuple[Recipe, OPRDConfig]:
+    """The recipe with `values` in place; `planned`: its models and datasets were checked for another seed or rate."""
+    try:
+        checked, config = load_recipe(recipe, values)
+        if not checked.eval_dataset:
+            raise ValueError("eval_dataset: there is none, so nothing would be compared; set it under 'settings'")
+        if config.load_best_model_at_end:
+            raise ValueError(f"load_best_model_at_end: True is not allowed: {_OURS['load_best_model_at_end']}")
+        if config.bridge is not None and not Path(config.bridge).is_dir():
+            raise ValueError(
+                f"bridge: there is no folder {config.bridge}, nor is it among this file's 'bridges'; make one with oprd bridge fit"
+            )
+        if not planned:
+            describe_plan(checked, config)  # what it says is not needed; what it refuses is
+    except ValueError as error:
+        raise ValueError(f"{where} (recipe {recipe!r} with the settings of this file): {error}") from error
+    return checked, config
+
+
+def _check_rollouts(rollouts: Mapping[str, Mapping[str, int]], file: Path) -> None:
+    (first, ours), *others = rollouts.items()
+    for name, theirs in others:
+        if math.prod(ours.values()) != math.prod(theirs.values()):
+            counts = " and ".join(
+                f"{objective!r} takes {math.prod(parts.values())} rollouts a step ({' × '.join(map(str, parts.values()))})"
+                for objective, parts in ((first, ours), (name, theirs))
+            )
+            raise ValueError(f"{file}: objectives: {counts}; make {' × '.join(_ROLLOUTS)} agree")

@@ -1,0 +1,132 @@
+"""The report of a comparison: `compare.json`, and the same numbers as a table (`compare.md`, and for the terminal)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oprd.tools.compare.figure import plot_comparison
+from oprd.tools.compare.plan import Comparison, rollouts_a_step
+from oprd.tools.compare.results import Run, summarize_runs
+
+NAMES = ("compare.json", "compare.md", "compare.png")
+
+
+def build_report(comparison: Comparison, file: Path, runs: Sequence[Run]) -> dict[str, Any]:
+    """What the run folders say, and what the runs were asked to do.
+
+    Raises:
+        ValueError: no run is complete, or one has no accuracy.
+    """
+    first = runs[0].settings
+    common = {k: v for k, v in first.items() if all(k in run.settings and run.settings[k] == v for run in runs)}
+    return {
+        **summarize_runs(runs),
+        "settings": {
+            "file": str(file),
+            "recipe": comparison.recipe,
+            "seeds": comparison.seeds,
+            "learning_rates": comparison.learning_rates,
+            "settings": comparison.settings,
+            "bridges": comparison.bridges,
+            "objectives": {name: changes or {} for name, changes in comparison.objectives.items()},
+            "rollouts_a_step": rollouts_a_step(runs[0]),
+            "common": common,
+        },
+    }
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write `compare.json`, `compare.md` and `compare.png` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, picture = (folder / name for name in NAMES)
+    data.write_text(json.dumps(report, indent=1) + "\n")
+    text.write_text(markdown(report))
+    plot_comparison(report, picture)
+
+
+def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[bool, list[str]]]]:
+    """The header, and each row with whether it is its objective's best rate."""
+    k, asked = report["k"], len(report["settings"]["seeds"])
+    header = [
+        "objective", "rate", f"final Avg@{k} [95 %]", "best", f"at {report['equal_time']['seconds']:.3g} s", "gap closed",
+        "seconds", "steps", "seeds",
+    ]  # fmt: skip
+    rows = []
+    for row in report["rows"]:
+        best = row["final_avg"] is not None and report["best_rate"][row["objective"]] == row["learning_rate"]
+        cells = [
+            row["objective"], f"{row['learning_rate']:g}", _with_interval(row["final_avg"], row["final_ci95"]),
+            _percent(row["best_avg"]), _with_interval(row["equal_time_avg"], row["equal_time_ci95"]),
+            _percent(row["gap_closed"]), _number(row["seconds"], 2), _number(row["steps"], 0),
+            str(asked) if len(row["seeds"]) == asked else f"{len(row['seeds'])} of {asked}",
+        ]  # fmt: skip
+        rows.append((best, cells))
+    return header, rows
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table has to know, a paragraph each."""
+    setting, machine, equal = report["settings"], report["machine"], report["equal_time"]
+    lines = [
+        f"Recipe {setting['recipe']}, {setting['rollouts_a_step']} rollouts a step, seeds {_list(setting['seeds'])}; "
+        f"{report['problems']} problems, {report['k']} samples each. {_reference(report, 'student_before', 'Student before')}; "
+        f"{_reference(report, 'teacher', 'teacher')}.",
+        "Means are over seeds. Intervals are mean ± t·s/√n over the seeds (Student's t): if seeds scatter normally, 95 % of such "
+        "intervals cover the mean over all seeds. A seed draws its own rollouts and evaluation samples (and its own problems, "
+        "where they are generated), so that this is part of the scatter; they are no intervals over problems. One seed has none. "
+        "All objectives share the seeds: judge a difference between two seed by seed (`final_by_seed` in compare.json).",
+        "`best` is the mean over seeds of each run's best evaluation, and `*` marks each objective's rate of the best final "
+        "accuracy; both are chosen by the problems that measure them, and so are optimistic.",
+        f"The time of training is that of rollouts, grading, teacher, update and optimizer, without evaluation. Accuracy at "
+        f"{equal['seconds']:.3g} s, the mean time of the fastest row ({equal['set_by']['objective']}, "
+        f"{equal['set_by']['learning_rate']:g}): {equal['method']}.",
+        f"Measured with {machine.get('threads', '?')} CPU thread(s) a run, {machine.get('workers', '?')} run(s) at a time, "
+        f"{machine.get('cpus', '?')} CPU(s).",
+    ]
+    if machine.get("workers", 1) != 1:
+        lines.append(
+            "Runs that share a machine slow each other: read the times with care, or measure again with one at a time."
+        )
+    if report["missing"]:
+        lines.append(
+            f"{len(report['missing'])} of {report['runs']} runs are not complete and not in these numbers: "
+            f"{'; '.join(report['missing'])}."
+        )
+    return lines
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table and its notes."""
+    header, rows = table(report)
+    lines = ["# Comparison of objectives", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for best, cells in rows:
+        marked = [f"**{cell}**" for cell in cells[:3]] if best else cells[:3]
+        marked[1] += " *" if best else ""
+        lines.append(f"| {' | '.join([*marked, *cells[3:]])} |")
+    return "\n".join([*lines, "", "\n\n".join(notes(report)), "", "![accuracy](compare.png)", ""])
+
+
+def _reference(report: Mapping[str, Any], key: str, name: str) -> str:
+    found = report[key]
+    return f"{name} {_with_interval(found['avg'], found['ci95'])}" if found else f"{name} not evaluated"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None:
+        return _percent(value)
+    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,192 @@
+"""The runs of a comparison, each in a process of its own: a few at a time, resumable, stopped with their parent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import yaml
+
+from oprd.config import OPRDConfig
+from oprd.runs.folder import LOCK, RunFolder
+from oprd.tools.compare.process import ForkedProcess, Process, forks, start_program
+from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summary_of
+
+RECIPE = "recipe.yaml"
+OUTPUT = "output.log"
+_SHOWN_LINES = 12
+_NOT_THE_RUN = {"output_dir", "eval_before", "eval_teacher"}  # where it is written, and what else is measured beside it
+
+Say = Callable[[str], None]
+Command = Callable[[Run], list[str]]
+
+
+def train_arguments(run: Run) -> list[str]:
+    """What follows `oprd` on the command line of one run."""
+    return ["train", "--config", str(run.folder / RECIPE)]
+
+
+def train_command(run: Run) -> list[str]:
+    """The command line of one run."""
+    return [sys.executable, "-m", "oprd.cli", *train_arguments(run)]
+
+
+def open_runs(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are not complete, in order. Looks at every folder first, and changes none.
+
+    Raises:
+        ValueError: a folder holds a run with other settings, or something that no comparison wrote.
+    """
+    for run in runs:
+        refuse_other_settings(run)
+    return [run for run in runs if not is_complete(run)]
+
+
+def refuse_other_settings(run: Run) -> None:
+    """Make sure that what the run's folder holds, if anything, was begun under the run's settings.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if not run.folder.exists() or {item.name for item in run.folder.iterdir()} <= {LOCK}:
+        return
+    if not (run.folder / RECIPE).is_file():
+        raise ValueError(
+            f"output_dir: {run.folder} holds something that no comparison wrote; choose another output_dir"
+        )
+    stored = yaml.safe_load((run.folder / RECIPE).read_text()) or {}
+    # A setting that one side lacks has its default there: it is newer than the run, or not shown when at its default.
+    defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
+    changed = []
+    for key in sorted({*stored, *run.settings} - _NOT_THE_RUN):
+        was, now = (values.get(key, defaults.get(key)) for values in (stored, run.settings))
+        if was != now:
+            changed.append(f"{key} was {was!r} and is {now!r}")
+    if changed:
+        raise ValueError(
+            f"output_dir: {run.folder} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir, keep "
+            "the settings, or remove that folder"
+        )
+
+
+def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, command: Command | None = None) -> list[Run]:
+    """Run every run of the list, `workers` at a time; whatever ends this function ends the processes too.
+
+    Args:
+        runs: what to run, in this order; an interrupted attempt in a run's folder is removed first.
+        workers: processes at a time.
+        threads: CPU threads of each.
+        say: called with a line for each run that ended.
+        command: the command line of a run, a program of its own; None: `oprd train`, forked from a process that has it imported,
+            where the system can.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        ValueError: a folder is in use, or holds what `refuse_other_settings` refuses.
+    """
+    waiting, failed = list(runs), []
+    running: dict[Process, Run] = {}
+    started, done = time.monotonic(), 0
+    with _stopped_by_sigterm():
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    run = waiting.pop(0)
+                    running[_start(run, command, workers, threads)] = run
+                for process in [p for p in running if p.poll() is not None]:
+                    run, done = running.pop(process), done + 1
+                    if process.returncode != 0:
+                        (run.folder / FAILED).write_text(f"exit code {process.returncode}\n")
+                    good = is_complete(run)
+                    left = (time.monotonic() - started) / done * (len(runs) - done)
+                    say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_news(run, good)}  ETA {_duration(left)}")
+                    if not good:
+                        failed.append(run)
+                        _show_end(run, process.returncode or 0, say)
+                time.sleep(0.05)
+        finally:
+            _stop(list(running))
+    return failed
+
+
+def _start(run: Run, command: Command | None, workers: int, threads: int) -> Process:
+    refuse_other_settings(run)  # again: hours may have passed
+    with RunFolder(run.folder).hold():  # a run that another process left behind may still be at work here
+        for item in run.folder.iterdir():
+            if item.name != LOCK:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        (run.folder / RECIPE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
+    machine = {"cpus": os.cpu_count(), "threads": threads, "workers": workers, "platform": platform.platform()}
+    (run.folder / MACHINE).write_text(json.dumps(machine, indent=1) + "\n")
+    if command is None and forks():
+        return ForkedProcess(train_arguments(run), run.folder / OUTPUT, threads)
+    return start_program((command or train_command)(run), run.folder / OUTPUT, threads)
+
+
+def _stop(processes: Sequence[Process]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            time.sleep(0.05)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is inside as an exception does, so that it can clean up; by default it would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there a handler can be set
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    earlier = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _news(run: Run, good: bool) -> str:
+    if not good:
+        return f"{run}: FAILED"
+    summary: Mapping[str, Any] = summary_of(run)
+    after = summary.get("student_after") or {}
+    accuracy = f"Avg@{after['k']} {after['avg_at_k']:.1%}" if after.get("avg_at_k") is not None else "no accuracy"
+    return f"{run}: {accuracy}, {summary.get('seconds', 0):.0f} s"
+
+
+def _show_end(run: Run, code: int, say: Say) -> None:
+    """The last lines of a failed run's output, as text: control characters of a terminal are not passed on."""
+    file = run.folder / OUTPUT
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    how = f"exit code {code}" if code else "no complete summary"
+    say(f"    {how}; the end of {file}:")
+    for line in lines[-_SHOWN_LINES:]:
+        say("    | " + "".join(c if c.isprintable() else " " for c in line))
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,243 @@
+"""From figures to choices: rules that each name the figure they rest on.
+
+Everything here is a function of the report alone (`oprd.tools.diagnose.measure`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+from oprd.tools.diagnose.verdict import agreeing, spread
+
+Report = Mapping[str, Any]
+
+# LastOPD (arXiv 2609.28845) and RIDE (2609.36484): all layers where the diagonal of layer-wise CKA is about this. The embedded
+# pair, whose student is early in training, is distilled on all layers with 0.9, so the gate is shown, not enforced.
+GATE_CKA = 0.98
+# Where the student ended a text, a teacher that would end there too gives its end ids at least this share of the student's
+# probability of its own. A share, since sampled ends are often unlikely for both.
+END_SHARE = 0.5
+# Recipes that were run, or published, with their number of parameters and learning rate for hidden states.
+RATES = (("recipes/tiny.yaml", 8.6e5, 2e-3), ("recipes/smollm2.yaml", 1.35e8, 2e-4), ("the paper", 1.5e9, 1e-5))
+PAPER_LAST_K = 2000
+
+
+def advise(report: Report) -> dict[str, Any]:
+    """Rules with the figures they rest on, and what they come to as a recipe.
+
+    Returns:
+        `advice`: a list of `{"about", "choose", "because", "settings"}`; `recipe`: YAML; `bridge_command` where a bridge is needed.
+    """
+    rules = [
+        rule
+        for make in (_bridge, _layers, _positions, _output, _ends, _rate, _gap)
+        for rule in [make(report)]
+        if rule is not None
+    ]
+    settings = {"model": report["student"], "teacher_model": report["teacher"], **_text(report)}
+    for rule in rules:
+        settings |= rule["settings"]
+    command = bridge_command(report) if report["verdict"]["bridge"] else None
+    return {"advice": rules, "recipe": yaml.safe_dump(settings, sort_keys=False), "bridge_command": command}
+
+
+def _rule(about: str, choose: str, because: str, **settings: Any) -> dict[str, Any]:
+    return {"about": about, "choose": choose, "because": because, "settings": settings}
+
+
+def _bridge(report: Report) -> dict[str, Any]:
+    verdict = report["verdict"]
+    if not verdict["bridge"]:
+        return _rule("bridge", "none: states are compared number by number", f"{verdict['kind']}: {verdict['reason']}")
+    if verdict["kind"] == "unrelated":
+        return _rule(
+            "bridge", "none; distil distributions alone, or choose another teacher",
+            f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f} is below {USABLE_CKA}: the student's states say little "
+            "of the teacher's (Theorem 3); `oprd bridge fit` measures how much, on held-out rollouts",
+            representation_weight=0,
+        )  # fmt: skip
+    return _rule(
+        "bridge", "fit one; its verdict and rank curve (Theorem 3) say on which layers and with which rank",
+        f"{verdict['kind']}: {verdict['reason']}", bridge="bridges/mine",
+    )  # fmt: skip
+
+
+def _layers(report: Report) -> dict[str, Any] | None:
+    verdict = report["verdict"]
+    if verdict["kind"] == "unrelated":
+        return None
+    if verdict["bridge"]:
+        return _rule(
+            "layers", "all that `oprd bridge fit` calls usable, the last among them",
+            f"CKA along the best map of layers {spread(report['cka']['best'])}", layers="all",
+        )  # fmt: skip
+    upper, layers = verdict["layers"], report["layers"]
+    only = sorted(set(upper) - agreeing(layers))
+    gate = "reach" if min(layers["cka_directions"]) >= GATE_CKA else "do not reach"
+    because = (
+        f"of directions CKA {spread(layers['cka_directions'])}, direct R² {spread(layers['direct_r2_directions'])}; "
+        f"they {gate} the CKA of {GATE_CKA} of published pairs"
+    )
+    if only:
+        raw = [layers["cka"][layer - 1] for layer in only]
+        because += (
+            f". Raw, CKA is {spread(raw)} in layers {', '.join(map(str, only))}: a few positions with long states outweigh "
+            "the rest there, in the loss too; normalize: true weighs positions alike"
+        )
+    if verdict["kind"] == "same origin":
+        return _rule("layers", "all", f"every layer agrees: {because}", layers="all")
+    return _rule(
+        "layers", f"{upper[0]} to {upper[-1]}",
+        f"below layer {upper[0]} CKA is under {DIRECT_CKA} or direct R² under {DIRECT_R2}; {because}", layers=upper,
+    )  # fmt: skip
+
+
+def _positions(report: Report) -> dict[str, Any]:
+    longest = report["rollouts"]["longest"]
+    curve = report["positions"]["cosine"] if not report["verdict"]["bridge"] else None
+    name = "cosine" if curve else "reverse KL"
+    curve = curve or report["positions"]["reverse_kl"]
+    where = f"the longest rollout has {longest} tokens (limit {report['rollouts']['limit']})"
+    if curve:
+        k = next((k for k in curve["k"] if k * 10 >= longest), curve["k"][-1])
+        at = curve["k"].index(k)
+        end = "" if curve["at_end"] is None else f", where the end is predicted {curve['at_end']:.3g}"
+        first, last = curve["first_k"][at], curve["last_k"][at]
+        where += f"; {name} over the first {k} positions {first:.3g}, over the last {k} {last:.3g}{end}"
+    if longest > PAPER_LAST_K:
+        return _rule(
+            "positions", f"the last {PAPER_LAST_K}, as the paper", where, positions="last_k", position_k=PAPER_LAST_K
+        )
+    return _rule("positions", f"all (the paper's last {PAPER_LAST_K} are all of these)", where, positions="all")
+
+
+def _output(report: Report) -> dict[str, Any]:
+    output, tokens, kind = report["output"], report["tokens"], report["verdict"]["kind"]
+    kl = "no position could be compared" if output["reverse_kl"] is None else (
+        f"reverse KL {output['reverse_kl']:.3g} nats a position, overlap of the likeliest tokens {output['overlap']:.1%}"
+    )  # fmt: skip
+    if not tokens["same_ids"]:
+        return _rule(
+            "output space", "no term, or watch accuracy from the first steps",
+            f"{tokens['one_to_one']:.1%} of the student's positions have the same next token in both tokenizers; with 77 % on the "
+            f"embedded pair every such term collapsed (docs/bridge.md). {kl}",
+        )  # fmt: skip
+    if kind == "unrelated":
+        return _rule("output space", "exact reverse KL alone", kl, output_space="reverse_kl", reduction="token")
+    if report["verdict"]["bridge"]:
+        return _rule(
+            "output space", "exact reverse KL beside the bridge: it calibrates the LM head, which a bridge does not see",
+            f"{kl}; on the embedded pair of two shapes it added five to seven points (docs/bridge.md)",
+            output_space="reverse_kl", reduction="token",
+        )  # fmt: skip
+    return _rule(
+        "output space", "none to begin with: states of one origin bring the distributions along",
+        f"{kl}; {_unseen(report)}on the embedded pair hidden states alone are ahead of every output-space loss "
+        "(evidence/objectives)",
+    )  # fmt: skip
+
+
+def _unseen(report: Report) -> str:
+    """How much of the last states' difference the LM head hardly sees, where states are compared as they are (Theorem 2)."""
+    theory = report["theory"]
+    if theory["difference_in_least_half"] is None:
+        return ""
+    if theory["rank"] < theory["width"]:
+        return (
+            f"{theory['difference_unseen']:.0%} of the last states' difference lies where no distribution changes (the LM head "
+            f"sees {theory['rank']} of {theory['width']} directions; Theorem 2); "
+        )
+    return (
+        f"{theory['difference_in_least_half']:.0%} of the last states' difference lies in the half of the directions that the LM "
+        f"head sees least, with {theory['half_seen']:.1%} of its strength (Theorem 2); "
+    )
+
+
+def _ends(report: Report) -> dict[str, Any] | None:
+    ends = report["ends"]
+    if not ends["positions"]:
+        return _rule(
+            "end of turn",
+            "longer rollouts: --max-completion-length",
+            "no rollout ended by itself, so ends were not seen",
+        )
+    mass, students = ends["teacher"]["mass"], ends["student"]["mass"]
+    seen = (
+        f"where the student ends a text ({ends['positions']} of {report['rollouts']['count']} rollouts) it gives its end ids "
+        f"{students:.1%}, the teacher {mass:.1%} to its own ({', '.join(map(printable, ends['teacher']['stop_tokens']))})"
+    )
+    if ends_differ(report):
+        return _rule(
+            "end of turn", "merge the ids that end a text (`end_of_turn: merge`, the default), never by_id",
+            f"{seen}, and {ends['teacher']['mass_on_students_ids']:.1%} to the student's", end_of_turn="merge",
+        )  # fmt: skip
+    if mass < END_SHARE * students:
+        return _rule(
+            "end of turn", "find out why before training: a template, or an end token that the teacher's settings do not name",
+            f"{seen}; its likeliest token there is '{printable(ends['teacher']['likeliest_token'])}'",
+        )  # fmt: skip
+    return _rule("end of turn", "nothing to do", seen)
+
+
+def ends_differ(report: Report) -> bool:
+    """Whether both models end texts, but with ids of which the teacher's are not the student's (the bug that SimOPD reports)."""
+    student, teacher = (report["ends"][side] for side in ("student", "teacher"))
+    on_students, own = teacher["mass_on_students_ids"], teacher["mass"]
+    return on_students is not None and own >= END_SHARE * student["mass"] and on_students < END_SHARE * own
+
+
+def _rate(report: Report) -> dict[str, Any]:
+    size = report["models"]["student"]["parameters"]
+    name, parameters, rate = min(RATES, key=lambda known: abs(math.log(known[1] / size)))
+    because = f"the student has {size:.2g} parameters; {name} has {parameters:.2g} and uses {rate:g} for hidden states"
+    if report["verdict"][
+        "bridge"
+    ]:  # comparisons/tiny_bridge.yaml; reverse KL at the full rate collapsed in evidence/objectives
+        rate, because = rate / 2, f"{because}, the comparisons with a bridge or distributions half of it"
+    return _rule(
+        "learning rate", f"{rate:g}, and a third of it beside it", f"{because}. A starting point, not a finding",
+        learning_rate=rate,
+    )  # fmt: skip
+
+
+def _gap(report: Report) -> dict[str, Any] | None:
+    accuracy = report["accuracy"]
+    if accuracy is None:
+        return None
+    ours, theirs = (accuracy[side]["accuracy"] for side in ("student", "teacher"))
+    low, high = accuracy["student"]["ci95"]
+    shown = (
+        f"student {ours:.1%} [{low:.1%}, {high:.1%}], teacher {theirs:.1%} on {report['rollouts']['count']} problems"
+    )
+    choose = "go on: there is something to learn" if theirs > high else "another teacher, or more problems to be sure"
+    return _rule("gap", choose, shown)
+
+
+def bridge_command(report: Report) -> str:
+    """`oprd bridge fit` for this pair, as it was read here."""
+    settings = report["settings"]
+    words = ["oprd", "bridge", "fit", "--student", report["student"], "--teacher", report["teacher"], "--prompts"]
+    words += [report["prompts"], "--out", "bridges/mine"]
+    words += ["--max-completion-length", str(settings["max_completion_length"])]
+    for key in ("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map"):
+        if settings[key] is not None:
+            value = settings[key] if isinstance(settings[key], str) else json.dumps(settings[key])
+            words += ["--" + key.replace("_", "-"), value]
+    return shlex.join(words)
+
+
+def printable(text: object) -> str:
+    r"""What a model or a file wrote, on one line and without what steers a terminal: `\x1b`, `\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def _text(report: Report) -> dict[str, Any]:
+    keys = ("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
+    return {key: report["settings"][key] for key in keys if report["settings"][key] is not None}

@@ -1,0 +1,262 @@
+"""Everything that `oprd diagnose` knows of a pair, as one JSON-able report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from oprd.alignment.aligner import AlignmentStats
+from oprd.alignment.position_pairs import Pairing
+from oprd.alignment.teacher_text import TeacherText
+from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow
+from oprd.models.architecture import hidden_size, num_layers
+from oprd.models.tokens import vocabulary_size
+from oprd.objectives.diagnostics import OVERLAP_K
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.states.layer_maps import layer_map
+from oprd.states.similarity import position_curve
+from oprd.tasks.evaluation import evaluate, grade_rollouts, summarize_rollouts
+from oprd.tasks.task import get_task
+from oprd.tools.diagnose.advice import advise
+from oprd.tools.diagnose.pair import ModelPair, load_pair
+from oprd.tools.diagnose.read import MEASURES, EndReading, Readings, read_pair
+from oprd.tools.diagnose.theory import theory_figures
+from oprd.tools.diagnose.verdict import judge
+from oprd.types import Rollouts
+
+SIDES = ("student", "teacher")
+_DIGITS = 6  # significant, of every number in the report
+_CONTEXT = 12  # tokens shown before one where the two models differ most
+
+
+def diagnose_pair(
+    student: str,
+    teacher: str,
+    rows: Sequence[PromptRow],
+    *,
+    max_completion_length: int = 512,
+    seed: int = 0,
+    text: TeacherText | None = None,
+    task: str | None = None,
+    max_prompt_length: int | None = None,
+    micro_batch_tokens: int = 16384,
+    batch_size: int = 64,
+    sample: int = 1024,
+    teacher_dtype: str = "auto",
+    trust_remote_code: bool = False,
+    prompts_name: str = "PROMPTS",
+    on_rollouts: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Let the student answer the prompts, let both models read the answers, and say how alike they are and what to choose.
+
+    Args:
+        student: folder, hub name or `embedded:…`.
+        teacher: likewise; of any shape and tokenizer.
+        rows: prompts, one rollout each.
+        max_completion_length: most tokens of a rollout.
+        seed: of the sampling.
+        text: how prompts are rendered for both.
+        task: grade the student's rollouts and as many of the teacher's, where rows have answers.
+        max_prompt_length: leave out (and count) longer prompts.
+        micro_batch_tokens: most padded tokens of one forward pass.
+        batch_size: completions generated together.
+        sample: positions that the CKA of all pairs of layers is computed from.
+        teacher_dtype: of the teacher's weights.
+        trust_remote_code: run code that comes with the models.
+        prompts_name: where the rows are from, for the commands that the report names.
+        on_rollouts: called with (rollouts read, of all).
+
+    Returns:
+        The report; its keys are described in docs/diagnose.md.
+
+    Raises:
+        ValueError: models, tokenizers or prompts that do not fit, or too few positions.
+    """
+    if task is not None:
+        get_task(task)
+    pair = load_pair(
+        student, teacher, text or TeacherText(), teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code
+    )
+    prompts = pair.prompts(rows, max_completion_length, max_prompt_length)
+    rollouts = pair.sample(prompts, max_completion_length, seed, batch_size)
+    pairing, stats = pair.align(rollouts, {p.index: p.row for p in prompts})
+    readings = read_pair(
+        pair, rollouts, pairing, micro_batch_tokens=micro_batch_tokens, sample=sample, seed=seed,
+        on_rollouts=on_rollouts,
+    )  # fmt: skip
+    report = {
+        "student": student,
+        "teacher": teacher,
+        "prompts": prompts_name,
+        "settings": {
+            "max_completion_length": max_completion_length, "seed": seed, "task": task, "sample": sample,
+            "teacher_dtype": teacher_dtype, **asdict(pair.text),
+        },
+        "models": dict(zip(SIDES, (_shape(pair, side) for side in (0, 1)), strict=True)),
+        "tokens": _tokens(pair, stats),
+        "rollouts": _rollouts(rollouts, max_completion_length),
+        "layers": _layers(readings),
+        "cka": _cka(readings, sample),
+        "positions": _positions(rollouts, pairing, readings),
+        "output": _output(pair, rollouts, readings),
+        "ends": _ends(pair, readings.ends),
+        "accuracy": None if task is None else _accuracy(pair, prompts, rollouts, task, max_completion_length, seed),
+        "theory": theory_figures(pair, readings),
+    }  # fmt: skip
+    report = rounded(report)
+    report["verdict"] = judge(report)
+    return {**report, **advise(report)}
+
+
+def rounded(value: Any) -> Any:
+    """Floats to `_DIGITS` significant digits, wherever they are."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _shape(pair: ModelPair, side: int) -> dict[str, Any]:
+    model, tokenizer = pair.models[side], pair.tokenizers[side]
+    return {
+        "layers": num_layers(model), "width": hidden_size(model), "vocabulary": vocabulary_size(tokenizer),
+        "parameters": sum(p.numel() for p in model.parameters()), "class": type(model).__name__,
+    }  # fmt: skip
+
+
+def _tokens(pair: ModelPair, stats: AlignmentStats | None) -> dict[str, Any]:
+    """Whether ids mean the same, and how many positions of the student have a partner."""
+    alone = {"same_ids": pair.same_tokens, "own_text": pair.aligner is not None}
+    if stats is None:
+        return {**alone, "aligned": 1.0, "one_to_one": 1.0, "shared_vocabulary": None, "dropped": {}}
+    return {
+        **alone, "aligned": stats.share, "one_to_one": stats.one_to_one / max(stats.positions, 1),
+        "shared_vocabulary": len(pair.shared[0]), "dropped": dict(stats.dropped),
+    }  # fmt: skip
+
+
+def _rollouts(rollouts: Rollouts, longest: int) -> dict[str, Any]:
+    lengths = rollouts.completion_lengths
+    finished = sum(reason == "stop" for reason in rollouts.finish_reasons)
+    return {
+        "count": len(rollouts), "positions": sum(lengths), "mean_length": sum(lengths) / len(lengths),
+        "longest": max(lengths), "limit": longest, "finished": finished / len(lengths),
+    }  # fmt: skip
+
+
+def _layers(readings: Readings) -> dict[str, Any] | None:
+    """Columns by layer, of models of one depth; what needs equal widths is None where they differ."""
+    if not readings.sums:
+        return None
+    names = ("cosine", "relative_difference", "squared_difference", "direct_r2")
+    raw, directions = ([sums[layer] for layer in sorted(sums)] for sums in (readings.sums, readings.directions))
+    columns: dict[str, Any] = {"layer": sorted(readings.sums), "cka": [own.cka() for own in raw]}
+    columns |= {name: [getattr(own, name) for own in raw] for name in names}
+    return columns | {
+        "cka_directions": [own.cka() for own in directions], "direct_r2_directions": [own.direct_r2 for own in directions]
+    }  # fmt: skip
+
+
+def _cka(readings: Readings, sample: int) -> dict[str, Any]:
+    """All pairs of layers, and the monotone map with the most CKA beside the paper's."""
+    depths = readings.cka_ST.shape
+    maps = {name: list(layer_map(name, *depths, cka_ST=readings.cka_ST)) for name in ("cka", "proportional")}
+    along = {name: [float(readings.cka_ST[s, t - 1]) for s, t in enumerate(chosen)] for name, chosen in maps.items()}
+    return {
+        "sample": sample, "matrix": readings.cka_ST.tolist(), "best_map": maps["cka"], "best": along["cka"],
+        "proportional_map": maps["proportional"], "proportional": along["proportional"],
+    }  # fmt: skip
+
+
+def _positions(rollouts: Rollouts, pairing: Pairing | None, readings: Readings) -> dict[str, Any]:
+    """Curves over the first and last k, and the value where the end is predicted."""
+    matched = [range(n) for n in rollouts.completion_lengths] if pairing is None else pairing.student
+    ended = [index for index, reason in enumerate(rollouts.finish_reasons) if reason == "stop"]
+    columns = {"cosine": (readings.cosine, matched), "reverse_kl": (readings.output["reverse_kl"], readings.compared)}
+    return {name: _curve(values, at, rollouts, ended) for name, (values, at) in columns.items()}
+
+
+def _curve(
+    values: Sequence[Sequence[float]], at: Sequence[Sequence[int]], rollouts: Rollouts, ended: Sequence[int]
+) -> dict[str, Any] | None:
+    if not any(values):
+        return None
+    rows = position_curve(values)
+    last = [values[i][-1] for i in ended if values[i] and at[i][-1] == rollouts.completion_lengths[i] - 1]
+    return {
+        "k": [row["k"] for row in rows], "first_k": [row["first"] for row in rows],
+        "last_k": [row["last"] for row in rows], "longer": [row["longer"] for row in rows],
+        "mean": rows[-1]["first"], "at_end": sum(last) / len(last) if last else None, "ends": len(last),
+    }  # fmt: skip
+
+
+def _output(pair: ModelPair, rollouts: Rollouts, readings: Readings) -> dict[str, Any]:
+    """Means over all compared positions, and the positions where the two models differ most."""
+    count = sum(map(len, readings.compared))
+    means = {name: sum(map(sum, readings.output[name])) / count if count else None for name in MEASURES}
+    worst = sorted(
+        (
+            (value, index, place)
+            for index, own in enumerate(readings.output["reverse_kl"])
+            for place, value in enumerate(own)
+        ),
+        reverse=True,
+    )[:8]
+    tokenizer = pair.tokenizers[0]
+    most = []
+    for value, index, place in worst:
+        ids, at = rollouts.completion_ids[index], readings.compared[index][place]
+        before = list(ids[max(0, at - _CONTEXT) : at])
+        most.append({
+            "reverse_kl": value, "row": rollouts.rows[index], "position": at, "of": len(ids),
+            "before": tokenizer.decode(before), "token": tokenizer.decode([ids[at]]),
+        })  # fmt: skip
+    return {"positions": count, **means, "overlap_k": OVERLAP_K, "most_different": most}
+
+
+def _ends(pair: ModelPair, ends: EndReading) -> dict[str, Any]:
+    """Ids that end a text by the models' settings, and what they predict where the student ended one."""
+    count = len(ends.likeliest[0])
+
+    def mean(values: Sequence[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    report: dict[str, Any] = {"positions": count}
+    for side, name in enumerate(SIDES):
+        common = Counter(ends.likeliest[side]).most_common(1)
+        tokenizer = pair.tokenizers[side]
+        report[name] = {
+            "stop_ids": list(pair.stop_ids[side]),
+            "stop_tokens": tokenizer.convert_ids_to_tokens(list(pair.stop_ids[side])),
+            "mass": mean(ends.stop_mass[side]),
+            "likeliest": common[0][0] if common else None,
+            "likeliest_token": tokenizer.convert_ids_to_tokens([common[0][0]])[0] if common else None,
+            "likeliest_share": common[0][1] / count if common else None,
+        }
+    report["teacher"]["mass_on_students_ids"] = mean(ends.student_ids_mass)
+    return report
+
+
+def _accuracy(
+    pair: ModelPair, prompts: Sequence[Prompt], rollouts: Rollouts, task: str, longest: int, seed: int
+) -> dict[str, Any] | None:
+    """Share of right answers of the student's rollouts, and of as many of the teacher's; None without answers."""
+    answers = {p.index: p.row.answer for p in prompts}
+    if not any(answer is not None for answer in answers.values()):
+        return None
+    with get_task(task).grader() as grader:
+        own = summarize_rollouts(rollouts, grade_rollouts(rollouts, lambda row: answers[row], grader), 1)
+        engine = TransformersEngine(pair.tokenizers[1], pair.stop_ids[1])
+        theirs = evaluate(
+            pair.models[1], engine, pair.teacher_prompts(prompts, longest), grader, k=1, sampling=Sampling(longest),
+            seed=seed,
+        ).summary  # fmt: skip
+    return {
+        name: {"accuracy": side["avg_at_k"], "ci95": side["ci95"], "finished": side["finished"]}
+        for name, side in zip(SIDES, (own, theirs), strict=True)
+    }

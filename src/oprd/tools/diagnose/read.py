@@ -1,0 +1,243 @@
+"""One pass of both models over the student's rollouts: sums by layer, and figures by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from oprd.alignment.position_pairs import Pairing, input_lengths, request_pair
+from oprd.bridge.statistics import cka_matrix
+from oprd.models.architecture import hidden_size, num_layers
+from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head.lm_head import divergence, entropy, log_probs, top_k
+from oprd.objectives.diagnostics import OVERLAP_K
+from oprd.objectives.output_space import overlap
+from oprd.objectives.representation import cosine
+from oprd.states.capture import gather_states, read_states
+from oprd.states.requests import HEAD, plan_micro_batches
+from oprd.states.similarity import PairSums
+from oprd.tools.diagnose.pair import ModelPair
+from oprd.types import Rollouts
+
+MEASURES = ("reverse_kl", "forward_kl", "entropy_student", "entropy_teacher", "overlap")
+
+
+@dataclass
+class Readings:
+    """What was read; a column has one entry a rollout, each a value a position.
+
+    Args:
+        sums: by student layer, with the teacher's layer of the same number; empty for models of different depth.
+        directions: likewise, of states scaled to length one. In large models a few positions have states many times as long as
+            the others (massive activations), and raw sums say little of the rest.
+        cka_ST: debiased CKA of every student layer with every teacher layer, of directions, on a sample of positions.
+        cosine: of the last layer, at the positions whose states are compared; empty lists where widths differ.
+        output: by name in `MEASURES`, at the positions whose distributions are compared.
+        compared: these positions, of the student.
+        ends: of rollouts that the student ended: by name in `EndReading`.
+    """
+
+    sums: dict[int, PairSums]
+    directions: dict[int, PairSums]
+    cka_ST: Tensor
+    cosine: list[list[float]]
+    output: dict[str, list[list[float]]]
+    compared: list[list[int]]
+    ends: EndReading
+
+
+@dataclass
+class EndReading:
+    """At the positions that predict the end of a rollout.
+
+    Args:
+        likeliest: the likeliest id of each model (student, teacher), an entry a rollout.
+        stop_mass: probability that each model gives to all of its own stop ids together.
+        student_ids_mass: probability that the teacher gives to the ids that end a text for the student; empty across tokenizers.
+    """
+
+    likeliest: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    stop_mass: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    student_ids_mass: list[float] = field(default_factory=list)
+
+
+def read_pair(
+    pair: ModelPair,
+    rollouts: Rollouts,
+    pairing: Pairing | None,
+    *,
+    micro_batch_tokens: int = 16384,
+    sample: int = 1024,
+    seed: int = 0,
+    on_rollouts: Callable[[int, int], None] | None = None,
+) -> Readings:
+    """Let both models read the rollouts once.
+
+    Args:
+        pair: the models.
+        rollouts: the student's.
+        pairing: how the teacher reads them, where it reads a text of its own.
+        micro_batch_tokens: most padded tokens of one forward pass.
+        sample: positions that the CKA of all pairs of layers is computed from, drawn uniformly.
+        seed: of that draw.
+        on_rollouts: called with (rollouts read, of all).
+
+    Raises:
+        ValueError: fewer than 4 positions whose states can be compared.
+    """
+    reader = _Reader(pair, rollouts, pairing, sample, seed)
+    done = 0
+    for group in plan_micro_batches(input_lengths(rollouts, pairing), micro_batch_tokens):
+        reader.read(group)
+        done += len(group)
+        if on_rollouts is not None:
+            on_rollouts(done, len(rollouts))
+    return replace(reader.readings, cka_ST=cka_matrix(*reader.samples.columns))
+
+
+class _Reader:
+    """The state of one pass."""
+
+    def __init__(self, pair: ModelPair, rollouts: Rollouts, pairing: Pairing | None, sample: int, seed: int) -> None:
+        self.pair, self.rollouts, self.pairing = pair, rollouts, pairing
+        depths, widths = ([of(model) for model in pair.models] for of in (num_layers, hidden_size))
+        self.depths, self.same_width = depths, widths[0] == widths[1]
+        self.device = next(pair.models[0].parameters()).device
+        matched = sum(rollouts.completion_lengths) if pairing is None else pairing.num_matched
+        if matched < 4:
+            raise ValueError(
+                f"diagnose: {matched} positions of the rollouts can be compared; give more prompts or longer completions"
+            )
+        chosen = torch.randperm(matched, generator=torch.Generator().manual_seed(seed))[:sample]
+        self.samples = _Samples(torch.zeros(matched, dtype=torch.bool).index_fill_(0, chosen, True), *depths)
+        self.heads, self.own_heads = pair.shared_heads(), pair.own_heads()
+        empty: Callable[[], list[list[float]]] = lambda: [[] for _ in range(len(rollouts))]  # noqa: E731
+        common = range(1, (depths[0] if depths[0] == depths[1] else 0) + 1)
+        self.readings = Readings(
+            sums={layer: PairSums(widths[0], widths[1], device=self.device) for layer in common},
+            directions={layer: PairSums(widths[0], widths[1], device=self.device) for layer in common},
+            cka_ST=torch.empty(0),
+            cosine=empty(),
+            output={name: empty() for name in MEASURES},
+            compared=compared_positions(rollouts, pairing),
+            ends=EndReading(),
+        )
+
+    @torch.no_grad()
+    def read(self, group: Sequence[int]) -> None:
+        """Both models read the rollouts of one micro-batch."""
+        theirs = None if self.pairing is None else self.pairing.select(group)
+        layers = tuple(range(1, self.depths[0] + 1))
+        mine, asked = request_pair(self.rollouts.select(group), theirs, layers, head=True)
+        mine, asked = mine.to(self.device), replace(asked, layers=tuple(range(1, self.depths[1] + 1))).to(self.device)
+        student = gather_states(self.pair.models[0], mine)
+        self.samples.add_student(student.values)
+        kept: dict[int, Tensor] = {}
+
+        def take(layer: int, teacher_NE: Tensor) -> None:
+            if layer != HEAD:
+                self.samples.add_teacher(layer, teacher_NE)
+                if layer in self.readings.sums:
+                    own_ND = student.values[layer - 1]
+                    self.readings.sums[layer].update(own_ND, teacher_NE)
+                    self.readings.directions[layer].update(normalize(own_ND.float()), normalize(teacher_NE.float()))
+            if layer in (HEAD, self.depths[1]):
+                kept[layer] = teacher_NE
+
+        read_states(self.pair.models[1], asked, take)
+        if self.same_width:
+            cosine_N = cosine(student.values[-1], kept[self.depths[1]])
+            _scatter(self.readings.cosine, group, cosine_N, student.rollout_index)
+        assert student.head_MD is not None
+        assert mine.head is not None
+        at = slice(None) if mine.head.compared is None else mine.head.compared
+        self._read_output(group, (student.head_MD[at], kept[HEAD]), mine.head.rollout_index[at])
+
+    def _read_output(self, group: Sequence[int], hidden: tuple[Tensor, Tensor], owner_P: Tensor) -> None:
+        for name, values_P in _compare(self.heads, hidden).items():
+            _scatter(self.readings.output[name], group, values_P, owner_P)
+        ended = self._ended(group, owner_P.tolist())
+        if not ended:
+            return
+        ends = self.readings.ends
+        for side in (0, 1):
+            head, states_nD = self.own_heads[side], hidden[side][ended]
+            ends.likeliest[side].extend(top_k(head, states_nD, 1)[1][:, 0].tolist())
+            ends.stop_mass[side].extend(_mass(head, states_nD, self.pair.stop_ids[side]))
+        if self.pair.aligner is None:
+            ends.student_ids_mass.extend(_mass(self.own_heads[1], hidden[1][ended], self.pair.stop_ids[0]))
+
+    def _ended(self, group: Sequence[int], owners: Sequence[int]) -> list[int]:
+        """Which of the packed positions predict the end of a rollout that the student ended."""
+        lasts = {place: index for index, place in enumerate(owners)}  # the last compared position of each rollout
+        return [index for place, index in sorted(lasts.items()) if self._ends_at_last(group[place])]
+
+    def _ends_at_last(self, rollout: int) -> bool:
+        last = len(self.rollouts.completion_ids[rollout]) - 1
+        return self.rollouts.finish_reasons[rollout] == "stop" and self.readings.compared[rollout][-1] == last
+
+
+class _Samples:
+    """Directions of the states of all layers of both models at a few positions, drawn beforehand."""
+
+    def __init__(self, chosen_N: Tensor, *depths: int) -> None:
+        self.chosen_N, self.depths = chosen_N, depths
+        self.read = [[0] * depth for depth in depths]
+        self.kept: list[list[list[Tensor]]] = [[[] for _ in range(depth)] for depth in depths]
+
+    def _add(self, side: int, layer: int, states_ND: Tensor) -> None:
+        start = self.read[side][layer - 1]
+        self.read[side][layer - 1] = start + len(states_ND)
+        chosen = self.chosen_N[start : start + len(states_ND)].nonzero()[:, 0].to(states_ND.device)
+        self.kept[side][layer - 1].append(normalize(states_ND[chosen].float()).cpu())
+
+    def add_teacher(self, layer: int, teacher_NE: Tensor) -> None:
+        self._add(1, layer, teacher_NE)
+
+    def add_student(self, values: Sequence[Tensor]) -> None:
+        for layer, student_ND in enumerate(values, 1):
+            self._add(0, layer, student_ND)
+
+    @property
+    def columns(self) -> tuple[list[Tensor], list[Tensor]]:
+        students, teachers = ([torch.cat(parts) for parts in side] for side in self.kept)
+        return students, teachers
+
+
+def compared_positions(rollouts: Rollouts, pairing: Pairing | None) -> list[list[int]]:
+    """The student's positions whose next-token distributions are compared, of each rollout."""
+    if pairing is None:
+        return [list(range(n)) for n in rollouts.completion_lengths]
+    return [list(own) for own in pairing.student_head]
+
+
+def _compare(heads: tuple[LMHead, LMHead], hidden: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    (student, teacher), (student_PD, teacher_PE) = heads, hidden
+    k = max(1, min(OVERLAP_K, student.num_events - 1, teacher.num_events - 1))
+    sides = ((student, student_PD), (teacher, teacher_PE))
+    return {
+        "reverse_kl": divergence(student, student_PD, teacher, teacher_PE, "reverse_kl"),
+        "forward_kl": divergence(student, student_PD, teacher, teacher_PE, "forward_kl"),
+        "entropy_student": entropy(*sides[0]),
+        "entropy_teacher": entropy(*sides[1]),
+        "overlap": overlap(*(top_k(head, hidden, k)[1] for head, hidden in sides)),
+    }
+
+
+def _scatter(column: list[list[float]], group: Sequence[int], values_P: Tensor, owner_P: Tensor) -> None:
+    """Put packed values where they belong; within a rollout their order is kept."""
+    for value, place in zip(values_P.tolist(), owner_P.tolist(), strict=True):
+        column[group[place]].append(value)
+
+
+def _mass(head: LMHead, states_nD: Tensor, ids: Sequence[int]) -> list[float]:
+    """Probability of any of `ids`."""
+    own = [i for i in ids if i < head.size]
+    if not own:
+        return [0.0] * len(states_nD)
+    tokens_nK = torch.tensor(own, device=states_nD.device).expand(len(states_nD), -1)
+    return log_probs(head, states_nD, tokens_nK).exp().sum(1).tolist()

@@ -1,0 +1,165 @@
+"""A diagnosis for people: tables for the terminal, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from oprd.tools.diagnose.advice import printable
+
+Report = Mapping[str, Any]
+
+
+def tables(report: Report) -> Iterator[tuple[str, Table]]:
+    """(title, table) of the pair, its layers, positions, distributions and ends, and what to choose."""
+    yield f"{printable(report['student'])} <- {printable(report['teacher'])}", _pair(report)
+    if report["layers"] is not None:
+        yield "layer by layer", _layers(report)
+    if report["layers"] is None or report["verdict"]["bridge"]:
+        yield "the map of layers with the most CKA", _best_map(report)
+    yield "over the first and the last k response positions", _positions(report)
+    yield "where the distributions differ most", _most_different(report)
+    yield "what to choose", _advice(report)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=SIMPLE, pad_edge=False)
+
+
+def _pair(report: Report) -> Table:
+    table = _table("", "student", "teacher")
+    sides = [report["models"][side] for side in ("student", "teacher")]
+    table.add_row("layers, width", *(f"{side['layers']}, {side['width']}" for side in sides))
+    table.add_row("parameters", *(f"{side['parameters']:,}" for side in sides))
+    table.add_row("vocabulary", *(f"{side['vocabulary']:,}" for side in sides))
+    tokens, ends, output = report["tokens"], report["ends"], report["output"]
+    same = "the same ids" if tokens["same_ids"] else "other ids"
+    if tokens["own_text"]:
+        same += f"; {tokens['aligned']:.1%} of positions have a partner, {tokens['one_to_one']:.1%} with the same next token"
+    table.add_row("tokenizers", "", same)
+    table.add_row("ends with", *(_end(ends[side], ends["positions"]) for side in ("student", "teacher")))
+    if output["reverse_kl"] is not None:
+        table.add_row("entropy, nats", *(f"{output[f'entropy_{side}']:.3g}" for side in ("student", "teacher")))
+        kl = f"reverse {output['reverse_kl']:.3g}, forward {output['forward_kl']:.3g} nats; overlap {output['overlap']:.1%}"
+        table.add_row("KL", "", kl)
+    if report["accuracy"] is not None:
+        both = [report["accuracy"][side] for side in ("student", "teacher")]
+        table.add_row(
+            "accuracy [95 %]", *(f"{a['accuracy']:.1%} [{a['ci95'][0]:.0%}, {a['ci95'][1]:.0%}]" for a in both)
+        )
+    return table
+
+
+def _end(end: Mapping[str, Any], positions: int) -> Text:
+    names = ", ".join(f"{printable(t)} ({i})" for t, i in zip(end["stop_tokens"], end["stop_ids"], strict=True))
+    if not positions:
+        return Text(names)
+    likeliest = f"{printable(end['likeliest_token'])} ({end['likeliest']})"
+    return Text(f"{names}; predicted {likeliest}, ends {end['mass']:.1%}")
+
+
+def _layers(report: Report) -> Table:
+    table = _table(
+        "layer", "CKA", "direct R²", "cosine", "relative difference", "(1/D)·|diff.|²", "CKA, directions", "R², directions"
+    )  # fmt: skip
+    layers = report["layers"]
+    names = (
+        "cka", "direct_r2", "cosine", "relative_difference", "squared_difference", "cka_directions", "direct_r2_directions",
+    )  # fmt: skip
+    for index, layer in enumerate(layers["layer"]):
+        table.add_row(str(layer), *(_number(layers[name][index]) for name in names))
+    return table
+
+
+def _best_map(report: Report) -> Table:
+    table = _table("student layer", "teacher layer", "CKA", "the paper's map", "CKA")
+    cka = report["cka"]
+    columns = zip(cka["best_map"], cka["best"], cka["proportional_map"], cka["proportional"], strict=True)
+    for layer, (best, value, proportional, other) in enumerate(columns, 1):
+        table.add_row(str(layer), str(best), f"{value:.3f}", str(proportional), f"{other:.3f}")
+    return table
+
+
+def _positions(report: Report) -> Table:
+    curves = {name: report["positions"][name] for name in ("cosine", "reverse_kl")}
+    shown = {name: curve for name, curve in curves.items() if curve is not None}
+    heads = {"cosine": "cosine", "reverse_kl": "reverse KL"}
+    table = _table("k", *(f"{heads[name]}, {side} k" for name in shown for side in ("first", "last")), "longer than k")
+    longest = max(shown.values(), key=lambda curve: len(curve["k"]), default=None)
+    for index, k in enumerate(longest["k"] if longest else ()):
+        cells = [
+            _number(curve[f"{side}_k"][index] if index < len(curve["k"]) else None)
+            for curve in shown.values()
+            for side in ("first", "last")
+        ]
+        assert longest is not None
+        table.add_row(str(k), *cells, f"{longest['longer'][index]:.0%}")
+    if any(curve["at_end"] is not None for curve in shown.values()):
+        table.add_row("end", *(c for curve in shown.values() for c in (_number(curve["at_end"]), "")), "")
+    return table
+
+
+def _most_different(report: Report) -> Table:
+    table = _table("reverse KL", "prompt", "position", "text before", "token")
+    for row in report["output"]["most_different"][:5]:
+        place = f"{row['position']} of {row['of']}"
+        table.add_row(
+            f"{row['reverse_kl']:.3g}",
+            str(row["row"]),
+            place,
+            Text(printable(row["before"])),
+            Text(printable(row["token"])),
+        )
+    return table
+
+
+def _advice(report: Report) -> Table:
+    table = Table("", "choose", "because", box=SIMPLE, pad_edge=False, show_lines=True)
+    for rule in report["advice"]:
+        table.add_row(rule["about"], Text(printable(rule["choose"])), Text(printable(rule["because"])))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.2e}"
+
+
+def plot_report(report: Report, file: Path) -> None:
+    """CKA of all pairs of layers, and the curves over positions (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state of pyplot
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    matrix = report["cka"]["matrix"]
+    image = left.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+    depth, teacher_depth = len(matrix), len(matrix[0])
+    left.set_yticks(range(0, depth, max(1, depth // 8)), range(1, depth + 1, max(1, depth // 8)))
+    left.set_xticks(
+        range(0, teacher_depth, max(1, teacher_depth // 8)), range(1, teacher_depth + 1, max(1, teacher_depth // 8))
+    )
+    left.plot(
+        [t - 1 for t in report["cka"]["best_map"]], range(depth), "o", mfc="none", color="#CC6677", label="best map"
+    )
+    left.set(title="CKA of directions", xlabel="teacher layer", ylabel="student layer")
+    left.legend(frameon=False, loc="upper left", fontsize=8, labelcolor="white")
+    figure.colorbar(image, ax=left)
+    name = "reverse_kl" if report["verdict"]["bridge"] else "cosine"
+    curve = report["positions"][name]
+    label = "last-layer cosine" if name == "cosine" else "reverse KL, nats a position"
+    if curve is not None:
+        for side, colour, style in (("first", "#332288", "o-"), ("last", "#DDAA33", "s--")):
+            right.plot(curve["k"], curve[f"{side}_k"], style, color=colour, ms=4, label=f"{side} k")
+        if curve["at_end"] is not None:
+            right.axhline(curve["at_end"], color="#CC6677", ls=":", label="where the end is predicted")
+        right.legend(frameon=False, fontsize=8)
+    right.set(title="Over response positions", xlabel="k, response positions", xscale="log", ylabel=label)
+    right.grid(alpha=0.25)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130, format="png")  # whatever the file is called

@@ -1,0 +1,81 @@
+"""One origin or not: what the figures of a pair say, as a function of the report alone (`oprd.tools.diagnose.measure`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+
+Report = Mapping[str, Any]
+
+
+def judge(report: Report) -> dict[str, Any]:
+    """Whether the two models have one origin, and so whether their states can be compared number by number.
+
+    - "same origin": one shape, one tokenizer, and on every layer CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`, both of raw
+      states or both of states scaled to length one (where a few long states outweigh the rest).
+    - "same origin, upper layers": so from some layer to the last.
+    - "other coordinates": the last layers are alike up to a rotation (CKA), but their dimensions are not aligned (R²).
+    - "other origin", "other shape", "other tokenizer": as named, and the last layers have CKA ≥ `USABLE_CKA`.
+    - "unrelated": the last layers have less; a bridge is unlikely to help either.
+
+    Returns:
+        `kind`; `bridge`, whether hidden states need one; `layers` that agree as they are; `reason`, with the figures.
+    """
+    kind, alike = _kind(report)
+    layers = report["layers"]
+    same = kind.startswith("same origin")
+    if layers is not None and layers["direct_r2"][-1] is not None:
+        names = {"cosine": "cosine", "CKA": "cka", "direct R²": "direct_r2"}
+        figures = ", ".join(f"{name} {spread(layers[key])}" for name, key in names.items()) + " over the layers"
+        figures += f", of directions {spread(layers['cka_directions'])} and {spread(layers['direct_r2_directions'])}"
+    else:
+        figures = f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f}"
+    if not report["tokens"]["same_ids"]:
+        figures += f"; {report['tokens']['aligned']:.1%} of the student's positions have a partner"
+    return {
+        "kind": kind,
+        "bridge": not same,
+        "layers": alike if same else [],
+        "reason": f"{_shapes(report)}; {figures}",
+    }
+
+
+def _kind(report: Report) -> tuple[str, list[int]]:
+    layers, last_cka = report["layers"], report["cka"]["matrix"][-1][-1]
+    ours, theirs = (
+        tuple(report["models"][side][key] for key in ("layers", "width")) for side in ("student", "teacher")
+    )
+    if last_cka < USABLE_CKA:
+        return "unrelated", []
+    if not report["tokens"]["same_ids"]:
+        return "other tokenizer", []
+    if ours != theirs:
+        return "other shape", []
+    agree = agreeing(layers) | agreeing(layers, "_directions")
+    upper = [layer for layer in layers["layer"] if all(above in agree for above in layers["layer"][layer - 1 :])]
+    if upper:
+        return ("same origin" if len(upper) == len(layers["layer"]) else "same origin, upper layers"), upper
+    return ("other coordinates" if layers["cka"][-1] >= DIRECT_CKA else "other origin"), []
+
+
+def agreeing(layers: Mapping[str, Any], of: str = "") -> set[int]:
+    """Layers that are alike as they are: raw states, or with `of="_directions"` states scaled to length one."""
+    columns = zip(layers["layer"], layers[f"cka{of}"], layers[f"direct_r2{of}"], strict=True)
+    return {layer for layer, cka, r2 in columns if cka >= DIRECT_CKA and r2 is not None and r2 >= DIRECT_R2}
+
+
+def _shapes(report: Report) -> str:
+    ours, theirs = (
+        f"{side['layers']} layers of width {side['width']}"
+        for side in (report["models"][s] for s in ("student", "teacher"))
+    )
+    shape = f"both {ours}" if ours == theirs else f"{ours} against {theirs}"
+    return f"{shape}, {'one tokenizer' if report['tokens']['same_ids'] else 'two tokenizers'}"
+
+
+def spread(values: list[float]) -> str:
+    """Least and most, as text."""
+    low, high = min(values), max(values)
+    return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"

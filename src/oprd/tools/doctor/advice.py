@@ -1,0 +1,45 @@
+"""Which setting would lower the peak, and to what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from oprd.tools.doctor.memory import predict_memory
+from oprd.tools.doctor.workload import Lora, Workload
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of one setting.
+
+    Args:
+        setting: as it is written in a recipe or on the command line.
+        peak: bytes that are then needed.
+    """
+
+    setting: str
+    peak: float
+
+
+def advise(work: Workload, least: float = 0.02) -> list[Advice]:
+    """Changes that lower the peak by at least the share `least`, the most helpful first; none changes the objective, LoRA apart."""
+    changes: dict[str, Workload] = {}
+    if work.rows > 1:
+        tokens = max(work.length, work.rows * work.length // 2)
+        changes[f"micro_batch_tokens: {tokens}"] = replace(work, micro_batch_tokens=tokens)
+    if not work.checkpointing:
+        changes["activation_checkpointing: true"] = replace(work, checkpointing=True)
+    if min(work.generation_batch, work.rollouts) > 1:
+        half = min(work.generation_batch, work.rollouts) // 2
+        changes[f"generation_batch_size: {half}"] = replace(work, generation_batch=half)
+    if work.lora is None and work.sharding != "fsdp":
+        changes["lora: {r: 8, target_modules: [q_proj, v_proj]}"] = replace(work, lora=Lora())
+    if work.teacher is not None and work.teacher_bytes > 2:
+        changes["teacher_model_init_kwargs: {dtype: bfloat16}"] = replace(work, teacher_bytes=2)
+    if work.devices > 1 and work.sharding == "ddp" and work.lora is None:
+        changes["fully_shard: true"] = replace(work, sharding="fsdp")
+    if not work.bf16 and work.accelerator:
+        changes["bf16: true"] = replace(work, bf16=True)
+    now = predict_memory(work).peak
+    found = [Advice(setting, predict_memory(changed).peak) for setting, changed in changes.items()]
+    return sorted((a for a in found if a.peak <= (1 - least) * now), key=lambda a: a.peak)

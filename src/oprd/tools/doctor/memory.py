@@ -1,0 +1,221 @@
+"""Memory of one device: what each part takes, what is alive in each phase of a step, and the peak.
+
+Bytes throughout. The formulas follow the code: `capture.py` (selected states only), `objectives/representation.py` (the teacher's
+buffer becomes the derivative), `head_total.py`, `head_chunks.py` and `head_measures.py` (chunks of logits, the head's gradient
+buffer), `embedding_gradient.py` (rows instead of a matrix), and what transformers' Llama and Qwen2 blocks save for backward with
+sdpa attention. The largest of everything is assumed: every rollout is as long as it may be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from oprd.models.lm_head.head_chunks import LMHead, chunks
+from oprd.tools.doctor.workload import Workload
+
+PHASES = ("rollout", "teacher", "update", "optimizer")
+_FLOAT = 4
+# [n, V] float32 buffers alive at once in one chunk (head_measures.py; logsumexp has one of its own).
+_CHUNK_BUFFERS = {"reverse_kl": 3.0, "forward_kl": 3.25, "jsd": 4.0, "sampled_token": 3.0}
+_BY_ROWS = ("top_k", "top_k_forward_kl")  # the head's gradient is made of a few rows, in place (head_rows.py)
+_OTHER_BUFFERS = 2.0  # log-probabilities of given tokens, top-k: logits and one more
+_DIAGNOSTIC_BUFFERS = 3.0  # of all measurements the entropy needs most: log p, p and their product
+_SAMPLING_BUFFERS = 3  # float32 [rows, V]: the logits, what the samplers make of them, and their softmax
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a device holds.
+
+    Args:
+        parts: name → bytes, each at its largest.
+        phases: phase → bytes alive in it at its worst moment.
+    """
+
+    parts: dict[str, float]
+    phases: dict[str, float]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the worst moment of a step."""
+        return self.phases[self.peak_phase]
+
+
+def predict_memory(work: Workload) -> Memory:
+    """Parts and phases of one device."""
+    held = _Held(work)
+    parts = {
+        "student weights": held.weights,
+        "gradients": held.gradients,
+        "optimizer": held.moments,
+        "teacher weights": held.teacher,
+        "activations": held.activations(work.top_run),
+        "state cache": held.cache,
+        "vocabulary chunks": held.chunks + held.head_gradient,
+        "rollout KV cache": held.rollout_cache,
+    }
+    if work.overlap:
+        parts["copy that samples"] = held.copy
+    base = held.weights + held.moments + held.teacher + held.copy
+    kept = held.gradients if work.micro_batches > 1 else 0.0  # of the step's earlier micro-batches
+    phases = {
+        "rollout": base + held.rollout_cache + held.sampling + held.gathered,
+        "teacher": base + kept + held.cache + held.teacher_transient + held.gathered if work.needs_teacher else base,
+        "update": base + held.update(kept),
+        "optimizer": base + held.gradients,
+    }
+    if work.overlap:  # the next step's rollouts are under way in every phase
+        for phase in ("teacher", "update", "optimizer"):
+            phases[phase] += held.rollout_cache + held.sampling
+    return Memory(parts, phases)
+
+
+def saved_bytes(work: Workload) -> tuple[float, float]:
+    """What autograd keeps of one block: bytes a token, and bytes whatever the tokens (16-bit copies of the weights).
+
+    Per token, of width D, A query and K key channels, I in the MLP: the residual stream and its normalised copy before attention
+    and before the MLP (4·D), the linear layers' inputs (2·D), q and the attention's output (2·A), k and v (2·K; repeated to 2·A
+    where there is a padding mask), the log-normaliser of each head, two norms' scales, and in the MLP gate, silu(gate), up and
+    their product (4·I). Under autocast the stream stays float32, and each linear layer casts its input for itself. With an
+    adapter, what only the gradients of frozen weights would need is not kept.
+    """
+    shape, compute = work.student, 2 if work.bf16 else _FLOAT
+    masked, grouped = work.padded and work.rows > 1, shape.kv_heads < shape.heads
+    # Without a fused kernel (none takes grouped keys in float32 on a GPU) sdpa repeats keys and keeps what softmax gave.
+    unfused = work.accelerator and not work.bf16 and grouped and not masked
+    attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
+    scales = _FLOAT * (shape.heads + 2)
+    if unfused:
+        scales += _FLOAT * shape.heads * work.length
+    if masked:
+        scales += work.length * compute  # the mask, made a bias anew in each block
+    if work.lora is None:
+        inputs = (5 if work.bf16 else 2) * shape.width
+        stream, mlp, adapters = 4 * shape.width, 4 * shape.intermediate, 0
+    else:
+        targets = work.lora.targets
+        reads = [[t in targets for t in group] for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
+        inputs = sum(any(group) for group in reads) * shape.width
+        stream, mlp = 2 * shape.width, (3 + ("down_proj" in targets)) * shape.intermediate
+        adapters = len(targets) * work.lora.rank
+    copies = 2.0 * shape.linear_parameters if work.bf16 else 0.0
+    return stream * _FLOAT + (inputs + attention + mlp + adapters) * compute + scales, copies
+
+
+class _Held:
+    """The parts of a device's memory, in bytes."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work, shape = work, work.student
+        self.split = work.devices if work.sharding == "fsdp" else 1
+        trainable = work.trainable
+        adapter = trainable if work.lora is not None else 0
+        self.weights = _FLOAT * (shape.parameters + adapter) / self.split
+        self.gradients = _FLOAT * trainable / self.split
+        self.moments = 2 * self.gradients
+        self.copy = self.gradients if work.overlap else 0.0  # of what is trained
+        if work.sharding == "ddp" and work.devices > 1:
+            self.gradients *= 2  # DDP's buckets are a second copy
+        other = work.teacher or shape
+        self.teacher = 0.0 if work.teacher is None else work.teacher_bytes * other.parameters
+        self.teacher /= self.split
+        compute = 2 if work.bf16 else _FLOAT
+        self.compute = compute
+        # fully_shard: the root's own weights and two blocks (one fetched ahead) are whole at a time; in backward also gradients.
+        root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters
+        self.gathered = _FLOAT * (root + 2 * block) if self.split > 1 else 0.0
+        self.gathered_gradients = _FLOAT * (root + block) if self.split > 1 else 0.0
+        self.cache = self._states() if work.needs_teacher else 0.0
+        tokens, intermediate = work.tokens, other.intermediate
+        wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)
+        self.teacher_transient = work.teacher_bytes * tokens * wide
+        self.chunks = self._chunks()
+        by_rows = work.output_space in _BY_ROWS and not work.policy_gradient and work.devices == 1
+        head_trained = work.head_term and work.lora is None and not by_rows
+        self.head_gradient = float(_FLOAT * shape.vocabulary) if head_trained else 0.0
+        if work.reads_head and work.bf16 and work.accelerator:  # the head as it is multiplied (`LMHead.product_dtype`)
+            self.chunks += 2.0 * shape.vocabulary
+        self.rollout_cache, self.sampling = self._rollout()
+
+    def _states(self) -> float:
+        """The teacher's states of a micro-batch: matched positions of matched layers, and what its LM head reads."""
+        work = self.work
+        width = (work.teacher or work.student).width
+        matched = work.rows * work.positions * len(work.layers) if work.representation or work.diagnostics else 0
+        cell = work.teacher_bytes * width if work.bridge_rank is None else _FLOAT * work.bridge_rank
+        head = work.rows * work.compared * work.teacher_bytes * width if work.reads_head else 0
+        return float(matched * cell + head)
+
+    def _chunks(self) -> float:
+        work = self.work
+        if not work.reads_head:
+            return 0.0
+        head = LMHead(torch.empty(work.student.rows, 1, device="meta"))
+        device = torch.device("cuda" if work.accelerator else "cpu")
+        first = next(iter(chunks(work.rows * work.completion, head, None, device)))
+        buffers = _CHUNK_BUFFERS.get(work.output_space or "", _OTHER_BUFFERS)
+        if work.bf16 and work.accelerator and work.head_term:
+            buffers += 0.5  # the logits' gradient in 16 bits
+        if work.diagnostics:
+            buffers = max(buffers, _DIAGNOSTIC_BUFFERS)
+        return _FLOAT * buffers * first.stop * work.student.rows
+
+    def _rollout(self) -> tuple[float, float]:
+        """KV cache of all that is generated together, with the copy of one layer by which it grows; and the sampler's buffers."""
+        work, shape = self.work, self.work.student
+        rows = min(work.generation_batch, work.rollouts)
+        # Under autocast keys are rotated in float32 and kept so.
+        token = shape.keys * (_FLOAT + self.compute)
+        cache = float(rows * (work.prompt + work.completion) * token)
+        return cache * (shape.layers + 1), float(_SAMPLING_BUFFERS * _FLOAT * rows * shape.rows)
+
+    def activations(self, layers: int) -> float:
+        """Kept for backward after a forward pass through `layers` blocks."""
+        work, shape, tokens = self.work, self.work.student, self.work.tokens
+        per_token, copies = saved_bytes(work)
+        final = tokens * _FLOAT * shape.width * (3 if work.lora is None else 2)
+        shared = tokens * 2 * shape.head_dim * _FLOAT + final
+        if work.checkpointing:
+            return layers * tokens * shape.width * _FLOAT + shared
+        return layers * (tokens * per_token + copies) + shared
+
+    def update(self, kept: float) -> float:
+        """The most that an update holds beyond weights, moments and teacher, `kept` being gradients from before.
+
+        Three moments are compared: the LM head's (all activations and the chunks), the backward pass at its beginning (all
+        activations and the first gradients), and at its end (all gradients, with the embedding's rows or, under DDP and FSDP, its
+        dense second copy).
+        """
+        work, shape = self.work, self.work.student
+        cells = work.rows * work.positions * len(work.layers) if work.representation else 0
+        wide = shape.width if work.bridge_rank is None else work.bridge_rank
+        derivative = max(float(_FLOAT * cells * wide), self.cache)
+        forward = self.activations(work.top_run) + derivative + kept + self.gathered
+        head_states = _FLOAT * work.rows * work.completion * shape.width if work.reads_head else 0
+        head = self.head_gradient + head_states * (2 if work.head_term else 1)
+        cosine = 4.0 * _FLOAT * work.rows * work.positions * shape.width if work.layers else 0.0
+        moments = [forward + cosine, forward + head + self.chunks]
+        per_token, copies = saved_bytes(work)
+        again = work.tokens * per_token + copies if work.checkpointing else 0.0  # one block recomputed
+        passing = work.tokens * (_FLOAT * shape.width + 2 * shape.intermediate * self.compute) + again
+        passing += self.gathered_gradients
+        full = work.lora is None
+        own = _FLOAT * shape.intermediate * shape.width if full else 0  # the first weight's gradient
+        moments.append(forward + head + passing + own)
+        block = _FLOAT * shape.block_parameters / self.split if full else 0.0
+        for done in range(1, work.top):
+            remaining = self.activations(work.top_run - done) + derivative * (1 - done / work.top) + self.gathered
+            new = 0.0 if kept else done * block
+            moments.append(kept + new + remaining + self.head_gradient + passing + own)
+        end = self.gradients + (self.head_gradient if kept else 0.0)
+        alone = work.devices == 1
+        rows = _FLOAT * (work.tokens * shape.width if alone else shape.vocabulary) if full else 0
+        moments.append(end + rows + self.gathered + self.gathered_gradients)
+        return max(moments)

@@ -1,0 +1,164 @@
+"""The sizes of a model from its transformers config alone: built on the meta device, so that no weight exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oprd.models.architecture import blocks, causal_lm
+from oprd.models.loading import resolve_name
+
+CHECKED = ("llama", "qwen2")
+"""Model types whose saved activations and measured peaks were compared with the formulas (tests/test_doctor.py, docs/doctor.md)."""
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only model.
+
+    Args:
+        family: `model_type` of its config.
+        layers: transformer blocks.
+        width: D of the hidden states.
+        intermediate: width inside the MLP.
+        heads: attention heads.
+        head_dim: width of one.
+        kv_heads: key and value heads.
+        rows: rows of the LM head, |V|.
+        tied: whether LM head and input embedding are one matrix.
+        block_parameters: parameters of one block.
+        linears: of one block's linear layers, (name, inputs, outputs).
+        parameters: of all, a tied matrix once.
+        bytes_a_weight: of the checkpoint's dtype; 4 where the config does not say.
+    """
+
+    family: str
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    head_dim: int
+    kv_heads: int
+    rows: int
+    tied: bool
+    block_parameters: int
+    linears: tuple[tuple[str, int, int], ...]
+    parameters: int
+    bytes_a_weight: int = 4
+
+    @property
+    def attention(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def vocabulary(self) -> int:
+        """Parameters of one `[V, D]` matrix."""
+        return self.rows * self.width
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of one block's linear layers."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    def trainable(self, top: int, head: bool) -> int:
+        """Parameters that a full training reaches: blocks up to `top`, the final norm at the top, the LM head with `head`."""
+        unreached = (self.layers - top) * self.block_parameters
+        if top < self.layers:
+            unreached += self.parameters - self.layers * self.block_parameters - self._matrices * self.vocabulary
+        if not head and not self.tied:
+            unreached += self.vocabulary
+        return self.parameters - unreached
+
+    @property
+    def _matrices(self) -> int:
+        return 1 if self.tied else 2
+
+
+def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
+    """The shape of a model given by folder, hub name or `embedded:…`; only its config is read.
+
+    Raises:
+        ValueError: there is no config to read, or the architecture is not a decoder of gated MLP blocks.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"model: the config of {name!r} cannot be read: {first_line}") from error
+    return shape_of(config, trust_remote_code=trust_remote_code)
+
+
+def shape_of(config: Any, *, trust_remote_code: bool = False) -> Shape:
+    """The shape that a config describes.
+
+    Raises:
+        ValueError: the architecture is not a decoder of blocks with q, k, v, o, gate, up and down projections.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = causal_lm(model).config.get_text_config()
+    block = blocks(model)[0]
+    linears = {n.rsplit(".", 1)[-1]: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    if set(linears) != set(_LINEARS):
+        raise ValueError(
+            f"model: blocks of {text.model_type!r} have the linear layers {', '.join(sorted(linears))}; the formulas of oprd "
+            f"doctor are for blocks with {', '.join(_LINEARS)} (checked on {', '.join(CHECKED)})"
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    dtype = getattr(config, "dtype", None)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        family=text.model_type,
+        layers=len(blocks(model)),
+        width=text.hidden_size,
+        intermediate=linears["down_proj"].in_features,
+        heads=text.num_attention_heads,
+        head_dim=head_dim,
+        kv_heads=linears["k_proj"].out_features // head_dim,
+        rows=head.weight.shape[0],
+        tied=head.weight is embedding.weight,
+        block_parameters=sum(p.numel() for p in block.parameters()),
+        linears=tuple((n, linears[n].in_features, linears[n].out_features) for n in _LINEARS),
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes_a_weight=dtype.itemsize if isinstance(dtype, torch.dtype) else 4,
+    )
+
+
+# Shapes of well-known models, as their published configs have them.
+_QWEN = {"vocab_size": 151_936, "tie_word_embeddings": False, "dtype": "bfloat16"}
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "1.5B": ("qwen2", {
+        **_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }),
+    "7B": ("qwen2", {
+        **_QWEN, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4,
+    }),
+    "32B": ("qwen2", {
+        **_QWEN, "vocab_size": 152_064, "hidden_size": 5120, "intermediate_size": 27_648, "num_hidden_layers": 64,
+        "num_attention_heads": 40, "num_key_value_heads": 8,
+    }),
+    "70B": ("llama", {
+        "vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }),
+}  # fmt: skip
+"""Qwen2.5-1.5B, -7B, -32B and Llama-3-70B."""
+
+
+def known_shape(size: str) -> Shape:
+    """A shape of `KNOWN`."""
+    family, settings = KNOWN[size]
+    return shape_of(AutoConfig.for_model(family, **settings))

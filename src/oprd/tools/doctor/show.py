@@ -1,0 +1,97 @@
+"""The doctor's findings as lines of text, as JSON, and as the table of well-known sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oprd.tools.doctor.advice import advise
+from oprd.tools.doctor.memory import predict_memory
+from oprd.tools.doctor.shape import CHECKED, KNOWN, known_shape
+from oprd.tools.doctor.time import Device, predict_seconds
+from oprd.tools.doctor.workload import Workload
+
+GPU = 80e9
+DEVICE_COUNTS = (1, 8, 64)
+_PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activations", "state cache",
+          "vocabulary chunks", "rollout KV cache")  # fmt: skip
+
+
+def examine(work: Workload, device: Device) -> dict[str, Any]:
+    """All figures: `parts`, `phases` and `peak` in bytes, `peak_phase`, `advice`, `seconds` a phase, `assumed`."""
+    memory = predict_memory(work)
+    return {
+        "parts": memory.parts,
+        "phases": memory.phases,
+        "peak": memory.peak,
+        "peak_phase": memory.peak_phase,
+        "advice": [{"setting": a.setting, "peak": a.peak} for a in advise(work)],
+        "seconds": predict_seconds(work, device),
+        "assumed": {
+            "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts, "devices": work.devices,
+            "sharding": work.sharding, "micro_batch_rollouts": work.rows, "micro_batches": work.micro_batches,
+            "compute": "bfloat16" if work.bf16 else "float32", "tflops": device.tflops, "bandwidth": device.bandwidth,
+            "flops_share": device.flops_share, "bandwidth_share": device.bandwidth_share,
+        },
+    }  # fmt: skip
+
+
+def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
+    """The findings for a terminal."""
+    assumed = found["assumed"]
+    lines = [
+        f"computed, not measured: {assumed['rollouts']} rollouts a step and device, prompts of {assumed['prompt']} and completions "
+        f"of {assumed['completion']} tokens, {assumed['micro_batch_rollouts']} rollouts a micro-batch, {assumed['compute']}, "
+        f"{assumed['devices']} device(s), sharding {assumed['sharding']}",
+        "",
+        "memory of a device, by part (each at its largest)",
+    ]
+    lines += [f"  {name:<20} {_size(found['parts'][name])}" for name in _PARTS]
+    lines += ["", "memory of a device, by phase"]
+    for name, size in found["phases"].items():
+        lines.append(f"  {name:<20} {_size(size)}{'   <- the peak' if name == found['peak_phase'] else ''}")
+    lines += ["", "what would lower the peak" if found["advice"] else "no single setting would lower the peak by 2 %"]
+    lines += [f"  {_size(a['peak'])} with {a['setting']}" for a in found["advice"]]
+    seconds = found["seconds"]
+    split = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
+    lines += [
+        "",
+        f"time of a step, an estimate: {sum(seconds.values()):.3g} s ({split}) at {assumed['tflops']:.4g} TFLOPS x "
+        f"{assumed['flops_share']:.0%} and {assumed['bandwidth']:.4g} GB/s x {assumed['bandwidth_share']:.0%}",
+    ]
+    if unknown := sorted(set(families) - set(CHECKED)):
+        lines.append(f"the formulas were checked on {', '.join(CHECKED)} only, not on {', '.join(unknown)}")
+    return lines
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:9.2f} GB" if size >= 1e9 else f"{size / 1e6:9.1f} MB"
+
+
+def known_workload(size: str, devices: int) -> Workload:
+    """What the table of well-known sizes assumes: a teacher of the same size, all layers, checkpointing, bfloat16."""
+    shape = known_shape(size)
+    return Workload(
+        student=shape, teacher=shape, rollouts=16, prompt=512, completion=2048, micro_batch_tokens=16384,
+        layers=tuple(range(1, shape.layers + 1)), positions=2048, compared=2048, checkpointing=True, bf16=True,
+        teacher_bytes=shape.bytes_a_weight, generation_batch=16, devices=devices,
+        sharding="fsdp" if devices > 1 else "none",
+    )  # fmt: skip
+
+
+def known_table() -> str:
+    """Students of well-known sizes on 1, 8 and 64 devices, as Markdown."""
+    head = "| student | devices | weights | gradients, optimizer | teacher | activations | states | rollout | peak | fits 80 GB |"
+    rows = [head, "| " + " | ".join(["---"] * 10) + " |"]
+    for size in KNOWN:
+        for devices in DEVICE_COUNTS:
+            memory = predict_memory(known_workload(size, devices))
+            parts = memory.parts
+            cells = [
+                parts["student weights"], parts["gradients"] + parts["optimizer"], parts["teacher weights"],
+                parts["activations"], parts["state cache"], parts["rollout KV cache"], memory.peak,
+            ]  # fmt: skip
+            shown = " | ".join(f"{cell / 1e9:.1f}" for cell in cells)
+            rows.append(
+                f"| {size} | {devices} | {shown} ({memory.peak_phase}) | {'yes' if memory.peak <= GPU else 'no'} |"
+            )
+    return "\n".join(rows)

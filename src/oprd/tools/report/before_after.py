@@ -1,0 +1,237 @@
+"""A run's student before and after training, answering the same problems, and the teacher reading the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.data.prompts import Prompt, prepare_prompts, render
+from oprd.data.rows import PromptRow, parse_row
+from oprd.models.loading import load_model, load_tokenizer
+from oprd.models.tokens import stop_token_ids
+from oprd.rollouts.engine import Sampling
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.tasks.evaluation import grade_rollouts
+from oprd.tasks.problems import load_rows
+from oprd.tasks.task import get_task, with_instruction
+from oprd.tools.report.distances import Comparison, compare_with, token_distances, token_texts
+from oprd.tools.report.read import RunRecord
+from oprd.tools.report.rollouts import FORMAT, Distances, Pair, Side, as_side, logged_pairs, prompt_text
+from oprd.types import Rollouts
+
+Row = Mapping[str, Any]
+
+
+def measure_distances(
+    record: RunRecord,
+    *,
+    problems: int = 12,
+    longest: int = 512,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> Distances:
+    """Let the student before and after training answer the same problems, and the teacher read these answers.
+
+    Read likewise: logged rollouts of the run, those of an early step with the student before training, those of a late one with
+    the student after. Models and problems that the config names by a relative path are looked for from the current folder.
+
+    Args:
+        record: the run, with its `model/`.
+        problems: how many are answered, and at most how many pairs of logged rollouts are read.
+        longest: most tokens of a completion that are written or read.
+        trust_remote_code: run code that comes with the models; the config cannot turn it on.
+        say: called with each line of news.
+
+    Raises:
+        ValueError: the run has no config or no model, or one of the models cannot be loaded.
+    """
+    config, device = record.config, "cuda" if torch.cuda.is_available() else "cpu"
+    names = _model_names(record)
+
+    def load(name: str, dtype: Any, kwargs: Any) -> PreTrainedModel:
+        own = {k: v for k, v in (kwargs or {}).items() if k != "trust_remote_code"}
+        model = load_model(name, dtype=dtype, init_kwargs=own, trust_remote_code=trust_remote_code)
+        return model.to(device).eval().requires_grad_(False)
+
+    student = load(names[0], torch.float32, config.get("model_init_kwargs"))
+    tokenizer = load_tokenizer(names[0], trust_remote_code=trust_remote_code)
+    stops = {*stop_token_ids(student, tokenizer)}
+    notes: list[str] = []
+    unavailable, comparison = None, None
+    try:  # without its teacher the student can still be shown
+        their_tokenizer = load_tokenizer(names[2], trust_remote_code=trust_remote_code)
+        teacher = load(names[2], "auto", config.get("teacher_model_init_kwargs"))
+        comparison = compare_with(teacher, student, (tokenizer, their_tokenizer), config, (names[0], names[2]))
+        stops |= {*stop_token_ids(teacher, their_tokenizer)}
+    except ValueError as error:
+        unavailable = str(error)
+    reader = _Reader(tokenizer, sorted(stops), comparison, config, longest)
+    prompts = reader.prompts(record.completions, problems, notes)
+    candidates = logged_pairs(record.completions, problems)
+    fresh: list[list[Side]] = []
+    logged: list[list[Side | None]] = []
+    for end, who in enumerate(("before", "after")):
+        if end:
+            del student
+            student = load(names[1], torch.float32, None)
+        say(f"{record.name}: the student {who} training writes {len(prompts)} completions and reads")
+        fresh.append(reader.write(student, prompts))
+        logged.append(reader.read_again(student, [pair[end] for pair in candidates], notes))
+    return Distances(
+        format=FORMAT,
+        steps=record.summary.get("steps"),
+        student=names[0],
+        teacher=names[2],
+        layers=list(comparison.layers) if comparison else [],
+        bridge=config.get("bridge"),
+        sampling=reader.describe_sampling(),
+        unavailable=unavailable,
+        before_after=[Pair(early, late) for early, late in zip(*fresh, strict=True)],
+        logged=[Pair(early, late) for early, late in zip(*logged, strict=True) if early and late],
+        notes=notes,
+    )
+
+
+class _Reader:
+    """Writes and reads completions under a run's settings."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: list[int],
+        comparison: Comparison | None,
+        config: Row,
+        longest: int,
+    ) -> None:
+        self.tokenizer, self.comparison, self.config, self.longest = tokenizer, comparison, config, longest
+        limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
+        self.sampling = Sampling(
+            min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
+        )
+        self.engine = TransformersEngine(tokenizer, stops)
+        self.task = get_task(config["task"]) if config.get("task") else None
+        self.template_kwargs = config.get("chat_template_kwargs")
+
+    def describe_sampling(self) -> str:
+        drawn = self.sampling
+        how = (
+            f"temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, seed {self.config.get('seed', 0)}"
+            if drawn.temperature
+            else "greedy"
+        )
+        return f"{how}, at most {drawn.max_completion_length} tokens"
+
+    def prompts(self, completions: Sequence[Row], count: int, notes: list[str]) -> list[Prompt]:
+        """The first problems of the evaluation (else of the training) set, or where it is out of reach the logged prompts."""
+        kind = "eval" if self.config.get("eval_dataset") else "train"
+        name = f"{kind}_dataset"
+        try:
+            rows = load_rows(
+                self.config[name], self.config.get(f"{kind}_split", "test" if kind == "eval" else "train"),
+                self.config.get(f"{kind}_limit"), self.config.get("seed", 0),
+            )  # fmt: skip
+            if kind == "eval" and self.task is not None and self.config.get("eval_instruction", True):
+                rows, _ = with_instruction(self.task, rows[:count])
+        except (ValueError, OSError, KeyError) as error:
+            notes.append(f"the prompts are logged ones, without answers: {name} cannot be read from here ({error})")
+            rows, name = _logged_rows(completions), "completions.jsonl"
+        length = self.sampling.max_completion_length
+        return prepare_prompts(
+            rows[:count], self.tokenizer, name=name, max_completion_length=length,
+            chat_template_kwargs=self.template_kwargs,
+        )  # fmt: skip
+
+    def write(self, student: nn.Module, prompts: Sequence[Prompt]) -> list[Side]:
+        """One completion a prompt, graded and read."""
+        rollouts = self.engine.generate(
+            student, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
+            seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
+        )  # fmt: skip
+        if self.task is None:
+            verdicts: list[bool | None] = [None] * len(rollouts)
+        else:
+            with self.task.grader() as grader:
+                verdicts = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
+        sides = [
+            Side(
+                prompt=prompt_text(prompts[row].row.prompt), text=text, correct=verdict, finish_reason=reason,
+                length=len(ids),
+            )
+            for row, text, verdict, reason, ids in zip(
+                rollouts.rows, rollouts.texts, verdicts, rollouts.finish_reasons, rollouts.completion_ids, strict=True
+            )
+        ]  # fmt: skip
+        return self._read(student, sides, rollouts)
+
+    def read_again(self, student: nn.Module, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
+        """Logged rollouts, split into tokens again, since the run records their text alone; None for one that has none."""
+        places, prompts, completions, sides = [], [], [], []
+        resplit = 0
+        for place, row in enumerate(rows):
+            ids = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            end = [self.engine.stop_token_ids[0]] if row.get("finish_reason") == "stop" else []
+            if self.tokenizer.eos_token_id in self.engine.stop_token_ids:
+                end = [self.tokenizer.eos_token_id] * len(end)
+            prompt = _parsed(row)
+            if prompt is None or not ids + end:
+                continue
+            resplit += len(ids + end) != row.get("tokens")
+            places.append(place)
+            prompts.append(render(prompt, self.tokenizer, self.template_kwargs))
+            completions.append((ids + end)[: self.longest])
+            sides.append(as_side(row))
+        if resplit:
+            notes.append(
+                f"{resplit} of {len(sides)} logged rollouts have another number of tokens than when they were sampled: a run "
+                "records their text, which was split into tokens again"
+            )
+        found: list[Side | None] = [None] * len(rows)
+        if sides:
+            texts, reasons = [side.text for side in sides], ["length"] * len(sides)
+            rollouts = Rollouts(prompts, completions, reasons, texts, list(range(len(sides))))  # type: ignore[arg-type]
+            for place, side in zip(places, self._read(student, sides, rollouts), strict=True):
+                found[place] = side
+        return found
+
+    def _read(self, student: nn.Module, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
+        if self.comparison is None:
+            return list(sides)
+        distances = token_distances(student, self.comparison, rollouts, pad_token_id=self.engine.pad_token_id)
+        return [
+            replace(side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(own))
+            for side, ids, own in zip(sides, rollouts.completion_ids, distances, strict=True)
+        ]
+
+
+def _model_names(record: RunRecord) -> tuple[str, str, str]:
+    """Student before, student after, teacher."""
+    config, after = record.config, record.folder / "model"
+    if not config.get("model"):
+        raise ValueError(f"--distances: {record.folder} has no config.yaml that names a model, so none can be loaded")
+    if not after.is_dir():
+        raise ValueError(
+            f"--distances: {record.folder} has no model/: the run did not come to its end. Leave --distances out"
+        )
+    return str(config["model"]), str(after), str(config.get("teacher_model") or config["model"])
+
+
+def _parsed(row: Row) -> PromptRow | None:
+    try:
+        return parse_row({"prompt": row.get("prompt")}, "completions.jsonl")
+    except ValueError:
+        return None
+
+
+def _logged_rows(completions: Sequence[Row]) -> list[PromptRow]:
+    """The prompts of logged rollouts, each once, in their order."""
+    distinct: dict[str, PromptRow] = {}
+    for row in completions:
+        parsed = _parsed(row)
+        if parsed is not None:
+            distinct.setdefault(prompt_text(parsed.prompt), parsed)
+    return list(distinct.values())

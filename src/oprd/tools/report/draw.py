@@ -1,0 +1,223 @@
+"""The pictures of a report, as PNG in a data URI: the same numbers give the same bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from oprd.tools.report.curves import PHASES, Curve, Heat, Panel, Point, is_log
+from oprd.tools.report.text import plain
+
+# Okabe and Ito's colours without the yellow, and two dark ones: apart for colour-blind readers, and each dark enough for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3F7F", "#B37400", "#2E9BD6", "#000000", "#6B4C9A")
+_STYLES = ("-", "--", "-.", ":")
+_PHASE_COLOURS = ("#0072B2", "#000000", "#009E73", "#E69F00", "#CC79A7")
+_HATCHES = ("", "xx", "//", "", "..")
+_QUIET = "#666666"
+_DPI = 160
+_HUGE = 1e30
+_LETTER = 9.0  # points between two letters
+_PANEL = (4.6, 2.9)  # inches: 368 CSS pixels wide at two pixels each
+
+
+def letter(run: int) -> str:
+    """What a run is called in pictures: A, B, … Z, A2, B2, …"""
+    round_, place = divmod(run, 26)
+    return chr(ord("A") + place) + (str(round_ + 1) if round_ else "")
+
+
+def colour(run: int) -> str:
+    """The colour of a run."""
+    return COLOURS[run % len(COLOURS)]
+
+
+def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
+    """Curves over steps: each value thin, the running mean bold, the run's letter at its end."""
+    figure, axis = _figure(_PANEL)
+    found = [_clipped(curve, is_log(panel, found)) for curve in found]
+    for curve in found:
+        _line(axis, curve, dashed=panel.keys.index(curve.key) == 1)
+    if is_log(panel, found):
+        axis.set_yscale("log")
+    _finish(axis, panel)
+    _name_ends(figure, axis, {c.run: (c.steps[-1], c.smooth[-1]) for c in reversed(found)})
+    return _uri(figure)
+
+
+def draw_accuracy(
+    panel: Panel, rollouts: Sequence[Curve], evaluated: Mapping[int, Sequence[Point]], teachers: Mapping[int, float]
+) -> str:
+    """Rollout accuracy as curves; evaluations as squares with their 95 % interval; teachers as dotted lines.
+
+    Squares are joined where there are more than before and after: between these two nothing was measured.
+    """
+    figure, axis = _figure(_PANEL)
+    rollouts = [_clipped(curve, False) for curve in rollouts]
+    for curve in rollouts:
+        _line(axis, curve)
+    for run, points in evaluated.items():
+        steps, values = [p.step for p in points], [p.value for p in points]
+        joined = len(points) > 2
+        axis.plot(
+            steps, values, "s-" if joined else "s", color=colour(run), ms=4.5, lw=1.0, mec="white", mew=0.5, zorder=3
+        )
+        known = [(p.step, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+        if known:
+            at, low, high = zip(*known, strict=True)
+            axis.vlines(at, low, high, color=colour(run), lw=1.2)
+            if joined:
+                axis.fill_between(at, low, high, color=colour(run), alpha=0.15, lw=0)
+    for run, value in teachers.items():
+        axis.axhline(value, color=colour(run), ls=":", lw=1.2)
+    _finish(axis, panel)
+    ends = {curve.run: (curve.steps[-1], curve.smooth[-1]) for curve in rollouts}
+    ends |= {run: (points[-1].step, points[-1].value) for run, points in evaluated.items() if points}
+    _name_ends(figure, axis, ends)
+    return _uri(figure)
+
+
+def draw_heat(found: Heat, low: float, high: float) -> str:
+    """Cosine of each layer (rows, the first at the bottom) at each measured step; grey where it was not measured."""
+    import numpy as np
+
+    figure, axis = _figure((5.6, 1.5 + min(0.16 * len(found.layers), 3.2)))
+    values = np.ma.masked_invalid(np.array(found.values))
+    middles = np.arange(0.5, len(found.layers) + 1.0)
+    picture = axis.pcolormesh(
+        _edges(found.steps), middles, values, cmap="cividis", vmin=low, vmax=high, rasterized=True
+    )
+    axis.set_facecolor("#cccccc")
+    every = math.ceil(len(found.layers) / 10)
+    shown = [i for i in range(len(found.layers)) if (len(found.layers) - 1 - i) % every == 0]
+    axis.set_yticks([i + 1 for i in shown], [str(found.layers[i]) for i in shown])
+    _step_axis(axis)
+    axis.set_ylabel("layer")
+    bar = figure.colorbar(picture, ax=axis, pad=0.02)
+    bar.set_label("cosine", fontsize=9)
+    bar.ax.tick_params(labelsize=9)
+    return _uri(figure)
+
+
+def draw_times(splits: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> str:
+    """Mean seconds of a step as a stacked bar a run, phase by phase; shares of 6 % and more are written into it."""
+    figure, axis = _figure((10.0, 1.3 + 0.42 * len(splits)))
+    longest = max(math.fsum(split.values()) for split in splits.values())
+    for place, split in enumerate(splits.values()):
+        left, total = 0.0, math.fsum(split.values())
+        for phase, fill, hatch in zip(PHASES, _PHASE_COLOURS, _HATCHES, strict=True):
+            seconds = split.get(phase, 0.0)
+            axis.barh(
+                place, seconds, left=left, height=0.62, color=fill, hatch=hatch, edgecolor="white", lw=0.8,
+                label=phase if place == 0 else None,
+            )  # fmt: skip
+            if seconds > 0.06 * longest:
+                axis.text(
+                    left + seconds / 2, place, f"{seconds / total:.0%}", ha="center", va="center", fontsize=9,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
+                )  # fmt: skip
+            left += seconds
+    axis.set_yticks(range(len(splits)), [f"{letter(run)}  {_label(names[run])}" for run in splits])
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds a step, mean over all steps")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(left=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(PHASES), frameon=False, fontsize=9
+    )
+    return _uri(figure)
+
+
+def _clipped(curve: Curve, log: bool) -> Curve:
+    """The curve within what an axis can show; a loss that ran away leaves the axis, not the report."""
+    least = 1 / _HUGE if log else -_HUGE
+    values, smooth = ([min(max(v, least), _HUGE) for v in line] for line in (curve.values, curve.smooth))
+    return replace(curve, values=values, smooth=smooth)
+
+
+def _line(axis: Any, curve: Curve, *, dashed: bool = False) -> None:
+    style = (0, (4, 1.5)) if dashed else _STYLES[curve.run // len(COLOURS) % len(_STYLES)]
+    marker = "o" if len(curve.values) == 1 else None
+    if curve.smooth != curve.values:
+        axis.plot(curve.steps, curve.values, color=colour(curve.run), lw=0.5, alpha=0.4)
+    axis.plot(curve.steps, curve.smooth, color=colour(curve.run), lw=1.6, ls=style, marker=marker, ms=4)
+
+
+def _name_ends(figure: Any, axis: Any, ends: Mapping[int, tuple[float, float]]) -> None:
+    """The letters of the runs at the ends of their curves, moved up or down where they would cover each other."""
+    figure.draw_without_rendering()  # the layout must be known
+    points = 72 / figure.dpi
+    places = {run: tuple(axis.transData.transform(end) * points) for run, end in ends.items()}
+    groups: dict[int, list[int]] = {}
+    for run in sorted(ends, key=lambda run: (places[run][1], run)):
+        groups.setdefault(round(places[run][0] / (2 * _LETTER)), []).append(run)
+    for runs in groups.values():
+        heights = _spread([places[run][1] for run in runs], axis.get_window_extent().y1 * points)
+        for run, height in zip(runs, heights, strict=True):
+            axis.annotate(
+                letter(run), ends[run], xytext=(4, height - places[run][1]), textcoords="offset points",
+                color=colour(run), fontsize=9, fontweight="bold", va="center", annotation_clip=False,
+            )  # fmt: skip
+
+
+def _spread(heights: Sequence[float], top: float) -> list[float]:
+    """Ascending heights, at least a letter apart: moved up as far as `top`, and from there down."""
+    spread: list[float] = []
+    for height in heights:
+        spread.append(max(height, spread[-1] + _LETTER) if spread else height)
+    limit = max(top, *heights) if heights else top
+    for index in range(len(spread) - 1, -1, -1):
+        spread[index] = min(spread[index], limit)
+        limit = spread[index] - _LETTER
+    return spread
+
+
+def _finish(axis: Any, panel: Panel) -> None:
+    if panel.share and axis.dataLim.y0 >= 0 and axis.dataLim.y1 <= 1:
+        axis.set_ylim(-0.03, 1.03)
+    _step_axis(axis)
+    if panel.unit:
+        axis.set_ylabel(panel.unit)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _step_axis(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+
+
+def _edges(steps: Sequence[float]) -> list[float]:
+    """The limits of the columns of a heat map: half way between measured steps, and half a step outside the first and last."""
+    between = [(a + b) / 2 for a, b in pairwise(steps)]
+    return [steps[0] - 0.5, *between, steps[-1] + 0.5]
+
+
+def _label(name: str) -> str:
+    return plain(name, 40).replace("$", r"\$")  # a dollar would begin a formula
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    # The object interface: no display, and no global state of pyplot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.tick_params(labelsize=9, colors=_QUIET, labelcolor="#333333")
+    axis.xaxis.label.set(fontsize=9, color="#333333")
+    axis.yaxis.label.set(fontsize=9, color="#333333")
+    return figure, axis
+
+
+def _uri(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,232 @@
+"""The report as one HTML page: no script, nothing from outside, and a policy that would refuse both."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from oprd.tools.report import curves, draw
+from oprd.tools.report.read import RunRecord
+from oprd.tools.report.rollouts import Distances, Pair, Side, as_side, choose, logged_pairs, read_distances
+from oprd.tools.report.table import duration, table
+from oprd.tools.report.text import plain, shown, shown_token
+
+MARK = "<!-- written by oprd report -->"
+_TEMPLATE, _STYLE = "page.html.jinja", "page.css"
+_LEVELS = 10  # colours of distances; page.css has as many classes
+_SHOWN_TOKENS, _SHOWN_PAIRS = 4000, 12
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, what it shows in words for who cannot see it, and its caption."""
+
+    uri: str
+    alt: str
+    caption: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The rollouts of one run: labelled pairs first, then the others; `heading` says which students wrote them."""
+
+    heading: str
+    early: str
+    late: str
+    chosen: list[tuple[str, Pair]]
+    rest: list[Pair]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says about one run alone."""
+
+    run: int
+    record: RunRecord
+    notes: list[str]
+    distances: Distances | None
+    rollouts: list[Rollouts]
+    command: str
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """The page about these runs, a pure function of their files."""
+    sections = [_section(run, record) for run, record in enumerate(records)]
+    pictures, missing = _pictures(records)
+    style = (Path(__file__).parent / _STYLE).read_text(encoding="utf-8")
+    colours = "".join(f".run{run}{{color:{draw.colour(run)}}}" for run in range(len(records)))
+    style = f"\n{style}{colours}\n"
+    top = _top([pair for section in sections for group in section.rollouts for pair in _all(group)])
+    splits = {run: split for run, record in enumerate(records) if (split := curves.time_split(record))}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "shown": shown,
+        "shown_token": shown_token,
+        "plain": plain,
+        "letter": draw.letter,
+        "layers": _layers,
+        "duration": duration,
+    }
+    environment.globals |= {
+        "level": lambda distance: min(int(_LEVELS * distance / top), _LEVELS - 1) if top else 0,
+        "numbers": lambda panel: [(c, curves.extent(c)) for c in curves.curves(records, panel)],
+        "max_tokens": _SHOWN_TOKENS,
+    }
+    return environment.get_template(_TEMPLATE).render(
+        mark=Markup(MARK),
+        policy=_policy(style),
+        style=Markup(style),  # ours, and the policy carries its digest
+        records=records,
+        sections=sections,
+        rows=table(records),
+        pictures=pictures,
+        panels=[curves.ACCURACY, *curves.panels(records)[0]],
+        missing=missing,
+        heats=_heats(records),
+        times=_times(splits, [record.name for record in records]),
+        phases=curves.PHASES,
+        splits=splits,
+        levels=_LEVELS,
+        top=top,
+    )
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write the page, all of it or nothing.
+
+    Raises:
+        ValueError: there is something at `file` that no report wrote, or no folder for it.
+    """
+    if file.is_dir():
+        raise ValueError(f"output: {file} is a folder; name a file such as {file / 'report.html'}")
+    if not file.parent.is_dir():
+        raise ValueError(f"output: there is no folder {file.parent}; make it first or choose another")
+    if file.exists() and MARK.encode() not in file.read_bytes()[:200]:
+        raise ValueError(f"output: {file} holds something that no report wrote; choose another file")
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(page.encode("utf-8", errors="replace"))
+    temporary.replace(file)
+
+
+def _policy(style: str) -> str:
+    """A content security policy that allows pictures inside the page and this one style sheet."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def _pictures(records: Sequence[RunRecord]) -> tuple[list[Picture], list[str]]:
+    """Accuracy first, then every panel that any run has values for; and the titles of those that none has."""
+    panels, missing = curves.panels(records)
+    evaluated = {run: points for run, record in enumerate(records) if (points := curves.evaluations(record))}
+    teachers = {run: v for run, record in enumerate(records) if (v := curves.teacher_accuracy(record)) is not None}
+    rollouts = curves.curves(records, curves.ACCURACY)
+    pictures = []
+    if rollouts or evaluated or teachers:
+        ends = [
+            f"{draw.letter(run)}: {points[0].value:.1%} at step {points[0].step:.0f}, {points[-1].value:.1%} at step "
+            f"{points[-1].step:.0f}"
+            for run, points in evaluated.items()
+        ]
+        pictures.append(
+            Picture(
+                draw.draw_accuracy(curves.ACCURACY, rollouts, evaluated, teachers),
+                f"Accuracy over steps. Evaluations: {'; '.join(ends) or 'none'}.",
+                "Squares: Avg@k on the evaluation problems, with its 95 % interval over problems. Curve: rollouts in training. "
+                "Dotted: the teacher.",
+                curves.ACCURACY.title,
+            )
+        )
+    else:
+        missing = [curves.ACCURACY.title, *missing]
+    for panel in panels:
+        found = curves.curves(records, panel)
+        ends = [f"{draw.letter(c.run)} {c.key}: {c.values[0]:.4g} at first, {c.values[-1]:.4g} at last" for c in found]
+        scale = "Logarithmic axis." if curves.is_log(panel, found) else ""
+        pictures.append(
+            Picture(
+                draw.draw_panel(panel, found), f"{panel.title} over steps. {'; '.join(ends)}.",
+                f"{panel.note} {scale}".strip(), panel.title,
+            )
+        )  # fmt: skip
+    return pictures, missing
+
+
+def _heats(records: Sequence[RunRecord]) -> list[tuple[int, Picture | None]]:
+    """A heat map a run, all in the same colours; None for a run that measured no cosine."""
+    found = [curves.heat(record) for record in records]
+    values = [v for heat in found if heat for line in heat.values for v in line if math.isfinite(v)]
+    pictures: list[tuple[int, Picture | None]] = []
+    for run, heat in enumerate(found):
+        if heat is None:
+            pictures.append((run, None))
+            continue
+        ends = [f"layer {heat.layers[i]} from {heat.values[i][0]:.3f} to {heat.values[i][-1]:.3f}" for i in (0, -1)]
+        alt = f"Cosine of {len(heat.layers)} layers at {len(heat.steps)} steps: {'; '.join(ends)}."
+        uri = draw.draw_heat(heat, min(values), max(values))
+        pictures.append((run, Picture(uri, alt, f"{len(heat.layers)} layers, {len(heat.steps)} steps", "")))
+    return pictures
+
+
+def _times(splits: dict[int, dict[str, float]], names: Sequence[str]) -> Picture | None:
+    if not splits:
+        return None
+    words = [
+        f"{draw.letter(run)}: {', '.join(f'{phase} {s:.3g} s' for phase, s in split.items())}"
+        for run, split in splits.items()
+    ]
+    return Picture(draw.draw_times(splits, names), f"Seconds of a step. {'; '.join(words)}.", "", "")
+
+
+def _section(run: int, record: RunRecord) -> Section:
+    notes = list(record.notes)
+    distances, problem = read_distances(record.folder, record.summary.get("steps"))
+    if problem:
+        notes.append(problem)
+    groups = []
+    if distances is not None:
+        notes += [f"distances: {note}" for note in distances.notes]
+        chosen = choose(distances.before_after)
+        heading = f"The same problems before and after training ({distances.sampling})"
+        groups.append(_group(heading, "before training", "after training", distances.before_after, chosen))
+    logged = distances.logged if distances is not None else []
+    if not logged:
+        logged = [Pair(as_side(a), as_side(b)) for a, b in logged_pairs(record.completions, _SHOWN_PAIRS)]
+    groups.append(_group("Rollouts logged in training", "early", "late", logged, choose(logged)))
+    name = shlex.quote(record.name)
+    command = f"oprd train --config {name}/config.yaml --output_dir {name}-again" if record.config else ""
+    return Section(run, record, notes, distances, [group for group in groups if _all(group)], command)
+
+
+def _group(heading: str, early: str, late: str, pairs: Sequence[Pair], chosen: list[tuple[str, Pair]]) -> Rollouts:
+    picked = [id(pair) for _, pair in chosen]
+    return Rollouts(heading, early, late, chosen, [pair for pair in pairs if id(pair) not in picked])
+
+
+def _all(group: Rollouts) -> list[Pair]:
+    return [*(pair for _, pair in group.chosen), *group.rest]
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """Layers in words: a range where they follow each other."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _top(pairs: Sequence[Pair]) -> float:
+    """The distance from which on a token has the strongest colour: 98 % of all shown tokens lie below. 0 without distances."""
+    sides: list[Side] = [side for pair in pairs for side in (pair.early, pair.late)]
+    every = sorted(distance for side in sides for distance in side.distances)
+    return every[int(0.98 * (len(every) - 1))] if every else 0.0

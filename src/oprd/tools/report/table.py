@@ -1,0 +1,193 @@
+"""The table at the head of a report: what each run was, what it reached, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from oprd.tools.report.curves import peak_memory
+from oprd.tools.report.read import RunRecord, interval, measured, number, objective_of, series
+
+NOTHING = "–"
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what a person reads, and the number behind it as it stands in the run's files (None for text)."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what it is, and a cell a run."""
+
+    name: str
+    cells: list[Cell]
+
+    @property
+    def shared(self) -> bool:
+        """Whether one text stands for all runs; of few runs, and of what was measured, every cell is written."""
+        text = all(cell == self.cells[0] and cell.value is None for cell in self.cells)
+        return text and len(self.cells) > _FEW
+
+    @property
+    def shown(self) -> list[Cell]:
+        """The cells to write: one where all are the same."""
+        return self.cells[:1] if self.shared else self.cells
+
+
+def table(records: Sequence[RunRecord]) -> list[Row]:
+    """The rows of the head table; a row that no run has anything for is left out."""
+    rows = [Row(name, [cell(record) for record in records]) for name, cell in _ROWS.items()]
+    return [row for row in rows if any(cell.text != NOTHING for cell in row.cells)]
+
+
+def percent(value: float | None) -> str:
+    """A share as percent with one decimal."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 0.01:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s" if seconds < 1 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def word(value: object) -> str:
+    """A setting of one word as text; lists and the like are not spelled out."""
+    if value is None:
+        return NOTHING
+    return str(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}, see the config"
+
+
+def _setting(key: str) -> Callable[[RunRecord], Cell]:
+    def cell(record: RunRecord) -> Cell:
+        return Cell(word(record.config.get(key)))
+
+    return cell
+
+
+def _teacher(record: RunRecord) -> Cell:
+    if not record.config:
+        return Cell(NOTHING)
+    return Cell(word(record.config.get("teacher_model") or "the student without its adapter"))
+
+
+def _seed(record: RunRecord) -> Cell:
+    return Cell(word(record.config.get("seed", record.summary.get("seed"))))
+
+
+def _objective(record: RunRecord) -> Cell:
+    return Cell(objective_of(record.config) or NOTHING if record.config else NOTHING)
+
+
+def _steps(record: RunRecord) -> Cell:
+    done = number(record.summary, "steps")
+    if done is not None:
+        return Cell(f"{done:.0f}", done)
+    if not record.steps:
+        return Cell(NOTHING)
+    last = float(record.steps[-1]["step"])
+    planned = number(record.config, "max_steps")
+    return Cell(f"{last:.0f}{f' of {planned:.0f}' if planned and planned > 0 else ''}, not ended", last)
+
+
+def _accuracy(who: str) -> Callable[[RunRecord], Cell]:
+    def cell(record: RunRecord) -> Cell:
+        measures = measured(record, who)
+        value = number(measures, "avg_at_k")
+        if value is None:
+            return _last_evaluation(record) if who == "student_after" else Cell(NOTHING)
+        ends = interval(measures)
+        spread = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
+        return Cell(f"{percent(value)}{spread} (k = {word(measures.get('k'))})", value)
+
+    return cell
+
+
+def _last_evaluation(record: RunRecord) -> Cell:
+    if not record.evaluations:
+        return Cell(NOTHING)
+    row = record.evaluations[-1]
+    value, low, high = (number(row, f"eval_{name}") for name in ("avg_at_k", "ci95_low", "ci95_high"))
+    spread = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return Cell(f"{percent(value)}{spread} at step {row['step']:.0f}, the last evaluation", value)
+
+
+def _of_evaluation(who: str, key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
+    def cell(record: RunRecord) -> Cell:
+        value = number(measured(record, who), key)
+        return Cell(words(value), value)
+
+    return cell
+
+
+def _of_summary(key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
+    def cell(record: RunRecord) -> Cell:
+        value = number(record.summary, key)
+        return Cell(words(value), value)
+
+    return cell
+
+
+def _last_rollouts(key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
+    def cell(record: RunRecord) -> Cell:
+        _, values = series(record.steps, key)
+        return Cell(words(values[-1]), values[-1]) if values else Cell(NOTHING)
+
+    return cell
+
+
+def _finished(record: RunRecord) -> Cell:
+    cut = _last_rollouts("completions/clipped_ratio", percent)(record).value
+    return Cell(NOTHING) if cut is None else Cell(percent(1 - cut), 1 - cut)
+
+
+def _memory(record: RunRecord) -> Cell:
+    peak = peak_memory(record)
+    return Cell("not recorded (no GPU)" if record.steps else NOTHING) if peak is None else Cell(f"{peak:.2f} GiB", peak)
+
+
+def _software(record: RunRecord) -> Cell:
+    found = record.summary.get("software")
+    if not isinstance(found, Mapping):
+        return Cell(NOTHING)
+    return Cell(", ".join(f"{name} {word(version)}" for name, version in found.items()))
+
+
+def _tokens(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1f} tokens"
+
+
+_ROWS: dict[str, Callable[[RunRecord], Cell]] = {
+    "objective": _objective,
+    "student": _setting("model"),
+    "teacher": _teacher,
+    "bridge": _setting("bridge"),
+    "seed": _seed,
+    "learning rate": _setting("learning_rate"),
+    "steps": _steps,
+    "Avg@k before [95 %]": _accuracy("student_before"),
+    "Avg@k after [95 %]": _accuracy("student_after"),
+    "Avg@k of the teacher [95 %]": _accuracy("teacher"),
+    "gap closed": _of_summary("gap_closed", percent),
+    "Best@k after": _of_evaluation("student_after", "best_at_k", percent),
+    "mean length before": _of_evaluation("student_before", "mean_length", _tokens),
+    "mean length after": _of_evaluation("student_after", "mean_length", _tokens),
+    "finished before": _of_evaluation("student_before", "finished", percent),
+    "finished after": _of_evaluation("student_after", "finished", percent),
+    "length of the last step's rollouts": _last_rollouts("completions/mean_length", _tokens),
+    "of these finished": _finished,
+    "training took": _of_summary("train_seconds", duration),
+    "whole command took": _of_summary("seconds", duration),
+    "peak GPU memory": _memory,
+    "software": _software,
+}
