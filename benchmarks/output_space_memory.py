@@ -6,8 +6,8 @@ Measure: each case runs in a fresh process; its peak resident memory during one 
 the resident memory before it. Student and teacher differ in padded vocabulary (151,936 and 152,064), as Qwen's do.
 Ways: "representation" is the all-layer loss of OPRD, no head; the names of `OUTPUT_SPACE` and "policy_gradient" (GRPO, no teacher)
 go through `oprd.models.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" makes both
-logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen. "reverse_kl_trained" trains it:
-its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
+logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen.
+"reverse_kl_trained" trains it: its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
 """
 
 from __future__ import annotations
