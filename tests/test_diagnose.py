@@ -14,7 +14,7 @@ from evidence.other_end import save_other_end
 from evidence.permuted import save_permuted
 from transformers import AutoModelForCausalLM
 
-from oprd.alignment.teacher_text import TeacherText
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge.statistics import cka_matrix
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.run_config import parse_recipe
@@ -61,7 +61,7 @@ def other_tokenizer():
 @pytest.fixture(scope="module")
 def read_by_hand():
     """The pair read rollout by rollout with transformers' own forward: last states and log-probabilities of each position."""
-    pair = load_pair(STUDENT, TEACHER, TeacherText(), teacher_dtype="auto", trust_remote_code=False)
+    pair = load_pair(STUDENT, TEACHER, TeacherPromptSettings(), teacher_dtype="auto", trust_remote_code=False)
     prompts = pair.prompts(ROWS, 60, None)
     rollouts = pair.sample(prompts, 60, 0)
     read = []

@@ -1,168 +1,463 @@
-"""A student and its teacher, built from names or models and checked against each other before anything runs."""
+"""From a configuration to the objects of a run: names become models, tokenizers, layers, engine, task, prompts and the loss.
+
+`resolve` is the only place where names are looked up and models are loaded. Trainer, command line and tools use its result.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from oprd.alignment.aligner import Aligner
-from oprd.alignment.teacher_text import TeacherText, check_one_text
+from oprd.alignment.model_pair import ModelPair
+from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import OPRDConfig, needs_head
-from oprd.models.architecture import check_same_shape, freeze_above, hidden_size, num_layers
+from oprd.config import OPRDConfig, check_default_ends
+from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
-from oprd.models.loading import load_model, load_tokenizer
-from oprd.models.tokens import stop_token_ids
+from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
+from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.schedules import is_on
+from oprd.objectives.terms import (
+    HeadTerm,
+    LayerError,
+    LayerTerm,
+    OutputSpace,
+    PolicyGradient,
+    PolicyTerm,
+    Representation,
+)  # fmt: skip
+from oprd.registry import resolve_with_arguments
+from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.engines import make_engine
+from oprd.run_config import RunConfig
 from oprd.states.capture import install_state_forward
 from oprd.states.layers import resolve_layers
-from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
+from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, ProjectsStudent, Teacher
+from oprd.tasks.problems import GENERATED, load_rows
+from oprd.tasks.task import Task, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_FILES = (".parquet", ".jsonl", ".json")
 
 
-def build_student(
-    model: str | PreTrainedModel,
-    args: OPRDConfig,
-    processing_class: PreTrainedTokenizerBase | None,
-    peft_config: Any | None,
-) -> tuple[nn.Module, PreTrainedTokenizerBase, Fingerprint | None]:
-    """The student ready to be trained, its tokenizer, and where there is a bridge its fingerprint from before an adapter.
+@dataclass(frozen=True)
+class ResolvedRun:
+    """The objects of a run.
 
-    Loaded in float32 when given by name; with `peft_config`, wrapped in a fresh adapter; what the loss never reaches is frozen.
+    Args:
+        run: the configuration.
+        pair: student and teacher.
+        objective: the loss.
+        engine: samples the rollouts.
+        task: grades them; None where nothing is graded.
+        train_prompts: prompts as the student reads them; None without a train_dataset.
+        eval_prompts: likewise of the eval_dataset.
+    """
+
+    run: RunConfig
+    pair: ModelPair
+    objective: CompositeObjective
+    engine: RolloutEngine
+    task: Task | None
+    train_prompts: list[Prompt] | None
+    eval_prompts: list[Prompt] | None
+
+
+def resolve(run: RunConfig) -> ResolvedRun:
+    """Load both models, check them against each other, and make everything that a trainer needs.
 
     Raises:
-        ValueError: cannot be loaded, no tokenizer, layers out of range, or weights to train in 16 bits.
+        ValueError: models, tokenizers, datasets, bridge or settings that do not fit; says what and how to mend it.
     """
-    if isinstance(model, str):
-        student = load_model(
-            model, dtype=torch.float32, init_kwargs=args.model_init_kwargs, trust_remote_code=args.trust_remote_code
+    args, given = run.args, run.given
+    terms = build_terms(run)
+    student, own_print = _student(run, head=any(isinstance(t.objective, HeadTerm | PolicyTerm) for t in terms.values()))
+    teacher, teacher_tokenizer = _teacher(run, student, own_print)
+    aligner = _aligner(args, student, teacher, teacher_tokenizer)
+    pair = ModelPair(
+        student,
+        teacher,
+        aligner,
+        teacher_tokenizer=teacher_tokenizer,
+        layers=_comparable_layers(args, student.info, teacher, aligner),
+        rendering=args.prompt_rendering,
+        compared=args.compared_positions,
+        # Under bf16 a GPU multiplies 16-bit numbers and adds in float32; a CPU gains nothing by rounding.
+        head_dtype=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
+    )
+    if aligner is not None:
+        _check_own_text(args, pair)
+    objective = _objective(args, terms, pair)
+    engine = given.rollout_engine or make_engine(
+        args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs
+    )
+    task = given.task or (get_task(args.task) if args.task else None)
+    train, evaluated = (_rows(run, kind) for kind in ("train", "eval"))
+    return ResolvedRun(
+        run, pair, objective, engine, task,
+        train_prompts=prepare(pair, args, task, train, "train_dataset"),
+        eval_prompts=prepare(pair, args, task, evaluated, "eval_dataset"),
+    )  # fmt: skip
+
+
+def check_readable(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
+    """Make sure that answers, LM heads and the teacher's prompts can be had, where the loss or a measurement needs them.
+
+    Called when both models are where they compute. Where only a measurement needs the LM heads, it is turned off with a warning.
+
+    Args:
+        resolved: the run.
+        deepspeed: whether DeepSpeed shards the student.
+
+    Returns:
+        The objective, without measurements where they cannot be made.
+
+    Raises:
+        ValueError: a term needs LM heads and there is none, or it is not understood; a row without an answer to reward; or a
+            prompt that the teacher cannot read.
+    """
+    args, pair, objective = resolved.run.args, resolved.pair, resolved.objective
+    if objective.uses(PolicyTerm):
+        unanswered = next((p.row.source for p in resolved.train_prompts or [] if p.row.answer is None), None)
+        if unanswered:
+            raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
+    compares_heads = objective.uses(HeadTerm) or objective.uses(PolicyTerm)
+    if args.diagnostic_steps or compares_heads:
+        try:
+            if deepspeed:
+                raise ValueError(
+                    "output_space, policy_gradient_weight: not with DeepSpeed (it shards the LM head); use fully_shard or DDP"
+                )
+            pair.check_heads()
+        except ValueError as error:
+            if compares_heads:
+                raise
+            logger.warning("diagnostics are off: %s", error)
+            objective = objective.without_measurements()
+    if resolved.train_prompts:  # the teacher's prompts are made step by step; all of them must be possible
+        length = args.max_completion_length
+        pair.teacher_prompts(resolved.train_prompts, name="train_dataset", max_completion_length=length)
+    return objective
+
+
+def load_pair(
+    student: str,
+    teacher: str,
+    rendering: TeacherPromptSettings | None = None,
+    *,
+    teacher_dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """Load two models to read with, on a GPU where there is one: for tools that train nothing.
+
+    Raises:
+        ValueError: a model or tokenizer that cannot be loaded, or tokens that cannot be aligned.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own, theirs = (
+        load(name, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
+        for name, dtype in ((student, torch.float32), (teacher, teacher_dtype))
+    )
+    rendering = rendering or TeacherPromptSettings()
+    aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)  # type: ignore[arg-type]
+    return ModelPair(own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering)
+
+
+def prepare(
+    pair: ModelPair, args: OPRDConfig, task: Task | None, rows: Sequence[PromptRow] | None, name: str
+) -> list[Prompt] | None:
+    """The prompts of a dataset as the student reads them; None without rows.
+
+    Args:
+        pair: student and teacher.
+        args: the settings.
+        task: its instruction is added to evaluated problems that do not say how to answer.
+        rows: of the dataset.
+        name: "train_dataset" or "eval_dataset".
+
+    Raises:
+        ValueError: as `oprd.data.prompts.prepare_prompts`.
+    """
+    if rows is None:
+        return None
+    evaluated = name == "eval_dataset"
+    if evaluated and task is not None and args.eval_instruction:
+        rows, changed = with_instruction(task, rows)
+        if changed:
+            logger.info("%s: appended %r to %d of %d prompts", name, task.instruction, changed, len(rows))
+    sampling = args.eval_sampling if evaluated else args.sampling
+    return pair.prompts(
+        rows, name=name, max_completion_length=sampling.max_completion_length, max_prompt_length=args.max_prompt_length
+    )
+
+
+def build_terms(run: RunConfig) -> dict[str, Term]:
+    """The terms of the loss that the settings turn on, by name, and those of the user's.
+
+    Raises:
+        ValueError: an objective of the user's that cannot be imported, or that is none.
+    """
+    args, terms = run.args, {}
+    if is_on(args.representation_weight):
+        terms["representation"] = Term(Representation(args.normalize), args.representation_weight, "out")
+    if (loss := args.output_term) is not None:
+        terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
+    if is_on(args.policy_gradient_weight):
+        terms["policy_gradient"] = Term(PolicyGradient(args.epsilon, args.epsilon_high), args.policy_gradient_weight)
+    return terms | _own_terms(args.objectives or [], {*terms}) | dict(run.given.objectives or {})
+
+
+def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> CompositeObjective:
+    objective = CompositeObjective(
+        terms,
+        num_layers=len(pair.layers),
+        reduction=args.reduction,  # type: ignore[arg-type]
+        crossfade_steps=args.crossfade_steps,
+        diagnostic_steps=args.diagnostic_steps,
+        lmbda=args.lmbda,
+        seed=args.seed,
+        temperature=args.temperature,
+        project=pair.teacher.project_student if isinstance(pair.teacher, ProjectsStudent) else None,
+    )
+    if objective.uses(LayerTerm) and not pair.layers:
+        raise ValueError(
+            "objectives: hidden states of these two models cannot be compared without a bridge: oprd bridge fit, then the key "
+            "'bridge'"
         )
-    else:
-        student = model
-    name = model if isinstance(model, str) else student.config.name_or_path
-    if processing_class is None:
-        if not name:
-            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
-        processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    layers = resolve_layers(args.layers, num_layers(student))
-    own = fingerprint(student, processing_class, name or "student") if args.bridge else None
+    return objective
+
+
+def _own_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[str, Term]:
+    """The user's terms: `use` names a function of the states, or a class whose instances are terms."""
+    terms: dict[str, Term] = {}
+    for number, entry in enumerate(entries):
+        key = f"objectives[{number}]"
+        rest = {k: v for k, v in entry.items() if k not in ("use", "weight")}
+        found: Any = entry["use"]
+        if isinstance(found, str):
+            found, _ = resolve_with_arguments(key, found, {})
+        try:
+            if isinstance(found, type):
+                found = found(**rest)
+            elif not isinstance(found, LayerTerm | HeadTerm | PolicyTerm):
+                found = LayerError(partial(found, **rest) if rest else found)
+        except TypeError as error:
+            raise ValueError(f"{key}: {entry['use']!r} does not take these arguments: {error}") from error
+        if not isinstance(found, LayerTerm | HeadTerm | PolicyTerm):
+            raise ValueError(
+                f"{key}: {entry['use']!r} is no objective: it needs a method layer_loss, head_loss or policy_loss "
+                "(oprd.objectives.terms), or to be a function of (student, teacher) states"
+            )
+        name = _term_name(entry["use"])
+        if name in taken or name in terms:
+            name = f"{name}_{number}"
+        terms[name] = Term(found, entry.get("weight", 1.0))
+    return terms
+
+
+def _term_name(use: Any) -> str:
+    text = use if isinstance(use, str) else getattr(use, "__name__", type(use).__name__)
+    return text.rpartition(":")[2].lower()
+
+
+def _rows(run: RunConfig, kind: str) -> list[PromptRow] | None:
+    """Rows of the train or eval dataset, by name or as given."""
+    dataset = getattr(run, f"{kind}_dataset")
+    if dataset is None or (isinstance(dataset, str) and not dataset):
+        return None
+    if isinstance(dataset, str):
+        return load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed)
+    return as_prompt_rows(dataset, f"{kind}_dataset")
+
+
+def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
+    """The student ready to be trained, and with a bridge its fingerprint from before an adapter.
+
+    Loaded in float32 when given by name; with an adapter's settings, wrapped in a fresh one; what the loss never reaches is frozen.
+    """
+    args, given = run.args, run.given
+    peft_config = given.peft_config if given.peft_config is not None else _peft_config(run.lora)
+    loaded = _load_student(run)
+    model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
+    assert tokenizer is not None, "a student always has a tokenizer"
+    layers = resolve_layers(args.layers, info.layers)
+    own_print = fingerprint(model, tokenizer, info.name or "student") if args.bridge else None
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
-        set_seed(args.seed)  # the adapter's random start is part of "same config, same weights"
-        student = get_peft_model(student, peft_config)
-    head = needs_head(args)
-    frozen = freeze_above(student, num_layers(student) if head else layers[-1], head=head)
+        set_seed(args.seed)  # the adapter's random start belongs to "same config, same weights"
+        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
-    _require_full_precision(student)
-    install_state_forward(student)
-    return student, processing_class, own
+    _require_full_precision(model)
+    install_state_forward(model)
+    return replace(loaded, model=model), own_print
 
 
-def build_teacher(
-    teacher_model: str | PreTrainedModel | None,
-    student: nn.Module,
-    args: OPRDConfig,
-    processing_class: PreTrainedTokenizerBase,
-    teacher_processing_class: PreTrainedTokenizerBase | None,
-    student_fingerprint: Fingerprint | None = None,
-) -> tuple[Teacher, Aligner | None]:
-    """The frozen teacher, checked against the student: same depth, width and tokens; with a bridge, any of them.
+def _load_student(run: RunConfig) -> LoadedModel:
+    args, tokenizer = run.args, run.given.processing_class
+    if isinstance(run.model, str):
+        return load(
+            run.model, dtype=torch.float32, init_kwargs=args.model_init_kwargs,
+            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
+        )  # fmt: skip
+    name = run.model.config.name_or_path
+    if tokenizer is None:
+        if not name:
+            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    return LoadedModel(run.model, tokenizer, ModelInfo.of(run.model, name, tokenizer))
 
-    Without a `teacher_model` it is the student with its adapter off. The aligner gives the teacher its own prompts and tokens;
-    None where it reads the student's.
 
-    Raises:
-        ValueError: cannot be loaded, does not fit the student, or there is neither a teacher nor an adapter.
-    """
-    if teacher_model is None:
+def _peft_config(lora: Mapping[str, Any] | None) -> Any:
+    if lora is None:
+        return None
+    try:
+        from peft import LoraConfig  # an extra: only users of LoRA need it
+    except ImportError as error:
+        raise ValueError(f"lora: peft cannot be imported ({error}); pip install 'oprd[peft]'") from error
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    except TypeError as error:
+        raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
+
+
+def _teacher(
+    run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teacher, behind its bridge where there is one, and its tokenizer (None when unknown)."""
+    args, tokenizer = run.args, run.given.teacher_processing_class
+    if run.teacher_model is None:
         if args.bridge is not None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
-        own = AdapterOffTeacher(student)
-        return own, _aligner(student, processing_class, own, processing_class, args)
-    if isinstance(teacher_model, str):
-        teacher = load_model(
-            teacher_model,
-            dtype="auto",
-            init_kwargs=args.teacher_model_init_kwargs,
-            trust_remote_code=args.trust_remote_code,
-        )
+        return AdapterOffTeacher(student.model, student.info), student.tokenizer
+    if isinstance(run.teacher_model, nn.Module | str):
+        loaded = _load_teacher(run, student)
+        teacher: Teacher = FrozenTeacher(loaded.model, loaded.info)
+        tokenizer = loaded.tokenizer
     else:
-        teacher = teacher_model
-    if teacher is student:
-        raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
-    if args.bridge is None and is_on(args.representation_weight):
-        check_same_shape(student, teacher)
-    name = teacher_model if isinstance(teacher_model, str) else teacher.config.name_or_path
-    if teacher_processing_class is None and name:
-        teacher_processing_class = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    if teacher_processing_class is None:
-        logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
-    frozen = FrozenTeacher(teacher, stop_token_ids(teacher, teacher_processing_class or processing_class))
-    aligner = _aligner(student, processing_class, frozen, teacher_processing_class, args)
+        teacher = _own_teacher(run.teacher_model)
+        tokenizer = tokenizer or getattr(teacher, "tokenizer", None)
     if args.bridge is None:
-        return frozen, aligner
+        if is_on(args.representation_weight):
+            check_same_shape(student.info, teacher.info)
+        return teacher, tokenizer
+    return _bridged(args, teacher, tokenizer or student.tokenizer, student.info, own_print), tokenizer
+
+
+def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
+    args, tokenizer = run.args, run.given.teacher_processing_class
+    if isinstance(run.teacher_model, str):
+        return load(
+            run.teacher_model, dtype="auto", init_kwargs=args.teacher_model_init_kwargs,
+            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
+        )  # fmt: skip
+    model = run.teacher_model
+    if model is student.model:
+        raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
+    name = model.config.name_or_path
+    if tokenizer is None and name:
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    if tokenizer is None:
+        logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
+    return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer or student.tokenizer))
+
+
+def _own_teacher(teacher: Any) -> Teacher:
+    """A teacher of the user's: an object, or a class named in the configuration with its arguments."""
+    found = teacher
+    if isinstance(teacher, Mapping):
+        make, arguments = resolve_with_arguments("teacher_model", teacher, {})
+        try:
+            found = make(**arguments)  # type: ignore[operator]
+        except TypeError as error:
+            raise ValueError(f"teacher_model: {teacher['use']!r} does not take these arguments: {error}") from error
+    if not isinstance(found, Teacher):
+        raise ValueError(
+            f"teacher_model: {type(found).__name__} is no teacher: it needs info, identity, modules and a method states "
+            "(oprd.states.teachers.Teacher)"
+        )
+    return found
+
+
+def _bridged(
+    args: OPRDConfig,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase | None,
+    student: ModelInfo,
+    own_print: Fingerprint | None,
+) -> BridgedTeacher:
+    if not isinstance(teacher, FrozenTeacher):
+        raise ValueError("bridge: it needs a teacher_model whose weights are here, to be compared with those it was fitted for")
+    assert tokenizer is not None, "at least the student's"
+    assert args.bridge is not None, "asked for by the caller"
     bridge = Bridge.load(
         args.bridge,
-        student=student_fingerprint,
-        teacher=fingerprint(teacher, teacher_processing_class or processing_class, name or "teacher"),
-        layers=resolve_layers(args.layers, num_layers(student)),
+        student=own_print,
+        teacher=fingerprint(teacher.model, tokenizer, teacher.info.name or "teacher"),
+        layers=resolve_layers(args.layers, student.layers),
         rank=args.bridge_rank,
     )
     kind, layers = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
-    return BridgedTeacher(frozen, bridge, folder_digest(Path(args.bridge))), aligner
+    return BridgedTeacher(teacher, bridge, folder_digest(Path(args.bridge)))
 
 
-def comparable_layers(
-    student: nn.Module, teacher: Teacher, aligner: Aligner | None, args: OPRDConfig
+def _aligner(
+    args: OPRDConfig, student: LoadedModel, teacher: Teacher, teacher_tokenizer: PreTrainedTokenizerBase | None
+) -> Aligner | None:
+    """What gives the teacher its own prompts and tokens, None where it reads the student's."""
+    assert student.tokenizer is not None, "a student always has a tokenizer"
+    stops = student.info.stop_token_ids, teacher.info.stop_token_ids
+    aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
+    if aligner is not None:
+        check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
+        if args.output_term is not None:
+            logger.warning(
+                "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the others "
+                "are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy (docs/bridge.md)"
+            )
+    return aligner
+
+
+def _comparable_layers(
+    args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
 ) -> tuple[int, ...]:
     """The student's layers whose states can be compared with the teacher's; none where neither shape nor bridge allows it."""
-    layers = resolve_layers(args.layers, num_layers(student))
+    layers = resolve_layers(args.layers, student.layers)
     if args.bridge is not None:
         return layers
-    with teacher.sampler() as model:
-        alike = (num_layers(student), hidden_size(student)) == (num_layers(model), hidden_size(model))
+    alike = (student.layers, student.width) == (teacher.info.layers, teacher.info.width)
     if alike and (aligner is None or aligner.same_ids):
         return layers
     logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
     return ()
 
 
-def _aligner(
-    student: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-    args: OPRDConfig,
-) -> Aligner | None:
-    """What gives the teacher a text of its own, None where it reads the student's.
-
-    Raises:
-        ValueError: as `TeacherText.aligner`; or two vocabularies, and hidden states to compare without a bridge.
-    """
-    stops = stop_token_ids(student, tokenizer), teacher.stop_token_ids
-    aligner = TeacherText.of(args).aligner(tokenizer, teacher_tokenizer, *stops)
-    if aligner is None:
-        return None
-    check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
-    if args.output_term is not None:
-        logger.warning(
-            "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the others "
-            "are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy (docs/bridge.md)"
-        )
-    return aligner
+def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
+    """Checks for a teacher that reads its own prompts and tokens."""
+    check_default_ends(args)
+    assert pair.aligner is not None, "the caller has checked"
+    logger.info(
+        "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
+        len(pair.shared_vocabulary.ids[0]), len(pair.tokenizer), len(pair.aligner.teacher_tokenizer),
+    )  # fmt: skip
 
 
 def _require_full_precision(student: nn.Module) -> None:
@@ -176,3 +471,145 @@ def _require_full_precision(student: nn.Module) -> None:
 
 def _shorten(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} … {names[-1]} ({len(names)} parameters)"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What is known of a run without its weights.
+
+    Args:
+        run: the configuration.
+        student: facts from the student's config file; None where it is out of reach.
+        teacher: likewise; None also without a teacher_model.
+    """
+
+    run: RunConfig
+    student: ModelInfo | None
+    teacher: ModelInfo | None
+
+    def describe(self) -> list[str]:
+        """Lines that say what the run would do, and what cannot be checked here (no hub, no file).
+
+        Raises:
+            ValueError: a reachable bridge, pair of tokenizers or dataset that does not fit.
+        """
+        run, args = self.run, self.run.args
+        rollouts = args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps
+        steps = f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs} epoch(s) of'} steps"
+        lines = [
+            *(f"{key}: {value}" for key, value in run.settings().items()),
+            "",
+            f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
+            f"loss: {describe_objective(args)}",
+            _model_line("student", run.model, self.student),
+            _model_line("teacher", run.teacher_model, self.teacher),
+        ]
+        if self.student is not None:
+            chosen = resolve_layers(args.layers, self.student.layers)
+            lines.append(f"layers: {len(chosen)} of {self.student.layers}")
+        if args.bridge is not None:
+            lines.append(self._bridge_line(args.bridge))
+        lines.append(_tokenizer_line(run))
+        return [*lines, _dataset_line(run, "train"), _dataset_line(run, "eval"), "dry run: nothing was trained or written"]
+
+    def _bridge_line(self, folder: str) -> str:
+        run, args = self.run, self.run.args
+        if run.teacher_model is None:
+            raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
+        sides = (("student", self.student), ("teacher", self.teacher))
+        if not Path(folder).exists() and not all(info for _, info in sides):  # it could not be fitted here either
+            return (
+                f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
+                f"{run.model} --teacher {run.teacher_model} --prompts {run.train_dataset} --out {folder}"
+            )
+        bridge = Bridge.load(folder, rank=args.bridge_rank)
+        for (side, info), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
+            if info is not None and (info.layers, info.width) != (known.layers, known.width):
+                raise ValueError(
+                    f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this {side} "
+                    f"has {info.layers} of {info.width}; fit a bridge for this one: oprd bridge fit"
+                )
+        if self.student is not None:
+            bridge = bridge.for_layers(resolve_layers(args.layers, self.student.layers))
+        return f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
+
+
+def plan(run: RunConfig) -> PlannedRun:
+    """What can be known of a run without reading weights; checks whether the two models fit where both configs are in reach.
+
+    Raises:
+        ValueError: as `resolve`, for what needs no weights.
+    """
+    args = run.args
+    student, teacher = (
+        ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
+        for name in (run.model, run.teacher_model)
+    )
+    build_terms(run)
+    if student is not None and teacher is not None and args.bridge is None and is_on(args.representation_weight):
+        check_same_shape(student, teacher)
+    return PlannedRun(run, student, teacher)
+
+
+def describe_objective(config: OPRDConfig) -> str:
+    """The sum that a run minimises, such as `10 x representation + 1 x reverse_kl, a mean over response tokens`."""
+    output = config.output_term.kind if config.output_term else ""
+    weights = (
+        (config.representation_weight, "representation"),
+        (config.output_weight if output else 0, output),
+        (config.policy_gradient_weight, "GRPO"),
+    )
+    own = [(entry.get("weight", 1.0), _term_name(entry["use"])) for entry in config.objectives or []]
+    terms = [f"{_weight(weight)} x {name}" for weight, name in (*weights, *own) if is_on(weight)]
+    fading = f", crossfade over {config.crossfade_steps} steps" if config.crossfade_steps else ""
+    of = "rollouts" if config.reduction == "rollout" else "response tokens"
+    return f"{' + '.join(terms)}{fading}, a mean over {of}"
+
+
+def _weight(weight: Any) -> str:
+    if isinstance(weight, Mapping):
+        return f"({weight['start']:g} to {weight['end']:g}, {weight['schedule']} in {weight['steps']} steps)"
+    return f"{weight:g}"
+
+
+def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
+    if name is None:
+        return f"{role}: the student without its adapter"
+    shape = f"{info.layers} layers of width {info.width}" if info else "not reachable from here, not checked"
+    return f"{role}: {name}: {shape}"
+
+
+def _tokenizer_line(run: RunConfig) -> str:
+    args = run.args
+    if run.teacher_model is None:
+        return "tokenizers: one"
+    if not isinstance(run.teacher_model, str):
+        return "tokenizers: of a teacher of your own, not checked"
+    try:
+        names = [resolve_name(name) for name in (run.model, run.teacher_model)]
+    except ValueError:
+        return "tokenizers: not reachable from here, not checked"
+    if not all(Path(name).is_dir() for name in names):
+        return "tokenizers: on the hub, not checked"
+    student, teacher = (load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names)
+    # The ids that end a turn do not matter here; without their models only the tokenizers' own ends are known.
+    ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
+    aligner = args.prompt_rendering.aligner(student, teacher, *ends)
+    if aligner is None:
+        return "tokenizers: the teacher gives the student's ids the same tokens"
+    check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
+    shared = len(aligner.shared_vocabulary()[0])
+    return (
+        f"tokenizers: the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its "
+        f"{len(teacher)}"
+    )
+
+
+def _dataset_line(run: RunConfig, role: str) -> str:
+    name = getattr(run, f"{role}_dataset")
+    if name is None:
+        return f"{role} dataset: none"
+    if not name.startswith(GENERATED) and not name.endswith(_FILES):
+        return f"{role} dataset: {name} (hub, not checked)"
+    rows = _rows(run, role) or []
+    return f"{role} dataset: {name}: {len(rows)} rows, {sum(r.answer is not None for r in rows)} with an answer"

@@ -1,4 +1,4 @@
-"""A recipe: one flat YAML file that says everything about a run, checked key by key before anything is loaded."""
+"""`RunConfig`: everything that describes a run, from a recipe (one flat YAML file) or from Python, checked key by key."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -20,14 +21,37 @@ _PACKAGE = Path(__file__).parent
 RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent.parent / "recipes")
 
 
-@dataclass
-class Recipe:
-    """Models and datasets of a run; every other key of the file is one of `OPRDConfig`.
+@dataclass(frozen=True)
+class GivenObjects:
+    """Objects that Python code gives in place of names.
 
     Args:
-        model: student: folder, hub name, or `embedded:tiny/student`.
-        teacher_model: teacher; left out with `lora`: the student without its adapter.
-        train_dataset: .parquet, .jsonl, .json, hub name, or `generated:<task>`.
+        processing_class: the student's tokenizer.
+        teacher_processing_class: the teacher's tokenizer.
+        peft_config: adapter to train; in place of `lora`.
+        objectives: name → `oprd.objectives.composite.Term`; beside those that the settings turn on.
+        rollout_engine: in place of `OPRDConfig.rollout_engine`.
+        task: in place of `OPRDConfig.task`.
+    """
+
+    processing_class: Any = None
+    teacher_processing_class: Any = None
+    peft_config: Any = None
+    objectives: Mapping[str, Any] | None = None
+    rollout_engine: Any = None
+    task: Any = None
+
+
+@dataclass
+class RunConfig:
+    """Models, datasets and settings of a run. In a recipe, the keys of `args` stand beside the others.
+
+    Args:
+        args: all other settings.
+        model: student: folder, hub name, `embedded:tiny/student`, or a model.
+        teacher_model: teacher, likewise; {use: module:attribute, further arguments} for a teacher of your own; None with an
+            adapter: the student without it.
+        train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; how many problems to generate.
         eval_dataset: problems with answers; None: no evaluation.
@@ -36,33 +60,91 @@ class Recipe:
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
+        given: objects from Python.
     """
 
-    model: str = ""
-    teacher_model: str | None = None
-    train_dataset: str = ""
+    args: OPRDConfig
+    model: Any = ""
+    teacher_model: Any = None
+    train_dataset: Any = ""
     train_split: str = "train"
     train_limit: int | None = None
-    eval_dataset: str | None = None
+    eval_dataset: Any = None
     eval_split: str = "test"
     eval_limit: int | None = None
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
+    given: GivenObjects = field(default_factory=GivenObjects)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """Read a recipe, apply `overrides`, and check every key and value.
+
+        Args:
+            path: a YAML file, or the name of a shipped recipe ("tiny").
+            overrides: keys that replace those of the file.
+
+        Raises:
+            ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
+        """
+        file = find_recipe(path)
+        return cls.parse({**read_yaml(file), **(overrides or {})}, str(file))
+
+    @classmethod
+    def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
+        """`load` for a plan that runs nothing: on a machine without a GPU, transformers would refuse `bf16` otherwise.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
+        return cls.load(path, {**overrides, **on_cpu})
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> RunConfig:
+        """Check keys and values of a recipe.
+
+        Args:
+            values: key → value, as YAML reads them.
+            where: the file, for messages.
+
+        Raises:
+            ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a key that must be there.
+        """
+        types = typing.get_type_hints(OPRDConfig) | {key: _RECIPE_TYPES[key] for key in recipe_keys()}
+        _check_keys(values, where)
+        typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
+        _check_needed(typed, where)
+        own = {key: typed.pop(key) for key in recipe_keys() if key in typed}
+        return cls(args=OPRDConfig(**typed), **own)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting that is ours, always of interest, or not at its default: a recipe again, JSON and YAML safe.
+
+        Defaults are read off the fields: a second `OPRDConfig` to compare with would reset accelerate's shared state.
+        """
+        base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
+        values = self.args.to_dict()
+        shown = {}
+        for setting in dataclasses.fields(OPRDConfig):
+            name = setting.name
+            ours = name not in base or name in _ALWAYS_SHOWN
+            hidden = name in _NEVER_SHOWN or name in _NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
+            if not hidden and (ours or values[name] != setting.default):
+                shown[name] = values[name]
+        return {**{key: getattr(self, key) for key in recipe_keys()}, **shown}
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[Recipe, OPRDConfig]:
-    """Read a recipe file, apply `overrides`, and check every key and value.
+def recipe_keys() -> list[str]:
+    """The keys of a recipe that are not settings of `OPRDConfig`."""
+    return [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("args", "given")]
 
-    Args:
-        path: a YAML file, or the name of a shipped recipe ("tiny").
-        overrides: keys that replace those of the file.
 
-    Raises:
-        ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
-    """
-    file = find_recipe(path)
-    return parse_recipe({**read_yaml(file), **(overrides or {})}, str(file))
+# What a recipe may hold for them; Python may give objects.
+_RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
+    "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
+}  # fmt: skip
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -114,14 +196,8 @@ _NO_EFFECT = {
 }
 
 
-def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, OPRDConfig]:
-    """Check keys and values and build the two halves of a run's settings.
-
-    Raises:
-        ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a key that must be there.
-    """
-    recipe_types, config_types = typing.get_type_hints(Recipe), typing.get_type_hints(OPRDConfig)
-    known = {f.name for f in dataclasses.fields(Recipe)} | {f.name for f in dataclasses.fields(OPRDConfig)}
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    known = {*recipe_keys(), *(f.name for f in dataclasses.fields(OPRDConfig))}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -129,26 +205,23 @@ def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> tuple[Reci
             raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: docs/configuration.md)")
         if key in _NO_EFFECT:
             raise ValueError(f"{where}: the key {key!r} has no effect here; remove it ({_NO_EFFECT[key]})")
-    recipe_fields = {f.name for f in dataclasses.fields(Recipe)}
-    typed = {
-        k: _typed(k, v, (recipe_types if k in recipe_fields else config_types)[k], where) for k, v in values.items()
-    }
-    recipe = Recipe(**{k: v for k, v in typed.items() if k in recipe_fields})
+
+
+def _check_needed(values: Mapping[str, Any], where: str) -> None:
     for key in ("model", "train_dataset"):
-        if not getattr(recipe, key):
+        if not values.get(key):
             raise ValueError(f"{where}: the key {key!r} is missing; see recipes/ for complete files")
-    if recipe.teacher_model is None and recipe.lora is None:
+    if values.get("teacher_model") is None and values.get("lora") is None:
         raise ValueError(
             f"{where}: the key 'teacher_model' is missing (only with 'lora' the base model can be the teacher)"
         )
-    if recipe.eval_dataset and not typed.get("task"):
+    if values.get("eval_dataset") and not values.get("task"):
         raise ValueError(f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded")
     for key in ("train_limit", "eval_limit"):
-        if (value := getattr(recipe, key)) is not None and value < 1:
+        if (value := values.get(key)) is not None and value < 1:
             raise ValueError(f"{where}: {key}: {value} is not allowed; at least 1, or leave it out for all rows")
-    if "output_dir" not in typed:
+    if "output_dir" not in values:
         raise ValueError(f"{where}: the key 'output_dir' is missing; say where the run shall be written")
-    return recipe, OPRDConfig(**{k: v for k, v in typed.items() if k not in recipe_fields})
 
 
 def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
@@ -197,23 +270,7 @@ _NEVER_SHOWN = (
 )  # fmt: skip  # the last row: filled in by transformers, the same for every run unless set
 
 
-def resolved(recipe: Recipe, config: OPRDConfig) -> dict[str, Any]:
-    """Every setting of the run that is ours, always of interest, or not at its default: a recipe again, JSON and YAML safe.
-
-    Defaults are read off the fields: making a second `OPRDConfig` to compare with would reset accelerate's shared state.
-    """
-    base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
-    values = config.to_dict()
-    shown = {}
-    for field in dataclasses.fields(OPRDConfig):
-        ours = field.name not in base or field.name in _ALWAYS_SHOWN
-        if (
-            field.name not in _NEVER_SHOWN
-            and field.name not in _NO_EFFECT
-            and (ours or values[field.name] != field.default)
-        ):
-            shown[field.name] = values[field.name]
-    return {**dataclasses.asdict(recipe), **shown}
+_SHOWN_IF_SET = ("objectives",)
 
 
 # What may differ when a run goes on: how long, how often and where it is recorded, and how much memory it takes.
@@ -238,7 +295,7 @@ def check_resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a run under other settings than it began with: half of them would not take effect.
 
     Args:
-        stored: `resolved` settings that the run began with.
+        stored: settings that the run began with.
         now: those of this call.
 
     Raises:

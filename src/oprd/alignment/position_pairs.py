@@ -17,7 +17,7 @@ from oprd.types import Rollouts
 
 
 @dataclass(frozen=True)
-class Pairing:
+class PositionPairs:
     """What the teacher reads, and the pairs of positions; every column has one entry a rollout.
 
     Args:
@@ -37,13 +37,13 @@ class Pairing:
     teacher_head: Positions
     events: Positions
 
-    def select(self, indices: Sequence[int]) -> Pairing:
+    def select(self, indices: Sequence[int]) -> PositionPairs:
         """The rollouts at `indices`, in that order."""
         columns: Any = {f.name: getattr(self, f.name) for f in fields(self)}
         positions = {
             name: [column[i] for i in indices] for name, column in columns.items() if name != "teacher_rollouts"
         }
-        return Pairing(teacher_rollouts=self.teacher_rollouts.select(indices), **positions)
+        return PositionPairs(teacher_rollouts=self.teacher_rollouts.select(indices), **positions)
 
     @property
     def num_matched(self) -> int:
@@ -56,7 +56,7 @@ class Pairing:
         return sum(map(len, self.events))
 
 
-def input_lengths(rollouts: Rollouts, pairing: Pairing | None) -> list[int]:
+def input_lengths(rollouts: Rollouts, pairing: PositionPairs | None) -> list[int]:
     """Tokens that the longer-winded of the two models reads of each rollout; the student's own without a pairing."""
     own = rollouts.input_lengths
     return own if pairing is None else list(map(max, own, pairing.teacher_rollouts.input_lengths))
@@ -70,7 +70,7 @@ def pair_positions(
     *,
     positions: str = "all",
     position_k: int | None = None,
-) -> Pairing:
+) -> PositionPairs:
     """The pairs of a batch.
 
     Args:
@@ -91,12 +91,12 @@ def pair_positions(
         for a, ids in zip(alignments, rollouts.completion_ids, strict=True)
     ]
     student_head, teacher_head, events = ([[pair[n] for pair in pairs] for pairs in heads] for n in range(3))
-    return Pairing(teacher_rollouts, [s for s, _ in chosen], [t for _, t in chosen], student_head, teacher_head, events)
+    return PositionPairs(teacher_rollouts, [s for s, _ in chosen], [t for _, t in chosen], student_head, teacher_head, events)
 
 
 def request_pair(
     rollouts: Rollouts,
-    pairing: Pairing | None,
+    pairing: PositionPairs | None,
     layers: tuple[int, ...],
     *,
     chosen: Positions | None = None,

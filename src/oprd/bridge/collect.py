@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner
-from oprd.alignment.position_pairs import Pairing, input_lengths, pair_positions, request_pair
-from oprd.alignment.teacher_text import TeacherText
+from oprd.alignment.position_pairs import PositionPairs, input_lengths, pair_positions, request_pair
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge.bridge import Bridge
 from oprd.bridge.fit import PROJECTORS, SCALES, check_ridge
 from oprd.bridge.statistics import PairStatistics, cka_matrix
@@ -50,7 +50,7 @@ def fit_bridge(
     batch_size: int = 64,
     micro_batch_tokens: int = 16384,
     max_prompt_length: int | None = None,
-    text: TeacherText | None = None,
+    text: TeacherPromptSettings | None = None,
     teacher_dtype: str = "auto",
     trust_remote_code: bool = False,
     on_rollouts: Callable[[int, int], None] | None = None,
@@ -81,7 +81,7 @@ def fit_bridge(
     """
     _held_out(len(rows), held_out)
     _check_fitting(**fitting)
-    pair = _load((student, teacher), teacher_dtype, trust_remote_code, text or TeacherText())
+    pair = _load((student, teacher), teacher_dtype, trust_remote_code, text or TeacherPromptSettings())
     if max(fitting.get("rank") or 1, 1) > hidden_size(pair.models[1]):
         raise ValueError(
             f"rank: {fitting['rank']} is more than the teacher's width, which is {hidden_size(pair.models[1])}"
@@ -122,7 +122,7 @@ class _Models:
     stop_token_ids: list[int]
     aligner: Aligner | None
     prints: tuple[Fingerprint, Fingerprint]
-    text: TeacherText
+    text: TeacherPromptSettings
 
     def prompts(
         self, rows: Sequence[PromptRow], max_completion_length: int, max_prompt_length: int | None
@@ -138,7 +138,7 @@ class _Models:
     def engine(self, batch_size: int) -> TransformersEngine:
         return TransformersEngine(self.tokenizer, self.stop_token_ids, batch_size)
 
-    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> Pairing | None:
+    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> PositionPairs | None:
         """The rollouts as the teacher reads them, every aligned position; None where it reads them as they are."""
         if self.aligner is None:
             return None
@@ -153,7 +153,7 @@ class _Models:
         return pair_positions(rollouts, theirs, alignments, {})
 
 
-def _load(names: tuple[str, str], teacher_dtype: str, trust_remote_code: bool, text: TeacherText) -> _Models:
+def _load(names: tuple[str, str], teacher_dtype: str, trust_remote_code: bool, text: TeacherPromptSettings) -> _Models:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, teacher = (
         load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval().requires_grad_(False)  # type: ignore
@@ -179,7 +179,7 @@ def read_pairs(
     micro_batch_tokens: int,
     pad_token_id: int = 0,
     *,
-    pairing: Pairing | None = None,
+    pairing: PositionPairs | None = None,
 ) -> None:
     """Let student and teacher read `rollouts`, and add every pair of positions to the statistics of each student layer.
 
@@ -209,7 +209,7 @@ def read_pairs(
 def _read_student(
     models: Sequence[nn.Module],
     rollouts: Rollouts,
-    pairing: Pairing | None,
+    pairing: PositionPairs | None,
     layers: tuple[int, ...],
     micro_batch_tokens: int,
     pad_token_id: int = 0,
@@ -227,7 +227,7 @@ def _read_student(
 def similarity(
     models: Sequence[nn.Module],
     rollouts: Rollouts,
-    pairing: Pairing | None,
+    pairing: PositionPairs | None,
     micro_batch_tokens: int,
     *,
     tokens: int = 1024,

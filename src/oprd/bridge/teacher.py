@@ -1,7 +1,8 @@
-"""A teacher of another shape, whose states are projected as they are captured: what is kept is r numbers a position."""
+"""A teacher of another shape: its states are projected by the bridge as they are captured, to r numbers a position."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,27 +13,28 @@ from torch import Tensor, nn
 from oprd.bridge.bridge import Bridge
 from oprd.models.lm_head.head_chunks import LMHead
 from oprd.states.requests import HEAD, StateRequest
-from oprd.states.teachers import FrozenTeacher
+from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
 from oprd.types import States
 
 
 class BridgedTeacher:
-    """Answers for the student's layers with projections of the teacher's (Eq. 14: P_T(h_T − µ_T) of layer φ(l)).
+    """Returns the teacher's states projected for the student's layers: P_T(h_T − µ_T) of layer φ(l) (Eq. 14).
 
     Args:
-        teacher: the model behind the bridge.
-        bridge: of the student's layers that are asked for.
-        digest: of the bridge's folder, where it was loaded from one; a run that goes on must find the same.
+        teacher: any teacher of the bridge's shape.
+        bridge: of the student's layers that requests name.
+        digest: of the bridge's folder where it was loaded from one; a resumed run must find the same.
     """
 
-    def __init__(self, teacher: FrozenTeacher, bridge: Bridge, digest: str | None = None) -> None:
+    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None) -> None:
         self.teacher, self.bridge, self.digest = teacher, bridge, digest
-        self.model = teacher.model
-        self.stop_token_ids = teacher.stop_token_ids
+        self.info = teacher.info
+        self.identity = f"{teacher.identity} through bridge {digest or 'in memory'}"
+        self.modules: Sequence[nn.Module] = teacher.modules
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
-        """Projections `[N, r]` for the student layers of `request`; what the teacher's own LM head reads, where asked, whole."""
+        """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""
         served: dict[int, list[int]] = {}
         for layer in request.layers:
             served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
@@ -44,18 +46,46 @@ class BridgedTeacher:
                 return
             found.update({own: self.bridge.project_teacher(own, states) for own in served[layer]})
 
-        self.teacher.read(replace(request, layers=tuple(sorted(served))), read)
+        _read(self.teacher, replace(request, layers=tuple(sorted(served))), read)
         values = tuple(found[layer] for layer in request.layers)
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
 
     def head(self) -> LMHead:
-        """The model's own LM head."""
+        """The LM head of the teacher behind the bridge.
+
+        Raises:
+            ValueError: that teacher has none.
+        """
+        if not isinstance(self.teacher, HasHead):
+            raise ValueError(f"teacher_model: {type(self.teacher).__name__} has no LM head here")
         return self.teacher.head()
 
     def sampler(self) -> AbstractContextManager[nn.Module]:
-        """The model itself."""
+        """A model that samples as the teacher behind the bridge does.
+
+        Raises:
+            ValueError: that teacher cannot sample.
+        """
+        if not isinstance(self.teacher, CanSample):
+            raise ValueError(f"teacher_model: {type(self.teacher).__name__} cannot sample here")
         return self.teacher.sampler()
 
+    def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
+        """The student's side of the comparison, `[N, r]`: P_S h_S of `layer`."""
+        return self.bridge.project_student(layer, states_ND)
+
     def to(self, device: Any) -> None:
-        """Move the projections where the states are."""
+        """Move the projections to `device`."""
         self.bridge = self.bridge.to(device)
+
+
+def _read(teacher: Teacher, request: StateRequest, read: Any) -> None:
+    """Hand the teacher's states to `read`, layer by layer where the teacher can, so that only projections are kept."""
+    if isinstance(teacher, StreamsStates):
+        teacher.read(request, read)
+        return
+    states = teacher.states(request)
+    for layer, values in zip(states.layers, states.values, strict=True):
+        read(layer, values)
+    if states.head_MD is not None:
+        read(HEAD, states.head_MD)

@@ -58,13 +58,13 @@ def fit(
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     quiet_libraries()
-    from oprd.alignment.teacher_text import TeacherText
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.bridge.collect import fit_bridge
     from oprd.bridge.files import refuse_existing
     from oprd.tasks.problems import load_rows
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
-    text = TeacherText(
+    text = TeacherPromptSettings(
         chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
         teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
         teacher_system_prompt=teacher_system_prompt,

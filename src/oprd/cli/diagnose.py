@@ -39,11 +39,11 @@ def diagnose(
     from oprd.cli.console import count_completions, quiet_libraries
 
     quiet_libraries()
-    from oprd.alignment.teacher_text import TeacherText
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.tasks.problems import load_rows
     from oprd.tools.diagnose import diagnose_pair
 
-    text = TeacherText(
+    text = TeacherPromptSettings(
         chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
         teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
         teacher_system_prompt=teacher_system_prompt,

@@ -82,18 +82,3 @@ def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> lis
         if id(parameter) in ids:
             parameter.requires_grad_(False)
     return names
-
-
-def check_same_shape(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a pair that cannot be compared dimension by dimension (OPRD-Vanilla).
-
-    Raises:
-        ValueError: depth or width differ; both sides named.
-    """
-    s, t = (num_layers(student), hidden_size(student)), (num_layers(teacher), hidden_size(teacher))
-    if s != t:
-        raise ValueError(
-            f"teacher_model: it has {t[0]} layers of width {t[1]}, the student {s[0]} of {s[1]}. OPRD-Vanilla compares hidden "
-            "states dimension by dimension, so both must agree. Teachers of another shape need OPRD-Bridge, a "
-            "fitted projection: oprd bridge fit, then the key 'bridge'."
-        )

@@ -1,18 +1,118 @@
-"""Students, teachers and tokenizers: loading, and the only place that knows how Hugging Face models are built inside."""
+"""Loading a model with its tokenizer, and the facts that a run needs of it, worked out once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.models.architecture import blocks
+from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
+from oprd.models.tokens import stop_token_ids
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What other parts of a run need to know about a model.
+
+    Args:
+        name: as the user gave it; for messages.
+        layers: transformer blocks.
+        width: dimensions of a hidden state.
+        context_length: most tokens that the model can read; None when its config does not say.
+        stop_token_ids: ids that end a completion.
+    """
+
+    name: str
+    layers: int
+    width: int
+    context_length: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = "", tokenizer: PreTrainedTokenizerBase | None = None) -> ModelInfo:
+        """The facts of a model in memory; without a tokenizer the stop ids stay empty.
+
+        Raises:
+            ValueError: an architecture that is not supported, or neither model nor tokenizer names an end token.
+        """
+        stops = () if tokenizer is None else tuple(stop_token_ids(model, tokenizer))
+        return cls(name, num_layers(model), hidden_size(model), context_length(model), stops)
+
+    @classmethod
+    def from_config(cls, name: str, *, trust_remote_code: bool = False) -> ModelInfo | None:
+        """The facts that a model's config file holds; no weight is read. None where the config is out of reach.
+
+        Raises:
+            ValueError: a name that is neither a folder nor a hub name.
+        """
+        try:
+            config = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+        except OSError:
+            return None
+        text = config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None)
+        return cls(name, text.num_hidden_layers, text.hidden_size, context)
+
+
+def check_same_shape(student: ModelInfo, teacher: ModelInfo) -> None:
+    """Refuse two models whose hidden states cannot be compared dimension by dimension (OPRD-Vanilla).
+
+    Raises:
+        ValueError: depth or width differ; names both.
+    """
+    if (student.layers, student.width) != (teacher.layers, teacher.width):
+        raise ValueError(
+            f"teacher_model: it has {teacher.layers} layers of width {teacher.width}, the student {student.layers} of "
+            f"{student.width}. OPRD-Vanilla compares hidden states dimension by dimension, so both must agree. Teachers of "
+            "another shape need OPRD-Bridge, a fitted projection: oprd bridge fit, then the key 'bridge'."
+        )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, its tokenizer (None when unknown) and its facts."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    info: ModelInfo
+
+
+def load(
+    name: str,
+    *,
+    dtype: torch.dtype | str,
+    init_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoadedModel:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        name: folder, hub name or `embedded:…`.
+        dtype: as in `load_model`.
+        init_kwargs: further arguments of the model's `from_pretrained`.
+        trust_remote_code: run code that comes with the model.
+        device: for reading only: move the model there, in eval mode and without gradients. None: leave it as loaded.
+        tokenizer: use this one; None: load the model's.
+
+    Raises:
+        ValueError: no such model, not a decoder-only one, or no tokenizer.
+    """
+    model = load_model(name, dtype=dtype, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
+    if device is not None:
+        model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
 
 def resolve_name(name: str) -> str:

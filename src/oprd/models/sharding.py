@@ -7,6 +7,7 @@ model's own `forward`, which is why states are read through it (`oprd.states.cap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,14 +71,14 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
-def shard_pair(student: nn.Module | None, teacher: nn.Module | None, device: torch.device) -> None:
-    """Shard those models of a run that are given; a model that came sharded stays as it is.
+def shard_models(models: Sequence[nn.Module], device: torch.device | str) -> None:
+    """Shard each model over all processes; one that is sharded already stays as it is.
 
     Raises:
         ValueError: as `shard_model`.
     """
-    for model in (student, teacher):
-        if model is not None and not is_sharded(model):
+    for model in models:
+        if not is_sharded(model):
             shard_model(model, device)
 
 

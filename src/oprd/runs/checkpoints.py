@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: whole or not there, verified before they are resumed from, safetensors and JSON only.
+"""Checkpoints: whole or absent, verified before they are resumed from, safetensors and JSON only.
 
-A checkpoint is written to a staging folder, every file fsynced, a manifest with a digest a file written last, and the folder
-renamed into place. `VerifiedCheckpoints` puts this under transformers' `Trainer`.
+A checkpoint is written to a staging folder, every file fsynced, a manifest with a digest of each file written last, and the folder
+renamed into place (`CheckpointStore.save`). `find_checkpoint` verifies it before a run goes on from it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer
+from torch import nn
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
 from oprd.files import fsync, is_whole, verify, write_manifest
+from oprd.runs.folder import RunFolder
 from oprd.models.sharding import load_whole_weights, sharded_state, whole_state, whole_weights
 
 logger = logging.getLogger("oprd")
@@ -69,6 +71,43 @@ def newest_verified(run_folder: Path) -> Path | None:
     if reasons:
         raise ValueError(f"resume_from_checkpoint: no checkpoint in {run_folder} can be used: " + "; ".join(reasons))
     return None
+
+
+def find_checkpoint(
+    folder: RunFolder, resume_from_checkpoint: str | bool | None, bridge: str | None = None, digest: str | None = None
+) -> Path | None:
+    """The verified checkpoint to go on from; None for a fresh start.
+
+    Args:
+        folder: of the run.
+        resume_from_checkpoint: true for the newest of the run, or a checkpoint's folder.
+        bridge: folder of this run's bridge, for messages.
+        digest: of this run's bridge; None without one.
+
+    Raises:
+        ValueError: there is none, it is damaged, it belongs to another run than the one in `folder`, or it was trained through
+            another bridge.
+    """
+    if not resume_from_checkpoint:
+        return None
+    checkpoint = _named_checkpoint(folder, resume_from_checkpoint)
+    check_bridge(checkpoint, bridge, digest)
+    return checkpoint
+
+
+def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> Path:
+    if resume_from_checkpoint is True:
+        newest = newest_verified(folder.path)
+        if newest is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {folder.path}")
+        return newest
+    checkpoint = Path(str(resume_from_checkpoint))
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir")
+    verify(checkpoint)
+    if checkpoint.resolve().parent != folder.path.resolve():
+        folder.refuse_used()
+    return checkpoint
 
 
 def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> None:
@@ -149,139 +188,183 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value) + "\n")
 
 
-class VerifiedCheckpoints(Trainer):
-    """The part of a `Trainer` that saves and restores, with the guarantees of this module.
+class CheckpointPart(Protocol):
+    """Something whose state belongs to a checkpoint. Each process saves and loads its own."""
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint's folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing or unreadable.
+        """
+        ...
+
+
+class RandomStates:
+    """The random generators of one process as a part of a checkpoint.
+
+    Args:
+        process_index: number of the process.
+    """
+
+    def __init__(self, process_index: int) -> None:
+        self.process_index = process_index
+
+    def save(self, folder: Path) -> None:
+        """Write the states of Python's, numpy's and torch's generators."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(self._file(folder), random_state())
+
+    def load(self, folder: Path) -> None:
+        """Restore them.
+
+        Raises:
+            ValueError: this process saved none.
+        """
+        path = self._file(folder)
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: {path} is missing: resume with as many processes as before")
+        set_random_state(json.loads(path.read_text()))
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"rng_state_{self.process_index}.json"
+
+
+class CheckpointStore:
+    """Writes a run's checkpoints so that each is whole or absent.
 
     A model sharded by FSDP2 is gathered into the same files that one process writes, weights and optimizer both, so that any
     number of processes can go on from them. DeepSpeed writes its own formats; the manifest covers them.
+
+    Args:
+        run_folder: where checkpoints are written.
+        parts: what else belongs to one.
+        writes: whether this process writes the shared files.
+        save_total_limit: checkpoints to keep; None: all.
+        bridge_digest: of the bridge that the run learns through; kept in each checkpoint.
     """
 
-    _staging = False
-    bridge_digest: str | None = None  # of the bridge that the run learns through; kept in each of its checkpoints
+    def __init__(
+        self,
+        run_folder: Path,
+        parts: Sequence[CheckpointPart] = (),
+        *,
+        writes: bool = True,
+        save_total_limit: int | None = None,
+        bridge_digest: str | None = None,
+    ) -> None:
+        self.run_folder, self.parts, self.writes = run_folder, list(parts), writes
+        self.save_total_limit, self.bridge_digest = save_total_limit, bridge_digest
+        self.staging = False
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._staging else folder
+    def directory(self, output_dir: str) -> str:
+        """Where the trainer writes into now: the staging folder while a checkpoint is being saved, else `output_dir`."""
+        return os.path.join(output_dir, STAGING) if self.staging else output_dir
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run_folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(run_folder / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
+    def save(self, state: Any, write: Callable[[], None], wait_for_everyone: Callable[[], None]) -> Path:
+        """Save a checkpoint: staged, then published by the process that writes.
+
+        Args:
+            state: the trainer's, for the step and the best checkpoint.
+            write: writes the checkpoint into `directory(…)`; all processes take part.
+            wait_for_everyone: a barrier.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        name = f"checkpoint-{state.global_step}"
+        if self.writes:
+            shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
+        wait_for_everyone()
+        self.staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            write()
         finally:
-            self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._publish(run_folder, name)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_folder / name))
-        self.accelerator.wait_for_everyone()
+            self.staging = False
+        wait_for_everyone()
+        if self.writes:
+            self._publish(name, state)
+        return self.run_folder / name
 
-    def _publish(self, run_folder: Path, name: str) -> None:
-        staged, final = run_folder / STAGING / name, run_folder / name
-        best = run_folder / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+    def save_parts(self, folder: str) -> None:
+        """Write what every process keeps of its own."""
+        for part in self.parts:
+            part.save(Path(folder))
+
+    def load_parts(self, folder: str) -> None:
+        """Restore what `save_parts` wrote."""
+        for part in self.parts:
+            part.load(Path(folder))
+
+    def save_optimizer(self, optimizer: Any, scheduler: Any, folder: str, *, sharded: bool) -> None:
+        """Write optimizer and learning-rate schedule; of a sharded model, every process takes part in the gathering."""
+        state_dict = optimizer.state_dict()
+        if sharded:
+            state_dict["state"] = whole_state(state_dict["state"], keep=self.writes)
+        if self.writes:
+            save_optimizer(state_dict, Path(folder))
+            _write_json(Path(folder) / "scheduler.json", scheduler.state_dict())
+
+    def load_optimizer(self, optimizer: Any, scheduler: Any, folder: str, *, sharded: bool) -> None:
+        """Restore what `save_optimizer` wrote."""
+        saved = load_optimizer(Path(folder))
+        if sharded:
+            saved["state"] = sharded_state(saved["state"], optimizer.param_groups)
+        optimizer.load_state_dict(saved)
+        scheduler.load_state_dict(json.loads((Path(folder) / "scheduler.json").read_text()))
+
+    def load_sharded_weights(self, model: nn.Module, folder: str) -> None:
+        """Load whole weights into a sharded model; each process keeps its part.
+
+        Raises:
+            ValueError: the checkpoint holds no weights.
+        """
+        files = sorted(Path(folder).glob("model*.safetensors"))
+        if not files:
+            raise ValueError(f"resume_from_checkpoint: there is no model.safetensors in {folder}")
+        for file in files:
+            load_whole_weights(model, load_file(file))
+
+    def replace_pickle(self, folder: str, settings: str) -> None:
+        """Remove the arguments that transformers pickles beside a model, and write them as JSON."""
+        pickled = Path(folder) / "training_args.bin"
+        if pickled.is_file():
+            pickled.unlink()
+            pickled.with_name("training_args.json").write_text(settings + "\n")
+
+    @contextmanager
+    def upload_without_pickle(self) -> Iterator[None]:
+        """While open, transformers pickles its arguments under a name that its own upload leaves out; removed at the end."""
+        name, trainer_module.TRAINING_ARGS_NAME = trainer_module.TRAINING_ARGS_NAME, "_training_args.bin"
+        try:
+            yield
+        finally:
+            trainer_module.TRAINING_ARGS_NAME = name
+            (self.run_folder / "_training_args.bin").unlink(missing_ok=True)
+
+    def _publish(self, name: str, state: Any) -> None:
+        staged, final = self.run_folder / STAGING / name, self.run_folder / name
+        best = self.run_folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
         if best is not None and (best.exists() or best == final):
-            # Trainer looked for it beside the staged checkpoint.
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            # The trainer looked for it in the staging folder.
+            state.best_model_checkpoint = str(best)
+            state.save_to_json(str(staged / "trainer_state.json"))
         if self.bridge_digest is not None:
             _write_json(staged / BRIDGE, {"sha256": self.bridge_digest})
         write_manifest(staged)
         if final.exists() and not is_whole(final):
             shutil.rmtree(final)
-        if not final.exists():  # a whole one of the same step is this one, saved twice
+        if not final.exists():  # a whole one of the same step holds the same, saved before
             os.replace(staged, final)
-        fsync(run_folder)
-        shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+        fsync(self.run_folder)
+        shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
         rotate_checkpoints(
-            output_dir=str(run_folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
+            output_dir=str(self.run_folder),
+            save_total_limit=self.save_total_limit,
+            best_model_checkpoint=state.best_model_checkpoint,
             use_mtime=True,
         )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging:
-            return  # it is not a checkpoint yet; `_save_checkpoint` pushes once it is
-        # Trainer pickles its arguments beside the model; under a name that its own upload leaves out, and gone afterwards.
-        name, trainer_module.TRAINING_ARGS_NAME = trainer_module.TRAINING_ARGS_NAME, "_training_args.bin"
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        finally:
-            trainer_module.TRAINING_ARGS_NAME = name
-            (Path(self.args.output_dir) / "_training_args.bin").unlink(missing_ok=True)
-
-    @property
-    def _own_optimizer_format(self) -> bool:
-        return not self.is_deepspeed_enabled
-
-    @property
-    def _is_sharded(self) -> bool:
-        return isinstance(self.model, FSDPModule)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._is_sharded:
-            state_dict = whole_weights(self.model, keep=self.args.should_save)
-            if not self.args.should_save:
-                return
-        super()._save(output_dir, state_dict)
-        pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"
-        if pickled.is_file():
-            pickled.unlink()
-            pickled.with_name("training_args.json").write_text(self.args.to_json_string() + "\n")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._own_optimizer_format:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state_dict = self.optimizer.state_dict()
-        if self._is_sharded:  # every rank takes part in the gathering
-            state_dict["state"] = whole_state(state_dict["state"], keep=self.args.should_save)
-        if self.args.should_save:
-            save_optimizer(state_dict, Path(output_dir))
-            _write_json(Path(output_dir) / "scheduler.json", self.lr_scheduler.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._own_optimizer_format:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            saved = load_optimizer(Path(checkpoint))
-            if self._is_sharded:
-                saved["state"] = sharded_state(saved["state"], self.optimizer.param_groups)
-            self.optimizer.load_state_dict(saved)
-            self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / "scheduler.json").read_text()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        files = sorted(Path(resume_from_checkpoint).glob("model*.safetensors"))
-        if not files:
-            raise ValueError(f"resume_from_checkpoint: there is no model.safetensors in {resume_from_checkpoint}")
-        for file in files:
-            load_whole_weights(self.model, load_file(file))
-
-    def _load_best_model(self) -> None:
-        if self._is_sharded and self.state.best_model_checkpoint:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _random_file(self, folder: str) -> Path:
-        return Path(folder) / f"rng_state_{self.args.process_index}.json"
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        os.makedirs(output_dir, exist_ok=True)
-        _write_json(self._random_file(output_dir), random_state())
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        path = self._random_file(checkpoint)
-        if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint: {path} is missing: resume with as many processes as before")
-        set_random_state(json.loads(path.read_text()))

@@ -1,16 +1,18 @@
-"""Teachers: what the student is compared with. One class a kind of teacher; none of them is ever updated."""
+"""Teachers: the models whose hidden states the student matches. One class for each kind; none is ever updated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oprd.models.lm_head.head_chunks import LMHead
 from oprd.models.lm_head.lm_head import lm_head_of
+from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
 from oprd.states.requests import StateRequest
 from oprd.types import States
@@ -18,47 +20,81 @@ from oprd.types import States
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Reads rollouts and answers with hidden states, without gradient.
+    """Reads rollouts and returns its hidden states, without gradient. It may be remote or read from a cache.
 
     Attributes:
-        stop_token_ids: ids that end a completion for the teacher, besides those that end one for the student.
+        info: depth, width, context length and stop tokens.
+        identity: changes when the teacher's answers change; the key of a cache.
+        modules: its models in this process, which the trainer places and shards; empty for a remote or cached teacher.
     """
 
-    stop_token_ids: tuple[int, ...]
+    info: ModelInfo
+    identity: str
+    modules: Sequence[nn.Module]
 
     def states(self, request: StateRequest) -> States:
-        """Selected states of `request`, in the teacher's own dtype."""
+        """The states of `request`, one tensor `[N, D]` a layer, in the teacher's own dtype, on the device of the request."""
         ...
+
+
+@runtime_checkable
+class HasHead(Protocol):
+    """A teacher whose next-token distributions can be computed here. Output-space losses need one."""
 
     def head(self) -> LMHead:
         """The teacher's LM head."""
         ...
 
+
+@runtime_checkable
+class CanSample(Protocol):
+    """A teacher that can write completions here: for `lmbda` below 1 and for its own evaluation."""
+
     def sampler(self) -> AbstractContextManager[nn.Module]:
-        """A model that writes as the teacher does while the context is open."""
+        """A context that gives a model which samples as the teacher does."""
+        ...
+
+
+@runtime_checkable
+class StreamsStates(Protocol):
+    """A teacher that hands over each layer's states as soon as they exist, so that they can be reduced one by one."""
+
+    def read(self, request: StateRequest, read: ReadState) -> list[Any]:
+        """Call `read(layer, states [N, D])` for each layer of `request`."""
+        ...
+
+
+@runtime_checkable
+class ProjectsStudent(Protocol):
+    """A teacher whose states lie in another space than the student's, and which projects the student's states there."""
+
+    def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
+        """The student's states `[N, D]` of a layer in the space of the teacher's."""
         ...
 
 
 class FrozenTeacher:
-    """A model of its own, in eval mode and without gradients.
+    """A model in this process, in eval mode and without gradients.
 
     Args:
-        model: any causal LM.
-        stop_token_ids: ids that end a completion for it.
+        model: any causal LM of transformers.
+        info: its facts; by default read from the model, without stop tokens.
     """
 
-    def __init__(self, model: nn.Module, stop_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, model: nn.Module, info: ModelInfo | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.stop_token_ids = tuple(stop_token_ids)
+        self.info = info if info is not None else ModelInfo.of(model)
+        self.identity = self.info.name
+        self.modules: Sequence[nn.Module] = (model,)
         install_state_forward(model)
 
     def states(self, request: StateRequest) -> States:
-        """Selected states of `request`, in the teacher's own dtype."""
+        """The states of `request`, in the model's own dtype."""
         return as_states(request, self.read(request, lambda _, states_ND: states_ND))
 
     @torch.no_grad()
     def read(self, request: StateRequest, read: ReadState) -> list[Any]:
-        """Hand each layer's selected states to `read` as soon as they exist (`oprd.states.capture.read_states`)."""
+        """Call `read(layer, states [N, D])` as soon as a layer's states exist (`oprd.states.capture.read_states`)."""
         return read_through_forward(self.model, request, read)
 
     def head(self) -> LMHead:
@@ -74,24 +110,28 @@ class AdapterOffTeacher:
     """The student without its LoRA adapter: a teacher that needs no memory of its own.
 
     Args:
-        model: the PEFT model that is being trained.
+        model: the PEFT model in training.
+        info: the facts of its base model; by default read from it.
 
     Raises:
-        ValueError: the model has no adapter to switch off.
+        ValueError: the model has no adapter.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, info: ModelInfo | None = None) -> None:
         if not hasattr(model, "disable_adapter"):
             raise ValueError(
                 "teacher_model: without one, the teacher is the student without its adapter: give a peft_config"
             )
         install_state_forward(model)
         self.model = model
-        self.stop_token_ids: tuple[int, ...] = ()
+        # The student's stop tokens already end the rollouts.
+        self.info = replace(info if info is not None else ModelInfo.of(model), stop_token_ids=())
+        self.identity = self.info.name
+        self.modules: Sequence[nn.Module] = ()  # the trainer places it as the student
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
-        """Selected states of `request` with the adapter switched off, in the precision that the student runs in."""
+        """The states of `request` with the adapter off, in the precision that the student runs in."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -102,7 +142,7 @@ class AdapterOffTeacher:
             self.model.train(was_training)
 
     def head(self) -> LMHead:
-        """The LM head as it is with the adapter off."""
+        """The LM head with the adapter off."""
         with _adapter_off(self.model):
             return lm_head_of(self.model)
 
@@ -115,7 +155,7 @@ class AdapterOffTeacher:
 
 @contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
-    """PEFT's `disable_adapter`, which on its way back would make every adapter trainable, those frozen on purpose too."""
+    """PEFT's `disable_adapter`, which makes every adapter trainable when it ends, frozen ones too; this restores the flags."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():

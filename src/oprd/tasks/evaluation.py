@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from oprd.data.prompts import Prompt
 from oprd.rollouts.engine import RolloutEngine, Sampling
 from oprd.tasks.measures import Sample, summarize
-from oprd.tasks.task import Grader
+from oprd.tasks.task import Grader, Task
 from oprd.types import Rollouts
 
 
@@ -29,6 +30,31 @@ class Evaluation:
     summary: dict[str, Any]
     rollouts: Rollouts
     correct: list[bool | None]
+
+
+class Grading:
+    """Opens a task's grader once, however many ask for it at a time.
+
+    Args:
+        task: None: nothing is graded.
+    """
+
+    def __init__(self, task: Task | None) -> None:
+        self.task = task
+        self._grader: Grader | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Grader | None]:
+        """The grader; the one that is open already, or a new one that closes with this context. None without a task."""
+        if self._grader is not None or self.task is None:
+            yield self._grader
+            return
+        with self.task.grader() as grader:
+            self._grader = grader
+            try:
+                yield grader
+            finally:
+                self._grader = None
 
 
 def grade_rollouts(
@@ -100,3 +126,17 @@ def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evalua
     rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
     rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
     return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+
+
+def describe_accuracy(summary: dict[str, Any]) -> str:
+    """One line: Avg@k with its interval, Best@k, mean length, share finished."""
+    parts = []
+    if summary["avg_at_k"] is not None:
+        low, high = summary["ci95"]
+        parts.append(f"Avg@{summary['k']} {summary['avg_at_k']:6.1%} [{low:.1%}, {high:.1%}]")
+        parts.append(f"Best@{summary['k']} {summary['best_at_k']:6.1%}")
+    parts.append(f"length {summary['mean_length']:.0f}")
+    parts.append(f"finished {summary['finished']:.0%}")
+    if summary["ungraded"]:
+        parts.append(f"{summary['ungraded']} samples ungraded")
+    return "  ".join(parts)

@@ -5,15 +5,15 @@ A new task is one module beside this file and one line in `TASKS`.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from oprd.data.rows import PromptRow
+from oprd.registry import resolve_object
 from oprd.tasks import addition, reasoning
 from oprd.tasks.math import INSTRUCTION, BoxedGrader
 
@@ -101,16 +101,19 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Return the task of that name.
+    """The task of that name: a shipped one, or `module:attribute` of your own, a `Task` or a function that makes one.
 
     Raises:
         ValueError: there is none; lists all and the nearest.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no task {name!r}: allowed are {', '.join(map(repr, TASKS))}.{hint}")
-    return TASKS[name]
+    found: Any = resolve_object("task", name, TASKS)
+    task = found if isinstance(found, Task) or not callable(found) else found()
+    if not isinstance(task, Task):
+        raise ValueError(
+            f"task: {name!r} is a {type(task).__name__}; it must be an oprd.tasks.task.Task or a function without arguments "
+            "that returns one"
+        )
+    return task
 
 
 def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:

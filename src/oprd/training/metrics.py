@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,9 @@ _TOTALS = ("rollouts", "tokens", "finished", "correct", "graded")
 _ALIGNMENT = "alignment/"  # likewise
 
 
-def rollout_metrics(rollouts: Rollouts, correct: Sequence[bool | None]) -> dict[str, float]:
-    """Counts of a set of rollouts; `MetricWindow.close` turns them into shares and means."""
-    verdicts = [c for c in correct if c is not None]
+def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:
+    """Counts of a set of rollouts; `StepMetrics.close` turns them into shares and means."""
+    verdicts = [c for c in rewards if c is not None]
     return {
         "rollouts": len(rollouts),
         "tokens": sum(rollouts.completion_lengths),
@@ -30,7 +30,7 @@ def rollout_metrics(rollouts: Rollouts, correct: Sequence[bool | None]) -> dict[
     }
 
 
-class MetricWindow:
+class StepMetrics:
     """Sums of the running step, and the closed steps since the last report."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class MetricWindow:
             self._sums[name] += value
 
     @contextmanager
-    def timer(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to `time/<name>`."""
         _synchronize()
         start = time.perf_counter()
@@ -58,8 +58,16 @@ class MetricWindow:
             _synchronize()
             self._sums[f"time/{name}"] += time.perf_counter() - start
 
-    def close(self, accelerator: Any, grad_norm: Any, learning_rate: float | None) -> dict[str, float]:
+    def close(
+        self, sum_over_ranks: Callable[[Tensor], Tensor], ranks: int, grad_norm: Any, learning_rate: float | None
+    ) -> dict[str, float]:
         """End the step: sums become means and shares over all ranks.
+
+        Args:
+            sum_over_ranks: adds up a tensor over all processes.
+            ranks: number of processes.
+            grad_norm: of the step.
+            learning_rate: of the step.
 
         Returns:
             loss, cosine (mean and a layer), accuracy (where graded), completions/mean_length, completions/clipped_ratio, …;
@@ -67,10 +75,7 @@ class MetricWindow:
         """
         names = sorted(self._sums)
         values = torch.tensor([float(self._sums[n]) for n in names], dtype=torch.float64)
-        if accelerator.num_processes > 1:
-            values = accelerator.reduce(values.to(accelerator.device), "sum").cpu()
-        ranks = accelerator.num_processes
-        sums = dict(zip(names, values.tolist(), strict=True))
+        sums = dict(zip(names, sum_over_ranks(values).tolist(), strict=True))
         totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
         row = {n: v / ranks for n, v in sums.items()}
@@ -107,6 +112,6 @@ class MetricWindow:
 
 
 def _synchronize() -> None:
-    # CUDA runs behind Python; without waiting, time would be booked on whoever asks next.
+    # CUDA runs asynchronously; synchronize, so that each timer measures its own work.
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,20 +1,161 @@
-"""What the training processes do together: launch checks, even rounds of micro-batches, gradient exchange."""
+"""What the training processes do together: placing models, even rounds of micro-batches, exchanging gradients, totals of a step.
+
+One process needs none of it; `Parallel` then does the plain thing. DDP, FSDP2 (`fully_shard`, or accelerate's) and DeepSpeed are
+told apart here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from oprd.models.sharding import is_sharded, most_of_ranks
+from oprd.config import OPRDConfig
+from oprd.models.lm_head import embedding_gradient_by_rows
+from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
+from oprd.objectives.batch import Batch
+from oprd.objectives.composite import StepTotals
+from oprd.states.requests import plan_micro_batches
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a batch that goes through both models at once.
+
+    Args:
+        batch: its rollouts.
+        indices: their places in the whole batch.
+        number: which micro-batch it is, from 0.
+        last: gradients are exchanged in its backward pass.
+        idle: it only keeps other processes company; it counts for nothing.
+    """
+
+    batch: Batch
+    indices: Sequence[int]
+    number: int
+    last: bool
+    idle: bool
+
+
+class Parallel:
+    """The training processes of a run, or the only one.
+
+    Args:
+        accelerator: the trainer's.
+        args: the run's settings.
+        student: the model in training, before accelerate wraps it.
+        teacher_modules: the teacher's models in this process.
+        place: move the teacher's models to the device.
+
+    Raises:
+        ValueError: a way of launching that does not train as it should.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        args: OPRDConfig,
+        student: nn.Module,
+        teacher_modules: Sequence[nn.Module] = (),
+        *,
+        place: bool = True,
+    ) -> None:
+        self.accelerator, self.args = accelerator, args
+        self.student, self.teacher_modules = student, tuple(teacher_modules)
+        check_launch(args.fully_shard, accelerator)
+        self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
+        self.fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        if place:
+            for model in self.teacher_modules:
+                model.to(accelerator.device)
+        if self.fsdp:  # accelerate shards the student when training begins, and never the teacher
+            shard_models(self.teacher_modules, args.device)
+        if args.overlap_rollouts and (self.fsdp or self.deepspeed):
+            raise ValueError(
+                "overlap_rollouts: not with a sharded student, of which no process has a copy; set it to false"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the student is sharded by torch's `fully_shard`, so that saving gathers its weights."""
+        return isinstance(self.student, FSDPModule)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether gradients may be added to a weight's outside backward hooks: in one process, where nothing waits for them."""
+        return self.args.world_size == 1 and not (self.sharded or self.fsdp or self.deepspeed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model inside accelerate's wrappers."""
+        return self.accelerator.unwrap_model(model)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the student is trained in."""
+        return self.accelerator.autocast()
+
+    def step_totals(self, counts: Sequence[int], share: float) -> StepTotals:
+        """Counts over the whole step, the mean over ranks.
+
+        Args:
+            counts: rollouts, positions, tokens and compared positions of this rank's batch.
+            share: of this rank's part of the step that the batch is.
+        """
+        totals = torch.tensor(counts, dtype=torch.float64, device=self.args.device) / share
+        if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count gives a mean over all
+            totals = self.accelerator.reduce(totals, "mean")
+        return StepTotals(*totals.clamp_min(1e-9).tolist())  # avoid dividing by zero when no position is selected
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in host memory."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def micro_batches(self, batch: Batch, token_budget: int, model: nn.Module) -> list[MicroBatch]:
+        """The batch cut into micro-batches by token budget; as many on every rank where models take all ranks for each pass.
+
+        Args:
+            batch: this rank's rollouts.
+            token_budget: most padded tokens of a micro-batch.
+            model: the student as accelerate wrapped it.
+        """
+        groups = plan_micro_batches(batch.input_lengths, token_budget)
+        rounds = even_rounds(groups, (model, *self.teacher_modules), self.accelerator)
+        return [
+            MicroBatch(batch.select(group), group, number, number == len(rounds) - 1, number >= len(groups))
+            for number, group in enumerate(rounds)
+        ]
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, part: MicroBatch) -> Iterator[None]:
+        """Let this micro-batch's backward add to the gradients, and exchange them between ranks in the last one."""
+        with ExitStack() as stack:
+            stack.enter_context(local_gradients(model, self.accelerator, last=part.last))
+            if self.in_place:
+                stack.enter_context(embedding_gradient_by_rows(self.student))
+            yield
+
+    def backward(self, loss: Tensor, part: MicroBatch) -> None:
+        """Add the gradients of a micro-batch's loss; an idle one adds zeros."""
+        # DeepSpeed would divide by the number of accumulated batches; the loss is a share of the step already.
+        settings = {"scale_wrt_gas": False} if self.deepspeed else {}
+        self.accelerator.backward(loss * 0.0 if part.idle else loss, **settings)
 
 
 def check_launch(fully_sharded: bool, accelerator: Any) -> None:
-    """Refuse the ways of launching with accelerate's own FSDP that would go wrong, some of them silently.
+    """Refuse the ways of launching with accelerate's own FSDP that go wrong, some of them silently.
 
     Args:
         fully_sharded: whether the setting `fully_shard` is on.
@@ -46,20 +187,9 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
         )
 
 
-def leave_sharding_alone(trainer: Any) -> None:
-    """Keep transformers' Trainer from wrapping a student that is sharded already, by its own name for such models.
-
-    Raises:
-        ValueError: it is too old to know one.
-    """
-    if not hasattr(trainer, "is_distributed_loading_by_transformers"):
-        raise ValueError("fully_shard: needs transformers 5.23 or newer")
-    trainer.is_distributed_loading_by_transformers = True
-
-
 @contextmanager
 def _inner_backward(accelerator: Any) -> Iterator[None]:
-    """DeepSpeed under accelerate takes its step in every backward pass that is not said to be an inner one."""
+    """Under accelerate, DeepSpeed updates the weights in every backward pass that is not marked as an inner one."""
     state = accelerator.gradient_state
     before = state.sync_gradients
     state._set_sync_gradients(False)
@@ -70,13 +200,13 @@ def _inner_backward(accelerator: Any) -> Iterator[None]:
 
 
 def even_rounds(groups: list[list[int]], models: Sequence[nn.Module], accelerator: Any) -> list[list[int]]:
-    """The micro-batches of this rank; where it has fewer than another, filled up with a rollout that is to count for nothing.
+    """The micro-batches of this rank; where another rank has more, filled up with a rollout that is to count for nothing.
 
-    A sharded model takes every rank for each of its passes, and DeepSpeed for each of its backward passes. Others need no company.
+    A sharded model takes every rank for each of its passes, and DeepSpeed for each backward pass.
 
     Args:
         groups: indices of each micro-batch's rollouts.
-        models: those that run once for each of them.
+        models: those that run once for each micro-batch.
         accelerator: the trainer's.
     """
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -87,7 +217,7 @@ def even_rounds(groups: list[list[int]], models: Sequence[nn.Module], accelerato
 
 
 def local_gradients(model: nn.Module, accelerator: Any, *, last: bool) -> AbstractContextManager[None]:
-    """Let ranks exchange gradients once a step, in the last micro-batch's backward; if sharded in each, to keep only shards."""
+    """Exchange gradients between ranks in the last micro-batch's backward only; a sharded model does so in each, to keep shards."""
     if last:
         return nullcontext()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

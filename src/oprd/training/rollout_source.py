@@ -1,10 +1,10 @@
-"""The part of a trainer that gets each step's rollouts: new ones, those of the update before, or those sampled ahead."""
+"""Where each step's batch comes from: sampled now, kept from the update before, or sampled during it (`overlap_rollouts`)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,111 +14,176 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oprd.data.order import RepeatedSteps
+from oprd.alignment.model_pair import ModelPair
+from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
-from oprd.objectives.schedules import is_on
-from oprd.objectives.step_loss import Batch, StepTerms, with_advantages
-from oprd.rollouts.background import RolloutsAhead, StepRollouts
-from oprd.rollouts.engine import RolloutEngine, derive_seed
-from oprd.tasks.evaluation import Evaluation, grade_rollouts
-from oprd.training.reader import PairReader
-from oprd.training.recorder import RecordingTrainer
+from oprd.objectives.batch import Batch
+from oprd.objectives.composite import CompositeObjective, StepObjective
+from oprd.objectives.terms import PolicyTerm
+from oprd.rollouts.background import BackgroundSampler, StepRollouts
+from oprd.rollouts.engine import RolloutEngine, Sampled, derive_seed
+from oprd.rollouts.parity import ParityWatch
+from oprd.states.teachers import CanSample
+from oprd.tasks.evaluation import Grading, grade_rollouts
+from oprd.training.parallel import MicroBatch, Parallel
+from oprd.training.recorder import Recorder
 from oprd.types import Rollouts
 
 
-class RolloutTrainer(RecordingTrainer):
-    """A trainer that samples, grades and pairs the rollouts of its steps. A subclass sets `reader`, `teacher` and `layers`.
+class RolloutSource:
+    """Samples, grades and aligns the rollouts of each step.
 
-    With `overlap_rollouts` each step learns from rollouts that its predecessor's weights sampled, while that step was updating.
-    The first step of a run and of an epoch samples its own. A checkpoint keeps what was sampled for the step after it.
+    With `num_iterations` above 1, the same rollouts serve so many updates. With a `background` sampler, a step learns from
+    rollouts that the weights before the last update sampled; the first step of a run and of an epoch samples its own. What is
+    sampled for the next step belongs to a checkpoint.
+
+    Args:
+        pair: student and teacher.
+        objective: the run's, for what the steps measure and whether they need advantages.
+        engine: samples.
+        args: the run's settings.
+        grading: the task's grader.
+        parallel: the training processes.
+        recorder: takes times and metrics.
+        background: samples during the update; None: sampling waits for it.
     """
 
-    reader: PairReader
-    teacher: Any
-    layers: Sequence[int]
-    _ahead: RolloutsAhead | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._batch_of_step = 0
+    def __init__(
+        self,
+        pair: ModelPair,
+        objective: CompositeObjective,
+        engine: RolloutEngine,
+        args: OPRDConfig,
+        *,
+        grading: Grading,
+        parallel: Parallel,
+        recorder: Recorder,
+        background: BackgroundSampler | None = None,
+    ) -> None:
+        self.pair, self.objective, self.engine, self.args = pair, objective, engine, args
+        self.grading, self.parallel, self.recorder, self.background = grading, parallel, recorder, background
+        self._parity = ParityWatch()
+        self._batch_of_step = 0  # counted from 1
         self._kept: dict[int, Batch] = {}
         self._epoch: Iterator[list[Prompt]] | None = None
-        self._batches: list[list[Prompt]] = []  # of the running step
-        self._next_batches: list[list[Prompt]] = []  # of the one after it, where that is in the same epoch
+        self._batches: list[list[Prompt]] = []  # prompts of the running step
+        self._next_batches: list[list[Prompt]] = []  # of the step after it, where the epoch has one
+        self._last_step = False
         self._drawn: list[Rollouts] = []
-        super().__init__(*args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """See `RecordingTrainer`; nothing is being sampled when it returns."""
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While a run trains: it begins with a fresh epoch, and nothing is being sampled when it ends."""
         self._epoch = None
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            yield
         finally:
-            if self._ahead is not None:
-                self._ahead.clear()
+            if self.background is not None:
+                self.background.clear()
 
-    def evaluate_model(
-        self, model: nn.Module, prompts: Sequence[Prompt] | None = None, engine: RolloutEngine | None = None
-    ) -> Evaluation:
-        """See `RecordingTrainer`; waits for rollouts that are under way."""
-        if self._ahead is not None:
-            self._ahead.wait()
-        return super().evaluate_model(model, prompts, engine)
+    def next_step(
+        self, epoch: Iterator[list[Prompt]], num_batches: int, *, last_step: bool = False
+    ) -> list[list[Prompt]]:
+        """The prompts of the next step, one list a batch.
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[Prompt]], Any]:
-        """A step's batches; with `overlap_rollouts` the next step's are looked at too, where the epoch has them."""
-        if self._ahead is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        first = self._epoch is not epoch_iterator
-        self._epoch = epoch_iterator
-        self._batches = list(islice(epoch_iterator, num_batches)) if first else self._next_batches
-        self._next_batches = list(islice(epoch_iterator, self.args.gradient_accumulation_steps))
-        return self._batches, self._get_num_items_in_batch(self._batches, device)
+        With a background sampler the prompts of the step after it are taken from the epoch too.
 
-    def _get_num_items_in_batch(self, batch_samples: list[list[Prompt]], device: torch.device) -> int:
-        self._batch_of_step = 0  # Trainer asks this once a step, before its first batch
-        return sum(len(prompts) for prompts in batch_samples)
+        Args:
+            epoch: batches of prompts.
+            num_batches: batches that one update accumulates.
+            last_step: no step comes after this one.
+        """
+        self._batch_of_step, self._last_step = 0, last_step
+        if self.background is None:
+            return list(islice(epoch, num_batches))
+        first = self._epoch is not epoch
+        self._epoch = epoch
+        self._batches = list(islice(epoch, num_batches)) if first else self._next_batches
+        self._next_batches = list(islice(epoch, self.args.gradient_accumulation_steps))
+        return self._batches
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        args = self.args
-        if args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
-        prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
+    def take(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module, share: float = 1.0) -> Batch:
+        """The step's next batch: rollouts of `prompts`, graded and aligned.
 
-    def _next_batch(self, prompts: list[Prompt], terms: StepTerms) -> Batch:
-        """Rollouts, graded; between two updates on the same rollouts (num_iterations), those of the update before."""
+        Args:
+            prompts: of this batch.
+            terms: of the step.
+            student: the model to sample from, without wrappers.
+            share: of the step's prompts that these are, for metrics.
+
+        Raises:
+            ValueError: a rollout that cannot be graded or aligned.
+        """
         self._batch_of_step += 1
-        if self.state.global_step % self.args.num_iterations:
+        if terms.step % self.args.num_iterations:
             return self._kept[self._batch_of_step]
-        with self._window.timer("rollout"):
-            rollouts = self._sample(prompts, terms) if self._ahead is None else self._sampled_ahead(self._ahead)
-        with self._window.timer("grade"):
+        with self.recorder.timed("rollout"):
+            if self.background is None:
+                sampled = self._sample(prompts, terms, student)
+                rollouts = sampled.rollouts
+            else:
+                sampled, rollouts = None, self._from_background(self.background, terms, student)
+        if sampled is not None and terms.on_policy and terms.measuring and not self.parallel.sharded:
+            gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
+            self.recorder.observe(**{name: share * value for name, value in gap.items()})
+        with self.recorder.timed("grade"), self.grading.open() as grader:
             answers = {p.index: p.row.answer for p in prompts}
-            correct = grade_rollouts(rollouts, answers.__getitem__, self._grader)
-        with self._window.timer("teacher"):
-            pairing, stats = self.reader.pair(rollouts, {p.index: p.row for p in prompts})
+            rewards = grade_rollouts(rollouts, answers.__getitem__, grader)
+        with self.recorder.timed("teacher"):
+            pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
-            self._window.add(**stats.counts())
-        batch = Batch(rollouts, correct, pairing=pairing)
-        return with_advantages(batch, self.args) if is_on(self.args.policy_gradient_weight) else batch
+            self.recorder.observe(**stats.counts())
+        batch = Batch(rollouts, rewards, pairs=pairs)
+        if not self.objective.uses(PolicyTerm):
+            return batch
+        return batch.with_advantages(self.args.num_generations, self.args.scale_rewards)  # type: ignore[arg-type]
 
-    def _keep(self, batch: Batch, log_p: dict[int, Tensor]) -> None:
-        """Put a batch aside for the next update on it, with the log-probabilities of the policy that sampled it."""
-        if self.args.num_iterations > 1 and batch.old_log_p is None:
-            batch = replace(batch, old_log_p=[log_p[i] for i in range(len(batch.rollouts))])
-            self._kept[self._batch_of_step] = batch
+    def keep(self, batch: Batch, log_probs: dict[int, Tensor]) -> None:
+        """Keep a batch for the next update on it, with the log-probabilities of the policy that sampled it.
 
-    def _sample(self, prompts: list[Prompt], terms: StepTerms) -> Rollouts:
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        with nullcontext(student) if terms.on_policy else self.teacher.sampler() as writer:
-            return self._generate(writer, prompts, self._seed_of_step(self._batch_of_step - 1), terms.measuring)
+        Args:
+            batch: what `take` gave.
+            log_probs: place of a rollout in the batch → log-probability of each of its tokens.
+        """
+        if self.args.num_iterations > 1 and batch.old_log_probs is None:
+            ordered = [log_probs[i] for i in range(len(batch.rollouts))]
+            self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
 
-    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Rollouts:
-        if hasattr(self.engine, "want_log_probs"):
-            self.engine.want_log_probs = measuring
+    @contextmanager
+    def dropout_seed(self, terms: StepObjective, part: MicroBatch) -> Iterator[None]:
+        """Reseed dropout per micro-batch, so that extra layers run for diagnostics do not shift later masks."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed(terms.step, self._batch_of_step - 1, part.number))
+            yield
+
+    def wait(self) -> None:
+        """Wait until nothing is being sampled: the engine is free for an evaluation."""
+        if self.background is not None:
+            self.background.wait()
+
+    def save(self, folder: Path) -> None:
+        """Write what is sampled for the next step into a checkpoint."""
+        if self.background is not None:
+            self.background.save(self._background_file(folder))
+
+    def load(self, folder: Path) -> None:
+        """Go on with what `save` wrote."""
+        if self.background is not None:
+            self.background.load(self._background_file(folder))
+
+    def _background_file(self, folder: Path) -> Path:
+        return folder / f"rollouts_ahead_{self.args.process_index}.json"
+
+    def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module) -> Sampled:
+        seed = self._seed(terms.step, self._batch_of_step - 1)
+        if terms.on_policy:
+            return self._generate(student, prompts, seed, terms.measuring)
+        assert isinstance(self.pair.teacher, CanSample), "checked when the run was resolved"
+        with self.pair.teacher.sampler() as writer:
+            return self._generate(writer, prompts, seed, terms.measuring)
+
+    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Sampled:
         return self.engine.generate(
             writer,
             [p.ids for p in prompts],
@@ -126,56 +191,42 @@ class RolloutTrainer(RecordingTrainer):
             sampling=self.args.sampling,
             seed=seed,
             rows=[p.index for p in prompts],
+            want_log_probs=measuring,
         )
 
-    def _sampled_ahead(self, ahead: RolloutsAhead) -> Rollouts:
-        """This batch's rollouts. At a step's first batch: waits for all of the step's, and begins with the next step's."""
+    def _from_background(self, background: BackgroundSampler, terms: StepObjective, student: nn.Module) -> Rollouts:
+        """This batch's rollouts. A step's first batch waits for all of the step's, and starts the sampling of the next step's."""
         if self._batch_of_step == 1:
-            step = self.state.global_step
-            drawn = ahead.take(step, self._rows(self._batches))
+            step = terms.step
+            drawn = background.take(step, self._rows(self._batches))
             if drawn is None:
-                student = self.accelerator.unwrap_model(self.model_wrapped)
                 drawn = StepRollouts(step, *self._sample_step(self._batches, step, student), staleness=0)
             self._drawn = drawn.batches
-            self._window.add(rollout_staleness=float(drawn.staleness), **drawn.measured)
-            if self._next_batches and step + 1 < self.state.max_steps:
-                ahead.begin(step + 1, partial(self._sample_step, self._next_batches, step + 1))
+            self.recorder.observe(rollout_staleness=float(drawn.staleness), **drawn.measured)
+            if self._next_batches and not self._last_step:
+                background.begin(step + 1, partial(self._sample_step, self._next_batches, step + 1))
         return self._drawn[self._batch_of_step - 1]
 
     def _sample_step(
         self, batches: list[list[Prompt]], step: int, writer: nn.Module
     ) -> tuple[list[Rollouts], dict[str, float]]:
-        """All rollouts of a step, and how far the engine is from the model that it was to sample from."""
-        measuring = StepTerms.at(self.args, step, len(self.layers)).measuring
+        """All rollouts of a step, and how far the engine is from the model that it samples from."""
+        measuring = self.objective.at(step).measuring
         measured: defaultdict[str, float] = defaultdict(float)
         drawn = []
-        with self.accelerator.autocast():
+        with self.parallel.autocast():
             for number, prompts in enumerate(batches):
-                rollouts = self._generate(writer, prompts, self._seed_of_step(number, step=step), measuring)
+                sampled = self._generate(writer, prompts, self._seed(step, number), measuring)
                 if measuring:
-                    gap = self._parity.measure(self.engine, writer, rollouts, self.args.micro_batch_tokens)
+                    gap = self._parity.measure(sampled, writer, self.args.micro_batch_tokens)
                     for name, value in gap.items():
                         measured[name] += value * len(prompts) / sum(map(len, batches))
-                drawn.append(rollouts)
+                drawn.append(sampled.rollouts)
         return drawn, dict(measured)
 
     def _rows(self, batches: list[list[Prompt]]) -> list[list[int]]:
         return [[p.index for p in prompts for _ in range(self.args.num_generations)] for prompts in batches]
 
-    def _seed_of_step(self, batch: int, *parts: int, step: int | None = None) -> int:
-        """A seed for one batch of a step (default: the running one) on this rank."""
-        step = self.state.global_step if step is None else step
+    def _seed(self, step: int, batch: int, *parts: Any) -> int:
+        """A seed for one batch of a step on this rank."""
         return derive_seed(self.args.seed, step, batch, self.args.process_index, *parts)
-
-    def _ahead_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollouts_ahead_{self.args.process_index}.json"
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._ahead is not None:
-            self._ahead.save(self._ahead_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if self._ahead is not None and checkpoint is not None:
-            self._ahead.load(self._ahead_file(checkpoint))

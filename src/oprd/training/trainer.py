@@ -1,64 +1,75 @@
 """`OPRDTrainer`: on-policy representation distillation on transformers' `Trainer`.
 
-`training_step` is the paper's algorithm. Loading is in `pair.py`, formulas in `objectives/`, a step's rollouts in
-`rollout_step.py`, records and evaluation in `recording.py`, saving in `checkpoint.py`.
+`training_step` is the paper's Algorithm 1. What it calls is in the trainer's collaborators: `pair` (what both models read),
+`objective` (the loss), `rollouts` (sampling and grading), `parallel` (processes), `recorder` (metrics), `checkpoints` (saving),
+`evaluator`. `oprd.resolve` makes them out of a configuration.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
+from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
-from oprd.models.architecture import context_length
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
-from oprd.models.sharding import shard_pair
-from oprd.models.tokens import stop_token_ids
-from oprd.objectives.schedules import is_on
-from oprd.objectives.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share
-from oprd.resolve import build_student, build_teacher, comparable_layers
-from oprd.rollouts.background import RolloutsAhead
-from oprd.rollouts.engines import ENGINES
+from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.sharding import shard_models, whole_weights
+from oprd.objectives.terms import unobserved
+from oprd.resolve import ResolvedRun, check_readable, prepare, resolve
+from oprd.rollouts.background import BackgroundSampler
+from oprd.rollouts.engine import RolloutEngine
+from oprd.run_config import GivenObjects, RunConfig
+from oprd.runs.checkpoints import CheckpointStore, RandomStates, find_checkpoint, step_of
 from oprd.runs.folder import RunFolder
 from oprd.states.capture import read_through_forward
-from oprd.states.requests import padding_share, plan_micro_batches
-from oprd.tasks.evaluation import Evaluation
-from oprd.tasks.task import get_task
-from oprd.training.metrics import rollout_metrics
-from oprd.training.parallel import check_launch, even_rounds, leave_sharding_alone, local_gradients
-from oprd.training.reader import PairReader
-from oprd.training.recorder import Dataset
-from oprd.training.rollout_source import RolloutTrainer
+from oprd.states.teachers import Teacher
+from oprd.tasks.evaluation import Evaluation, Grading
+from oprd.tasks.task import Task
+from oprd.training.evaluator import Evaluator
+from oprd.training.parallel import Parallel
+from oprd.training.recorder import Recorder
+from oprd.training.rollout_source import RolloutSource
 
 logger = logging.getLogger("oprd")
 
+Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
 
-class OPRDTrainer(RolloutTrainer):
+
+class OPRDTrainer(Trainer):
     """Distils a teacher into a student on the student's own rollouts, by matching hidden states (OPRD, arXiv 2606.06021).
 
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name or as a model. None with a
-            `peft_config`: the student without its adapter (for an adapter that is trained already, or with a
-            `teacher_system_prompt`: a fresh one changes nothing, so there is nothing to learn).
+        teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name, as a model, or any
+            `oprd.states.teachers.Teacher`. None with a `peft_config`: the student without its adapter (for an adapter that is
+            trained already, or with a `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn).
         args: settings.
-        train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer".
+        train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
+            file, hub dataset or `generated:<task>`.
         eval_dataset: rows with "prompt" and "answer", for `evaluate`.
         processing_class: the student's tokenizer; by default loaded with the model.
         teacher_processing_class: the teacher's tokenizer; by default loaded with the teacher. Where its tokens are not the
-            student's, the teacher reads a text of its own (`oprd.alignment`).
+            student's, the teacher reads its own prompts and tokens (`oprd.alignment`).
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
+        objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
+        rollout_engine: in place of `args.rollout_engine`.
+        task: in place of `args.task`.
+        resolved: a run that is resolved already, in place of all arguments but `callbacks` and `optimizers`.
 
     Raises:
         ValueError: models, datasets or settings that do not fit, before anything is trained; says what and how to mend it.
@@ -70,86 +81,82 @@ class OPRDTrainer(RolloutTrainer):
         >>> trainer.train()
     """
 
+    args: OPRDConfig
+    control: Any
+
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | None = None,
+        model: str | PreTrainedModel | nn.Module | None = None,
+        teacher_model: str | PreTrainedModel | Mapping[str, Any] | Teacher | None = None,
         args: OPRDConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | str | None = None,
+        eval_dataset: Dataset | str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any | None = None,
+        *,
+        objectives: Mapping[str, Any] | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        task: Task | None = None,
+        resolved: ResolvedRun | None = None,
     ) -> None:
-        args = args if args is not None else OPRDConfig("oprd-output")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, or show it one GPU only"
+        if resolved is None:
+            args = args if args is not None else OPRDConfig("oprd-output")
+            check_one_device(args)
+            given = GivenObjects(
+                processing_class, teacher_processing_class, peft_config, objectives, rollout_engine, task
             )
-        student, tokenizer, fingerprint = build_student(model, args, processing_class, peft_config)
-        self.teacher, aligner = build_teacher(
-            teacher_model, student, args, tokenizer, teacher_processing_class, fingerprint
-        )
-        self.layers = comparable_layers(student, self.teacher, aligner, args)
-        self.task = get_task(args.task) if args.task else None
-        # What ends a text for the teacher ends it for the student too, where the two share their ids.
-        also = self.teacher.stop_token_ids if aligner is None and args.end_of_turn != "by_id" else ()
-        stops = sorted({*stop_token_ids(student, tokenizer), *also})
-        self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
-        self.reader = PairReader(student, self.teacher, aligner, tokenizer, self.engine, self.layers, args)
+            resolved = resolve(
+                RunConfig(args, model, teacher_model, train_dataset or None, eval_dataset=eval_dataset, given=given)
+            )
+        args, pair = resolved.run.args, resolved.pair
+        student, teacher = pair.student.model, pair.teacher
         if args.fully_shard:
-            shard_pair(student, getattr(self.teacher, "model", None), args.device)
-        self.args = args  # rendering the prompts needs it, before Trainer takes it
+            shard_models((student, *teacher.modules), args.device)
+        self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
         self.run_folder = RunFolder(args.output_dir)
-        limits = [n for n in (context_length(student), self.reader.teacher_context) if n is not None]
-        self._prompt_limits = {
-            "tokenizer": tokenizer,
-            "context_length": min(limits, default=None) if aligner is None else context_length(student),
-            "max_prompt_length": args.max_prompt_length,
-            "chat_template_kwargs": args.chat_template_kwargs,
-        }
+        self.checkpoints = CheckpointStore(
+            Path(args.output_dir),
+            writes=args.should_save,
+            save_total_limit=args.save_total_limit,
+            bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
+        )
         super().__init__(
             model=student,
             args=args,
             data_collator=list,
-            train_dataset=self._prompts(train_dataset, "train_dataset", args.max_completion_length),
-            eval_dataset=self._prompts(eval_dataset, "eval_dataset", args.eval_sampling.max_completion_length),
-            processing_class=tokenizer,
+            train_dataset=resolved.train_prompts,
+            eval_dataset=resolved.eval_prompts,
+            processing_class=pair.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._settle_models()
-        self.reader.check_terms(self.train_dataset or [], deepspeed=self.is_deepspeed_enabled)
-        if self.train_dataset:  # the teacher's view of them, which is made step by step, must be possible for all
-            self.reader.teacher_prompts(self.train_dataset, "train_dataset", args.max_completion_length)
+        self._connect(resolved)
 
-    def _settle_models(self) -> None:
-        """Put both models where they compute, as the launch says; the student itself is wrapped when training begins."""
-        args, teacher = self.args, getattr(self.teacher, "model", None)
-        if self._is_sharded:
-            leave_sharding_alone(self)
-        check_launch(args.fully_shard, self.accelerator)
-        if teacher is not None and self.place_model_on_device:
-            teacher.to(self.accelerator.device)
-        if self.is_fsdp_enabled:  # accelerate shards the student, when training begins, and knows nothing of a teacher
-            shard_pair(None, teacher, args.device)
-        sharded = self._is_sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled  # also by one process alone
-        self.reader.head_in_place = args.world_size == 1 and not sharded
-        # DeepSpeed would divide by the number of accumulated batches, of which the loss is a share already.
-        self._backward_settings = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        if args.overlap_rollouts:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "overlap_rollouts: not with a sharded student, of which no process has a copy; set it to false"
-                )
-            self._ahead = RolloutsAhead(self.model)
-        self._project = None
-        if isinstance(self.teacher, BridgedTeacher):
-            self.teacher.to(self.accelerator.device)
-            self._project = self.teacher.bridge.project_student
-            self.bridge_digest = self.teacher.digest
+    def _connect(self, resolved: ResolvedRun) -> None:
+        """Make the collaborators, now that transformers' Trainer has set up the processes."""
+        args, pair = self.args, self.pair
+        self.parallel = Parallel(
+            self.accelerator, args, self.model, pair.teacher.modules, place=self.place_model_on_device
+        )
+        if self.parallel.sharded:  # transformers' own flag for a model that it must not wrap again
+            if not hasattr(self, "is_distributed_loading_by_transformers"):
+                raise ValueError("fully_shard: needs transformers 5.23 or newer")
+            self.is_distributed_loading_by_transformers = True
+        if isinstance(pair.teacher, BridgedTeacher):
+            pair.teacher.to(self.parallel.device)
+        self.objective = check_readable(resolved, deepspeed=self.is_deepspeed_enabled)
+        self.grading = Grading(self.task)
+        self.recorder = Recorder(self.run_folder, args, self.parallel)
+        self.rollouts = RolloutSource(
+            pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
+            recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
+        )  # fmt: skip
+        self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
+        self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts]
+        self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -165,88 +172,221 @@ class OPRDTrainer(RolloutTrainer):
             What these prompts' rollouts add to the loss of the step, for the log; gradients are accumulated.
         """
         share = len(inputs) / int(num_items_in_batch or len(inputs))
-        terms = StepTerms.at(self.args, self.state.global_step, len(self.layers))
-        batch = self._next_batch(inputs, terms)
-        groups = plan_micro_batches(batch.input_lengths, self.args.micro_batch_tokens)
-        whole_step = self._whole_step(batch, share)
+        terms = self.objective.at(self.state.global_step)
+        batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
+        totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.pairs), share)
+        parts = self.parallel.micro_batches(batch, self.args.micro_batch_tokens, model)
+        heads = partial(self.pair.heads, in_place=self.parallel.in_place)
         model.train()
         loss = torch.zeros((), device=self.args.device)
-        log_p: dict[int, Tensor] = {}
-        rounds = even_rounds(groups, (model, getattr(self.teacher, "model", model)), self.accelerator)
-        for number, group in enumerate(rounds):
-            idle = number >= len(groups)
-            part = batch.select(group)
-            request, teacher_request = self.reader.requests(part, terms)
-            with self._window.timer("teacher"):
-                teacher = self.teacher.states(teacher_request) if terms.needs_teacher else None
-            exchange = local_gradients(model, self.accelerator, last=number == len(rounds) - 1)
-            rows = embedding_gradient_by_rows(self.reader.student) if self.reader.head_in_place else nullcontext()
-            with self._window.timer("update"), exchange, rows, self._own_randomness(number):
-                losses = MicroBatchLoss(
-                    self.args, terms, request, part, teacher, self.reader.heads, whole_step,
-                    _unobserved if idle else self._window.add, self._project,
-                )  # fmt: skip
-                del teacher
-                group_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
-                self.accelerator.backward(group_loss * 0.0 if idle else group_loss, **self._backward_settings)
-            if not idle:
-                log_p |= zip(group, losses.log_p(), strict=False)
-                loss += group_loss.detach()
-        self._keep(batch, log_p)
-        self._check_loss(loss)
-        self._window.add(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
-        verdicts = batch.correct if terms.on_policy else []  # the teacher's accuracy would pass for the student's
-        self._window.add(**rollout_metrics(batch.rollouts, verdicts), micro_batches=len(groups))
-        if terms.measuring and terms.on_policy and batch.old_log_p is None and self._ahead is None:
-            self._measure_parity(model, batch.rollouts, share)
-        if self.args.lmbda < 1:
-            self._window.add(student_wrote=share * terms.on_policy)
-        if batch.advantages is not None:
-            self._window.add(frac_reward_zero_std=share * silent_share(batch))
-        self._step_ended()
-        self._log_completions(inputs, batch.rollouts, batch.correct)
+        log_probs: dict[int, Tensor] = {}
+        for part in parts:
+            request, teacher_request = (
+                side.to(self.args.device)
+                for side in self.pair.requests(
+                    part.batch.rollouts, part.batch.pairs, layers=terms.needs_layers, head=terms.needs_head
+                )
+            )
+            with self.recorder.timed("teacher"):
+                teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
+            with (
+                self.recorder.timed("update"),
+                self.parallel.accumulate(model, part),
+                self.rollouts.dropout_seed(terms, part),
+            ):
+                observe = unobserved if part.idle else self.recorder.observe
+                losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=observe)
+                del teacher  # `losses` frees it layer by layer
+                part_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
+                self.parallel.backward(part_loss, part)
+            if not part.idle:
+                loss += part_loss.detach()
+                log_probs |= zip(part.indices, losses.log_probs(), strict=False)
+        self.rollouts.keep(batch, log_probs)
+        self.recorder.batch(batch, parts, terms, loss, share)
+        self.recorder.completions(terms.step + 1, inputs, batch)
         return loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
+
+        Resuming from the last step restores it and trains nothing.
+
+        Raises:
+            ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
+        """
+        if not self.train_dataset:
+            raise ValueError("train_dataset: there is none")
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self.recorder.restart()
+        with ExitStack() as stack:
+            if self.is_world_process_zero():
+                stack.enter_context(self.run_folder.hold())
+                if checkpoint:
+                    self.run_folder.cut_back(step_of(checkpoint))
+                else:
+                    self.run_folder.refuse_used()
+                self.recorder.restart(self.run_folder.read_metrics())
+            if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
+                return self._restore_finished(checkpoint)
+            stack.enter_context(self.grading.open())
+            stack.enter_context(self.rollouts.running())
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample `eval_num_generations` completions a problem, grade them, and log `eval_avg_at_k` and the other measures.
+
+        Raises:
+            ValueError: no dataset.
+        """
+        prompts: list[Prompt] | None = self.eval_dataset
+        if eval_dataset is not None:
+            rows = as_prompt_rows(eval_dataset, "eval_dataset")
+            prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
+        if not prompts:
+            raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
+        summary = self.evaluate_model(self.model, prompts).summary
+        if eval_dataset is None:
+            self._last_evaluation = (self.state.global_step, dict(summary))
+        interval = summary.pop("ci95") or (None, None)
+        summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
+        self.log(dict(metrics))
+        if self.is_in_train:
+            self.recorder.evaluation(self.state.global_step, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_now(self) -> dict[str, Any]:
+        """Measures of the student as it is now, on the eval_dataset; not sampled again where this step was just evaluated."""
+        step, summary = self._last_evaluation
+        as_then = step == self.state.global_step and not self.args.load_best_model_at_end
+        return summary if as_then else self.evaluate_model(self.model).summary
+
+    def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
+        """Evaluate any model with the student's tokenizer, on `prompts` or the eval_dataset."""
+        self.rollouts.wait()
+        return self.evaluator.model(model, self.eval_dataset if prompts is None else prompts)
 
     def evaluate_teacher(self) -> Evaluation:
         """Evaluate the teacher on the eval_dataset, with prompts and tokens of its own where it has them."""
-        aligner = self.reader.aligner
-        with self.teacher.sampler() as model:
-            if aligner is None:
-                return self.evaluate_model(model)
-            prompts = self.reader.teacher_prompts(
-                self.eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length
-            )
-            stops = sorted({*self.teacher.stop_token_ids, aligner.pair.end_id})
-            engine = ENGINES[self.args.rollout_engine](aligner.teacher_tokenizer, stops, **self.args.engine_kwargs)
-            return self.evaluate_model(model, prompts, engine)
+        self.rollouts.wait()
+        return self.evaluator.teacher(self.eval_dataset)
 
-    def _check_loss(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1}: nothing is saved from here on"
-            )
-        if loss == 0 and self.state.global_step == 0 and not is_on(self.args.policy_gradient_weight):
-            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The verified checkpoint that `train` would go on from; see `oprd.runs.checkpoints.find_checkpoint`."""
+        digest = self.checkpoints.bridge_digest
+        return find_checkpoint(self.run_folder, resume_from_checkpoint, self.args.bridge, digest)
 
-    @contextmanager
-    def _own_randomness(self, number: int) -> Iterator[None]:
-        """Dropout as a function of seed, step and micro-batch: a forward that goes further up to measure changes no later one."""
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed_of_step(self._batch_of_step - 1, number))
-            yield
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report `logs`, and with a training loss also the mean of every metric since the last report."""
+        super().log({**self.recorder.averages(), **logs} if "loss" in logs else logs, start_time)
 
-    def _whole_step(self, batch: Batch, share: float) -> dict[str, float]:
-        """Rollouts and positions of the step, a rank, of which `batch` is a `share` (see `PairReader.counts`)."""
-        counts = torch.tensor(self.reader.counts(batch), dtype=torch.float64, device=self.args.device) / share
-        if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count makes a mean over all
-            counts = self.accelerator.reduce(counts, "mean")
-        # Where nothing is compared there is nothing to divide either.
-        return dict(zip(("rollouts", "positions", "tokens", "compared"), counts.clamp_min(1e-9).tolist(), strict=True))
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Prompt]], int]:
+        """The batches of prompts of a step, and how many prompts they hold."""
+        last = self.state.global_step + 1 >= self.state.max_steps
+        batches = self.rollouts.next_step(epoch_iterator, num_batches, last_step=last)
+        return batches, sum(map(len, batches))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the batch is prompts, whose rollouts do not exist yet."""
+        return 0
+
+    def _restore_finished(self, checkpoint: Path) -> TrainOutput:
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        logger.info("%s is the last of max_steps=%d steps: nothing is left to train", checkpoint, self.args.max_steps)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    # What follows are Trainer's own seams. Each hands over to a collaborator.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
+        prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        # Called once a step after the update: the one place that has the gradient norm, and before a checkpoint is saved.
+        self.recorder.close_step(self.state.global_step, grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        return nullcontext()  # what Trainer asks between accumulated batches; see `local_gradients`
+        return nullcontext()  # Trainer asks for it between accumulated batches; `Parallel.accumulate` does it instead
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints.directory(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        write = partial(super()._save_checkpoint, model, trial)
+        folder = self.checkpoints.save(self.state, write, self.accelerator.wait_for_everyone)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.checkpoints.staging:  # a staged one is pushed once it is published
+            with self.checkpoints.upload_without_pickle():
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.parallel.sharded:
+            state_dict = whole_weights(self.model, keep=self.args.should_save)
+            if not self.args.should_save:
+                return
+        super()._save(output_dir, state_dict)
+        self.checkpoints.replace_pickle(output_dir or self.args.output_dir, self.args.to_json_string())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.checkpoints.save_optimizer(
+            self.optimizer, self.lr_scheduler, output_dir, sharded=self.parallel.sharded
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.checkpoints.load_optimizer(
+            self.optimizer, self.lr_scheduler, checkpoint, sharded=self.parallel.sharded
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.parallel.sharded:
+            self.checkpoints.load_sharded_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.parallel.sharded and self.state.best_model_checkpoint:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self.checkpoints.save_parts(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.checkpoints.load_parts(checkpoint)
 
 
-def _unobserved(**metrics: Any) -> None:
-    """Takes the place of the metric window where a micro-batch counts for nothing."""
+def check_one_device(args: OPRDConfig) -> None:
+    """Refuse several GPUs in one process, which transformers would use by data parallelism within it.
+
+    Raises:
+        ValueError: says how to launch instead.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, or show it one GPU only")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from oprd.alignment.teacher_text import TeacherText
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge.collect import fit_bridge
 from oprd.run_config import load_recipe
 from oprd.tasks.problems import load_rows
@@ -103,7 +103,7 @@ def fit_missing(
         rows = load_rows(found.train_dataset, found.train_split, spec.limit, spec.seed)
         bridge = fit_bridge(
             found.model, str(found.teacher_model), rows, max_completion_length=config.max_completion_length,
-            max_prompt_length=config.max_prompt_length, text=TeacherText.of(config),
+            max_prompt_length=config.max_prompt_length, text=TeacherPromptSettings.of(config),
             trust_remote_code=config.trust_remote_code, **spec.fitting(),
         )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from oprd.alignment.aligner import AlignmentStats
-from oprd.alignment.position_pairs import Pairing
-from oprd.alignment.teacher_text import TeacherText
+from oprd.alignment.position_pairs import PositionPairs
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import hidden_size, num_layers
@@ -40,7 +40,7 @@ def diagnose_pair(
     *,
     max_completion_length: int = 512,
     seed: int = 0,
-    text: TeacherText | None = None,
+    text: TeacherPromptSettings | None = None,
     task: str | None = None,
     max_prompt_length: int | None = None,
     micro_batch_tokens: int = 16384,
@@ -79,7 +79,7 @@ def diagnose_pair(
     if task is not None:
         get_task(task)
     pair = load_pair(
-        student, teacher, text or TeacherText(), teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code
+        student, teacher, text or TeacherPromptSettings(), teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code
     )
     prompts = pair.prompts(rows, max_completion_length, max_prompt_length)
     rollouts = pair.sample(prompts, max_completion_length, seed, batch_size)
@@ -173,7 +173,7 @@ def _cka(readings: Readings, sample: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _positions(rollouts: Rollouts, pairing: Pairing | None, readings: Readings) -> dict[str, Any]:
+def _positions(rollouts: Rollouts, pairing: PositionPairs | None, readings: Readings) -> dict[str, Any]:
     """Curves over the first and last k, and the value where the end is predicted."""
     matched = [range(n) for n in rollouts.completion_lengths] if pairing is None else pairing.student
     ended = [index for index, reason in enumerate(rollouts.finish_reasons) if reason == "stop"]

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
-from oprd.alignment.position_pairs import Pairing, pair_positions
-from oprd.alignment.teacher_text import TeacherText
+from oprd.alignment.position_pairs import PositionPairs, pair_positions
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import context_length
@@ -42,7 +42,7 @@ class ModelPair:
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
     stop_ids: tuple[tuple[int, ...], tuple[int, ...]]
     aligner: Aligner | None
-    text: TeacherText
+    text: TeacherPromptSettings
 
     @cached_property
     def same_tokens(self) -> bool:
@@ -98,7 +98,7 @@ class ModelPair:
             rows=[p.index for p in prompts],
         )  # fmt: skip
 
-    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> tuple[Pairing | None, AlignmentStats | None]:
+    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> tuple[PositionPairs | None, AlignmentStats | None]:
         """The rollouts as the teacher reads them; None where it reads them as they are.
 
         Raises:
@@ -143,7 +143,7 @@ class ModelPair:
 
 
 def load_pair(
-    student: str, teacher: str, text: TeacherText, *, teacher_dtype: str, trust_remote_code: bool
+    student: str, teacher: str, text: TeacherPromptSettings, *, teacher_dtype: str, trust_remote_code: bool
 ) -> ModelPair:
     """Load both; on a GPU where there is one.
 

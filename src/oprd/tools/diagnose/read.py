@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from oprd.alignment.position_pairs import Pairing, input_lengths, request_pair
+from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
 from oprd.bridge.statistics import cka_matrix
 from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.lm_head.head_chunks import LMHead
@@ -68,7 +68,7 @@ class EndReading:
 def read_pair(
     pair: ModelPair,
     rollouts: Rollouts,
-    pairing: Pairing | None,
+    pairing: PositionPairs | None,
     *,
     micro_batch_tokens: int = 16384,
     sample: int = 1024,
@@ -102,7 +102,7 @@ def read_pair(
 class _Reader:
     """The state of one pass."""
 
-    def __init__(self, pair: ModelPair, rollouts: Rollouts, pairing: Pairing | None, sample: int, seed: int) -> None:
+    def __init__(self, pair: ModelPair, rollouts: Rollouts, pairing: PositionPairs | None, sample: int, seed: int) -> None:
         self.pair, self.rollouts, self.pairing = pair, rollouts, pairing
         depths, widths = ([of(model) for model in pair.models] for of in (num_layers, hidden_size))
         self.depths, self.same_width = depths, widths[0] == widths[1]
@@ -208,7 +208,7 @@ class _Samples:
         return students, teachers
 
 
-def compared_positions(rollouts: Rollouts, pairing: Pairing | None) -> list[list[int]]:
+def compared_positions(rollouts: Rollouts, pairing: PositionPairs | None) -> list[list[int]]:
     """The student's positions whose next-token distributions are compared, of each rollout."""
     if pairing is None:
         return [list(range(n)) for n in rollouts.completion_lengths]

@@ -16,7 +16,7 @@ logger = logging.getLogger("oprd")
 
 
 @dataclass(frozen=True)
-class TeacherText:
+class TeacherPromptSettings:
     """Settings of the prompts that both models read; a teacher's setting that is not None gives it prompts of its own.
 
     Args:
@@ -32,7 +32,7 @@ class TeacherText:
     special_token_map: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, settings: Any) -> TeacherText:
+    def of(cls, settings: Any) -> TeacherPromptSettings:
         """Those of an object that has settings of these names, such as an `OPRDConfig`."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 

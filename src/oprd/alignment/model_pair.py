@@ -1,0 +1,289 @@
+"""A student and its teacher: which tokens, positions and LM heads of the two are compared when both read the same rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
+from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
+from oprd.data.prompts import Prompt, prepare_prompts
+from oprd.data.rows import PromptRow
+from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
+from oprd.models.loading import LoadedModel
+from oprd.models.tokens import vocabulary_size
+from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
+from oprd.states.requests import StateRequest
+from oprd.states.teachers import CanSample, HasHead, Teacher
+from oprd.types import Rollouts
+
+
+@dataclass(frozen=True)
+class ComparedPositions:
+    """Settings: the response positions at which the two models are compared.
+
+    Args:
+        positions: position set of the hidden states (`oprd.states.positions.POSITIONS`).
+        position_k: k of the sets that have one.
+        output_positions: position set of the next-token distributions.
+        output_position_k: its k.
+        end_of_turn: how ids that end a text are treated (`OPRDConfig.end_of_turn`).
+    """
+
+    positions: str = "all"
+    position_k: int | None = None
+    output_positions: str = "all"
+    output_position_k: int | None = None
+    end_of_turn: EndOfTurn = "merge"
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The tokens that two vocabularies have in common, for a teacher that reads its own tokens.
+
+    Args:
+        ids: ids of the student and of the teacher with the same meaning, two lists of equal length.
+        event_of: student id → place in these lists; every id that ends a response has the place of the first.
+        teacher_stop_ids: ids that end a response for the teacher.
+    """
+
+    ids: tuple[list[int], list[int]]
+    event_of: Mapping[int, int]
+    teacher_stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, aligner: Aligner, teacher_stop_ids: Sequence[int]) -> SharedVocabulary:
+        """The shared vocabulary of an aligner's two tokenizers."""
+        stops = aligner.pair.stop_ids
+        # Where an id means the same for both models, it ends a response for both.
+        same = [i for i in stops if i in aligner.same_ids]
+        theirs = (*teacher_stop_ids, aligner.pair.end_id, *same)
+        ids = aligner.shared_vocabulary(theirs)
+        events = {i: event for event, i in enumerate(ids[0])}
+        return cls(ids, events | dict.fromkeys(stops, events[stops[0]]), theirs)
+
+
+class ModelPair:
+    """A student and its teacher, and how both read the same rollouts.
+
+    Args:
+        student: the student; its tokenizer must be known.
+        teacher: the teacher.
+        aligner: gives the teacher its own prompts and tokens; None where it reads the student's.
+        teacher_tokenizer: the teacher's tokenizer; None when unknown.
+        layers: student layers whose states are compared; empty where the two models' states cannot be compared.
+        rendering: how both models' prompts are rendered.
+        compared: the positions at which the two are compared.
+        head_dtype: dtype of products with the LM heads; None for that of the weights.
+    """
+
+    def __init__(
+        self,
+        student: LoadedModel,
+        teacher: Teacher,
+        aligner: Aligner | None = None,
+        *,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        layers: Sequence[int] = (),
+        rendering: TeacherPromptSettings | None = None,
+        compared: ComparedPositions | None = None,
+        head_dtype: torch.dtype | None = None,
+    ) -> None:
+        assert student.tokenizer is not None, "a student without a tokenizer cannot write"
+        self.student, self.teacher, self.aligner, self.layers = student, teacher, aligner, tuple(layers)
+        self.tokenizer: PreTrainedTokenizerBase = student.tokenizer
+        self.teacher_tokenizer = teacher_tokenizer
+        self.rendering = rendering or TeacherPromptSettings()
+        self.compared = compared or ComparedPositions()
+        self.head_dtype = head_dtype
+
+    @cached_property
+    def shared_vocabulary(self) -> SharedVocabulary:
+        """The tokens that both models have, where the teacher reads its own."""
+        assert self.aligner is not None, "the teacher reads the student's tokens: all of them are shared"
+        return SharedVocabulary.of(self.aligner, self.teacher.info.stop_token_ids)
+
+    @cached_property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a rollout: the student's, and the teacher's where it reads the same ids and ends are merged."""
+        merged = self.aligner is None and self.compared.end_of_turn != "by_id"
+        return sorted({*self.student.info.stop_token_ids, *(self.teacher.info.stop_token_ids if merged else ())})
+
+    @property
+    def pad_token_id(self) -> int:
+        """An id that both models have; what it pads is masked."""
+        if self.aligner is not None:
+            return 0
+        own = self.tokenizer.pad_token_id
+        return own if own is not None else self.stop_token_ids[0]
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a prompt with its completion, in the student's tokens; None when unknown."""
+        own, theirs = self.student.info.context_length, self.teacher.info.context_length
+        limits = [limit for limit in (own, theirs if self.aligner is None else None) if limit is not None]
+        return min(limits, default=None)
+
+    def prompts(
+        self, rows: Sequence[PromptRow], *, name: str, max_completion_length: int, max_prompt_length: int | None = None
+    ) -> list[Prompt]:
+        """The prompts as the student reads them.
+
+        Raises:
+            ValueError: as `oprd.data.prompts.prepare_prompts`.
+        """
+        return prepare_prompts(
+            rows, self.tokenizer, name=name, max_completion_length=max_completion_length,
+            context_length=self.context_length, max_prompt_length=max_prompt_length,
+            chat_template_kwargs=self.rendering.chat_template_kwargs,
+        )  # fmt: skip
+
+    def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> list[Prompt]:
+        """The same prompts as the teacher reads them.
+
+        Raises:
+            ValueError: a prompt that its template cannot render, or that leaves no room for a completion; names the row.
+        """
+        if self.aligner is None:
+            return list(prompts)
+        try:
+            return prepare_prompts(
+                [with_system(p.row, self.aligner.system_prompt) for p in prompts],
+                self.aligner.teacher_tokenizer,
+                name=name,
+                max_completion_length=max_completion_length,
+                context_length=self.teacher.info.context_length,
+                chat_template_kwargs=self.aligner.teacher_kwargs,
+            )
+        except ValueError as error:
+            raise ValueError(f"the teacher's prompts: {error}") from error
+
+    def align(
+        self, rollouts: Rollouts, rows: Mapping[int, PromptRow], *, heads: bool = True
+    ) -> tuple[PositionPairs | None, AlignmentStats | None]:
+        """The rollouts as the teacher reads them, with counts; None where it reads them as they are.
+
+        Args:
+            rollouts: the student's.
+            rows: the dataset rows that `rollouts.rows` points into.
+            heads: pair also the positions whose next-token distributions are compared.
+
+        Raises:
+            ValueError: a prompt that the teacher's template cannot render, or more tokens than the teacher can read.
+        """
+        if self.aligner is None:
+            return None, None
+        theirs, alignments, stats = self.aligner.align(rollouts, rows)
+        limit, longest = self.teacher.info.context_length, max(theirs.input_lengths)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"teacher_model: a rollout has {longest} tokens in its tokenizer, more than its context of {limit}; shorten "
+                "max_completion_length, or leave long prompts out with max_prompt_length"
+            )
+        event_of = self.shared_vocabulary.event_of if heads else {}
+        where = self.compared
+        pairs = pair_positions(
+            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k
+        )
+        return pairs, stats
+
+    def requests(
+        self, rollouts: Rollouts, pairs: PositionPairs | None, *, layers: bool, head: bool
+    ) -> tuple[StateRequest, StateRequest]:
+        """What to read of the student and of the teacher.
+
+        Args:
+            rollouts: the student's.
+            pairs: of these rollouts, where the teacher reads its own tokens.
+            layers: read the states of the compared layers.
+            head: read what the LM heads read.
+        """
+        return request_pair(
+            rollouts,
+            pairs,
+            self.layers if layers else (),
+            chosen=self._matched(rollouts),
+            compared=self._compared(rollouts),
+            pad_token_id=self.pad_token_id,
+            head=head,
+        )
+
+    def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
+        """Rollouts, positions whose states are matched, response tokens, positions whose distributions are compared."""
+        lengths = rollouts.completion_lengths
+        if pairs is not None:
+            return [len(lengths), pairs.num_matched, sum(lengths), pairs.num_compared]
+        matched, compared = self._matched(rollouts), self._compared(rollouts)
+        compared_tokens = sum(lengths) if compared is None else sum(map(len, compared))
+        return [len(lengths), sum(map(len, matched)), sum(lengths), compared_tokens]
+
+    def heads(self, *, in_place: bool = False) -> Heads:
+        """Both LM heads over the same events: no padding rows, one event for all ends of text, only tokens that both have.
+
+        Args:
+            in_place: let the student's head add its gradient to the weight's (`LMHead.in_place`).
+
+        Raises:
+            ValueError: the teacher has no LM head here.
+        """
+        student = replace(lm_head_of(self.student.model), in_place=in_place, product_dtype=self.head_dtype)
+        teacher = self._teacher_head()
+        stops, vocabulary = tuple(self.stop_token_ids), vocabulary_size(self.tokenizer)
+        if self.aligner is None:
+            size = min(vocabulary, student.size, teacher.size)
+            ends = () if self.compared.end_of_turn == "by_id" else stops
+            student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
+            return Heads(student, student, teacher)
+        policy, _ = match_heads(student, student, vocab_size=min(vocabulary, student.size), stop_token_ids=stops)
+        shared = self.shared_vocabulary
+        both = share_events(
+            student, teacher, shared.ids, student_stop_ids=stops, teacher_stop_ids=shared.teacher_stop_ids
+        )
+        return Heads(policy, *both)
+
+    @torch.no_grad()
+    def check_heads(self) -> None:
+        """Make sure that both LM heads give their models' logits.
+
+        Raises:
+            ValueError: a model without an LM head, or with one whose logits are computed in an unknown way.
+        """
+        heads = self.heads()
+        _check_whole(heads.student, self.student.model)
+        if isinstance(self.teacher, CanSample):
+            with self.teacher.sampler() as model:
+                _check_whole(heads.teacher, model)
+
+    def _teacher_head(self) -> LMHead:
+        if not isinstance(self.teacher, HasHead):
+            raise ValueError(
+                f"teacher_model: {type(self.teacher).__name__} has no LM head here, so next-token distributions cannot be compared"
+            )
+        return self.teacher.head()
+
+    def _matched(self, rollouts: Rollouts) -> Positions:
+        """Positions of each rollout whose states are matched, where both models read the same ids."""
+        return self._select(rollouts, self.compared.positions, self.compared.position_k)
+
+    def _compared(self, rollouts: Rollouts) -> Positions | None:
+        """Positions of each rollout whose next-token distributions are compared; None: all."""
+        if self.compared.output_positions == "all" and self.compared.end_of_turn != "skip":
+            return None
+        return self._select(rollouts, self.compared.output_positions, self.compared.output_position_k)
+
+    def _select(self, rollouts: Rollouts, positions: str, k: int | None) -> Positions:
+        if self.compared.end_of_turn != "skip":
+            return [select_positions(n, positions, k) for n in rollouts.completion_lengths]
+        lengths = zip(rollouts.completion_lengths, rollouts.finish_reasons, strict=True)
+        return [select_before_end(n, reason == "stop", positions, k) for n, reason in lengths]
+
+
+def _check_whole(head: LMHead, model: nn.Module) -> None:
+    """Check a head over all rows of its weight: without the merging of ends and the cut of padding rows."""
+    check_head(LMHead(head.weight, head.bias, head.softcap, head.scale), model)

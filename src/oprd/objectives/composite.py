@@ -1,0 +1,296 @@
+"""The loss of a run: a weighted sum of terms (Eq. 7), its weights at each step, and its value on one micro-batch.
+
+    L = representation_weight · L_OPRD + output_weight · L_OPD + policy_gradient_weight · L_GRPO + terms of your own
+
+One forward of each model serves all terms: `CompositeLoss.read` takes each layer's states the moment they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oprd.models.lm_head import Heads, LMHead, log_probs
+from oprd.objectives.batch import Batch
+from oprd.objectives.diagnostics import head_diagnostics
+from oprd.objectives.reduction import Reduction, position_weights
+from oprd.objectives.representation import cosine
+from oprd.objectives.schedules import Weight, crossfade, weight_at
+from oprd.objectives.terms import HeadTerm, LayerTerm, Objective, PackedPositions, PolicyTerm
+from oprd.rollouts.engine import student_writes
+from oprd.states.requests import HEAD, HeadRequest, StateRequest
+from oprd.types import States
+
+Project = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term with its weight over the steps and its part in a crossfade.
+
+    Args:
+        objective: what it adds to the loss.
+        weight: a number or a schedule (`oprd.objectives.schedules`).
+        fade: "out" and "in" for the two sides of `crossfade_steps`, "none" for a term that takes no part.
+    """
+
+    objective: Objective
+    weight: Weight = 1.0
+    fade: str = "none"
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over the whole step, a rank; all means divide by one of them.
+
+    Args:
+        rollouts: rollouts.
+        positions: positions whose states are matched.
+        tokens: response tokens.
+        compared: positions whose next-token distributions are compared.
+    """
+
+    rollouts: float
+    positions: float
+    tokens: float
+    compared: float
+
+
+class CompositeObjective:
+    """The weighted sum of a run's terms.
+
+    Args:
+        terms: name → term; the log has `loss/<name>` before its weight.
+        num_layers: layers whose states are compared; layer terms are averaged over them.
+        reduction: how positions become a loss (`position_weights`).
+        crossfade_steps: steps in which weights fade from the terms "out" to those "in"; None: they do not.
+        diagnostic_steps: steps between two measurements of what the loss does not need; 0: never.
+        lmbda: share of steps whose rollouts the student writes; the teacher writes those of the others.
+        seed: of the choice of these steps.
+        temperature: of the sampling, for log-probabilities of the student's tokens.
+        project: the student's side of a bridge, called with layer and states.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        *,
+        num_layers: int,
+        reduction: Reduction = "rollout",
+        crossfade_steps: int | None = None,
+        diagnostic_steps: int = 0,
+        lmbda: float = 1.0,
+        seed: int = 0,
+        temperature: float = 1.0,
+        project: Project | None = None,
+    ) -> None:
+        self.terms, self.num_layers, self.reduction, self.project = dict(terms), num_layers, reduction, project
+        self.crossfade_steps, self.diagnostic_steps = crossfade_steps, diagnostic_steps
+        self.lmbda, self.seed, self.temperature = lmbda, seed, temperature
+
+    def without_measurements(self) -> CompositeObjective:
+        """The same loss, with no measurement of what it does not need."""
+        other = copy(self)
+        other.diagnostic_steps = 0
+        return other
+
+    def uses(self, kind: type) -> bool:
+        """Whether a term is of this kind: `LayerTerm`, `HeadTerm` or `PolicyTerm`."""
+        return any(isinstance(term.objective, kind) for term in self.terms.values())
+
+    def at(self, step: int) -> StepObjective:
+        """The terms of a step, counted from 0, with their weights."""
+        fade_out, fade_in = crossfade(step, self.crossfade_steps)
+        faded = {"out": fade_out, "in": fade_in, "none": 1.0}
+        weights = {name: faded[term.fade] * weight_at(term.weight, step) for name, term in self.terms.items()}
+        measuring = self.diagnostic_steps > 0 and step % self.diagnostic_steps == 0
+        return StepObjective(self, step, weights, measuring, student_writes(self.lmbda, self.seed, step))
+
+
+@dataclass(frozen=True)
+class StepObjective:
+    """The objective at one step.
+
+    Args:
+        objective: the run's.
+        step: counted from 0.
+        weights: of each term.
+        measuring: also measure what the loss does not need.
+        on_policy: the student writes the step's rollouts.
+    """
+
+    objective: CompositeObjective
+    step: int
+    weights: Mapping[str, float]
+    measuring: bool
+    on_policy: bool = True
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether states of the compared layers are read."""
+        return self.measuring or self.objective.uses(LayerTerm)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the LM heads' input is read."""
+        return self.measuring or self.objective.uses(HeadTerm) or self.objective.uses(PolicyTerm)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher reads the rollouts."""
+        return self.measuring or self.objective.uses(LayerTerm) or self.objective.uses(HeadTerm)
+
+    def on(
+        self,
+        batch: Batch,
+        request: StateRequest,
+        teacher: States | None,
+        totals: StepTotals,
+        *,
+        heads: Callable[[], Heads],
+        observe: Callable[..., None],
+    ) -> CompositeLoss:
+        """The loss of one micro-batch; arguments as of `CompositeLoss`."""
+        return CompositeLoss(self, batch, request, teacher, totals, heads=heads, observe=observe)
+
+
+class CompositeLoss:
+    """The loss of one micro-batch: `read` is called with each layer's states while the student runs.
+
+    Args:
+        terms: the step's.
+        batch: the rollouts of the micro-batch.
+        request: what is read of the student.
+        teacher: the teacher's states, where they are needed; their memory is reused.
+        totals: counts of the whole step.
+        heads: gives the LM heads; called while the student runs, where sharded weights are whole.
+        observe: takes metrics as sums over the step's micro-batches.
+    """
+
+    def __init__(
+        self,
+        terms: StepObjective,
+        batch: Batch,
+        request: StateRequest,
+        teacher: States | None,
+        totals: StepTotals,
+        *,
+        heads: Callable[[], Heads],
+        observe: Callable[..., None],
+    ) -> None:
+        self.terms, self.batch, self.request, self.totals = terms, batch, request, totals
+        self.heads, self.observe = heads, observe
+        self.teacher_states: dict[int, Tensor] = {}
+        if teacher is not None:
+            self.teacher_states |= dict(zip(teacher.layers, teacher.values, strict=True))
+            if teacher.head_MD is not None:
+                self.teacher_states[HEAD] = teacher.head_MD
+        self.log_probs_M: Tensor | None = None
+        self.weights_N = self._weights(request.rollout_index, totals.positions)
+
+    def read(self, layer: int, student: Tensor) -> Tensor:
+        """What one layer's states `[N, D]` (with `HEAD`, the LM head's input `[M, D]`) add to the loss."""
+        return self._head_terms(student) if layer == HEAD else self._layer_terms(layer, student)
+
+    def log_probs(self) -> list[Tensor]:
+        """Log-probabilities of each rollout's tokens as this update computes them; empty without a policy term."""
+        if self.log_probs_M is None:
+            return []
+        return list(self.log_probs_M.split(self.batch.rollouts.completion_lengths))
+
+    def _layer_terms(self, layer: int, student_ND: Tensor) -> Tensor:
+        objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
+        if objective.project is not None:
+            student_ND = objective.project(layer, student_ND)
+        self.observe(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * self.weights_N).sum()})
+        mine = self._of_kind(LayerTerm)
+        at = PackedPositions(
+            self.request.rollout_index,
+            self.weights_N,
+            observe=self._observer(self.totals.positions),
+            may_overwrite_teacher=len(mine) == 1,
+        )
+        loss = student_ND.new_zeros((), dtype=torch.float32)
+        for name, term in mine.items():
+            value = term.layer_loss(layer, student_ND, teacher_ND, at) / objective.num_layers
+            loss = loss + self._weighted(name, value)
+        return loss
+
+    def _head_terms(self, student_MD: Tensor) -> Tensor:
+        asked, heads = self.request.head, self.heads()
+        assert asked is not None, "the LM head's input was not requested"
+        compared_PD, events_P = student_MD, asked.tokens
+        if asked.compared is not None and asked.events is not None:
+            compared_PD, events_P = student_MD.index_select(0, asked.compared), asked.events
+        loss = student_MD.new_zeros((), dtype=torch.float32)
+        for name, term in self._of_kind(HeadTerm).items():
+            at = self._compared_positions(asked, events_P)
+            loss = loss + self._weighted(
+                name, term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at)
+            )
+        if policies := self._of_kind(PolicyTerm):
+            log_probs_M, at = self._policy_positions(heads.policy, student_MD, asked)
+            for name, term in policies.items():
+                loss = loss + self._weighted(name, term.policy_loss(log_probs_M, at))
+        if self.terms.measuring:
+            self._measure(heads, compared_PD, events_P)
+        return loss
+
+    def _compared_positions(self, asked: HeadRequest, events_P: Tensor) -> PackedPositions:
+        index_P = asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
+        # A loss on distributions is summed over a completion and averaged over rollouts, or over all tokens (method §5).
+        by_rollout = self.terms.objective.reduction == "rollout"
+        weight = 1 / (self.totals.rollouts if by_rollout else self.totals.compared)
+        weights_P = torch.full(events_P.shape, weight, device=events_P.device)
+        return PackedPositions(index_P, weights_P, events_P, observe=self._observer(self.totals.compared))
+
+    def _policy_positions(
+        self, head: LMHead, student_MD: Tensor, asked: HeadRequest
+    ) -> tuple[Tensor, PackedPositions]:
+        assert self.batch.advantages is not None, "a policy term needs advantages"
+        index_M, old = asked.rollout_index, self.batch.old_log_probs
+        temperature = self.terms.objective.temperature or 1.0
+        log_probs_M = log_probs(head, student_MD, asked.tokens, temperature=temperature)
+        self.log_probs_M = log_probs_M.detach()
+        advantages = torch.tensor(self.batch.advantages, device=index_M.device, dtype=log_probs_M.dtype)
+        return log_probs_M, PackedPositions(
+            index_M,
+            self._weights(index_M, self.totals.tokens),
+            asked.tokens,
+            advantages[index_M],
+            None if old is None else torch.cat(list(old)),
+            self._observer(self.totals.tokens),
+        )
+
+    def _measure(self, heads: Heads, compared_PD: Tensor, events_P: Tensor) -> None:
+        measured = head_diagnostics(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
+        if self.terms.on_policy:  # over the teacher's tokens the mean would estimate another quantity
+            measured["reverse_kl_square"] = measured["reverse_kl"].square()  # becomes reverse_kl_std
+        else:
+            del measured["reverse_kl"]
+        self._observer(self.totals.compared)(**measured)
+
+    def _of_kind(self, kind: Any) -> dict[str, Any]:
+        terms = self.terms.objective.terms
+        return {name: term.objective for name, term in terms.items() if isinstance(term.objective, kind)}
+
+    def _weights(self, rollout_index: Tensor, step_positions: float) -> Tensor:
+        return position_weights(
+            rollout_index,
+            self.request.num_rollouts,
+            self.terms.objective.reduction,
+            step_rollouts=self.totals.rollouts,
+            step_positions=step_positions,
+        )
+
+    def _observer(self, count: float) -> Callable[..., None]:
+        return lambda **metrics: self.observe(**{name: value.sum() / count for name, value in metrics.items()})
+
+    def _weighted(self, name: str, value: Tensor) -> Tensor:
+        self.observe(**{f"loss/{name}": value.detach()})
+        return self.terms.weights[name] * value

@@ -1,0 +1,167 @@
+"""The terms that a loss is made of, and the protocols that a term of your own implements.
+
+A term has one or more of three methods; the one it has says what is read for it:
+
+    layer_loss    hidden states of both models at the selected positions, layer after layer
+    head_loss     what both LM heads read at the compared positions, and the heads
+    policy_loss   log-probabilities of the student's own tokens, with advantages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oprd.models.lm_head import Heads
+from oprd.objectives.output_term import OutputTerm
+from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share
+from oprd.objectives.representation import representation_error
+
+
+@dataclass(frozen=True)
+class PackedPositions:
+    """The positions of a micro-batch, packed, and how each counts in the loss of the whole step.
+
+    Args:
+        rollout_index: `[N]`, the rollout of each position.
+        weights: `[N]`, float32. A term's loss is Σ_n weights_n · error_n; summed over micro-batches and ranks this is the mean
+            over the step that `reduction` names.
+        tokens: `[N]`, the next token at each position, as an id of the heads in use; None for `layer_loss`.
+        advantages: `[N]`, of each position's rollout; `policy_loss` only.
+        old_log_probs: `[N]`, log-probability of the token under the policy that sampled it; None at the first update.
+        observe: reports metrics as keyword arguments, `[N]`, one value a position; the log has their mean over the step.
+        may_overwrite_teacher: no other term reads the teacher's states, so that a term may reuse their memory.
+    """
+
+    rollout_index: Int[Tensor, " N"]
+    weights: Float[Tensor, " N"]
+    tokens: Int[Tensor, " N"] | None = None
+    advantages: Float[Tensor, " N"] | None = None
+    old_log_probs: Float[Tensor, " N"] | None = None
+    observe: Callable[..., None] = lambda **metrics: None
+    may_overwrite_teacher: bool = False
+
+
+@runtime_checkable
+class LayerTerm(Protocol):
+    """A term on hidden states. The composite loss averages it over the layers."""
+
+    def layer_loss(
+        self, layer: int, student_ND: Float[Tensor, "N D"], teacher_ND: Float[Tensor, "N E"], at: PackedPositions
+    ) -> Float[Tensor, ""]:
+        """Σ_n weights_n · error_n of one layer, with gradient into the student's states. Through a bridge, D = E = its rank."""
+        ...
+
+
+@runtime_checkable
+class HeadTerm(Protocol):
+    """A term on next-token distributions."""
+
+    def head_loss(
+        self, heads: Heads, student_ND: Float[Tensor, "N D"], teacher_NE: Float[Tensor, "N E"], at: PackedPositions
+    ) -> Float[Tensor, ""]:
+        """Σ_n weights_n · error_n, with gradient into the student's states and head; the events of both heads are the same."""
+        ...
+
+
+@runtime_checkable
+class PolicyTerm(Protocol):
+    """A term on rewards."""
+
+    def policy_loss(self, log_probs_N: Float[Tensor, " N"], at: PackedPositions) -> Float[Tensor, ""]:
+        """Σ_n weights_n · loss_n over all response tokens, with gradient into their log-probabilities."""
+        ...
+
+
+ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
+"""Output-space losses whose gradient is an expectation over tokens that the student draws."""
+
+Objective = LayerTerm | HeadTerm | PolicyTerm
+"""Attribute `on_policy_only = True` (default False): the gradient is an expectation over tokens that the student draws."""
+
+
+@dataclass(frozen=True)
+class Representation:
+    """The representation loss of OPRD (Eq. 6; through a bridge Eq. 15): the mean squared distance of hidden states.
+
+    Args:
+        normalize: compare directions (`representation_error`).
+    """
+
+    normalize: bool = False
+
+    def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:
+        """Σ_n weights_n · (1/D)·‖student_n − teacher_n‖², a scalar."""
+        reuse = at.may_overwrite_teacher
+        error_N = representation_error(student_ND, teacher_ND, normalize=self.normalize, reuse_teacher=reuse)
+        return (error_N * at.weights).sum()
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """A function `(student [N, D], teacher [N, D]) -> error [N]` as a term on hidden states."""
+
+    error: Callable[[Tensor, Tensor], Tensor]
+
+    def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:
+        """Σ_n weights_n · error_n, a scalar.
+
+        Raises:
+            ValueError: the function does not return one error a position.
+        """
+        error_N = self.error(student_ND, teacher_ND)
+        if error_N.shape != at.weights.shape:
+            raise ValueError(
+                f"objectives: {getattr(self.error, '__name__', self.error)} returned shape {tuple(error_N.shape)}; a function "
+                f"of the states must return one error a position, here shape {tuple(at.weights.shape)}"
+            )
+        return (error_N * at.weights).sum()
+
+
+@dataclass(frozen=True)
+class OutputSpace:
+    """An output-space loss (Eq. 3 to 5) as a term."""
+
+    loss: OutputTerm
+
+    @property
+    def on_policy_only(self) -> bool:
+        """Whether the gradient is an expectation over tokens that the student draws."""
+        return self.loss.kind in ON_POLICY_KINDS
+
+    def head_loss(self, heads: Heads, student_ND: Tensor, teacher_NE: Tensor, at: PackedPositions) -> Tensor:
+        """Σ_n weights_n · loss_n, a scalar."""
+        assert at.tokens is not None, "head terms come with tokens"
+        return self.loss.total(heads.student, student_ND, heads.teacher, teacher_NE, at.tokens, at.weights)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """GRPO's clipped policy-gradient loss as a term; reports `clip_ratio`.
+
+    Args:
+        epsilon: clip range of the probability ratio.
+        epsilon_high: its upper part; None: the same.
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    on_policy_only: bool = True
+
+    def policy_loss(self, log_probs_N: Tensor, at: PackedPositions) -> Tensor:
+        """Σ_n weights_n · loss_n, a scalar."""
+        assert at.advantages is not None, "policy terms come with advantages"
+        clip: dict[str, Any] = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high}
+        loss_N = clipped_policy_loss(log_probs_N, at.old_log_probs, at.advantages, **clip)
+        clipped_N = clipped_share(log_probs_N.detach(), at.old_log_probs, at.advantages, **clip)
+        at.observe(clip_ratio=clipped_N.float())
+        return (loss_N * at.weights).sum()
+
+
+def unobserved(**metrics: torch.Tensor) -> None:
+    """An `observe` that drops its metrics: for a micro-batch that counts for nothing."""

@@ -1,0 +1,73 @@
+"""Evaluates a run's models by sampling: the problems are shared among the training processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from accelerate.utils import gather_object
+from torch import nn
+
+from oprd.alignment.model_pair import ModelPair
+from oprd.config import OPRDConfig
+from oprd.data.prompts import Prompt
+from oprd.rollouts.engine import RolloutEngine, derive_seed
+from oprd.rollouts.engines import make_engine
+from oprd.states.teachers import CanSample
+from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_ranks
+from oprd.training.parallel import Parallel
+
+
+class Evaluator:
+    """Samples k completions a problem and grades them.
+
+    Args:
+        pair: student and teacher.
+        engine: samples from the student.
+        args: the run's settings.
+        grading: the task's grader.
+        parallel: the training processes.
+    """
+
+    def __init__(
+        self, pair: ModelPair, engine: RolloutEngine, args: OPRDConfig, grading: Grading, parallel: Parallel
+    ) -> None:
+        self.pair, self.engine, self.args, self.grading, self.parallel = pair, engine, args, grading, parallel
+
+    def model(
+        self, model: nn.Module, prompts: Sequence[Prompt], engine: RolloutEngine | None = None
+    ) -> Evaluation:
+        """Evaluate any model on `prompts`; with an `engine` for its tokenizer if that is not the student's."""
+        k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
+        share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
+        # Before training the student is not wrapped yet; it is evaluated in the precision that it is trained in.
+        precision = self.parallel.autocast() if model is self.pair.student.model else nullcontext()
+        with self.grading.open() as grader, precision:
+            part = evaluate(
+                self.parallel.unwrap(model), engine or self.engine, share, grader, k=k,
+                sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
+            )  # fmt: skip
+        if world == 1:
+            return part
+        return join_ranks(gather_object([part]), len(prompts), k)
+
+    def teacher(self, prompts: Sequence[Prompt]) -> Evaluation:
+        """Evaluate the teacher, with prompts and tokens of its own where it has them.
+
+        Raises:
+            ValueError: the teacher cannot sample here, or cannot read a prompt.
+        """
+        pair, args = self.pair, self.args
+        if not isinstance(pair.teacher, CanSample):
+            raise ValueError(
+                f"eval_teacher: {type(pair.teacher).__name__} cannot sample here; set eval_teacher: false to train without its "
+                "measures"
+            )
+        with pair.teacher.sampler() as model:
+            if pair.aligner is None:
+                return self.model(model, prompts)
+            length = args.eval_sampling.max_completion_length
+            own = pair.teacher_prompts(prompts, name="eval_dataset", max_completion_length=length)
+            stops = sorted({*pair.teacher.info.stop_token_ids, pair.aligner.pair.end_id})
+            engine = make_engine(args.rollout_engine, pair.aligner.teacher_tokenizer, stops, **args.engine_kwargs)
+            return self.model(model, own, engine)
