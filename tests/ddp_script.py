@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import oprd.training.trainer
+from oprd.rollouts.engine import Sampled
 from oprd.tasks.task import FunctionGrader, Task
 from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
@@ -74,8 +75,8 @@ def reward_last_tokens(trainer) -> None:
     """A completion is right when its last id is a multiple of 3; ids stand in for texts."""
 
     def generate(*arguments, **settings):
-        rollouts = scripted_generate(*arguments, **settings)
-        return replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids])
+        rollouts = scripted_generate(*arguments, **settings).rollouts
+        return Sampled(replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids]))
 
     trainer.engine.generate = generate
     trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: int(response) % 3 == 0))

@@ -275,7 +275,8 @@ def test_the_embedded_pair_is_direct_and_an_untrained_teacher_hopeless():
     untrained = AutoModelForCausalLM.from_config(teacher.config).eval()
     engine = TransformersEngine(tokenizer, stop_token_ids(student, tokenizer))
     prompts = [tokenizer(p.prompt)["input_ids"] for p in get_task("addition").problems(60, 0, "train")]
-    rollouts = engine.generate(student, prompts, num_generations=1, sampling=Sampling(max_completion_length=64), seed=0)
+    sampling = Sampling(max_completion_length=64)
+    rollouts = engine.generate(student, prompts, num_generations=1, sampling=sampling, seed=0).rollouts
     depth = num_layers(student)
     for model, kind in ((teacher, "direct"), (untrained, "hopeless")):
         sets = []

@@ -32,6 +32,7 @@ from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.objectives.step_loss import Batch, StepTerms
+from oprd.rollouts.engine import Sampled
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
@@ -136,11 +137,11 @@ def record(trainer) -> list[Rollouts]:
     seen: list[Rollouts] = []
 
     def generate(*args, **kwargs):
-        rollouts = scripted_generate(*args, **kwargs)
+        rollouts = scripted_generate(*args, **kwargs).rollouts
         completions = [[*c[:-1], 2] if i % 2 else c for i, c in enumerate(rollouts.completion_ids)]
         texts = [json.dumps(c) for c in completions]
         seen.append(replace(rollouts, completion_ids=completions, texts=texts))
-        return seen[-1]
+        return Sampled(seen[-1])
 
     trainer.engine.generate = generate
     if trainer.task is not None:

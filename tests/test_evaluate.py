@@ -11,7 +11,7 @@ import torch
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
 from oprd.tasks.evaluation import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
@@ -20,21 +20,25 @@ from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 class FakeEngine:
     """Answers from a table: `completions[prompt] = [(text, token ids, finish reason), …]`."""
 
+    can = EngineAbilities()
     pad_token_id = 0
     stop_token_ids: ClassVar[list[int]] = [2]
 
     def __init__(self, table):
         self.table, self.calls = table, []
 
-    def generate(self, model, prompt_ids, *, num_generations, sampling, seed, rows=None) -> Rollouts:
+    def generate(
+        self, model, prompt_ids, *, num_generations, sampling, seed, rows=None, want_log_probs=False
+    ) -> Sampled:
         self.calls.append((num_generations, sampling, seed))
         picked = [
             (row, list(ids), sample) for row, ids in zip(rows, prompt_ids, strict=True) for sample in self.table[ids[0]]
         ]
-        return Rollouts(
+        rollouts = Rollouts(
             [ids for _, ids, _ in picked], [s[1] for _, _, s in picked], [s[2] for _, _, s in picked],
             [s[0] for _, _, s in picked], [row for row, _, _ in picked],
         )  # fmt: skip
+        return Sampled(rollouts)
 
 
 class SameText:

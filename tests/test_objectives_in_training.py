@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 import oprd.training.trainer
 from oprd.config import OPRDConfig
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
@@ -60,14 +60,14 @@ def record(trainer, *, last_tokens=(), by_seed: bool = False) -> list[Rollouts]:
     seen: list[Rollouts] = []
 
     def generate(model, prompt_ids, *, seed, **settings):
-        rollouts = scripted_generate(model, prompt_ids, seed=seed, **settings)
+        rollouts = scripted_generate(model, prompt_ids, seed=seed, **settings).rollouts
         shift = seed % 37 if by_seed else 0
         completions = [[3 + (token - 3 + shift) % 42 for token in c] for c in rollouts.completion_ids]
         for index, completion in enumerate(completions):
             if last_tokens and last_tokens[index % len(last_tokens)]:
                 completion[-1] = last_tokens[index % len(last_tokens)]
         seen.append(replace(rollouts, completion_ids=completions, texts=[json.dumps(c) for c in completions]))
-        return seen[-1]
+        return Sampled(seen[-1])
 
     trainer.engine.generate = generate
     if trainer.task is not None:
@@ -390,7 +390,7 @@ def test_the_engine_never_samples_a_padding_id(temperature):
         engine = TransformersEngine(tiny_tokenizer(extra), [2])
         rollouts = engine.generate(
             model, [[5, 6], [9]], num_generations=20, sampling=Sampling(8, temperature=temperature), seed=0
-        )
+        ).rollouts
         ids.append([token for completion in rollouts.completion_ids for token in completion])
     assert max(ids[0]) < 45
     assert sum(token >= 45 for token in ids[1]) > len(ids[1]) / 2
@@ -405,7 +405,7 @@ def test_what_ends_a_text_for_either_model_ends_rollouts_and_is_one_event(tmp_pa
         teacher.lm_head.weight[9] = 4 * teacher.lm_head.weight[2]
     probe = tiny_trainer(tmp_path / "probe", copy.deepcopy(student), copy.deepcopy(teacher))
     assert probe.engine.stop_token_ids == [2, 7, 9]
-    rollouts = probe.engine.generate(probe.model, [[5, 6]], num_generations=200, sampling=Sampling(30), seed=0)
+    rollouts = probe.engine.generate(probe.model, [[5, 6]], num_generations=200, sampling=Sampling(30), seed=0).rollouts
     ends = {
         c[-1] for c, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True) if reason == "stop"
     }

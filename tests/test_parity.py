@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from oprd.rollouts.engine import Sampled
 from oprd.rollouts.parity import PARITY_BOUND, log_prob_gap
 from oprd.types import Rollouts
 from tiny import prompt_rows, tiny_model, tiny_trainer
@@ -45,20 +46,19 @@ def test_a_run_measures_it_and_says_so(tmp_path, caplog, off):
         tmp_path, rows=prompt_rows(4), max_steps=3, diagnostic_steps=2, per_device_train_batch_size=2, num_generations=2
     )
     generate, wanted = trainer.engine.generate, []
-    trainer.engine.want_log_probs = True
 
-    def reporting(model, *arguments, **settings):
-        wanted.append(trainer.engine.want_log_probs)
-        rollouts = generate(model, *arguments, **settings)
-        trainer.engine.log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
-        return rollouts
+    def reporting(model, *arguments, want_log_probs, **settings):
+        wanted.append(want_log_probs)
+        rollouts = generate(model, *arguments, **settings).rollouts
+        log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
+        return Sampled(rollouts, log_probs if want_log_probs else None)
 
     trainer.engine.generate = reporting
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [("rollout_log_prob_gap" in row) for row in rows] == wanted == [True, False, True]
     assert all(row["rollout_log_prob_gap"] == pytest.approx(off, abs=1e-5) for row in rows[::2])
-    assert caplog.text.count("what it samples is not the student") == (off > PARITY_BOUND)
+    assert caplog.text.count("it does not sample from the student") == (off > PARITY_BOUND)
 
 
 def test_an_engine_that_reports_none_is_not_measured(tmp_path):

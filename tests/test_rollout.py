@@ -38,7 +38,7 @@ def greedy_by_hand(model, prompt: list[int], limit: int) -> list[int]:
 
 
 def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit():
-    rollouts = engine().generate(peaky_model(), PROMPTS, num_generations=12, sampling=Sampling(7), seed=3)
+    rollouts = engine().generate(peaky_model(), PROMPTS, num_generations=12, sampling=Sampling(7), seed=3).rollouts
     assert set(rollouts.finish_reasons) == {"stop", "length"}
     for completion, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True):
         assert not set(completion[:-1]) & set(STOPS)
@@ -47,8 +47,10 @@ def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit():
 
 
 def test_a_stop_token_in_the_last_place_counts_as_stop():
-    rollouts = engine(stops=list(range(64))).generate(
-        tiny_model(), PROMPTS, num_generations=1, sampling=Sampling(1), seed=0
+    rollouts = (
+        engine(stops=list(range(64)))
+        .generate(tiny_model(), PROMPTS, num_generations=1, sampling=Sampling(1), seed=0)
+        .rollouts
     )
     assert rollouts.completion_lengths == [1] * 5
     assert set(rollouts.finish_reasons) == {"stop"}
@@ -58,8 +60,10 @@ def test_a_stop_token_in_the_last_place_counts_as_stop():
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_greedy_equals_a_loop_of_full_forwards_for_any_batch_size(family, batch_size):
     model = tiny_model(family)
-    rollouts = engine(batch_size).generate(
-        model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=0
+    rollouts = (
+        engine(batch_size)
+        .generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=0)
+        .rollouts
     )
     assert list(rollouts.completion_ids) == [greedy_by_hand(model, prompt, 8) for prompt in PROMPTS]
     assert list(rollouts.prompt_ids) == PROMPTS
@@ -71,7 +75,7 @@ def test_text_leaves_special_tokens_out():
 
     model = tiny_model()
     model.generate = lambda input_ids, **kwargs: torch.tensor([[*input_ids[0].tolist(), *completion, 0, 0]])
-    rollouts = engine(stops=[2]).generate(model, [[5]], num_generations=1, sampling=Sampling(9), seed=0)
+    rollouts = engine(stops=[2]).generate(model, [[5]], num_generations=1, sampling=Sampling(9), seed=0).rollouts
     assert rollouts.completion_ids[0] == completion
     assert rollouts.texts == ["12="]
 
@@ -80,7 +84,9 @@ def test_sampling_depends_on_the_seed_alone():
     model, sampling = peaky_model(), Sampling(8)
 
     def sample(seed):
-        return engine().generate(model, PROMPTS, num_generations=2, sampling=sampling, seed=seed).completion_ids
+        return (
+            engine().generate(model, PROMPTS, num_generations=2, sampling=sampling, seed=seed).rollouts.completion_ids
+        )
 
     first = sample(1)
     assert sample(2) != first
@@ -95,7 +101,8 @@ def test_random_state_mode_and_generation_config_are_left_alone(training):
     # not Python's generator: the type checker of the test run draws from it
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     twice = [
-        engine().generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=5) for _ in "ab"
+        engine().generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=5).rollouts
+        for _ in "ab"
     ]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
@@ -122,8 +129,10 @@ def test_everything_is_put_back_after_an_error():
 
 def distance_to_softmax(model, sampling: Sampling, samples: int = 4000) -> float:
     """Total variation between the sampled first tokens and the model's own distribution."""
-    rollouts = engine(batch_size=samples).generate(
-        model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11
+    rollouts = (
+        engine(batch_size=samples)
+        .generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11)
+        .rollouts
     )
     tokens = torch.tensor([completion[0] for completion in rollouts.completion_ids])
     frequency = torch.bincount(tokens, minlength=VOCABULARY) / samples
@@ -152,15 +161,17 @@ def test_the_measure_of_leaks_sees_them():
 
 
 def test_generations_lie_prompt_after_prompt():
-    rollouts = engine(batch_size=3).generate(
-        peaky_model(), PROMPTS, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30, 40, 50]
+    rollouts = (
+        engine(batch_size=3)
+        .generate(peaky_model(), PROMPTS, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30, 40, 50])
+        .rollouts
     )
     assert list(rollouts.prompt_ids) == [prompt for prompt in PROMPTS for _ in range(3)]
     assert list(rollouts.rows) == [row for row in (10, 20, 30, 40, 50) for _ in range(3)]
     assert len({tuple(c) for c in rollouts.completion_ids[:3]}) > 1
-    assert list(engine().generate(peaky_model(), PROMPTS, num_generations=1, sampling=Sampling(2), seed=0).rows) == [
-        *range(5)
-    ]
+    assert list(
+        engine().generate(peaky_model(), PROMPTS, num_generations=1, sampling=Sampling(2), seed=0).rollouts.rows
+    ) == [*range(5)]
 
 
 def test_a_lora_model_samples_with_its_adapter():
@@ -168,8 +179,8 @@ def test_a_lora_model_samples_with_its_adapter():
     torch.manual_seed(4)
     lora = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
     sampling = Sampling(8, temperature=0)
-    adapted = engine().generate(lora, PROMPTS, num_generations=1, sampling=sampling, seed=0).completion_ids
-    plain = engine().generate(base, PROMPTS, num_generations=1, sampling=sampling, seed=0).completion_ids
+    adapted = engine().generate(lora, PROMPTS, num_generations=1, sampling=sampling, seed=0).rollouts.completion_ids
+    plain = engine().generate(base, PROMPTS, num_generations=1, sampling=sampling, seed=0).rollouts.completion_ids
     merged = lora.merge_and_unload()
     assert list(adapted) == [greedy_by_hand(merged, prompt, 8) for prompt in PROMPTS]
     assert list(adapted) != list(plain)

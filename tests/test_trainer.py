@@ -36,7 +36,7 @@ ADAM = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_g
 def scripted_rollouts(prompts: list[str], num_generations: int = 1) -> Rollouts:
     """What `scripted=True` gives a trainer for these prompts."""
     ids = [tiny_tokenizer()(prompt)["input_ids"] for prompt in prompts]
-    return scripted_generate(None, ids, num_generations=num_generations, sampling=Sampling(9), seed=0)
+    return scripted_generate(None, ids, num_generations=num_generations, sampling=Sampling(9), seed=0).rollouts
 
 
 def reference_loss(
@@ -270,7 +270,13 @@ def test_metrics_are_what_happened(tmp_path):
     trainer.engine.stop_token_ids = [2, *range(10, 22)]
     seen: list[Rollouts] = []
     generate = trainer.engine.generate
-    trainer.engine.generate = lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1]
+
+    def watched(*args, **kwargs):
+        sampled = generate(*args, **kwargs)
+        seen.append(sampled.rollouts)
+        return sampled
+
+    trainer.engine.generate = watched
     asked: list[tuple[list[str], list[str]]] = []
 
     class Grader(FunctionGrader):

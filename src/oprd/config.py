@@ -12,7 +12,7 @@ from oprd.config_checks import check_at_least_one, check_objective, check_overla
 from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.schedules import is_on
 from oprd.rollouts.engine import Sampling
-from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.states.layers import LAYERS
 from oprd.tasks.task import TASKS
 
@@ -95,7 +95,9 @@ class OPRDConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 1 is on-policy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
-    rollout_engine: str = field(default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}."))
+    rollout_engine: str = field(
+        default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
+    )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
     )
@@ -213,12 +215,11 @@ class OPRDConfig(TrainingArguments):
             "per_device_train_batch_size", "gradient_accumulation_steps",
         ):  # fmt: skip
             check_at_least_one(self, name)
-        if self.rollout_engine not in ENGINES:
-            raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
+        abilities = engine_abilities(self.rollout_engine)
         if self.task is not None and self.task not in TASKS:
             raise ValueError(f"task: {self.task!r} is not one of {', '.join(TASKS)}")
         if self.overlap_rollouts:
-            check_overlap(self, getattr(ENGINES[self.rollout_engine], "beside_training", False))
+            check_overlap(self, abilities.background)
         # Built once here so that a bad sampling value stops the run before any model is loaded.
         _ = self.sampling, self.eval_sampling
 

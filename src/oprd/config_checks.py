@@ -104,7 +104,7 @@ def check_overlap(config: Any, engine_can: bool) -> None:
 
     Args:
         config: the settings, with `overlap_rollouts` on.
-        engine_can: whether the rollout engine may sample in another thread than the one that trains.
+        engine_can: whether the rollout engine may sample in another thread during the update (`can.background`).
 
     Raises:
         ValueError: names the key, the value, what is allowed.
@@ -125,8 +125,8 @@ def check_overlap(config: Any, engine_can: bool) -> None:
         )
     if not engine_can:
         raise ValueError(
-            f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which samples on the device that trains and in "
-            "its process; take transformers or vllm_server"
+            f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which cannot sample in another thread during the "
+            "update (can.background of its class is False); set it to transformers or vllm_server, or overlap_rollouts to false"
         )
 
 

@@ -96,7 +96,7 @@ def fit_bridge(
         rollouts = pair.engine(batch_size).generate(
             pair.models[0], [p.ids for p in part], num_generations=1, sampling=Sampling(max_completion_length),
             seed=derive_seed(seed, start), rows=[p.index for p in part],
-        )  # fmt: skip
+        ).rollouts  # fmt: skip
         pairing = pair.align(rollouts, {p.index: p.row for p in part})
         if phi is None:
             cka_ST = similarity(pair.models, rollouts, pairing, micro_batch_tokens)

@@ -19,7 +19,7 @@ from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.files import verify
-from oprd.rollouts.engine import RolloutEngine, derive_seed
+from oprd.rollouts.engine import RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
 from oprd.runs.checkpoints import VerifiedCheckpoints, check_bridge, newest_verified, step_of
 from oprd.runs.folder import METRICS, RunFolder
@@ -185,11 +185,11 @@ class RecordingTrainer(VerifiedCheckpoints):
                 logger.info("%s: appended %r to %d of %d prompts", name, self.task.instruction, changed, len(rows))
         return prepare_prompts(rows, name=name, max_completion_length=max_completion_length, **self._prompt_limits)
 
-    def _measure_parity(self, model: nn.Module, rollouts: Rollouts, share: float) -> None:
+    def _measure_parity(self, model: nn.Module, sampled: Sampled, share: float) -> None:
         """How far the engine that drew these rollouts is from the student; not of sharded models, whose forward takes all ranks."""
         if not self._is_sharded:
             student = self.accelerator.unwrap_model(model)
-            gap = self._parity.measure(self.engine, student, rollouts, self.args.micro_batch_tokens)
+            gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self._window.add(**{name: share * value for name, value in gap.items()})
 
     def _log_completions(self, prompts: list[Prompt], rollouts: Rollouts, correct: list[bool | None]) -> None:

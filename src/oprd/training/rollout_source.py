@@ -18,8 +18,8 @@ from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.objectives.schedules import is_on
 from oprd.objectives.step_loss import Batch, StepTerms, with_advantages
-from oprd.rollouts.background import RolloutsAhead, StepRollouts
-from oprd.rollouts.engine import RolloutEngine, derive_seed
+from oprd.rollouts.background import BackgroundSampler, StepRollouts
+from oprd.rollouts.engine import RolloutEngine, Sampled, derive_seed
 from oprd.tasks.evaluation import Evaluation, grade_rollouts
 from oprd.training.reader import PairReader
 from oprd.training.recorder import RecordingTrainer
@@ -36,7 +36,8 @@ class RolloutTrainer(RecordingTrainer):
     reader: PairReader
     teacher: Any
     layers: Sequence[int]
-    _ahead: RolloutsAhead | None = None
+    _ahead: BackgroundSampler | None = None
+    _sampled: Sampled  # of the last batch that was not sampled in the background
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._batch_of_step = 0
@@ -114,11 +115,11 @@ class RolloutTrainer(RecordingTrainer):
     def _sample(self, prompts: list[Prompt], terms: StepTerms) -> Rollouts:
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with nullcontext(student) if terms.on_policy else self.teacher.sampler() as writer:
-            return self._generate(writer, prompts, self._seed_of_step(self._batch_of_step - 1), terms.measuring)
+            seed = self._seed_of_step(self._batch_of_step - 1)
+            self._sampled = self._generate(writer, prompts, seed, terms.measuring)
+        return self._sampled.rollouts
 
-    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Rollouts:
-        if hasattr(self.engine, "want_log_probs"):
-            self.engine.want_log_probs = measuring
+    def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Sampled:
         return self.engine.generate(
             writer,
             [p.ids for p in prompts],
@@ -126,9 +127,10 @@ class RolloutTrainer(RecordingTrainer):
             sampling=self.args.sampling,
             seed=seed,
             rows=[p.index for p in prompts],
+            want_log_probs=measuring,
         )
 
-    def _sampled_ahead(self, ahead: RolloutsAhead) -> Rollouts:
+    def _sampled_ahead(self, ahead: BackgroundSampler) -> Rollouts:
         """This batch's rollouts. At a step's first batch: waits for all of the step's, and begins with the next step's."""
         if self._batch_of_step == 1:
             step = self.state.global_step
@@ -151,12 +153,12 @@ class RolloutTrainer(RecordingTrainer):
         drawn = []
         with self.accelerator.autocast():
             for number, prompts in enumerate(batches):
-                rollouts = self._generate(writer, prompts, self._seed_of_step(number, step=step), measuring)
+                sampled = self._generate(writer, prompts, self._seed_of_step(number, step=step), measuring)
                 if measuring:
-                    gap = self._parity.measure(self.engine, writer, rollouts, self.args.micro_batch_tokens)
+                    gap = self._parity.measure(sampled, writer, self.args.micro_batch_tokens)
                     for name, value in gap.items():
                         measured[name] += value * len(prompts) / sum(map(len, batches))
-                drawn.append(rollouts)
+                drawn.append(sampled.rollouts)
         return drawn, dict(measured)
 
     def _rows(self, batches: list[list[Prompt]]) -> list[list[int]]:

@@ -26,7 +26,7 @@ from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
 from oprd.plan import describe_objective
 from oprd.rollouts.engine import Sampling
-from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.engines import make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.run_config import Recipe, check_resumed, resolved
 from oprd.runs.curves import plot_run
@@ -233,9 +233,7 @@ def evaluate_checkpoint(
         rows, tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
         context_length=context_length(lm),
     )  # fmt: skip
-    if engine not in ENGINES:
-        raise ValueError(f"engine: {engine!r} is not one of {', '.join(ENGINES)}")
-    sampler = ENGINES[engine](tokenizer, stop_token_ids(lm, tokenizer), batch_size)
+    sampler = make_engine(engine, tokenizer, stop_token_ids(lm, tokenizer), batch_size=batch_size)
     if isinstance(sampler, TransformersEngine):
         sampler.on_batch = on_batch
     started = time.perf_counter()

@@ -25,8 +25,8 @@ from oprd.models.tokens import stop_token_ids
 from oprd.objectives.schedules import is_on
 from oprd.objectives.step_loss import Batch, MicroBatchLoss, StepTerms, silent_share
 from oprd.resolve import build_student, build_teacher, comparable_layers
-from oprd.rollouts.background import RolloutsAhead
-from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.background import BackgroundSampler
+from oprd.rollouts.engines import make_engine
 from oprd.runs.folder import RunFolder
 from oprd.states.capture import read_through_forward
 from oprd.states.requests import padding_share, plan_micro_batches
@@ -97,7 +97,7 @@ class OPRDTrainer(RolloutTrainer):
         # What ends a text for the teacher ends it for the student too, where the two share their ids.
         also = self.teacher.stop_token_ids if aligner is None and args.end_of_turn != "by_id" else ()
         stops = sorted({*stop_token_ids(student, tokenizer), *also})
-        self.engine = ENGINES[args.rollout_engine](tokenizer, stops, **args.engine_kwargs)
+        self.engine = make_engine(args.rollout_engine, tokenizer, stops, **args.engine_kwargs)
         self.reader = PairReader(student, self.teacher, aligner, tokenizer, self.engine, self.layers, args)
         if args.fully_shard:
             shard_pair(student, getattr(self.teacher, "model", None), args.device)
@@ -144,7 +144,7 @@ class OPRDTrainer(RolloutTrainer):
                 raise ValueError(
                     "overlap_rollouts: not with a sharded student, of which no process has a copy; set it to false"
                 )
-            self._ahead = RolloutsAhead(self.model)
+            self._ahead = BackgroundSampler(self.model)
         self._project = None
         if isinstance(self.teacher, BridgedTeacher):
             self.teacher.to(self.accelerator.device)
@@ -198,7 +198,7 @@ class OPRDTrainer(RolloutTrainer):
         verdicts = batch.correct if terms.on_policy else []  # the teacher's accuracy would pass for the student's
         self._window.add(**rollout_metrics(batch.rollouts, verdicts), micro_batches=len(groups))
         if terms.measuring and terms.on_policy and batch.old_log_p is None and self._ahead is None:
-            self._measure_parity(model, batch.rollouts, share)
+            self._measure_parity(model, self._sampled, share)
         if self.args.lmbda < 1:
             self._window.add(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
@@ -217,7 +217,7 @@ class OPRDTrainer(RolloutTrainer):
                 self.eval_dataset, "eval_dataset", self.args.eval_sampling.max_completion_length
             )
             stops = sorted({*self.teacher.stop_token_ids, aligner.pair.end_id})
-            engine = ENGINES[self.args.rollout_engine](aligner.teacher_tokenizer, stops, **self.args.engine_kwargs)
+            engine = make_engine(self.args.rollout_engine, aligner.teacher_tokenizer, stops, **self.args.engine_kwargs)
             return self.evaluate_model(model, prompts, engine)
 
     def _check_loss(self, loss: Tensor) -> None:
