@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from oprd.rollouts.engine import Sampling
+from oprd.config import OPRDConfig
+from oprd.rollouts.engine import EngineAbilities, RolloutEngine, Sampling
+from oprd.rollouts.engines import engine_abilities, make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from tiny import tiny_model, tiny_tokenizer
 
@@ -194,3 +196,77 @@ def test_what_is_not_allowed_is_named():
     for bad in ({"max_completion_length": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**{"max_completion_length": 4, **bad})
+
+
+class UsersEngine:
+    """A user's engine that lacks nothing."""
+
+    can = EngineAbilities(background=True)
+
+    def __init__(self, tokenizer, stop_token_ids, batch_size=64, *, depth=1):
+        self.pad_token_id, self.stop_token_ids, self.depth = 0, list(stop_token_ids), depth
+
+    def generate(self, model, prompt_ids, **settings):
+        raise NotImplementedError
+
+
+class Unfinished:
+    """A user's class without `can` and without ids."""
+
+    def __init__(self, tokenizer, stop_token_ids, **kwargs):
+        pass
+
+    def generate(self, model, prompt_ids, **settings):
+        raise NotImplementedError
+
+
+def odd(tokenizer, stop_token_ids, batch_size):
+    engine = UsersEngine(tokenizer, stop_token_ids)
+    engine.can = {"background": True}
+    return engine
+
+
+NOT_CALLABLE = 3
+
+
+def test_engines_by_name():
+    made = make_engine("transformers", tiny_tokenizer(), STOPS, batch_size=3)
+    assert isinstance(made, TransformersEngine)
+    assert made.batch_size == 3
+    own = make_engine(f"{__name__}:UsersEngine", tiny_tokenizer(), STOPS, batch_size=3, depth=2)
+    assert isinstance(own, UsersEngine)
+    assert own.depth == 2
+    assert isinstance(own, RolloutEngine)
+    assert engine_abilities("transformers") == EngineAbilities(background=True)
+    assert engine_abilities(f"{__name__}:UsersEngine") == EngineAbilities(background=True)
+    assert engine_abilities(f"{__name__}:Unfinished") == EngineAbilities()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("transformer", {}, "'transformer' is not one of transformers, .*Did you mean 'transformers'"),
+        ("transformers", {"depth": 2}, r"'transformers' cannot be called with .*'depth'; .*rollout_engine_kwargs"),
+        ("HERE:UsersEngine", {"width": 2}, "UsersEngine' cannot be called with .*'width'"),
+        ("HERE:Unfinished", {}, "makes a Unfinished that lacks can, pad_token_id, stop_token_ids; an engine needs"),
+        ("HERE:odd", {}, "makes a UsersEngine that has a `generate` or `can` of another type; an engine needs"),
+        ("HERE:NOT_CALLABLE", {}, "is 3; it must be a class"),
+        ("HERE:absent", {}, "has no attribute 'absent'"),
+    ],
+)
+def test_what_is_no_engine_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=f"rollout_engine: .*{message}"):
+        make_engine(name.replace("HERE", __name__), tiny_tokenizer(), STOPS, batch_size=2, **settings)
+
+
+def test_the_setting_takes_a_name_of_ones_own(tmp_path):
+    def config(name, **settings):
+        return OPRDConfig(str(tmp_path), rollout_engine=name, report_to="none", use_cpu=True, **settings)
+
+    assert config(f"{__name__}:UsersEngine", overlap_rollouts=True).rollout_engine == f"{__name__}:UsersEngine"
+    with pytest.raises(ValueError, match=r"rollout_engine: 'no_such_module:X' needs the module no_such_module"):
+        config("no_such_module:X")
+    with pytest.raises(
+        ValueError, match=r"overlap_rollouts: not with rollout_engine=.*:Unfinished, which cannot sample in"
+    ):
+        config(f"{__name__}:Unfinished", overlap_rollouts=True)
