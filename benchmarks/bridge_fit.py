@@ -279,7 +279,7 @@ def sampled(model: PreTrainedModel, name: str, rows: Sequence[PromptRow], longes
     tokenizer = load_tokenizer(name)
     engine = TransformersEngine(tokenizer, stop_token_ids(model, tokenizer), batch_size=64)
     prompts = [render(row, tokenizer, None) for row in rows]
-    return engine.generate(model, prompts, num_generations=1, sampling=Sampling(longest), seed=0)
+    return engine.generate(model, prompts, num_generations=1, sampling=Sampling(longest), seed=0).rollouts
 
 
 def generated_problems(count: int) -> list[PromptRow]:

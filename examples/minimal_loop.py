@@ -33,7 +33,7 @@ def main(steps: int, prompts_per_step: int, learning_rate: float, seed: int, pro
 
     def sample(rows: list, rollout_seed: int):  # the student writes
         prompts = [tokenizer(row.prompt)["input_ids"] for row in rows]
-        return engine.generate(student, prompts, num_generations=1, sampling=sampling, seed=rollout_seed)
+        return engine.generate(student, prompts, num_generations=1, sampling=sampling, seed=rollout_seed).rollouts
 
     def accuracy() -> float:
         with task.grader() as grader:

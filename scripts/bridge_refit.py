@@ -48,7 +48,7 @@ class Refit(TrainerCallback):
         prompts = trainer.train_dataset[:ROLLOUTS]
         rollouts = trainer.engine.generate(
             trainer.model, [p.ids for p in prompts], num_generations=1, sampling=trainer.args.sampling, seed=seed
-        )
+        ).rollouts
         phi = {layer: pair.teacher_layer for layer, pair in old.pairs.items()}
         mapped = [phi[layer] for layer in sorted(phi)]
         cut = ROLLOUTS * 4 // 5

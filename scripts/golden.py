@@ -184,6 +184,13 @@ def add_template(folder: Path, name: str, to: str) -> None:
     (folder / to / "chat_template.jinja").write_text(template)
 
 
+def mix(folder: Path, to: str) -> None:
+    """Copy the embedded teacher with the tokenizer of another."""
+    copy_model(folder, "tiny/teacher", to)
+    for file in asset(folder, "other-tokenizer/teacher").glob("tokenizer*"):
+        shutil.copy(file, folder / to)
+
+
 def write(folder: Path, name: str, text: str) -> None:
     """Write a file of the case, such as its rows."""
     (folder / name).write_text(text.replace("{w}", str(WORK / folder.name)))
@@ -434,7 +441,7 @@ objectives:
   bridged: {bridge: squares, learning_rates: [1.0e-3, 3.0e-4]}
   alone: {representation_weight: 0, output_space: reverse_kl}
 """
-QUESTIONS = "".join(json.dumps({"problem": f"{i}+{i + 2}=", "answer": str(2 * i + 2)}) + "\n" for i in (1, 3, 5, 10))
+QUESTIONS = "".join(json.dumps({"prompt": f"{i}+{i + 2}=", "answer": str(2 * i + 2)}) + "\n" for i in (1, 3, 5, 10))
 ADDITION = ("generated:addition", "--task", "addition", "--limit", "5", "--k", "2", "--max-completion-length", "64")
 
 
@@ -492,7 +499,9 @@ def plans() -> Iterator[Case]:
         Run((*doctor, "--devices", "8", "--fully_shard", "true", "--json", "{w}/sharded.json"), name="sharded"),
         Run((*doctor, "--devices", "2", "--teacher_model", WIDER, *settings(OUTPUT), "--output_space=top_k"), name="wider"),
         Run((*doctor, *settings({"lora": LORA, **GRPO}), "--prompt-length", "9", "--device-tflops", "1"), name="lora"),
-        Run(("doctor", "--config", "paper_vanilla", "--model", "embedded:tiny/student", "--bf16", "true"), name="vanilla"),
+        Run(("doctor", "--config", "paper_vanilla", "--model", "embedded:tiny/student", "--bf16", "true",
+             "--teacher_model", "embedded:tiny/teacher"), name="vanilla"),
+        Run(("doctor", "--config", "smollm2"), name="nowhere"),
     ))  # fmt: skip
     commands = (
         "", "demo", "train", "eval", "compare", "report", "diagnose", "doctor", "bench", "bench update", "bench step",
@@ -513,26 +522,29 @@ def errors() -> Iterator[Case]:
         "support": {"output_space": "tail_sampled", "output_support": "union"}, "beta": {"output_space": "jsd", "output_beta": 2},
         "crossfade": {"crossfade_steps": 3}, "cross-entropy": {"output_space": "cross_entropy"}, "lmbda": {"lmbda": 2},
         "weight": {"representation_weight": -1}, "schedule": {"output_weight": {"schedule": "linear"}},
-        "shape": {"teacher_model": WIDER}, "tokenizer": {"teacher_model": OTHER}, "model": {"model": "./no/such/folder"},
+        "shape": {"teacher_model": WIDER}, "tokenizer": {"teacher_model": "{w}/mixed"}, "model": {"model": "./no/such/folder"},
         "embedded": {"model": "embedded:huge/student"}, "dataset": {"train_dataset": "nowhere.jsonl"},
         "task": {"task": "chess"}, "generated": {"train_dataset": "generated:math"}, "limit": {"train_limit": None},
         "rows": {"train_dataset": "{w}/rows.jsonl"}, "empty": {"train_dataset": "{w}/empty.jsonl"},
         "context": {"max_completion_length": 100000}, "bridge": {"bridge": "{w}/nowhere", "teacher_model": WIDER},
         "bridge-rank": {"bridge_rank": 3}, "lora": {"lora": {"rank": 3}}, "engine": {"rollout_engine": "fast"},
         "overlap": {"overlap_rollouts": True, "output_space": "sampled_token"}, "grpo": {"policy_gradient_weight": 1},
-        "iterations": {**GRPO, "num_iterations": 3}, "accumulation": {"reduction": "token", "gradient_accumulation_steps": 2},
+        "iterations": {**GRPO, "max_steps": 4, "num_iterations": 3},
+        "accumulation": {"reduction": "token", "gradient_accumulation_steps": 2},
         "no-teacher": {"teacher_model": None}, "same-teacher": {"teacher_model": None, "lora": LORA},
-        "prompt-length": {"max_prompt_length": 2}, "system-prompt": {"teacher_system_prompt": "1"},
+        "prompt-length": {"max_prompt_length": 2}, "system-prompt": {"teacher_system_prompt": "1+1=2"},
         "fp16": {"fp16": True}, "resume": {"resume_from_checkpoint": True}, "file": {"output_dir": "{w}/rows.jsonl"},
     }  # fmt: skip
+    wrong = [train(k, name=k, **{"max_steps": 1, "save_strategy": "no", **v}) for k, v in bad.items()]
     rows = Do(write, ("rows.jsonl", '{"prompt": "11111+22222="}\n{"text": "no prompt here"}\n'))
-    yield Case("errors_train", (rows, Do(write, ("empty.jsonl", "")), *(train(**v, name=k) for k, v in bad.items())))
+    yield Case("errors_train", (rows, Do(write, ("empty.jsonl", "")), Do(mix, ("mixed",)), *wrong))
     lines: dict[str, str] = {
         "config": "train --config nowhere", "word": "train --config tiny fast", "no-verb": "fly", "option": "eval --fast",
         "yaml": "train --config tiny --layers [1", "pair": "demo --pair other", "demo-folder": "demo --output-dir {w}",
         "k": "eval --model embedded:tiny/student --dataset generated:addition --k 0",
         "eval-model": "eval --model ./nowhere --dataset generated:addition --task addition --limit 2",
-        "eval-engine": "eval --model embedded:tiny/student --dataset generated:addition --task addition --limit 2 --engine x",
+        "eval-engine": "eval --model embedded:tiny/student --dataset generated:addition --task addition --limit 2 --engine x "
+        "--max-completion-length 8",
         "bridge-folder": "bridge inspect {w}/nowhere", "report": "report {w}/nowhere", "compare": "compare --config nowhere",
         "projector": "bridge fit --student embedded:tiny/student --teacher embedded:wider/teacher --prompts generated:addition "
         "--limit 12 --max-completion-length 8 --projector magic --out {w}/bridge",
@@ -552,9 +564,11 @@ API = '''
 import inspect, json, sys
 from pathlib import Path
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 import oprd
 
+disable_progress_bar()
 out = Path(sys.argv[1])
 names = {}
 for name in oprd.__all__:
@@ -573,12 +587,8 @@ for family in ("qwen2", "gemma2", "phi3"):
     student, teacher = model(family, 0), model(family, 1)
     prompts, completions = [[3, 4, 5], [6], [7, 8]], [[9, 10, 11, 2], [12, 13, 14, 15, 16, 17], [18, 2]]
     rollouts = oprd.Rollouts(prompts, completions, ["stop", "length", "stop"], ["", "", ""], [0, 1, 2])
-    for layout in ("right", "packed", "flat"):
-        try:
-            states = oprd.capture_states(student, rollouts, layers="all", positions="all", layout=layout)
-        except ValueError as error:
-            results[f"{family}.{layout}.error"] = str(error)
-            continue
+    for layout in ("right", "left", "packed"):
+        states = oprd.capture_states(student, rollouts, layers="all", positions="all", layout=layout)
         results[f"{family}.{layout}"] = states.stacked().detach()
     states = oprd.capture_states(student, rollouts, layers=[1, 3], positions="last_k", position_k=3)
     target = oprd.capture_states(teacher, rollouts, layers=[1, 3], positions="last_k", position_k=3)
@@ -615,6 +625,7 @@ args = oprd.OPRDConfig(str(out / "run"), max_steps=2, per_device_train_batch_siz
                        max_completion_length=12, save_strategy="no", report_to="none", disable_tqdm=True, task="addition",
                        output_space="sampled_token", num_generations=2)
 trainer = oprd.OPRDTrainer("embedded:tiny/student", "embedded:tiny/teacher", args=args, train_dataset=rows, eval_dataset=rows[:2])
+trainer.remove_callback(PrinterCallback)
 trainer.train()
 (out / "evaluation.json").write_text(json.dumps(trainer.evaluate()))
 trainer.save_model(str(out / "model"))
@@ -742,9 +753,10 @@ def digest_folder(folder: Path, tree: Path, case: Case) -> Digest:
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         digest[name] = "there"
-        output = name.startswith("_output/")  # of commands, with times even where those of files are fixed
+        # Output of commands and checkpoints have times that nobody fixes.
+        times = case.keep_times and not name.startswith("_output/") and file.name != "trainer_state.json"
         if not any(fnmatch.fnmatch(name, pattern) for pattern in case.skip):
-            for key, value in digest_file(file, tree, case.keep_times and not output):
+            for key, value in digest_file(file, tree, times):
                 digest[f"{name}: {key}"] = value
     return digest
 

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import oprd.training.trainer
+from oprd.rollouts.engine import Sampled
 from oprd.tasks.task import FunctionGrader, Task
 from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
@@ -51,6 +52,7 @@ SCENARIOS = {
         {},
     ),
     "accumulated": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {}),
+    "uneven": ({"num_generations": 4, "micro_batch_tokens": 12}, {}),  # 6 micro-batches on a rank and 8 on the other
 }
 COMMON = {
     "rows": [{**row, "answer": "1"} for row in prompt_rows(8)],
@@ -74,8 +76,8 @@ def reward_last_tokens(trainer) -> None:
     """A completion is right when its last id is a multiple of 3; ids stand in for texts."""
 
     def generate(*arguments, **settings):
-        rollouts = scripted_generate(*arguments, **settings)
-        return replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids])
+        rollouts = scripted_generate(*arguments, **settings).rollouts
+        return Sampled(replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids]))
 
     trainer.engine.generate = generate
     trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: int(response) % 3 == 0))

@@ -26,7 +26,7 @@ from oprd.states.requests import request_states
 from rank_process import join, run_and_leave, watch
 from tiny import PROMPTS, random_rollouts, tiny_model, tiny_trainer
 
-SCENARIOS = ("rollout", "lower_layers", "composite", "grpo", "accumulated")  # of ddp_script.py
+SCENARIOS = ("rollout", "lower_layers", "composite", "grpo", "accumulated", "uneven")  # of ddp_script.py
 STEPS = 2
 READS = {
     "all": ({}, "all"),

@@ -106,6 +106,7 @@ class DenseObjective:
     reduction: str = "rollout"
     layers: tuple[int, ...] = (1, 2, 3)
     positions: Callable[[int], Sequence[int]] = lambda length: range(length)
+    output_positions: Callable[[int], Sequence[int]] = lambda length: range(length)
     kind: str | None = None
     k: int = 16
     support: str = "student"
@@ -211,7 +212,7 @@ class DenseObjective:
                 self.output_space(self.log_probs(z, self.temperature), self.log_probs(w, self.temperature), tokens)
                 for (z, _), (w, _), tokens in zip(ours, theirs, rollouts.completion_ids, strict=True)
             ]
-            parts["output_space"] = self.sum_mean(values)
+            parts["output_space"] = self.sum_mean([value[list(self.output_positions(len(value)))] for value in values])
         if "policy_gradient" in weights:
             parts["policy_gradient"], metrics = self.policy_gradient([z for z, _ in ours], rollouts)
         loss = sum(weights[name] * value for name, value in parts.items())

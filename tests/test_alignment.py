@@ -484,6 +484,22 @@ def test_one_vocabulary_with_other_special_tokens_passes_ids_on():
     assert got.dropped == {"special_token": 1}
 
 
+def test_one_vocabulary_with_a_special_token_that_means_another_passes_the_other_on():
+    student, teacher = pieces_tokenizer("1", "2", "12"), pieces_tokenizer("1", "2", "12")
+    think, stop = (student.get_vocab()[token] for token in ("<think>", "<stop>"))
+    assert (think, stop) == tuple(teacher.get_vocab()[token] for token in ("<think>", "<stop>"))
+    tokens = ["1", "<think>", "2", "<end>"]
+    _, pairs, names, *_ = aligned(student, teacher, tokens)
+    assert (pairs, names) == ([(0, 0), (1, 1), (2, 2), (3, 3)], tokens)
+    for mapped in ({think: stop}, {think: stop, stop: think}):
+        got, pairs, names, *_ = aligned(student, teacher, tokens, special_map=mapped)
+        assert names == ["1", "<stop>", "2", "<end>"]
+        assert pairs == [(0, 0), (1, 1), (2, 2), (3, 3)]
+        assert got.one_to_one == (True, True, True, True)
+    _, _, names, *_ = aligned(student, teacher, tokens, special_map={think: think})  # nothing else is meant
+    assert names == tokens
+
+
 def test_one_vocabulary_with_other_spaces_before_a_response_is_split_anew():
     student, teacher = wrapped(sentencepiece_bpe()), wrapped(sentencepiece_bpe(prefix=False))
     ids = student.convert_tokens_to_ids(["▁", "i", "s"])

@@ -297,8 +297,8 @@ def fake_llm(monkeypatch):
         rollout, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: clock.now / 2)
     )
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
-    monkeypatch.setattr(rollout.VLLMEngine, "_running", FakeLLM(clock))
-    return rollout.VLLMEngine._running
+    monkeypatch.setattr(rollout.VLLMEngine, "running", FakeLLM(clock))
+    return rollout.VLLMEngine.running
 
 
 def test_the_weights_hand_over_is_shown_apart(fake_llm):

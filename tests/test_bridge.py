@@ -27,11 +27,11 @@ STUDENT = Fingerprint("the-student", 3, D, 64, "c0", "w0", "t0")
 TEACHER = Fingerprint("the-teacher", 5, E, 80, "c1", "w1", "t1")
 
 
-def states(layer, tokens=400, seed=0, mean=3.0):
+def states(layer, tokens=400, seed=0, mean=3.0, shared=4):
     fixed, generator = torch.Generator().manual_seed(layer), torch.Generator().manual_seed(10 * layer + seed)
-    mixes = [torch.randn(4, width, generator=fixed) for width in (D, E)]
+    mixes = [torch.randn(shared, width, generator=fixed) for width in (D, E)]
     shifts = [mean * torch.randn(width, generator=fixed) for width in (D, E)]
-    latent = torch.randn(tokens, 4, generator=generator)
+    latent = torch.randn(tokens, shared, generator=generator)
     noise = [0.3 * torch.randn(tokens, width, generator=generator) for width in (D, E)]
     return [latent @ mix + shift + n for mix, shift, n in zip(mixes, shifts, noise, strict=True)]
 
@@ -141,6 +141,19 @@ def test_the_default_rank_is_the_suggested_one_and_the_verdict_is_there():
     assert (report.tokens, report.held_out_tokens, report.direct_r2) == (400, 400, None)
     assert len(report.r2_R) == 14  # all of them, also where fewer are kept
     assert len(fitted(max_rank=5).pairs[1].report.r2_R) == 14
+
+
+@pytest.mark.parametrize(("shared", "rank"), [((2, 5), 2), ((5, 2), 2), ((2, 5, 3), 3), ((5, 1, 4), 4)], ids=str)
+def test_the_default_rank_is_the_lower_median_of_what_the_layers_suggest(shared, rank):
+    """Each layer's two models share as many numbers as the layer is to suggest."""
+    sets = [{}, {}]
+    for seed, made in enumerate(sets):
+        for layer, count in enumerate(shared, 1):
+            made[layer] = PairStatistics(D, E)
+            made[layer].update(*states(layer, seed=seed, shared=count))
+    bridge = Bridge.fit(*sets, layer_map("proportional", 3, 5), student=STUDENT, teacher=TEACHER)
+    assert tuple(bridge.pairs[layer].report.suggested_rank for layer in bridge.layers) == shared
+    assert bridge.rank == rank
 
 
 def same(a, b):
@@ -275,7 +288,8 @@ def test_the_embedded_pair_is_direct_and_an_untrained_teacher_hopeless():
     untrained = AutoModelForCausalLM.from_config(teacher.config).eval()
     engine = TransformersEngine(tokenizer, stop_token_ids(student, tokenizer))
     prompts = [tokenizer(p.prompt)["input_ids"] for p in get_task("addition").problems(60, 0, "train")]
-    rollouts = engine.generate(student, prompts, num_generations=1, sampling=Sampling(max_completion_length=64), seed=0)
+    sampling = Sampling(max_completion_length=64)
+    rollouts = engine.generate(student, prompts, num_generations=1, sampling=sampling, seed=0).rollouts
     depth = num_layers(student)
     for model, kind in ((teacher, "direct"), (untrained, "hopeless")):
         sets = []

@@ -124,6 +124,57 @@ def test_held_out_errors_equal_brute_force():
     torch.testing.assert_close(report.rank_cosine_R[4], cosine, rtol=1e-5, atol=1e-6)  # the sample is float32
 
 
+def drawn_pair(tokens, seed, noise, mean):
+    """Student and teacher of one width, the teacher a mix of the student's dimensions and noise."""
+    fixed, generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
+    mix = torch.eye(6, dtype=torch.float64) + 0.3 * torch.randn(6, 6, generator=fixed, dtype=torch.float64)
+    student, rest = (torch.randn(tokens, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student + mean, (student + mean) @ mix + noise * rest
+
+
+def test_each_figure_of_a_report_is_of_the_tokens_that_it_is_said_to_be_of():
+    """The CKA is of the fit's tokens, all else of the held-out ones, which are noisier and have another mean."""
+    student, teacher = drawn_pair(300, 0, 0.2, 0.0)
+    held_student, held_teacher = drawn_pair(200, 1, 1.5, 0.4)
+    statistics, held_out = statistics_of(student, teacher), statistics_of(held_student, held_teacher)
+    fit = fit_pair(statistics)
+    report = report_pair(fit, statistics, held_out)
+    assert (report.tokens, report.held_out_tokens) == (300, 200)
+
+    def cka(one, other):
+        one, other = one - one.mean(0), other - other.mean(0)
+        return float((one.T @ other).square().sum() / ((one.T @ one).norm() * (other.T @ other).norm()))
+
+    assert report.cka == pytest.approx(cka(student, teacher), rel=1e-9)
+    assert abs(report.cka - cka(held_student, held_teacher)) > 0.1
+
+    def direct(one, other):
+        return 1 - float((one - other).square().sum() / (other - other.mean(0)).square().sum())
+
+    assert report.direct_r2 == pytest.approx(direct(held_student, held_teacher), rel=1e-9)
+    assert abs(report.direct_r2 - direct(student, teacher)) > 0.1
+
+    def judged(one, other):
+        """Of each direction the R², of the first 1, 2, … together the R² and the mean cosine."""
+        ours, theirs = (one - fit.student_mean_D) @ fit.student_RD.T, (other - fit.teacher_mean_E) @ fit.teacher_RE.T
+        errors, variances = (ours - theirs).square().mean(0), theirs.var(0, correction=0)
+        cosines = [torch.cosine_similarity(ours[:, :r], theirs[:, :r]).mean() for r in range(1, 7)]
+        return 1 - errors / variances, 1 - errors.cumsum(0) / variances.cumsum(0), torch.stack(cosines)
+
+    found = (report.r2_R, report.rank_r2_R, report.rank_cosine_R)
+    others = judged(student, teacher)
+    for ours, expected, other in zip(found, judged(held_student, held_teacher), others, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        assert ((expected - other).abs() > 0.1).all()
+
+    r2 = judged(held_student, held_teacher)[0].clamp(0, 1)
+    spread = torch.cov(teacher.T).trace()  # of the fit's tokens
+    assert report.predictable == pytest.approx(float((fit.variance_R * r2).sum() / spread), rel=1e-6)
+    errors = [float((fit.variance_R[r:] * r2[r:]).sum() + (fit.variance_R[:r] * (1 - r2[:r])).sum()) for r in range(7)]
+    assert report.suggested_rank == min(range(7), key=errors.__getitem__)
+    assert report.rank_error_R.tolist() == pytest.approx([error / float(spread) for error in errors[1:]], rel=1e-6)
+
+
 def test_theorem_3_by_hand():
     variance, r2 = torch.tensor([4.0, 2.0, 1.0]), torch.tensor([0.75, 0.5, -0.2])
     # r=0: 4·.75 + 2·.5 + 0 = 4; r=1: 1 + 4·.25 = 2; r=2: 0 + 1 + 1 = 2; r=3: 1 + 1 + 1 = 3
@@ -240,6 +291,17 @@ def test_ill_conditioned_states_with_ridge():
     assert fit.student_RD.abs().max() < 10
 
 
+@pytest.mark.parametrize(("spread", "constant"), [(1e-5, True), (1e-2, False)])
+def test_a_dimension_that_varies_by_less_than_its_float32_rounding_is_constant(spread, constant):
+    """1000 ± 1e-5 is 1000 in float32, where 1000 ± 1e-2 is not; a row of its own size would be 1/1e-5."""
+    student, teacher, _ = planted_pair(400, mean=0.0)
+    noise = torch.randn(400, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    fit = fit_pair(statistics_of(torch.cat([student, 1000 + spread * noise], 1), teacher))
+    assert bool((fit.student_RD[:, -1] == 0).all()) == constant
+    if constant:
+        torch.testing.assert_close(fit.student_RD[:, :-1], fit_pair(statistics_of(student, teacher)).student_RD)
+
+
 def test_fewer_tokens_than_dimensions():
     student, teacher, _ = planted_pair(15)
     statistics = statistics_of(student, teacher)
@@ -262,6 +324,30 @@ def test_the_chosen_ridge_is_the_best_by_brute_force(intercept):
     fits = {r: fit_pair(statistics, ridge=r, intercept=intercept) for r in ridges}
     errors = {r: float(direction_errors(fit, held_out)[0].sum()) for r, fit in fits.items()}
     assert choose_ridge(statistics, held_out, ridges, intercept=intercept) == min(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("moved", ["student", "teacher", "both", "against"])
+def test_the_chosen_ridge_knows_how_far_the_held_out_means_have_moved(moved):
+    """By brute force, on tokens whose means are not those of the fit's; it matters in some of the draws."""
+    ridges, mattered = torch.logspace(-6, 2, 17).tolist(), 0
+    for seed in range(6):
+        statistics = statistics_of(*planted_pair(60, seed=seed, noise=0.5)[:2])
+        student, teacher, _ = planted_pair(60, seed=seed + 10, noise=0.5)
+        step = torch.randn(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        carried = fit_pair(statistics, ridge=1e-6)
+        follow = 2 * step @ carried.student_RD.T @ carried.teacher_RE  # what the fit makes of the student's step
+        steps = {
+            "student": (2 * step, 0),
+            "teacher": (0, follow),
+            "both": (2 * step, follow),
+            "against": (2 * step, -follow),
+        }
+        held_out = statistics_of(student + steps[moved][0], teacher + steps[moved][1])
+        errors = {r: float(direction_errors(fit_pair(statistics, ridge=r), held_out)[0].sum()) for r in ridges}
+        chosen = choose_ridge(statistics, held_out, ridges)
+        assert chosen == min(errors, key=errors.get)
+        mattered += chosen != choose_ridge(statistics, statistics_of(student, teacher), ridges)
+    assert mattered or moved == "teacher"
 
 
 @pytest.mark.parametrize("mean", [0.0, 300.0])

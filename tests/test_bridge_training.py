@@ -32,6 +32,7 @@ from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.objectives.step_loss import Batch, StepTerms
+from oprd.rollouts.engine import Sampled
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
@@ -136,11 +137,11 @@ def record(trainer) -> list[Rollouts]:
     seen: list[Rollouts] = []
 
     def generate(*args, **kwargs):
-        rollouts = scripted_generate(*args, **kwargs)
+        rollouts = scripted_generate(*args, **kwargs).rollouts
         completions = [[*c[:-1], 2] if i % 2 else c for i, c in enumerate(rollouts.completion_ids)]
         texts = [json.dumps(c) for c in completions]
         seen.append(replace(rollouts, completion_ids=completions, texts=texts))
-        return seen[-1]
+        return Sampled(seen[-1])
 
     trainer.engine.generate = generate
     if trainer.task is not None:
@@ -379,6 +380,7 @@ def test_a_resumed_run_ends_at_the_same_bits_and_wants_the_same_bridge(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         resumable(run, saved, callbacks=[StopAt(3)]).train()
     assert json.loads((run / "checkpoint-2" / "bridge_digest.json").read_text()) == {"sha256": folder_digest(saved)}
+    assert "bridge_digest.json" in json.loads((run / "checkpoint-2" / "manifest.json").read_text())["files"]
     before = (run / "metrics.jsonl").read_text()
 
     aside = saved.rename(tmp_path / "aside")

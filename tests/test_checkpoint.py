@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 
 import numpy as np
@@ -38,6 +39,42 @@ def test_a_whole_checkpoint_verifies(tmp_path):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert files.keys() == {"model.safetensors", "sub/state.json"}
     assert files["model.safetensors"]["bytes"] == 200
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """What is flushed to disk from now on, as device and inode, which a new name does not change."""
+    seen, fsync = [], os.fsync
+
+    def watched(descriptor):
+        status = os.fstat(descriptor)
+        seen.append((status.st_dev, status.st_ino))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return seen
+
+
+def inode(path):
+    return path.stat().st_dev, path.stat().st_ino
+
+
+def test_files_are_on_the_disk_before_the_manifest_that_lists_them(tmp_path, flushed):
+    folder = checkpoint(tmp_path, 1)
+    listed = {inode(folder / "model.safetensors"), inode(folder / "sub" / "state.json")}
+    assert set(flushed[:-2]) == listed
+    assert flushed[-2:] == [inode(folder / "manifest.json"), inode(folder)]
+
+
+def test_a_checkpoint_is_on_the_disk_with_its_name(tmp_path, flushed):
+    tiny_trainer(tmp_path, scripted=True, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    files = {inode(path): path.name for path in folder.rglob("*") if path.is_file()}
+    order = [
+        files.get(place, place) for place in flushed if place in files or place in (inode(folder), inode(tmp_path))
+    ]
+    assert {*order[:-3]} == {*files.values()} - {"manifest.json"}
+    assert order[-3:] == ["manifest.json", inode(folder), inode(tmp_path)]
 
 
 def test_every_flipped_bit_of_a_file_is_seen(tmp_path):

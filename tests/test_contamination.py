@@ -147,6 +147,29 @@ def test_phrases_that_many_problems_share_make_no_match():
     ]
 
 
+def test_a_phrase_that_every_problem_of_one_set_has_makes_no_match():
+    """Whichever set: how rare a run of words is, is counted in the set in which it is less rare."""
+    tail = " can be written as m/n where m and n are relatively prime positive integers. Find m+n."
+    many = rows(*(f"The {word} of the {other} triangle{tail}" for word in ("area", "height") for other in "abcdefgh"))
+    one = rows("The chance that a fair coin lands on its edge" + tail)
+    assert list(pairs(one, one).values()) == [1.0]
+    assert pairs(one, many) == {}
+    assert pairs(many, one) == {}
+
+
+def test_shingles_by_hand():
+    assert shingles(["a", "b", "c", "d", "e", "f", "g"]) == {tuple("abcde"), tuple("bcdef"), tuple("cdefg")}
+    assert shingles(list("aaaaaaa")) == {tuple("aaaaa")}
+    assert shingles(list("abcde")) == {tuple("abcde")}
+    assert shingles(list("abcd")) == {tuple("abcd")}  # shorter than a run: the whole
+
+
+def test_a_similarity_by_hand():
+    """Of the seven runs of one and the six of the other three are shared; each is of one problem, and so weighs 1."""
+    train, test = "a b c d e f g h i j k", "z a b c d e f g y x"
+    assert pairs(rows(train), rows(test), 0.4) == {(train, test): 3 / 6}
+
+
 def test_generated_problems_of_two_splits_do_not_overlap_and_of_one_split_do():
     train = addition.problems(500, 0, "train")
     assert find_overlap(train, addition.problems(100, 0, "test")).matches == ()

@@ -33,6 +33,7 @@ from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import ASSETS, load_model
 from oprd.plan import describe_plan
+from oprd.rollouts.engine import Sampled
 from oprd.run_config import parse_recipe
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.addition import problems
@@ -143,14 +144,14 @@ def script(trainer, ours: Side, chosen: list[list[int]] | None = None) -> list[R
     """Script a trainer's completions, and collect them."""
     seen: list[Rollouts] = []
 
-    def generate(model, prompt_ids, *, num_generations, sampling, seed, rows):
+    def generate(model, prompt_ids, *, num_generations, sampling, seed, rows, want_log_probs=False):
         count = num_generations * len(prompt_ids)
         written = chosen or completions(ours, len(seen), count)
         written = [written[i % len(written)] for i in range(count)]
         prompts, owners = ([x for x in column for _ in range(num_generations)] for column in (prompt_ids, rows))
         reasons = ["stop" if c[-1] in ours.stops else "length" for c in written]
         seen.append(Rollouts(prompts, written, reasons, [json.dumps(c) for c in written], owners))
-        return seen[-1]
+        return Sampled(seen[-1])
 
     trainer.engine.generate = generate
     if trainer.task is not None:

@@ -136,12 +136,14 @@ def test_rollouts_are_a_function_of_the_seed_and_greedy_ones_are_the_cpus():
     model = tiny_model("qwen2")
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(15)
-    want = engine.generate(model, prompts, num_generations=1, sampling=Sampling(12, temperature=0), seed=0)
+    want = engine.generate(model, prompts, num_generations=1, sampling=Sampling(12, temperature=0), seed=0).rollouts
     model.cuda()
     state = torch.cuda.get_rng_state()
-    found = engine.generate(model, prompts, num_generations=1, sampling=Sampling(12, temperature=0), seed=0)
+    found = engine.generate(model, prompts, num_generations=1, sampling=Sampling(12, temperature=0), seed=0).rollouts
     assert found == want
-    drawn = [engine.generate(model, prompts, num_generations=3, sampling=Sampling(12), seed=s) for s in (1, 1, 2)]
+    drawn = [
+        engine.generate(model, prompts, num_generations=3, sampling=Sampling(12), seed=s).rollouts for s in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.cuda.get_rng_state(), state)  # the device's own randomness plays no part
 
@@ -153,7 +155,7 @@ def test_continuous_batching_gives_the_greedy_completions():
         model.get_output_embeddings().weight.mul_(15)
     sampling = Sampling(12, temperature=0)
     engines = (TransformersEngine(tiny_tokenizer(), [2]), TransformersContinuousEngine(tiny_tokenizer(), [2]))
-    want, found = (e.generate(model, prompts, num_generations=1, sampling=sampling, seed=0) for e in engines)
+    want, found = (e.generate(model, prompts, num_generations=1, sampling=sampling, seed=0).rollouts for e in engines)
     assert found.completion_ids == want.completion_ids
 
 

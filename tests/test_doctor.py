@@ -206,6 +206,57 @@ def test_the_command(tmp_path):
     assert "--dtype: 'int8' is not one of float32, bfloat16" in str(wrong.exception)
 
 
+# Of the model cards: parameters, layers, width, channels of the keys, rows of an untied head.
+CARDS = {
+    "1.5B": (1_543_714_304, 28, 1536, 256, 0), "7B": (7_615_616_512, 28, 3584, 512, 152_064),
+    "32B": (32_763_876_352, 64, 5120, 1024, 152_064), "70B": (70_553_706_496, 80, 8192, 1024, 128_256),
+}  # fmt: skip
+
+
+def test_the_documents_well_known_sizes_by_hand():
+    """Six rollouts of 2560 tokens a micro-batch; what is split among devices is weights, gradients, moments and teacher."""
+    import doctor
+
+    rows = [line.strip("| ").split(" | ") for line in doctor.DOCUMENT.read_text().splitlines() if "(update)" in line]
+    assert [tuple(row[:2]) for row in rows] == [(size, n) for size in CARDS for n in ("1", "8", "64")]
+    tokens = 6 * 2560
+    for size, devices, *cells, peak, fits in rows:
+        parameters, layers, width, keys, untied = CARDS[size]
+        trained = parameters - untied * width  # all but the head, which no term reads
+        expected = [
+            4 * parameters / int(devices),
+            (4 + 8) * trained / int(devices),
+            2 * parameters / int(devices),
+            4 * tokens * (width * (layers + 3) + 2 * 128),  # a state a block, what the final norm keeps, the rotation
+            2 * 6 * 2048 * width * layers,
+            16 * 2560 * (layers + 1) * keys * (4 + 2),  # keys in float32, values in bfloat16
+        ]
+        assert [float(cell) for cell in cells] == pytest.approx([n / 1e9 for n in expected], abs=0.051), size
+        most = float(peak.split()[0])
+        held = sum(expected[:3]) / 1e9  # in the optimizer's phase
+        assert most > held
+        assert fits == ("yes" if most <= 80 else "no")
+
+
+def test_the_documents_errors_follow_from_its_measurements():
+    import doctor
+
+    halves = doctor.DOCUMENT.read_text().split("### On a GPU")
+    for file, prefix, written in zip((doctor.RESULT, doctor.CUDA_RESULT), ("", doctor.ON_GPU), halves, strict=True):
+        for row in json.loads(file.read_text())["rows"]:
+            (line,) = (x for x in written.splitlines() if x.startswith(f"| {row['name'].removeprefix(prefix)} | "))
+            _, held, peak, error, beyond, *_ = line.strip("| ").split(" | ")
+            guesses, measured = zip(*([int(n) for n in cell.split(", ")] for cell in (held, peak)), strict=True)
+            exact = [row["measured"][name] / 2**20 for name in ("held", "peak")]
+            assert list(measured) == [round(n) for n in exact]
+            off = 100 * (guesses[1] / exact[1] - 1)
+            assert float(error.split("%")[0]) == pytest.approx(off, abs=0.06 + 50 / exact[1])
+            assert error.endswith("(missed)") == (abs(off) > 15)
+            rest = exact[1] - exact[0]
+            off = 100 * ((guesses[1] - guesses[0]) / rest - 1)
+            assert float(beyond.split("%")[0]) == pytest.approx(off, abs=0.06 + 100 / rest)
+
+
 def test_the_document_says_what_was_measured():
     """And the model as it is now still gives it: at least eight configurations, all peaks within the margin or marked as missed."""
     import doctor

@@ -11,7 +11,7 @@ import torch
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
 from oprd.tasks.evaluation import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
@@ -20,21 +20,25 @@ from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 class FakeEngine:
     """Answers from a table: `completions[prompt] = [(text, token ids, finish reason), …]`."""
 
+    can = EngineAbilities()
     pad_token_id = 0
     stop_token_ids: ClassVar[list[int]] = [2]
 
     def __init__(self, table):
         self.table, self.calls = table, []
 
-    def generate(self, model, prompt_ids, *, num_generations, sampling, seed, rows=None) -> Rollouts:
+    def generate(
+        self, model, prompt_ids, *, num_generations, sampling, seed, rows=None, want_log_probs=False
+    ) -> Sampled:
         self.calls.append((num_generations, sampling, seed))
         picked = [
             (row, list(ids), sample) for row, ids in zip(rows, prompt_ids, strict=True) for sample in self.table[ids[0]]
         ]
-        return Rollouts(
+        rollouts = Rollouts(
             [ids for _, ids, _ in picked], [s[1] for _, _, s in picked], [s[2] for _, _, s in picked],
             [s[0] for _, _, s in picked], [row for row, _, _ in picked],
         )  # fmt: skip
+        return Sampled(rollouts)
 
 
 class SameText:
@@ -148,6 +152,48 @@ def test_parts_of_ranks_come_back_in_the_order_of_the_problems():
     assert joined.summary["avg_at_k"] == 5 / 8
     idle = join_ranks([part([0, 1], [True, True]), part([0, 1], [False, False])], num_problems=1, k=2)
     assert (idle.correct, idle.summary["problems"]) == ([True, True], 1)
+
+
+def test_the_last_evaluation_is_the_one_of_the_own_set(tmp_path):
+    """Not sampled again where this step was evaluated; another set's numbers never stand in."""
+    own, other = [{"prompt": p} for p in ("1+1=", "2+2=")], [{"prompt": p} for p in ("3+3=", "4+4=", "5+5=")]
+    trainer = tiny_trainer(
+        tmp_path, eval_dataset=own, eval_num_generations=1, eval_temperature=0.0, eval_max_completion_length=3
+    )
+    generate, calls = trainer.engine.generate, []
+
+    def counted(model, prompt_ids, **settings):
+        calls.append(len(prompt_ids))
+        return generate(model, prompt_ids, **settings)
+
+    trainer.engine.generate = counted
+    assert trainer.evaluate(other, metric_key_prefix="other")["other_problems"] == 3
+    fresh = trainer.evaluate_now()
+    assert fresh["problems"] == 2
+    assert calls == [3, 2]
+    assert trainer.evaluate()["eval_problems"] == 2
+    trainer.evaluate(other)
+    assert calls == [3, 2, 2, 3]
+    assert trainer.evaluate_now() == fresh
+    assert calls == [3, 2, 2, 3]  # what was found before the other set is still known
+
+
+def test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_model_in_its_own(tmp_path):
+    for bf16 in (True, False):
+        trainer = tiny_trainer(
+            tmp_path / str(bf16), bf16=bf16, eval_num_generations=1, eval_dataset=[{"prompt": "1+1="}]
+        )
+        seen, generate = [], trainer.engine.generate
+
+        def watched(model, *arguments, seen=seen, generate=generate, **settings):
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return generate(model, *arguments, **settings)
+
+        trainer.engine.generate = watched
+        trainer.evaluate()
+        trainer.evaluate_model(trainer.model)
+        trainer.evaluate_model(trainer.teacher.model)
+        assert seen == ([torch.bfloat16, torch.bfloat16, None] if bf16 else [None] * 3)
 
 
 def test_the_trainer_evaluates_with_its_eval_settings_in_eval_mode(tmp_path):

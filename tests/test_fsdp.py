@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import test_distributed as ddp
@@ -16,7 +18,7 @@ from oprd.files import verify
 from oprd.models.loading import load_model
 from oprd.models.sharding import is_sharded, most_of_ranks, shard_model, sharded_like, whole
 from oprd.runs.checkpoints import list_checkpoints
-from oprd.training.parallel import check_launch
+from oprd.training.parallel import check_launch, even_rounds
 from tiny import tiny_model, tiny_trainer, weights
 
 pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
@@ -78,8 +80,10 @@ def test_a_torch_whose_backward_crashed_is_refused(monkeypatch):
 
 def test_ranks_with_unequal_numbers_of_micro_batches_do_not_hang(two_ranks):
     groups = [json.loads((two_ranks / f"groups-{rank}.json").read_text()) for rank in (0, 1)]
-    for name in ("rollout", "composite"):
-        assert groups[0][name] != groups[1][name]
+    for name, apart in {"rollout": 1, "composite": 1, "uneven": 2}.items():
+        counts = [*zip(groups[0][name], groups[1][name], strict=True)]
+        assert len(counts) == STEPS
+        assert max(abs(one - other) for one, other in counts) == apart, counts
 
 
 def test_a_checkpoint_of_two_ranks_is_resumed_by_one(two_ranks, tmp_path):
@@ -162,6 +166,25 @@ def test_what_is_not_sharded_is_left_alone():
     assert whole(tensor) is tensor
     assert sharded_like(tensor, tensor) is tensor
     assert most_of_ranks(3, "cpu") == 3
+
+
+@pytest.mark.parametrize("most", [2, 3, 5])
+def test_a_rank_repeats_one_rollout_until_it_has_as_many_micro_batches_as_any(monkeypatch, most):
+    asked = []
+
+    def all_reduce(counts, operation):
+        asked.append((int(counts), operation))
+        counts.fill_(most)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    groups, device = [[3, 1], [2, 0]], torch.device("cpu")
+    company = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, device=device)
+    alone = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, device=device)
+    assert even_rounds(groups, (tiny_model(),), company) == [*groups, *[[2]] * (most - 2)]
+    assert asked == [(2, torch.distributed.ReduceOp.MAX)]
+    assert even_rounds(groups, (tiny_model(),), alone) == groups
+    assert len(asked) == 1
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "recipes" / "accelerate").glob("*.yaml"))

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,10 +74,26 @@ def test_any_balanced_content_comes_back(content, around):
     assert last_boxed(rf"{around} \boxed{{1}} {around} \boxed{{{content}}} {around}") == content
 
 
-@given(st.text(alphabet="\\boxedf{} 1", max_size=60))
-def test_last_boxed_never_fails_and_returns_a_part(text):
-    content = last_boxed(text)
-    assert content is None or content in text
+def last_boxed_by_hand(text):
+    """From the last opening backwards, the first that closes: quadratic, and nothing else than what is said of it."""
+    for opening in reversed([*re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth, at = 1, opening.end()
+        while at < len(text):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if not depth:
+                return text[opening.end() : at]
+            at += 2 if text[at] == "\\" else 1
+    return None
+
+
+@given(
+    st.lists(
+        st.sampled_from([r"\boxed{", r"\fbox {", "boxed", "\\", "{", "}", "}", r"\}", r"\{", "1", "é"]), max_size=25
+    )
+)
+def test_last_boxed_is_what_a_search_from_the_end_finds(parts):
+    text = "".join(parts)
+    assert last_boxed(text) == last_boxed_by_hand(text)
 
 
 @pytest.mark.parametrize(
@@ -266,26 +283,109 @@ HOSTILE = [
     # Symbols' names are printed into code by sympy's lambdify: this one runs in math-verify without the guard
     r"\sum_{{n=0}}^{{\infty}} \frac{{1 + n r_{{(exec({code}))}}}}{{n!}}",
 ]
+EACH_MODE = """
+for mode in ("w", "a", "x", "there"):
+    try:
+        open(FOLDER + mode, "r+" if mode == "there" else mode).write("X")
+    except Exception:
+        pass
+"""
+
+
+def hostile_answers(folder):
+    """Answers that, were their code run, would leave marks in `folder` and change the file that is there."""
+    (folder / "there").write_text("as it was")
+    (folder / "p").write_text(EACH_MODE.replace("FOLDER", repr(f"{folder}/")))  # read, which is allowed: short answers
+    code = "+".join(f"chr({ord(c)})" for c in f"exec(open('{folder / 'p'}').read())")
+    return [text.format(mark=folder / "mark", code=code) for text in HOSTILE]
+
+
+def left_in(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != "p"}
 
 
 def test_no_answer_runs_code(grader, tmp_path):
-    mark = tmp_path / "mark"
-    code = "+".join(f"chr({ord(c)})" for c in f"open('{mark}','w')")
-    big = MathGrader(max_answer_chars=10_000)
-    pairs = [(rf"\boxed{{{text.format(mark=mark, code=code)}}}", truth) for text in HOSTILE for truth in ("3", r"\pi")]
-    with big:
+    pairs = [(rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi")]
+    with MathGrader(max_answer_chars=10_000) as big:
         assert big.grade(pairs) == [False] * len(pairs)
         assert not big.stats["too_long"]
-    assert not mark.exists()
+    assert left_in(tmp_path) == {"there": "as it was"}
 
 
 def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
-    mark = tmp_path / "mark"
-    code = "+".join(f"chr({ord(c)})" for c in f"open('{mark}','w')")
     program = "import sys; from oprd.tasks.grading_worker import verify; verify(sys.argv[1], '\\\\pi')"
-    subprocess.run([sys.executable, "-c", program, HOSTILE[-1].format(code=code)], check=True, timeout=60)
-    assert mark.exists()
+    subprocess.run([sys.executable, "-c", program, hostile_answers(tmp_path)[-1]], check=True, timeout=60)
+    left = left_in(tmp_path)
+    assert set(left.pop("a")) == {"X"}  # once for each time that the code was run
+    assert left == {"there": "Xs it was", "w": "X", "x": "X"}
+
+
+GUARDED = """
+import os, pty, socket, subprocess, sys
+from oprd.tasks.grading_worker import start_worker, verify
+folder = sys.argv[1]
+new, there = os.path.join(folder, "new"), os.path.join(folder, "there")
+server = socket.socket()
+
+def forked(fork):
+    if fork() == 0:
+        os._exit(0)
+
+attempts = {
+    **{f"open {mode}": lambda mode=mode: open(there, mode).close() for mode in ("r+", "rb+", "w", "wb", "a", "ab", "w+")},
+    "open x": lambda: open(new, "x").close(),
+    "os.open w": lambda: os.open(there, os.O_WRONLY),
+    "os.open rw": lambda: os.open(there, os.O_RDWR),
+    "os.open a": lambda: os.open(there, os.O_WRONLY | os.O_APPEND),
+    "os.open c": lambda: os.open(new, os.O_RDWR | os.O_CREAT),
+    "system": lambda: os.system("true"),
+    "popen": lambda: os.popen("true").close(),
+    "subprocess": lambda: subprocess.run(["true"]),
+    "fork": lambda: forked(os.fork),
+    "forkpty": lambda: forked(lambda: os.forkpty()[0]),
+    "spawn": lambda: os.spawnlp(os.P_WAIT, "true", "true"),
+    "posix_spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "pty": lambda: pty.spawn("true"),
+    "socket": lambda: socket.socket(),
+    "bind": lambda: server.bind(("127.0.0.1", 0)),
+    "connect": lambda: server.connect(("127.0.0.1", 9)),
+    "resolve": lambda: socket.getaddrinfo("localhost", 80),
+    "eval": lambda: eval("1 + 1"),
+    "exec": lambda: exec("x = 1"),
+    "compile": lambda: compile("x = 1", "<string>", "exec"),
+    "exec file": lambda: os.execv("/bin/true", ["true"]),
+}
+start_worker(2**30)
+print("verified", verify("x+1", "1+x"), flush=True)
+with open(there) as file, open(there, "rb") as other:
+    print("read", file.read() == other.read().decode() == "as it was", flush=True)
+os.close(os.open(there, os.O_RDONLY))
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except PermissionError as error:
+        print(name, "refused" if "while checking an answer" in str(error) else error, flush=True)
+    except Exception as error:
+        print(name, repr(error), flush=True)
+    else:
+        print(name, "done", flush=True)
+print("end", len(attempts), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names Linux's ways to start programs")
+def test_the_guard_refuses_each_way_out_and_lets_files_be_read(tmp_path):
+    """Each by itself, since an answer that runs code is already stopped where the code is compiled."""
+    (tmp_path / "there").write_text("as it was")
+    run = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    allowed, attempts, end = run.stdout.splitlines()[:2], run.stdout.splitlines()[2:-1], run.stdout.splitlines()[-1]
+    assert allowed == ["verified True", "read True"]
+    assert [line for line in attempts if not line.endswith(" refused")] == []
+    assert end == f"end {len(attempts)}"
+    assert left_in(tmp_path) == {"there": "as it was"}
 
 
 def test_hostile_answers_are_wrong_counted_and_survived(grader):

@@ -10,7 +10,7 @@ from oprd.files import verify
 from oprd.runs.checkpoints import list_checkpoints
 from oprd.states.capture import capture_states
 from oprd.states.teachers import AdapterOffTeacher
-from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
+from tiny import prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
 
 def lora(**settings) -> LoraConfig:
@@ -120,6 +120,22 @@ def test_the_base_as_teacher_is_read_without_dropout_and_leaves_the_mode_alone()
         assert any(m.training for m in model.modules()) is training
     assert (states(model) - states(tiny_model("gpt2"))).abs().max() > 1e-3
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in weights(model) if "lora_" in n}
+
+
+def test_the_base_as_teacher_writes_with_the_adapter_off_and_the_student_with_it_on(tmp_path):
+    def completions(result):
+        return [list(ids) for ids in result.rollouts.completion_ids]
+
+    settings = {"eval_dataset": prompt_rows(9), "eval_temperature": 0.0, "eval_num_generations": 1}
+    plain = tiny_trainer(tmp_path / "plain", eval_max_completion_length=9, **settings)
+    trainer = tiny_trainer(tmp_path / "lora", peft_config=lora(), eval_max_completion_length=9, **settings)
+    perturb(trainer)
+    trained = {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    student, base = completions(trainer.evaluate_model(trainer.model)), completions(plain.evaluate_model(plain.model))
+    assert student != base
+    assert completions(trainer.evaluate_teacher()) == base
+    assert completions(trainer.evaluate_model(trainer.model)) == student
+    assert {n: p.requires_grad for n, p in trainer.model.named_parameters()} == trained
 
 
 def test_neither_teacher_nor_adapter_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 import oprd.training.trainer
 from oprd.config import OPRDConfig
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
@@ -60,14 +60,14 @@ def record(trainer, *, last_tokens=(), by_seed: bool = False) -> list[Rollouts]:
     seen: list[Rollouts] = []
 
     def generate(model, prompt_ids, *, seed, **settings):
-        rollouts = scripted_generate(model, prompt_ids, seed=seed, **settings)
+        rollouts = scripted_generate(model, prompt_ids, seed=seed, **settings).rollouts
         shift = seed % 37 if by_seed else 0
         completions = [[3 + (token - 3 + shift) % 42 for token in c] for c in rollouts.completion_ids]
         for index, completion in enumerate(completions):
             if last_tokens and last_tokens[index % len(last_tokens)]:
                 completion[-1] = last_tokens[index % len(last_tokens)]
         seen.append(replace(rollouts, completion_ids=completions, texts=[json.dumps(c) for c in completions]))
-        return seen[-1]
+        return Sampled(seen[-1])
 
     trainer.engine.generate = generate
     if trainer.task is not None:
@@ -330,6 +330,22 @@ def test_all_three_terms_together_equal_plain_pytorch(tmp_path, reduction):
     )  # fmt: skip
 
 
+def test_a_crossfade_leaves_the_policy_gradient_alone(tmp_path):
+    """Whose value is 0, a ratio of 1 times centred advantages: its weight shows in the gradient's norm and in the weights."""
+    by_hand = [
+        {"representation": 2.0, "output_space": 0.0, "policy_gradient": 0.5},
+        {"representation": 1.0, "output_space": 0.25, "policy_gradient": 0.5},
+        {"representation": 0.0, "output_space": 0.5, "policy_gradient": 0.5},
+    ]
+    _, logged, _ = check_against_plain_pytorch(
+        tmp_path, DenseObjective(kind="forward_kl", reward=reward, group=4), by_hand,
+        **{**GRPO, "representation_weight": 2.0, "output_space": "forward_kl", "output_weight": 0.5, "crossfade_steps": 2,
+           "policy_gradient_weight": 0.5},
+    )  # fmt: skip
+    for row, weight in zip(logged, by_hand, strict=True):
+        assert row["loss"] == pytest.approx(sum(w * row[f"loss/{term}"] for term, w in weight.items()), rel=1e-6)
+
+
 @pytest.mark.parametrize(("updates", "epsilon_high"), [(2, None), (3, 0.2)])
 def test_several_updates_on_the_same_rollouts_are_clipped_against_the_policy_that_wrote_them(
     tmp_path, updates, epsilon_high
@@ -348,6 +364,24 @@ def test_several_updates_on_the_same_rollouts_are_clipped_against_the_policy_tha
         values = [row[column] for row in logged]
         assert values == [values[0]] * updates + [values[-1]] * updates
     assert logged[0]["tokens"] != logged[-1]["tokens"]
+
+
+def test_clipping_is_counted_over_all_tokens_whichever_positions_the_other_terms_have(tmp_path):
+    """Three counts that differ: the last two states of a rollout, its first three distributions, and all of its tokens."""
+    _, logged, _ = check_against_plain_pytorch(
+        tmp_path,
+        DenseObjective(
+            kind="reverse_kl", reward=reward, group=4, epsilon=0.05,
+            positions=lambda n: range(n)[-2:], output_positions=lambda n: range(n)[:3],
+        ),
+        [{"representation": 0.5, "output_space": 0.25, "policy_gradient": 1.0}] * 2, repeats=2,
+        adam={**ADAM, "learning_rate": 2e-2, "max_grad_norm": 1.0},
+        **{**GRPO, "num_iterations": 2, "epsilon": 0.05, "representation_weight": 0.5, "output_space": "reverse_kl",
+           "output_weight": 0.25, "positions": "last_k", "position_k": 2,
+           "output_positions": "first_k", "output_position_k": 3},
+    )  # fmt: skip
+    assert logged[0]["clip_ratio"] == 0.0
+    assert logged[1]["clip_ratio"] > 0.05  # equal to the reference's, as all that is logged
 
 
 def test_accumulated_batches_are_kept_for_the_second_update(tmp_path):
@@ -390,7 +424,7 @@ def test_the_engine_never_samples_a_padding_id(temperature):
         engine = TransformersEngine(tiny_tokenizer(extra), [2])
         rollouts = engine.generate(
             model, [[5, 6], [9]], num_generations=20, sampling=Sampling(8, temperature=temperature), seed=0
-        )
+        ).rollouts
         ids.append([token for completion in rollouts.completion_ids for token in completion])
     assert max(ids[0]) < 45
     assert sum(token >= 45 for token in ids[1]) > len(ids[1]) / 2
@@ -405,7 +439,7 @@ def test_what_ends_a_text_for_either_model_ends_rollouts_and_is_one_event(tmp_pa
         teacher.lm_head.weight[9] = 4 * teacher.lm_head.weight[2]
     probe = tiny_trainer(tmp_path / "probe", copy.deepcopy(student), copy.deepcopy(teacher))
     assert probe.engine.stop_token_ids == [2, 7, 9]
-    rollouts = probe.engine.generate(probe.model, [[5, 6]], num_generations=200, sampling=Sampling(30), seed=0)
+    rollouts = probe.engine.generate(probe.model, [[5, 6]], num_generations=200, sampling=Sampling(30), seed=0).rollouts
     ends = {
         c[-1] for c, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True) if reason == "stop"
     }

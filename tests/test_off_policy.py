@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.config import OPRDConfig
-from oprd.rollouts.engine import student_writes
+from oprd.rollouts.engine import Sampled, student_writes
 from oprd.states.positions import select_before_end, select_positions
 from reference import dense_divergence, loss_by_loops, states_one_by_one
 from tiny import prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
@@ -21,7 +21,7 @@ END = 2  # of the tiny tokenizer
 
 def ended(model, prompt_ids, **settings):
     """Scripted completions, every other of which ends by itself; the first of all is nothing but its end."""
-    rollouts = scripted_generate(model, prompt_ids, **settings)
+    rollouts = scripted_generate(model, prompt_ids, **settings).rollouts
     completions, reasons = [], []
     for index, completion in enumerate(rollouts.completion_ids):
         stops = index % 2 == 0
@@ -38,7 +38,7 @@ def one_step(folder, **settings):
 
     def generate(model, prompt_ids, **arguments):
         seen.append((model, ended(model, prompt_ids, **arguments)))
-        return seen[-1][1]
+        return Sampled(seen[-1][1])
 
     trainer.engine.generate = generate
     trainer.train()

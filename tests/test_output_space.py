@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.models.lm_head.lm_head import LMHead, divergence, log_probs, match_heads
+from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.output_space import (
     full_vocabulary_loss,
     overlap,
@@ -230,6 +231,101 @@ def test_impossible_tokens_give_finite_losses_and_gradients(out):
         (gradient,) = torch.autograd.grad(loss.sum(), hidden)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient).all()
+
+
+NOTHING = -100.0  # the log-probability of what is impossible
+
+
+def counted(logits):
+    """Log-probabilities in which what is impossible has `NOTHING`, a constant."""
+    log_p = logits.log_softmax(-1)
+    return torch.where(logits.isneginf(), NOTHING, log_p)
+
+
+def renormalised(logits, chosen):
+    """Those among the chosen events, what is impossible being `NOTHING` below the likeliest of them."""
+    likeliest = logits.detach().masked_fill(~chosen, -torch.inf).amax(-1, keepdim=True)
+    logits = torch.where(logits.isneginf(), likeliest + NOTHING, logits)
+    return logits.masked_fill(~chosen, -torch.inf).log_softmax(-1)
+
+
+def among(log_p, k):
+    return torch.zeros(log_p.shape, dtype=torch.bool).scatter_(1, log_p.topk(k).indices, True)
+
+
+def impossible_by_hand(name, ours, theirs, tokens):
+    """Value and surrogate (whose gradient it is) of each loss, densely."""
+    log_p, log_q = counted(ours), counted(theirs)
+    ratio, own = (log_p - log_q).detach(), log_p.gather(1, tokens[:, None])[:, 0]
+    at = ratio.gather(1, tokens[:, None])[:, 0]
+    exact = (log_p.exp() * ratio).sum(-1)
+    if name == "sampled":
+        return at, at * own
+    if name == "baseline":
+        return at, (at - exact.detach()) * own
+    if name == "reverse_kl":
+        return exact, exact
+    if name == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
+    if name.startswith("tail"):
+        chosen = among(log_p.detach() if name == "tail-student" else log_q, 3)
+        outside = ~chosen.gather(1, tokens[:, None])[:, 0]
+        kept = (log_p.exp() * ratio * chosen).sum(-1)
+        return kept + outside * at, kept + outside * at * own
+    kind, support, k = name.split("-")
+    mine, other = among(log_p.detach(), int(k)), among(log_q, int(k))
+    chosen = {"student": mine, "teacher": other, "union": mine | other, "intersection": mine & other}[support]
+    one, two = renormalised(ours, chosen), renormalised(theirs, chosen)
+    gap = (one - two).masked_fill(~chosen, 0)
+    value = (one.exp() * gap if kind == "top" else -two.exp() * gap).sum(-1)
+    return value, value
+
+
+@pytest.mark.parametrize("out", ["student", "teacher", "both"])
+def test_impossible_tokens_count_with_a_constant_by_hand(out):
+    """Values and gradients of every loss against dense sums in which log 0 is −100."""
+    generator = torch.Generator().manual_seed(0)
+    masked, plain = torch.zeros(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
+    masked[[1, 2]] = -torch.inf
+    biases = {"student": (masked, plain), "teacher": (plain, masked), "both": (masked, masked)}[out]
+    weights = [torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    hidden, teacher_hidden = (torch.randn(3, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    hidden.requires_grad_()
+    heads = (LMHead(weights[0], biases[0]), hidden, LMHead(weights[1], biases[1]), teacher_hidden)
+    tokens = torch.tensor([1, 2, 3])
+    losses = {
+        "sampled": sampled_token_loss(*heads, tokens),
+        "baseline": sampled_token_loss(*heads, tokens, baseline=True),
+        "tail-student": tail_sampled_loss(*heads, tokens, k=3),
+        "tail-teacher": tail_sampled_loss(*heads, tokens, k=3, support="teacher"),
+        "reverse_kl": full_vocabulary_loss(*heads),
+        "forward_kl": full_vocabulary_loss(*heads, "forward_kl"),
+        "top-student-9": top_k_loss(*heads, k=VOCAB),
+        "forward-student-9": top_k_loss(*heads, "forward_kl", k=VOCAB),
+        "top-union-4": top_k_loss(*heads, k=4, support="union"),
+        "top-intersection-8": top_k_loss(*heads, k=8, support="intersection"),
+    }
+    ours = hidden @ weights[0].T + biases[0]
+    theirs = teacher_hidden @ weights[1].T + biases[1]
+    for name, loss in losses.items():
+        value, surrogate = impossible_by_hand(name, ours, theirs, tokens)
+        torch.testing.assert_close(loss, value, msg=lambda m, name=name: f"{name}: {m}")
+        (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+        (expected,) = torch.autograd.grad(surrogate.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("vocab", "k"), [(2, 1), (10, 9), (16, 15), (17, 16), (40, 16)])
+def test_the_overlap_that_is_watched_is_of_16_tokens_and_never_of_all(vocab, k):
+    (student, hidden, teacher, teacher_hidden), log_p, log_q = problem(tokens=20, vocab=vocab)
+    tokens = torch.arange(20) % vocab
+    found = head_diagnostics(student, hidden, teacher, teacher_hidden, tokens)
+    likeliest = [[set(row.topk(k).indices.tolist()) for row in side] for side in (log_p, log_q)]
+    expected = [len(one & other) / k for one, other in zip(*likeliest, strict=True)]
+    assert found["overlap"].tolist() == pytest.approx(expected)
+    assert min(expected) < 1  # of all tokens it would be 1 everywhere
+    ratio = (log_p - log_q).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(found["reverse_kl"], ratio.detach())
 
 
 def test_the_teacher_gets_no_gradient():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from oprd.config import OPRDConfig
-from oprd.rollouts.background import RolloutsAhead, StepRollouts
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.background import BackgroundSampler, StepRollouts
+from oprd.rollouts.engine import Sampling, cut_at_stop
 from oprd.rollouts.transformers_engine import TransformersEngine, drawing_processors
 from oprd.rollouts.vllm.server import VLLMServerEngine
 from tiny import PROMPTS, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
@@ -63,7 +63,9 @@ def test_each_step_learns_from_what_the_weights_before_the_last_update_sampled(t
         prompts, sampled = [by_index[row] for row in dict.fromkeys(rollouts.rows)], []
         for before in (step, max(step - 1, 0)):
             fresh.load_state_dict(watch.weights[before])
-            sampled.append(trainer._generate(fresh, prompts, trainer._seed_of_step(batch - 1, step=step), False))
+            sampled.append(
+                trainer._generate(fresh, prompts, trainer._seed_of_step(batch - 1, step=step), False).rollouts
+            )
         assert rollouts == sampled[int(staleness[step])]
         others += sampled[0] != sampled[1]
     assert others >= 2  # so that it is seen whose they are
@@ -122,7 +124,7 @@ def test_an_interrupted_run_leaves_nothing_under_way(whole_run, tmp_path):
     trainer = trainer_in(folder, callbacks=[Stop()], **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer._ahead._coming is None
+    assert not trainer._ahead.pending
     trainer_in(folder, **settings).train(resume_from_checkpoint=True)
     assert_same_outcome(folder, whole_run)
 
@@ -206,14 +208,14 @@ def test_an_adapter_is_copied_and_its_base_is_shared(tmp_path):
 
 def test_the_copy_follows_when_asked_and_not_before(tmp_path):
     student = tiny_model()
-    ahead, before = RolloutsAhead(student), weights(student)
+    ahead, before = BackgroundSampler(student), weights(student)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 1
     assert all(torch.equal(value, before[name]) for name, value in weights(ahead.writer).items())
     seen = []
     ahead.begin(3, lambda writer: (seen.append(weights(writer)), ([random_rollouts()], {"gap": 0.5}))[1])
-    with pytest.raises(RuntimeError, match="one step only"):
+    with pytest.raises(RuntimeError, match="holds one step only"):
         ahead.begin(4, lambda writer: ([], {}))
     ahead.save(tmp_path / "saved.json")
     taken = ahead.take(3, [list(random_rollouts().rows)])
@@ -226,7 +228,7 @@ def test_the_copy_follows_when_asked_and_not_before(tmp_path):
 
 @pytest.mark.parametrize(("step", "rows"), [(4, [[0, 1, 2, 3, 4]]), (3, [[0, 1, 2, 3, 5]]), (3, [])])
 def test_rollouts_of_another_step_or_of_other_prompts_are_not_taken(step, rows):
-    ahead = RolloutsAhead(tiny_model())
+    ahead = BackgroundSampler(tiny_model())
     ahead.begin(3, lambda writer: ([random_rollouts()], {}))
     assert ahead.take(step, rows) is None
 
@@ -238,7 +240,7 @@ def test_a_file_that_holds_no_rollouts_is_an_error(tmp_path, content):
     file = tmp_path / "rollouts_ahead_0.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"rollouts_ahead_0\.json does not hold"):
-        RolloutsAhead(tiny_model()).load(file)
+        BackgroundSampler(tiny_model()).load(file)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,8 @@ def test_what_does_not_go_with_it_is_refused(tmp_path, settings, message):
 
 
 def test_engines_that_sample_elsewhere_may_overlap():
-    assert TransformersEngine.beside_training
-    assert VLLMServerEngine.beside_training
+    assert TransformersEngine.can.background
+    assert VLLMServerEngine.can.background
 
 
 @pytest.mark.parametrize(
@@ -281,5 +283,5 @@ def test_own_randomness_draws_what_generate_draws_from_the_processs(sampling):
     ours = model.generate(prompt, **common, do_sample=False, logits_processor=processors)
     assert torch.equal(ours, theirs)
     assert torch.equal(torch.get_rng_state(), state)
-    rollouts = engine.generate(model, prompt.tolist(), num_generations=1, sampling=sampling, seed=5)
-    assert rollouts.completion_ids == [engine._cut(row) for row in theirs[:, 3:].tolist()]
+    rollouts = engine.generate(model, prompt.tolist(), num_generations=1, sampling=sampling, seed=5).rollouts
+    assert rollouts.completion_ids == [cut_at_stop(row, [2]) for row in theirs[:, 3:].tolist()]

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from oprd.rollouts.parity import PARITY_BOUND, log_prob_gap
+from oprd.rollouts.engine import Sampled
+from oprd.rollouts.parity import PARITY_BOUND, ParityWatch, log_prob_gap
 from oprd.types import Rollouts
 from tiny import prompt_rows, tiny_model, tiny_trainer
 
@@ -39,26 +40,36 @@ def test_one_log_probability_a_token_is_wanted():
         log_prob_gap(tiny_model(), ROLLOUTS, [[0.0], [0.0, 0.0]], 100)
 
 
-@pytest.mark.parametrize("off", [0.0, 0.3])
-def test_a_run_measures_it_and_says_so(tmp_path, caplog, off):
+@pytest.mark.parametrize(("off", "family"), [(0.0, "qwen2"), (0.3, "qwen2"), (0.0, "gpt2")])
+def test_a_run_measures_it_and_says_so(tmp_path, caplog, off, family):
+    """Of a model with dropout (GPT-2) too: an engine knows none, and so is not measured with it."""
     trainer = tiny_trainer(
-        tmp_path, rows=prompt_rows(4), max_steps=3, diagnostic_steps=2, per_device_train_batch_size=2, num_generations=2
-    )
+        tmp_path, tiny_model(family), tiny_model(family, 1), rows=prompt_rows(4), max_steps=3, diagnostic_steps=2,
+        per_device_train_batch_size=2, num_generations=2,
+    )  # fmt: skip
     generate, wanted = trainer.engine.generate, []
-    trainer.engine.want_log_probs = True
 
-    def reporting(model, *arguments, **settings):
-        wanted.append(trainer.engine.want_log_probs)
-        rollouts = generate(model, *arguments, **settings)
-        trainer.engine.log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
-        return rollouts
+    def reporting(model, *arguments, want_log_probs, **settings):
+        wanted.append(want_log_probs)
+        rollouts = generate(model, *arguments, **settings).rollouts
+        log_probs = [[p + off for p in own] for own in own_log_probs(model.eval(), rollouts)]
+        return Sampled(rollouts, log_probs if want_log_probs else None)
 
     trainer.engine.generate = reporting
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [("rollout_log_prob_gap" in row) for row in rows] == wanted == [True, False, True]
     assert all(row["rollout_log_prob_gap"] == pytest.approx(off, abs=1e-5) for row in rows[::2])
-    assert caplog.text.count("what it samples is not the student") == (off > PARITY_BOUND)
+    assert caplog.text.count("it does not sample from the student") == (off > PARITY_BOUND)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_while_it_is_measured_and_as_before_after_it(training):
+    model = tiny_model("gpt2")
+    sampled = Sampled(ROLLOUTS, own_log_probs(model, ROLLOUTS))
+    model.train(training)
+    assert ParityWatch().measure(sampled, model, 100)["rollout_log_prob_gap"] == pytest.approx(0, abs=1e-5)
+    assert all(module.training is training for module in model.modules())
 
 
 def test_an_engine_that_reports_none_is_not_measured(tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,14 +21,29 @@ from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights, withou
 STEPS = 6
 
 
-def trainer_in(folder, **settings):
-    """Dropout, accumulation, sampled rollouts, a decaying schedule, and 3 batches an epoch (2 steps: 2 + 1 batches)."""
+class Noise(TrainerCallback):
+    """A user's callback that draws from the global generators, of which oprd itself makes no use: the weights show their state.
+
+    Not from Python's own, which beartype draws from in these tests.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        drawn = 3 * np.random.rand() + np.random.randn()  # an odd number of normal ones: numpy keeps a second one back
+        parameter = next(p for p in model.parameters() if p.grad is not None)
+        parameter.grad += 1e-2 * drawn * torch.rand(parameter.shape)
+
+
+def trainer_in(folder, callbacks=(), **settings):
+    """Dropout, accumulation, sampled rollouts, noise, a decaying schedule, and 3 batches an epoch (2 steps: 2 + 1 batches)."""
     defaults = {
         "rows": prompt_rows(5), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS,
         "num_generations": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2,
         "max_completion_length": 6, "weight_decay": 0.01,
     }  # fmt: skip
-    return tiny_trainer(folder, tiny_model("gpt2"), tiny_model("gpt2", 1), **{**defaults, **settings})
+    callbacks = [Noise(), *callbacks]
+    return tiny_trainer(
+        folder, tiny_model("gpt2"), tiny_model("gpt2", 1), callbacks=callbacks, **{**defaults, **settings}
+    )
 
 
 def read_jsonl(path):
@@ -219,6 +235,10 @@ def test_the_best_model_is_kept_and_loaded(tmp_path):
     assert trainer.state.best_model_checkpoint == str(whole / "checkpoint-3")
     best = load_file(whole / "checkpoint-3" / "model.safetensors")
     assert all(torch.equal(value, best[name]) for name, value in weights(trainer.model).items() if name in best)
+    # the last evaluation was of the weights of step 6, which are no longer the model's: it is evaluated again
+    scripted_evaluation(trainer, right_at=6)
+    assert trainer.evaluate_now() == trainer.evaluate_model(trainer.model).summary
+    assert trainer.evaluate_now()["avg_at_k"] == 1
     for folder in list_checkpoints(whole):
         verify(folder)
     # stopped at step 5, the best one is found again

@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from oprd.rollouts.engine import Sampling
+from oprd.config import OPRDConfig
+from oprd.rollouts.engine import EngineAbilities, RolloutEngine, Sampling
+from oprd.rollouts.engines import engine_abilities, make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from tiny import tiny_model, tiny_tokenizer
 
@@ -38,7 +40,7 @@ def greedy_by_hand(model, prompt: list[int], limit: int) -> list[int]:
 
 
 def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit():
-    rollouts = engine().generate(peaky_model(), PROMPTS, num_generations=12, sampling=Sampling(7), seed=3)
+    rollouts = engine().generate(peaky_model(), PROMPTS, num_generations=12, sampling=Sampling(7), seed=3).rollouts
     assert set(rollouts.finish_reasons) == {"stop", "length"}
     for completion, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True):
         assert not set(completion[:-1]) & set(STOPS)
@@ -47,8 +49,10 @@ def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit():
 
 
 def test_a_stop_token_in_the_last_place_counts_as_stop():
-    rollouts = engine(stops=list(range(64))).generate(
-        tiny_model(), PROMPTS, num_generations=1, sampling=Sampling(1), seed=0
+    rollouts = (
+        engine(stops=list(range(64)))
+        .generate(tiny_model(), PROMPTS, num_generations=1, sampling=Sampling(1), seed=0)
+        .rollouts
     )
     assert rollouts.completion_lengths == [1] * 5
     assert set(rollouts.finish_reasons) == {"stop"}
@@ -58,8 +62,10 @@ def test_a_stop_token_in_the_last_place_counts_as_stop():
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_greedy_equals_a_loop_of_full_forwards_for_any_batch_size(family, batch_size):
     model = tiny_model(family)
-    rollouts = engine(batch_size).generate(
-        model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=0
+    rollouts = (
+        engine(batch_size)
+        .generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=0)
+        .rollouts
     )
     assert list(rollouts.completion_ids) == [greedy_by_hand(model, prompt, 8) for prompt in PROMPTS]
     assert list(rollouts.prompt_ids) == PROMPTS
@@ -71,7 +77,7 @@ def test_text_leaves_special_tokens_out():
 
     model = tiny_model()
     model.generate = lambda input_ids, **kwargs: torch.tensor([[*input_ids[0].tolist(), *completion, 0, 0]])
-    rollouts = engine(stops=[2]).generate(model, [[5]], num_generations=1, sampling=Sampling(9), seed=0)
+    rollouts = engine(stops=[2]).generate(model, [[5]], num_generations=1, sampling=Sampling(9), seed=0).rollouts
     assert rollouts.completion_ids[0] == completion
     assert rollouts.texts == ["12="]
 
@@ -80,7 +86,9 @@ def test_sampling_depends_on_the_seed_alone():
     model, sampling = peaky_model(), Sampling(8)
 
     def sample(seed):
-        return engine().generate(model, PROMPTS, num_generations=2, sampling=sampling, seed=seed).completion_ids
+        return (
+            engine().generate(model, PROMPTS, num_generations=2, sampling=sampling, seed=seed).rollouts.completion_ids
+        )
 
     first = sample(1)
     assert sample(2) != first
@@ -95,7 +103,8 @@ def test_random_state_mode_and_generation_config_are_left_alone(training):
     # not Python's generator: the type checker of the test run draws from it
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     twice = [
-        engine().generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=5) for _ in "ab"
+        engine().generate(model, PROMPTS, num_generations=1, sampling=Sampling(8, temperature=0), seed=5).rollouts
+        for _ in "ab"
     ]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
@@ -122,8 +131,10 @@ def test_everything_is_put_back_after_an_error():
 
 def distance_to_softmax(model, sampling: Sampling, samples: int = 4000) -> float:
     """Total variation between the sampled first tokens and the model's own distribution."""
-    rollouts = engine(batch_size=samples).generate(
-        model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11
+    rollouts = (
+        engine(batch_size=samples)
+        .generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11)
+        .rollouts
     )
     tokens = torch.tensor([completion[0] for completion in rollouts.completion_ids])
     frequency = torch.bincount(tokens, minlength=VOCABULARY) / samples
@@ -152,15 +163,17 @@ def test_the_measure_of_leaks_sees_them():
 
 
 def test_generations_lie_prompt_after_prompt():
-    rollouts = engine(batch_size=3).generate(
-        peaky_model(), PROMPTS, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30, 40, 50]
+    rollouts = (
+        engine(batch_size=3)
+        .generate(peaky_model(), PROMPTS, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30, 40, 50])
+        .rollouts
     )
     assert list(rollouts.prompt_ids) == [prompt for prompt in PROMPTS for _ in range(3)]
     assert list(rollouts.rows) == [row for row in (10, 20, 30, 40, 50) for _ in range(3)]
     assert len({tuple(c) for c in rollouts.completion_ids[:3]}) > 1
-    assert list(engine().generate(peaky_model(), PROMPTS, num_generations=1, sampling=Sampling(2), seed=0).rows) == [
-        *range(5)
-    ]
+    assert list(
+        engine().generate(peaky_model(), PROMPTS, num_generations=1, sampling=Sampling(2), seed=0).rollouts.rows
+    ) == [*range(5)]
 
 
 def test_a_lora_model_samples_with_its_adapter():
@@ -168,8 +181,8 @@ def test_a_lora_model_samples_with_its_adapter():
     torch.manual_seed(4)
     lora = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
     sampling = Sampling(8, temperature=0)
-    adapted = engine().generate(lora, PROMPTS, num_generations=1, sampling=sampling, seed=0).completion_ids
-    plain = engine().generate(base, PROMPTS, num_generations=1, sampling=sampling, seed=0).completion_ids
+    adapted = engine().generate(lora, PROMPTS, num_generations=1, sampling=sampling, seed=0).rollouts.completion_ids
+    plain = engine().generate(base, PROMPTS, num_generations=1, sampling=sampling, seed=0).rollouts.completion_ids
     merged = lora.merge_and_unload()
     assert list(adapted) == [greedy_by_hand(merged, prompt, 8) for prompt in PROMPTS]
     assert list(adapted) != list(plain)
@@ -183,3 +196,77 @@ def test_what_is_not_allowed_is_named():
     for bad in ({"max_completion_length": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**{"max_completion_length": 4, **bad})
+
+
+class UsersEngine:
+    """A user's engine that lacks nothing."""
+
+    can = EngineAbilities(background=True)
+
+    def __init__(self, tokenizer, stop_token_ids, batch_size=64, *, depth=1):
+        self.pad_token_id, self.stop_token_ids, self.depth = 0, list(stop_token_ids), depth
+
+    def generate(self, model, prompt_ids, **settings):
+        raise NotImplementedError
+
+
+class Unfinished:
+    """A user's class without `can` and without ids."""
+
+    def __init__(self, tokenizer, stop_token_ids, **kwargs):
+        pass
+
+    def generate(self, model, prompt_ids, **settings):
+        raise NotImplementedError
+
+
+def odd(tokenizer, stop_token_ids, batch_size):
+    engine = UsersEngine(tokenizer, stop_token_ids)
+    engine.can = {"background": True}
+    return engine
+
+
+NOT_CALLABLE = 3
+
+
+def test_engines_by_name():
+    made = make_engine("transformers", tiny_tokenizer(), STOPS, batch_size=3)
+    assert isinstance(made, TransformersEngine)
+    assert made.batch_size == 3
+    own = make_engine(f"{__name__}:UsersEngine", tiny_tokenizer(), STOPS, batch_size=3, depth=2)
+    assert isinstance(own, UsersEngine)
+    assert own.depth == 2
+    assert isinstance(own, RolloutEngine)
+    assert engine_abilities("transformers") == EngineAbilities(background=True)
+    assert engine_abilities(f"{__name__}:UsersEngine") == EngineAbilities(background=True)
+    assert engine_abilities(f"{__name__}:Unfinished") == EngineAbilities()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("transformer", {}, "'transformer' is not one of transformers, .*Did you mean 'transformers'"),
+        ("transformers", {"depth": 2}, r"'transformers' cannot be called with .*'depth'; .*rollout_engine_kwargs"),
+        ("HERE:UsersEngine", {"width": 2}, "UsersEngine' cannot be called with .*'width'"),
+        ("HERE:Unfinished", {}, "makes a Unfinished that lacks can, pad_token_id, stop_token_ids; an engine needs"),
+        ("HERE:odd", {}, "makes a UsersEngine that has a `generate` or `can` of another type; an engine needs"),
+        ("HERE:NOT_CALLABLE", {}, "is 3; it must be a class"),
+        ("HERE:absent", {}, "has no attribute 'absent'"),
+    ],
+)
+def test_what_is_no_engine_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=f"rollout_engine: .*{message}"):
+        make_engine(name.replace("HERE", __name__), tiny_tokenizer(), STOPS, batch_size=2, **settings)
+
+
+def test_the_setting_takes_a_name_of_ones_own(tmp_path):
+    def config(name, **settings):
+        return OPRDConfig(str(tmp_path), rollout_engine=name, report_to="none", use_cpu=True, **settings)
+
+    assert config(f"{__name__}:UsersEngine", overlap_rollouts=True).rollout_engine == f"{__name__}:UsersEngine"
+    with pytest.raises(ValueError, match=r"rollout_engine: 'no_such_module:X' needs the module no_such_module"):
+        config("no_such_module:X")
+    with pytest.raises(
+        ValueError, match=r"overlap_rollouts: not with rollout_engine=.*:Unfinished, which cannot sample in"
+    ):
+        config(f"{__name__}:Unfinished", overlap_rollouts=True)

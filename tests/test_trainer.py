@@ -36,7 +36,7 @@ ADAM = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_g
 def scripted_rollouts(prompts: list[str], num_generations: int = 1) -> Rollouts:
     """What `scripted=True` gives a trainer for these prompts."""
     ids = [tiny_tokenizer()(prompt)["input_ids"] for prompt in prompts]
-    return scripted_generate(None, ids, num_generations=num_generations, sampling=Sampling(9), seed=0)
+    return scripted_generate(None, ids, num_generations=num_generations, sampling=Sampling(9), seed=0).rollouts
 
 
 def reference_loss(
@@ -270,7 +270,13 @@ def test_metrics_are_what_happened(tmp_path):
     trainer.engine.stop_token_ids = [2, *range(10, 22)]
     seen: list[Rollouts] = []
     generate = trainer.engine.generate
-    trainer.engine.generate = lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1]
+
+    def watched(*args, **kwargs):
+        sampled = generate(*args, **kwargs)
+        seen.append(sampled.rollouts)
+        return sampled
+
+    trainer.engine.generate = watched
     asked: list[tuple[list[str], list[str]]] = []
 
     class Grader(FunctionGrader):
@@ -490,6 +496,18 @@ def test_rollouts_differ_from_step_to_step_and_between_accumulated_batches(tmp_p
     trainer.engine.generate = lambda *a, **k: seeds.append(k["seed"]) or generate(*a, **k)
     trainer.train()
     assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_rollouts_of_the_same_step_differ_from_process_to_process(tmp_path):
+    seeds = {}
+    for rank in (0, 1):
+        trainer = tiny_trainer(tmp_path / str(rank), max_steps=2)
+        for state in (trainer.args.distributed_state, trainer.accelerator.state):
+            state.process_index = rank
+        own, generate = seeds.setdefault(rank, []), trainer.engine.generate
+        trainer.engine.generate = lambda *a, own=own, generate=generate, **k: own.append(k["seed"]) or generate(*a, **k)
+        trainer.train()
+    assert len({*seeds[0], *seeds[1]}) == len([*seeds[0], *seeds[1]]) == 4
 
 
 def test_ddp_may_not_look_for_unused_parameters(tmp_path):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import EngineAbilities, Sampling
 from oprd.rollouts.engines import ENGINES
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
@@ -38,11 +38,13 @@ def peaky_model(family: str = "qwen2", **overrides):
 
 def greedy_of_reference(model) -> list[list[int]]:
     reference = TransformersEngine(tiny_tokenizer(), STOPS)
-    return list(reference.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids)
+    return list(reference.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).rollouts.completion_ids)
 
 
 def greedy(model, **settings) -> list[list[int]]:
-    return list(engine(**settings).generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids)
+    return list(
+        engine(**settings).generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).rollouts.completion_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,9 +88,9 @@ def test_sizes_do_not_change_greedy_completions(settings):
 
 def test_weights_are_those_of_the_moment():
     model, sampler = tiny_model(), engine()
-    before = sampler.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids
+    before = sampler.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).rollouts.completion_ids
     model.load_state_dict(tiny_model(seed=7).state_dict())
-    after = sampler.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids
+    after = sampler.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).rollouts.completion_ids
     assert list(after) == greedy_of_reference(tiny_model(seed=7)) != list(before)
 
 
@@ -100,7 +102,11 @@ def test_an_adapter_is_part_of_the_student():
 
 
 def first_tokens(model, sampling: Sampling, samples: int = 1500) -> torch.Tensor:
-    rollouts = engine(batch_size=500).generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11)
+    rollouts = (
+        engine(batch_size=500)
+        .generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11)
+        .rollouts
+    )
     return torch.bincount(torch.tensor([c[0] for c in rollouts.completion_ids]), minlength=64)
 
 
@@ -152,14 +158,18 @@ def test_padding_rows_are_never_sampled(temperature):
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = 100 * model.lm_head.weight[:VOCABULARY].mean(0)
         model.lm_head.weight[VOCABULARY + 1 :] *= -1  # one of the two wins wherever the state points
-    rollouts = engine().generate(
-        model, PROMPTS, num_generations=4, sampling=Sampling(6, temperature=temperature), seed=0
+    rollouts = (
+        engine()
+        .generate(model, PROMPTS, num_generations=4, sampling=Sampling(6, temperature=temperature), seed=0)
+        .rollouts
     )
     assert max(token for completion in rollouts.completion_ids for token in completion) < VOCABULARY
 
 
 def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit():
-    rollouts = engine(batch_size=9).generate(peaky_model(), PROMPTS, num_generations=8, sampling=Sampling(7), seed=3)
+    rollouts = (
+        engine(batch_size=9).generate(peaky_model(), PROMPTS, num_generations=8, sampling=Sampling(7), seed=3).rollouts
+    )
     assert set(rollouts.finish_reasons) == {"stop", "length"}
     for completion, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True):
         assert not set(completion[:-1]) & set(STOPS)
@@ -173,15 +183,21 @@ def test_only_the_runs_stops_end_a_completion():
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens alike: greedy takes id 0
     model.config.eos_token_id = model.generation_config.eos_token_id = 0
-    rollouts = engine(stops=[3]).generate(model, [[5]], num_generations=1, sampling=Sampling(5, temperature=0), seed=0)
+    rollouts = (
+        engine(stops=[3])
+        .generate(model, [[5]], num_generations=1, sampling=Sampling(5, temperature=0), seed=0)
+        .rollouts
+    )
     assert list(rollouts.completion_ids) == [[0] * 5]
     assert list(rollouts.finish_reasons) == ["length"]
 
 
 def test_generations_lie_prompt_after_prompt():
     prompts = PROMPTS[:3]
-    rollouts = engine(batch_size=4).generate(
-        peaky_model(), prompts, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30]
+    rollouts = (
+        engine(batch_size=4)
+        .generate(peaky_model(), prompts, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30])
+        .rollouts
     )
     assert list(rollouts.prompt_ids) == [prompt for prompt in prompts for _ in range(3)]
     assert list(rollouts.rows) == [row for row in (10, 20, 30) for _ in range(3)]
@@ -195,7 +211,7 @@ def test_sampling_depends_on_the_seed_alone():
         return list(
             engine(batch_size=5)
             .generate(model, PROMPTS, num_generations=2, sampling=Sampling(8), seed=seed)
-            .completion_ids
+            .rollouts.completion_ids
         )
 
     first = sample(2**55 + 1)
@@ -301,7 +317,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
             greedy(model, **settings)
 
     refused(tiny_model(), "num_blocks: 3 pages of 8 tokens are too few.*49 tokens: at least 7", num_blocks=3)
-    refused(EchoModel(EchoConfig()), "is not supported for EchoModel; it takes decoders")
+    refused(EchoModel(EchoConfig()), "is not supported for EchoModel; it supports decoders")
     odd = tiny_model()
     odd.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     refused(odd, "Qwen2ForCausalLM with layers linear_attention")
@@ -310,7 +326,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
     refused(flex, "attn_implementation='flex_attention'; sdpa, eager")
     held = tiny_model()
     held._cached_continuous_batching_manager = object()
-    refused(held, "holds a manager already")
+    refused(held, "already holds a manager")
     monkeypatch.setattr("oprd.rollouts.transformers_continuous.is_sharded", lambda model: True)
     refused(tiny_model(), "a sharded model .fully_shard: true.; set rollout_engine: transformers")
 
@@ -333,7 +349,7 @@ def test_a_run_with_it(tmp_path):
     assert not torch.equal(trainer.model.state_dict()["model.layers.0.mlp.up_proj.weight"], before)
 
 
-def test_it_is_not_offered_beside_training(tmp_path):
-    assert not ENGINES["transformers_continuous"].beside_training
+def test_it_cannot_sample_in_the_background(tmp_path):
+    assert ENGINES["transformers_continuous"].can == EngineAbilities()
     with pytest.raises(ValueError, match="overlap_rollouts: not with rollout_engine=transformers_continuous"):
         tiny_trainer(tmp_path, rollout_engine="transformers_continuous", overlap_rollouts=True)

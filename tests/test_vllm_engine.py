@@ -53,7 +53,7 @@ def model_with(seed: int = 0, sharpness: float = 1, **overrides):
 
 
 def greedy(engine, model) -> list[list[int]]:
-    return list(engine.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids)
+    return list(engine.generate(model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).rollouts.completion_ids)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_nothing_cached_outlives_the_weights(engine):
     for seed in (0, 1):
         model = model_with(seed, max_position_embeddings=400)
         ours, theirs = (
-            e.generate(model, long, num_generations=2, sampling=GREEDY, seed=0) for e in (engine, reference)
+            e.generate(model, long, num_generations=2, sampling=GREEDY, seed=0).rollouts for e in (engine, reference)
         )
         assert ours == theirs
 
@@ -107,7 +107,7 @@ def test_nothing_cached_outlives_the_weights(engine):
 @needs_vllm
 def test_stop_tokens_are_the_given_ones_and_part_of_the_completion(engine):
     model = model_with(sharpness=10)
-    rollouts = engine.generate(model, PROMPTS, num_generations=30, sampling=Sampling(7), seed=3)
+    rollouts = engine.generate(model, PROMPTS, num_generations=30, sampling=Sampling(7), seed=3).rollouts
     assert set(rollouts.finish_reasons) == {"stop", "length"}
     for completion, reason in zip(rollouts.completion_ids, rollouts.finish_reasons, strict=True):
         assert not set(completion[:-1]) & set(STOPS)
@@ -122,7 +122,7 @@ def test_generations_lie_prompt_after_prompt(engine):
     model = model_with(sharpness=10)
     rollouts = engine.generate(
         model, PROMPTS, num_generations=3, sampling=Sampling(6), seed=0, rows=[10, 20, 30, 40, 50]
-    )
+    ).rollouts
     assert list(rollouts.prompt_ids) == [prompt for prompt in PROMPTS for _ in range(3)]
     assert list(rollouts.rows) == [row for row in (10, 20, 30, 40, 50) for _ in range(3)]
     assert len({tuple(c) for c in rollouts.completion_ids[:3]}) > 1
@@ -133,7 +133,7 @@ def test_sampling_depends_on_the_seed_alone(engine):
     model = model_with(sharpness=10)
 
     def sample(seed):
-        rollouts = engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(8), seed=seed)
+        rollouts = engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(8), seed=seed).rollouts
         return list(rollouts.completion_ids)
 
     first = sample(1)
@@ -162,7 +162,7 @@ def test_the_process_is_left_as_it_was():
 
 def distance_to_softmax(engine, model, sampling: Sampling, samples: int = 3000) -> float:
     """Total variation between the sampled first tokens and the model's own distribution."""
-    rollouts = engine.generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11)
+    rollouts = engine.generate(model, [[5, 6, 7]], num_generations=samples, sampling=sampling, seed=11).rollouts
     tokens = torch.tensor([completion[0] for completion in rollouts.completion_ids])
     with torch.no_grad():
         probability = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1, :KNOWN].softmax(-1)
@@ -197,14 +197,14 @@ def test_an_adapter_model_samples_with_its_adapter_and_without_when_it_is_off(en
 def test_another_architecture_takes_the_engines_place_and_the_same_one_shares_it(engine):
     first = model_with()
     expected = greedy(engine, first)
-    running = engine._running
+    running = engine.running
     second = model_with(seed=1)
     second.config.use_cache, second.config.eos_token_id = False, 9
     assert_greedy(greedy(engine, second), second)
-    assert engine._running is running
+    assert engine.running is running
     deeper = model_with(num_hidden_layers=5, vocab_size=80)
     assert_greedy(greedy(engine, deeper), deeper)
-    assert engine._running is not running
+    assert engine.running is not running
     assert greedy(engine, first) == expected
 
 
@@ -212,17 +212,17 @@ def test_another_architecture_takes_the_engines_place_and_the_same_one_shares_it
 def test_the_dtype_is_the_students_or_the_one_asked_for(engine):
     half = model_with().to(torch.bfloat16)
     expected = greedy(engine, half)
-    assert engine._running.model_config.dtype is torch.bfloat16
+    assert engine.running.model_config.dtype is torch.bfloat16
     asked = VLLMEngine(tiny_tokenizer(), STOPS, dtype="bfloat16")
     assert greedy(asked, half.float()) == expected
-    assert engine._running.model_config.dtype is torch.bfloat16
+    assert engine.running.model_config.dtype is torch.bfloat16
 
 
 @needs_vllm
 def test_an_interrupted_call_leaves_nothing_behind(engine):
     model = model_with()
     expected = greedy(engine, model)
-    vllm_engine = engine._running.llm_engine
+    vllm_engine = engine.running.llm_engine
     step = vllm_engine.step
 
     def interrupted():
@@ -249,10 +249,8 @@ def test_a_trainer_runs_on_it(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert any(not torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
-    generate = trainer.engine.generate
-    sampled = generate(trainer.model, PROMPTS, num_generations=1, sampling=GREEDY, seed=0).completion_ids
     reference = TransformersEngine(tiny_tokenizer(), trainer.engine.stop_token_ids)
-    assert list(sampled) == greedy(reference, trainer.model)
+    assert greedy(trainer.engine, trainer.model) == greedy(reference, trainer.model)
 
 
 TWO_PROCESSES = """

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import vllm_ranks_script
 from fake_vllm import FakeVLLM
 from oprd.models.loading import load_model, load_tokenizer
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.rollouts.vllm.engine import VLLMEngine
 from oprd.rollouts.vllm.server import VLLMServerEngine
@@ -50,9 +50,9 @@ def engine_for(fake, folder, **settings) -> VLLMServerEngine:
 
 
 def sample(engine, model, seed=0, **settings):
-    return list(
-        engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(6, **settings), seed=seed).completion_ids
-    )
+    sampled = engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(6, **settings), seed=seed)
+    assert sampled.log_probs is None
+    return list(sampled.rollouts.completion_ids)
 
 
 def test_each_generate_sends_the_weights_first_and_asks_for_every_completion(fake, tmp_path):
@@ -77,7 +77,8 @@ def test_each_generate_sends_the_weights_first_and_asks_for_every_completion(fak
         model.lm_head.weight.add_(0.5)
     assert sample(engine, model) != first
     assert engine.pushes == 4
-    assert engine.log_probs[0] == [-0.5 * i for i in sample(engine, model)[0]]
+    sampled = engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(6), seed=0, want_log_probs=True)
+    assert sampled.log_probs == [[-0.5 * i for i in ids] for ids in sampled.rollouts.completion_ids]
     assert [p.name for p in tmp_path.iterdir()] == ["start"]  # only what a server starts from is kept
 
 
@@ -179,6 +180,22 @@ def test_answers_without_a_label_or_cut_short_are_not_used(fake, tmp_path):
             sample(engine_for(fake, tmp_path, retries=0), model_with())
 
 
+@pytest.mark.parametrize("first", ["former", "current"])
+def test_a_completion_that_two_sets_of_weights_drew_is_not_used(fake, tmp_path, first):
+    """As a server answers when its weights change within a completion."""
+
+    def respond(body):
+        answer = fake.completion(body)
+        versions = [fake.version, "before"] if first == "current" else ["before", fake.version]
+        spans = [{"version": v, "start": 3 * i, "end": 3 * i + 3} for i, v in enumerate(versions)]
+        answer["choices"][0]["weight_versions"] = spans
+        return 200, answer
+
+    fake.fail["/inference/v1/generate"] = respond
+    with pytest.raises(ConnectionError, match=r"lost 1 times.*other weights than"):
+        sample(engine_for(fake, tmp_path, retries=0), model_with())
+
+
 def test_what_a_server_refuses_is_said_with_a_remedy(fake, tmp_path):
     fake.fail["/weight_info"] = (404, {"detail": "Not Found"})
     with pytest.raises(ValueError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
@@ -257,10 +274,10 @@ def test_a_trainer_samples_from_each_steps_weights(fake, tmp_path, overlap):
 
 
 @torch.no_grad()
-def parity(model, rollouts, log_probs, top: int | None = None) -> torch.Tensor:
+def parity(model, sampled) -> torch.Tensor:
     """|server's − student's| log-probability of every sampled token."""
-    gaps = []
-    for prompt, completion, theirs in zip(rollouts.prompt_ids, rollouts.completion_ids, log_probs, strict=True):
+    gaps, rollouts = [], sampled.rollouts
+    for prompt, completion, theirs in zip(rollouts.prompt_ids, rollouts.completion_ids, sampled.log_probs, strict=True):
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
         own = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
         assert len(theirs) == len(completion)
@@ -268,9 +285,11 @@ def parity(model, rollouts, log_probs, top: int | None = None) -> torch.Tensor:
     return torch.cat(gaps)
 
 
-def pair_rollouts(engine, model, tokenizer, sampling, count=2):
+def pair_sampled(engine, model, tokenizer, sampling, count=2, want_log_probs=True):
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in ("12345+67890=", "11111+22222=")]
-    return engine.generate(model, prompts, num_generations=count, sampling=sampling, seed=5)
+    return engine.generate(
+        model, prompts, num_generations=count, sampling=sampling, seed=5, want_log_probs=want_log_probs
+    )
 
 
 @needs_vllm
@@ -278,23 +297,22 @@ def pair_rollouts(engine, model, tokenizer, sampling, count=2):
 def test_in_process_log_probs_are_the_students(temperature):
     model, tokenizer = load_model("embedded:tiny/student", dtype="float32"), load_tokenizer("embedded:tiny/student")
     engine = VLLMEngine(tokenizer, [tokenizer.eos_token_id])
-    rollouts = pair_rollouts(engine, model, tokenizer, Sampling(12, temperature=temperature), 8)
-    assert parity(model, rollouts, engine.log_probs).max() < 1e-3
+    sampled = pair_sampled(engine, model, tokenizer, Sampling(12, temperature=temperature), 8)
+    assert parity(model, sampled).max() < 1e-3
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-    assert parity(model, rollouts, engine.log_probs).mean() > 1e-2  # other weights show
+    assert parity(model, sampled).mean() > 1e-2  # other weights show
 
 
 @needs_vllm
 def test_the_same_tokens_without_log_probs():
     model, tokenizer = load_model("embedded:tiny/student", dtype="float32"), load_tokenizer("embedded:tiny/student")
     engine = VLLMEngine(tokenizer, [tokenizer.eos_token_id])
-    with_them = pair_rollouts(engine, model, tokenizer, Sampling(12), 8)
-    assert engine.log_probs
-    engine.want_log_probs = False
-    assert pair_rollouts(engine, model, tokenizer, Sampling(12), 8) == with_them
-    assert engine.log_probs == []
+    with_them = pair_sampled(engine, model, tokenizer, Sampling(12), 8)
+    assert with_them.log_probs
+    without = pair_sampled(engine, model, tokenizer, Sampling(12), 8, want_log_probs=False)
+    assert without == Sampled(with_them.rollouts)
 
 
 class Served:
@@ -363,17 +381,18 @@ def test_a_real_server_follows_the_weights_and_survives_being_killed(served, tie
         lora = lora_of(model_with())
         assert greedy(engine, lora) == greedy(reference, lora)
         return
-    sampled = engine.generate(model, PROMPTS, num_generations=4, sampling=Sampling(8), seed=3)
-    assert parity(model, sampled, engine.log_probs).max() < 1e-3
+    how = {"num_generations": 4, "sampling": Sampling(8), "seed": 3, "want_log_probs": True}
+    sampled = engine.generate(model, PROMPTS, **how)
+    assert parity(model, sampled).max() < 1e-3
     served.kill()
     impatient = real_engine(served, tiny_tokenizer(), STOPS, f"tied-{tied}")
     impatient.wait = 1
-    with pytest.raises(ConnectionError, match="no vLLM server has taken the weights within 1 s"):
+    with pytest.raises(ConnectionError, match="no vLLM server has loaded the weights within 1 s"):
         greedy(impatient, model)
     served.start(engine.start_command())
     pushes = engine.pushes
-    again = engine.generate(model, PROMPTS, num_generations=4, sampling=Sampling(8), seed=3)
-    assert again == sampled
+    again = engine.generate(model, PROMPTS, **how)
+    assert again.rollouts == sampled.rollouts
     assert engine.pushes == pushes + 1
 
 
@@ -409,10 +428,10 @@ def test_smollm2_by_a_real_server_has_the_students_log_probs(served):
     engine = real_engine(served, tokenizer, [tokenizer.eos_token_id], "smollm2")
     write_weights(model, engine.weights_dir, "unused", None)
     served.start(engine.start_command() + " --max-model-len 256")
-    rollouts = pair_rollouts(engine, model, tokenizer, Sampling(24))
-    assert parity(model, rollouts, engine.log_probs).max() < 5e-3
+    sampled = pair_sampled(engine, model, tokenizer, Sampling(24))
+    assert parity(model, sampled).max() < 5e-3
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.02)
-    after = pair_rollouts(engine, model, tokenizer, Sampling(24))
-    assert parity(model, after, engine.log_probs).max() < 5e-3
-    assert after.completion_ids != rollouts.completion_ids
+    after = pair_sampled(engine, model, tokenizer, Sampling(24))
+    assert parity(model, after).max() < 5e-3
+    assert after.rollouts.completion_ids != sampled.rollouts.completion_ids

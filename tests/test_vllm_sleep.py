@@ -70,7 +70,7 @@ def llm(monkeypatch):
     monkeypatch.setattr(RecordedLLM, "calls", [])
     monkeypatch.setattr(RecordedLLM, "failing", set())
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=RecordedLLM, SamplingParams=dict))
-    for name, value in {"_running": None, "_served": None, "_asleep": False}.items():
+    for name, value in {"running": None, "_served": None, "_asleep": False}.items():
         monkeypatch.setattr(VLLMEngine, name, value)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(type(tiny_model()), "device", property(lambda model: torch.device("cuda", 0)))
@@ -82,7 +82,7 @@ def engine(**settings) -> VLLMEngine:
 
 
 def completions(sampler: VLLMEngine, model) -> list[list[int]]:
-    rollouts = sampler.generate(model, [[5, 6], [7]], num_generations=1, sampling=Sampling(4), seed=0)
+    rollouts = sampler.generate(model, [[5, 6], [7]], num_generations=1, sampling=Sampling(4), seed=0).rollouts
     return list(rollouts.completion_ids)
 
 

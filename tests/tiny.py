@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from oprd.rollouts.engine import Sampled
 from oprd.types import Rollouts
 
 _LLAMA_LIKE = {
@@ -127,8 +128,10 @@ def prompt_rows(count: int = 4) -> list[dict[str, str]]:
     return [{"prompt": prompt} for prompt in PROMPTS[:count]]
 
 
-def scripted_generate(model, prompt_ids, *, num_generations, sampling, seed, rows=None) -> Rollouts:
-    """Stands in for an engine's `generate`: completions that are a function of the prompt and nothing else."""
+def scripted_generate(
+    model, prompt_ids, *, num_generations, sampling, seed, rows=None, want_log_probs=False
+) -> Sampled:
+    """Replaces an engine's `generate`: completions depend on the prompt alone."""
     row_names = list(rows) if rows is not None else list(range(len(prompt_ids)))
     prompts, completions, owners = [], [], []
     for row, prompt in zip(row_names, prompt_ids, strict=True):
@@ -138,7 +141,7 @@ def scripted_generate(model, prompt_ids, *, num_generations, sampling, seed, row
             completions.append(torch.randint(3, 45, (length,), generator=generator).tolist())
             prompts.append(list(prompt))
             owners.append(row)
-    return Rollouts(prompts, completions, ["length"] * len(prompts), [""] * len(prompts), owners)
+    return Sampled(Rollouts(prompts, completions, ["length"] * len(prompts), [""] * len(prompts), owners))
 
 
 def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, rows=None, **settings):

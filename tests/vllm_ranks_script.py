@@ -30,9 +30,8 @@ def engine_for(url: str, folder, **settings) -> VLLMServerEngine:
 def sample(engine, model, rank: int) -> list[list[int]]:
     """What a rank asks for, in one process or in two."""
     sampling = Sampling(6)
-    return list(
-        engine.generate(model, PROMPTS[rank], num_generations=2, sampling=sampling, seed=10 + rank).completion_ids
-    )
+    sampled = engine.generate(model, PROMPTS[rank], num_generations=2, sampling=sampling, seed=10 + rank)
+    return list(sampled.rollouts.completion_ids)
 
 
 @torch.no_grad()
@@ -66,9 +65,9 @@ def trained(url: str, out: Path) -> dict:
 
     def watched(model, *arguments, **settings):
         totals.append(total_of(model))
-        rollouts = generate(model, *arguments, **settings)
-        completions.append([*rollouts.completion_ids])
-        return rollouts
+        sampled = generate(model, *arguments, **settings)
+        completions.append([*sampled.rollouts.completion_ids])
+        return sampled
 
     trainer.engine.generate = watched
     trainer.train()

@@ -64,7 +64,9 @@ def _along_training(seed: int, steps: tuple[int, ...], draws: int, batches: int)
 
     def sample(number: int) -> Rollouts:
         chosen = order.sample(prompts, BATCH)
-        return engine.generate(student, chosen, num_generations=1, sampling=Sampling(64), seed=1000 * seed + number)
+        return engine.generate(
+            student, chosen, num_generations=1, sampling=Sampling(64), seed=1000 * seed + number
+        ).rollouts
 
     for step in range(max(steps) + 1):
         if step in steps:

@@ -85,7 +85,7 @@ def own_states(model: nn.Module, tokenizer: Any, tokens: int) -> Tensor:
     """`[N, D]`: states after the final norm at the tokens that the model writes itself after each of the prompts."""
     engine = TransformersEngine(tokenizer, stop_token_ids(model, tokenizer))
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    rollouts = engine.generate(model, prompts, num_generations=1, sampling=Sampling(tokens), seed=0)
+    rollouts = engine.generate(model, prompts, num_generations=1, sampling=Sampling(tokens), seed=0).rollouts
     return capture_states(model, rollouts, "last").values[0]
 
 
@@ -163,7 +163,7 @@ def left_over(name: str, seed: int, work: Work) -> dict[str, float]:
     assert problems is not None
     prompts = [tokenizer(row.prompt)["input_ids"] for row in problems(16 if work.quick else 128, seed, "test")]
     engine = TransformersEngine(tokenizer, stop_token_ids(student, tokenizer))
-    rollouts = engine.generate(student, prompts, num_generations=1, sampling=Sampling(64), seed=seed)
+    rollouts = engine.generate(student, prompts, num_generations=1, sampling=Sampling(64), seed=seed).rollouts
     own_ND, their_ND = (capture_states(model, rollouts, "last").values[0] for model in (student, teacher))
     values_D, vectors_DD = directions(student)
     seen = int((values_D.square() > values_D[0].square() * 1e-10).sum())

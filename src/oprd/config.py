@@ -17,7 +17,7 @@ from oprd.objectives.reduction import Reduction
 from oprd.objectives.schedules import check_weight, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
-from oprd.rollouts.engines import ENGINES
+from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.tasks.task import TASKS, get_task
@@ -101,7 +101,9 @@ class OPRDConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 1 is on-policy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
-    rollout_engine: str = field(default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}."))
+    rollout_engine: str = field(
+        default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
+    )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
     )
@@ -223,12 +225,11 @@ class OPRDConfig(TrainingArguments):
             "per_device_train_batch_size", "gradient_accumulation_steps",
         ):  # fmt: skip
             _check_at_least_one(self, name)
-        if self.rollout_engine not in ENGINES:
-            raise ValueError(f"rollout_engine: {self.rollout_engine!r} is not one of {', '.join(ENGINES)}")
+        abilities = engine_abilities(self.rollout_engine)
         if self.task is not None:
             get_task(self.task)
         if self.overlap_rollouts:
-            _check_overlap(self, getattr(ENGINES[self.rollout_engine], "beside_training", False))
+            _check_overlap(self, abilities.background)
         # Built once here so that a bad sampling value stops the run before any model is loaded.
         _ = self.sampling, self.eval_sampling
 
@@ -294,7 +295,11 @@ class OPRDConfig(TrainingArguments):
     def compared_positions(self) -> ComparedPositions:
         """The response positions at which the two models are compared."""
         return ComparedPositions(
-            self.positions, self.position_k, self.output_positions, self.output_position_k, self.end_of_turn,  # type: ignore[arg-type]
+            self.positions,
+            self.position_k,
+            self.output_positions,
+            self.output_position_k,
+            self.end_of_turn,  # type: ignore[arg-type]
         )
 
     @property
@@ -378,8 +383,6 @@ def _check_terms(config: Any) -> None:
         )
 
 
-
-
 def _check_writer(config: Any) -> None:
     """Whose rollouts a loss can be learnt from."""
     if not 0 <= config.lmbda <= 1:
@@ -406,7 +409,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
 
     Args:
         config: the settings, with `overlap_rollouts` on.
-        engine_can: whether the rollout engine may sample in another thread than the one that trains.
+        engine_can: whether the rollout engine may sample in another thread during the update (`can.background`).
 
     Raises:
         ValueError: names the key, the value, what is allowed.
@@ -427,8 +430,8 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
         )
     if not engine_can:
         raise ValueError(
-            f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which samples on the device that trains and in "
-            "its process; take transformers or vllm_server"
+            f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which cannot sample in another thread during the "
+            "update (can.background of its class is False); set it to transformers or vllm_server, or overlap_rollouts to false"
         )
 
 

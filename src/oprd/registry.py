@@ -74,7 +74,7 @@ def resolve_with_arguments(key: str, entry: Any, known: Mapping[str, T]) -> tupl
         name, arguments = entry.get("use"), {k: v for k, v in entry.items() if k != "use"}
     if not isinstance(name, str) or not all(isinstance(k, str) for k in arguments):
         raise ValueError(
-            f"{key}: {entry!r} is not a name nor a mapping {{use: name, argument: value, …}}; name is one of {', '.join(known)}, or "
-            "module:attribute of your own code"
+            f"{key}: {entry!r} is neither a name nor a mapping {{use: name, argument: value, …}}; "
+            f"name is one of {', '.join(known)}, or module:attribute of your own code"
         )
     return resolve_object(key, name, known), arguments

@@ -174,8 +174,10 @@ def load_pair(
         for name, dtype in ((student, torch.float32), (teacher, teacher_dtype))
     )
     rendering = rendering or TeacherPromptSettings()
-    aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)  # type: ignore[arg-type]
-    return ModelPair(own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering)
+    aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)
+    return ModelPair(
+        own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering
+    )
 
 
 def prepare(
@@ -301,7 +303,7 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
         set_seed(args.seed)  # the adapter's random start belongs to "same config, same weights"
-        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        model = get_peft_model(model, peft_config)
     frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
@@ -383,9 +385,10 @@ def _own_teacher(teacher: Any) -> Teacher:
     """A teacher of the user's: an object, or a class named in the configuration with its arguments."""
     found = teacher
     if isinstance(teacher, Mapping):
+        make: Any
         make, arguments = resolve_with_arguments("teacher_model", teacher, {})
         try:
-            found = make(**arguments)  # type: ignore[operator]
+            found = make(**arguments)
         except TypeError as error:
             raise ValueError(f"teacher_model: {teacher['use']!r} does not take these arguments: {error}") from error
     if not isinstance(found, Teacher):
@@ -404,7 +407,9 @@ def _bridged(
     own_print: Fingerprint | None,
 ) -> BridgedTeacher:
     if not isinstance(teacher, FrozenTeacher):
-        raise ValueError("bridge: it needs a teacher_model whose weights are here, to be compared with those it was fitted for")
+        raise ValueError(
+            "bridge: it needs a teacher_model whose weights are here, to be compared with those it was fitted for"
+        )
     assert tokenizer is not None, "at least the student's"
     assert args.bridge is not None, "asked for by the caller"
     bridge = Bridge.load(
@@ -430,8 +435,9 @@ def _aligner(
         check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
         if args.output_term is not None:
             logger.warning(
-                "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the others "
-                "are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy (docs/bridge.md)"
+                "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
+                "others are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy "
+                "(docs/bridge.md)"
             )
     return aligner
 
@@ -510,7 +516,12 @@ class PlannedRun:
         if args.bridge is not None:
             lines.append(self._bridge_line(args.bridge))
         lines.append(_tokenizer_line(run))
-        return [*lines, _dataset_line(run, "train"), _dataset_line(run, "eval"), "dry run: nothing was trained or written"]
+        return [
+            *lines,
+            _dataset_line(run, "train"),
+            _dataset_line(run, "eval"),
+            "dry run: nothing was trained or written",
+        ]
 
     def _bridge_line(self, folder: str) -> str:
         run, args = self.run, self.run.args
@@ -526,8 +537,8 @@ class PlannedRun:
         for (side, info), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
             if info is not None and (info.layers, info.width) != (known.layers, known.width):
                 raise ValueError(
-                    f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this {side} "
-                    f"has {info.layers} of {info.width}; fit a bridge for this one: oprd bridge fit"
+                    f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this "
+                    f"{side} has {info.layers} of {info.width}; fit a bridge for this one: oprd bridge fit"
                 )
         if self.student is not None:
             bridge = bridge.for_layers(resolve_layers(args.layers, self.student.layers))

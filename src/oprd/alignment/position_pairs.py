@@ -91,7 +91,9 @@ def pair_positions(
         for a, ids in zip(alignments, rollouts.completion_ids, strict=True)
     ]
     student_head, teacher_head, events = ([[pair[n] for pair in pairs] for pairs in heads] for n in range(3))
-    return PositionPairs(teacher_rollouts, [s for s, _ in chosen], [t for _, t in chosen], student_head, teacher_head, events)
+    return PositionPairs(
+        teacher_rollouts, [s for s, _ in chosen], [t for _, t in chosen], student_head, teacher_head, events
+    )
 
 
 def request_pair(

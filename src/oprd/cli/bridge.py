@@ -59,8 +59,9 @@ def fit(
 
     quiet_libraries()
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
-    from oprd.bridge.collect import fit_bridge
+    from oprd.bridge.collect import check_fitting, fit_bridge
     from oprd.bridge.files import refuse_existing
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
@@ -71,12 +72,16 @@ def fit(
         special_token_map=_mapping("special_token_map", special_token_map),
     )
     refuse_existing(out)
+    rows = load_rows(prompts, split, limit, seed)
+    fitting: dict[str, Any] = {
+        "rank": rank, "max_rank": max_rank, "scale": scale, "projector": projector, "ridge": _ridge(ridge),
+        "intercept": intercept,
+    }  # fmt: skip
+    check_fitting(len(rows), held_out, **fitting)
+    pair = load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code)
     bridge = fit_bridge(
-        student, teacher, load_rows(prompts, split, limit, seed), layers=chosen, maps=maps,
-        max_completion_length=max_completion_length, held_out=held_out, seed=seed, micro_batch_tokens=micro_batch_tokens,
-        on_rollouts=count_completions(), rank=rank, max_rank=max_rank, scale=scale, projector=projector, ridge=_ridge(ridge),
-        intercept=intercept, max_prompt_length=max_prompt_length, text=text, teacher_dtype=teacher_dtype,
-        trust_remote_code=trust_remote_code,
+        pair, rows, layers=chosen, maps=maps, max_completion_length=max_completion_length, held_out=held_out, seed=seed,
+        micro_batch_tokens=micro_batch_tokens, max_prompt_length=max_prompt_length, on_rollouts=count_completions(), **fitting,
     )  # fmt: skip
     bridge.save(out)
     _show(bridge)

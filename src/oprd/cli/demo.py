@@ -36,7 +36,7 @@ def demo(
     if pair not in PAIRS:
         raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
     from oprd.cli.console import live_progress, quiet_libraries, say
-    from oprd.run_config import load_recipe
+    from oprd.run_config import RunConfig
 
     quiet_libraries()
     import torch
@@ -49,11 +49,12 @@ def demo(
     say(f"5-digit addition, written out: a half-trained student learns from {PAIRS[pair]}")
     if pair in BRIDGED:
         changes |= _bridge_to(BRIDGED[pair], output_dir / "bridge", seed)
-    recipe, config = load_recipe("tiny", changes)
-    from oprd.training.run import describe_accuracy, run_recipe
+    run = RunConfig.load("tiny", changes)
+    from oprd.tasks.evaluation import describe_accuracy
+    from oprd.training.run import train_and_evaluate
 
     with live_progress() as callback:
-        summary = run_recipe(recipe, config, say=say, callbacks=[callback])
+        summary = train_and_evaluate(run, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
     closed = "no gap to close" if summary["gap_closed"] is None else f"{summary['gap_closed']:.0%} of the gap closed"
@@ -64,10 +65,11 @@ def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
     """Fit a bridge to an embedded teacher of another shape; what the recipe changes for it."""
     from oprd.bridge.collect import fit_bridge
     from oprd.cli.console import say
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
 
     rows = load_rows("generated:addition", "train", 256, seed)
-    bridge = fit_bridge("embedded:tiny/student", teacher, rows, max_completion_length=64, seed=seed, rank=16)
+    bridge = fit_bridge(load_pair("embedded:tiny/student", teacher), rows, max_completion_length=64, seed=seed, rank=16)
     bridge.save(folder)
     kind, layers = bridge.verdict
     say(f"bridge of rank {bridge.rank} fitted on {len(rows)} rollouts; verdict: {kind}, student layers {list(layers)}")

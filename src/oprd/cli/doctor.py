@@ -32,22 +32,21 @@ def doctor(
 ) -> None:
     """Memory of each device and time of a step. Any key of the recipe can be set with --key value. Trains and loads nothing."""
     from oprd.cli.console import quiet_libraries, say
-    from oprd.run_config import parse_overrides
+    from oprd.run_config import RunConfig, parse_overrides
 
     _check(dtype, device_tflops, device_bandwidth, measure, json_file)
     quiet_libraries()
     import torch
 
-    from oprd.plan import load_for_plan
     from oprd.tools.doctor.show import examine, lines_of
     from oprd.tools.doctor.time import Device, measure_device
     from oprd.tools.doctor.workload import workload_of
 
-    recipe, settings = load_for_plan(config, parse_overrides(context.args))
+    run = RunConfig.load_on_cpu(config, parse_overrides(context.args))
     if sharding is None and devices > 1:
-        sharding = "fsdp" if settings.fully_shard else "ddp"
+        sharding = "fsdp" if run.args.fully_shard else "ddp"
     work = workload_of(
-        recipe, settings, prompt=prompt_length, devices=devices, sharding=sharding,
+        run, prompt=prompt_length, devices=devices, sharding=sharding,
         bf16=None if dtype is None else dtype == "bfloat16", accelerator=not cpu,
     )  # fmt: skip
     if measure:

@@ -39,7 +39,8 @@ def evaluate(
         raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
-    from oprd.training.run import describe_accuracy, evaluate_checkpoint
+    from oprd.tasks.evaluation import describe_accuracy
+    from oprd.tools.evaluate import evaluate_checkpoint
 
     summary = evaluate_checkpoint(
         model,

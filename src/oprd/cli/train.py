@@ -24,26 +24,26 @@ def train(
 ) -> None:
     """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
     from oprd.cli.console import live_progress, quiet_libraries, say
-    from oprd.run_config import load_recipe, parse_overrides
+    from oprd.run_config import RunConfig, parse_overrides
 
     quiet_libraries()
     overrides = parse_overrides(context.args)
     if dry_run:
-        from oprd.plan import describe_plan, load_for_plan
+        from oprd.resolve import plan
 
-        for line in describe_plan(*load_for_plan(config, overrides)):
+        for line in plan(RunConfig.load_on_cpu(config, overrides)).describe():
             say(line)
         return
-    recipe, settings = load_recipe(config, overrides)
-    from oprd.training.run import run_recipe
+    run = RunConfig.load(config, overrides)
+    from oprd.training.run import train_and_evaluate
 
-    resume: str | bool = resume_from_checkpoint or settings.resume_from_checkpoint or False
+    resume: str | bool = resume_from_checkpoint or run.args.resume_from_checkpoint or False
     if str(resume).lower() in ("true", "yes", "false", "no"):
         resume = str(resume).lower() in ("true", "yes")
     with live_progress() as callback:
-        summary = run_recipe(recipe, settings, say=say, callbacks=[callback], resume_from_checkpoint=resume)
+        summary = train_and_evaluate(run, say=say, callbacks=[callback], resume_from_checkpoint=resume)
     if summary["gap_closed"] is not None:
         say(
             f"closed {summary['gap_closed']:.0%} of the gap to the teacher in {summary['steps']} steps, {summary['seconds']:.0f} s"
         )
-    say(f"written to {settings.output_dir} (summary.json, curves.png, model/)")
+    say(f"written to {run.args.output_dir} (summary.json, curves.png, model/)")

@@ -109,7 +109,7 @@ def load(
     """
     model = load_model(name, dtype=dtype, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
     if device is not None:
-        model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        model.to(device).eval().requires_grad_(False)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))

@@ -230,9 +230,7 @@ class CompositeLoss:
         loss = student_MD.new_zeros((), dtype=torch.float32)
         for name, term in self._of_kind(HeadTerm).items():
             at = self._compared_positions(asked, events_P)
-            loss = loss + self._weighted(
-                name, term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at)
-            )
+            loss = loss + self._weighted(name, term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at))
         if policies := self._of_kind(PolicyTerm):
             log_probs_M, at = self._policy_positions(heads.policy, student_MD, asked)
             for name, term in policies.items():
@@ -249,9 +247,7 @@ class CompositeLoss:
         weights_P = torch.full(events_P.shape, weight, device=events_P.device)
         return PackedPositions(index_P, weights_P, events_P, observe=self._observer(self.totals.compared))
 
-    def _policy_positions(
-        self, head: LMHead, student_MD: Tensor, asked: HeadRequest
-    ) -> tuple[Tensor, PackedPositions]:
+    def _policy_positions(self, head: LMHead, student_MD: Tensor, asked: HeadRequest) -> tuple[Tensor, PackedPositions]:
         assert self.batch.advantages is not None, "a policy term needs advantages"
         index_M, old = asked.rollout_index, self.batch.old_log_probs
         temperature = self.terms.objective.temperature or 1.0

@@ -1,4 +1,4 @@
-"""The next step's rollouts, sampled by a copy of the student while the student is updated (`overlap_rollouts`)."""
+"""Samples the next step's rollouts in a thread, from a copy of the student, during the update (`overlap_rollouts`)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from oprd.types import Rollouts
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """What was sampled for one step.
+    """The rollouts of one step. Its field names are those of the file that `BackgroundSampler.save` writes.
 
     Args:
-        step: the step (updates before it) that is to learn from them.
+        step: the step (updates before it) that learns from them.
         batches: rollouts of each of its batches.
         measured: metrics of the sampling itself.
-        staleness: updates between the weights that sampled them and those that learn from them.
+        staleness: updates between the weights that sampled them and the weights that learn from them.
     """
 
     step: int
@@ -37,13 +37,14 @@ class StepRollouts:
         return [list(rollouts.rows) for rollouts in self.batches]
 
 
-class RolloutsAhead:
-    """Samples one step ahead in a thread, with the weights that the student had when asked.
+class BackgroundSampler:
+    """Samples one step ahead in a thread, with the weights that the student has at `begin`.
 
-    The copy shares what is not trained (a frozen head, the base weights under an adapter) and costs the trained weights once more.
+    The copy shares all frozen weights with the student (a frozen head, the base weights under an adapter), so it costs the trained
+    weights once more.
 
     Args:
-        student: the model that is trained, no wrapper around it, on its device.
+        student: the model that is trained, without a wrapper, on its device.
 
     Attributes:
         writer: the copy, in eval mode.
@@ -52,22 +53,27 @@ class RolloutsAhead:
     def __init__(self, student: nn.Module) -> None:
         frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
         self.writer = copy.deepcopy(student, dict(frozen)).eval()
-        self._pairs = _differing(student, self.writer)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
-        self._coming: Future[StepRollouts] | None = None
+        self._pairs = _copied_tensors(student, self.writer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="background-sampler")
+        self._pending: Future[StepRollouts] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether rollouts are being sampled, or wait to be taken."""
+        return self._pending is not None
 
     def begin(self, step: int, sample: Callable[[nn.Module], tuple[list[Rollouts], dict[str, float]]]) -> None:
-        """Give the copy the student's weights of this moment and let it sample for `step`.
+        """Copy the student's current weights and start sampling for `step`.
 
         Args:
-            step: that is to learn from them, one after the running one.
-            sample: gives the batches' rollouts and metrics of the sampling; runs in the thread.
+            step: the step that learns from them, one after the running one.
+            sample: returns the batches' rollouts and metrics of the sampling; runs in the thread.
 
         Raises:
-            RuntimeError: what was sampled before has not been taken.
+            RuntimeError: earlier rollouts have not been taken.
         """
-        if self._coming is not None:
-            raise RuntimeError("rollouts of one step only can be under way")
+        if self._pending is not None:
+            raise RuntimeError("the background sampler holds one step only: take its rollouts before you begin another")
         with torch.no_grad():
             for live, copied in self._pairs:
                 copied.copy_(live)
@@ -75,35 +81,40 @@ class RolloutsAhead:
         def run() -> StepRollouts:
             return StepRollouts(step, *sample(self.writer), staleness=1)
 
-        self._coming = self._thread.submit(run)
+        self._pending = self._thread.submit(run)
 
     def take(self, step: int, rows: list[list[int]]) -> StepRollouts | None:
-        """What was sampled for `step` and these dataset rows (of each batch's rollouts), waited for; None if nothing was.
+        """Wait for the rollouts and return them; None if there are none for this step and these rows.
 
-        An error of the sampling is raised here.
+        Args:
+            step: the running step.
+            rows: dataset rows of each batch's rollouts.
+
+        Raises:
+            Exception: what the sampling raised.
         """
-        coming, self._coming = self._coming, None
-        found = coming.result() if coming is not None else None
+        pending, self._pending = self._pending, None
+        found = pending.result() if pending is not None else None
         return found if found is not None and found.step == step and found.rows() == rows else None
 
     def wait(self) -> None:
-        """Wait until nothing is being sampled: the engine is free for others."""
-        if self._coming is not None:
-            self._coming.result()
+        """Wait for the sampling to end, so that others may use the engine. Raises what the sampling raised."""
+        if self._pending is not None:
+            self._pending.result()
 
     def clear(self) -> None:
-        """Forget what is under way, once it has ended; an error of it too."""
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            coming.exception()
+        """Wait for the sampling to end and drop its rollouts, or its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.exception()
 
     def save(self, file: Path) -> None:
-        """Write what was sampled for the next step, waited for; nothing where nothing was."""
-        if self._coming is not None:
-            file.write_text(json.dumps(asdict(self._coming.result())) + "\n")
+        """Wait for the next step's rollouts and write them; write nothing where there are none."""
+        if self._pending is not None:
+            file.write_text(json.dumps(asdict(self._pending.result())) + "\n")
 
     def load(self, file: Path) -> None:
-        """Go on with what `save` wrote; with nothing where there is no file.
+        """Continue with the rollouts that `save` wrote, or with none where there is no file.
 
         Raises:
             ValueError: the file does not hold rollouts.
@@ -116,12 +127,12 @@ class RolloutsAhead:
             read = StepRollouts(**{**content, "batches": [Rollouts(**batch) for batch in content["batches"]]})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume_from_checkpoint: {file} does not hold a step's rollouts: {error}") from error
-        self._coming = Future()
-        self._coming.set_result(read)
+        self._pending = Future()
+        self._pending.set_result(read)
 
 
-def _differing(student: nn.Module, writer: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(weight or buffer, its copy) of all that the two do not share."""
+def _copied_tensors(student: nn.Module, writer: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(weight or buffer, its copy) of all tensors that the two models do not share."""
 
     def tensors(model: nn.Module) -> dict[str, Any]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}

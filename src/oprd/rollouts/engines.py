@@ -1,10 +1,15 @@
-"""Rollout engines: how the student's completions are sampled. One file an engine, one line in `ENGINES`."""
+"""Rollout engines by name. A new shipped engine is one file and one line in `ENGINES`; a user's own is `module:attribute`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from oprd.rollouts.engine import RolloutEngine, Sampling, derive_seed, student_writes
+from transformers import PreTrainedTokenizerBase
+
+from oprd.registry import resolve_object
+from oprd.rollouts.engine import EngineAbilities, RolloutEngine, Sampled, Sampling, derive_seed, student_writes
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.rollouts.vllm.engine import VLLMEngine
@@ -18,6 +23,56 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
 }
 
 __all__ = [
-    "ENGINES", "RolloutEngine", "Sampling", "TransformersContinuousEngine", "TransformersEngine", "VLLMEngine",
-    "VLLMServerEngine", "derive_seed", "student_writes",
+    "ENGINES", "EngineAbilities", "RolloutEngine", "Sampled", "Sampling", "TransformersContinuousEngine",
+    "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "derive_seed", "engine_abilities", "make_engine",
+    "student_writes",
 ]  # fmt: skip
+
+
+def make_engine(
+    name: str, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], **kwargs: Any
+) -> RolloutEngine:
+    """Build the engine that `rollout_engine` names.
+
+    Args:
+        name: a key of `ENGINES`, or `module:attribute` of a class (or function) that takes `(tokenizer, stop_token_ids, **kwargs)`
+            and gives a `RolloutEngine`.
+        tokenizer: decodes completions.
+        stop_token_ids: ids that end a completion.
+        **kwargs: further arguments of the engine.
+
+    Raises:
+        ValueError: no such engine, arguments it does not take or refuses, or a user's object that is not a `RolloutEngine`.
+    """
+    make = resolve_object("rollout_engine", name, ENGINES)
+    if not callable(make):
+        raise ValueError(f"rollout_engine: {name!r} is {make!r}; it must be a class that makes an engine")
+    try:
+        inspect.signature(make).bind(tokenizer, stop_token_ids, **kwargs)
+    except TypeError as error:
+        arguments = ", ".join(["tokenizer", "stop_token_ids", *(f"{key}=…" for key in kwargs)])
+        raise ValueError(
+            f"rollout_engine: {name!r} cannot be called with ({arguments}): {error}; the arguments after stop_token_ids are "
+            "batch_size (generation_batch_size) and rollout_engine_kwargs"
+        ) from error
+    engine = make(tokenizer, stop_token_ids, **kwargs)
+    lacking = [
+        member for member in ("can", "generate", "pad_token_id", "stop_token_ids") if not hasattr(engine, member)
+    ]
+    if lacking or not callable(engine.generate) or not isinstance(engine.can, EngineAbilities):
+        wrong = f"lacks {', '.join(lacking)}" if lacking else "has a `generate` or `can` of another type"
+        raise ValueError(
+            f"rollout_engine: {name!r} makes a {type(engine).__name__} that {wrong}; an engine needs generate(…), pad_token_id, "
+            "stop_token_ids and can = EngineAbilities(…) (RolloutEngine in oprd.rollouts.engine)"
+        )
+    return engine
+
+
+def engine_abilities(name: str) -> EngineAbilities:
+    """What the engine of that name can do, read from its class; nothing where the class does not say.
+
+    Raises:
+        ValueError: no such engine.
+    """
+    abilities = getattr(resolve_object("rollout_engine", name, ENGINES), "can", None)
+    return abilities if isinstance(abilities, EngineAbilities) else EngineAbilities()

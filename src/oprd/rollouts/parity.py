@@ -1,4 +1,4 @@
-"""Whether an engine samples from the model that is trained: its log-probabilities of the rollouts against the student's own."""
+"""Checks that an engine samples from the model that is trained: its log-probabilities against the student's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oprd.models.lm_head.lm_head import lm_head_of, log_probs
+from oprd.rollouts.engine import Sampled
 from oprd.states.capture import gather_states
 from oprd.states.requests import plan_micro_batches, request_states
 from oprd.types import Rollouts
@@ -17,7 +18,7 @@ from oprd.types import Rollouts
 logger = logging.getLogger("oprd")
 
 PARITY_BOUND = 0.1
-"""Nats a token. A 16-bit engine beside a float32 student is about 0.01 off; weights that were not handed over, several tenths."""
+"""Nats a token. A 16-bit engine differs by about 0.01 from a float32 student; an engine with old weights by several tenths."""
 
 
 @torch.no_grad()
@@ -27,10 +28,10 @@ def log_prob_gap(
     """|log p_engine − log p_student| of every response token, at temperature 1 over the whole vocabulary.
 
     Args:
-        model: the student, no wrapper around it.
-        rollouts: what the engine drew.
-        engine_log_probs: of each rollout's tokens, in order.
-        token_budget: most tokens of a forward pass.
+        model: the student, without a wrapper.
+        rollouts: the engine's completions.
+        engine_log_probs: of each rollout's tokens, in order, nats.
+        token_budget: most padded tokens of a forward pass.
 
     Returns:
         `[M]`, nats, rollout after rollout.
@@ -47,8 +48,8 @@ def log_prob_gap(
         part = rollouts.select(group)
         request = request_states(part, (), head=True).to(device)
         states = gather_states(model, request)
-        assert request.head is not None, "it was asked for"
-        assert states.head_MD is not None, "they were asked for"
+        assert request.head is not None, "requested above"
+        assert states.head_MD is not None, "requested above"
         values_M = log_probs(head, states.head_MD, request.head.tokens).float().cpu()
         own |= zip(group, values_M.split(list(part.completion_lengths)), strict=True)
     theirs_M = torch.tensor([value for values in engine_log_probs for value in values], dtype=torch.float32)
@@ -56,25 +57,30 @@ def log_prob_gap(
 
 
 class ParityWatch:
-    """Measures the gap of an engine that reports log-probabilities, and warns once where it is wide."""
+    """Measures the gap of engines that report log-probabilities, and warns once where it is wide."""
 
     def __init__(self) -> None:
         self._warned = False
 
-    def measure(self, engine: object, model: nn.Module, rollouts: Rollouts, token_budget: int) -> dict[str, float]:
-        """`rollout_log_prob_gap`: the mean over tokens of the engine's last rollouts; nothing for engines that report none."""
-        reported = getattr(engine, "log_probs", None)
-        if not reported:
+    def measure(self, sampled: Sampled, model: nn.Module, token_budget: int) -> dict[str, float]:
+        """`rollout_log_prob_gap`, the mean over tokens in nats; empty where the engine reported no log-probabilities.
+
+        Args:
+            sampled: what the engine returned.
+            model: the student, without a wrapper; measured in eval mode, because the engine applies no dropout.
+            token_budget: most padded tokens of a forward pass.
+        """
+        if sampled.log_probs is None:
             return {}
         training = model.training
-        model.eval()  # the engine knows no dropout
-        gap = float(log_prob_gap(model, rollouts, reported, token_budget).mean())
+        model.eval()
+        gap = float(log_prob_gap(model, sampled.rollouts, sampled.log_probs, token_budget).mean())
         model.train(training)
         if gap > PARITY_BOUND and not self._warned:
             self._warned = True
             logger.warning(
-                "the rollout engine's log-probabilities are %.3f nats a token from the student's (bound %.2f): what it samples is "
-                "not the student; look at the engine's dtype and at how its weights are handed over",
+                "the rollout engine's log-probabilities are %.3f nats a token from the student's (bound %.2f): it does not sample "
+                "from the student; check the engine's dtype and that it receives new weights",
                 gap, PARITY_BOUND,
             )  # fmt: skip
         return {"rollout_log_prob_gap": gap}

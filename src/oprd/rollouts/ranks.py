@@ -1,4 +1,4 @@
-"""What training processes do together outside their models: no one goes on before all are ready, and an error ends them all."""
+"""Coordination between ranks: each waits for all; an error on one is raised on all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# A wait here is as long as another process's rollouts take. One that died is noticed at once, by its closed connections.
+# A rank may wait as long as another rank samples. A rank that died closes its connections, which the others notice at once.
 _LONGEST = timedelta(days=1)
 
 
 class Ranks:
-    """All training processes; or the only one, which then needs no process group.
+    """All training processes, or the only one, which needs no process group.
 
-    Their messages go over a group of their own on the CPU, made when first needed: rollouts may be sampled in a thread while the
-    default group is busy with gradients (`overlap_rollouts`), and a GPU's group gives up after minutes.
+    Messages use a gloo group of their own on the CPU, made at the first message: `overlap_rollouts` samples in a thread while the
+    default group exchanges gradients, and a GPU's group times out after minutes.
     """
 
     def __init__(self) -> None:
@@ -26,15 +26,18 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """This process's number; 0 is the first."""
+        """This process's number, counted from 0."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     def together(self, act: Callable[[], T]) -> list[T]:
-        """What `act` gives on each process, once all have done it. All must call this; what it gives is pickled.
+        """Call `act` on every rank and return the results of all, in the order of ranks. All ranks must call this.
+
+        Args:
+            act: its result is pickled.
 
         Raises:
-            Exception: what `act` raised in this process, unchanged; else what it raised in the first other one that failed, as the
-                ConnectionError or ValueError that it was, or as a RuntimeError, with the number of that process.
+            Exception: what `act` raised on this rank, unchanged. Otherwise the error of the first rank that failed, as a
+                ConnectionError, ValueError or RuntimeError that names the rank.
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return [act()]
@@ -54,7 +57,7 @@ class Ranks:
         return [value for given, _ in told for value in given]
 
     def first(self, act: Callable[[], None]) -> None:
-        """Let the first process alone do something that the others wait for. Raises as `together`."""
+        """Call `act` on rank 0 while the other ranks wait. Raises as `together` does."""
         self.together(act if self.rank == 0 else _nothing)
 
     def _exchange(

@@ -1,11 +1,11 @@
-"""Rollouts by transformers' continuous batching: a completion that ends makes room for the next one, and nothing is padded."""
+"""Samples with transformers' continuous batching: no padding, and a finished completion makes room for the next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,41 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from oprd.models.architecture import causal_lm
 from oprd.models.sharding import is_sharded
 from oprd.models.tokens import vocabulary_size
-from oprd.rollouts.engine import Sampling, padding_id, repeat_prompts, to_rollouts
-from oprd.types import Rollouts
+from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling, padding_id, repeat_prompts, to_rollouts
 
 _ADVICE = "set rollout_engine: transformers"
-# What this engine decides itself, so that the contract of `RolloutEngine` holds.
+# Settings of ContinuousBatchingConfig that this engine sets itself, to keep the contract of `RolloutEngine`.
 _OWN = {"page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "seed", "max_queue_size"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_PREFILL_TOKENS = 1024  # most tokens of prompts that one forward takes, unless more completions run at the same time
+_PREFILL_TOKENS = 1024  # most prompt tokens of one forward pass, unless more completions run at the same time
 
 
 class TransformersContinuousEngine:
     """Samples with transformers' `ContinuousBatchingManager`: a paged cache, and one row of tokens for all running completions.
 
-    The manager, its thread and its cache live for one `generate`: the weights are those of the moment, and the memory is free for
-    the update. All requests are queued before the thread starts, so that its batches do not depend on timing.
+    The manager, its thread and its cache exist during one `generate`, so the weights are current and the update has the memory.
+    All requests are queued before the thread starts, so that batches do not depend on timing.
 
-    Run so far: CPU, transformers 5.23. Not run: GPUs, tensor parallelism.
+    Tested on CPU with transformers 5.23. Not tested: GPUs, tensor parallelism.
 
     Args:
         tokenizer: decodes completions.
-        stop_token_ids: ids that end a completion; the one generated is part of it.
+        stop_token_ids: ids that end a completion, which includes the one that was drawn.
         batch_size: completions generated at the same time.
         page_size: tokens of a page of the cache, at least 4.
-        num_blocks: pages a layer that the cache holds; None for room for `batch_size` of the longest completions. With fewer,
-            completions wait for room, or are computed anew.
-        max_batch_tokens: tokens of one forward; None for `batch_size`, or 1024 of the prompts' tokens if that is more.
+        num_blocks: pages of the cache, in each layer; None for as many as `batch_size` of the longest completions need. With fewer,
+            completions wait for room or are computed again.
+        max_batch_tokens: tokens of one forward pass; None for the larger of `batch_size` and the prompts' tokens, up to 1024.
         batching_kwargs: further fields of transformers' `ContinuousBatchingConfig`.
 
     Attributes:
-        on_batch: called after each completion with (completions done, of all), for a progress display.
+        on_batch: called after each completion with (completions done, completions in all), for a progress display.
 
     Raises:
-        ValueError: transformers is too old, a size is too small, or `batching_kwargs` holds a field that is unknown or not free.
+        ValueError: transformers is too old, a size is too small, or `batching_kwargs` has a field that is unknown or set here.
     """
 
-    # The random stream is the process's own, which a thread that trains draws from too.
-    beside_training: ClassVar[bool] = False
+    can = EngineAbilities()  # not in the background: it draws from the global random state, which training uses too
 
     def __init__(
         self,
@@ -78,7 +76,7 @@ class TransformersContinuousEngine:
         self.page_size = page_size
         self.num_blocks = num_blocks
         self.max_batch_tokens = max_batch_tokens
-        # The attention that the student trains with; flash attention only where the student has it.
+        # Keep the attention that the student trains with.
         self.batching_kwargs = {"auto_switch_to_flash": False, **(batching_kwargs or {})}
         self.vocab_size = vocabulary_size(tokenizer)
         self.on_batch: Callable[[int, int], None] | None = None
@@ -93,28 +91,29 @@ class TransformersContinuousEngine:
         sampling: Sampling,
         seed: int,
         rows: Sequence[int] | None = None,
-    ) -> Rollouts:
-        """`num_generations` completions a prompt, prompt after prompt: a function of weights, prompts, seed and the engine's sizes.
+        want_log_probs: bool = False,
+    ) -> Sampled:
+        """Sample as `RolloutEngine.generate` says; without log-probabilities.
 
-        All completions draw from one stream. The global random state, the model's train/eval mode and its attention implementation
-        are left as they were.
+        All completions draw from one random stream, so they depend on the engine's sizes too. The global random state, the model's
+        train/eval mode and its attention implementation are restored.
 
         Raises:
             ValueError: `num_generations` < 1, a model that continuous batching does not support, or a cache too small.
-            RuntimeError: the generation failed; the cause is in the message.
+            RuntimeError: the generation failed; the message gives the cause.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
-        refuse_what_is_not_supported(model)
+        check_supported(model)
         lm = causal_lm(model)
         settings = {**self.batching_kwargs, **self.sizes(prompts, sampling), "seed": seed}
         with _left_as_it_was(model, lm), _cache_of_one_dtype():
             completions = self._complete(lm, prompts, sampling, settings)
-        return to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids)
+        return Sampled(to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids))
 
     def sizes(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> dict[str, int]:
-        """The cache's and the batch's size for these prompts, as fields of `ContinuousBatchingConfig`.
+        """Sizes of cache and batch for these prompts, as fields of `ContinuousBatchingConfig`.
 
-        They are given and not measured: the free memory differs from run to run, and with it the batches and what is drawn.
+        transformers would derive them from the free memory, which differs from run to run and would change what is drawn.
 
         Raises:
             ValueError: `num_blocks` holds less than the longest prompt with its completion.
@@ -143,7 +142,7 @@ class TransformersContinuousEngine:
         processors = manager.logit_processor
         processors.logits_processor.insert(0, _Unpadded(self.vocab_size))
         processors.do_processing = True
-        # transformers adds the process's rank to the seed; here the seed is the caller's affair.
+        # transformers adds the rank to the seed; our caller has chosen the seed of this rank.
         manager.continuous_batching_config.seed -= manager.distributed_helper.dp_rank
         names = manager.add_requests(prompts, max_new_tokens=sampling.max_completion_length)
         done: dict[str, list[int]] = {}
@@ -180,7 +179,7 @@ class TransformersContinuousEngine:
 
 
 class _Unpadded(LogitsProcessor):
-    """Makes rows of the head that mean no token impossible: they only make the matrix's size round."""
+    """Masks rows of the head beyond the vocabulary, which only pad the matrix."""
 
     supports_continuous_batching = True
 
@@ -192,11 +191,11 @@ class _Unpadded(LogitsProcessor):
         return scores.masked_fill(rows >= self.vocab_size, -torch.inf)
 
 
-def refuse_what_is_not_supported(model: nn.Module) -> None:
-    """Refuse a model for which continuous batching fails or, worse, ignores the cache.
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model for which continuous batching fails or silently ignores the cache.
 
     Raises:
-        ValueError: sharded, a model or an attention implementation without paged attention, or layers other than attention.
+        ValueError: a sharded model, no paged attention for the model or its attention implementation, or layers without attention.
     """
     engine = "rollout_engine: transformers_continuous is not supported for"
     if is_sharded(model):
@@ -213,12 +212,12 @@ def refuse_what_is_not_supported(model: nn.Module) -> None:
     if other or lm.config.is_encoder_decoder or not getattr(lm, "_supports_attention_backend", False):
         found = f" with layers {', '.join(sorted(other))}" if other else ""
         raise ValueError(
-            f"{engine} {type(lm).__name__}{found}; it takes decoders of full and sliding attention that use transformers' "
+            f"{engine} {type(lm).__name__}{found}; it supports decoders with full and sliding attention that use transformers' "
             f"attention interface; {_ADVICE}"
         )
     if getattr(lm, "_cached_continuous_batching_manager", None) is not None:
         raise ValueError(
-            f"{engine} a model that holds a manager already; call its destroy_cached_continuous_batching_manager()"
+            f"{engine} a model that already holds a manager; call its destroy_cached_continuous_batching_manager()"
         )
 
 
@@ -237,9 +236,9 @@ def _import_continuous_batching() -> tuple[Any, Any]:
 
 @contextmanager
 def _cache_of_one_dtype() -> Iterator[None]:
-    """Let the paged cache take what autocast computes: values of 16 bits beside keys that were rotated in float32.
+    """Cast keys and values to the dtype of the paged cache, and back.
 
-    It is made in the model's own dtype and refuses any other; `generate`'s cache does not care.
+    The cache has the model's dtype and accepts no other, but autocast computes 16-bit values beside keys rotated in float32.
     """
     from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -259,7 +258,7 @@ def _cache_of_one_dtype() -> Iterator[None]:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module, lm: PreTrainedModel) -> Iterator[None]:
-    """Mode, attention implementation and random state after the manager, which changes them all, and not only when it succeeds."""
+    """Restore mode, attention implementation and random state, which the manager changes, also after an error."""
     was_training, attention = model.training, lm.config._attn_implementation
     model.eval()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

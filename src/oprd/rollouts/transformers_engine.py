@@ -1,10 +1,9 @@
-"""Rollouts by transformers' own `generate`: no extra dependency, any device, and the reference for faster engines."""
+"""Samples with transformers' `generate`: any device, no further package. The reference that other engines are tested against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,15 @@ from transformers import (
 from oprd.models.architecture import causal_lm
 from oprd.models.sharding import is_sharded, most_of_ranks
 from oprd.models.tokens import vocabulary_size
-from oprd.rollouts.engine import Sampling, padding_id, repeat_prompts, to_rollouts
-from oprd.types import Rollouts
+from oprd.rollouts.engine import (
+    EngineAbilities,
+    Sampled,
+    Sampling,
+    cut_at_stop,
+    padding_id,
+    repeat_prompts,
+    to_rollouts,
+)
 
 
 class TransformersEngine:
@@ -30,15 +36,17 @@ class TransformersEngine:
 
     Args:
         tokenizer: decodes completions.
-        stop_token_ids: ids that end a completion; the one generated is part of it.
+        stop_token_ids: ids that end a completion, which includes the one that was drawn.
         batch_size: completions generated together.
 
     Attributes:
-        on_batch: called after each batch with (completions done, of all), for a progress display.
-        beside_training: it may sample from a copy of the student in another thread while the student is trained.
+        on_batch: called after each batch with (completions done, completions in all), for a progress display.
+
+    Raises:
+        ValueError: `batch_size` < 1.
     """
 
-    beside_training: ClassVar[bool] = True
+    can = EngineAbilities(background=True)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], batch_size: int = 64) -> None:
         if batch_size < 1:
@@ -59,22 +67,21 @@ class TransformersEngine:
         sampling: Sampling,
         seed: int,
         rows: Sequence[int] | None = None,
-    ) -> Rollouts:
-        """`num_generations` completions a prompt, prompt after prompt; a pure function of weights, prompts and seed.
-
-        The global random state plays no part, and the model's train/eval mode is left as it was.
+        want_log_probs: bool = False,
+    ) -> Sampled:
+        """Sample as `RolloutEngine.generate` says; without log-probabilities. The model's train/eval mode is restored.
 
         Raises:
             ValueError: `num_generations` < 1.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         completions: dict[int, list[int]] = {}
-        # Neighbours in length share a batch, so that left padding stays small; ties keep their order (determinism).
+        # Prompts of similar length share a batch, which keeps left padding small; ties keep their order.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         with _sampling_mode(model):
             for start in self._starts(model, len(order)):
-                # A rank that is done keeps the others company: a sharded model takes every rank for each of its tokens.
+                # A sharded model needs every rank for each token, so a rank that is done repeats a prompt.
                 indices = order[start : start + self.batch_size] or order[:1]
                 batch = self._generate_batch(model, [prompts[i] for i in indices], sampling, generator)
                 if start < len(order):
@@ -82,7 +89,7 @@ class TransformersEngine:
                 if self.on_batch is not None:
                     self.on_batch(len(completions), len(order))
         ordered = [completions[i] for i in range(len(prompts))]
-        return to_rollouts(prompts, ordered, owners, self.tokenizer, self.stop_token_ids)
+        return Sampled(to_rollouts(prompts, ordered, owners, self.tokenizer, self.stop_token_ids))
 
     def _starts(self, model: nn.Module, count: int) -> range:
         batches = -(-count // self.batch_size)
@@ -101,37 +108,30 @@ class TransformersEngine:
         config = self._generation_config(sampling, lm.get_output_embeddings())
         with _own_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
-            # Sharded: until the last rank's last completion is done.
+            # Sharded: every rank runs until the last completion of all ranks is done.
             together = {"synced_gpus": True} if is_sharded(model) else {}
             output = generate(
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
                 logits_processor=drawing_processors(sampling, generator), **together,
             )  # fmt: skip
-        return [self._cut(row) for row in output[:, width:].tolist()]
+        return [cut_at_stop(row, self.stop_token_ids) for row in output[:, width:].tolist()]
 
     def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
         rows = getattr(head, "weight", torch.empty(0)).shape[0]
-        padding = list(range(self.vocab_size, rows))  # rows that only make the matrix's size round: they mean no token
+        padding = list(range(self.vocab_size, rows))  # rows of the head beyond the vocabulary
         return GenerationConfig(
-            do_sample=False,  # of what `drawing_processors` leave
+            do_sample=False,  # `drawing_processors` draw the token
             max_new_tokens=sampling.max_completion_length,
             eos_token_id=self.stop_token_ids,
             pad_token_id=self.pad_token_id,
             suppress_tokens=padding or None,
         )
 
-    def _cut(self, completion: list[int]) -> list[int]:
-        """The completion up to and including its first stop token; what follows is padding."""
-        for index, token in enumerate(completion):
-            if token in self.stop_token_ids:
-                return completion[: index + 1]
-        return completion
-
 
 class _Draw(LogitsProcessor):
-    """Leaves one token possible in each row, drawn from `generator`.
+    """Draws one token a row from `generator` and masks all others.
 
-    `generate` would draw from the process's random state, which a thread that trains draws from too.
+    `generate` itself would draw from the global random state, which training in another thread uses too.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -143,11 +143,11 @@ class _Draw(LogitsProcessor):
 
 
 def drawing_processors(sampling: Sampling, generator: torch.Generator) -> LogitsProcessorList:
-    """What `generate(do_sample=True)` does to the logits `[batch, vocab]`, in its order, and the draw itself; nothing where greedy.
+    """The processors of `generate(do_sample=True)` in its order, and the draw itself; none for greedy decoding.
 
     Args:
         sampling: how completions are drawn.
-        generator: where the randomness comes from, on the logits' device.
+        generator: source of randomness, on the device of the logits `[batch, vocab]`.
     """
     if sampling.temperature == 0:
         return LogitsProcessorList()
@@ -163,7 +163,7 @@ def drawing_processors(sampling: Sampling, generator: torch.Generator) -> Logits
 
 @contextmanager
 def _sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, no activation checkpointing) for the time of sampling."""
+    """Put the model in eval mode (no dropout, no activation checkpointing) while it samples."""
     was_training = model.training
     model.eval()
     try:
@@ -174,9 +174,9 @@ def _sampling_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _own_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Put the model's own generation config aside: `generate` fills what is unset here from it.
+    """Replace the model's generation config, from which `generate` fills every unset value.
 
-    Many checkpoints come with temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts off-policy unseen.
+    Many checkpoints set temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts silently off-policy.
     """
     saved = lm.generation_config
     lm.generation_config = config

@@ -25,8 +25,8 @@ from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
 from oprd.files import fsync, is_whole, verify, write_manifest
+from oprd.models.sharding import load_whole_weights, sharded_state, whole_state
 from oprd.runs.folder import RunFolder
-from oprd.models.sharding import load_whole_weights, sharded_state, whole_state, whole_weights
 
 logger = logging.getLogger("oprd")
 
@@ -103,7 +103,9 @@ def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> 
         return newest
     checkpoint = Path(str(resume_from_checkpoint))
     if not checkpoint.is_dir():
-        raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir")
+        raise ValueError(
+            f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir"
+        )
     verify(checkpoint)
     if checkpoint.resolve().parent != folder.path.resolve():
         folder.refuse_used()

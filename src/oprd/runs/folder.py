@@ -90,18 +90,18 @@ class RunFolder:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
     def append_completions(
-        self, step: int, prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+        self, step: int, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
     ) -> None:
         """Append completions sampled in a step, one JSON line each."""
-        for row in _completion_rows(prompts, rollouts, correct):
+        for row in _completion_rows(prompts, rollouts, rewards):
             self.append(COMPLETIONS, {"step": step, **row})
 
     def write_completions(
-        self, name: str, prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+        self, name: str, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
     ) -> None:
         """Write completions to a file of their own, one JSON line each, in place of what it held."""
         (self.path / name).unlink(missing_ok=True)
-        for row in _completion_rows(prompts, rollouts, correct):
+        for row in _completion_rows(prompts, rollouts, rewards):
             self.append(name, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _completion_rows(
-    prompts: Sequence[Any], rollouts: Rollouts, correct: Sequence[bool | None]
+    prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
 ) -> Iterator[dict[str, Any]]:
     for index, prompt in enumerate(prompts):
         yield {
@@ -124,5 +124,5 @@ def _completion_rows(
             "completion": rollouts.texts[index],
             "tokens": len(rollouts.completion_ids[index]),
             "finish_reason": rollouts.finish_reasons[index],
-            "correct": correct[index],
+            "correct": rewards[index],
         }

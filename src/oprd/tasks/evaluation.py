@@ -100,7 +100,7 @@ def evaluate(
     rows = range(len(prompts))
     rollouts = engine.generate(
         model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
-    )
+    ).rollouts
     correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
     return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
 

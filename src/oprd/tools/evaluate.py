@@ -83,7 +83,7 @@ def evaluate_checkpoint(
         context_length=loaded.info.context_length,
     )  # fmt: skip
     stops = loaded.info.stop_token_ids
-    sampler = make_engine(engine, loaded.tokenizer, stops, key="engine", batch_size=batch_size)
+    sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
     if isinstance(sampler, TransformersEngine):
         sampler.on_batch = on_batch
     started = time.perf_counter()

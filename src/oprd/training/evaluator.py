@@ -34,9 +34,7 @@ class Evaluator:
     ) -> None:
         self.pair, self.engine, self.args, self.grading, self.parallel = pair, engine, args, grading, parallel
 
-    def model(
-        self, model: nn.Module, prompts: Sequence[Prompt], engine: RolloutEngine | None = None
-    ) -> Evaluation:
+    def model(self, model: nn.Module, prompts: Sequence[Prompt], engine: RolloutEngine | None = None) -> Evaluation:
         """Evaluate any model on `prompts`; with an `engine` for its tokenizer if that is not the student's."""
         k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
         share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below

@@ -76,7 +76,9 @@ class Recorder:
         self._check(loss, terms)
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
-        rewards = batch.rewards if terms.on_policy else []  # those of the teacher's rollouts are not the student's accuracy
+        rewards = (
+            batch.rewards if terms.on_policy else []
+        )  # those of the teacher's rollouts are not the student's accuracy
         self.observe(**rollout_metrics(batch.rollouts, rewards), micro_batches=len(groups))
         if self.args.lmbda < 1:
             self.observe(student_wrote=share * terms.on_policy)

@@ -350,17 +350,13 @@ class OPRDTrainer(Trainer):
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.checkpoints.save_optimizer(
-            self.optimizer, self.lr_scheduler, output_dir, sharded=self.parallel.sharded
-        )
+        self.checkpoints.save_optimizer(self.optimizer, self.lr_scheduler, output_dir, sharded=self.parallel.sharded)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.checkpoints.load_optimizer(
-            self.optimizer, self.lr_scheduler, checkpoint, sharded=self.parallel.sharded
-        )
+        self.checkpoints.load_optimizer(self.optimizer, self.lr_scheduler, checkpoint, sharded=self.parallel.sharded)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.parallel.sharded:

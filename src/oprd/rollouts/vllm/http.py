@@ -1,6 +1,6 @@
-"""What is said to a `vllm serve` process, over vLLM's own HTTP interface and the standard library's client.
+"""HTTP client of a `vllm serve` process, on vLLM's own interface and the standard library.
 
-The server is not trusted: only http and https, no redirects, answers of bounded size, every value checked before it is used.
+It does not trust the server: http and https only, no redirects, bounded answers, every value checked before use.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _LARGEST_ANSWER = 64 * 2**20  # bytes
 
 
 class ServerLost(ConnectionError):
-    """The server does not answer, fails, or lost its weights: worth another try."""
+    """The server does not answer, fails, or lost its weights; the caller may try again."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids that the server drew, and the log-probability of each under its weights, before temperature and truncation."""
+    """Token ids of a completion, and the log-probability of each (nats, under the served weights, at temperature 1)."""
 
     token_ids: list[int]
     log_probs: list[float]
@@ -34,14 +34,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class VLLMClient:
-    """One server.
+    """Client of one server.
 
     Args:
         base_url: such as http://127.0.0.1:8000.
-        timeout: seconds that one request may take.
+        timeout: seconds before a request fails.
 
     Raises:
-        ValueError: not an http or https address of a host alone, or a timeout that is not positive.
+        ValueError: `base_url` is not an http or https address of a host, or `timeout` is not positive.
     """
 
     def __init__(self, base_url: str, timeout: float) -> None:
@@ -51,14 +51,14 @@ class VLLMClient:
         if not timeout > 0:
             raise ValueError(f"timeout: {timeout} is not allowed; more than 0 seconds")
         self.base_url, self.timeout = base_url.rstrip("/"), timeout
-        # No proxy either: rollouts and weights go to the address that was given and nowhere else.
+        # No redirects and no proxy: requests go to the given address only.
         self._opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer to a POST of `body`, or to a GET without one; None where the answer is empty.
+        """The JSON answer to a POST of `body`, or to a GET without a body; None where the answer is empty.
 
         Raises:
-            ServerLost: no connection, no answer in time, a server error (5xx), or an answer that is no JSON.
+            ServerLost: no connection, no answer in time, a server error (5xx), or an answer that is not JSON.
             ValueError: the server refuses the request (4xx, a redirect) or answers with more than 64 MiB.
         """
         data = None if body is None else json.dumps(body).encode()
@@ -67,25 +67,25 @@ class VLLMClient:
             with self._opener.open(request, timeout=self.timeout) as response:
                 text = response.read(_LARGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
-            said = f"{self.base_url}{path} answers {error.code}: {_beginning(error.read(2000))}"
-            raise (ServerLost if error.code >= 500 else ValueError)(said) from error
+            message = f"{self.base_url}{path} answers {error.code}: {_beginning(error.read(2000))}"
+            raise (ServerLost if error.code >= 500 else ValueError)(message) from error
         except (OSError, ValueError, urllib.error.URLError) as error:
             raise ServerLost(f"{self.base_url}{path}: {getattr(error, 'reason', error)}") from error
-        except Exception as error:  # http.client's own, such as an answer that is cut off
+        except Exception as error:  # errors of http.client, such as an incomplete answer
             raise ServerLost(f"{self.base_url}{path}: {type(error).__name__}") from error
         if len(text) > _LARGEST_ANSWER:
             raise ValueError(f"{self.base_url}{path} answers with more than {_LARGEST_ANSWER} bytes")
         try:
             return json.loads(text) if text else None
         except ValueError as error:
-            raise ServerLost(f"{self.base_url}{path} answers with no JSON: {_beginning(text)}") from error
+            raise ServerLost(f"{self.base_url}{path} answers without JSON: {_beginning(text)}") from error
 
     def served_version(self) -> str:
-        """The version label of the weights in use; "default" in a server that was just started.
+        """The version label of the weights in use; "default" after a start of the server.
 
         Raises:
             ServerLost: see `ask`.
-            ValueError: a server without vLLM's interface for new weights.
+            ValueError: the server lacks vLLM's interface for new weights.
         """
         try:
             answer = self.ask("/weight_info")
@@ -99,7 +99,7 @@ class VLLMClient:
         return version
 
     def longest_sequence(self) -> int | None:
-        """Most tokens of prompt and completion together, None where the server does not say."""
+        """Most tokens of prompt and completion together; None where the server does not report it."""
         answer = self.ask("/v1/models")
         cards = answer.get("data") if isinstance(answer, dict) else None
         card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
@@ -107,26 +107,36 @@ class VLLMClient:
         return length if isinstance(length, int) else None
 
     def load(self, folder: str, version: str) -> None:
-        """Have the server read the weights in `folder` (a path of its own) and label them `version`.
+        """Make the server load the weights in `folder` and label them `version`.
 
-        The label comes last, so a server that failed on the way still has its former one.
+        The label is set last, so a server that fails before keeps its former label.
+
+        Args:
+            folder: path as the server sees it.
+            version: the new label.
 
         Raises:
-            ServerLost: it failed.
-            ValueError: it refuses.
+            ServerLost: the server failed.
+            ValueError: the server refuses.
         """
         self.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        answer = self.ask("/reset_prefix_cache", {})  # keys and values of the weights before
+        answer = self.ask("/reset_prefix_cache", {})  # its keys and values come from earlier weights
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerLost(f"{self.base_url}/reset_prefix_cache: the cache of the former weights is still in use")
         self.ask("/update_weight_version", {"new_version": version})
 
     def complete(self, prompt: list[int], sampling: dict[str, Any], version: str, vocab_size: int) -> Completion:
-        """One completion that weights `version` drew, from first token to last.
+        """One completion, all of it drawn with weights `version`.
+
+        Args:
+            prompt: token ids.
+            sampling: see `sampling_arguments`.
+            version: label of the weights.
+            vocab_size: ids lie below it.
 
         Raises:
-            ServerLost: see `ask`; or other weights than `version` drew it.
-            ValueError: refused, or an answer that is none.
+            ServerLost: see `ask`; or other weights than `version` drew the completion.
+            ValueError: the server refuses, or its answer is not valid.
         """
         answer = self.ask("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling, "stream": False})
         try:
@@ -155,6 +165,6 @@ def _check_tokens(ids: Any, log_probs: list[Any], limit: int, vocab_size: int) -
 
 
 def _beginning(text: str | bytes) -> str:
-    """The first 300 characters on one line, nothing a terminal would act on."""
+    """The first 300 characters on one line, without control characters."""
     shown = text.decode(errors="replace") if isinstance(text, bytes) else text
     return "".join(c if c.isprintable() else " " for c in shown[:300])

@@ -1,4 +1,4 @@
-"""Rollouts by a `vllm serve` process that runs elsewhere, given the live weights through a folder that both see."""
+"""Samples with a separate `vllm serve` process, which receives the student's weights through a shared folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,54 +17,51 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from oprd.models.architecture import causal_lm
 from oprd.models.loading import parse_dtype
 from oprd.models.tokens import vocabulary_size
-from oprd.rollouts.engine import Sampling, padding_id, repeat_prompts, to_rollouts
+from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.rollouts.ranks import Ranks
 from oprd.rollouts.vllm.engine import sampling_arguments
 from oprd.rollouts.vllm.http import Completion, ServerLost, VLLMClient
-from oprd.rollouts.vllm.weights import refuse_what_cannot_be_synchronised
+from oprd.rollouts.vllm.weights import check_servable
 from oprd.rollouts.vllm.weights_folder import gather_weights, write_folder
-from oprd.types import Rollouts
 
 logger = logging.getLogger(__name__)
 
 
 class VLLMServerEngine:
-    """Samples by a `vllm serve` process, which is given the live weights before each `generate` (docs/rollouts.md).
+    """Samples with a `vllm serve` process, which receives the student's weights before each `generate` (docs/rollouts.md).
 
-    The handshake: weights are written to a new folder named by a version (a random run name and a count), the server reads the
-    folder and is labelled with the version, and every completion must come back with that label on all of its tokens. A server that
-    was restarted has another label: its completions are thrown away, it is sent the weights again and asked again. The same seeds
-    give the same completions, so a restart does not show in the rollouts.
+    The handshake: the trainer writes the weights to a new folder named by a version (a random run name and a count). The server
+    loads the folder and takes the version as its label. Every completion must carry that label on all of its tokens. A restarted
+    server has another label: its completions are dropped, the trainer sends the weights again and repeats the requests. Each
+    completion has its own seed, so a restart does not change the rollouts.
 
-    Several training processes sample by one server: the first writes and sends the weights, each asks for its own prompts, and if
-    one of them loses the server all go through another round. All must call `generate`, with at least one prompt each.
+    Several training processes share one server: rank 0 writes and sends the weights, and each rank requests its own prompts. If
+    one rank loses the server, all ranks start another round. All ranks must call `generate`, with at least one prompt each.
 
-    Run so far: vLLM 0.32 on one CPU, on the same machine, for one process; two processes with a server made for the tests. Not run:
-    GPUs, several machines. Refused: the students that `VLLMEngine` refuses.
+    Tested with vLLM 0.32 on one CPU, same machine, one process; with two processes against a stand-in server. Not tested: GPUs,
+    several machines. Refused: the students that `VLLMEngine` refuses.
 
     Args:
         tokenizer: decodes completions.
-        stop_token_ids: ids that end a completion; the one generated is part of it.
-        batch_size: requests that are under way at the same time.
-        weights_dir: folder that trainer and server both see. `start/` in it is what `vllm serve` is started on; one further folder
-            holds the current weights.
+        stop_token_ids: ids that end a completion, which includes the one that was drawn.
+        batch_size: requests sent at the same time.
+        weights_dir: folder that trainer and server both see. `vllm serve` starts from `start/` in it; another folder holds the
+            current weights.
         base_url: the server's address.
-        server_weights_dir: `weights_dir` as the server sees it, where its path is another one there.
-        dtype: dtype in which weights are written; "auto" is the student's. The server computes in its own `--dtype`.
-        timeout: seconds that one request may take.
-        wait: seconds to wait for a server that does not answer (it starts, or is restarted) before giving up.
-        retries: how often the completions that a lost server left open are asked for again in one `generate`.
+        server_weights_dir: path of `weights_dir` on the server's side, where it differs.
+        dtype: dtype of the written weights; "auto" is the student's. The server computes in its own `--dtype`.
+        timeout: seconds before a request fails.
+        wait: seconds to wait for a server that does not answer (it starts, or is restarted) before the run ends.
+        retries: further rounds of requests in one `generate` after a lost server.
 
     Attributes:
-        log_probs: of the last `generate`, each token's log-probability under the served weights, before temperature and truncation.
-        pushes: how often this process has sent weights; only the first of several does.
-        beside_training: it may sample from a copy of the student in another thread while the student is trained.
+        pushes: how often this process has sent weights; only rank 0 does.
 
     Raises:
         ValueError: an argument that is not allowed.
     """
 
-    beside_training: ClassVar[bool] = True
+    can = EngineAbilities(background=True, log_probs=True)
 
     def __init__(
         self,
@@ -98,7 +94,6 @@ class VLLMServerEngine:
         self.dtype = None if dtype == "auto" else parse_dtype(dtype)
         self.weights_dir = Path(weights_dir).absolute()
         self.server_weights_dir = server_weights_dir or str(self.weights_dir)
-        self.log_probs: list[list[float]] = []
         self.pushes = 0
         self._run, self._count = secrets.token_hex(6), 0
         self._ranks = Ranks()
@@ -112,22 +107,24 @@ class VLLMServerEngine:
         sampling: Sampling,
         seed: int,
         rows: Sequence[int] | None = None,
-    ) -> Rollouts:
-        """`num_generations` completions a prompt, prompt after prompt; a function of weights, prompts and seed.
+        want_log_probs: bool = False,
+    ) -> Sampled:
+        """Sample as `RolloutEngine.generate` says.
 
         Raises:
             ConnectionError: no server answers within `wait` seconds, or it was lost more than `retries` times.
-            ValueError: `num_generations` < 1, a model that cannot be served, a server that cannot take weights, an answer that is
-                none, or longer sequences than it holds.
-            ConnectionError, ValueError, RuntimeError: one of these met another process, which the message names.
+            ValueError: `num_generations` < 1, a model that vLLM cannot serve, a server that cannot load weights, an invalid answer,
+                or longer sequences than the server takes.
+            ConnectionError, ValueError, RuntimeError: an error on another rank, which the message names.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         lm = causal_lm(model)
-        refuse_what_cannot_be_synchronised(lm)
+        check_servable(lm)
         longest = max(len(prompt) for prompt in prompts) + sampling.max_completion_length
         self._count += 1
-        told = self._ranks.together(lambda: (f"{self._run}-{self._count:06d}", longest))
-        version, longest = told[0][0], max(own for _, own in told)
+        own = (f"{self._run}-{self._count:06d}", longest)
+        of_ranks = self._ranks.together(lambda: own)
+        version, longest = of_ranks[0][0], max(length for _, length in of_ranks)
         self._write(lm, version)
         try:
             done = self._complete(lm.config, prompts, sampling, seed, version, longest)
@@ -135,11 +132,12 @@ class VLLMServerEngine:
             if self._ranks.rank == 0:
                 shutil.rmtree(self.weights_dir / version)
         completions = [done[i] for i in range(len(prompts))]
-        self.log_probs = [c.log_probs for c in completions]
-        return to_rollouts(prompts, [c.token_ids for c in completions], owners, self.tokenizer, self.stop_token_ids)
+        ids = [completion.token_ids for completion in completions]
+        rollouts = to_rollouts(prompts, ids, owners, self.tokenizer, self.stop_token_ids)
+        return Sampled(rollouts, [completion.log_probs for completion in completions] if want_log_probs else None)
 
     def _write(self, lm: PreTrainedModel, version: str) -> None:
-        """All processes gather the weights; the first, whose folder the server sees, writes them."""
+        """Gather the weights on all ranks and write them on rank 0."""
         weights = gather_weights(lm, self.dtype, keep=self._ranks.rank == 0)
         self._ranks.first(lambda: write_folder(lm, weights, self.weights_dir, version, self.dtype))
 
@@ -171,7 +169,7 @@ class VLLMServerEngine:
             if self._ranks.rank == 0:
                 missing, wanted = sum(own for _, own, _ in asked), sum(own for _, _, own in asked)
                 logger.warning(
-                    "rollout server: %s; %d of %d completions are asked for again", losses[0], missing, wanted
+                    "rollout server: %s; %d of %d completions are requested again", losses[0], missing, wanted
                 )
         raise ConnectionError(
             f"rollout_engine: vllm_server was lost {1 + self.retries} times in one set of rollouts (retries: {self.retries}; does "
@@ -181,12 +179,12 @@ class VLLMServerEngine:
     def _ask_for_missing(
         self, prompts: list[list[int]], arguments: list[dict], version: str, rows: int, done: dict[int, Completion]
     ) -> ServerLost | None:
-        """Fill `done`; the first failure of a server that is worth another try, None where all is there."""
+        """Request the missing completions and add them to `done`; return the first failure, None where nothing failed."""
         lost: list[ServerLost] = []
 
         def ask(index: int) -> None:
             if lost:
-                return  # the others would wait for the same dead server
+                return  # do not wait for a dead server again
             try:
                 done[index] = self.client.complete(prompts[index], arguments[index], version, rows)
             except ServerLost as error:
@@ -194,13 +192,13 @@ class VLLMServerEngine:
 
         missing = [i for i in range(len(prompts)) if i not in done]
         if not missing:
-            return None  # another process lost the server
+            return None  # another rank lost the server
         with ThreadPoolExecutor(min(self.batch_size, len(missing))) as pool:
-            list(pool.map(ask, missing))  # a ValueError comes out here
+            list(pool.map(ask, missing))  # raises a ValueError of `ask`
         return lost[0] if lost else None
 
     def _hold(self, version: str, longest: int) -> None:
-        """See to it that the server has weights `version`: wait until it answers, and send them if it has others."""
+        """Wait until the server answers, and send it weights `version` unless it has them."""
         until, pause = time.monotonic() + self.wait, 0.25
         while True:
             try:
@@ -210,11 +208,11 @@ class VLLMServerEngine:
                     self.pushes += 1
                 if self.client.served_version() == version:
                     return
-                raise ServerLost(f"{self.client.base_url} does not keep the version that it was given")
+                raise ServerLost(f"{self.client.base_url} does not keep the version label that it received")
             except ServerLost as error:
                 if time.monotonic() + pause > until:
                     raise ConnectionError(
-                        f"rollout_engine: no vLLM server has taken the weights within {self.wait:g} s ({error}). "
+                        f"rollout_engine: no vLLM server has loaded the weights within {self.wait:g} s ({error}). "
                         f"Start one with: {self.start_command()}"
                     ) from error
             if pause == 0.25:
@@ -226,12 +224,12 @@ class VLLMServerEngine:
         most = self.client.longest_sequence()
         if most is not None and longest > most:
             raise ValueError(
-                f"max_completion_length: prompt and completion may take {longest} tokens, and the vLLM server holds sequences of "
+                f"max_completion_length: prompt and completion may take {longest} tokens, and the vLLM server takes sequences of "
                 f"up to {most}; set a smaller one, or start it with a larger --max-model-len"
             )
 
     def start_command(self) -> str:
-        """How to start the server on what `write_folder` has put into `weights_dir`."""
+        """The command that starts a server from `weights_dir/start`, which the first `generate` writes."""
         dtype = json.loads((self.weights_dir / "start" / "config.json").read_text())["dtype"]
         return (
             f"VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model {self.server_weights_dir}/start "

@@ -1,4 +1,4 @@
-"""The student's live weights as vLLM takes them, and which students it cannot take."""
+"""The student's live weights under their checkpoint names, and a check of the students that vLLM cannot load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def live_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model under its name in a checkpoint, adapters merged. The model stays as it is, bit for bit."""
+    """Every weight of a model under its name in a checkpoint, with adapters merged. The model's own weights keep every bit."""
     return _weights_of(lm, "", set())
 
 
@@ -20,12 +20,12 @@ def _weights_of(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tupl
     if hasattr(module, "get_base_layer"):  # a PEFT adapter around a layer
         yield from ((prefix + name, tensor) for name, tensor in _merged(module).items())
         return
-    if hasattr(module, "modules_to_save"):  # a layer of which PEFT trains a whole copy
+    if hasattr(module, "modules_to_save"):  # PEFT trains a full copy of this layer
         copies: Any = module.modules_to_save
         module = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]  # type: ignore
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if name not in module._non_persistent_buffers_set and id(tensor) not in seen:
-            seen.add(id(tensor))  # a tied weight is in a checkpoint once
+            seen.add(id(tensor))  # a checkpoint holds a tied weight once
             data = tensor.detach()
             yield prefix + name, data.full_tensor() if hasattr(data, "full_tensor") else data
     for name, child in module.named_children():
@@ -34,14 +34,14 @@ def _weights_of(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tupl
 
 @torch.no_grad()
 def _merged(layer: Any) -> dict[str, Tensor]:
-    """The weights of a PEFT layer with its adapters merged in; the plain layer's own when they are off or merged already."""
+    """The weights of a PEFT layer with its adapters merged; unchanged where they are disabled or already merged."""
     plain = layer.get_base_layer()
     saved = {name: parameter.data for name, parameter in plain.named_parameters()}
     if layer.disable_adapters or layer.merged:
         return saved
     try:
         for parameter in plain.parameters():
-            parameter.data = parameter.data.clone()  # merging and unmerging round, so they happen to a copy
+            parameter.data = parameter.data.clone()  # merge into a copy: merge and unmerge round the weights
         layer.merge()
         merged = {name: parameter.data.clone() for name, parameter in plain.named_parameters()}
         layer.unmerge()
@@ -51,11 +51,11 @@ def _merged(layer: Any) -> dict[str, Tensor]:
     return merged
 
 
-def refuse_what_cannot_be_synchronised(lm: PreTrainedModel) -> None:
-    """Refuse a student whose live weights vLLM cannot take.
+def check_servable(lm: PreTrainedModel) -> None:
+    """Refuse a student whose live weights vLLM cannot load.
 
     Raises:
-        ValueError: quantised, laid out in memory differently than in its checkpoint, or adapters on tied embeddings.
+        ValueError: a quantised student, one whose layout in memory differs from its checkpoint, or adapters on tied embeddings.
     """
     advice = "set rollout_engine: transformers"
     if getattr(lm, "hf_quantizer", None) is not None:

@@ -1,4 +1,4 @@
-"""The folder through which a server that runs elsewhere is given a model's weights: whole or not at all."""
+"""Writes a model's weights to a folder for a vLLM server: a reader sees the complete folder or none."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from oprd.files import fsync
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.vllm.weights import live_weights
 
-# What a served model's config says of its computation; the rest (names, versions) may differ between runs.
+# Config fields that may differ between runs of the same model.
 _INCIDENTAL = ("_name_or_path", "transformers_version")
 
 
 def gather_weights(lm: PreTrainedModel, dtype: torch.dtype | None, *, keep: bool = True) -> dict[str, Tensor]:
-    """A model's live weights in host memory, adapters merged, under their names in a checkpoint.
+    """A model's live weights in host memory under their checkpoint names, with adapters merged.
 
-    A tied LM head becomes a weight of its own: on CPU vLLM computes from a packed copy of a tied head, which its `reload_weights`
-    leaves as it was.
+    A tied LM head becomes a separate weight: on CPU, vLLM computes from a packed copy of a tied head, which its `reload_weights`
+    does not update.
 
     Args:
-        lm: the model. If it is sharded all processes must ask: weights are gathered from them one by one.
-        dtype: of the result; None for that of each weight.
-        keep: whether this process wants them; else it takes part and gets an empty dict.
+        lm: the model. If it is sharded, all ranks must call this: weights are gathered one by one.
+        dtype: of the result; None keeps that of each weight.
+        keep: whether this rank needs the weights; otherwise it only takes part, and gets an empty dict.
     """
     gathered: dict[str, Tensor] = {}
     if not keep and not is_sharded(lm):
@@ -50,9 +50,16 @@ def gather_weights(lm: PreTrainedModel, dtype: torch.dtype | None, *, keep: bool
 def write_folder(
     lm: PreTrainedModel, weights: dict[str, Tensor], weights_dir: Path, version: str, dtype: torch.dtype | None
 ) -> None:
-    """Write what `gather_weights` gave to `weights_dir/version`, whole or not at all; and `weights_dir/start` once.
+    """Write the result of `gather_weights` to `weights_dir/version`; and to `weights_dir/start` if that is missing.
 
-    The config says that the head is not tied.
+    The written config has an untied head.
+
+    Args:
+        lm: the model, for its config.
+        weights: see `gather_weights`.
+        weights_dir: made if missing.
+        version: name of the folder.
+        dtype: of the weights; None for the model's.
 
     Raises:
         ValueError: `weights_dir/start` holds another model.
@@ -62,7 +69,7 @@ def write_folder(
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     config.dtype = dtype or lm.dtype
-    # fully_shard gives a module a class of its own, FSDP…, in front of the model's
+    # fully_shard puts a class FSDP… in front of the model's class
     config.architectures = [next(c.__name__ for c in type(lm).__mro__ if not issubclass(c, FSDPModule))]
 
     def write(folder: Path) -> None:
@@ -75,7 +82,7 @@ def write_folder(
 
 
 def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: torch.dtype | None) -> Path:
-    """`gather_weights` and `write_folder` of one process; the folder.
+    """Call `gather_weights` and `write_folder` in a single process, and return the folder.
 
     Raises:
         ValueError: `weights_dir/start` holds another model.
@@ -85,7 +92,7 @@ def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: t
 
 
 def _write_start(start: Path, config: PreTrainedConfig, write: Callable[[Path], None]) -> None:
-    """The folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
+    """Write the folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
     if not start.exists():
         _write_whole(start, write)
         return
@@ -101,7 +108,7 @@ def _write_start(start: Path, config: PreTrainedConfig, write: Callable[[Path], 
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is seen whole or not at all: written beside, flushed to disk, renamed."""
+    """Write to a temporary folder beside `folder`, flush it to disk, and rename it."""
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -51,9 +51,7 @@ class Timed:
 
 def by_engine(engine: RolloutEngine, model: Any, prompts: list[list[int]], most: int) -> Rollouts:
     """All requests through one of our engines, as a trainer asks for them at most steps."""
-    if hasattr(engine, "want_log_probs"):
-        engine.want_log_probs = False
-    return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED)
+    return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED).rollouts
 
 
 class _Ends(StoppingCriteria):
@@ -93,7 +91,7 @@ def by_vllm(prompts: list[list[int]], lengths: Sequence[int]) -> int:
 
     parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = VLLMEngine._running.generate(asked, parameters, use_tqdm=False)
+    outputs = VLLMEngine.running.generate(asked, parameters, use_tqdm=False)
     return sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
@@ -148,7 +146,7 @@ def bench_rollout(requests: Requests, *, rounds: int, threads: int, say: Callabl
     check_longest(lengths)
     say(f"completions drawn: {', '.join(f'{sum(n)} tokens by {name}' for name, n in lengths.items())}")
     ways = ways_of(engines, model, prompts, lengths, requests.completion)
-    sync = SyncClock(VLLMEngine._running) if "vllm" in engines else None
+    sync = SyncClock(VLLMEngine.running) if "vllm" in engines else None
     timed: dict[str, list[Timed]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in ways if number % 2 == 0 else list(reversed(ways)):
@@ -202,7 +200,7 @@ def ways_of(
 def time_one(way: Callable[[], int], sync: SyncClock | None) -> Timed:
     """One timed pass. vLLM has forgotten the prompts of the one before: their keys and values would be a gift."""
     if sync is not None:
-        VLLMEngine._running.reset_prefix_cache()
+        VLLMEngine.running.reset_prefix_cache()
     before = 0.0 if sync is None else sync.seconds
     start, cpu = time.perf_counter(), time.process_time()
     tokens = way()

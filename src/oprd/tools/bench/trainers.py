@@ -113,11 +113,11 @@ class StepWatch(TrainerCallback):
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            rollouts = inner(*args, **kwargs)
+            sampled = inner(*args, **kwargs)
             self._now["rollout_seconds"] += time.perf_counter() - start
-            self._now["prompt_tokens"] += sum(map(len, rollouts.prompt_ids))
-            self._now["generated_tokens"] += sum(rollouts.completion_lengths)
-            return rollouts
+            self._now["prompt_tokens"] += sum(map(len, sampled.rollouts.prompt_ids))
+            self._now["generated_tokens"] += sum(sampled.rollouts.completion_lengths)
+            return sampled
 
         engine.generate = generate
 

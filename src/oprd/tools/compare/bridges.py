@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge.collect import fit_bridge
-from oprd.run_config import load_recipe
+from oprd.resolve import load_pair
+from oprd.run_config import RunConfig
 from oprd.tasks.problems import load_rows
 
 
@@ -99,12 +99,15 @@ def fit_missing(
                     "anew, or choose another output_dir"
                 )
             continue
-        found, config = load_recipe(recipe, {**settings, "bridge": None})
-        rows = load_rows(found.train_dataset, found.train_split, spec.limit, spec.seed)
+        run = RunConfig.load(recipe, {**settings, "bridge": None})
+        args = run.args
+        rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed)
+        pair = load_pair(
+            run.model, str(run.teacher_model), args.prompt_rendering, trust_remote_code=args.trust_remote_code
+        )
         bridge = fit_bridge(
-            found.model, str(found.teacher_model), rows, max_completion_length=config.max_completion_length,
-            max_prompt_length=config.max_prompt_length, text=TeacherPromptSettings.of(config),
-            trust_remote_code=config.trust_remote_code, **spec.fitting(),
+            pair, rows, max_completion_length=args.max_completion_length, max_prompt_length=args.max_prompt_length,
+            **spec.fitting(),
         )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(wanted)

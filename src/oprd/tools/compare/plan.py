@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
-from oprd.plan import describe_plan
-from oprd.run_config import Recipe, load_recipe, read_yaml, resolved
+from oprd.resolve import plan
+from oprd.run_config import RunConfig, read_yaml, recipe_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
 from oprd.tools.compare.results import Run
 
@@ -106,10 +106,9 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
             values = {**comparison.settings, **changes, **own}
             if values.get("bridge") in comparison.bridges:
                 values["bridge"] = str(bridge_folder(comparison.output_dir, values["bridge"]))
-            recipe, config = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
-            rollouts[name] = {key: getattr(config, key) for key in _ROLLOUTS}
-            settings = resolved(recipe, config)
-            runs.append(Run(name, rate, seed, folder, settings))
+            run = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
+            rollouts[name] = {key: getattr(run.args, key) for key in _ROLLOUTS}
+            runs.append(Run(name, rate, seed, folder, run.settings()))
     _check_rollouts(rollouts, file)
     return runs
 
@@ -194,7 +193,7 @@ def _rates(values: Any, where: str) -> list[float]:
 
 def _check_keys(comparison: Comparison, file: Path) -> None:
     """Keys of the recipe that are unknown, or not for this place."""
-    known = [f.name for kind in (Recipe, OPRDConfig) for f in dataclasses.fields(kind)]
+    known = [*recipe_keys(), *(f.name for f in dataclasses.fields(OPRDConfig))]
     places: dict[str, Mapping[str, Any]] = {"settings": comparison.settings}
     places |= {f"objectives: {name}": changes or {} for name, changes in comparison.objectives.items()}
     for place, changes in places.items():
@@ -220,23 +219,24 @@ def _refuse_unknown(key: Any, known: Iterable[str], where: str, allowed: str) ->
         raise ValueError(f"{where}: unknown key {key!r}{hint}{allowed}")
 
 
-def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) -> tuple[Recipe, OPRDConfig]:
+def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) -> RunConfig:
     """The recipe with `values` in place; `planned`: its models and datasets were checked for another seed or rate."""
     try:
-        checked, config = load_recipe(recipe, values)
-        if not checked.eval_dataset:
+        run = RunConfig.load(recipe, values)
+        if not run.eval_dataset:
             raise ValueError("eval_dataset: there is none, so nothing would be compared; set it under 'settings'")
-        if config.load_best_model_at_end:
+        if run.args.load_best_model_at_end:
             raise ValueError(f"load_best_model_at_end: True is not allowed: {_OURS['load_best_model_at_end']}")
-        if config.bridge is not None and not Path(config.bridge).is_dir():
+        bridge = run.args.bridge
+        if bridge is not None and not Path(bridge).is_dir():
             raise ValueError(
-                f"bridge: there is no folder {config.bridge}, nor is it among this file's 'bridges'; make one with oprd bridge fit"
+                f"bridge: there is no folder {bridge}, nor is it among this file's 'bridges'; make one with oprd bridge fit"
             )
         if not planned:
-            describe_plan(checked, config)  # what it says is not needed; what it refuses is
+            plan(run).describe()  # raises where models, tokenizers or datasets do not fit
     except ValueError as error:
         raise ValueError(f"{where} (recipe {recipe!r} with the settings of this file): {error}") from error
-    return checked, config
+    return run
 
 
 def _check_rollouts(rollouts: Mapping[str, Mapping[str, int]], file: Path) -> None:

@@ -79,7 +79,11 @@ def diagnose_pair(
     if task is not None:
         get_task(task)
     pair = load_pair(
-        student, teacher, text or TeacherPromptSettings(), teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code
+        student,
+        teacher,
+        text or TeacherPromptSettings(),
+        teacher_dtype=teacher_dtype,
+        trust_remote_code=trust_remote_code,
     )
     prompts = pair.prompts(rows, max_completion_length, max_prompt_length)
     rollouts = pair.sample(prompts, max_completion_length, seed, batch_size)

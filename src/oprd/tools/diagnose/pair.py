@@ -96,9 +96,11 @@ class ModelPair:
         return engine.generate(
             self.models[0], [p.ids for p in prompts], num_generations=1, sampling=Sampling(longest), seed=seed,
             rows=[p.index for p in prompts],
-        )  # fmt: skip
+        ).rollouts  # fmt: skip
 
-    def align(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> tuple[PositionPairs | None, AlignmentStats | None]:
+    def align(
+        self, rollouts: Rollouts, rows: Mapping[int, PromptRow]
+    ) -> tuple[PositionPairs | None, AlignmentStats | None]:
         """The rollouts as the teacher reads them; None where it reads them as they are.
 
         Raises:

@@ -102,7 +102,9 @@ def read_pair(
 class _Reader:
     """The state of one pass."""
 
-    def __init__(self, pair: ModelPair, rollouts: Rollouts, pairing: PositionPairs | None, sample: int, seed: int) -> None:
+    def __init__(
+        self, pair: ModelPair, rollouts: Rollouts, pairing: PositionPairs | None, sample: int, seed: int
+    ) -> None:
         self.pair, self.rollouts, self.pairing = pair, rollouts, pairing
         depths, widths = ([of(model) for model in pair.models] for of in (num_layers, hidden_size))
         self.depths, self.same_width = depths, widths[0] == widths[1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oprd.config import OPRDConfig, needs_head
+from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
-from oprd.run_config import Recipe
+from oprd.run_config import RunConfig
 from oprd.states.layers import resolve_layers
 from oprd.states.positions import select_positions
 from oprd.tools.doctor.shape import Shape, read_shape
@@ -150,8 +150,7 @@ class Workload:
 
 
 def workload_of(
-    recipe: Recipe,
-    config: OPRDConfig,
+    run: RunConfig,
     *,
     prompt: int | None = None,
     devices: int = 1,
@@ -162,8 +161,7 @@ def workload_of(
     """What a recipe runs on each device.
 
     Args:
-        recipe: models and adapter.
-        config: settings.
+        run: models, adapter and settings.
         prompt: tokens of the longest prompt; default max_prompt_length, else 256.
         devices: how many.
         sharding: none, ddp or fsdp; default none for one device, ddp for more.
@@ -174,10 +172,11 @@ def workload_of(
         ValueError: a config that cannot be read, an architecture that the formulas do not know, layers out of range, or an
             adapter on other layers than the block's projections.
     """
-    student = read_shape(recipe.model, trust_remote_code=config.trust_remote_code)
+    config = run.args
+    student = read_shape(run.model, trust_remote_code=config.trust_remote_code)
     teacher = None
-    if recipe.teacher_model is not None:
-        teacher = read_shape(recipe.teacher_model, trust_remote_code=config.trust_remote_code)
+    if run.teacher_model is not None:
+        teacher = read_shape(run.teacher_model, trust_remote_code=config.trust_remote_code)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
     return Workload(
@@ -193,10 +192,10 @@ def workload_of(
         bridge_rank=_bridge_rank(config),
         representation=is_on(config.representation_weight),
         output_space=config.output_term.kind if config.output_term else None,
-        policy_gradient=needs_head(config) and is_on(config.policy_gradient_weight),
+        policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,
         checkpointing=bool(config.activation_checkpointing),
-        lora=_lora(recipe.lora),
+        lora=_lora(run.lora),
         bf16=config.bf16 if bf16 is None else bf16,
         teacher_bytes=_teacher_bytes(config, student if teacher is None else teacher, teacher is None),
         generation_batch=config.generation_batch_size,

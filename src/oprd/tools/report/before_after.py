@@ -151,7 +151,7 @@ class _Reader:
         rollouts = self.engine.generate(
             student, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
-        )  # fmt: skip
+        ).rollouts  # fmt: skip
         if self.task is None:
             verdicts: list[bool | None] = [None] * len(rollouts)
         else:

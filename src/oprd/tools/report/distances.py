@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.bridge import Bridge
-from oprd.models.architecture import check_same_shape, num_layers
+from oprd.models.architecture import num_layers
+from oprd.models.loading import ModelInfo, check_same_shape
 from oprd.models.fingerprint import fingerprint
 from oprd.models.tokens import check_same_tokens
 from oprd.objectives.representation import cosine
@@ -66,7 +67,7 @@ def compare_with(
         raise ValueError(f"the teacher has another tokenizer, so tokens have no partner ({error})") from error
     layers = resolve_layers(config.get("layers", "all"), num_layers(student))
     if not config.get("bridge"):
-        check_same_shape(student, teacher)
+        check_same_shape(ModelInfo.of(student), ModelInfo.of(teacher))
         return Comparison(teacher, layers)
     sides = zip((student, teacher), tokenizers, names, strict=True)
     prints = [fingerprint(model, tokenizer, name) for model, tokenizer, name in sides]
