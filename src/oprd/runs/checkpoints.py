@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -190,6 +190,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value) + "\n")
 
 
+@runtime_checkable
 class CheckpointPart(Protocol):
     """Something whose state belongs to a checkpoint. Each process saves and loads its own."""
 
