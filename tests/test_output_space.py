@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.models.lm_head.lm_head import LMHead, divergence, log_probs, match_heads
+from oprd.models.lm_head import LMHead, divergence, log_probs, match_heads
 from oprd.objectives.output_space import (
     full_vocabulary_loss,
     overlap,

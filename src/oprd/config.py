@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.config_checks import check_at_least_one, check_objective, check_overlap
-from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
+from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.schedules import is_on
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from oprd.alignment.position_pairs import Pairing, input_lengths
 from oprd.config import OPRDConfig
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import log_probs
+from oprd.models.lm_head import Heads, LMHead, log_probs
 from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
 from oprd.objectives.reduction import position_weights
@@ -26,21 +25,6 @@ from oprd.objectives.schedules import crossfade, is_on, weight_at
 from oprd.rollouts.engine import student_writes
 from oprd.states.requests import HEAD, StateRequest
 from oprd.types import Rollouts, States
-
-
-@dataclass(frozen=True)
-class Heads:
-    """LM heads, each over the events that its use is about.
-
-    Args:
-        policy: the student's over its own vocabulary.
-        student: the student's over the events that the teacher has too.
-        teacher: the teacher's over the same events.
-    """
-
-    policy: LMHead
-    student: LMHead
-    teacher: LMHead
 
 
 @dataclass(frozen=True)

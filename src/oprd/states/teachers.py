@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import lm_head_of
+from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
 from oprd.states.requests import StateRequest
 from oprd.types import States

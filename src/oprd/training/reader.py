@@ -17,11 +17,10 @@ from oprd.config_checks import check_default_ends
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import context_length
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import check_head, lm_head_of, match_heads, share_events
+from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.tokens import vocabulary_size
 from oprd.objectives.schedules import is_on
-from oprd.objectives.step_loss import Batch, Heads, StepTerms
+from oprd.objectives.step_loss import Batch, StepTerms
 from oprd.rollouts.engine import RolloutEngine
 from oprd.states.positions import Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest

@@ -19,7 +19,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.models.architecture import context_length
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
+from oprd.models.lm_head import embedding_gradient_by_rows
 from oprd.models.sharding import shard_pair
 from oprd.models.tokens import stop_token_ids
 from oprd.objectives.schedules import is_on
