@@ -29,7 +29,7 @@ def measure(way: str, tokens: int) -> dict[str, float]:
     import torch
     from torch.nn.functional import embedding
 
-    from oprd.models.lm_head.lm_head import LMHead, divergence, total_divergence
+    from oprd.models.lm_head import LMHead, divergence, total_divergence
 
     one_pass, in_place = WAYS[way]
     torch.set_num_threads(1)

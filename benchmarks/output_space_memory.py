@@ -51,8 +51,8 @@ def update(way, student, teacher, rollouts) -> float:
     import torch
 
     from oprd import capture_states, position_weights, representation_loss
-    from oprd.models.lm_head.lm_head import lm_head_of, log_probs, match_heads
-    from oprd.objectives.output_term import OutputTerm
+    from oprd.models.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.objectives.output_space import OutputTerm
     from oprd.objectives.policy_gradient import clipped_policy_loss
 
     layers = "all" if way in ("representation", "composite") else "last"

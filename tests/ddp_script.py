@@ -80,7 +80,7 @@ def reward_last_tokens(trainer) -> None:
         return Sampled(replace(rollouts, texts=[str(ids[-1]) for ids in rollouts.completion_ids]))
 
     trainer.engine.generate = generate
-    trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: int(response) % 3 == 0))
+    trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: int(response) % 3 == 0))
 
 
 def lora_trainer(folder, **more):

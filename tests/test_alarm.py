@@ -174,7 +174,9 @@ def run(folder, max_steps: int = 9, **settings):
         alarm_window=6, diagnostic_steps=0, max_steps=max_steps, learning_rate=3e-3, save_strategy="steps", save_steps=1,
         **settings,
     )  # fmt: skip
-    trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: trainer.state.global_step < 3))
+    trainer.grading.task = Task(
+        "fake", "", lambda: FunctionGrader(lambda response, answer: trainer.state.global_step < 3)
+    )
     return trainer
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import yaml
+from oprd.objectives.step_loss import Batch, StepTerms
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,7 +32,6 @@ from oprd.data.rows import as_prompt_rows
 from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import load_model, load_tokenizer
-from oprd.objectives.step_loss import Batch, StepTerms
 from oprd.rollouts.engine import Sampled
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import FunctionGrader, Task
@@ -145,7 +145,7 @@ def record(trainer) -> list[Rollouts]:
 
     trainer.engine.generate = generate
     if trainer.task is not None:
-        trainer.task = Task("fake", "", TokenGrader)
+        trainer.grading.task = Task("fake", "", TokenGrader)
     return seen
 
 

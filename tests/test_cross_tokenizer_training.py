@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from oprd.plan import describe_plan
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
@@ -32,7 +33,6 @@ from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import ASSETS, load_model
-from oprd.plan import describe_plan
 from oprd.rollouts.engine import Sampled
 from oprd.run_config import parse_recipe
 from oprd.states.layer_maps import layer_map
@@ -155,7 +155,7 @@ def script(trainer, ours: Side, chosen: list[list[int]] | None = None) -> list[R
 
     trainer.engine.generate = generate
     if trainer.task is not None:
-        trainer.task = Task("fake", "", TokenGrader)
+        trainer.grading.task = Task("fake", "", TokenGrader)
     return seen
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import lm_head_of
-from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
+from oprd.models.lm_head import LMHead, lm_head_of
+from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm, cross_entropy_total
 from oprd.objectives.reduction import position_weights, representation_loss
-from oprd.objectives.totals import cross_entropy_total
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine

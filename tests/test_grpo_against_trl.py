@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 import oprd
-from oprd.models.lm_head.lm_head import lm_head_of, log_probs
+from oprd.models.lm_head import lm_head_of, log_probs
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
 from oprd.objectives.reduction import position_weights
 from oprd.types import Rollouts

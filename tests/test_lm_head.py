@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd.models.lm_head import head_products
-from oprd.models.lm_head.head_measures import LOG_ZERO
-from oprd.models.lm_head.lm_head import (
+from oprd.models.lm_head import (
     LMHead,
     check_head,
     divergence,
@@ -25,6 +23,7 @@ from oprd.models.lm_head.lm_head import (
     share_events,
     top_k,
 )
+from oprd.models.lm_head.logit_functions import LOG_ZERO
 from reference import dense_divergence, dense_log_probs
 from tiny import FAMILIES, tiny_model
 
@@ -164,8 +163,7 @@ def test_a_tied_head_gets_both_gradients():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_bfloat16_states_are_computed_in_float32(trained, monkeypatch):
-    monkeypatch.setattr(head_products, "_WEIGHT_ROWS", 4)  # several pieces of the weight
+def test_bfloat16_states_are_computed_in_float32(trained):
     student, hidden, teacher, teacher_hidden, _, _ = problem(dtype=torch.bfloat16, trained=trained)
     ours = divergence(student, hidden, teacher, teacher_hidden, chunk_size=3)
     dense = dense_divergence(
@@ -675,7 +673,7 @@ def test_events_that_cannot_be_are_refused():
             for ids in ([], [1, 1], [4], [-1, 0])
         ],
         "each once, of 0 … 2": [lambda: LMHead(weight, vocab_size=3, ids=torch.tensor([0, 3]))],
-        r"ids \[2\] are stop tokens other than the first, 1,": [
+        r"ids \[2\] are stop tokens other than the first, 1;": [
             lambda: LMHead(weight, stop_token_ids=(1, 2), ids=torch.tensor([0, 2, 1]))
         ],
         "ids 0 … 2, the vocabulary has 2": [lambda: log_probs(listed, hidden, torch.tensor([0, 2, 1]))],

@@ -71,7 +71,7 @@ def record(trainer, *, last_tokens=(), by_seed: bool = False) -> list[Rollouts]:
 
     trainer.engine.generate = generate
     if trainer.task is not None:
-        trainer.task = Task("fake", "", TokenGrader)
+        trainer.grading.task = Task("fake", "", TokenGrader)
     return seen
 
 
@@ -619,7 +619,7 @@ def test_measuring_changes_no_bit_of_the_weights(tmp_path, settings):
             **{"num_generations": 2, **settings, "diagnostic_steps": steps},
         )  # fmt: skip
         if trainer.task is not None:
-            trainer.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: len(r) % 2 == 0))
+            trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: len(r) % 2 == 0))
         trainer.train()
         results.append(weights(trainer.model))
         rows.append(without_times(trainer.run_folder.read_metrics()))
@@ -705,7 +705,7 @@ def resumable(name: str, folder):
         save_strategy="steps", lr_scheduler_type="cosine", **{"num_generations": 2, **RESUMED[name][0]},
     )  # fmt: skip
     if trainer.task is not None:
-        trainer.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: len(r) % 2 == 0))
+        trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: len(r) % 2 == 0))
     return trainer
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oprd.models.lm_head.lm_head import LMHead, divergence, log_probs, match_heads
+from oprd.models.lm_head import LMHead, divergence, log_probs, match_heads
 from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.output_space import (
     full_vocabulary_loss,
@@ -77,7 +77,7 @@ ESTIMATORS = {
 def test_the_expected_gradient_is_the_reverse_kls(name, temperature, stops):
     function, options = ESTIMATORS[name]
     args, log_p, log_q = problem(stops=stops, temperature=temperature)
-    events = [i for i in range(VOCAB) if i not in stops] + list(stops[-1:])  # any stop token stands for all
+    events = [i for i in range(VOCAB) if i not in stops] + list(stops[-1:])  # one stop token is enough
     exact_N = dense_divergence(log_p, log_q, "reverse_kl")
     value_N, expected = expectation(
         lambda tokens: function(*args, tokens, temperature=temperature, chunk_size=2, **options), args, log_p, events

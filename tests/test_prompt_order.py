@@ -71,7 +71,7 @@ def test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates(tmp_path, ac
         num_iterations=3, num_generations=2, policy_gradient_weight=1.0, task="addition", seed=7, data_seed=data_seed,
         diagnostic_steps=0,
     )  # fmt: skip
-    trainer.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: True))
+    trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: True))
     seen, rollouts, sampled = [], [], []
     next_batch, generate = trainer._next_batch, trainer.engine.generate
 

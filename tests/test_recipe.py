@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from oprd.plan import describe_plan, load_for_plan
+
 from oprd.run_config import find_recipe, load_recipe, parse_overrides, parse_recipe, resolved
 from oprd.tasks.problems import load_rows
 

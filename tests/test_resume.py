@@ -214,7 +214,7 @@ def test_resuming_from_a_named_checkpoint(whole_run, stopped_run):
 
 def scripted_evaluation(trainer, right_at: int):
     """Graded right at one step only, so that the best checkpoint is known."""
-    trainer.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: trainer.state.global_step == right_at))
+    trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda r, a: trainer.state.global_step == right_at))
     return trainer
 
 

@@ -284,7 +284,7 @@ def test_metrics_are_what_happened(tmp_path):
             asked.append((list(responses), list(answers)))
             return [i % 2 == 0 for i in range(len(responses))]
 
-    trainer.task = Task("fake", "every second one is right", lambda: Grader(lambda r, a: True))
+    trainer.grading.task = Task("fake", "every second one is right", lambda: Grader(lambda r, a: True))
     trainer.train()
     metrics = trainer.run_folder.read_metrics()
     assert [row["step"] for row in metrics] == [1, 2]
@@ -336,7 +336,7 @@ def test_answers_stay_with_their_prompts_when_long_ones_are_left_out(tmp_path):
             asked.extend(answers)
             return [False] * len(responses)
 
-    trainer.task = Task("fake", "", lambda: Grader(lambda r, a: True))
+    trainer.grading.task = Task("fake", "", lambda: Grader(lambda r, a: True))
     generate, prompts = trainer.engine.generate, []
     trainer.engine.generate = lambda model, ids, **k: prompts.extend(map(len, ids)) or generate(model, ids, **k)
     trainer.train()

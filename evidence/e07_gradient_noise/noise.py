@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from oprd import Rollouts, capture_states, position_weights, representation_loss
-from oprd.models.lm_head.head_chunks import LMHead, event_logits
-from oprd.models.lm_head.lm_head import lm_head_of, match_heads
-from oprd.objectives.output_term import OutputTerm
+from oprd.models.lm_head import LMHead, lm_head_of, match_heads
+from oprd.objectives.output_space import OutputTerm
 
 SAMPLED = {
     "sampled_token": OutputTerm("sampled_token"),
@@ -38,7 +37,7 @@ class FixedPrefixes:
         self.heads: tuple[LMHead, LMHead] = match_heads(lm_head_of(student), lm_head_of(teacher))
         self.weights_N = position_weights(self.student.rollout_index, len(rollouts), "token")
         with torch.no_grad():
-            self.probabilities_NV = event_logits(self.heads[0], self.student.values[-1], 1.0).softmax(-1)
+            self.probabilities_NV = self.heads[0].event_logits(self.student.values[-1]).softmax(-1)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """`[N]`, a next token ~ p at every prefix."""
@@ -89,8 +88,8 @@ def state_noise(prefixes: FixedPrefixes, draws: int, generator: torch.Generator)
     states_ND = prefixes.student.values[-1].detach().requires_grad_()
     student, teacher = prefixes.heads
     with torch.no_grad():
-        log_p_NV = event_logits(student, states_ND, 1.0).log_softmax(-1).double()
-        log_q_NV = event_logits(teacher, prefixes.teacher.values[-1], 1.0).log_softmax(-1).double()
+        log_p_NV = student.event_logits(states_ND).log_softmax(-1).double()
+        log_q_NV = teacher.event_logits(prefixes.teacher.values[-1]).log_softmax(-1).double()
         p_NV, u_NV = log_p_NV.exp(), log_p_NV - log_q_NV
         weight_VD = student.weight[: student.rows].double() * student.scale
         centred_NVD = weight_VD[None] - (p_NV @ weight_VD)[:, None]  # ∇_h log p(v)

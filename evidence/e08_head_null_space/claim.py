@@ -15,7 +15,7 @@ from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import SHARED, baseline
 from evidence.words import percent, table
 from oprd import Sampling, TransformersEngine, capture_states
-from oprd.models.lm_head.lm_head import divergence, lm_head_of
+from oprd.models.lm_head import divergence, lm_head_of
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
 from oprd.tasks.task import get_task

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oprd.config import OPRDConfig
-    from oprd.models.lm_head.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.models.lm_head import lm_head_of, log_probs, match_heads
     from oprd.objectives.output_space import full_vocabulary_loss, sampled_token_loss, tail_sampled_loss, top_k_loss
     from oprd.objectives.policy_gradient import clipped_policy_loss, group_advantages
     from oprd.objectives.reduction import position_weights, representation_loss
@@ -37,9 +37,9 @@ _HOME = {
     "clipped_policy_loss": "oprd.objectives.policy_gradient",
     "full_vocabulary_loss": "oprd.objectives.output_space",
     "group_advantages": "oprd.objectives.policy_gradient",
-    "lm_head_of": "oprd.models.lm_head.lm_head",
-    "log_probs": "oprd.models.lm_head.lm_head",
-    "match_heads": "oprd.models.lm_head.lm_head",
+    "lm_head_of": "oprd.models.lm_head",
+    "log_probs": "oprd.models.lm_head",
+    "match_heads": "oprd.models.lm_head",
     "plan_micro_batches": "oprd.states.requests",
     "position_weights": "oprd.objectives.reduction",
     "representation_error": "oprd.objectives.representation",

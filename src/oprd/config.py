@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
-from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
+from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
 from oprd.objectives.schedules import check_weight, is_on

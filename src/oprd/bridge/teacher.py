@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oprd.bridge.bridge import Bridge
-from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head import LMHead
 from oprd.states.requests import HEAD, StateRequest
 from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
 from oprd.types import States

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import entropy, log_probs, top_k
+from oprd.models.lm_head import LMHead, entropy, log_probs, top_k
 from oprd.objectives.output_space import overlap
 
 OVERLAP_K = 16

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oprd.models.lm_head import Heads
-from oprd.objectives.output_term import OutputTerm
+from oprd.objectives.output_space import OutputTerm
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share
 from oprd.objectives.representation import representation_error
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from oprd.models.lm_head.lm_head import lm_head_of, log_probs
+from oprd.models.lm_head import lm_head_of, log_probs
 from oprd.rollouts.engine import Sampled
 from oprd.states.capture import gather_states
 from oprd.states.requests import plan_micro_batches, request_states

@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import lm_head_of
+from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
 from oprd.states.requests import StateRequest

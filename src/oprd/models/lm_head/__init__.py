@@ -1,27 +1,30 @@
-"""The LM head (interim)."""
+"""Next-token distributions from hidden states, without the `[tokens, |V|]` matrix of logits.
 
-from dataclasses import dataclass
+Imports nothing of oprd but `models` and what is below it. Start with `head` (`LMHead`), then `vocabulary`; `chunked` is the engine.
+"""
 
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import check_head, lm_head_of, log_probs, match_heads, share_events
+from oprd.models.lm_head.gradients import embedding_gradient_by_rows
+from oprd.models.lm_head.head import (
+    Heads,
+    LMHead,
+    check_head,
+    check_same_events,
+    lm_head_of,
+    match_heads,
+    share_events,
+)
+from oprd.models.lm_head.selected_logits import logits_of_tokens
+from oprd.models.lm_head.vocabulary import (
+    Divergence,
+    divergence,
+    entropy,
+    log_normalizer,
+    log_probs,
+    top_k,
+    total_divergence,
+)
 
 __all__ = [
-    "Heads",
-    "LMHead",
-    "check_head",
-    "embedding_gradient_by_rows",
-    "lm_head_of",
-    "log_probs",
-    "match_heads",
-    "share_events",
-]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """LM heads."""
-
-    policy: LMHead
-    student: LMHead
-    teacher: LMHead
+    "Divergence", "Heads", "LMHead", "check_head", "check_same_events", "divergence", "embedding_gradient_by_rows", "entropy",
+    "lm_head_of", "log_normalizer", "log_probs", "logits_of_tokens", "match_heads", "share_events", "top_k", "total_divergence",
+]  # fmt: skip

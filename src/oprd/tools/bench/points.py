@@ -12,7 +12,7 @@ from oprd.bridge.statistics import PairStatistics
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.architecture import num_layers
 from oprd.models.fingerprint import Fingerprint
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
+from oprd.models.lm_head import embedding_gradient_by_rows
 from oprd.objectives.reduction import representation_loss
 from oprd.states.capture import gather_states
 from oprd.states.requests import StateRequest

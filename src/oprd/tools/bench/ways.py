@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from oprd.models.architecture import num_layers
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
-from oprd.models.lm_head.lm_head import lm_head_of, match_heads
-from oprd.objectives.output_term import OutputTerm
+from oprd.models.lm_head import embedding_gradient_by_rows, lm_head_of, match_heads
+from oprd.objectives.output_space import OutputTerm
 from oprd.objectives.reduction import position_weights, representation_loss
 from oprd.states.capture import gather_states
 from oprd.states.requests import StateRequest, request_states

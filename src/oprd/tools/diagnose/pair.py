@@ -15,8 +15,7 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import context_length
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import check_head, lm_head_of, match_heads, share_events
+from oprd.models.lm_head import LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import different_tokens, stop_token_ids, vocabulary_size
 from oprd.rollouts.engine import Sampling

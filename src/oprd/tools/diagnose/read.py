@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
 from oprd.bridge.statistics import cka_matrix
 from oprd.models.architecture import hidden_size, num_layers
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import divergence, entropy, log_probs, top_k
+from oprd.models.lm_head import LMHead, divergence, entropy, log_probs, top_k
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.objectives.output_space import overlap
 from oprd.objectives.representation import cosine

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oprd.models.lm_head.head_chunks import LMHead
+from oprd.models.lm_head import LMHead
 from oprd.tools.diagnose.pair import ModelPair
 from oprd.tools.diagnose.read import Readings
 

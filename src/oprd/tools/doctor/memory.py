@@ -1,9 +1,9 @@
 """Memory of one device: what each part takes, what is alive in each phase of a step, and the peak.
 
 Bytes throughout. The formulas follow the code: `capture.py` (selected states only), `objectives/representation.py` (the teacher's
-buffer becomes the derivative), `head_total.py`, `head_chunks.py` and `head_measures.py` (chunks of logits, the head's gradient
-buffer), `embedding_gradient.py` (rows instead of a matrix), and what transformers' Llama and Qwen2 blocks save for backward with
-sdpa attention. The largest of everything is assumed: every rollout is as long as it may be.
+buffer becomes the derivative), `lm_head/chunked.py` and `logit_functions.py` (chunks of logits), `lm_head/gradients.py` (the head's
+gradient; rows of the embedding's), and what transformers' Llama and Qwen2 blocks save for backward with sdpa attention. The largest
+of everything is assumed: every rollout is as long as it may be.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from oprd.models.lm_head.head_chunks import LMHead, chunks
+from oprd.models.lm_head import LMHead
+from oprd.models.lm_head.chunked import chunk_slices
 from oprd.tools.doctor.workload import Workload
 
 PHASES = ("rollout", "teacher", "update", "optimizer")
 _FLOAT = 4
-# [n, V] float32 buffers alive at once in one chunk (head_measures.py; logsumexp has one of its own).
+# [n, V] float32 buffers alive at once in one chunk (logit_functions.py; logsumexp has one of its own).
 _CHUNK_BUFFERS = {"reverse_kl": 3.0, "forward_kl": 3.25, "jsd": 4.0, "sampled_token": 3.0}
-_BY_ROWS = ("top_k", "top_k_forward_kl")  # the head's gradient is made of a few rows, in place (head_rows.py)
+_BY_ROWS = ("top_k", "top_k_forward_kl")  # the head's gradient is made of a few rows, in place (selected_logits.py)
 _OTHER_BUFFERS = 2.0  # log-probabilities of given tokens, top-k: logits and one more
 _DIAGNOSTIC_BUFFERS = 3.0  # of all measurements the entropy needs most: log p, p and their product
 _SAMPLING_BUFFERS = 3  # float32 [rows, V]: the logits, what the samplers make of them, and their softmax
@@ -159,7 +160,7 @@ class _Held:
             return 0.0
         head = LMHead(torch.empty(work.student.rows, 1, device="meta"))
         device = torch.device("cuda" if work.accelerator else "cpu")
-        first = next(iter(chunks(work.rows * work.completion, head, None, device)))
+        first = chunk_slices(work.rows * work.completion, head, None, device)[0]
         buffers = _CHUNK_BUFFERS.get(work.output_space or "", _OTHER_BUFFERS)
         if work.bf16 and work.accelerator and work.head_term:
             buffers += 0.5  # the logits' gradient in 16 bits

@@ -15,8 +15,8 @@ from oprd.tools.doctor.shape import Shape
 from oprd.tools.doctor.workload import Workload
 
 # Products with the `[V, D]` head a compared token and term: both models' logits and the ways back to states and head
-# (head_total.py). Top-k looks for the student's likeliest tokens only (head_rows.py); the tail's sample does both, and makes the
-# student's logits once more in backward (head_chunks.py).
+# (`chunked.weighted_sum`). Top-k only searches the student's likeliest tokens (selected_logits.py). The tail-sampled loss searches
+# too, and computes the student's logits once more in backward (`chunked.per_token`).
 _HEAD_PRODUCTS = {"top_k": 1, "top_k_forward_kl": 1, "cross_entropy": 3, "tail_sampled": 6}
 _OTHER_PRODUCTS = 4
 _POLICY_PRODUCTS = 4

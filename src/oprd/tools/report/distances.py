@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.bridge import Bridge
 from oprd.models.architecture import num_layers
-from oprd.models.loading import ModelInfo, check_same_shape
 from oprd.models.fingerprint import fingerprint
+from oprd.models.loading import ModelInfo, check_same_shape
 from oprd.models.tokens import check_same_tokens
 from oprd.objectives.representation import cosine
 from oprd.states.capture import gather_states, read_states

@@ -7,12 +7,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from oprd.models.lm_head import head_chunks, head_total
-from oprd.models.lm_head.lm_head import divergence, total_divergence
-from oprd.objectives.output_term import OUTPUT_SPACE, OutputTerm
+from oprd.models.lm_head import divergence, total_divergence
+from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from reference import dense_divergence
-from test_lm_head import KINDS, OPTIONS, TOKENS, impossible_pair, problem, sources
+from test_lm_head import (
+    KINDS,
+    OPTIONS,
+    TEACHER_WIDTH,
+    TOKENS,
+    VOCAB,
+    WIDTH,
+    impossible_pair,
+    problem,
+    sources,
+)
+
+
+class LogitProducts(TorchDispatchMode):
+    """Counts the tokens of every product of states with a transposed LM head of `VOCAB` rows, by the width of the states."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = {WIDTH: [], TEACHER_WIDTH: []}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default and args[1].shape[1] == VOCAB and args[1].shape[0] in self.tokens:
+            self.tokens[args[1].shape[0]].append(len(args[0]))
+        return function(*args, **(kwargs or {}))
 
 
 def gradients(value, inputs):
@@ -51,18 +74,16 @@ def test_16_bit_heads_are_summed_in_float32():
         torch.testing.assert_close(own, expected, rtol=2**-7, atol=1e-4)
 
 
-def test_the_head_is_read_once(monkeypatch):
+def test_the_head_is_read_once():
     """Forward makes every chunk's gradient; backward none."""
-    made = []
-    chunk = head_total.chunk_with_gradient
-    monkeypatch.setattr(head_total, "chunk_with_gradient", lambda *a: made.append(len(a[3])) or chunk(*a))
     student, hidden, teacher, teacher_hidden, _, _ = problem()
-    total = total_divergence(student, hidden, teacher, teacher_hidden, torch.ones(TOKENS), chunk_size=3)
-    assert made == [3, 3, 1]
-    total.backward(retain_graph=True)
-    assert made == [3, 3, 1]
-    with pytest.raises(RuntimeError, match="used up by an earlier backward"):
-        total.backward()
+    with LogitProducts() as products:
+        total = total_divergence(student, hidden, teacher, teacher_hidden, torch.ones(TOKENS), chunk_size=3)
+        assert products.tokens == {WIDTH: [3, 3, 1], TEACHER_WIDTH: [3, 3, 1]}
+        total.backward(retain_graph=True)
+        assert products.tokens == {WIDTH: [3, 3, 1], TEACHER_WIDTH: [3, 3, 1]}
+        with pytest.raises(RuntimeError, match="an earlier backward used up its gradients"):
+            total.backward()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -136,20 +157,20 @@ def test_the_sampled_totals_of_impossible_tokens(baseline):
     ("kind", "products"),
     [("sampled_token", [1, 1]), ("cross_entropy", [1, 0]), ("reverse_kl", [1, 1]), ("top_k", [1, 0])],
 )
-def test_how_often_a_vocabulary_is_gone_through(monkeypatch, kind, products):
+def test_how_often_a_vocabulary_is_gone_through(kind, products):
     """Student's and teacher's logits a token, forward and backward together (and the gradients' own products beside them)."""
-    seen = {True: 0, False: 0}
-    project = head_chunks.project
-
-    def counted(hidden_nD, weight_VD, dtype):
-        seen[weight_VD.shape[1] == student.weight.shape[1]] += len(hidden_nD)
-        return project(hidden_nD, weight_VD, dtype)
-
-    monkeypatch.setattr(head_chunks, "project", counted)
     student, hidden, teacher, teacher_hidden, _, _ = problem()
     tokens, weights = torch.randint(0, 13, (TOKENS,)), torch.rand(TOKENS, dtype=torch.float64)
-    OutputTerm(kind, top_k=4).total(student, hidden, teacher, teacher_hidden, tokens, weights).backward()
-    assert [seen[True], seen[False]] == [TOKENS * n for n in products]
+    with LogitProducts() as seen:
+        OutputTerm(kind, top_k=4).total(student, hidden, teacher, teacher_hidden, tokens, weights).backward()
+    assert [sum(seen.tokens[WIDTH]), sum(seen.tokens[TEACHER_WIDTH])] == [TOKENS * n for n in products]
+
+
+def test_values_one_by_one_read_a_trained_head_twice():
+    student, hidden, teacher, teacher_hidden, _, _ = problem()
+    with LogitProducts() as seen:
+        divergence(student, hidden, teacher, teacher_hidden).sum().backward()
+    assert seen.tokens == {WIDTH: [TOKENS, TOKENS], TEACHER_WIDTH: [TOKENS, TOKENS]}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from oprd.models.lm_head.head_chunks import LMHead
-from oprd.models.lm_head.lm_head import divergence, log_probs, top_k, total_divergence
-from oprd.objectives.totals import cross_entropy_total
+from oprd.models.lm_head import LMHead, divergence, log_probs, top_k, total_divergence
+from oprd.models.lm_head.matmul import to_hidden, to_logits
+from oprd.objectives.output_space import cross_entropy_total
 from tiny import tiny_model, tiny_trainer
 
 N, V, D = 23, 61, 16
@@ -37,6 +37,16 @@ def by_hand(head: LMHead, hidden: Tensor, tokens: Tensor, weights: Tensor) -> tu
     grad *= weights.double()[:, None]
     grad16 = grad.float().bfloat16().double()
     return loss, grad16 @ weight16, grad16.T @ hidden16, grad.sum(0)
+
+
+@pytest.mark.parametrize("weight_rows", [4, V, 100])  # several pieces of the weight, one, one that is not full
+def test_a_16_bit_weight_is_multiplied_in_float32_by_pieces(weight_rows):
+    weight, hidden, grad = torch.randn(V, D).bfloat16(), torch.randn(N, D).bfloat16(), torch.randn(N, V)
+    logits = to_logits(hidden, weight, torch.float32, weight_rows=weight_rows)
+    back = to_hidden(grad, weight, weight_rows=weight_rows)
+    assert logits.dtype == back.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight.float().T)
+    torch.testing.assert_close(back, grad @ weight.float())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from oprd.models.lm_head.embedding_gradient import embedding_gradient_by_rows
+from oprd.models.lm_head import embedding_gradient_by_rows
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.tensor([[5, 3, 5, 1], [0, 5, 2, 2]])
