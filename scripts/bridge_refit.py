@@ -43,8 +43,8 @@ class Refit(TrainerCallback):
     @torch.no_grad()
     def refit(self, trainer: Any, seed: int) -> None:
         """Rollouts of the student, statistics, closed form; the last fifth is held out."""
-        old: Bridge = trainer.teacher.bridge
-        models = trainer.model, trainer.teacher.model
+        old: Bridge = trainer.pair.teacher.bridge
+        models = trainer.model, trainer.pair.teacher.model
         prompts = trainer.train_dataset[:ROLLOUTS]
         rollouts = trainer.engine.generate(
             trainer.model, [p.ids for p in prompts], num_generations=1, sampling=trainer.args.sampling, seed=seed
@@ -59,8 +59,7 @@ class Refit(TrainerCallback):
         trainer.model.train()
         new = Bridge.fit(*sides, mapped, student=old.student, teacher=old.teacher, rank=RANK)
         self.r2.append([round(float(pair.report.rank_r2_R[RANK - 1]), 3) for _, pair in sorted(new.pairs.items())])
-        trainer.teacher.bridge = new
-        trainer._project = new.project_student
+        trainer.pair.teacher.bridge = new
 
 
 def main() -> None:

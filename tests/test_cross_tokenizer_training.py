@@ -444,7 +444,7 @@ def test_two_steps_through_a_bridge_equal_plain_pytorch(tmp_path, bridges, case,
     trainer, logged = check_against_plain_pytorch(
         tmp_path, objective, [{"representation": 1.0}] * 2, bridge=str(bridges[pair]), diagnostic_steps=0, **settings
     )
-    assert trainer.teacher.bridge.teacher_layers == tuple(PHI[layer - 1] for layer in objective.layers)
+    assert trainer.pair.teacher.bridge.teacher_layers == tuple(PHI[layer - 1] for layer in objective.layers)
     assert not trainer.model.lm_head.weight.requires_grad
     assert 0.2 < logged[0]["alignment/one_to_one"] < logged[0]["alignment/paired"] < 1 or pair == "pieces to characters"
 
@@ -1080,7 +1080,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
         assert not matrices
     assert bridge.teacher_layers == phi
     flat = [pair for batch in states for pair in batch]
-    held = oprd.bridge.collect._held_out(40, 0.25)
+    held = oprd.bridge.collect.held_out_rollouts(40, 0.25)
     sets = [{l: PairStatistics(32, 48) for l in (1, 2, 3, 4)} for _ in range(2)]
     for index, (s, t) in enumerate(flat):
         for layer, statistics in sets[index in held].items():
@@ -1129,7 +1129,7 @@ def test_the_teacher_is_evaluated_in_its_own_tokens(tmp_path):
     )  # fmt: skip
     result = trainer.evaluate_teacher()
     assert result.summary["avg_at_k"] >= 0.9
-    tokenizer = trainer.reader.aligner.teacher_tokenizer
+    tokenizer = trainer.pair.aligner.teacher_tokenizer
     assert (
         tokenizer.decode(result.rollouts.prompt_ids[7]) == f"{tokenizer.bos_token}{problems(50, 3, 'test')[7].prompt}"
     )

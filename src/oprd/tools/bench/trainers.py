@@ -168,7 +168,7 @@ def ours(**own: Any) -> Callable[..., Any]:
             request = requests[0]
             return len(request.flat_index if request.head is None else request.head.flat_index)
 
-        watch.count_trained(trainer.reader, "requests", count)
+        watch.count_trained(trainer.pair, "requests", count)
         return trainer
 
     return build
