@@ -71,7 +71,7 @@ def _claims(claims: Claims, results: Results) -> str:
         _LINES[name](results[name], VERDICTS[_judged(claims, results, name)]) for name in _LINES if name in results
     ]
     return (
-        f"Of {len(verdicts)} claims measured, {count['holds']} hold here, {count['partly']} hold partly, {count['not']} does not "
+        f"Of {len(verdicts)} claims, {count['holds']} hold here, {count['partly']} partly, {count['not']} not "
         "([verdicts](docs/evidence.md)).\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
@@ -83,13 +83,13 @@ def _judged(claims: Claims, results: Results, name: str) -> str:
 def _accuracy(result: Mapping[str, Any], verdict: str) -> str:
     lead = difference(result["runs"], "representation", "full_reverse_kl")
     closed = percent(gap_closed(of(result["runs"], "representation"))[0], 0)
-    return f"**Accuracy**, {verdict}: {points(*lead[:2])} over the full reverse KL; {closed} of the gap to the teacher closed."
+    return f"**Accuracy** ({verdict}): {points(*lead[:2])} over the full reverse KL; {closed} of the gap to the teacher closed."
 
 
 def _cost(result: Mapping[str, Any], verdict: str) -> str:
     return (
-        f"**Cost**, {verdict}: {gpu_saving(result['gpu'], 'dense_top16')} % less GPU memory than dense top-16 (paper: 54 %), "
-        f"{gpu_saving(result['gpu'], 'top16')} % less than oprd's own top-16."
+        f"**Cost** ({verdict}): {gpu_saving(result['gpu'], 'dense_top16')} % less GPU memory than dense top-16 (paper: 54), "
+        f"{gpu_saving(result['gpu'], 'top16')} % less than oprd's top-16."
     )
 
 
@@ -97,17 +97,17 @@ def _positions(result: Mapping[str, Any], verdict: str) -> str:
     finals = {
         name: mean_of([r["final"] for r in of(result["runs"], name)]) for name in ("states_last", "representation")
     }
-    return f"**Last positions only**, {verdict}: {finals['states_last']} against {finals['representation']} with all positions."
+    return f"**Last k positions** ({verdict}): {finals['states_last']}; all positions {finals['representation']}."
 
 
 def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
     closed = [percent(gap_closed(of(result[key], "rank_16"))[0], 0) for key in ("wider", "other_tokenizer")]
-    return f"**Bridge**, {verdict}: closes {closed[0]} of the gap to a wider teacher, {closed[1]} to one with another tokenizer."
+    return f"**Bridge** ({verdict}): closes {closed[0]} of the gap to a wider teacher, {closed[1]} across tokenizers."
 
 
 def _real_model(result: Mapping[str, Any], verdict: str) -> str:
     lead = difference(result["runs"], "representation", "full_reverse_kl")
-    return f"**A pretrained model** (SmolLM2-135M, short training), {verdict}: {points(*lead[:2])} against the full reverse KL."
+    return f"**A pretrained model** ({verdict}): SmolLM2-135M, short training, {points(*lead[:2])} against the full reverse KL."
 
 
 _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {

@@ -245,7 +245,7 @@ def judge(result: Result) -> Finding:
         f"without an effect as training on states. At the last layer this difference is harmless: no distribution changes with it. The two "
         f"objectives also differ for other reasons (E1, E7), so the table does not show what the difference costs."
     )
-    number = f"full reverse KL leaves {ratio:.3g} times as much difference unseen by the head as OPRD"
+    number = f"full reverse KL leaves {ratio:.3g} times as much head-invisible difference as OPRD"
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
