@@ -19,9 +19,8 @@ checkpoints on its test sets and has no full-vocabulary baseline. The models her
 
 {verdicts}
 
-**holds here**: the interval supports the claim. **partly**: some of it. **not here**: the data do not support it. `judge` in each claim's
-`claim.py` computes the verdict from `result.json` alone; a test compares this page with the results. Intervals are 95 %, Student's t over seeds.
-`±` is half of such an interval, over differences seed by seed. Each claim's folder has the figure, all numbers, the setting and the script.
+`judge` in each claim's `claim.py` computes the verdict from `result.json` alone. Intervals are 95 %, Student's t over seeds; `±` is half of one, over
+differences seed by seed. Each claim's folder has the figure, all numbers, the setting and the script.
 
     make evidence                            # measures every claim; continues after an interruption
     make evidence-quick                      # a tenth of the work, written to runs/: checks that it runs, not the verdicts

@@ -1,8 +1,6 @@
-"""Write the measured tables of docs/bridge.md from the results in evidence/bridge, so that no figure is typed (a test compares).
+"""Write the tables of docs/bridge.md between `<!-- name -->` and `<!-- end -->` from the results in evidence/bridge (a test compares).
 
     python scripts/write_bridge_doc.py
-
-The text is edited by hand; what stands between `<!-- name -->` and `<!-- end -->` is written here.
 """
 
 from __future__ import annotations
@@ -117,7 +115,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The document with its blocks written anew."""
+    """The document with its blocks brought up to date."""
     return BLOCK.sub(lambda match: f"<!-- {match['name']} -->\n{BLOCKS[match['name']]()}\n<!-- end -->", text)
 
 

@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"[\w./-]+\.(?:py|yaml|json|md)")
-FOREIGN = {"Trainer", "TrainingArguments", "use", "url", "student", "teacher", "answer", "prompt", "float32"}
+FOREIGN = {"Trainer", "TrainingArguments", "PYTHONPATH", "use", "url", "student", "teacher", "answer", "prompt", "float32"}
 
 
 def relative(path: Path) -> str:
@@ -55,7 +55,10 @@ def test_every_link_resolves(page):
 )
 def test_documents_stay_short(name, limit):
     pages = DOCS if name == "docs" else [ROOT / name]
-    assert sum(len(page.read_text().split()) for page in pages) <= limit
+    words = [word for page in pages for word in page.read_text().split()]
+    if name == "docs":  # mostly tables: their bars are no words
+        words = [word for word in words if re.search(r"\w", word)]
+    assert len(words) <= limit
 
 
 @cache
@@ -133,8 +136,8 @@ def commands(text: str) -> list[list[str]]:
     """Words of every `oprd …` command in the code of a page."""
     lines = [line for _, block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     lines += INLINE.findall(FENCE.sub("", text))
-    found = [re.search(r"(?:^|\s|/)(?:oprd|-m oprd\.cli) (.+)", line) for line in lines]
-    return [shlex.split(re.sub(r"[\[\]…|()]", " ", m[1]), comments=True) for m in found if m and not re.match(r"\s*#", m.string)]
+    found = [re.search(r"^(?:\w+=\S+ )*(?:\S*/)?oprd (.+)|-m oprd\.cli (.+)", line.strip()) for line in lines]
+    return [shlex.split(re.sub(r"[\[\]…|()]", " ", m[1] or m[2]), comments=True) for m in found if m]
 
 
 @cache
