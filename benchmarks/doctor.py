@@ -1,6 +1,6 @@
 """`oprd doctor` against measurement: predicted and measured memory of real training steps, one process a configuration.
 
-    python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and the tables of docs/scale.md (minutes, Linux)
+    python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and tables of docs/scale.md (Linux)
     python benchmarks/doctor.py --cuda         # the same on a GPU, bfloat16, a model of 0.5B; benchmarks/doctor_cuda.json
     python benchmarks/doctor.py --document     # writes the tables of docs/scale.md from the committed measurements and the model
 
@@ -261,7 +261,9 @@ def main() -> None:
         "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
     )
     parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
-    parser.add_argument("--document", action="store_true", help="write the tables of docs/scale.md from the measurements")
+    parser.add_argument(
+        "--document", action="store_true", help="write the tables of docs/scale.md from the measurements"
+    )
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))

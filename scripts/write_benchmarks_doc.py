@@ -8,7 +8,8 @@
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
-`step` and `rollout` need vLLM for its rows (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`). Each result file that exists gives a section.
+`step` and `rollout` need vLLM for its rows (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`). Each result file that
+exists gives a section.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
 HEAD = """# Benchmarks
 
-`scripts/write_benchmarks_doc.py` writes this page from `benchmarks/results/*.json`. Every ratio compares measurements of one run, taken in turns; brackets
-are the range over rounds. Each command takes `--quick` and `--json FILE`. The changes behind these numbers: [notes](../benchmarks/NOTES.md).
+`scripts/write_benchmarks_doc.py` writes this page from `benchmarks/results/*.json`. Every ratio compares measurements of one
+run, taken in turns; brackets are the range over rounds. Each command takes `--quick` and `--json FILE`. The changes behind
+these numbers: [notes](../benchmarks/NOTES.md).
 """
 SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = {
     "update": (
         "One update",
         "oprd bench update",
-        "Loss and backward on given rollouts, for each objective and for other implementations. The floor is both backbones with a trivial loss.",
+        "Loss and backward on given rollouts, for each objective and for other implementations. The floor is both backbones with a "
+        "trivial loss.",
         update.markdown,
     ),
     "update_24_layers": (
@@ -44,8 +47,8 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
     "update_gpu": (
         "One update on a GPU",
         "oprd bench update --device cuda",
-        "The shape of the paper's models in bfloat16, without and with activation checkpointing, at about the paper's k of positions. "
-        "oprd's output-space losses take 16-bit operands and float32 sums, as under `bf16: true`.",
+        "The shape of the paper's models in bfloat16, without and with activation checkpointing, at about the paper's k of "
+        "positions. oprd's output-space losses take 16-bit operands and float32 sums, as under `bf16: true`.",
         cuda.markdown,
     ),
     "step": (
@@ -58,8 +61,9 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
     "rollout": (
         "Rollouts",
         "oprd bench rollout",
-        "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` includes handing "
-        "over the weights in every pass. `generate` runs until the longest completion ends, so its time applies to every engine's completions.",
+        "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` includes "
+        "handing over the weights in every pass. `generate` runs until the longest completion ends, so its time applies to every "
+        "engine's completions.",
         rollout.markdown,
     ),
 }
@@ -102,8 +106,8 @@ def render(results: Path = RESULTS) -> str:
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (
-            "`oprd compare --config tiny_overlap`; `overlap_rollouts` samples the next step's rollouts in a second thread during the update "
-            "([rollouts](rollouts.md#sampling-during-the-update))."
+            "`oprd compare --config tiny_overlap`; `overlap_rollouts` samples the next step's rollouts in a second thread "
+            "during the update ([rollouts](rollouts.md#sampling-during-the-update))."
         )
         parts.append(f"## Sampling during the update\n\n{text}\n\n{overlap_table(json.loads(overlap.read_text()))}")
     if missing:

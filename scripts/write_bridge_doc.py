@@ -1,6 +1,8 @@
-"""Write the tables of docs/bridge.md between `<!-- name -->` and `<!-- end -->` from the results in evidence/bridge (a test compares).
+"""Write the tables of docs/bridge.md from the results in evidence/bridge (a test compares).
 
     python scripts/write_bridge_doc.py
+
+The tables stand between `<!-- name -->` and `<!-- end -->`; the rest of the page is edited by hand.
 """
 
 from __future__ import annotations

@@ -15,17 +15,16 @@ HEAD = """# Configuration
 
 `scripts/write_configuration_doc.py` writes this page from the settings' help texts.
 
-A recipe is one flat YAML file. `--key value` on the command line overrides a key; an unknown key is refused with the nearest known one. Keys are those
-of the tables below and all arguments of transformers'
+A recipe is one flat YAML file. `--key value` on the command line overrides a key; an unknown key is refused with the nearest
+known one. Keys are those of the tables below and all arguments of transformers'
 [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)
-(`max_steps`, `bf16`, `activation_checkpointing`, `save_steps`, `report_to`, …). `per_device_train_batch_size` counts prompts; each gives
-`num_generations` rollouts.
+(`max_steps`, `bf16`, `activation_checkpointing`, `save_steps`, `report_to`, …). `per_device_train_batch_size` counts prompts;
+each gives `num_generations` rollouts.
 
 Different from `TrainingArguments` by default: {changed}.
 
-Your own code: `objectives`, `rollout_engine`, `task` and `teacher_model` also take `module:attribute`, or `{{use: "module:attribute", argument: value}}`
-where the part has arguments ([ARCHITECTURE.md](../ARCHITECTURE.md#your-own-parts)).
-"""
+Your own code: `objectives`, `rollout_engine`, `task` and `teacher_model` also take `module:attribute`; a part with arguments is
+`{{use: "module:attribute", argument: value}}` ([ARCHITECTURE.md](../ARCHITECTURE.md#your-own-parts)). """
 
 
 def table(rows: list[tuple[str, object, str]]) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "oprd"
@@ -24,7 +25,18 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"[\w./-]+\.(?:py|yaml|json|md)")
-FOREIGN = {"Trainer", "TrainingArguments", "PYTHONPATH", "use", "url", "student", "teacher", "answer", "prompt", "float32"}
+FOREIGN = {
+    "Trainer",
+    "TrainingArguments",
+    "PYTHONPATH",
+    "use",
+    "url",
+    "student",
+    "teacher",
+    "answer",
+    "prompt",
+    "float32",
+}
 
 
 def relative(path: Path) -> str:
@@ -77,7 +89,9 @@ def _collect(tree: ast.AST, found: dict[str, set[str]]) -> None:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             members = found.setdefault(node.name, set())
             members |= {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
-            members |= {m.target.id for m in node.body if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)}
+            members |= {
+                m.target.id for m in node.body if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)
+            }
         elif isinstance(node, ast.arg):
             found.setdefault(node.arg, set())
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -142,8 +156,8 @@ def commands(text: str) -> list[list[str]]:
 
 @cache
 def settings() -> set[str]:
-    from oprd.config import OPRDConfig
     from oprd import run_config
+    from oprd.config import OPRDConfig
 
     own = getattr(run_config, "RunConfig", None) or run_config.Recipe
     return {field.name for kind in (OPRDConfig, own) for field in dataclasses.fields(kind)}
@@ -172,6 +186,15 @@ def test_every_command_exists(page):
     assert not wrong, f"{relative(page)}: {', '.join(wrong)}"
 
 
+@pytest.mark.parametrize("page", [GUIDES[0], *DOCS], ids=relative)
+def test_every_key_in_a_recipe_is_a_setting(page):
+    blocks = [yaml.safe_load(block) for language, block in FENCE.findall(page.read_text()) if language == "yaml"]
+    unknown = {key for block in blocks for key in block} - settings()
+    assert not unknown, f"{relative(page)}: {', '.join(sorted(unknown))}"
+
+
 def test_commands_are_found_and_checked():
-    found = commands("```\noprd train --config x --no_such_key 1  # text\n```\n`oprd nonsense`, `oprd bench update --json F`")
+    found = commands(
+        "```\noprd train --config x --no_such_key 1  # text\n```\n`oprd nonsense`, `oprd bench update --json F`"
+    )
     assert [complaints(words) for words in found] == [["train --no_such_key"], ["oprd nonsense"], []]

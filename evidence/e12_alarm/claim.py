@@ -63,7 +63,7 @@ def is_bad(record: Record) -> bool:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if there are bad runs and the alarm rings in 90 % of them and in at most 10 % of the runs that improve."""
+    """Holds if there are bad runs and the alarm triggers in 90 % of them and in at most 10 % of the runs that improve."""
     runs = result["runs"]
     bad = [r for r in runs if is_bad(r)]
     good = [r for r in runs if r["final"] >= r["before"]]
@@ -83,7 +83,7 @@ def judge(result: Result) -> Finding:
     header = ["runs of", "loss", "rate", "runs", "before", "after", "cosine", "alarm", "first at step"]
     text = (
         f"{len(runs)} runs: {len(good)} end at or above their start, {len(bad)} below it although cosine rises (the table), {len(worse)} below it "
-        f"with cosine falling or not measured.\n\n{table(header, rows)}\n\nThe alarm rings in {caught} of the {len(bad)} bad runs and in {false} "
+        f"with cosine falling or not measured.\n\n{table(header, rows)}\n\nThe alarm triggers in {caught} of the {len(bad)} bad runs and in {false} "
         f"of the {len(good)} good ones. {_false(good)}"
     )
     number = f"alarm in {caught} of {len(bad)} bad runs, in {false} of {len(good)} good ones"
@@ -96,8 +96,8 @@ def _false(good: list[Record]) -> str:
         return "There is no false alarm."
     early = sum(max(r["alarms"]) <= 30 for r in rung)
     return (
-        f"Of these {len(rung)}, {early} ring only in the first 30 steps, where accuracy falls for a while before it rises (E1's rates are high). "
-        "A run that rings once and then improves is not in danger."
+        f"{early} of these {len(rung)} has its alarms only in the first 30 steps, where accuracy falls for a while before it rises (E1's rates are high). "
+        "A single early alarm in a run that then improves is harmless."
     )
 
 

@@ -14,17 +14,18 @@ _BLOCK = re.compile(r"<!-- (?P<name>cpu|gpu|sizes): written by benchmarks/doctor
 
 _CPU = """{summary}
 
-Training steps on a CPU ({machine}), one thread, float32, one process a configuration; resident memory beyond that before the models are built. *Held*
-stays between steps (weights, moments, teacher). *Peak* is the maximum during teacher forward, student forward and backward of the second step. *Beyond*
-is their difference (activations, states, gradients, chunks).
+Training steps on a CPU ({machine}), one thread, float32, one process a configuration; resident memory beyond that before the
+models are built. *Held* stays between steps (weights, moments, teacher). *Peak* is the maximum during teacher forward, student
+forward and backward of the second step. *Beyond* is their difference (activations, states, gradients, chunks).
 
 {measured}"""
 
 _GPU = """{summary}
 
-{gpu}, torch {torch}: the shape of Qwen2.5-0.5B (24 layers, 151,936 tokens), 16 rollouts of 1 + 1024 tokens (float32: 8), bfloat16 compute and teacher
-unless stated. Memory is what PyTorch's allocator hands out; *reserved* includes fragmentation. *ms*: teacher and update of the fourth step. The
-estimate, from the card's data sheet, is a lower bound: bfloat16 steps take {low:.1f} to {high:.1f} times as long.
+{gpu}, torch {torch}: the shape of Qwen2.5-0.5B (24 layers, 151,936 tokens), 16 rollouts of 1 + 1024 tokens (float32: 8),
+bfloat16 compute and teacher unless stated. Memory is what PyTorch's allocator hands out; *reserved* includes fragmentation.
+*ms*: teacher and update of the fourth step. The estimate, from the card's data sheet, is a lower bound: bfloat16 steps take
+{low:.1f} to {high:.1f} times as long.
 
 {measured}"""
 
@@ -64,7 +65,10 @@ def render(
     if sorted(found) != sorted(blocks):
         raise ValueError(f"docs/scale.md has the blocks {found}; it must have each of {', '.join(blocks)} once")
     return _BLOCK.sub(
-        lambda match: f"<!-- {match['name']}: written by benchmarks/doctor.py -->\n{blocks[match['name']]}\n<!-- end -->", text
+        lambda match: (
+            f"<!-- {match['name']}: written by benchmarks/doctor.py -->\n{blocks[match['name']]}\n<!-- end -->"
+        ),
+        text,
     )
 
 
@@ -81,8 +85,8 @@ def _summary(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Mapping[
     counts = [sum(abs(error[i]) <= MARGIN for error in both) for i in range(2)]
     worst = [max(abs(error[i]) for error in both) for i in range(2)]
     return (
-        f"The predicted peak is within {MARGIN:.0%} of the measured one in {counts[0]} of {len(both)} configurations (worst {worst[0]:.1%}), "
-        f"its part beyond held in {counts[1]} (worst {worst[1]:.1%})."
+        f"The predicted peak is within {MARGIN:.0%} of the measured one in {counts[0]} of {len(both)} configurations (worst "
+        f"{worst[0]:.1%}), its part beyond held in {counts[1]} (worst {worst[1]:.1%})."
     )
 
 
