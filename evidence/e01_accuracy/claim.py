@@ -176,8 +176,8 @@ def _off_policy(result: Result, gaps: dict[str, Any]) -> str:
             f"({points(*gaps[name][:2])})"
         )
     return (
-        f"**Off-policy, same budget.** Each step trains on {result['rollouts']} new responses of the teacher; rates are tuned the same way. "
-        + ". ".join(parts)
+        f"**Off-policy, same budget.** Each step trains on {result['rollouts']} new responses of the teacher; rates are tuned the same way: "
+        + "; ".join(parts)
         + "."
     )
 
