@@ -13,7 +13,7 @@ from oprd.models.architecture import blocks, causal_lm
 from oprd.models.loading import resolve_name
 
 CHECKED = ("llama", "qwen2")
-"""Model types whose saved activations and measured peaks were compared with the formulas (tests/test_doctor.py, docs/doctor.md)."""
+"""Model types whose saved activations and measured peaks were compared with the formulas (tests/test_doctor.py, docs/scale.md)."""
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
