@@ -560,9 +560,9 @@ def test_several_rollouts_and_their_counts():
 
 
 def test_ids_that_the_teacher_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="teacher_end_id: 999 is no id of the teacher's tokenizer; give"):
+    with pytest.raises(ValueError, match="teacher_end_id: 999 is not an id of the teacher's tokenizer; give"):
         Aligner(OURS, THEIRS, teacher_end_id=999)
-    with pytest.raises(ValueError, match="special_map: 77 is no id of the teacher's tokenizer"):
+    with pytest.raises(ValueError, match="special_map: 77 is not an id of the teacher's tokenizer"):
         Aligner(OURS, THEIRS, special_map={9: 77})
     endless = wrapped(tokenizer_of("characters").backend_tokenizer)
     endless.eos_token = None
