@@ -1,4 +1,4 @@
-"""A teacher of another shape, whose states are projected as they are captured: what is kept is r numbers a position."""
+"""A teacher behind a bridge: its states are projected as they are captured, to r numbers per position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from oprd.types import States
 
 
 class BridgedTeacher:
-    """Answers for the student's layers with projections of the teacher's (Eq. 14: P_T(h_T − µ_T) of layer φ(l)).
+    """A teacher that returns, for each student layer l, its projected states P_T(h_T − µ_T) of layer φ(l) (Eq. 14).
 
     Args:
-        teacher: the model behind the bridge.
-        bridge: of the student's layers that are asked for.
-        digest: of the bridge's folder, where it was loaded from one; a run that goes on must find the same.
+        teacher: the teacher model.
+        bridge: a bridge for the student layers to read.
+        digest: digest of the bridge's folder, if loaded from one; a resumed run checks that it is unchanged.
     """
 
     def __init__(self, teacher: FrozenTeacher, bridge: Bridge, digest: str | None = None) -> None:
@@ -32,7 +32,7 @@ class BridgedTeacher:
 
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
-        """Projections `[N, r]` for the student layers of `request`; what the teacher's own LM head reads, where asked, whole."""
+        """Projections `[N, r]` for the student layers of `request`; the LM head's input, if requested, is not projected."""
         served: dict[int, list[int]] = {}
         for layer in request.layers:
             served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
@@ -49,13 +49,13 @@ class BridgedTeacher:
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
 
     def head(self) -> LMHead:
-        """The model's own LM head."""
+        """The teacher's LM head."""
         return self.teacher.head()
 
     def sampler(self) -> AbstractContextManager[nn.Module]:
-        """The model itself."""
+        """The teacher model, for sampling."""
         return self.teacher.sampler()
 
     def to(self, device: Any) -> None:
-        """Move the projections where the states are."""
+        """Move the projections to `device`."""
         self.bridge = self.bridge.to(device)
