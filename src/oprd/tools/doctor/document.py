@@ -1,4 +1,4 @@
-"""docs/doctor.md: what was predicted beside what was measured, and the table of well-known sizes."""
+"""Generate docs/doctor.md: predictions beside measurements, and the table of well-known model sizes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ kept, most of the last line. `bf16: true` avoids that."""
 
 
 def errors(row: Mapping[str, Any], predicted: Mapping[str, float]) -> tuple[float, float]:
-    """Relative error of the predicted peak, and of the peak beyond what is held."""
+    """Relative errors of the predicted peak, and of its part beyond the memory held between steps."""
     measured = row["measured"]
     beyond = measured["peak"] - measured["held"]
     return predicted["peak"] / measured["peak"] - 1, (predicted["peak"] - predicted["held"]) / beyond - 1
@@ -81,13 +81,13 @@ def errors(row: Mapping[str, Any], predicted: Mapping[str, float]) -> tuple[floa
 def render(
     result: Mapping[str, Any], gpu: Mapping[str, Any], predicted: Mapping[str, Mapping[str, float]], on_gpu: str
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         result: content of benchmarks/doctor.json.
         gpu: content of benchmarks/doctor_cuda.json.
-        predicted: name of a configuration → predicted bytes `held` and `peak`, and of a GPU's `milliseconds`.
-        on_gpu: what the names of those begin with.
+        predicted: configuration name → predicted bytes `held` and `peak`; for GPU configurations also `milliseconds`.
+        on_gpu: name prefix of the GPU configurations.
     """
     machine = f"torch {result['machine']['torch']}, {result['machine']['machine']}"
     return _PAGE.format(
