@@ -135,7 +135,7 @@ def test_another_token_map_is_refused_and_another_size_is_not():
         match=r"1 of the student's 46 token ids are other tokens in the teacher's tokenizer \(id 45: student 'X', teacher 'Y'\)",
     ):
         check_same_tokens(tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
-    with pytest.raises(ValueError, match=r"2 of the student's 47 ids .*id 45: student 'X', teacher None"):
+    with pytest.raises(ValueError, match=r"2 of the student's 47 token ids .*id 45: student 'X', teacher None"):
         check_same_tokens(tiny_tokenizer(extra="XY"), tiny_tokenizer())
     args = OPRDConfig("unused", use_cpu=True)
     build_teacher(

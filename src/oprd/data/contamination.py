@@ -24,7 +24,7 @@ from oprd.data.rows import Messages, PromptRow
 THRESHOLD = 0.5
 SHINGLE_WORDS = 5
 # Smoothing: add ten imaginary problems, so that in a tiny set a shared phrase is not mistaken for an instruction.
-_PRIOR = 10
+_SMOOTHING = 10
 
 
 @dataclass(frozen=True)
@@ -274,4 +274,4 @@ def _hashed_shingles(problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarra
 
 
 def _rarity(problems_with: np.ndarray, problems: int) -> np.ndarray:
-    return 1 - np.log(np.maximum(problems_with, 1)) / math.log(problems + _PRIOR)
+    return 1 - np.log(np.maximum(problems_with, 1)) / math.log(problems + _SMOOTHING)

@@ -17,7 +17,7 @@ from oprd.models.tokens import vocabulary_size
 # The tokenisation of this text reflects the splitting rules, which the vocabulary does not show.
 _PROBE = "Hello world! 1234567\n\t  x_1 = déjà vu; 日本語 🙂"
 # Config entries that describe how a model was loaded, not the model itself.
-_LOADING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
+_LOADING_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
 def _without_loading(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_loading(entry) for key, entry in value.items() if key not in _LOADING}
+    return {key: _without_loading(entry) for key, entry in value.items() if key not in _LOADING_KEYS}
 
 
 def _digest(value: Any) -> str:

@@ -70,8 +70,8 @@ def weight_at(weight: Weight, step: int) -> float:
     """
     if not isinstance(weight, Mapping):
         return float(weight)
-    come = SCHEDULES[weight["schedule"]](min(step / weight["steps"], 1.0))
-    return weight["start"] + (weight["end"] - weight["start"]) * come
+    progress = SCHEDULES[weight["schedule"]](min(step / weight["steps"], 1.0))
+    return weight["start"] + (weight["end"] - weight["start"]) * progress
 
 
 def is_on(weight: Weight) -> bool:
@@ -86,5 +86,5 @@ def crossfade(step: int, steps: int | None) -> tuple[float, float]:
     """
     if steps is None:
         return 1.0, 1.0
-    come = min(step / steps, 1.0)
-    return 1.0 - come, come
+    progress = min(step / steps, 1.0)
+    return 1.0 - progress, progress

@@ -46,7 +46,7 @@ def in_a_fork(measure: Callable[[], int]) -> int:
             os._exit(code)  # skip clean-up handlers, which belong to the parent
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    if os.waitpid(child, 0)[1] or not said:
+        output = pipe.read()
+    if os.waitpid(child, 0)[1] or not output:
         raise RuntimeError("a measuring process failed; its error is above")
-    return int(said)
+    return int(output)

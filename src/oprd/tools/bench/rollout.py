@@ -56,7 +56,7 @@ def by_engine(engine: RolloutEngine, model: Any, prompts: list[list[int]], most:
     return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED)
 
 
-class _Ends(StoppingCriteria):
+class _StopAtLengths(StoppingCriteria):
     """Stops row i after `lengths[i]` new tokens."""
 
     def __init__(self, width: int, lengths: Sequence[int]) -> None:
@@ -79,7 +79,10 @@ def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], len
     saved, model.generation_config = model.generation_config, config  # otherwise its end token would also stop rows
     try:
         written = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[_Ends(width, lengths)]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[_StopAtLengths(width, lengths)],
         )
     finally:
         model.generation_config = saved
@@ -231,7 +234,7 @@ def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence
     rows = []
     for name, passes in timed.items():
         rates = [one.tokens / one.seconds for one in passes]
-        beside = [one.tokens / other.seconds for one, other in zip(passes, timed["generate"], strict=True)]
+        generate_rates = [one.tokens / other.seconds for one, other in zip(passes, timed["generate"], strict=True)]
         bare = [one.tokens / one.seconds for one in timed["vllm_bare"]] if name == "vllm" else []
         rows.append({
             "name": name,
@@ -240,8 +243,8 @@ def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence
             "seconds": spread([one.seconds for one in passes]),
             "cpu_share": spread([one.cpu_seconds / one.seconds for one in passes]),
             "tokens_per_second": spread(rates, 2),
-            "generate_tokens_per_second": spread(beside, 2),
-            "over_generate": spread([own / other for own, other in zip(rates, beside, strict=True)]),
+            "generate_tokens_per_second": spread(generate_rates, 2),
+            "over_generate": spread([own / other for own, other in zip(rates, generate_rates, strict=True)]),
             "over_bare": spread([own / other for own, other in zip(rates, bare, strict=True)]) if bare else None,
             "sync_seconds": spread([one.sync_seconds for one in passes]) if bare else None,
         })  # fmt: skip

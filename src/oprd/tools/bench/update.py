@@ -251,8 +251,8 @@ def _in_a_process(shape: str, size: Size, ways: Sequence[str], threads: int) -> 
         ",".join(ways),
         str(threads),
     ]
-    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, int] = json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, int] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -266,9 +266,11 @@ def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
             if not meant or (shape, name) not in found:
                 continue
             ratio = found[shape, name][f"{what}_ratio"] / found[shape, base][f"{what}_ratio"]
-            said = f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
+            wanted_text = (
+                f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
+            )
             met = "met" if sign * (ratio - wanted) >= 0 else "not met"
-            lines.append(f"{shape}, {what} of {TITLES[name]}: {said}, found {ratio:.2f} ({met})")
+            lines.append(f"{shape}, {what} of {TITLES[name]}: {wanted_text}, found {ratio:.2f} ({met})")
     return lines
 
 

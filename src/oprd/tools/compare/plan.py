@@ -24,7 +24,7 @@ COMPARISON_FOLDERS = (_PACKAGE / "comparisons", _PACKAGE.parent.parent / "compar
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 # Keys that the comparison sets itself, with the way to change them.
-_OURS = {
+_SET_BY_COMPARISON = {
     "seed": "list the seeds under 'seeds'",
     "output_dir": "it is the comparison's 'output_dir'",
     "learning_rate": "list the rates under 'learning_rates'",
@@ -203,8 +203,8 @@ def _check_keys(comparison: Comparison, file: Path) -> None:
                 _rates(changes[key], f"{file}: {place}: {key}")
                 continue
             _refuse_unknown(key, known, f"{file}: {place}", " (all keys: docs/configuration.md)")
-            if key in _OURS:
-                raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_OURS[key]}")
+            if key in _SET_BY_COMPARISON:
+                raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_SET_BY_COMPARISON[key]}")
             if place != "settings" and (key in _SHARED or key.startswith(_SHARED_PREFIX)):
                 raise ValueError(
                     f"{file}: {place}: {key!r} cannot differ between objectives, which share models, problems and evaluation; "
@@ -227,7 +227,9 @@ def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) 
         if not checked.eval_dataset:
             raise ValueError("eval_dataset: there is none, so nothing would be compared; set it under 'settings'")
         if config.load_best_model_at_end:
-            raise ValueError(f"load_best_model_at_end: True is not allowed: {_OURS['load_best_model_at_end']}")
+            raise ValueError(
+                f"load_best_model_at_end: True is not allowed: {_SET_BY_COMPARISON['load_best_model_at_end']}"
+            )
         if config.bridge is not None and not Path(config.bridge).is_dir():
             raise ValueError(
                 f"bridge: there is no folder {config.bridge}, nor is it among this file's 'bridges'; make one with oprd bridge fit"

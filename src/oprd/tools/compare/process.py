@@ -30,7 +30,7 @@ class ForkedProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._process = context.Process(target=_work, args=(list(arguments), str(output), threads, environment))
+        self._process = context.Process(target=_run_fork, args=(list(arguments), str(output), threads, environment))
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the server, which the first call starts
         try:
@@ -66,7 +66,7 @@ def start_program(command: Sequence[str], output: Path, threads: int) -> subproc
         )  # fmt: skip
 
 
-def _work(arguments: list[str], output: str, threads: int, environment: Mapping[str, str]) -> None:
+def _run_fork(arguments: list[str], output: str, threads: int, environment: Mapping[str, str]) -> None:
     """The body of a forked process."""
     import torch
 

@@ -129,7 +129,7 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
     done = [run for run in runs if is_complete(run)]
     if not done:
         raise ValueError(f"nothing to report: none of the {len(runs)} runs is complete")
-    before, teacher = (_once_a_seed(runs, name) for name in ("student_before", "teacher"))
+    before, teacher = (_shared_by_seed(runs, name) for name in ("student_before", "teacher"))
     results = {run.folder: read_result(run, before.get(run.seed)) for run in done}
     cells = _cells(runs)
     rows = [_row(cell, results, before, teacher) for cell in cells]
@@ -154,8 +154,8 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "problems": (summary.get("student_after") or {}).get("problems"),
         "runs": len(runs),
         "missing": [str(run) for run in runs if run.folder not in results],
-        "software": _all_of([summary_of(run).get("software", {}) for run in done]),
-        "machine": _all_of([_read(run.folder / MACHINE) for run in done]),
+        "software": _merge_notes([summary_of(run).get("software", {}) for run in done]),
+        "machine": _merge_notes([_read(run.folder / MACHINE) for run in done]),
     }
 
 
@@ -220,7 +220,7 @@ def _best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {row["objective"]: (best.get(row["objective"]) or {}).get("learning_rate") for row in rows}
 
 
-def _once_a_seed(runs: Sequence[Run], name: str) -> dict[int, float]:
+def _shared_by_seed(runs: Sequence[Run], name: str) -> dict[int, float]:
     """Seed → Avg@k of a model that all runs of a seed share, from the first run that measured it, complete or not."""
     found: dict[int, float] = {}
     for run in runs:
@@ -237,7 +237,7 @@ def _measured(by_seed: Mapping[int, float]) -> dict[str, Any] | None:
     return {"avg": average, "ci95": interval, "by_seed": {str(seed): value for seed, value in by_seed.items()}}
 
 
-def _all_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _merge_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Key → its common value, or the list of distinct values if runs differ."""
     merged: dict[str, list[Any]] = {}
     for note in notes:

@@ -25,7 +25,7 @@ from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summar
 RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
 _SHOWN_LINES = 12
-_NOT_THE_RUN = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
+_NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
 
 Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]
@@ -68,7 +68,7 @@ def refuse_other_settings(run: Run) -> None:
     # A setting missing on one side has its default there: it is newer than the run, or omitted at its default.
     defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
     changed = []
-    for key in sorted({*stored, *run.settings} - _NOT_THE_RUN):
+    for key in sorted({*stored, *run.settings} - _NOT_TRAINING):
         was, now = (values.get(key, defaults.get(key)) for values in (stored, run.settings))
         if was != now:
             changed.append(f"{key} was {was!r} and is {now!r}")
@@ -111,10 +111,10 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
                         (run.folder / FAILED).write_text(f"exit code {process.returncode}\n")
                     good = is_complete(run)
                     left = (time.monotonic() - started) / done * (len(runs) - done)
-                    say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_news(run, good)}  ETA {_duration(left)}")
+                    say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_result_line(run, good)}  ETA {_duration(left)}")
                     if not good:
                         failed.append(run)
-                        _show_end(run, process.returncode or 0, say)
+                        _show_last_lines(run, process.returncode or 0, say)
                 time.sleep(0.05)
         finally:
             _stop(list(running))
@@ -163,7 +163,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _news(run: Run, good: bool) -> str:
+def _result_line(run: Run, good: bool) -> str:
     if not good:
         return f"{run}: FAILED"
     summary: Mapping[str, Any] = summary_of(run)
@@ -172,7 +172,7 @@ def _news(run: Run, good: bool) -> str:
     return f"{run}: {accuracy}, {summary.get('seconds', 0):.0f} s"
 
 
-def _show_end(run: Run, code: int, say: Say) -> None:
+def _show_last_lines(run: Run, code: int, say: Say) -> None:
     """Show the last lines of a failed run's output, without terminal control characters."""
     file = run.folder / OUTPUT
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
