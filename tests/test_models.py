@@ -138,10 +138,11 @@ def test_another_token_map_is_refused_and_another_size_is_not():
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer())
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer(extra="XYZ"))  # the teacher knows more: never asked
     with pytest.raises(
-        ValueError, match=r"1 of the student's 46 ids another token \(id 45: student 'X', teacher 'Y'\)"
+        ValueError,
+        match=r"1 of the student's 46 token ids are other tokens in the teacher's tokenizer \(id 45: student 'X', teacher 'Y'\)",
     ):
         check_same_tokens(tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
-    with pytest.raises(ValueError, match=r"2 of the student's 47 ids .*id 45: student 'X', teacher None"):
+    with pytest.raises(ValueError, match=r"2 of the student's 47 token ids .*id 45: student 'X', teacher None"):
         check_same_tokens(tiny_tokenizer(extra="XY"), tiny_tokenizer())
     padded = tiny_model(vocab_size=80)
     assert resolved_pair(tiny_model(), padded, tiny_tokenizer(), tiny_tokenizer()).aligner is None

@@ -31,7 +31,7 @@ bfloat16 compute and teacher unless stated. Memory is what PyTorch's allocator h
 
 
 def errors(row: Mapping[str, Any], predicted: Mapping[str, float]) -> tuple[float, float]:
-    """Relative error of the predicted peak, and of its part beyond held."""
+    """Relative errors of the predicted peak, and of its part beyond the memory held between steps."""
     measured = row["measured"]
     beyond = measured["peak"] - measured["held"]
     return predicted["peak"] / measured["peak"] - 1, (predicted["peak"] - predicted["held"]) / beyond - 1
