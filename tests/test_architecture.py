@@ -99,7 +99,7 @@ def test_the_settings():
     from transformers import TrainingArguments
 
     from oprd.config import OPRDConfig
-    from oprd.run_config import Recipe
+    from oprd.run_config import recipe_keys
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
@@ -110,7 +110,7 @@ def test_the_settings():
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",
-        "num_iterations", "output_baseline", "output_beta",
+        "num_iterations", "objectives", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
         "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "scale_rewards",
@@ -118,7 +118,7 @@ def test_the_settings():
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
-    assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
+    assert sorted(recipe_keys()) == [
         "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
         "teacher_model",
         "train_dataset", "train_limit", "train_split",

@@ -40,7 +40,9 @@ def diagnose(
 
     quiet_libraries()
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
+    from oprd.tasks.task import get_task
     from oprd.tools.diagnose import diagnose_pair
 
     text = TeacherPromptSettings(
@@ -52,10 +54,13 @@ def diagnose(
     for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
+    rows = load_rows(prompts, split, limit, seed)
+    if task is not None:
+        get_task(task)  # refuses an unknown name before models are loaded
     report = diagnose_pair(
-        student, teacher, load_rows(prompts, split, limit, seed), max_completion_length=max_completion_length, seed=seed,
-        text=text, task=task, max_prompt_length=max_prompt_length, micro_batch_tokens=micro_batch_tokens, sample=sample,
-        teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code, prompts_name=prompts,
+        load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
+        rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,
+        micro_batch_tokens=micro_batch_tokens, sample=sample, teacher_dtype=teacher_dtype, prompts_name=prompts,
         on_rollouts=count_completions(),
     )  # fmt: skip
     _show(report)
