@@ -141,7 +141,7 @@ def test_another_token_map_is_refused_and_another_size_is_not():
     build_teacher(
         tiny_model(vocab_size=80), tiny_model(), args, tiny_tokenizer(), tiny_tokenizer()
     )  # padded vocabulary
-    with pytest.raises(ValueError, match="its tokenizer gives"):
+    with pytest.raises(ValueError, match="token ids are other tokens in the teacher's tokenizer"):
         build_teacher(tiny_model(), tiny_model(), args, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
 
 
