@@ -412,7 +412,7 @@ def bridges() -> Iterator[Case]:
     options = {
         "procrustes": ("--projector", "procrustes", "--scale", "none"),
         "cca": ("--projector", "cca", "--scale", "direction", "--rank", "4", "--max-rank", "12"),
-        "ridge": ("--ridge", "auto", "--no-intercept", "--layers", "[1,4]", "--layer-map", "[2,6]"),
+        "ridge": ("--ridge", "auto", "--no-intercept", "--layers", "[1,4]", "--layer-map", "[1,2,4,6]"),
         "cka": ("--layer-map", "cka", "--held-out", "0.4", "--layers", "even", "--seed", "3", "--rank", "8"),
     }
     for name, words in options.items():
@@ -1087,24 +1087,16 @@ def differences(old: Digest, new: Digest) -> list[str]:
     return lines
 
 
-def compare(old: dict[str, Digest], new: dict[str, Digest], most: int) -> int:
-    """Print the verdict on each case, and the number of those that differ."""
-    differing = 0
-    for name, digest in new.items():
-        found = differences(old[name], digest)
-        print(f"{name}: same ({len(digest)} values)" if not found else f"{name}: {len(found)} DIFFERENCE(S)")
-        for line in found[:most]:
-            print(f"    {line}")
-        if len(found) > most:
-            print(f"    … and {len(found) - most} more (--most {len(found)})")
-        differing += bool(found)
-    total = sum(map(len, new.values()))
-    print(
-        f"no difference: {len(new)} cases, {total} values"
-        if not differing
-        else f"{differing} of {len(new)} cases differ"
-    )
-    return differing
+def judge(name: str, old: Digest, new: Digest, most: int) -> bool:
+    """Print whether a case is the same, or what differs."""
+    found = differences(old, new)
+    print(f"{name}: same ({len(new)} values)" if not found else f"{name}: {len(found)} DIFFERENCE(S)")
+    for line in found[:most]:
+        print(f"    {line}")
+    if len(found) > most:
+        print(f"    … and {len(found) - most} more (--most {len(found)})")
+    sys.stdout.flush()
+    return not found
 
 
 def chosen(patterns: Sequence[str]) -> list[Case]:
@@ -1137,13 +1129,22 @@ def main() -> int:
         return 0
     if not options.against and not options.write:
         parser.error("say --against REV or --write FILE")
-    old = digests_of(options.against, cases, options.jobs, options.keep) if options.against else None
-    tree = options.tree.resolve()
+    old = digests_of(options.against, cases, options.jobs, options.keep) if options.against else {}
+    tree, differing = options.tree.resolve(), []
     print(f"{len(cases)} case(s) on {tree}", file=sys.stderr, flush=True)
-    new = run_cases(cases, tree, options.jobs, options.keep)
+
+    def done(case: Case, digest: Digest) -> None:
+        if old and not judge(case.name, old[case.name], digest, options.most):
+            differing.append(case.name)
+
+    new = run_cases(cases, tree, options.jobs, options.keep, done)
     if options.write:
         options.write.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n")
-    return min(1, compare(old, new, options.most)) if old is not None else 0
+    if differing:
+        print(f"{len(differing)} of {len(cases)} cases differ: {', '.join(sorted(differing))}")
+    elif old:
+        print(f"no difference: {len(new)} cases, {sum(map(len, new.values()))} values")
+    return min(1, len(differing))
 
 
 if __name__ == "__main__":

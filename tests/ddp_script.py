@@ -16,6 +16,7 @@ from pathlib import Path
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+import oprd.training.parallel
 import oprd.training.trainer
 from oprd.rollouts.engine import Sampled
 from oprd.tasks.task import FunctionGrader, Task
@@ -104,7 +105,7 @@ def greedy_trainer(folder, world_size: int):
 
 def main(out: Path) -> None:
     rank = join(out)
-    plan, groups = oprd.training.trainer.plan_micro_batches, {}
+    plan, groups = oprd.training.parallel.plan_micro_batches, {}
     started = time.perf_counter()
 
     def finish(name, trainer):
@@ -114,11 +115,11 @@ def main(out: Path) -> None:
 
     for name in SCENARIOS:
         counts = groups.setdefault(name, [])
-        oprd.training.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        oprd.training.parallel.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = trainer_of(name, out / name, 2)
         trainer.train()
         finish(name, trainer)
-    oprd.training.trainer.plan_micro_batches = plan
+    oprd.training.parallel.plan_micro_batches = plan
     trainer = lora_trainer(out / "lora")
     trainer.train()
     finish("lora", trainer)

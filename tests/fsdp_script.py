@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+import oprd.training.parallel
 import oprd.training.trainer
 from ddp_script import trainer_of
 from oprd.models.architecture import blocks, num_layers
@@ -62,7 +63,7 @@ def read_gradients(name: str, shard: bool) -> tuple[list[torch.Tensor], dict[str
 def sharded_trainer(name: str, folder, **more):
     """A scenario of ddp_script.py with both models sharded."""
     trainer = trainer_of(name, folder, 2, fully_shard=True, **{"max_steps": STEPS, **more})
-    for model in (trainer.model, trainer.teacher.model):
+    for model in (trainer.model, trainer.pair.teacher.model):
         assert isinstance(model, FSDPModule)
         assert all(isinstance(block, FSDPModule) for block in blocks(model))
         assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
@@ -92,14 +93,14 @@ def main(out: Path) -> None:
     for name in READS:
         losses, gradients = read_gradients(name, shard=True)
         finish(f"read-{name}", {"losses": torch.stack(losses), **gradients})
-    plan, groups = oprd.training.trainer.plan_micro_batches, {}
+    plan, groups = oprd.training.parallel.plan_micro_batches, {}
     for name in SCENARIOS:
         counts = groups.setdefault(name, [])
-        oprd.training.trainer.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
+        oprd.training.parallel.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = sharded_trainer(name, out / name)
         trainer.train()
         finish(name, {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
-    oprd.training.trainer.plan_micro_batches = plan
+    oprd.training.parallel.plan_micro_batches = plan
     for steps, resumed in ((2, False), (3, True)):  # saved by two ranks, resumed by two, and by one in the test
         trainer = sharded_trainer("tied", out / "saved", max_steps=steps, save_strategy="steps", save_steps=1)
         trainer.train(resume_from_checkpoint=True if resumed else None)

@@ -97,9 +97,9 @@ def foreign_attributes(tree: ast.Module) -> set[str]:
     def walk(node: ast.AST, own: tuple[str, ...]) -> None:
         if isinstance(node, ast.ClassDef):
             own = (*own, node.name)
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
-            if ast.unparse(node.value) not in ("self", "cls", "super()", *own):
-                found.add(node.attr)
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+        if private and ast.unparse(node.value) not in ("self", "cls", "super()", *own):
+            found.add(node.attr)
         for child in ast.iter_child_nodes(node):
             walk(child, own)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import yaml
-from oprd.objectives.step_loss import Batch, StepTerms
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -175,7 +174,7 @@ def check_against_plain_pytorch(trainer, teacher, objective, step_weights, saved
     assert max((now[name] - start[name]).abs().max().item() for name in now) > 1e-4
     assert_equal(weights(teacher), weights(plain_teacher))
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-    for layer, pair in trainer.teacher.bridge.pairs.items():
+    for layer, pair in trainer.pair.teacher.bridge.pairs.items():
         for name in ("student_RD", "teacher_RE", "student_mean_D", "teacher_mean_E", "variance_R"):
             assert torch.equal(getattr(pair.fit, name), objective.tensors[f"{layer}.fit.{name}"]), name
     logged = trainer.run_folder.read_metrics()
@@ -214,8 +213,8 @@ def test_two_steps_equal_plain_pytorch(tmp_path, case):
         tmp_path / "run", saved, student, teacher, max_steps=2, num_generations=2, micro_batch_tokens=30, **ADAM, **settings
     )  # fmt: skip
     objective = BridgedObjective(**by_hand)
-    assert trainer.teacher.bridge.layers == objective.layers
-    assert trainer.teacher.bridge.teacher_layers == tuple(objective.phi[layer - 1] for layer in objective.layers)
+    assert trainer.pair.teacher.bridge.layers == objective.layers
+    assert trainer.pair.teacher.bridge.teacher_layers == tuple(objective.phi[layer - 1] for layer in objective.layers)
     check_against_plain_pytorch(trainer, teacher, objective, [{"representation": 1.0}] * 2, saved)
     assert not student.lm_head.weight.requires_grad
 
@@ -276,7 +275,7 @@ def test_an_adapter_is_bridged_as_the_student_it_is_put_on(tmp_path, saved):
         tmp_path, saved, None, teacher, peft_config=config, max_steps=2, num_generations=2, **ADAM
     )
     wrapped = fingerprint(trainer.model, tiny_tokenizer(), "wrapped")
-    assert "weights" in trainer.teacher.bridge.student.differences(wrapped)[0]  # so it was taken before
+    assert "weights" in trainer.pair.teacher.bridge.student.differences(wrapped)[0]  # so it was taken before
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -291,8 +290,8 @@ def test_bf16_is_projected_in_float32(tmp_path, saved):
         trainer = bridged_trainer(
             tmp_path / str(bf16), saved, bf16=bf16, max_steps=2, scripted=True, diagnostic_steps=0
         )
-        seen, project = [], trainer._project
-        trainer._project = lambda layer, x, seen=seen, project=project: (
+        seen, project = [], trainer.objective.project
+        trainer.objective.project = lambda layer, x, seen=seen, project=project: (
             seen.append((x, project(layer, x))) or seen[-1][1]
         )
         trainer.train()
@@ -318,10 +317,10 @@ def test_the_teacher_keeps_r_numbers_a_position_and_runs_no_layer_too_many(tmp_p
     for name, module in {**modules, "norm": teacher.model.norm, "head": teacher.lm_head}.items():
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     rollouts = random_rollouts(vocab=45)
-    batch = Batch(rollouts, [None] * len(rollouts))
-    request, _ = trainer.reader.requests(batch, StepTerms.at(trainer.args, 0, 2))
-    assert isinstance(trainer.teacher, BridgedTeacher)
-    states = trainer.teacher.states(request)
+    terms = trainer.objective.at(0)
+    request, _ = trainer.pair.requests(rollouts, None, layers=terms.needs_layers, head=terms.needs_head)
+    assert isinstance(trainer.pair.teacher, BridgedTeacher)
+    states = trainer.pair.teacher.states(request)
     above = int(output_space is not None)
     assert calls == {"1": 1, "2": 1, "3": 1, "4": above, "5": above, "norm": above, "head": 0}
     count = sum(min(n, 3) for n in rollouts.completion_lengths)
@@ -618,7 +617,7 @@ def test_only_chosen_layers_are_fitted(folders):
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9])
 def test_the_share_that_is_held_out(share):
-    held = oprd.bridge.collect._held_out(100, share)
+    held = oprd.bridge.collect.held_out_rollouts(100, share)
     assert len(held) == math.ceil(round(100 * share, 9))
     assert all(abs(len({i for i in held if i < n}) - n * share) < 1 for n in range(1, 101))
 

@@ -641,7 +641,7 @@ def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
     assert {run.settings["bridge"] for run in runs} == {str(folder)}
     assert [run.settings["bridge_rank"] for run in runs[:2]] == [None, 2]
     changed = {"one": replace(specs["one"], rank=3)}
-    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted in another way than 'bridges: one' asks for"):
+    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted with other options than those of 'bridges: one'"):
         fit_missing(changed, found.output_dir, found.recipe, found.settings, said.append)
 
 

@@ -444,7 +444,7 @@ def test_two_steps_through_a_bridge_equal_plain_pytorch(tmp_path, bridges, case,
     trainer, logged = check_against_plain_pytorch(
         tmp_path, objective, [{"representation": 1.0}] * 2, bridge=str(bridges[pair]), diagnostic_steps=0, **settings
     )
-    assert trainer.teacher.bridge.teacher_layers == tuple(PHI[layer - 1] for layer in objective.layers)
+    assert trainer.pair.teacher.bridge.teacher_layers == tuple(PHI[layer - 1] for layer in objective.layers)
     assert not trainer.model.lm_head.weight.requires_grad
     assert 0.2 < logged[0]["alignment/one_to_one"] < logged[0]["alignment/paired"] < 1 or pair == "pieces to characters"
 
@@ -1080,7 +1080,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
         assert not matrices
     assert bridge.teacher_layers == phi
     flat = [pair for batch in states for pair in batch]
-    held = oprd.bridge.collect._held_out(40, 0.25)
+    held = oprd.bridge.collect.held_out_rollouts(40, 0.25)
     sets = [{l: PairStatistics(32, 48) for l in (1, 2, 3, 4)} for _ in range(2)]
     for index, (s, t) in enumerate(flat):
         for layer, statistics in sets[index in held].items():
@@ -1129,7 +1129,7 @@ def test_the_teacher_is_evaluated_in_its_own_tokens(tmp_path):
     )  # fmt: skip
     result = trainer.evaluate_teacher()
     assert result.summary["avg_at_k"] >= 0.9
-    tokenizer = trainer.reader.aligner.teacher_tokenizer
+    tokenizer = trainer.pair.aligner.teacher_tokenizer
     assert (
         tokenizer.decode(result.rollouts.prompt_ids[7]) == f"{tokenizer.bos_token}{problems(50, 3, 'test')[7].prompt}"
     )
@@ -1169,7 +1169,7 @@ def test_the_plan_says_what_the_teacher_reads(tmp_path):
     assert line in describe_plan(*recipe(tmp_path, **alone))
     same = {"teacher_model": "embedded:tiny/teacher"}
     assert "tokenizers: the teacher gives the student's ids the same tokens" in describe_plan(*recipe(tmp_path, **same))
-    with pytest.raises(ValueError, match=r"gives \d+ of the student's 17 ids another token .*oprd bridge fit"):
+    with pytest.raises(ValueError, match=r"\d+ of the student's 17 token ids are other tokens .*oprd bridge fit"):
         describe_plan(*recipe(tmp_path, teacher_model=str(folder)))
     with pytest.raises(ValueError, match="special_token_map: '<a>' is no token of the student's tokenizer"):
         describe_plan(*recipe(tmp_path, special_token_map={"<a>": "<b>"}, **alone))
@@ -1231,7 +1231,7 @@ def test_a_map_of_special_tokens_that_cannot_be_is_refused(tmp_path, case):
 def test_a_system_prompt_wants_messages_and_a_text_of_its_own_a_tokenizer(tmp_path):
     settings = {"output_space": "reverse_kl", **OUTPUT}
     models = models_of(CHARACTERS, PIECES)
-    with pytest.raises(ValueError, match="teacher_system_prompt is 'add', and the prompt is plain text"):
+    with pytest.raises(ValueError, match="teacher_system_prompt is 'add', but the prompt is plain text"):
         cross_trainer(tmp_path, CHARACTERS, PIECES, *models, teacher_system_prompt="add", **settings)
     with pytest.raises(ValueError, match="teacher_system_prompt: it needs the teacher's tokenizer; pass teacher_proc"):
         tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), teacher_system_prompt="add")

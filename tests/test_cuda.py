@@ -115,7 +115,7 @@ def test_products_of_rounded_operands_are_those_of_a_cpu(weight_dtype):
 
 def test_under_bf16_the_trainer_multiplies_in_it(tmp_path):
     trainer = tiny_trainer(tmp_path, use_cpu=False, bf16=True, output_space="reverse_kl")
-    assert trainer.reader.heads().student.product_dtype == torch.bfloat16
+    assert trainer.pair.heads().student.product_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

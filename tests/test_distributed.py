@@ -175,11 +175,7 @@ def test_a_checkpoint_of_two_ranks_resumes_to_the_same_bits(two_ranks):
 
 
 def test_another_number_of_processes_is_refused(two_ranks, tmp_path):
-    from oprd.runs.checkpoints import VerifiedCheckpoints
-
-    class Rank2:
-        args = type("Args", (), {"process_index": 2})
-        _random_file = VerifiedCheckpoints._random_file
+    from oprd.runs.checkpoints import RandomStates
 
     with pytest.raises(ValueError, match=r"rng_state_2\.json is missing: resume with as many processes as before"):
-        VerifiedCheckpoints._load_rng_state(Rank2(), str(two_ranks / "whole" / "checkpoint-1"))
+        RandomStates(2).load(two_ranks / "whole" / "checkpoint-1")

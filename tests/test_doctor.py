@@ -266,7 +266,7 @@ def test_the_document_says_what_was_measured():
     rows = [*result["rows"], *gpu["rows"]]
     guesses = {row["name"]: doctor.predicted(row["name"]) for row in rows}
     written = doctor.DOCUMENT.read_text()
-    assert written == render(result, gpu, guesses, doctor.ON_GPU), "run python benchmarks/doctor.py --document"
+    assert written == render(written, result, gpu, guesses, doctor.ON_GPU), "run python benchmarks/doctor.py --document"
     for found in (result, gpu):
         good = [abs(errors(row, guesses[row["name"]])[0]) <= MARGIN for row in found["rows"]]
         assert sum(good) >= 8

@@ -192,7 +192,7 @@ def test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_
         trainer.engine.generate = watched
         trainer.evaluate()
         trainer.evaluate_model(trainer.model)
-        trainer.evaluate_model(trainer.teacher.model)
+        trainer.evaluate_model(trainer.pair.teacher.model)
         assert seen == ([torch.bfloat16, torch.bfloat16, None] if bf16 else [None] * 3)
 
 
@@ -215,5 +215,5 @@ def test_the_trainer_evaluates_with_its_eval_settings_in_eval_mode(tmp_path):
             if prompt[-1] == 2:
                 break
         assert [list(s) for s in samples] == [prompt[4:]] * 3  # greedy: all three the same
-    teacher = trainer.evaluate_model(trainer.teacher.model).rollouts
+    teacher = trainer.evaluate_model(trainer.pair.teacher.model).rollouts
     assert list(teacher.completion_ids) != list(result.rollouts.completion_ids)

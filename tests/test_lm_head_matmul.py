@@ -118,4 +118,4 @@ def test_a_cpu_never_rounds(tmp_path):
         trainer = tiny_trainer(
             tmp_path / str(bf16), tiny_model(), tiny_model(seed=1), bf16=bf16, output_space="reverse_kl"
         )
-        assert trainer.reader.heads().student.product_dtype is None
+        assert trainer.pair.heads().student.product_dtype is None

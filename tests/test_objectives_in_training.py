@@ -13,7 +13,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import GenerationConfig, TrainerCallback
 
-import oprd.training.trainer
 from oprd.config import OPRDConfig
 from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
@@ -110,7 +109,7 @@ def check_against_plain_pytorch(
     student, teacher = student or tiny_model(), teacher or tiny_model(seed=1)
     defaults = {"max_steps": len(step_weights), "num_generations": 2, "micro_batch_tokens": 30, "rows": answered_rows()}
     trainer = tiny_trainer(folder, student, teacher, **{**defaults, **adam, **settings})
-    trainer.teacher.states = counted = CountedCalls(trainer.teacher.states)
+    trainer.pair.teacher.states = counted = CountedCalls(trainer.pair.teacher.states)
     start = weights(trainer.model)
     plain, plain_teacher = copy.deepcopy(trainer.model), copy.deepcopy(teacher)
     seen = record(trainer, **(recording or {}))
@@ -631,18 +630,13 @@ def test_measuring_changes_no_bit_of_the_weights(tmp_path, settings):
         assert without == {key: with_[key] for key in without}
 
 
-def test_dropout_is_new_in_each_step_batch_and_micro_batch(tmp_path, monkeypatch):
-    states, read = [], oprd.training.trainer.read_through_forward
-
-    def recorded(*arguments):
-        states.append(torch.get_rng_state())
-        return read(*arguments)
-
-    monkeypatch.setattr(oprd.training.trainer, "read_through_forward", recorded)
+def test_dropout_is_new_in_each_step_batch_and_micro_batch(tmp_path):
+    states = []
     trainer = tiny_trainer(
         tmp_path, tiny_model("gpt2"), tiny_model("gpt2", 1), scripted=True, max_steps=2, micro_batch_tokens=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
+    trainer.model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
     trainer.train()
     assert len(states) == 8
     assert len({bytes(state.tolist()) for state in states}) == 8
@@ -766,7 +760,7 @@ PAIR = {"policy_gradient_weight": 1.0, "num_generations": 2, "task": "addition"}
         ({"representation_weight": -1.0}, "representation_weight: -1.0 is not allowed; it must be 0"),
         ({"output_weight": float("nan"), "output_space": "jsd"}, "output_weight: nan is not allowed; it must be 0"),
         ({"policy_gradient_weight": {**LINEAR, "steps": 0}}, "policy_gradient_weight: steps 0 is not allowed; it must be a whole"),
-        ({"representation_weight": 0.0}, "representation_weight: 0 leaves nothing to learn from; set output_space or policy"),
+        ({"representation_weight": 0.0}, "representation_weight: 0 leaves nothing to learn from; set output_space, policy"),
         ({"representation_weight": 0.0, "output_space": "jsd", "output_weight": 0}, "representation_weight: 0 leaves nothing"),
         ({"crossfade_steps": 5}, "crossfade_steps: it goes over from representation_weight to output_space, and one of the two"),
         ({"crossfade_steps": 5, "output_space": "jsd", "representation_weight": 0}, "crossfade_steps: .* one of the two is off"),

@@ -71,7 +71,7 @@ def test_a_share_of_steps_is_the_students():
 @pytest.mark.parametrize(("lmbda", "writer"), [(0.0, "teacher"), (1.0, "student")])
 def test_the_writer(tmp_path, lmbda, writer):
     trainer, row, (model, _), _ = one_step(tmp_path, lmbda=lmbda)
-    assert model is (trainer.teacher.model if writer == "teacher" else trainer.model)
+    assert model is (trainer.pair.teacher.model if writer == "teacher" else trainer.model)
     assert row.get("student_wrote") == (None if lmbda == 1 else 0.0)
     assert ("reverse_kl" in row) is (lmbda == 1)  # over the teacher's tokens it would be something else
     assert "entropy/student" in row
@@ -170,7 +170,7 @@ def test_a_teacher_with_an_end_of_its_own(tmp_path, end_of_turn, stops):
     teacher.generation_config.eos_token_id = 7
     trainer = tiny_trainer(tmp_path, tiny_model(), teacher, end_of_turn=end_of_turn, **OUTPUT)
     assert trainer.engine.stop_token_ids == stops
-    heads = trainer.reader.heads()
+    heads = trainer.pair.heads()
     assert sorted(heads.student.stop_token_ids) == ([] if end_of_turn == "by_id" else stops)
     assert heads.student.stop_token_ids == heads.teacher.stop_token_ids
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from oprd.config import OPRDConfig
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
-from oprd.rollouts.engine import Sampling, cut_at_stop
+from oprd.rollouts.engine import Sampling, cut_at_stop, derive_seed
 from oprd.rollouts.transformers_engine import TransformersEngine, drawing_processors
 from oprd.rollouts.vllm.server import VLLMServerEngine
 from tiny import PROMPTS, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
@@ -38,14 +38,15 @@ class Watch(TrainerCallback):
     def __init__(self, trainer) -> None:
         self.weights, self.batches = [], []
         trainer.add_callback(self)
-        next_batch = trainer._next_batch
+        take = trainer.rollouts.take
 
-        def watched(prompts, terms):
-            batch = next_batch(prompts, terms)
-            self.batches.append((trainer.state.global_step, trainer._batch_of_step, batch.rollouts))
+        def watched(prompts, terms, *arguments):
+            batch = take(prompts, terms, *arguments)
+            number = sum(step == terms.step for step, _, _ in self.batches) + 1
+            self.batches.append((terms.step, number, batch.rollouts))
             return batch
 
-        trainer._next_batch = watched
+        trainer.rollouts.take = watched
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.weights.append({name: value.clone() for name, value in model.state_dict().items()})
@@ -64,8 +65,11 @@ def test_each_step_learns_from_what_the_weights_before_the_last_update_sampled(t
         for before in (step, max(step - 1, 0)):
             fresh.load_state_dict(watch.weights[before])
             sampled.append(
-                trainer._generate(fresh, prompts, trainer._seed_of_step(batch - 1, step=step), False).rollouts
-            )
+                trainer.engine.generate(
+                    fresh, [p.ids for p in prompts], num_generations=2, sampling=trainer.args.sampling,
+                    seed=derive_seed(trainer.args.seed, step, batch - 1, 0), rows=[p.index for p in prompts],
+                ).rollouts
+            )  # fmt: skip
         assert rollouts == sampled[int(staleness[step])]
         others += sampled[0] != sampled[1]
     assert others >= 2  # so that it is seen whose they are
@@ -124,7 +128,7 @@ def test_an_interrupted_run_leaves_nothing_under_way(whole_run, tmp_path):
     trainer = trainer_in(folder, callbacks=[Stop()], **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not trainer._ahead.pending
+    assert not trainer.rollouts.background.pending
     trainer_in(folder, **settings).train(resume_from_checkpoint=True)
     assert_same_outcome(folder, whole_run)
 
@@ -195,7 +199,7 @@ def test_an_adapter_is_copied_and_its_base_is_shared(tmp_path):
         per_device_train_batch_size=2,
         learning_rate=0.1,
     )
-    ahead, watch = trainer._ahead, Watch(trainer)
+    ahead, watch = trainer.rollouts.background, Watch(trainer)
     for (name, live), (_, copied) in zip(
         trainer.model.named_parameters(), ahead.writer.named_parameters(), strict=True
     ):

@@ -73,15 +73,15 @@ def test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates(tmp_path, ac
     )  # fmt: skip
     trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: True))
     seen, rollouts, sampled = [], [], []
-    next_batch, generate = trainer._next_batch, trainer.engine.generate
+    take, generate = trainer.rollouts.take, trainer.engine.generate
 
-    def recorded(prompts, terms):
+    def recorded(prompts, *arguments):
         seen.extend(prompt.index for prompt in prompts)
-        batch = next_batch(prompts, terms)
+        batch = take(prompts, *arguments)
         rollouts.append(batch.rollouts)
         return batch
 
-    trainer._next_batch = recorded
+    trainer.rollouts.take = recorded
     trainer.engine.generate = lambda *a, **k: sampled.append(k["rows"]) or generate(*a, **k)
     trainer.train()
     sampler = RepeatedSteps(5, 2, 3, 7 if data_seed is None else data_seed)

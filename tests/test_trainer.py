@@ -595,15 +595,14 @@ def test_a_push_uploads_whole_checkpoints_and_no_pickle(tmp_path, monkeypatch, s
 
 def test_an_interrupted_step_does_not_count_in_the_next_call(tmp_path):
     trainer = tiny_trainer(tmp_path / "run", scripted=True, max_steps=2)
-    trainer._window.add(loss=100.0, rollouts=5)
+    trainer.recorder.observe(loss=100.0, rollouts=5)
     trainer.train()
     assert trainer.run_folder.read_metrics()[0]["loss"] < 50
 
 
 def test_without_a_dataset_there_is_nothing_to_train_or_evaluate(tmp_path):
     trainer = tiny_trainer(tmp_path, scripted=True)
-    trainer.train_dataset = trainer._prompts(None, "train_dataset", 9)
-    assert trainer.train_dataset is None
+    trainer.train_dataset = None
     with pytest.raises(ValueError, match="train_dataset: there is none"):
         trainer.train()
     with pytest.raises(ValueError, match="eval_dataset"):

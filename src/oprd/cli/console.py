@@ -18,7 +18,7 @@ console = Console(highlight=False)
 
 
 def say(line: str) -> None:
-    """Print one line without markup, since names of models and files may contain brackets. Of several processes, only the first prints."""
+    """Print one line without markup: names of models and files may hold brackets. Of several processes, the first prints."""
     if os.environ.get("RANK", "0") == "0":
         console.print(line, markup=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The protocol of a rollout engine: what it is given, what it returns, and helpers that engines share."""
+"""The protocol of a rollout engine, its input and output types, and helpers that engines share."""
 
 from __future__ import annotations
 

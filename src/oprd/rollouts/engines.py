@@ -36,7 +36,7 @@ def make_engine(
 
     Args:
         name: a key of `ENGINES`, or `module:attribute` of a class (or function) that takes `(tokenizer, stop_token_ids, **kwargs)`
-            and gives a `RolloutEngine`.
+            and returns a `RolloutEngine`.
         tokenizer: decodes completions.
         stop_token_ids: ids that end a completion.
         **kwargs: further arguments of the engine.

@@ -47,14 +47,14 @@ class Ranks:
             values.append(act())
         except Exception as error:
             failure = error
-        told = self._exchange((values, None if failure is None else (_kind(failure), str(failure))))
+        messages = self._exchange((values, None if failure is None else (_kind(failure), str(failure))))
         if failure is not None:
             raise failure
-        for rank, (_, failed) in enumerate(told):
+        for rank, (_, failed) in enumerate(messages):
             if failed is not None:
                 kind, message = failed
                 raise kind(f"rank {rank}: {message}")
-        return [value for given, _ in told for value in given]
+        return [value for given, _ in messages for value in given]
 
     def first(self, act: Callable[[], None]) -> None:
         """Call `act` on rank 0 while the other ranks wait. Raises as `together` does."""
@@ -65,9 +65,9 @@ class Ranks:
     ) -> list[tuple[list[T], tuple[type[Exception], str] | None]]:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
-        told = [own] * dist.get_world_size()
-        dist.all_gather_object(told, own, group=self._group)
-        return told
+        messages = [own] * dist.get_world_size()
+        dist.all_gather_object(messages, own, group=self._group)
+        return messages
 
 
 def _nothing() -> None:

@@ -106,7 +106,7 @@ class TransformersContinuousEngine:
         check_supported(model)
         lm = causal_lm(model)
         settings = {**self.batching_kwargs, **self.sizes(prompts, sampling), "seed": seed}
-        with _left_as_it_was(model, lm), _cache_of_one_dtype():
+        with _state_restored(model, lm), _cast_to_cache_dtype():
             completions = self._complete(lm, prompts, sampling, settings)
         return Sampled(to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids))
 
@@ -140,7 +140,7 @@ class TransformersContinuousEngine:
         manager_class, config_class = _import_continuous_batching()
         manager = manager_class(lm, self._generation_config(sampling), config_class(**settings))
         processors = manager.logit_processor
-        processors.logits_processor.insert(0, _Unpadded(self.vocab_size))
+        processors.logits_processor.insert(0, _MaskPaddingRows(self.vocab_size))
         processors.do_processing = True
         # transformers adds the rank to the seed; our caller has chosen the seed of this rank.
         manager.continuous_batching_config.seed -= manager.distributed_helper.dp_rank
@@ -178,7 +178,7 @@ class TransformersContinuousEngine:
         )
 
 
-class _Unpadded(LogitsProcessor):
+class _MaskPaddingRows(LogitsProcessor):
     """Masks rows of the head beyond the vocabulary, which only pad the matrix."""
 
     supports_continuous_batching = True
@@ -235,7 +235,7 @@ def _import_continuous_batching() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _cache_of_one_dtype() -> Iterator[None]:
+def _cast_to_cache_dtype() -> Iterator[None]:
     """Cast keys and values to the dtype of the paged cache, and back.
 
     The cache has the model's dtype and accepts no other, but autocast computes 16-bit values beside keys rotated in float32.
@@ -257,7 +257,7 @@ def _cache_of_one_dtype() -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, lm: PreTrainedModel) -> Iterator[None]:
+def _state_restored(model: nn.Module, lm: PreTrainedModel) -> Iterator[None]:
     """Restore mode, attention implementation and random state, which the manager changes, also after an error."""
     was_training, attention = model.training, lm.config._attn_implementation
     model.eval()

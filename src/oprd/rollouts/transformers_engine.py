@@ -106,7 +106,7 @@ class TransformersEngine:
         input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
         attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
         config = self._generation_config(sampling, lm.get_output_embeddings())
-        with _own_generation_config(lm, config):
+        with _replace_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
             # Sharded: every rank runs until the last completion of all ranks is done.
             together = {"synced_gpus": True} if is_sharded(model) else {}
@@ -173,7 +173,7 @@ def _sampling_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _replace_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Replace the model's generation config, from which `generate` fills every unset value.
 
     Many checkpoints set temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts silently off-policy.
