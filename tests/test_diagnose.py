@@ -387,7 +387,7 @@ def test_the_command(oprd, tmp_path):
     [
         (["--teacher", "embedded:none"], "is not embedded"),
         (["--prompts", "none.jsonl"], "none.jsonl"),
-        (["--task", "nothing"], "no task 'nothing'"),
+        (["--task", "nothing"], "task: 'nothing' is not one of"),
         (["--chat-template-kwargs", "{"], "is not JSON"),
         (["--max-completion-length", "900"], "exceeds the model's context"),
         (["--json", "."], "is a folder"),

@@ -67,7 +67,7 @@ class Setup:
         torch.manual_seed(seed)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
-        return model, tokenizer or byte_tokenizer(self.shape["vocab_size"])
+        return model, byte_tokenizer(self.shape["vocab_size"]) if tokenizer is None else tokenizer
 
 
 class StepWatch(TrainerCallback):
