@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -78,3 +79,16 @@ def resolve_with_arguments(key: str, entry: Any, known: Mapping[str, T]) -> tupl
             f"name is one of {', '.join(known)}, or module:attribute of your own code"
         )
     return resolve_object(key, name, known), arguments
+
+
+def arguments_problem(make: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Why `make(*args, **kwargs)` does not fit its signature; None if it does, or if it has no signature to read."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # some functions of C have none
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return f"{error}; its arguments are {signature}"
+    return None
