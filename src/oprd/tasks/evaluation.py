@@ -99,8 +99,8 @@ def _checked_reward(reward: Any, source: str, grader: Grader) -> bool | float:
     value = float(reward) if isinstance(reward, Real) else math.nan
     if not math.isfinite(value):
         raise ValueError(
-            f"{source}: {type(grader).__name__} gave the reward {reward!r}; allowed are true, false and finite numbers. Return 0 where "
-            "a response cannot be graded"
+            f"{source}: {type(grader).__name__} gave the reward {reward!r}; allowed are true, false and finite numbers. Return 0 "
+            "where a response cannot be graded"
         )
     return value
 

@@ -127,7 +127,7 @@ def summarize(problems: Sequence[Sequence[Sample]], *, seed: int = 0) -> dict[st
                 f"problem {i}: {ungraded} of {len(samples)} samples are ungraded: grade all or none of them"
             )
     everything = [sample for samples in problems for sample in samples]
-    graded = [[float(s.correct) for s in samples] for samples in problems if samples[0].correct is not None]
+    graded = [[float(s.correct or 0) for s in samples] for samples in problems if samples[0].correct is not None]
     finished = [float(s.correct) for s in everything if s.finished and s.correct is not None]
     distinct = distinct_n([[sample.token_ids for sample in samples] for samples in problems], n=4)
     return {

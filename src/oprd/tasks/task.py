@@ -113,7 +113,9 @@ def get_task(name: str) -> Task:
     if not isinstance(found, Task) and callable(found):
         problem = arguments_problem(found)
         if problem:
-            raise ValueError(f"task: {name!r} is called without arguments to make a Task, and does not allow it ({problem})")
+            raise ValueError(
+                f"task: {name!r} is called without arguments to make a Task, and does not allow it ({problem})"
+            )
         found = found()
     return check_task(found, repr(name))
 

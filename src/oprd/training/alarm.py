@@ -45,11 +45,12 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong between the first and the second half of `rows`, None if nothing is.
 
     Cosine must have risen, and either accuracy fallen by more than three standard errors (over the graded rollouts of each half;
-    binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each half).
+    binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each
+    half).
 
     Args:
-        rows: metrics of steps, with `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and `tokens` where they
-            were measured.
+        rows: metrics of steps, with `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and
+            `tokens` where they were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     cosines = [_mean(half, "cosine") for half in halves]

@@ -179,7 +179,8 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     """The pairs worth a look, with what they are: best, worst, most divergent; a pair that is several of these comes once.
 
     Best and worst go by the verdicts: what was won (wrong before, right after) and what was lost or stayed wrong; of equals the
-    one with the smaller, or larger, mean distance. Rewards that are numbers are compared as they are. Most divergent: the late rollout with the largest mean distance.
+    one with the smaller, or larger, mean distance.
+    Rewards that are numbers are compared as they are. Most divergent: the late rollout with the largest mean distance.
     """
     names: dict[int, list[str]] = {}
 
