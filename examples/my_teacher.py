@@ -35,30 +35,26 @@ class RemoteTeacher:
 
     modules = ()  # no model in this process, so there is nothing to place or shard
 
-    def __init__(self, url: str, timeout: float = 60.0) -> None:
-        self.url, self.timeout = url.rstrip("/"), timeout
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
         facts = json.loads(self._ask("/info"))
         self.info = ModelInfo(**facts | {"stop_token_ids": tuple(facts["stop_token_ids"])})
         self.identity = f"{self.info.name} at {self.url}"
 
     def states(self, request: StateRequest) -> States:
         """The states of `request`: one tensor `[N, D]` for each of its layers, on the device of the request."""
-        tensors = {name: getattr(request, name).cpu() for name in TENSORS}
-        layers = torch.tensor(request.layers)
-        found = load(
-            self._ask("/states", save(tensors | {"layers": layers, "rollouts": torch.tensor(request.num_rollouts)}))
-        )
+        sent = {name: getattr(request, name).cpu() for name in TENSORS}
+        sent |= {"layers": torch.tensor(request.layers), "num_rollouts": torch.tensor(request.num_rollouts)}
+        found = load(self._ask("/states", save(sent)))
         values = tuple(found[str(layer)].to(request.input_ids.device) for layer in request.layers)
         return States(request.layers, values, request.rollout_index, request.num_rollouts)
 
     def _ask(self, path: str, body: bytes | None = None) -> bytes:
         try:
-            with urlopen(self.url + path, data=body, timeout=self.timeout) as answer:
+            with urlopen(self.url + path, data=body, timeout=60) as answer:
                 return answer.read()
         except OSError as error:
-            raise ConnectionError(
-                f"teacher_model: {self.url} does not answer ({error}); is the server running?"
-            ) from error
+            raise ConnectionError(f"teacher_model: {self.url}{path} does not answer: {error}") from error
 
 
 def serve(name: str = "embedded:tiny/teacher", port: int = 0) -> ThreadingHTTPServer:
@@ -72,9 +68,9 @@ def serve(name: str = "embedded:tiny/teacher", port: int = 0) -> ThreadingHTTPSe
 
         def do_POST(self) -> None:
             sent = load(self.rfile.read(int(self.headers["Content-Length"])))
-            layers, rollouts = tuple(sent.pop("layers").tolist()), int(sent.pop("rollouts"))
-            states = teacher.states(StateRequest(**sent, num_rollouts=rollouts, layers=layers))
-            self._reply(save({str(layer): values for layer, values in zip(layers, states.values, strict=True)}))
+            facts = {"layers": tuple(sent["layers"].tolist()), "num_rollouts": int(sent["num_rollouts"])}
+            found = teacher.states(StateRequest(**sent | facts))
+            self._reply(save({str(layer): values for layer, values in zip(found.layers, found.values, strict=True)}))
 
         def _reply(self, body: bytes) -> None:
             self.send_response(200)
