@@ -98,11 +98,13 @@ def first_seeds(work: Work, count: int) -> list[int]:
 
 def diagnosed(work: Work) -> dict[str, Any]:
     """The report of `oprd diagnose` on the embedded pair before training, on problems of the tuning seed."""
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
     from oprd.tools.diagnose import diagnose_pair
 
     rows = load_rows("generated:addition", "train", 32 if work.quick else 128, TUNING_SEED)
-    return diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", rows, max_completion_length=64)
+    pair = load_pair("embedded:tiny/student", "embedded:tiny/teacher")
+    return diagnose_pair(pair, rows, max_completion_length=64)
 
 
 def _record(run: Run, of_seed: Mapping[str, float]) -> Record:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from oprd.config import OPRDConfig
-from oprd.run_config import Recipe
+from oprd.run_config import RunConfig, recipe_keys
 
 HEAD = """# Configuration
 
@@ -41,8 +42,10 @@ def render() -> str:
     base = {f.name: f for f in dataclasses.fields(TrainingArguments)}
     changed = [f for f in dataclasses.fields(OPRDConfig) if f.name in base and f.default != base[f.name].default]
     own = [f for f in dataclasses.fields(OPRDConfig) if f.name not in base]
-    described = dict(re.findall(r"^ +(\w+): (.+?)(?=\n +\w+: |\n\s*\Z)", Recipe.__doc__ or "", flags=re.M | re.S))
-    recipe_rows = [(f.name, f.default, " ".join(described[f.name].split())) for f in dataclasses.fields(Recipe)]
+    documented = inspect.cleandoc(RunConfig.__doc__ or "") + "\n"
+    described = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w+: |\n\Z)", documented, flags=re.M | re.S))
+    recipe = [f for f in dataclasses.fields(RunConfig) if f.name in recipe_keys()]
+    recipe_rows = [(f.name, f.default, " ".join(described[f.name].split())) for f in recipe]
     parts = [
         HEAD.format(changed=", ".join(f"`{f.name}: {f.default}`" for f in changed)),
         "## Models and datasets\n\n" + table(recipe_rows),

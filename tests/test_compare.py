@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from oprd.bridge import Bridge
-from oprd.run_config import load_recipe, resolved
+from oprd.run_config import RunConfig
 from oprd.runs.folder import LOCK, RunFolder
 from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from oprd.tools.compare.figure import plot_comparison
@@ -320,7 +320,7 @@ def test_the_order_and_settings_of_the_plan(comparison, tmp_path):
     # the settings of a run are a recipe that means the same
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(last.settings))
-    again = resolved(*load_recipe(file))
+    again = RunConfig.load(file).settings()
     assert {key: again[key] for key in last.settings} == last.settings
     assert set(again) == set(last.settings)
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from oprd.data.prompts import render
 from oprd.data.rows import PromptRow
-from oprd.models.loading import load_model, load_tokenizer, parse_dtype
-from oprd.models.tokens import stop_token_ids
+from oprd.models.loading import parse_dtype
+from oprd.resolve import load
 from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.bench.update import SHAPES
 
@@ -42,10 +42,11 @@ class Requests:
         """Build the model, its tokenizer, the stop token ids, and the prompts' token ids."""
         generator = torch.Generator().manual_seed(0)
         if self.model is not None:
-            tokenizer = load_tokenizer(self.model)
-            model = load_model(self.model, dtype=self.dtype).eval()
+            loaded = load(self.model, dtype=self.dtype)
+            assert loaded.tokenizer is not None, "loaded with the model"
+            tokenizer, stops = loaded.tokenizer, list(loaded.info.stop_token_ids)
             rows = [PromptRow([{"role": "user", "content": text}], source="bench rollout") for text in self.texts()]
-            return model, tokenizer, stop_token_ids(model, tokenizer), [render(row, tokenizer, None) for row in rows]
+            return loaded.model.eval(), tokenizer, stops, [render(row, tokenizer, None) for row in rows]
         torch.manual_seed(0)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))

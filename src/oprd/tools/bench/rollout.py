@@ -173,7 +173,7 @@ def check_longest(lengths: Mapping[str, Sequence[int]]) -> None:
     if len(set(longest.values())) > 1:
         found = ", ".join(f"{n} by {name}" for name, n in longest.items())
         raise ValueError(
-            f"completion: the longest completion must be equally long in all engines, but has {found} tokens; set a lower limit"
+            f"completion: the longest must be equally long in all engines, but has {found} tokens; set a limit that all reach"
         )
 
 

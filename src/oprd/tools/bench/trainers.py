@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from oprd.config import OPRDConfig
-from oprd.models.loading import load_model, load_tokenizer
+from oprd.resolve import load
 from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.bench.memory import resident_bytes, settle_memory
 from oprd.tools.bench.update import SHAPES
@@ -56,19 +56,18 @@ class Setup:
 
     def build(self) -> tuple[Any, Any, PreTrainedTokenizerBase]:
         """Build the student, the teacher and the student's tokenizer."""
-        if self.model is None:
-            tokenizer = byte_tokenizer(self.shape["vocab_size"])
-        else:
-            tokenizer = load_tokenizer(self.model)
-        student, teacher = (self._one(name, seed) for seed, name in enumerate((self.model, self.teacher)))
+        student, tokenizer = self._one(self.model, seed=0)
+        teacher, _ = self._one(self.teacher, seed=1, tokenizer=tokenizer)
         return student, teacher.eval().requires_grad_(False), tokenizer
 
-    def _one(self, name: str | None, seed: int) -> Any:
+    def _one(self, name: str | None, seed: int, tokenizer: Any = None) -> tuple[Any, Any]:
         if name is not None:
-            return load_model(name, dtype=torch.float32)
+            loaded = load(name, dtype=torch.float32, tokenizer=tokenizer)
+            return loaded.model, loaded.tokenizer
         torch.manual_seed(seed)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
+        return model, byte_tokenizer(self.shape["vocab_size"]) if tokenizer is None else tokenizer
 
 
 class StepWatch(TrainerCallback):
