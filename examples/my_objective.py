@@ -56,11 +56,11 @@ class UpperLayers:
         return (error_N * at.weights).sum()
 
 
-def main(output_dir: str = "runs/my_objective", steps: int = 10) -> OPRDTrainer:
-    """Train the embedded tiny student with these objectives alone."""
+def main(output_dir: str = "runs/my_objective", **settings: object) -> OPRDTrainer:
+    """Train the embedded tiny student with these objectives alone; `settings` are any of `OPRDConfig`."""
+    own = {"max_steps": 10, "learning_rate": 1e-3, "max_completion_length": 16, "representation_weight": 0, **settings}
     trainer = OPRDTrainer(
-        "embedded:tiny/student", "embedded:tiny/teacher",
-        args=OPRDConfig(output_dir, representation_weight=0, max_steps=steps, learning_rate=1e-3, max_completion_length=16),
+        "embedded:tiny/student", "embedded:tiny/teacher", args=OPRDConfig(output_dir, **own),
         train_dataset=[{"prompt": "12345+67890="}, {"prompt": "11111+22222="}],
         objectives={
             "huber": Term(LayerError(huber), weight=0.5),

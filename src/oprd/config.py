@@ -128,7 +128,10 @@ class OPRDConfig(TrainingArguments):
     )
     output_weight: float | dict[str, Any] = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
     policy_gradient_weight: float | dict[str, Any] = field(
-        default=0.0, metadata=_help("Factor on GRPO's loss, reward 1 for a right answer; 0 is off; may be a schedule.")
+        default=0.0,
+        metadata=_help(
+            "Factor on GRPO's loss, reward 1 for a right answer or the task's own; 0 is off; may be a schedule."
+        ),
     )
     crossfade_steps: int | None = field(
         default=None,
@@ -195,7 +198,10 @@ class OPRDConfig(TrainingArguments):
     )
 
     # Grading, evaluation, logs
-    task: str | None = field(default=None, metadata=_help(f"How answers are graded: {', '.join(TASKS)}; None: not."))
+    task: str | None = field(
+        default=None,
+        metadata=_help(f"How answers are graded: {', '.join(TASKS)}, or module:attribute of your own; None: not."),
+    )
     eval_num_generations: int = field(default=4, metadata=_help("Samples a problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
     eval_top_p: float = field(default=0.95, metadata=_help("Nucleus truncation of evaluation."))

@@ -105,10 +105,11 @@ def resolve(run: RunConfig) -> ResolvedRun:
     if aligner is not None:
         _check_own_text(args, pair)
     objective = _objective(args, terms, pair)
-    engine = given.rollout_engine
-    if engine is None:
+    if given.rollout_engine is None:
         engine = make_engine(args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs)
-    if args.overlap_rollouts and not check_engine(engine).can.background:
+    else:
+        engine = check_engine(given.rollout_engine)
+    if args.overlap_rollouts and not engine.can.background:
         raise ValueError(
             f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
             "(can.background); set it to false"
