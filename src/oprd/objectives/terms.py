@@ -82,7 +82,8 @@ ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
 Objective = LayerTerm | HeadTerm | PolicyTerm
-"""Attribute `on_policy_only = True` (default False): the gradient is an expectation over tokens that the student draws."""
+"""Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
+student draws."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ class LayerError:
             ValueError: the function does not return one error a position.
         """
         error_N = self.error(student_ND, teacher_ND)
-        if error_N.shape != at.weights.shape:
+        if not isinstance(error_N, Tensor) or error_N.shape != at.weights.shape:
+            found = f"shape {list(error_N.shape)}" if isinstance(error_N, Tensor) else type(error_N).__name__
+            function = getattr(self.error, "func", self.error)  # inside a partial
             raise ValueError(
-                f"objectives: {getattr(self.error, '__name__', self.error)} returned shape {tuple(error_N.shape)}; a function "
-                f"of the states must return one error a position, here shape {tuple(at.weights.shape)}"
+                f"objectives: {getattr(function, '__name__', function)} returned {found}; a function of the states must return one "
+                f"error a position, here shape {list(at.weights.shape)}"
             )
         return (error_N * at.weights).sum()
 

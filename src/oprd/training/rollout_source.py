@@ -127,8 +127,8 @@ class RolloutSource:
             gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self.recorder.observe(**{name: share * value for name, value in gap.items()})
         with self.recorder.timed("grade"), self.grading.open() as grader:
-            answers = {p.index: p.row.answer for p in prompts}
-            rewards = grade_rollouts(rollouts, answers.__getitem__, grader)
+            of_row = {p.index: p for p in prompts}
+            rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
         with self.recorder.timed("teacher"):
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:

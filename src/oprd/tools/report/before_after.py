@@ -156,7 +156,7 @@ class _Reader:
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
         ).rollouts  # fmt: skip
         if self.task is None:
-            verdicts: list[bool | None] = [None] * len(rollouts)
+            verdicts: list[bool | float | None] = [None] * len(rollouts)
         else:
             with self.task.grader() as grader:
                 verdicts = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)

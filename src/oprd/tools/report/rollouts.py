@@ -23,7 +23,7 @@ class Side:
         prompt: what it answers, as text.
         text: the completion.
         step: of the training step that logged it; None for one that was written for the report.
-        correct: its verdict, None where it has none.
+        correct: its verdict or reward, None where it has none.
         finish_reason: "stop" or "length".
         length: its tokens.
         tokens: text of each token that was read; empty where the rollout was not read again.
@@ -33,7 +33,7 @@ class Side:
     prompt: str
     text: str
     step: int | None = None
-    correct: bool | None = None
+    correct: bool | float | None = None
     finish_reason: str = ""
     length: int | None = None
     tokens: tuple[str, ...] = ()
@@ -42,6 +42,8 @@ class Side:
     def __post_init__(self) -> None:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
+        if self.correct is not None and not math.isfinite(self.correct):
+            raise ValueError("a reward is no finite number")
         if not all(math.isfinite(d) and d >= 0 for d in self.distances):
             raise ValueError("a distance is no number of 0 or more")
 
@@ -155,12 +157,12 @@ def logged_pairs(
 
 def as_side(row: Mapping[str, Any]) -> Side:
     """A line of `completions.jsonl`."""
-    verdict, tokens = row.get("correct"), row.get("tokens")
+    reward, tokens = row.get("correct"), row.get("tokens")
     return Side(
         prompt=prompt_text(row.get("prompt")),
         text=row["completion"],
         step=int(row["step"]),
-        correct=verdict if isinstance(verdict, bool) else None,
+        correct=reward if isinstance(reward, bool | float) and math.isfinite(reward) else None,
         finish_reason=str(row.get("finish_reason", "")),
         length=tokens if isinstance(tokens, int) else None,
     )
@@ -177,7 +179,8 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     """The pairs worth a look, with what they are: best, worst, most divergent; a pair that is several of these comes once.
 
     Best and worst go by the verdicts: what was won (wrong before, right after) and what was lost or stayed wrong; of equals the
-    one with the smaller, or larger, mean distance. Most divergent: the late rollout with the largest mean distance.
+    one with the smaller, or larger, mean distance.
+    Rewards that are numbers are compared as they are. Most divergent: the late rollout with the largest mean distance.
     """
     names: dict[int, list[str]] = {}
 
@@ -191,10 +194,11 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     graded = [i for i, pair in enumerate(pairs) if pair.late.correct is not None]
     read = [i for i, pair in enumerate(pairs) if pair.late.mean_distance is not None]
     if graded:
-        verdicts = {pairs[i].late.correct for i in graded}
-        name("best" if True in verdicts else "best (none is right)", max(graded, key=rank))
+        rewards = [pairs[i].late.correct for i in graded]
+        numbers = any(not isinstance(reward, bool) for reward in rewards)
+        name("best" if numbers or True in rewards else "best (none is right)", max(graded, key=rank))
         if len(graded) > 1:
-            name("worst" if False in verdicts else "worst (none is wrong)", min(graded, key=rank))
+            name("worst" if numbers or False in rewards else "worst (none is wrong)", min(graded, key=rank))
     if read:
         name("most divergent", max(read, key=lambda i: (pairs[i].late.mean_distance or 0.0, -i)))
     if not names and pairs:
@@ -202,5 +206,7 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     return [(" and ".join(labels), pairs[index]) for index, labels in names.items()]
 
 
-def _score(correct: bool | None) -> int:
+def _score(correct: bool | float | None) -> float:
+    if isinstance(correct, float):
+        return correct
     return 0 if correct is None else 1 if correct else -1
