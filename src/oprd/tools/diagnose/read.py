@@ -112,8 +112,8 @@ class _Reader:
         matched = sum(rollouts.completion_lengths) if pairing is None else pairing.num_matched
         if matched < 4:
             raise ValueError(
-                f"diagnose: {matched} positions of the rollouts can be compared, and at least 4 are needed; give more prompts or longer "
-                "completions"
+                f"diagnose: {matched} positions of the rollouts can be compared, and at least 4 are needed; give more prompts or "
+                "longer completions"
             )
         chosen = torch.randperm(matched, generator=torch.Generator().manual_seed(seed))[:sample]
         self.samples = _Samples(torch.zeros(matched, dtype=torch.bool).index_fill_(0, chosen, True), *depths)
