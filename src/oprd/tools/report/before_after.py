@@ -60,8 +60,9 @@ def measure_distances(
     assert tokenizer is not None, "loaded with the model"
     stops = {*student.info.stop_token_ids}
     notes: list[str] = []
+    unavailable: str | None = None
+    teacher: Teacher | None = None
     layers: tuple[int, ...] = ()
-    unavailable, teacher = None, None
     try:  # the student's answers are shown without its teacher too
         loaded = load(
             teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
