@@ -1,6 +1,6 @@
-# make demo: the method at work, on models that come with the package.   make test: lint, types and tests.
-# make evidence: the paper's claims measured anew (docs/evidence.md), resumable; make evidence-quick: a tenth of it, in runs/.
-# Each makes its own virtual environment and installs what it needs. Wants Python 3.11 or newer as python3 (or PYTHON=…).
+# make demo: trains the pair that ships with the package.   make test: lint, types and tests.
+# make evidence: measures the paper's claims (docs/evidence.md), resumable; make evidence-quick: a tenth of it, in runs/.
+# Each creates its virtual environment and installs what it needs. Needs Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3
 VENV := .venv

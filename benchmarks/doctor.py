@@ -1,8 +1,8 @@
-"""`oprd doctor` against measurement: predicted and measured memory of real training steps, a process a configuration.
+"""`oprd doctor` against measurement: predicted and measured memory of real training steps, one process a configuration.
 
-    python benchmarks/doctor.py                # measures, writes benchmarks/doctor.json and docs/doctor.md (a few minutes, Linux)
+    python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and tables of docs/scale.md (Linux)
     python benchmarks/doctor.py --cuda         # the same on a GPU, bfloat16, a model of 0.5B; benchmarks/doctor_cuda.json
-    python benchmarks/doctor.py --document     # writes docs/doctor.md anew from what was measured and the model
+    python benchmarks/doctor.py --document     # writes the tables of docs/scale.md from the committed measurements and the model
 
 Each process builds two random models and an `OPRDTrainer`, puts fixed rollouts in the place of sampled ones, and takes two steps.
 Measured are, in the last step: resident memory before it, beyond that of before the models were built (weights, moments), and the
@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULT, CUDA_RESULT = HERE / "doctor.json", HERE / "doctor_cuda.json"
-DOCUMENT = HERE.parent / "docs" / "doctor.md"
+DOCUMENT = HERE.parent / "docs" / "scale.md"
 MIB = 2**20
 ON_GPU = "GPU: "  # before a configuration's name
 _TINY_MODEL = {"family": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
@@ -261,7 +261,9 @@ def main() -> None:
         "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
     )
     parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
-    parser.add_argument("--document", action="store_true", help="write docs/doctor.md from what was measured")
+    parser.add_argument(
+        "--document", action="store_true", help="write the tables of docs/scale.md from the measurements"
+    )
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))
@@ -323,12 +325,12 @@ def measure_on_gpu(only: str | None) -> None:
 
 
 def write_document() -> None:
-    """docs/doctor.md, from benchmarks/doctor.json and the model."""
+    """Write the tables of docs/scale.md from benchmarks/doctor.json, benchmarks/doctor_cuda.json and the model."""
     from oprd.tools.doctor.document import render
 
     result, gpu = (json.loads(file.read_text()) for file in (RESULT, CUDA_RESULT))
     guesses = {row["name"]: predicted(row["name"]) for row in [*result["rows"], *gpu["rows"]]}
-    DOCUMENT.write_text(render(result, gpu, guesses, ON_GPU))
+    DOCUMENT.write_text(render(DOCUMENT.read_text(), result, gpu, guesses, ON_GPU))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The paper's claims, one folder each: a config, a script, a committed result, a verdict. `python -m evidence` runs them."""
+"""The paper's claims, one folder each: config, script, committed result, verdict. `python -m evidence` measures them."""

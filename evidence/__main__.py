@@ -1,4 +1,4 @@
-"""`python -m evidence`: measure the claims, and write what was found into docs/evidence.md and the README."""
+"""`python -m evidence`: measure the claims; write docs/evidence.md, a README in each claim's folder, and the blocks of README.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from evidence.claim import Claim, Work
-from evidence.document import write_document
-from evidence.readme import write_readme
+from evidence.document import write_documents
+from evidence.readme import BLOCKS, write_blocks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -38,19 +38,19 @@ def results(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def measured_whole(folder: Path) -> dict[str, Any] | None:
-    """What a call that measured all claims left in `folder`: its seconds, cpus, workers."""
+    """Seconds, cpus and workers of the call that measured all claims, from `folder`."""
     file = folder / WHOLE
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def measure(claim: Claim, work: Work, target: Path) -> None:
-    """Measure one claim and leave its result and its picture in `target`."""
+    """Measure one claim and write its result and figure into `target`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     started = time.monotonic()
     work.folder.mkdir(parents=True, exist_ok=True)
-    clock = work.folder / "seconds.json"  # of interrupted calls too: what the whole took
+    clock = work.folder / "seconds.json"  # adds the time of interrupted calls
     before = json.loads(clock.read_text()) if clock.is_file() else 0.0
     try:
         found = dict(claim.measure(work))
@@ -59,7 +59,7 @@ def measure(claim: Claim, work: Work, target: Path) -> None:
     found["took_seconds"] = round(before + time.monotonic() - started)
     found["machine"] = {"cpus": os.cpu_count(), "workers": work.workers, "platform": platform.platform()}
     found["software"] = {name: version(name) for name in ("oprd", "torch", "transformers")}
-    claim.judge(found)  # a result that cannot be read is not written
+    claim.judge(found)  # write only a result that `judge` can read
     target.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -70,19 +70,17 @@ def measure(claim: Claim, work: Work, target: Path) -> None:
 
 def main(
     only: Annotated[str, typer.Option(help="Claims, such as E1,E7; default: all.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: shows that it runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: checks that it runs.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
-    document: Annotated[bool, typer.Option("--document", help="Measure nothing; write the documents anew.")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="Choose learning rates anew, too.")] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Also claims that have been measured by an earlier call.")
-    ] = False,
+    document: Annotated[bool, typer.Option("--document", help="Measure nothing; rewrite the documents.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Also choose the learning rates again.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also measure claims that an earlier call measured.")] = False,
 ) -> None:
-    """Measure the claims. Called again after an interruption, it goes on; runs are kept in runs/evidence[-quick]/."""
+    """Measure the claims. A call after an interruption continues; runs are kept in runs/evidence[-quick]/."""
     import torch
 
     torch.set_num_threads(1)
-    # Relative to where the call is made: a run's settings name its teacher's and its bridge's folder.
+    # Relative to the working directory: a run's settings contain the paths of its teacher and bridge.
     base = Path(os.path.relpath(ROOT / "runs")) / ("evidence-quick" if quick else "evidence")
     wanted = {name.strip().upper() for name in only.split(",") if name.strip()}
     if unknown := wanted - {claim.ID for _, claim in claims()}:
@@ -94,27 +92,32 @@ def main(
         target = base / own.name / "measured" if quick else own
         done = base / own.name / "done"
         if done.exists() and not again:
-            typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it anew)")
+            typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it again)")
             continue
         typer.echo(f"{claim.ID} {claim.TITLE}")
         work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune)
         measure(claim, work, target)
         done.touch()
         measured += 1
-    if measured == len(list(claims())):  # all in one go: how long that takes is a result, too
+    if measured == len(list(claims())):  # one call measured all: its time is a result
         about = {"seconds": round(time.monotonic() - started), "cpus": os.cpu_count(), "workers": workers, "tune": tune}
         (base if quick else HERE).joinpath(WHOLE).write_text(json.dumps(about) + "\n")
+    write_pages(base, quick)
+    typer.echo(f"{time.monotonic() - started:.0f} s")
+
+
+def write_pages(base: Path, quick: bool) -> None:
+    """Write the pages from the results: the committed ones into the repository, a quick call's into `base`."""
     if quick:
-        found = {
-            c.ID: json.loads(f.read_text()) for o, c in claims() if (f := base / o.name / "measured" / RESULT).is_file()
-        }
-        write_document(base / "evidence.md", list(claims()), found, figures=None, whole=measured_whole(base))
+        known = [(base / own.name / "measured", claim) for own, claim in claims()]
+        found = {claim.ID: json.loads(f.read_text()) for own, claim in known if (f := own / RESULT).is_file()}
+        write_documents(base / "evidence.md", known, found, measured_whole(base))
     else:
-        found = results(HERE)
-        whole = measured_whole(HERE)
-        write_document(ROOT / "docs" / "evidence.md", list(claims()), found, figures="../evidence", whole=whole)
-        write_readme(ROOT / "README.md", list(claims()), found)
-    typer.echo(f"{len(found)} claims in the document, {time.monotonic() - started:.0f} s")
+        known, found = list(claims()), results(HERE)
+        write_documents(ROOT / "docs" / "evidence.md", known, found, measured_whole(HERE))
+        for name in BLOCKS:
+            write_blocks(ROOT, name, known, found)
+    typer.echo(f"{len(found)} claims in the document")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a claim's script provides, and what it is given."""
+"""The interface of a claim's script, and the arguments it receives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """How a claim is to be measured.
+    """How to measure a claim.
 
     Args:
-        folder: where runs and half-done work are kept; what is found there complete is not done again.
-        quick: a tenth of the work: shows that everything runs, not what is true.
+        folder: holds runs and unfinished work; complete parts are not done again.
+        quick: a tenth of the work: checks that everything runs; the numbers mean nothing.
         workers: processes at a time.
-        say: takes a line of progress.
-        tune: choose learning rates anew; otherwise those of the committed result are taken, with the runs that chose them.
+        say: prints a line of progress.
+        tune: choose learning rates again; otherwise take those of the committed result, with the runs that chose them.
     """
 
     folder: Path
@@ -35,16 +35,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a result says.
+    """The verdict on a claim.
 
     Args:
         verdict: whether the claim holds here.
-        measured: the result in one line, for the table.
-        paragraph: Markdown: what was found and what it means, against us where it is; every number out of the result.
+        number: the one number that decides, with its interval, for the page of verdicts.
+        paragraph: Markdown for the claim's own README: results and their meaning. Every number comes from the result.
     """
 
     verdict: Verdict
-    measured: str
+    number: str
     paragraph: str
 
 
@@ -52,9 +52,9 @@ def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[t
     """`function(*a)` for each of `arguments`, in processes of one thread, `work.workers` at a time; results in their order.
 
     Args:
-        work: how many at a time.
-        function: of a module, as are its arguments: what can be pickled.
-        arguments: of each call.
+        work: gives the number of processes.
+        function: a module-level function; it and its arguments are pickled.
+        arguments: one tuple a call.
     """
     import torch
 
@@ -64,7 +64,7 @@ def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[t
 
 
 def kept_side_by_side(work: Work, function: Callable[..., Any], arguments: Mapping[Path, tuple[Any, ...]]) -> list[Any]:
-    """What `function` returns for the arguments (JSON-able) of each file, which keeps both: what is there for the same is not computed again."""
+    """Results of `function` for each file's arguments (JSON-able). Each file caches arguments and result; equal arguments are not computed again."""
     missing = [(file, function, own) for file, own in arguments.items() if _kept(file).get("arguments") != _plain(own)]
     side_by_side(work, _keep, missing)
     return [_kept(file)["found"] for file in arguments]
@@ -76,7 +76,7 @@ def _keep(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 def _kept(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text()) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}  # a list: kept without its arguments, by an earlier version
+    return found if isinstance(found, dict) else {}  # a list: written without its arguments by an earlier version
 
 
 def _plain(arguments: tuple[Any, ...]) -> Any:
@@ -92,14 +92,14 @@ class Claim(Protocol):
     CLAIM: str
     """What the paper (or the field) says, in one sentence, with its section."""
     SETTING: str
-    """Models, data, steps; what is not in the result."""
+    """Models, data and steps that the result does not contain."""
 
     def measure(self, work: Work) -> dict[str, Any]:
-        """Measure; JSON-able. Takes up where an interrupted call stopped."""
+        """Measure; JSON-able. Continues where an interrupted call stopped."""
         ...
 
     def judge(self, result: Result) -> Finding:
-        """The verdict and its words, from the result alone."""
+        """The verdict and its text, from the result alone."""
         ...
 
     def draw(self, result: Result, figure: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training runs of a claim: a comparison file, run by `oprd compare`'s own functions, one record a run."""
+"""Training runs of a claim: runs a comparison file through `oprd compare`'s functions, one record a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from oprd.tools.compare.results import Run, read_result, summary_of
 from oprd.tools.compare.runner import open_runs, run_all
 
 Record = dict[str, Any]
-TUNING_SEED = 10  # whose problems are used to choose a learning rate, and for nothing else (but for quick runs)
+TUNING_SEED = 10  # its problems choose learning rates; otherwise only quick runs use it
 QUICK = {"max_steps": 4, "eval_limit": 40, "eval_steps": 4}
-"""Settings of a quick run: it shows that the machinery works, not what is true."""
+"""Settings of a quick run, which only checks that the code works."""
 
 
 def run_comparison(
@@ -36,12 +36,11 @@ def run_comparison(
 
     Args:
         file: the comparison; its `output_dir` is not used.
-        work: how much, and where.
-        folder: where the runs are kept, beside the folder of the claim: claims on the same pair share one, and a run that two of
-            them ask for is run once.
-        seeds: in place of the file's.
-        rates: objective → its learning rates, in place of the file's.
-        objectives: those of the file that are wanted (default: all, or those of `rates`).
+        work: amount of work, and its folder.
+        folder: folder of the runs, beside the claim's folder. Claims on the same pair share one, so a shared run happens once.
+        seeds: replace the file's.
+        rates: objective → its learning rates, replacing the file's.
+        objectives: objectives of the file to run (default: all, or those of `rates`).
         settings: further settings of all runs.
 
     Returns:
@@ -49,7 +48,7 @@ def run_comparison(
         finished, alarms (steps), steps, seconds; before and teacher (Avg@k of the seed's problems).
 
     Raises:
-        ValueError: a file that is not allowed, or runs that failed.
+        ValueError: an invalid file, or runs that failed.
     """
     file, comparison = load_comparison(file)
     wanted = list(rates or {}) if objectives is None and rates else list(objectives or comparison.objectives)
@@ -80,10 +79,10 @@ def run_comparison(
 
 
 def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:
-    """The runs by which learning rates were chosen, of the committed result of the claim in `folder`.
+    """The tuning runs in the committed result of the claim in `folder`.
 
     Raises:
-        ValueError: there is none, or an objective has no run in it.
+        ValueError: there is no result, or an objective has no run in it.
     """
     file = folder / "result.json"
     found: list[Record] = json.loads(file.read_text())["tuning"] if file.is_file() else []
@@ -93,17 +92,19 @@ def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:
 
 
 def first_seeds(work: Work, count: int) -> list[int]:
-    """The seeds 0, 1, … of a claim; of a quick run the tuning seed, whose runs are there already."""
+    """The seeds 0, 1, … of a claim; in a quick run the tuning seed, whose runs exist already."""
     return [TUNING_SEED] if work.quick else list(range(count))
 
 
 def diagnosed(work: Work) -> dict[str, Any]:
-    """What `oprd diagnose` says of the embedded pair before training, on problems of the tuning seed."""
+    """The report of `oprd diagnose` on the embedded pair before training, on problems of the tuning seed."""
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
     from oprd.tools.diagnose import diagnose_pair
 
     rows = load_rows("generated:addition", "train", 32 if work.quick else 128, TUNING_SEED)
-    return diagnose_pair("embedded:tiny/student", "embedded:tiny/teacher", rows, max_completion_length=64)
+    pair = load_pair("embedded:tiny/student", "embedded:tiny/teacher")
+    return diagnose_pair(pair, rows, max_completion_length=64)
 
 
 def _record(run: Run, of_seed: Mapping[str, float]) -> Record:
@@ -153,7 +154,7 @@ def of(records: Sequence[Record], objective: str, rate: float | None = None) -> 
 
 
 def best_rate(records: Sequence[Record], objective: str) -> float:
-    """The rate with the best mean final accuracy (the smaller of equals)."""
+    """The rate with the best mean final accuracy (the smaller one on a tie)."""
     rates = sorted({r["learning_rate"] for r in of(records, objective)})
     return max(rates, key=lambda rate: mean_and_interval([r["final"] for r in of(records, objective, rate)])[0] or 0.0)
 

@@ -1,79 +1,81 @@
-"""docs/evidence.md, out of the committed results alone."""
+"""The pages that are written from the committed results: docs/evidence.md (verdicts) and a README in each claim's folder (details)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Claim
+from evidence.claim import Claim, Result
 from evidence.words import VERDICTS, table
 
-_HEAD = """# Evidence
+DETAILS = "README.md"
+Claims = Sequence[tuple[Path, Claim]]
+_PAGE = """# Evidence
 
-The paper (arXiv 2606.06021) has one seed, checkpoints chosen on the test sets and no full-vocabulary baseline. Here each of its claims,
-and some of the field's, is measured at a scale that anyone can re-run. Small models: a claim that holds or fails here may do otherwise at 7B.
+Twelve claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
+checkpoints on its test sets and has no full-vocabulary baseline. The models here are small: a verdict may differ at 7B.
 
-    make evidence           # everything; goes on where it was interrupted
-    make evidence-quick     # a tenth of the work in runs/: that it runs, not what is true
-    .venv/bin/python -m evidence --only E7
-    .venv/bin/python -m evidence --tune    # choose the learning rates anew, too (E1, E2, E11)
+{verdicts}
 
-{whole}Learning rates were chosen by earlier runs on a seed of their own; these stand in the results, and `make evidence` takes the rates from
-there. This page is written by `python -m evidence` from the `result.json` of each folder in [evidence/](../evidence/); verdicts are computed
-there too (`judge` in each `claim.py`), and a test compares. Intervals are 95 %, Student's t over seeds, unless said otherwise.
+`judge` in each claim's `claim.py` computes the verdict from `result.json` alone. Intervals are 95 %, Student's t over seeds; `±` is half of one, over
+differences seed by seed. Each claim's folder has the figure, all numbers, the setting and the script.
+
+    make evidence                            # measures every claim; continues after an interruption
+    make evidence-quick                      # a tenth of the work, written to runs/: checks that it runs, not the verdicts
+    .venv/bin/python -m evidence --only E7   # one claim
+    .venv/bin/python -m evidence --tune      # also chooses the learning rates of E1, E2 and E11 again
+    .venv/bin/python -m evidence --document  # rewrites the pages and the README from the committed results
+
+{whole}Learning rates were chosen by earlier runs on a separate tuning seed; those runs are in the committed results. Larger measurements, earlier than
+these: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bridge/README.md), [demo and SmolLM2](../evidence/first_light/README.md).
 """
 
 
-def document(
-    claims: Sequence[tuple[Path, Claim]],
-    results: Mapping[str, Mapping[str, Any]],
-    figures: str | None,
-    whole: Mapping[str, Any] | None,
-) -> str:
-    """The page.
+def document(page: Path, claims: Claims, results: Mapping[str, Result], whole: Mapping[str, Any] | None) -> str:
+    """The page of verdicts, one row a claim.
 
     Args:
-        claims: in their order, with their folders.
-        results: claim → its result; claims without one are named as not measured.
-        figures: the way from the page to the evidence folder; None: no pictures.
-        whole: of a call that measured all claims: seconds, cpus, workers; None: there was none.
+        page: the file that will hold the page; its links are relative to it.
+        claims: in their order, each with the folder of its README.
+        results: claim → its result; a claim without one is listed as not measured.
+        whole: seconds, cpus, workers of the call that measured all claims; None: there was none.
     """
-    rows, sections = [], []
+    rows = []
     for folder, claim in claims:
         if claim.ID not in results:
             rows.append([claim.ID, claim.TITLE, "not measured", ""])
             continue
-        result = results[claim.ID]
-        finding = claim.judge(result)
-        link = f"[{claim.TITLE}](#{claim.ID.lower()})"
-        rows.append([claim.ID, link, f"**{VERDICTS[finding.verdict]}**", finding.measured])
-        picture = "" if figures is None else f"\n![{claim.TITLE}]({figures}/{folder.name}/figure.png)\n"
-        sections.append(
-            f'<a id="{claim.ID.lower()}"></a>\n\n## {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n{picture}\n'
-            f"{finding.paragraph.strip()}\n\n*Setting:* {claim.SETTING} *Again:* `python -m evidence --only {claim.ID}`; "
-            f"[script and result](../evidence/{folder.name}/)."
-        )
-    head = _HEAD.replace("{whole}", _took(whole))
-    return "\n\n".join([head + "\n" + table(["", "claim", "verdict", "measured"], rows), *sections]) + "\n"
+        finding = claim.judge(results[claim.ID])
+        link = f"[{claim.ID}]({os.path.relpath(folder / DETAILS, page.parent)})"
+        rows.append([link, claim.TITLE, f"**{VERDICTS[finding.verdict]}**", finding.number])
+    return _PAGE.format(verdicts=table(["", "claim", "verdict", "measured"], rows), whole=_took(whole))
+
+
+def details(claim: Claim, result: Result) -> str:
+    """The README of a claim's folder: claim, figure, numbers, setting."""
+    finding = claim.judge(result)
+    return (
+        f"# {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n\n![{claim.TITLE}](figure.png)\n\n"
+        f"{finding.paragraph.strip()}\n\n**Setting.** {claim.SETTING}\n\n`python -m evidence --only {claim.ID}` measures it again. "
+        "Script: [claim.py](claim.py). Numbers: [result.json](result.json). All verdicts: [docs/evidence.md](../../docs/evidence.md).\n"
+    )
 
 
 def _took(whole: Mapping[str, Any] | None) -> str:
     if whole is None:
         return ""
     return (
-        f"All of it was measured in one call, in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores"
+        f"One call measured all of it in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores"
         f"{', ' + whole['beside'] if whole.get('beside') else ''}. "
     )
 
 
-def write_document(
-    file: Path,
-    claims: Sequence[tuple[Path, Claim]],
-    results: Mapping[str, Mapping[str, Any]],
-    figures: str | None,
-    whole: Mapping[str, Any] | None,
-) -> None:
-    """Write the page into `file`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(document(claims, results, figures, whole))
+def write_documents(page: Path, claims: Claims, results: Mapping[str, Result], whole: Mapping[str, Any] | None) -> None:
+    """Write the page of verdicts, and the details of each measured claim into its folder. Arguments: see `document`."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(document(page, claims, results, whole))
+    for folder, claim in claims:
+        if claim.ID in results:
+            (folder / DETAILS).write_text(details(claim, results[claim.ID]))

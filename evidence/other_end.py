@@ -1,7 +1,7 @@
-"""The same model that ends its texts with another token: the bug that SimOPD reports, where two models disagree on the end of turn.
+"""A copy of a model with another end token: the case of SimOPD, where two models disagree on the end of turn.
 
-Two ids change places in what the model predicts; the tokenizer stays as it is. A student of the original vocabulary that learns
-next-token distributions from such a teacher learns to give its own end token no probability, and no longer stops.
+Two ids are swapped in the model's predictions; the tokenizer does not change. A student that learns next-token distributions from such a
+teacher learns to give its own end token no probability, and no longer stops.
 
     python -m evidence.other_end --model embedded:tiny/teacher --output models/other-end
 """
@@ -20,10 +20,10 @@ from oprd.models.loading import load_model, load_tokenizer
 
 
 def with_other_end(model: PreTrainedModel, end: int, other: int) -> PreTrainedModel:
-    """A copy of `model` that predicts `other` where it predicted `end` and the reverse, and whose configs say that `other` ends.
+    """A copy of `model` with the predictions of `end` and `other` swapped, and `other` as end token in its configs.
 
-    Rows `end` and `other` of the LM head change places. A tied embedding goes with them: `end` is then read as `other` was, which
-    matters only for texts that go on after it.
+    Rows `end` and `other` of the LM head are swapped. A tied embedding is swapped with them: the model then reads `end` as `other`, which
+    matters only for texts that continue after it.
     """
     changed = copy.deepcopy(model)
     with torch.no_grad():

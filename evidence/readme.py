@@ -1,4 +1,4 @@
-"""The README's figures and numbers, each block out of committed results: what stands between its two marks is written here."""
+"""The measured figures and numbers of README.md and of evidence/first_light/README.md, written from committed results into marked blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Claim
-from evidence.comparisons import gap_closed, of
-from evidence.words import VERDICTS, percent, table
+from evidence.comparisons import difference, gap_closed, of
+from evidence.e05_cost.claim import gpu_saving
+from evidence.words import VERDICTS, mean_of, percent, points
 from oprd.tools.compare.interval import mean_and_interval
 
 HERE = Path(__file__).parent
@@ -20,50 +21,102 @@ Claims = Sequence[tuple[Path, Claim]]
 Results = Mapping[str, Mapping[str, Any]]
 
 
-def readme(text: str, claims: Claims, results: Results) -> str:
-    """The README with every block brought up to date; a block whose claim has no result is left as it is.
+def with_blocks(name: str, text: str, claims: Claims, results: Results) -> str:
+    """The text of a document with every block brought up to date.
+
+    Args:
+        name: one of `BLOCKS`.
+        text: the document.
+        claims: in their order, with their folders.
+        results: claim → its result.
 
     Raises:
-        ValueError: a block that is not known, or one that is missing.
+        ValueError: a block is unknown, missing or there twice.
     """
-    found = [match[2] for match in _BLOCK.finditer(text)]
-    if sorted(found) != sorted(BLOCKS):
-        raise ValueError(f"README.md has the blocks {found}; it must have each of {', '.join(BLOCKS)} once")
-    return _BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]](claims, results).strip() + "\n" + match[3], text)
+    found, blocks = [match[2] for match in _BLOCK.finditer(text)], BLOCKS[name]
+    if sorted(found) != sorted(blocks):
+        raise ValueError(f"{name} has the blocks {found}; it must have each of {', '.join(blocks)} once")
+    return _BLOCK.sub(lambda match: match[1] + blocks[match[2]](claims, results).strip() + "\n" + match[3], text)
 
 
-def write_readme(file: Path, claims: Claims, results: Results) -> None:
-    """Bring the README up to date."""
-    file.write_text(readme(file.read_text(), claims, results))
+def write_blocks(root: Path, name: str, claims: Claims, results: Results) -> None:
+    """Bring the blocks of a document up to date."""
+    file = root / name
+    file.write_text(with_blocks(name, file.read_text(), claims, results))
+
+
+def _folder(claims: Claims, name: str) -> str:
+    return next(folder.name for folder, claim in claims if name == claim.ID)
 
 
 def _picture(claims: Claims, results: Results) -> str:
-    folder = next(folder for folder, claim in claims if claim.ID == "E1")
     runs = results["E1"]["runs"]
     ours = of(runs, "representation")
     before, teacher, after = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher", "final"))
-    rivals = {
-        name: mean_and_interval([r["final"] for r in of(runs, name)])[0]
-        for name in ("full_reverse_kl", "sampled_token", "supervised")
-    }
+    full, sampled = (
+        mean_and_interval([r["final"] for r in of(runs, name)])[0] for name in ("full_reverse_kl", "sampled_token")
+    )
     return (
-        f"![final accuracy of each objective over five seeds, and over learning rates](evidence/{folder.name}/figure.png)\n\n"
-        f"*A student that adds 5-digit numbers right {percent(before, 0)} of the time, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, "
-        f"{len(ours)} seeds, each objective at the learning rate that was best on another seed: matching hidden states takes it to "
-        f"{percent(after)} ({percent(gap_closed(ours)[0], 0)} of the gap to the teacher's {percent(teacher)}), the full reverse KL to "
-        f"{percent(rivals['full_reverse_kl'])}, sampled-token distillation to {percent(rivals['sampled_token'])}, supervised training on "
-        f"the teacher's responses to {percent(rivals['supervised'])}. [Evidence](docs/evidence.md#e1).*"
+        f"![final accuracy of each objective over {len(ours)} seeds, and over learning rates](evidence/{_folder(claims, 'E1')}/figure.png)\n\n"
+        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds. Student before "
+        f"{percent(before, 0)}, teacher {percent(teacher)}. After training: hidden states {percent(after)}, full reverse KL {percent(full)}, "
+        f"sampled-token {percent(sampled)}. Each objective uses the learning rate that did best on a separate tuning seed.*"
     )
 
 
 def _claims(claims: Claims, results: Results) -> str:
-    rows = []
-    for _, claim in claims:
-        if claim.ID in results:
-            finding = claim.judge(results[claim.ID])
-            link = f"[{claim.ID}](docs/evidence.md#{claim.ID.lower()})"
-            rows.append([link, claim.TITLE, VERDICTS[finding.verdict], finding.measured])
-    return table(["", "claim", "verdict", "measured"], rows)
+    verdicts = [claim.judge(results[claim.ID]).verdict for _, claim in claims if claim.ID in results]
+    count = {name: sum(verdict == name for verdict in verdicts) for name in VERDICTS}
+    lines = [
+        _LINES[name](results[name], VERDICTS[_judged(claims, results, name)]) for name in _LINES if name in results
+    ]
+    return (
+        f"Of {len(verdicts)} claims, {count['holds']} hold here, {count['partly']} partly, {count['not']} not "
+        "([verdicts](docs/evidence.md)).\n\n" + "\n".join(f"- {line}" for line in lines)
+    )
+
+
+def _judged(claims: Claims, results: Results, name: str) -> str:
+    return next(claim.judge(results[name]).verdict for _, claim in claims if name == claim.ID)
+
+
+def _accuracy(result: Mapping[str, Any], verdict: str) -> str:
+    lead = difference(result["runs"], "representation", "full_reverse_kl")
+    closed = percent(gap_closed(of(result["runs"], "representation"))[0], 0)
+    return f"**Accuracy** ({verdict}): {points(*lead[:2])} over the full reverse KL; {closed} of the gap to the teacher closed."
+
+
+def _cost(result: Mapping[str, Any], verdict: str) -> str:
+    return (
+        f"**Cost** ({verdict}): {gpu_saving(result['gpu'], 'dense_top16')} % less GPU memory than dense top-16 (paper: 54), "
+        f"{gpu_saving(result['gpu'], 'top16')} % less than oprd's top-16."
+    )
+
+
+def _positions(result: Mapping[str, Any], verdict: str) -> str:
+    finals = {
+        name: mean_of([r["final"] for r in of(result["runs"], name)]) for name in ("states_last", "representation")
+    }
+    return f"**Last k positions** ({verdict}): {finals['states_last']}; all positions {finals['representation']}."
+
+
+def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
+    closed = [percent(gap_closed(of(result[key], "rank_16"))[0], 0) for key in ("wider", "other_tokenizer")]
+    return f"**Bridge** ({verdict}): closes {closed[0]} of the gap to a wider teacher, {closed[1]} across tokenizers."
+
+
+def _real_model(result: Mapping[str, Any], verdict: str) -> str:
+    lead = difference(result["runs"], "representation", "full_reverse_kl")
+    return f"**A pretrained model** ({verdict}): SmolLM2-135M, short training, {points(*lead[:2])} against the full reverse KL."
+
+
+_LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
+    "E1": _accuracy,
+    "E5": _cost,
+    "E3": _positions,
+    "E10": _other_teachers,
+    "E11": _real_model,
+}
 
 
 def _demo(claims: Claims, results: Results) -> str:
@@ -73,34 +126,7 @@ def _demo(claims: Claims, results: Results) -> str:
     return (
         f"![accuracy, loss, cosine and length of the demo run](docs/demo.png)\n\n*`make demo`: {percent(before['avg_at_k'], 0)} → "
         f"{percent(after['avg_at_k'], 0)} (95 % interval over problems {100 * low:.0f}–{100 * high:.0f} %; teacher "
-        f"{percent(teacher['avg_at_k'])}) in {run['steps']} steps and {run['seconds']:.0f} s on one CPU core. Student and teacher are two "
-        "snapshots of one training run and come with the package.*"
-    )
-
-
-def _pairs(claims: Claims, results: Results) -> str:
-    rows, seeds = [], []
-    for pair, what in (
-        ("wider", "6 layers of width 160, trained apart (student: 4 of 128)"),
-        ("other-tokenizer", "6 layers of width 128, pieces of several characters, other special tokens"),
-    ):
-        name = pair.replace("-", "_")
-        run = _read(f"bridge/demo_{name}_summary.json")
-        before, after, teacher = (run[key] for key in ("student_before", "student_after", "teacher"))
-        low, high = after["ci95"]
-        rows.append([
-            f"`{pair}`", what, f"{100 * before['avg_at_k']:.1f} → {percent(teacher['avg_at_k'])}",
-            f"{percent(after['avg_at_k'])} [{100 * low:.0f}, {100 * high:.0f}]", percent(run["gap_closed"], 0),
-        ])  # fmt: skip
-        compared = _read(f"bridge/compare_{name}.json")["rows"]
-        seeds.append({row["objective"]: row for row in compared})
-    bridges = " and ".join(percent(of_pair["bridge"]["final_avg"]) for of_pair in seeds)
-    gaps = " and ".join(percent(of_pair["bridge"]["gap_closed"], 0) for of_pair in seeds)
-    header = ["`oprd demo --pair`", "the teacher", "student → teacher, Avg@4", "after 100 steps", "of the gap"]
-    return (
-        f"{table(header, rows)}\n\nOne seed each ([summaries](evidence/bridge/)); over five seeds {bridges} ({gaps} of the gap). "
-        f"Output-space losses on top help the first (composite: {percent(seeds[0]['composite']['final_avg'])}) and wreck the second "
-        f"({percent(seeds[1]['composite']['final_avg'], 0)}): [docs/bridge.md](docs/bridge.md) says why, and what else matters."
+        f"{percent(teacher['avg_at_k'])}), {run['steps']} steps, {run['seconds']:.0f} s on one CPU core.*"
     )
 
 
@@ -110,19 +136,14 @@ def _smollm2(claims: Claims, results: Results) -> str:
     math = _read("first_light/smollm2_math500.json")
     student, teacher = (_read(f"first_light/smollm2_worked_{side}.json") for side in ("student", "teacher"))
     low, high = teacher["ci95"]
+    boxed = 1 - student["grading"]["missing"] / sum(student["grading"].values())
     return (
-        f"Measured ({len(steps)} steps of {steps[0]['rollouts']:.0f} rollouts of 64 tokens, one busy core): loss {steps[0]['loss']:.1f} → "
-        f"{steps[-1]['loss']:.1f}, cosine to the teacher's states {steps[0]['cosine']:.3f} → {steps[-1]['cosine']:.3f} "
-        f"([curves](docs/smollm2.png), [numbers](evidence/first_light/)). On {math['problems']} problems of MATH-500 its Avg@{math['k']} is "
-        f'{percent(math["avg_at_k"], 0)}, in form already like its teacher ("Step 1: …"): a model of 135 M parameters and sixteen steps '
-        f"show that the method runs and converges on a real model, not that it teaches competition mathematics. On {teacher['problems']} "
-        f"held-out problems of its own kind the teacher has Avg@{teacher['k']} {percent(teacher['avg_at_k'], 0)} [{100 * low:.0f}, "
-        f"{100 * high:.0f}], the student it came from {percent(student['avg_at_k'], 0)} (it writes no box)."
-        + (
-            " Accuracy on a real model over three seeds: [evidence, E11](docs/evidence.md#e11)."
-            if "E11" in results
-            else ""
-        )
+        f"![loss and cosine of the SmolLM2 run](../../docs/smollm2.png)\n\n{len(steps)} steps of {steps[0]['rollouts']:.0f} rollouts of 64 tokens "
+        f"on one busy core: loss {steps[0]['loss']:.1f} → {steps[-1]['loss']:.1f}, cosine to the teacher's states {steps[0]['cosine']:.3f} → "
+        f"{steps[-1]['cosine']:.3f}. On {math['problems']} problems of MATH-500 its Avg@{math['k']} is {percent(math['avg_at_k'], 0)}: the run "
+        f"shows that the method converges on a real model, not that it teaches competition mathematics. On {teacher['problems']} held-out "
+        f"problems of the teacher's own kind the teacher has Avg@{teacher['k']} {percent(teacher['avg_at_k'], 0)} [{100 * low:.0f}, "
+        f"{100 * high:.0f}]; the student that it was trained from has {percent(student['avg_at_k'], 0)} (it boxes {percent(boxed, 0)} of its answers)."
     )
 
 
@@ -131,10 +152,8 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
-BLOCKS: dict[str, Callable[[Claims, Results], str]] = {
-    "picture": _picture,
-    "claims": _claims,
-    "demo": _demo,
-    "pairs": _pairs,
-    "smollm2": _smollm2,
+BLOCKS: dict[str, dict[str, Callable[[Claims, Results], str]]] = {
+    "README.md": {"picture": _picture, "demo": _demo, "claims": _claims},
+    "evidence/first_light/README.md": {"smollm2": _smollm2},
 }
+"""Document → the blocks that it must have."""

@@ -1,4 +1,4 @@
-"""Numbers as the document writes them."""
+"""How the documents format numbers and tables."""
 
 from __future__ import annotations
 

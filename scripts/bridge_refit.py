@@ -21,10 +21,12 @@ from oprd.bridge import Bridge
 from oprd.bridge.collect import fit_bridge, read_pairs
 from oprd.bridge.statistics import PairStatistics
 from oprd.models.architecture import hidden_size
+from oprd.resolve import load_pair
 from oprd.rollouts.engine import derive_seed
-from oprd.run_config import load_recipe
+from oprd.run_config import RunConfig
+from oprd.tasks.evaluation import describe_accuracy
 from oprd.tasks.problems import load_rows
-from oprd.training.run import build_trainer, describe_accuracy
+from oprd.training.run import build_trainer
 
 STUDENT, TEACHER, RANK, ROLLOUTS = "embedded:tiny/student", "embedded:wider/teacher", 16, 256
 
@@ -43,8 +45,9 @@ class Refit(TrainerCallback):
     @torch.no_grad()
     def refit(self, trainer: Any, seed: int) -> None:
         """Rollouts of the student, statistics, closed form; the last fifth is held out."""
-        old: Bridge = trainer.pair.teacher.bridge
-        models = trainer.model, trainer.pair.teacher.model
+        bridged = trainer.pair.teacher
+        old: Bridge = bridged.bridge
+        models = trainer.model, bridged.teacher.model
         prompts = trainer.train_dataset[:ROLLOUTS]
         rollouts = trainer.engine.generate(
             trainer.model, [p.ids for p in prompts], num_generations=1, sampling=trainer.args.sampling, seed=seed
@@ -59,7 +62,7 @@ class Refit(TrainerCallback):
         trainer.model.train()
         new = Bridge.fit(*sides, mapped, student=old.student, teacher=old.teacher, rank=RANK)
         self.r2.append([round(float(pair.report.rank_r2_R[RANK - 1]), 3) for _, pair in sorted(new.pairs.items())])
-        trainer.pair.teacher.bridge = new
+        bridged.bridge = new
 
 
 def main() -> None:
@@ -72,14 +75,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = load_rows("generated:addition", "train", ROLLOUTS, 0)
-    fit_bridge(STUDENT, TEACHER, rows, max_completion_length=64, rank=RANK).save(arguments.output / "bridge")
-    recipe, config = load_recipe("tiny", {
+    pair = load_pair(STUDENT, TEACHER)
+    fit_bridge(pair, rows, max_completion_length=64, rank=RANK).save(arguments.output / "bridge")
+    run = RunConfig.load("tiny", {
         "teacher_model": TEACHER, "bridge": str(arguments.output / "bridge"), "learning_rate": 1e-3, "reduction": "token",
         "max_steps": arguments.steps, "seed": arguments.seed, "eval_num_generations": 2,
         "output_dir": str(arguments.output / "run"),
     })  # fmt: skip
     refit = Refit(arguments.every)
-    trainer = refit.trainer = build_trainer(recipe, config, [refit])
+    trainer = refit.trainer = build_trainer(run, [refit])
     trainer.train()
     measured = trainer.evaluate_now()
     summary = {"every": arguments.every, "seed": arguments.seed, "r2_at_refits": refit.r2, "student_after": measured}

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results in benchmarks/results, so that no figure is typed (a test compares).
+"""Write docs/benchmarks.md from the results in benchmarks/results (a test compares).
 
     oprd bench update --model qwen2-4-layers --model smollm2-135m --rounds 2 --json benchmarks/results/update.json
     oprd bench update --quick --model qwen2-24-layers --json benchmarks/results/update_24_layers.json
@@ -8,9 +8,8 @@
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
-Steps and rollouts where vLLM is installed (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`), for its rows.
-
-A section is written for each result file that is there.
+`step` and `rollout` need vLLM for its rows (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`). Each result file that
+exists gives a section.
 """
 
 from __future__ import annotations
@@ -27,42 +26,44 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
 HEAD = """# Benchmarks
 
-Written by `python scripts/write_benchmarks_doc.py` from `benchmarks/results/*.json`; edit the script, not this page.
-Every ratio is made within one run, whose ways take turns. Each command takes `--quick` and `--json FILE`.
+`scripts/write_benchmarks_doc.py` writes this page from `benchmarks/results/*.json`. Every ratio compares measurements of one
+run, taken in turns; brackets are the range over rounds. Each command takes `--quick` and `--json FILE`. The changes behind
+these numbers: [notes](../benchmarks/NOTES.md).
 """
 SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = {
     "update": (
         "One update",
         "oprd bench update",
-        "Loss and backward on given rollouts by each objective and by the ways of others, beside the floor.",
+        "Loss and backward on given rollouts, for each objective and for other implementations. The floor is both backbones with a "
+        "trivial loss.",
         update.markdown,
     ),
     "update_24_layers": (
         "One update of a deep model",
         "oprd bench update --quick --model qwen2-24-layers",
-        "The same under Qwen2.5-0.5B's whole body, with fewer tokens: four layers exaggerate the head's share.",
+        "The same with all layers of Qwen2.5-0.5B and fewer tokens; four layers exaggerate the head's share.",
         update.markdown,
     ),
     "update_gpu": (
         "One update on a GPU",
         "oprd bench update --device cuda",
-        "The shape of the paper's two models, in bfloat16, without and with activation checkpointing; about the paper's k of "
-        "positions. Our output-space losses take 16-bit operands and add up in float32, as under `bf16: true`.",
+        "The shape of the paper's models in bfloat16, without and with activation checkpointing, at about the paper's k of "
+        "positions. oprd's output-space losses take 16-bit operands and float32 sums, as under `bf16: true`.",
         cuda.markdown,
     ),
     "step": (
         "A whole step",
         "oprd bench step",
-        "Rollout, loss, backward and optimizer, beside TRL's trainers. Losses are not compared here: time and memory only.",
+        "Rollout, loss, backward and optimizer, beside TRL's trainers: time and memory only.",
         step.markdown,
     ),
-    "growth": ("How it grows", "oprd bench growth", "One update along each axis, the others fixed.", growth.markdown),
+    "growth": ("How it grows", "oprd bench growth", "One update along one axis at a time.", growth.markdown),
     "rollout": (
         "Rollouts",
         "oprd bench rollout",
-        "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` is given the "
-        "weights anew in every pass, and its seconds include that. `generate` works until the longest completion is done, so its "
-        "seconds are those of every engine's completions.",
+        "The same requests through each engine, bare `generate` (one padded batch) and bare vLLM. The engine `vllm` includes "
+        "handing over the weights in every pass. `generate` runs until the longest completion ends, so its time applies to every "
+        "engine's completions.",
         rollout.markdown,
     ),
 }
@@ -70,7 +71,7 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
 
 
 def overlap_table(report: Mapping[str, Any]) -> str:
-    """What `oprd compare --config tiny_overlap` found: accuracy and seconds of a run with and without `overlap_rollouts`."""
+    """Accuracy and seconds with and without `overlap_rollouts` (`oprd compare --config tiny_overlap`)."""
     rows = {row["objective"]: row for row in report["rows"]}
     lines = [
         "| rollouts | Avg@2 at the end, a seed | mean | seconds a run, a seed | median |",
@@ -87,8 +88,8 @@ def overlap_table(report: Mapping[str, Any]) -> str:
     share = medians["overlapped"] / medians["fresh"]
     return "\n".join(lines) + (
         f"\n\nOverlapped takes {share:.2f} of the time. Embedded pair, {setting['settings']['max_steps']} steps of "
-        f"{setting['rollouts_a_step']} rollouts, evaluation not counted; {machine['cpus']} cores, {machine['threads']} "
-        f"thread a thread of Python, {machine['workers']} run at a time.\n"
+        f"{setting['rollouts_a_step']} rollouts, without evaluation; {machine['cpus']} cores, {machine['threads']} "
+        f"torch thread for each Python thread, {machine['workers']} run at a time.\n"
     )
 
 
@@ -105,8 +106,8 @@ def render(results: Path = RESULTS) -> str:
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (
-            "`oprd compare --config tiny_overlap` (its compare.json is benchmarks/results/overlap.json). `overlap_rollouts` "
-            "samples the next step's rollouts in a second thread while the update runs ([rollouts](rollouts.md))."
+            "`oprd compare --config tiny_overlap`; `overlap_rollouts` samples the next step's rollouts in a second thread "
+            "during the update ([rollouts](rollouts.md#sampling-during-the-update))."
         )
         parts.append(f"## Sampling during the update\n\n{text}\n\n{overlap_table(json.loads(overlap.read_text()))}")
     if missing:

@@ -1,8 +1,8 @@
-"""Write the measured tables of docs/bridge.md from the results in evidence/bridge, so that no figure is typed (a test compares).
+"""Write the tables of docs/bridge.md from the results in evidence/bridge (a test compares).
 
     python scripts/write_bridge_doc.py
 
-The text is edited by hand; what stands between `<!-- name -->` and `<!-- end -->` is written here.
+The tables stand between `<!-- name -->` and `<!-- end -->`; the rest of the page is edited by hand.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The document with its blocks written anew."""
+    """The document with its blocks brought up to date."""
     return BLOCK.sub(lambda match: f"<!-- {match['name']} -->\n{BLOCKS[match['name']]()}\n<!-- end -->", text)
 
 

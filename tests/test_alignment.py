@@ -456,7 +456,7 @@ def test_the_teachers_prompt_is_its_own():
     )
     assert render_for_teacher(PLAIN, tokenizer) == tokenizer("12 + 30 is")["input_ids"]
     with pytest.raises(
-        ValueError, match=r"file:2: teacher_system_prompt is 'Be brief\.', and the prompt is plain text"
+        ValueError, match=r"file:2: teacher_system_prompt is 'Be brief\.', but the prompt is plain text"
     ):
         render_for_teacher(PLAIN, tokenizer, system_prompt="Be brief.")
 
@@ -576,13 +576,13 @@ def test_several_rollouts_and_their_counts():
 
 
 def test_ids_that_the_teacher_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="teacher_end_id: 999 is no id of the teacher's tokenizer; give"):
+    with pytest.raises(ValueError, match="teacher_end_id: 999 is not an id of the teacher's tokenizer; give"):
         Aligner(OURS, THEIRS, teacher_end_id=999)
-    with pytest.raises(ValueError, match="special_map: 77 is no id of the teacher's tokenizer"):
+    with pytest.raises(ValueError, match="special_map: 77 is not an id of the teacher's tokenizer"):
         Aligner(OURS, THEIRS, special_map={9: 77})
     endless = wrapped(tokenizer_of("characters").backend_tokenizer)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="teacher_end_id: None is no id"):
+    with pytest.raises(ValueError, match="teacher_end_id: None is not an id"):
         Aligner(OURS, endless)
 
 

@@ -58,6 +58,95 @@ def test_the_root_stays_small():
     assert len(packages) <= 12
 
 
+def test_only_resolve_loads_models():
+    """Everything else takes loaded models, or imports `load` from oprd.resolve: names become models in one place."""
+    loaders = {"load", "load_model", "load_tokenizer"}
+    for path in MODULES:
+        if path.relative_to(SOURCE).as_posix() == "resolve.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            from_loading = isinstance(node, ast.ImportFrom) and node.module == "oprd.models.loading"
+            whole = isinstance(node, ast.ImportFrom) and node.module == "oprd.models" and "loading" in names
+            assert not (from_loading and names & loaders), f"{path}:{node.lineno} imports {names & loaders}"
+            assert not whole, f"{path}:{node.lineno} imports the whole module"
+            assert "oprd.models.loading" not in names, f"{path}:{node.lineno} imports the whole module"
+
+
+# Underscore attributes of other objects that the code needs, by file, each with its reason.
+FOREIGN = {
+    ("bridge/statistics.py", "_add_sample"): "merge, of the same class",
+    ("bridge/statistics.py", "_keys_K"): "from_state, of the same class",
+    ("bridge/statistics.py", "_shift"): "merge, of the same class",
+    ("models/lm_head/gradients.py", "_oprd_densified"): "our mark on a parameter of torch",
+    ("rollouts/transformers_continuous.py", "_attn_implementation"): "transformers has no other name for it",
+    ("rollouts/vllm/weights.py", "_non_persistent_buffers_set"): "torch has no public list of them",
+    ("states/capture.py", "_oprd_state_forward"): "our mark on a forward function",
+    ("tasks/grading.py", "_Popen"): "multiprocessing has no public hook for it",
+    ("tasks/grading_worker.py", "_exit"): "os._exit is public",
+    ("tasks/grading_worker.py", "_getframe"): "sys._getframe has no public twin",
+    ("tools/bench/memory.py", "_exit"): "os._exit is public",
+    ("training/parallel.py", "_set_sync_gradients"): "accelerate has no public setter",
+}
+
+
+def foreign_attributes(tree: ast.Module) -> set[str]:
+    """Attributes `x._name` where x is neither self, cls, super() nor the class around the code."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST, own: tuple[str, ...]) -> None:
+        if isinstance(node, ast.ClassDef):
+            own = (*own, node.name)
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+        if private and ast.unparse(node.value) not in ("self", "cls", "super()", *own):
+            found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            walk(child, own)
+
+    walk(tree, ())
+    return found
+
+
+def test_no_object_touches_the_underscores_of_another():
+    found = {
+        (path.relative_to(SOURCE).as_posix(), name)
+        for path in MODULES
+        for name in foreign_attributes(ast.parse(path.read_text()))
+    }
+    assert found == set(FOREIGN)
+
+
+def test_modules_import_public_names_only():
+    wrong = [
+        f"{path.relative_to(SOURCE)} imports {alias.name} of {node.module}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("oprd")
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_class_inherits_from_another_of_ours():
+    """Objects are composed. Protocols, exceptions and dataclasses may have subclasses."""
+    classes = {
+        node.name: node
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    bases = {name: {ast.unparse(b).split("[")[0].split(".")[-1] for b in node.bases} for name, node in classes.items()}
+    open_ones = {
+        name
+        for name, node in classes.items()
+        if bases[name] & {"Protocol", "Exception", "ValueError", "RuntimeError"}
+        or any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+    }
+    wrong = [f"{name} inherits from {base}" for name in classes for base in bases[name] & set(classes) - open_ones]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_functions_stay_small():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -99,7 +188,7 @@ def test_the_settings():
     from transformers import TrainingArguments
 
     from oprd.config import OPRDConfig
-    from oprd.run_config import Recipe
+    from oprd.run_config import recipe_keys
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
@@ -110,7 +199,7 @@ def test_the_settings():
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "micro_batch_tokens", "model_init_kwargs", "normalize", "num_completions_to_log", "num_generations",
-        "num_iterations", "output_baseline", "output_beta",
+        "num_iterations", "objectives", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
         "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "scale_rewards",
@@ -118,7 +207,7 @@ def test_the_settings():
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
-    assert sorted(f.name for f in dataclasses.fields(Recipe)) == [
+    assert sorted(recipe_keys()) == [
         "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
         "teacher_model",
         "train_dataset", "train_limit", "train_split",

@@ -355,7 +355,7 @@ def test_what_cannot_be_compared_is_refused(monkeypatch):
         rollout.check_longest({"transformers": [1, 6], "vllm": [5]})
     monkeypatch.setattr(rollout, "find_spec", lambda name: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    with pytest.raises(ValueError, match=r"threads: 1, and OMP_NUM_THREADS, .* is '2'; start it as OMP_NUM_THREADS=1"):
+    with pytest.raises(ValueError, match=r"threads: 1, but OMP_NUM_THREADS, .* is '2'; start it as OMP_NUM_THREADS=1"):
         rollout.bench_rollout(Requests(shape=SHAPE), rounds=1, threads=1, say=lambda line: None)
 
 

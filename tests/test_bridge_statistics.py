@@ -196,7 +196,7 @@ def test_bad_arguments_are_refused():
     broken = teacher_NE.clone()
     broken[3, 2] = torch.inf
     for message, call in {
-        r"must be \[N, 6\] and \[N, 9\] with one N": lambda: update(statistics, student_ND[:3], teacher_NE[:4]),
+        r"must be \[N, 6\] and \[N, 9\] with the same N": lambda: update(statistics, student_ND[:3], teacher_NE[:4]),
         r"student states \[500, 9\]": lambda: update(statistics, teacher_NE, teacher_NE),
         "the teacher's states have values that are not finite": lambda: statistics.update(student_ND, broken),
         "widths 0 and 3 must be 1 or more": lambda: PairStatistics(0, 3),

@@ -168,7 +168,7 @@ def test_teachers_that_cannot_be_compared_are_refused(oprd, recipe, tmp_path):
             {"num_hidden_layers": 4, "hidden_size": 64},
             "teacher_model: it has 4 layers of width 64, the student 4 of 128",
         ),
-        ({"num_hidden_layers": 4, "hidden_size": 128}, "its tokenizer gives"),
+        ({"num_hidden_layers": 4, "hidden_size": 128}, "token ids are other tokens"),
     ):
         tiny_model(**shape).save_pretrained(other)
         tiny_tokenizer().save_pretrained(other)

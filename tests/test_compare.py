@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from oprd.bridge import Bridge
-from oprd.run_config import load_recipe, resolved
+from oprd.run_config import RunConfig
 from oprd.runs.folder import LOCK, RunFolder
 from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from oprd.tools.compare.figure import plot_comparison
@@ -320,7 +320,7 @@ def test_the_order_and_settings_of_the_plan(comparison, tmp_path):
     # the settings of a run are a recipe that means the same
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(last.settings))
-    again = resolved(*load_recipe(file))
+    again = RunConfig.load(file).settings()
     assert {key: again[key] for key in last.settings} == last.settings
     assert set(again) == set(last.settings)
 
@@ -641,7 +641,7 @@ def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
     assert {run.settings["bridge"] for run in runs} == {str(folder)}
     assert [run.settings["bridge_rank"] for run in runs[:2]] == [None, 2]
     changed = {"one": replace(specs["one"], rank=3)}
-    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted in another way than 'bridges: one' asks for"):
+    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted with other options than those of 'bridges: one'"):
         fit_missing(changed, found.output_dir, found.recipe, found.settings, said.append)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.objectives.schedules import SCHEDULES, check_weight, crossfade, is_on, weight_at
-from oprd.run_config import parse_recipe, resolved
+from oprd.run_config import RunConfig
 
 LINEAR = {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 10}
 schedules = st.fixed_dictionaries(
@@ -94,7 +94,7 @@ def test_a_weight_is_on_if_it_ever_counts(weight, on):
         (-0.1, r"w: -0\.1 is not allowed; it must be 0 \(off\) or above"),
         (math.nan, "w: nan is not allowed"),
         (math.inf, "w: inf is not allowed"),
-        ("1e-2", r"w: '1e-2' is not allowed; .* \(YAML takes 1e-2 for text: 0\.01\)"),
+        ("1e-2", r"w: '1e-2' is not allowed; .* \(YAML reads 1e-2 as text; write 0\.01\)"),
         ("linear", "w: 'linear' is not allowed; .* or a schedule"),
         (None, "w: None is not allowed"),
         (True, "w: True is not allowed"),
@@ -144,13 +144,14 @@ task: addition
 
 def test_schedules_go_through_yaml_and_back(tmp_path):
     text = RECIPE.format(output_dir=tmp_path)
-    recipe, config = parse_recipe(yaml.safe_load(text))
+    run = RunConfig.parse(yaml.safe_load(text))
+    config = run.args
     assert config.representation_weight == {"schedule": "cosine", "start": 1, "end": 0.0, "steps": 7}
     assert [weight_at(config.output_weight, step) for step in (0, 4, 10, 20)] == pytest.approx([0.5, 1.1, 2.0, 2.0])
     assert (config.output_term.kind, config.output_term.support) == ("top_k", "union")
-    shown = resolved(recipe, config)
+    shown = run.settings()
     again = yaml.safe_load(yaml.safe_dump(shown))
-    assert resolved(*parse_recipe(again)) == shown
+    assert RunConfig.parse(again).settings() == shown
     for key in ("representation_weight", "output_weight", "policy_gradient_weight"):
         assert shown[key] == yaml.safe_load(text)[key]
 
@@ -158,4 +159,4 @@ def test_schedules_go_through_yaml_and_back(tmp_path):
 def test_a_bad_schedule_in_a_recipe_names_its_key(tmp_path):
     values = yaml.safe_load(RECIPE.format(output_dir=tmp_path))
     with pytest.raises(ValueError, match="output_weight: schedule 'exponential' is not one of linear, cosine"):
-        parse_recipe({**values, "output_weight": {**LINEAR, "schedule": "exponential"}})
+        RunConfig.parse({**values, "output_weight": {**LINEAR, "schedule": "exponential"}})

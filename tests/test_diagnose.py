@@ -14,15 +14,15 @@ from evidence.other_end import save_other_end
 from evidence.permuted import save_permuted
 from transformers import AutoModelForCausalLM
 
-from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge.statistics import cka_matrix
 from oprd.models.loading import load_model, load_tokenizer
-from oprd.run_config import parse_recipe
+from oprd.resolve import load_pair
+from oprd.run_config import RunConfig
 from oprd.states.similarity import PairSums
 from oprd.tasks.addition import problems
 from oprd.tools.diagnose import diagnose_pair
 from oprd.tools.diagnose.advice import advise, bridge_command, printable
-from oprd.tools.diagnose.pair import load_pair
+from oprd.tools.diagnose.measure import sample_rollouts
 from oprd.tools.diagnose.read import read_pair
 from oprd.tools.diagnose.show import plot_report, tables
 from oprd.tools.diagnose.theory import theory_figures
@@ -33,7 +33,7 @@ ROWS = problems(12, 0, "train")
 
 
 def diagnosis(teacher, **options):
-    return diagnose_pair(STUDENT, teacher, ROWS, max_completion_length=60, **options)
+    return diagnose_pair(load_pair(STUDENT, teacher), ROWS, max_completion_length=60, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def other_tokenizer():
 @pytest.fixture(scope="module")
 def read_by_hand():
     """The pair read rollout by rollout with transformers' own forward: last states and log-probabilities of each position."""
-    pair = load_pair(STUDENT, TEACHER, TeacherPromptSettings(), teacher_dtype="auto", trust_remote_code=False)
-    prompts = pair.prompts(ROWS, 60, None)
-    rollouts = pair.sample(prompts, 60, 0)
+    pair = load_pair(STUDENT, TEACHER)
+    prompts = pair.prompts(ROWS, name="prompts", max_completion_length=60)
+    rollouts = sample_rollouts(pair, prompts, 60, seed=0)
     read = []
     for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
         at = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
@@ -253,8 +253,8 @@ def test_recipes_are_recipes_and_reports_are_json(name, request, tmp_path):
     report = request.getfixturevalue(name)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     settings = yaml.safe_load(report["recipe"]) | {"train_dataset": "generated:addition", "train_limit": 4}
-    recipe, _ = parse_recipe({**settings, "output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1})
-    assert (recipe.model, recipe.teacher_model) == (report["student"], report["teacher"])
+    run = RunConfig.parse({**settings, "output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1})
+    assert (run.model, run.teacher_model) == (report["student"], report["teacher"])
     assert all(rule["because"] for rule in report["advice"])
     plot_report(report, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -320,7 +320,7 @@ def test_long_rollouts_take_the_papers_last_k(same_origin):
 
 
 def test_rollouts_that_never_end():
-    report = diagnose_pair(STUDENT, TEACHER, ROWS, max_completion_length=5)
+    report = diagnose_pair(load_pair(STUDENT, TEACHER), ROWS, max_completion_length=5)
     assert report["ends"]["positions"] == 0
     assert report["positions"]["cosine"]["at_end"] is None
     assert any("no rollout ended" in rule["because"] for rule in report["advice"])
@@ -387,7 +387,7 @@ def test_the_command(oprd, tmp_path):
     [
         (["--teacher", "embedded:none"], "is not embedded"),
         (["--prompts", "none.jsonl"], "none.jsonl"),
-        (["--task", "nothing"], "no task 'nothing'"),
+        (["--task", "nothing"], "task: 'nothing' is not one of"),
         (["--chat-template-kwargs", "{"], "is not JSON"),
         (["--max-completion-length", "900"], "exceeds the model's context"),
         (["--json", "."], "is a folder"),

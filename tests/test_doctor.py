@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from oprd.cli import app
 from oprd.models.architecture import freeze_above
-from oprd.run_config import load_recipe
+from oprd.run_config import RunConfig
 from oprd.tools.doctor.advice import advise
 from oprd.tools.doctor.document import MARGIN, errors, render
 from oprd.tools.doctor.memory import predict_memory, saved_bytes
@@ -179,7 +179,8 @@ def test_time_in_closed_form():
 
 
 def test_a_recipe_becomes_a_workload(tmp_path):
-    found = workload_of(*load_recipe("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": 1000}), prompt=12)
+    run = RunConfig.load("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": 1000})
+    found = workload_of(run, prompt=12)
     assert (found.rollouts, found.completion, found.length, found.rows) == (32, 64, 75, 13)
     assert found.micro_batches == 3
     assert found.layers == tuple(range(1, found.student.layers + 1))
@@ -265,7 +266,7 @@ def test_the_document_says_what_was_measured():
     rows = [*result["rows"], *gpu["rows"]]
     guesses = {row["name"]: doctor.predicted(row["name"]) for row in rows}
     written = doctor.DOCUMENT.read_text()
-    assert written == render(result, gpu, guesses, doctor.ON_GPU), "run python benchmarks/doctor.py --document"
+    assert written == render(written, result, gpu, guesses, doctor.ON_GPU), "run python benchmarks/doctor.py --document"
     for found in (result, gpu):
         good = [abs(errors(row, guesses[row["name"]])[0]) <= MARGIN for row in found["rows"]]
         assert sum(good) >= 8

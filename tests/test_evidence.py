@@ -10,8 +10,8 @@ import pytest
 from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results
 from evidence.claim import Finding, Work, kept_side_by_side, side_by_side
 from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of
-from evidence.document import document
-from evidence.readme import readme
+from evidence.document import DETAILS, details, document
+from evidence.readme import BLOCKS, with_blocks
 from evidence.words import mean_of, percent, points, surely, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,6 +22,7 @@ CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
 NOT_YET: set[str] = set()
 MEASURED = sorted(RESULTS, key=lambda name: int(name[1:]))
+AGAIN = "run python -m evidence --document"
 
 
 def test_every_claim_is_there():
@@ -35,23 +36,32 @@ def test_every_claim_is_there():
 
 
 def test_the_page_is_what_the_results_give():
-    assert (ROOT / "docs" / "evidence.md").read_text() == document(
-        list(claims()), RESULTS, figures="../evidence", whole=measured_whole(HERE)
-    )
+    page = ROOT / "docs" / "evidence.md"
+    assert page.read_text() == document(page, list(claims()), RESULTS, measured_whole(HERE)), AGAIN
 
 
-def test_the_readme_is_what_the_results_give():
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_details_are_what_the_result_gives(name):
+    folder = next(folder for folder, claim in claims() if name == claim.ID)
+    assert (folder / DETAILS).read_text() == details(CLAIMS[name], RESULTS[name]), AGAIN
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_blocks_are_what_the_results_give(name):
+    text = (ROOT / name).read_text()
+    assert text == with_blocks(name, text, list(claims()), RESULTS), AGAIN
+
+
+def test_the_readme_begins_with_the_first_claims_figure():
     text = (ROOT / "README.md").read_text()
-    assert text == readme(text, list(claims()), RESULTS)
-    first = text[text.index("![") :].split("\n")[0]
-    assert "evidence/e01_accuracy/figure.png" in first
+    assert "evidence/e01_accuracy/figure.png" in text[text.index("![") :].split("\n")[0]
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_result_can_be_judged_and_drawn(name):
     finding = CLAIMS[name].judge(RESULTS[name])
     assert finding.verdict in ("holds", "partly", "not")
-    assert finding.measured
+    assert finding.number
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     CLAIMS[name].draw(RESULTS[name], figure)
@@ -112,7 +122,7 @@ def test_the_alarms_verdict_follows_the_data():
 
 
 def test_what_is_not_measured_is_said():
-    text = document(list(claims()), {}, figures=None, whole=None)
+    text = document(ROOT / "docs" / "evidence.md", list(claims()), {}, None)
     assert text.count("not measured") == len(CLAIMS)
 
 
@@ -178,7 +188,7 @@ def test_words():
 
 def test_a_readme_without_marks_is_refused():
     with pytest.raises(ValueError, match="must have each of picture"):
-        readme("text", [], {})
+        with_blocks("README.md", "text", [], {})
 
 
 def test_every_folder_has_its_files():
@@ -206,8 +216,8 @@ def test_results_of_side_by_side_keep_their_order():
 def test_how_long_the_whole_took_is_said(tmp_path):
     assert measured_whole(tmp_path) is None
     (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "beside a cat"}))
-    text = document(list(claims()), {}, figures=None, whole=measured_whole(tmp_path))
-    assert "All of it was measured in one call, in 100 minutes on 2 cores, beside a cat. Learning" in text
+    text = document(tmp_path / "evidence.md", list(claims()), {}, measured_whole(tmp_path))
+    assert "One call measured all of it in 100 minutes on 2 cores, beside a cat. Learning" in text
 
 
 def test_what_more_rollouts_give_is_paired_by_seed():
@@ -244,10 +254,7 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_said():
 
         return changed("E1", change).paragraph
 
-    assert (
-        "Best at the lowest rate tried, so a lower one might be better still: representation (OPRD-Vanilla)"
-        in best_at(0)
-    )
+    assert "Best at the lowest rate tried, so a lower one may be better: representation (OPRD-Vanilla)" in best_at(0)
     assert "Best at the lowest rate" not in best_at(1)
 
 

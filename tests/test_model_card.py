@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.files import verify, write_manifest
-from oprd.run_config import parse_recipe, resolved
+from oprd.run_config import RunConfig
 from oprd.runs.model_card import CARD, model_card, write_model_card
 
 QUICK = {
@@ -42,11 +42,11 @@ SUMMARY = {
 
 def run(folder: Path, **changes) -> tuple[dict, dict, list[str]]:
     """A small real run: its summary, its settings, and what it said."""
-    from oprd.training.run import run_recipe
+    from oprd.training.run import train_and_evaluate
 
-    recipe, config = parse_recipe({**QUICK, "output_dir": str(folder), **changes})
+    run = RunConfig.parse({**QUICK, "output_dir": str(folder), **changes})
     said: list[str] = []
-    return run_recipe(recipe, config, say=said.append), resolved(recipe, config), said
+    return train_and_evaluate(run, say=said.append), run.settings(), said
 
 
 def metadata(card: str) -> dict:
@@ -84,8 +84,7 @@ def test_the_card_of_a_run(tmp_path):
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["oprd", "distillation", "on-policy-distillation"],
     }  # fmt: skip
-    again, config = parse_recipe(recipe_in(card))
-    assert resolved(again, config) == settings
+    assert RunConfig.parse(recipe_in(card)).settings() == settings
     assert not [name for name in os.listdir(tmp_path / "model") if name.endswith(".tmp")]
 
 

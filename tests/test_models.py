@@ -16,17 +16,24 @@ from oprd.models.architecture import (
     backbone,
     blocks,
     causal_lm,
-    check_same_shape,
     context_length,
     freeze_above,
     hidden_size,
     num_layers,
 )
-from oprd.models.loading import load_model, load_tokenizer, parse_dtype, resolve_name
+from oprd.models.loading import ModelInfo, check_same_shape, load_model, load_tokenizer, parse_dtype, resolve_name
 from oprd.models.tokens import check_same_tokens, stop_token_ids
-from oprd.resolve import build_student, build_teacher
+from oprd.resolve import resolve
+from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
 from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model, tiny_tokenizer
+
+
+def resolved_pair(student, teacher=None, tokenizer=None, teacher_tokenizer=None, peft_config=None, **settings):
+    """The pair that a run of these models gets; without `teacher`, another model of the same shape."""
+    given = GivenObjects(tokenizer, teacher_tokenizer, peft_config)
+    teacher = tiny_model(seed=1) if teacher is None else teacher
+    return resolve(RunConfig(OPRDConfig("unused", use_cpu=True, **settings), student, teacher, given=given)).pair
 
 
 class Wrapper(nn.Module):
@@ -120,42 +127,41 @@ def test_stop_tokens_are_the_union_of_all_sources():
 
 def test_another_shape_is_refused_with_both_sides():
     student = tiny_model()
-    check_same_shape(student, tiny_model("llama"))
+    check_same_shape(ModelInfo.of(student), ModelInfo.of(tiny_model("llama")))
     with pytest.raises(ValueError, match=r"4 layers of width 32, the student 3 of 32\. .*Bridge"):
-        check_same_shape(student, tiny_model(num_hidden_layers=4))
+        check_same_shape(ModelInfo.of(student), ModelInfo.of(tiny_model(num_hidden_layers=4)))
     with pytest.raises(ValueError, match=r"3 layers of width 64, the student 3 of 32\. .*Bridge"):
-        check_same_shape(student, tiny_model(hidden_size=64))
+        check_same_shape(ModelInfo.of(student), ModelInfo.of(tiny_model(hidden_size=64)))
 
 
 def test_another_token_map_is_refused_and_another_size_is_not():
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer())
     check_same_tokens(tiny_tokenizer(), tiny_tokenizer(extra="XYZ"))  # the teacher knows more: never asked
     with pytest.raises(
-        ValueError, match=r"1 of the student's 46 ids another token \(id 45: student 'X', teacher 'Y'\)"
+        ValueError,
+        match=r"1 of the student's 46 token ids are other tokens in the teacher's tokenizer \(id 45: student 'X', teacher 'Y'\)",
     ):
         check_same_tokens(tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
-    with pytest.raises(ValueError, match=r"2 of the student's 47 ids .*id 45: student 'X', teacher None"):
+    with pytest.raises(ValueError, match=r"2 of the student's 47 token ids .*id 45: student 'X', teacher None"):
         check_same_tokens(tiny_tokenizer(extra="XY"), tiny_tokenizer())
-    args = OPRDConfig("unused", use_cpu=True)
-    build_teacher(
-        tiny_model(vocab_size=80), tiny_model(), args, tiny_tokenizer(), tiny_tokenizer()
-    )  # padded vocabulary
-    with pytest.raises(ValueError, match="its tokenizer gives"):
-        build_teacher(tiny_model(), tiny_model(), args, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
+    padded = tiny_model(vocab_size=80)
+    assert resolved_pair(tiny_model(), padded, tiny_tokenizer(), tiny_tokenizer()).aligner is None
+    with pytest.raises(ValueError, match="token ids are other tokens in the teacher's tokenizer"):
+        resolved_pair(tiny_model(), None, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
 
 
 def test_prompt_learning_is_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="prompt-learning adapters are not supported; use LoRA"):
-        build_student(tiny_model(), OPRDConfig("unused", use_cpu=True), tiny_tokenizer(), config)
+        resolved_pair(tiny_model(), None, tiny_tokenizer(), peft_config=config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_to_train_in_16_bits_are_refused_and_frozen_ones_are_not(dtype):
-    args = OPRDConfig("unused", use_cpu=True)
     with pytest.raises(ValueError, match=rf"trained in {dtype}.*float32.*bf16=True"):
-        build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), None)
-    student, _, _ = build_student(tiny_model(dtype=dtype), args, tiny_tokenizer(), LoraConfig(task_type="CAUSAL_LM"))
+        resolved_pair(tiny_model(dtype=dtype), None, tiny_tokenizer())
+    lora = LoraConfig(task_type="CAUSAL_LM")
+    student = resolved_pair(tiny_model(dtype=dtype), None, tiny_tokenizer(), peft_config=lora).student.model
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in student.parameters() if not p.requires_grad} == {dtype}
 
@@ -163,17 +169,17 @@ def test_weights_to_train_in_16_bits_are_refused_and_frozen_ones_are_not(dtype):
 def test_a_teacher_must_be_another_model():
     student = tiny_model()
     with pytest.raises(ValueError, match="it is the student itself"):
-        build_teacher(student, student, OPRDConfig("unused", use_cpu=True), tiny_tokenizer(), None)
+        resolved_pair(student, student, tiny_tokenizer())
 
 
 def test_a_model_without_a_name_needs_its_tokenizer():
     with pytest.raises(ValueError, match="processing_class: the model was not loaded by name"):
-        build_student(tiny_model(), OPRDConfig("unused", use_cpu=True), None, None)
+        resolved_pair(tiny_model())
 
 
 def test_layers_out_of_range_stop_before_training():
     with pytest.raises(ValueError, match="layers: 4 is out of range"):
-        build_student(tiny_model(), OPRDConfig("unused", layers=[4], use_cpu=True), tiny_tokenizer(), None)
+        resolved_pair(tiny_model(), None, tiny_tokenizer(), layers=[4])
 
 
 def test_names_are_resolved_or_refused(tmp_path):

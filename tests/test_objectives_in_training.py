@@ -760,7 +760,7 @@ PAIR = {"policy_gradient_weight": 1.0, "num_generations": 2, "task": "addition"}
         ({"representation_weight": -1.0}, "representation_weight: -1.0 is not allowed; it must be 0"),
         ({"output_weight": float("nan"), "output_space": "jsd"}, "output_weight: nan is not allowed; it must be 0"),
         ({"policy_gradient_weight": {**LINEAR, "steps": 0}}, "policy_gradient_weight: steps 0 is not allowed; it must be a whole"),
-        ({"representation_weight": 0.0}, "representation_weight: 0 leaves nothing to learn from; set output_space or policy"),
+        ({"representation_weight": 0.0}, "representation_weight: 0 leaves nothing to learn from; set output_space, policy"),
         ({"representation_weight": 0.0, "output_space": "jsd", "output_weight": 0}, "representation_weight: 0 leaves nothing"),
         ({"crossfade_steps": 5}, "crossfade_steps: it goes over from representation_weight to output_space, and one of the two"),
         ({"crossfade_steps": 5, "output_space": "jsd", "representation_weight": 0}, "crossfade_steps: .* one of the two is off"),

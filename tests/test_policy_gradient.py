@@ -265,7 +265,7 @@ def test_bad_arguments_are_refused():
     for message, call in {
         "scale: 'batch' is not one of group, none": lambda: advantages(x, 3, "batch"),
         "group_size: 1 is below 2": lambda: advantages(x, 1),
-        "group_size: 3 rewards are not whole groups of 2; pass every rollout": lambda: advantages(x, 2),
+        "group_size: 3 rewards are not a multiple of 2; pass every rollout": lambda: advantages(x, 2),
         "rewards_R: 2 of 3 are not finite .nan means ungraded., the first at 1; leave out": lambda: advantages(
             doubles(0, math.nan, math.inf), 3
         ),

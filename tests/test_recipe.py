@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from oprd.plan import describe_plan, load_for_plan
 
-from oprd.run_config import find_recipe, load_recipe, parse_overrides, parse_recipe, resolved
+from oprd.resolve import plan
+from oprd.run_config import RunConfig, find_recipe, parse_overrides, recipe_keys
 from oprd.tasks.problems import load_rows
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -26,14 +26,13 @@ def test_shipped_recipes_parse_and_dry_run(path, tmp_path):
     if content["train_dataset"].endswith(".parquet"):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
         overrides["train_dataset"] = str(tmp_path / "prompts.jsonl")
-    recipe, config = load_for_plan(path, overrides)
-    lines = "\n".join(describe_plan(recipe, config))
+    lines = "\n".join(plan(RunConfig.load_on_cpu(path, overrides)).describe())
     assert "dry run: nothing was trained or written" in lines
     assert f"learning_rate: {float(content['learning_rate'])}" in lines
 
 
 def test_the_papers_setting():
-    _, config = load_for_plan("paper_vanilla", {})
+    config = RunConfig.load_on_cpu("paper_vanilla", {}).args
     assert (config.layers, config.positions, config.position_k, config.num_generations) == ("all", "last_k", 2000, 2)
     assert (config.learning_rate, config.max_steps, config.max_completion_length) == (1e-5, 500, 16384)
     assert config.per_device_train_batch_size * 8 == 8
@@ -78,30 +77,31 @@ def test_the_papers_setting():
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        parse_recipe({**MINIMAL, **change})
+        RunConfig.parse({**MINIMAL, **change})
 
 
 def test_text_numbers_become_numbers():
     # PyYAML reads 1e-5, without a dot, as text
-    _, config = parse_recipe({**MINIMAL, **yaml.safe_load("{learning_rate: 1e-5, max_grad_norm: 1, layers: [1, 3]}")})
+    values = yaml.safe_load("{learning_rate: 1e-5, max_grad_norm: 1, layers: [1, 3]}")
+    config = RunConfig.parse({**MINIMAL, **values}).args
     assert config.learning_rate == 1e-5
     assert config.max_grad_norm == 1.0
     assert config.layers == [1, 3]
 
 
 def test_a_bare_no_means_the_word_where_a_word_is_meant():
-    _, config = parse_recipe({**MINIMAL, **yaml.safe_load("{save_strategy: no, log_completions: no}")})
+    config = RunConfig.parse({**MINIMAL, **yaml.safe_load("{save_strategy: no, log_completions: no}")}).args
     assert config.save_strategy == "no"
     assert config.log_completions is False
 
 
 def test_the_older_spelling_of_activation_checkpointing_counts():
-    _, config = parse_recipe({**MINIMAL, "gradient_checkpointing": True})
+    config = RunConfig.parse({**MINIMAL, "gradient_checkpointing": True}).args
     assert config.activation_checkpointing is True
     assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
     with pytest.raises(ValueError, match="use_reentrant=True hides states"):
-        parse_recipe({**MINIMAL, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
-    assert parse_recipe(MINIMAL)[1].activation_checkpointing is False
+        RunConfig.parse({**MINIMAL, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+    assert RunConfig.parse(MINIMAL).args.activation_checkpointing is False
 
 
 def test_overrides():
@@ -121,20 +121,20 @@ def test_files_that_are_no_recipes(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1")
     with pytest.raises(ValueError, match="not a YAML file"):
-        load_recipe(bad)
+        RunConfig.load(bad)
     bad.write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="expected one key: value a line"):
-        load_recipe(bad)
+        RunConfig.load(bad)
 
 
 def test_the_resolved_settings_are_a_recipe_again(tmp_path):
-    recipe, config = load_recipe("tiny", {"output_dir": str(tmp_path), "seed": 7})
+    run = RunConfig.load("tiny", {"output_dir": str(tmp_path), "seed": 7})
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(resolved(recipe, config)))
-    again, config_again = load_recipe(file)
-    assert again == recipe
-    assert config_again.to_dict() == config.to_dict()
-    assert config_again.seed == 7
+    file.write_text(yaml.safe_dump(run.settings()))
+    again = RunConfig.load(file)
+    assert {key: getattr(again, key) for key in recipe_keys()} == {key: getattr(run, key) for key in recipe_keys()}
+    assert again.args.to_dict() == run.args.to_dict()
+    assert again.args.seed == 7
 
 
 def test_generated_datasets():
@@ -151,6 +151,6 @@ def test_a_teacher_of_another_shape_is_refused_by_the_plan(tmp_path):
     from tiny import tiny_model
 
     tiny_model(num_hidden_layers=2).save_pretrained(tmp_path / "teacher")
-    recipe, config = parse_recipe({**MINIMAL, "teacher_model": str(tmp_path / "teacher")})
-    with pytest.raises(ValueError, match="teacher_model: 2 layers of width 32, the student 4 of 128"):
-        describe_plan(recipe, config)
+    run = RunConfig.parse({**MINIMAL, "teacher_model": str(tmp_path / "teacher")})
+    with pytest.raises(ValueError, match="teacher_model: it has 2 layers of width 32, the student 4 of 128"):
+        plan(run)

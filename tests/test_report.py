@@ -18,7 +18,12 @@ import torch
 import yaml
 from PIL import Image
 
+from oprd.alignment.model_pair import ModelPair
+from oprd.bridge.teacher import BridgedTeacher
+from oprd.models.loading import LoadedModel, ModelInfo
+from oprd.states.teachers import FrozenTeacher
 from oprd.tools.report import curves, draw
+from oprd.tools.report.distances import token_distances
 from oprd.tools.report.page import render, write_page
 from oprd.tools.report.read import read_runs
 from oprd.tools.report.rollouts import (
@@ -601,23 +606,25 @@ def flat(nested) -> list[float]:
     return [value for line in nested for value in line]
 
 
-def test_distances_are_those_of_a_slow_loop():
-    from oprd.tools.report.distances import Comparison, token_distances
+def compared(student, teacher, layers):
+    tokenizer = tiny_tokenizer()
+    return ModelPair(LoadedModel(student, tokenizer, ModelInfo.of(student, "m", tokenizer)), teacher, layers=layers)
 
+
+def test_distances_are_those_of_a_slow_loop():
     student, teacher, rollouts = tiny_model(seed=1), tiny_model(seed=2), random_rollouts(count=7)
     for layers in ((1, 2, 3), (3,), (1, 2)):
-        found = token_distances(student, Comparison(teacher, layers), rollouts)
+        found = token_distances(compared(student, FrozenTeacher(teacher), layers), rollouts)
         assert [len(line) for line in found] == rollouts.completion_lengths
         expected = reference_distances(student, teacher, rollouts, layers=layers)
         assert flat(found) == pytest.approx(flat(expected), abs=2e-6)
-    assert set(flat(token_distances(student, Comparison(student, (1, 2, 3)), rollouts))) == {0.0}
+    assert set(flat(token_distances(compared(student, FrozenTeacher(student), (1, 2, 3)), rollouts))) == {0.0}
 
 
 def test_distances_through_a_bridge_are_in_its_space():
     from oprd.bridge import Bridge
     from oprd.bridge.statistics import PairStatistics
     from oprd.models.fingerprint import fingerprint
-    from oprd.tools.report.distances import Comparison, token_distances
 
     student, teacher = tiny_model(seed=1), tiny_model(seed=2, num_hidden_layers=5, hidden_size=48)
     rollouts, maps = random_rollouts(count=7), (1, 3, 5)
@@ -630,7 +637,7 @@ def test_distances_through_a_bridge_are_in_its_space():
         parts.append(statistics)
     prints = [fingerprint(model, tiny_tokenizer(), "m") for model in (student, teacher)]
     bridge = Bridge.fit(*parts, maps, student=prints[0], teacher=prints[1], rank=6)
-    found = token_distances(student, Comparison(teacher, (1, 2, 3), bridge), rollouts)
+    found = token_distances(compared(student, BridgedTeacher(FrozenTeacher(teacher), bridge), (1, 2, 3)), rollouts)
     expected = reference_distances(
         student, teacher, rollouts, partner=lambda l: maps[l - 1],
         project=lambda l, s, t: (bridge.project_student(l, s), bridge.project_teacher(l, t)),
@@ -762,11 +769,11 @@ def test_a_config_cannot_turn_remote_code_on(trained, monkeypatch):
     from oprd.tools.report import before_after
 
     asked = []
-    load = before_after.load_model
-    monkeypatch.setattr(before_after, "load_model", lambda name, **kwargs: asked.append(kwargs) or load(name, **kwargs))
+    load = before_after.load
+    monkeypatch.setattr(before_after, "load", lambda name, **kwargs: asked.append(kwargs) or load(name, **kwargs))
     measured(trained(trust_remote_code=True, model_init_kwargs={"trust_remote_code": True}))
     assert [kwargs["trust_remote_code"] for kwargs in asked] == [False] * 3
-    assert all("trust_remote_code" not in kwargs["init_kwargs"] for kwargs in asked)
+    assert all("trust_remote_code" not in kwargs.get("init_kwargs", {}) for kwargs in asked)
 
 
 # --- the command line, and a browser

@@ -127,7 +127,7 @@ def test_other_widths_have_cka_alone():
 
 def test_bad_states_are_refused():
     sums = PairSums(3, 2)
-    with pytest.raises(ValueError, match="with one N"):
+    with pytest.raises(ValueError, match="with the same N"):
         sums.update(draw(4, 2), draw(4, 2))
     with pytest.raises(ValueError, match="teacher's states have values that are not finite"):
         sums.update(draw(4, 3), torch.full((4, 2), math.inf))

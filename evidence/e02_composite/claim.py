@@ -1,4 +1,4 @@
-"""E2: the composite loss, how much of each part, and in which order."""
+"""E2: the composite loss: weight of its parts, and their order in time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.e01_accuracy.claim import baseline
-from evidence.words import mean_of, percent, points, surely, table
+from evidence.words import mean_of, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E2"
 TITLE = "Output-space OPD plus µ times OPRD beats both of its parts"
 CLAIM = (
-    "The composite L_OPD + µ·L_OPRD beats sampled-token OPD and grows with µ (paper: AIME24 42.3, 47.7, 50.2 for µ = 0, 1, 10; OPRD "
-    "alone 49.8). The field adds: match states first, then distributions (LastOPD)."
+    "The composite L_OPD + µ·L_OPRD beats sampled-token OPD and improves with µ (paper: AIME24 42.3, 47.7, 50.2 for µ = 0, 1, 10; OPRD "
+    "alone 49.8). LastOPD adds: match states first, then distributions."
 )
-SETTING = "as E1 (pair, steps, rollouts), three seeds; each way's rate is the better of 3e-4 and 1e-3 on seed 10, E1's at E1's."
+SETTING = "As E1 (pair, steps, rollouts), three seeds. Rates: E1's for E1's objectives, for the others the better of 3e-4 and 1e-3 on seed 10."
 FILE = Path(__file__).parent / "comparison.yaml"
 OWN = ("composite_mu_1", "composite_mu_100", "crossfade", "warm_start")
 SHARED = ("sampled_token", "composite_mu_10", "representation", "full_reverse_kl")
@@ -45,7 +45,7 @@ OTHERS = {
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Tune the ways that E1 does not have, then run them on E1's first seeds."""
+    """Tune the objectives that E1 does not have, then run them on E1's first seeds."""
     seeds = first_seeds(work, 3)
     chosen, shared = baseline(work, SHARED, seeds)
     grid = {name: [1.0e-3] if work.quick else [3.0e-4, 1.0e-3] for name in OWN}
@@ -62,7 +62,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds where the best µ beats both parts surely; partly where only the output-space part."""
+    """Holds if the best µ significantly beats both parts; partly if only the output-space part."""
     runs, rates = result["runs"], result["rates"]
     means = {name: _mean(runs, name) for name in SWEEP}
     best = max(("composite_mu_1", "composite_mu_10", "composite_mu_100"), key=means.__getitem__)
@@ -76,16 +76,16 @@ def judge(result: Result) -> Finding:
     late = {name: difference(runs, name, "full_reverse_kl") for name in ("crossfade", "warm_start")}
     text = (
         f"{table(['loss', 'rate', 'Avg@2 after 60 steps'], [*sweep, *rest])}\n\nµ = 0 is sampled-token OPD, µ = ∞ the representation "
-        f"loss alone; both terms are token means (with L_OPD summed over a completion the same µ weighs some fifty times less: "
-        f"[objectives](objectives.md)). The best µ, {SWEEP[best]}, is {_word(signs[0])} sampled-token OPD "
-        f"({points(*over_output[:2])}) and {_word(signs[1])} the representation loss alone ({points(*over_states[:2])}). Going over "
-        f"from states to the full reverse KL, against that KL alone: crossfade {points(*late['crossfade'][:2])}, warm start "
+        f"loss alone. Both terms are means over tokens; with L_OPD summed over a completion, the same µ has about a fiftieth of the effect "
+        f"([objectives](../../docs/objectives.md#reductions)).\n\nThe best µ, {SWEEP[best]}, is {_word(signs[0])} sampled-token OPD "
+        f"({points(*over_output[:2])}) and {_word(signs[1])} the representation loss alone ({points(*over_states[:2])}). States first, then "
+        f"the full reverse KL, against that KL alone: crossfade {points(*late['crossfade'][:2])}, warm start "
         f"{points(*late['warm_start'][:2])}; against the representation loss alone: crossfade "
         f"{points(*difference(runs, 'crossfade', 'representation')[:2])}, warm start "
         f"{points(*difference(runs, 'warm_start', 'representation')[:2])}."
     )
-    measured = "µ = " + ", ".join(f"{mu}: {percent(means[name])}" for name, mu in SWEEP.items())
-    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+    number = f"{points(*over_states[:2])} over representation alone (µ = {SWEEP[best]})"
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def _mean(runs: list[Record], name: str) -> float:
@@ -93,11 +93,11 @@ def _mean(runs: list[Record], name: str) -> float:
 
 
 def _word(sign: int) -> str:
-    return {1: "ahead of", 0: "not to be told apart from", -1: "behind"}[sign]
+    return {1: "ahead of", 0: "not significantly different from", -1: "behind"}[sign]
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Accuracy over µ, and the ways to go over."""
+    """Accuracy over µ, and of states first, then distributions."""
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, names in ((left, SWEEP), (right, OTHERS)):
         for column, name in enumerate(names):

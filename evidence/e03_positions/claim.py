@@ -1,4 +1,4 @@
-"""E3: which positions carry the loss, and what is done with the end of the turn."""
+"""E3: the positions that carry the loss, and the treatment of the end of turn."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from oprd.tools.compare.interval import mean_and_interval
 ID = "E3"
 TITLE = "The last k positions are enough for hidden states"
 CLAIM = (
-    "OPRD supervises the last k = 2000 response tokens (paper, Section 5); in output space others find the first tenth enough and the last "
-    "100 tokens failing, and blame the end of turn for much instability (SimOPD). Nobody has published the whole table."
+    "OPRD supervises the last k = 2000 response tokens (paper, Section 5). In output space, SimOPD finds that the first tenth is enough, that the "
+    "last 100 tokens fail, and that the end of turn causes much of the instability."
 )
 SETTING = (
-    "as E1 (pair, steps, rollouts), three seeds, k = 13 of about 53 tokens (a quarter), each loss at the rate that E1 chose for all "
-    "positions. Other end: the same teacher with the LM-head row of its end token moved to another special token."
+    "As E1 (pair, steps, rollouts), three seeds, k = 13 of about 53 tokens (a quarter), each loss at the rate that E1 chose for all "
+    "positions. Other end token: the same teacher with the LM-head row of its end token moved to another special token."
 )
 HERE = Path(__file__).parent
 STATES, OUTPUT = "hidden states", "full reverse KL"
@@ -39,7 +39,7 @@ ENDS = {
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """The table's runs, the runs on a teacher with another end, and how similar the pair is at the first and last positions."""
+    """Runs by positions, runs with a teacher that has another end token, and the pair's similarity at the first and last positions."""
     seeds = first_seeds(work, 3)
     rates, shared = baseline(work, ("representation", "full_reverse_kl"), seeds)
     states, output = rates["representation"], rates["full_reverse_kl"]
@@ -59,7 +59,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds where the last k lose nothing to all positions; partly where they beat the first k; not otherwise."""
+    """Holds if the last k lose nothing against all positions; partly if they beat the first k; not otherwise."""
     runs, ends = result["runs"], result["ends"]
     to_all, to_first = (difference(runs, "states_last", name) for name in ("representation", "states_first"))
     verdict = (
@@ -83,25 +83,22 @@ def judge(result: Result) -> Finding:
     ]
     slowly = ", ".join(f"{where} {mean_of([r['final'] for r in of(runs, name)])}" for name, where in SLOWLY.items())
     text = (
-        f"{table(['positions', STATES, OUTPUT], rows)}\n\nAgainst all positions: {said}. Hidden states at the smaller rate of the output "
-        f"space, {result['rates'][OUTPUT]:g} instead of {result['rates'][STATES]:g}: {slowly}. {_why(lost)}\n\n**A teacher that ends with another token.** "
-        f"Distribution and states are the same, only the id of the end differs.\n\n"
+        f"{table(['positions', STATES, OUTPUT], rows)}\n\nAgainst all positions: {said}. Hidden states at the output space's smaller rate, "
+        f"{result['rates'][OUTPUT]:g} instead of {result['rates'][STATES]:g}: {slowly}. {_why(lost)}\n\n**A teacher with another end token.** "
+        f"Its distribution and states are the same; only the id of the end token differs.\n\n"
         f"{table(['loss', 'Avg@2', 'finished'], ended)}\n\n{_curve(result['positions'])}"
     )
-    measured = "hidden states: " + ", ".join(
-        f"{where} {percent(mean_and_interval([r['final'] for r in of(runs, TABLE[where, STATES])])[0])}"
-        for where in wheres
-    )
-    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+    number = f"{points(*to_all[:2])} with the last 13 positions against all"
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def _why(lost: dict[str, dict[str, Any]]) -> str:
     if any(surely(own[where][1]) >= 0 for own in lost.values() for where in ("first 13", "last 13")):
-        return "A quarter of the positions is not surely worse than all of them everywhere."
+        return "A quarter of the positions is not significantly worse than all of them in every case."
     return (
-        "A quarter of the positions is worse than all of them for both losses: the weights move for the chosen ones, the others come apart, "
-        "and on this task every column decides the answer. The paper's k = 2000 is a third of its responses or more, and those end in text "
-        "that matters less."
+        "A quarter of the positions is worse than all of them for both losses. Training changes the weights for the chosen positions and damages "
+        "the others, and on this task every column decides the answer. The paper's k = 2000 is at least a third of its responses, whose last "
+        "text matters less."
     )
 
 
@@ -113,8 +110,8 @@ def _curve(similar: Result) -> str:
     first, last, ks = similar["first_k"], similar["last_k"], similar["k"]
     return (
         f"**Similarity before training.** Last-layer cosine of the two models over the first {ks[0]}, …, {ks[-1]} response tokens: "
-        f"{first[0]:.3f} to {first[-1]:.3f}; over the last as many: {last[0]:.3f} to {last[-1]:.3f} (the paper's pair: first-k at least "
-        f"0.97 up to k = 1600, last-k 0.917 at k = 50)."
+        f"{first[0]:.3f} to {first[-1]:.3f}; over the last {ks[0]}, …, {ks[-1]}: {last[0]:.3f} to {last[-1]:.3f} (the paper's pair: at least "
+        f"0.97 over the first 1600, 0.917 over the last 50)."
     )
 
 

@@ -1,4 +1,4 @@
-"""E6: how long and how varied the trained students' responses are."""
+"""E6: length and diversity of the trained students' responses."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from oprd.types import Rollouts
 ID = "E6"
 TITLE = "OPRD keeps the teacher's response length and diversity"
 CLAIM = (
-    "OPRD's responses stay near the teacher's in length (5.7k tokens against about 7k of output-space OPD) and the bridge's in Dist-4 (20.4 "
-    "against 9.4 for sampled-token OPD, teacher 30.3; paper, Tables 1 and 3)."
+    "OPRD's responses stay near the teacher's in length (5.7k tokens; output-space OPD about 7k), and the bridge's in Dist-4 (20.4; sampled-token "
+    "OPD 9.4, teacher 30.3; paper, Tables 1 and 3)."
 )
 SETTING = (
-    "E1's final models of seeds 0 and 1, 16 samples for each of 48 held-out problems, temperature 1. Dist-4: unique over all 4-grams of a problem's 16 "
-    "responses. Matched: every model's responses to a problem cut to the shortest of all models' responses to it, so that length plays no part."
+    "E1's final models of seeds 0 and 1, 16 samples for each of 48 held-out problems, temperature 1. Dist-4: unique 4-grams over all 4-grams of a problem's "
+    "16 responses. Matched: all models' responses to a problem are cut to the shortest of them, which removes the effect of length."
 )
 OBJECTIVES = (
     "representation",
@@ -44,7 +44,7 @@ OBJECTIVES = (
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Sample from E1's models, the student before and the teacher."""
+    """Sample from E1's models, the student before training and the teacher."""
     seeds = first_seeds(work, 2)
     _, records = baseline(work, OBJECTIVES, seeds)
     wanted = {}
@@ -114,7 +114,7 @@ def _answer(text: str) -> str:
 
 
 def judge(result: Result) -> Finding:
-    """Holds where OPRD is nearest to the teacher among the on-policy objectives in both, of the matched Dist-4 and the length."""
+    """Holds if OPRD is nearest to the teacher among the on-policy objectives in matched Dist-4 and in length; partly if in one."""
     rows = result["rows"]
     names = ["teacher", "before", *OBJECTIVES]
     means = {name: _means(rows, name) for name in names}
@@ -138,18 +138,17 @@ def judge(result: Result) -> Finding:
     header = ["model", "Avg@16", "Best@16", "length", "finished", "Dist-4", "Dist-4, matched", "distinct answers of 16"]
     spread = max(abs(m["length"] - means["teacher"]["length"]) for m in means.values())
     text = (
-        f"{table(header, lines)}\n\nA problem here has one right answer and nearly one right way to it, so diversity is error: the teacher's "
-        f"Dist-4 is the *lowest* sensible value, and the wrong student's the highest. Lengths say little too: the largest distance to the "
-        f"teacher's mean is {spread:.1f} tokens, since every objective writes the same form. Distance of the matched Dist-4 to the teacher's: "
+        f"{table(header, lines)}\n\nA problem here has one right answer and nearly one right way to write it, so diversity is error: the "
+        f"teacher has the lowest Dist-4 and the untrained student the highest. Every objective writes the same form, so lengths say little: the "
+        f"largest distance to the teacher's mean is {spread:.1f} tokens. Distance of the matched Dist-4 to the teacher's: "
         + ", ".join(f"{labels[name]} {off(name, 'matched_dist_4'):.3f}" for name in ("representation", *rivals))
-        + ". What the paper reports, long reasoning that grows or collapses, needs responses of thousands of tokens and is not measured here."
+        + ". The paper reports on long reasoning, whose length grows or collapses. That needs responses of thousands of tokens and is not measured here."
     )
-    measured = (
-        f"matched Dist-4: teacher {means['teacher']['matched_dist_4']:.3f}, OPRD {means['representation']['matched_dist_4']:.3f}, full KL "
-        f"{means['full_reverse_kl']['matched_dist_4']:.3f}, sampled-token {means['sampled_token']['matched_dist_4']:.3f}; lengths within "
-        f"{spread:.1f} tokens"
+    number = (
+        f"matched Dist-4 {off('representation', 'matched_dist_4'):.3f} from the teacher's (full reverse KL "
+        f"{off('full_reverse_kl', 'matched_dist_4'):.3f})"
     )
-    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def _means(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
@@ -158,7 +157,7 @@ def _means(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Matched Dist-4 and length of every model, the teacher's as a line."""
+    """Matched Dist-4 and length of every model; a line marks the teacher's."""
     left, right = figure.subplots(1, 2, sharey=True)
     names = ["before", *OBJECTIVES]
     for axis, key, label in (

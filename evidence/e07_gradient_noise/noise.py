@@ -1,4 +1,4 @@
-"""Gradients of one batch under each estimator, and how they scatter when only the next tokens are drawn anew (Theorem 1)."""
+"""Gradients of one batch under each estimator, and their scatter over new draws of the next tokens (Theorem 1)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXACT = {"full_reverse_kl": OutputTerm("reverse_kl"), "top_4": OutputTerm("top_k
 
 
 class FixedPrefixes:
-    """Both models' states at the response positions of one batch; gradients of any loss on them, as often as wanted.
+    """Both models' states at the response positions of one batch, for repeated gradients of any loss on them.
 
     Args:
-        student: the model whose gradients are wanted.
-        teacher: what it is compared with.
+        student: the model that gets the gradients.
+        teacher: the model to compare with.
         rollouts: the prefixes.
     """
 

@@ -1,4 +1,4 @@
-"""E8: what the LM head does not see of a hidden state, and what that is worth."""
+"""E8: the part of a hidden state that the LM head ignores, and how much training reduces it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.diagnose.theory import centred_gram
 
 ID = "E8"
-TITLE = "Output-space losses do not see part of a hidden state, OPRD does"
+TITLE = "Output-space losses ignore part of the difference between hidden states; OPRD does not"
 CLAIM = (
-    "State differences in N_W = {Δh : W Δh ∝ 1} cost nothing in any output-space loss; along the smallest singular direction of the head the "
-    "ratio |Δh|²/loss grows as (σ_1/σ_d)² (paper, Theorem 2)."
+    "State differences in N_W = {Δh : W Δh ∝ 1} do not change any output-space loss; along the head's smallest singular direction |Δh|²/loss "
+    "grows as (σ_1/σ_d)² (paper, Theorem 2)."
 )
 SETTING = (
-    "LM heads of SmolLM2-135M-Instruct (49,152 × 576) and of the embedded student (17 × 128), with the mean row taken off, which softmax does "
-    "not see. SmolLM2's own states on 32 tokens after each of eight prompts, moved by 5 % of their length along singular directions. The embedded "
-    "pair: E1's models of seeds 0 to 2 on 128 rollouts of their own."
+    "LM heads of SmolLM2-135M-Instruct (49,152 × 576) and of the embedded student (17 × 128), minus their mean row, which softmax ignores. "
+    "SmolLM2's states on 32 tokens after each of eight prompts, moved by 5 % of their length along singular directions. Embedded pair: E1's "
+    "models of seeds 0 to 2 on 128 rollouts of their own."
 )
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -44,7 +44,7 @@ PROMPTS = (
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Spectra, small moves along singular directions, and what trained students have left over."""
+    """Spectra, small moves along singular directions, and the remaining difference of trained students."""
     if not (SMOLLM2 / "config.json").exists():
         subprocess.run([sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--output", str(SMOLLM2)], check=True)
     model = load_model(str(SMOLLM2), dtype=torch.float32).eval()
@@ -82,7 +82,7 @@ def _model_of(work: Work, record: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def own_states(model: nn.Module, tokenizer: Any, tokens: int) -> Tensor:
-    """`[N, D]`: states after the final norm at the tokens that the model writes itself after each of the prompts."""
+    """`[N, D]`: states after the final norm at the tokens that the model generates after each prompt."""
     engine = TransformersEngine(tokenizer, stop_token_ids(model, tokenizer))
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     rollouts = engine.generate(model, prompts, num_generations=1, sampling=Sampling(tokens), seed=0).rollouts
@@ -97,7 +97,7 @@ def directions(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def spectrum(model: nn.Module) -> dict[str, Any]:
-    """Width, directions that the head sees, σ_1/σ_d of those, effective rank exp(entropy of σ²), 64 values of σ/σ_1."""
+    """Width, directions with an effect, their σ_1/σ_d, effective rank exp(entropy of σ²), 64 values of σ/σ_1."""
     values_D, _ = directions(model)
     seen_D = values_D[values_D.square() > values_D[0].square() * 1e-10]
     share_D = seen_D.square() / seen_D.square().sum()
@@ -120,7 +120,7 @@ def move_along(model: nn.Module, states_ND: Tensor) -> list[dict[str, Any]]:
         index = min(max(round(share * (len(values_D) - 1)), 1 if name == "2nd" else 0), len(values_D) - 1)
         length_N = STEP * states_ND.norm(dim=-1)
         moved_ND = states_ND + length_N[:, None] * vectors_DD[:, index].to(states_ND.dtype)
-        # In double precision: of the last directions the KL is near the rounding of float32.
+        # Double precision: along the last directions the KL is near float32's rounding.
         kl_N = torch.cat([
             divergence(_double(head), own.double(), _double(head), other.double(), "forward_kl")
             for own, other in zip(states_ND.split(64), moved_ND.split(64), strict=True)
@@ -155,7 +155,7 @@ def _variance(states_nD: Tensor, weight_VD: Tensor, along_V: Tensor) -> Tensor:
 
 @torch.no_grad()
 def left_over(name: str, seed: int, work: Work) -> dict[str, float]:
-    """What separates a student's last states from its teacher's, on its own rollouts: seen and not seen by the head; mean KL."""
+    """Distance of a student's last states to its teacher's on its own rollouts, in and outside the head's row space; mean KL."""
     student = load_model(name, dtype=torch.float32).eval()
     teacher = load_model("embedded:tiny/teacher", dtype=torch.float32).eval()
     tokenizer = load_tokenizer("embedded:tiny/student")
@@ -178,7 +178,7 @@ def left_over(name: str, seed: int, work: Work) -> dict[str, float]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds where unseen directions cost nothing, the ratio grows along the spectrum, and KL training leaves more unseen than OPRD."""
+    """Holds if the ratio grows along the spectrum and KL training leaves more unseen difference than OPRD; partly if one of both."""
     moved, left = result["moved"], result["left"]
     growth, theory = moved[-1]["ratio"] / moved[0]["ratio"], (moved[0]["sigma"] / moved[-1]["sigma"]) ** 2
     means = {
@@ -225,35 +225,32 @@ def judge(result: Result) -> Finding:
                 percent(means[name]["final"]),
             ]
             for name, text in (
-                ("full_reverse_kl", "trained by the full reverse KL"),
-                ("representation", "trained by representation"),
+                ("full_reverse_kl", "trained on the full reverse KL"),
+                ("representation", "trained on states"),
             )
         ),
     ]
     tiny = result["spectra"]["embedded student"]
+    ratio = means["full_reverse_kl"]["unseen"] / max(means["representation"]["unseen"], 1e-12)
     text = (
-        f"{table(['LM head', 'width', 'directions seen', 'σ_1/σ_d', 'effective rank'], spectra)}\n\n{result['states']} states of SmolLM2, moved by "
-        f"{percent(STEP, 0)} of their length:\n\n"
-        f"{table(['direction', 'number', 'σ/σ_1', 'KL, nats', 'second order', 'length² a KL'], steps)}\n\nFrom the first direction to the last, the same "
-        f"squared distance costs {growth:.3g} times less KL; (σ_1/σ_d)² is {theory:.3g}. The theorem's ratio is for logits that all count alike; real "
-        f"distributions are peaked, and what costs is the variance of the logits' change under them (second order, which agrees). A vocabulary "
-        f"larger than the width leaves no exact null space in SmolLM2: nothing there is free, some things are cheap.\n\nThe embedded student's head "
-        f"sees {tiny['seen']} of {tiny['width']} directions, the rest costs exactly nothing. Distance of the last states to the teacher's, as a "
-        f"share of the teacher's mean square:\n\n"
-        f"{table(['', 'KL', 'seen by the head', 'not seen', 'Avg@2'], rest)}\n\nTraining by the full KL leaves "
-        f"{means['full_reverse_kl']['unseen'] / max(means['representation']['unseen'], 1e-12):.3g} times as much unseen difference as training on "
-        f"states. At the last layer that difference is harmless by itself: no distribution changes with it. The two objectives' accuracies differ "
-        f"for other reasons as well (E1, E7), so this shows what is not seen, not what it is worth."
+        f"{table(['LM head', 'width', 'directions with an effect', 'σ_1/σ_d', 'effective rank'], spectra)}\n\n{result['states']} states of SmolLM2, "
+        f"moved by {percent(STEP, 0)} of their length:\n\n"
+        f"{table(['direction', 'number', 'σ/σ_1', 'KL, nats', 'second order', 'length² / KL'], steps)}\n\nAlong the last direction the same squared "
+        f"distance causes {growth:.3g} times less KL than along the first; (σ_1/σ_d)² is {theory:.3g}. The theorem weights all logits equally. Real "
+        f"distributions are peaked: the KL is the variance of the logits' change under them (second order, which agrees). SmolLM2's vocabulary "
+        f"exceeds its width, so there is no exact null space; some directions are only cheap.\n\nIn the embedded student {tiny['seen']} of "
+        f"{tiny['width']} directions have an effect on the logits; the others have none. Distance of the last states to the teacher's, as a share "
+        f"of the teacher's mean square:\n\n"
+        f"{table(['', 'KL', 'with an effect', 'without', 'Avg@2'], rest)}\n\nTraining on the full KL leaves {ratio:.3g} times as much difference "
+        f"without an effect as training on states. At the last layer this difference is harmless: no distribution changes with it. The two "
+        f"objectives also differ for other reasons (E1, E7), so the table does not show what the difference costs."
     )
-    measured = (
-        f"SmolLM2: the last direction costs {growth:.2g} times less KL than the first ((σ_1/σ_d)² = {theory:.2g}); embedded pair: "
-        f"{percent(means['full_reverse_kl']['unseen'])} unseen difference left by the full KL, {percent(means['representation']['unseen'])} by OPRD"
-    )
-    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+    number = f"full reverse KL leaves {ratio:.3g} times as much head-invisible difference as OPRD"
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Spectra; KL along the directions; what is left after training."""
+    """Spectra; KL along the directions; the difference after training."""
     left, middle, right = figure.subplots(1, 3)
     for (name, s), colour in zip(result["spectra"].items(), ("#332288", "#CC6677"), strict=True):
         left.semilogy(

@@ -14,22 +14,18 @@ from evidence.permuted import save_permuted
 from evidence.words import percent, table
 
 ID = "E12"
-TITLE = "States can come closer while the model gets worse, and the run says so"
-CLAIM = (
-    "All-layer matching of unrelated models lifts cosine while accuracy collapses (LastOPD, RIDE: 25 → 46 → 11), and nobody has an alarm "
-    "for it."
-)
+TITLE = "Cosine can rise while accuracy falls, and the alarm reports it"
+CLAIM = "Matching all layers of unrelated models raises cosine while accuracy collapses (LastOPD, RIDE: 25 → 46 → 11). oprd's alarm detects such runs."
 SETTING = (
-    "a teacher of the student's shape and the first teacher's function whose hidden dimensions are permuted (no common origin), bridges of too "
-    "low a rank, and every run of E1, E9 and E10; the alarm as it comes (`alarm_window: 20`). A bad case: cosine rose over the run and the "
-    "student ended below where it began."
+    "Runs with a teacher whose hidden dimensions are permuted (the same function, no common origin), with bridges of too low a rank, and every run of "
+    "E1, E9 and E10. The alarm has its default, `alarm_window: 20`. A bad run: cosine rises over the run and the student ends below its start."
 )
 RATE = 1.0e-3
 FILE = Path(__file__).parent / "comparison.yaml"
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Runs that go wrong, and those of E1, E9 and E10, each with its alarms."""
+    """Runs that fail, and those of E1, E9 and E10, each with its alarms."""
     seeds = first_seeds(work, 2)
     teacher = work.folder.parent / "permuted"
     if not (teacher / "config.json").exists():
@@ -67,7 +63,7 @@ def is_bad(record: Record) -> bool:
 
 
 def judge(result: Result) -> Finding:
-    """Holds where there are such runs and the alarm rang in nine tenths of them and in at most a tenth of the runs that got better."""
+    """Holds if there are bad runs and the alarm triggers in 90 % of them and in at most 10 % of the runs that improve."""
     runs = result["runs"]
     bad = [r for r in runs if is_bad(r)]
     good = [r for r in runs if r["final"] >= r["before"]]
@@ -86,22 +82,22 @@ def judge(result: Result) -> Finding:
     ]  # fmt: skip
     header = ["runs of", "loss", "rate", "runs", "before", "after", "cosine", "alarm", "first at step"]
     text = (
-        f"{len(runs)} runs: {len(good)} ended at or above where they began, {len(bad)} below although cosine rose (the table), {len(worse)} "
-        f"below with cosine falling too or not measured.\n\n{table(header, rows)}\n\nThe alarm rang in {caught} of the {len(bad)} bad cases, "
-        f"and in {false} of the {len(good)} runs that ended well: {_false(good)}"
+        f"{len(runs)} runs: {len(good)} end at or above their start, {len(bad)} below it although cosine rises (the table), {len(worse)} below it "
+        f"with cosine falling or not measured.\n\n{table(header, rows)}\n\nThe alarm triggers in {caught} of the {len(bad)} bad runs and in {false} "
+        f"of the {len(good)} good ones. {_false(good)}"
     )
-    measured = f"{len(bad)} of {len(runs)} runs: cosine up, accuracy down; alarm in {caught} of these, in {false} of {len(good)} good runs"
-    return Finding(verdict, measured, text)  # type: ignore[arg-type]
+    number = f"alarm in {caught} of {len(bad)} bad runs, in {false} of {len(good)} good ones"
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def _false(good: list[Record]) -> str:
     rung = [r for r in good if r["alarms"]]
     if not rung:
-        return "none."
+        return "There is no false alarm."
     early = sum(max(r["alarms"]) <= 30 for r in rung)
     return (
-        f"{early} of those {len(rung)} only within the first 30 steps, where accuracy does fall for a while before it climbs (E1's rates are "
-        "high); a run that rings once and then climbs was not in danger."
+        f"{early} of these {len(rung)} has its alarms only in the first 30 steps, where accuracy falls for a while before it rises (E1's rates are high). "
+        "A single early alarm in a run that then improves is harmless."
     )
 
 

@@ -1,4 +1,4 @@
-"""Folders that can be trusted: a manifest with the digest and size of every file, written last and checked before use."""
+"""Folder manifests: digest and size of every file. The manifest is written last and checked before the folder is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` (digest and size of every file below `folder`), after flushing all of them to disk."""
+    """Flush every file below `folder` to disk, then write their digests and sizes to `manifest.json`."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         fsync(path)
@@ -31,7 +31,7 @@ def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        ValueError: names the file that is missing, truncated or changed.
+        ValueError: a file is missing, truncated or changed; the message names it.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -52,7 +52,7 @@ def verify(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `verify` finds nothing wrong."""
+    """Whether `verify` accepts the folder."""
     try:
         verify(folder)
     except ValueError:
@@ -61,7 +61,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

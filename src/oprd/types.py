@@ -1,11 +1,11 @@
-"""The nouns of the project: `Rollouts` (what the student wrote) and `States` (what a model thought while reading it).
+"""Shared data types: `Rollouts` (sampled completions) and `States` (hidden states at selected positions).
 
-Dimension letters used as suffixes of tensor names throughout the project:
+Tensor names in this project end in dimension letters:
 
     B  rows of a model batch          T  padded length of a row
-    L  layers chosen                  N  packed positions: all selected response positions of all rollouts, one after another
+    L  selected layers                N  packed positions: the selected response positions of all rollouts, concatenated
     D  hidden width                   R  rollouts
-    M  all response positions, packed likewise (N of them when every position is selected)
+    M  packed response positions, selected or not (M = N when every position is selected)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions that the student sampled, with the prompts they answer. Plain token ids, no padding.
+    """Prompts and the student's sampled completions, as token ids without padding.
 
     Args:
-        prompt_ids: token ids of each rollout's prompt, at least one each.
-        completion_ids: token ids of each completion, the end-of-sequence token included when it was generated.
-        finish_reasons: "stop" when the model ended the completion itself, "length" when the limit cut it.
-        texts: each completion as text, special tokens left out.
-        rows: index of the dataset row each rollout belongs to.
+        prompt_ids: token ids of each rollout's prompt, at least one.
+        completion_ids: token ids of each completion, including the end-of-sequence token if it was generated.
+        finish_reasons: "stop" if the model ended the completion, "length" if the length limit cut it.
+        texts: each completion as text, without special tokens.
+        rows: index of each rollout's dataset row.
     """
 
     prompt_ids: Sequence[Sequence[int]]
@@ -59,12 +59,12 @@ class Rollouts:
 
     @property
     def completion_lengths(self) -> list[int]:
-        """Response tokens of each rollout, EOS included when generated."""
+        """Response tokens of each rollout, including a generated EOS."""
         return [len(completion) for completion in self.completion_ids]
 
     @property
     def input_lengths(self) -> list[int]:
-        """Tokens a model must read for every response position: prompt + completion without its last token."""
+        """Tokens that a model reads per rollout: prompt and completion, without the completion's last token."""
         return [len(p) + len(c) - 1 for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
     def select(self, indices: Sequence[int]) -> Rollouts:
@@ -74,21 +74,22 @@ class Rollouts:
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-        """All rollouts of `parts`, one after another."""
+        """The rollouts of all `parts`, in order."""
         columns: Any = ([item for part in parts for item in getattr(part, f.name)] for f in fields(Rollouts))
         return Rollouts(*columns)
 
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states at selected layers and positions, packed: no padding, one position after another.
+    """Hidden states at selected layers and positions, packed: positions are concatenated without padding.
 
     Args:
-        layers: 1-based layer numbers, ascending; the model's last layer is the state after the final norm.
-        values: one tensor `[N, D]` a layer, in the order of `layers`. Position n of every layer is the same token.
-        rollout_index: `[N]`, whose each position is (an index into the rollouts that were read).
-        num_rollouts: rollouts that were read, those without a selected position included.
-        head_MD: what the LM head reads at every response position, where that was asked for; wider than projected `values`.
+        layers: 1-based layer numbers, ascending. The model's last layer is the state after the final norm.
+        values: one tensor `[N, D]` per layer, in the order of `layers`. Row n is the same token in every layer.
+        rollout_index: `[N]`, the index of each position's rollout.
+        num_rollouts: number of rollouts read, including those without a selected position.
+        head_MD: `[M, E]`, the LM head's input at every response position, if requested. E may differ from D when a bridge
+            has projected `values`.
     """
 
     layers: tuple[int, ...]
@@ -98,5 +99,5 @@ class States:
     head_MD: Float[Tensor, "M E"] | None = None
 
     def stacked(self) -> Float[Tensor, "L N D"]:
-        """One tensor `[L, N, D]` (a copy)."""
+        """`values` as one tensor `[L, N, D]` (a copy)."""
         return torch.stack(self.values)

@@ -1,8 +1,7 @@
-"""Rollouts for a teacher with another tokenizer: its own chat template, its own tokens, and partners for the student's positions.
+"""Rewrite the student's rollouts for a teacher with another tokenizer or template, and pair the positions (OPRD section 4).
 
-The teacher never sees an id of the student's. A prompt is rendered by the teacher's template; the student's response, as text,
-is split by the teacher's tokenizer; `oprd.alignment.boundaries` finds the positions where both have read the same bytes
-(OPRD section 4).
+The teacher's chat template renders the prompt, and its tokenizer splits the text of the student's response. Student ids are never
+passed to a teacher with another vocabulary. `oprd.alignment.boundaries` pairs positions that have read the same bytes.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from oprd.data.prompts import render
 from oprd.data.rows import PromptRow
 from oprd.types import FinishReason, Rollouts
 
-_PROBE = "OPRD-answer"  # stands for the answer in a chat template
+_PROBE = "OPRD-answer"  # placeholder answer, to find the text around it in a chat template
 
 
 @dataclass(frozen=True)
 class AlignmentStats:
-    """Counts over rollouts. `share` is the metric: student positions that found a partner.
+    """Alignment counts over rollouts. The metric is `share`, the share of student positions with a partner.
 
     Args:
-        positions: the student's response positions.
-        paired: those with a partner.
-        one_to_one: pairs whose next tokens are the same bytes.
-        teacher_positions: the teacher's response positions.
-        dropped: student positions without a partner, by reason.
+        positions: number of student response positions.
+        paired: number of student positions with a partner.
+        one_to_one: number of pairs whose next tokens have equal bytes.
+        teacher_positions: number of teacher response positions.
+        dropped: number of student positions without a partner, by reason.
     """
 
     positions: int = 0
@@ -44,7 +43,7 @@ class AlignmentStats:
 
     @classmethod
     def of(cls, alignments: Iterable[Alignment]) -> AlignmentStats:
-        """Sums over `alignments`."""
+        """Sum the counts of `alignments`."""
         items = list(alignments)
         dropped: Counter[DropReason] = Counter()
         for item in items:
@@ -59,7 +58,7 @@ class AlignmentStats:
         )
 
     def counts(self) -> dict[str, float]:
-        """For the log: counts that add up over batches, as `MetricWindow` takes them; every reason, as ranks add up by place."""
+        """Counts for the log, which sums them over batches. Every reason has a key, because ranks sum the values by index."""
         dropped = {f"alignment/{reason}": float(self.dropped.get(reason, 0)) for reason in get_args(DropReason)}
         return {
             "alignment/positions": self.positions, "alignment/paired": self.paired, "alignment/one_to_one": self.one_to_one,
@@ -68,7 +67,7 @@ class AlignmentStats:
 
     @property
     def share(self) -> float:
-        """Share of the student's positions that have a partner; 0 where there is no position."""
+        """Share of the student's positions with a partner; 0 without positions."""
         return self.paired / self.positions if self.positions else 0.0
 
 
@@ -79,32 +78,32 @@ def render_for_teacher(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt by the teacher's own chat template and tokenizer.
+    """Token ids of a prompt, from the teacher's chat template and tokenizer.
 
     Args:
         row: the prompt.
-        teacher_tokenizer: with its chat template.
-        chat_template_kwargs: arguments of the template, the thinking switch among them (`enable_thinking`).
-        system_prompt: the teacher's own; takes the place of one in the row.
+        teacher_tokenizer: the teacher's tokenizer, with its chat template.
+        chat_template_kwargs: arguments of the template, such as `enable_thinking`.
+        system_prompt: system prompt for the teacher; replaces the row's.
 
     Raises:
-        ValueError: as `oprd.data.prompts.render`; or a system prompt for a prompt that is plain text.
+        ValueError: as `oprd.data.prompts.render`; or a system prompt is given for a plain-text prompt.
     """
     return render(with_system(row, system_prompt), teacher_tokenizer, chat_template_kwargs)
 
 
 def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
-    """The row with another system prompt; as it is without one.
+    """The row with `system_prompt` in place of its own; unchanged if `system_prompt` is None.
 
     Raises:
-        ValueError: a system prompt for a prompt that is plain text.
+        ValueError: a system prompt is given for a plain-text prompt.
     """
     if system_prompt is None:
         return row
     if isinstance(row.prompt, str):
         raise ValueError(
-            f"{row.source}: teacher_system_prompt is {system_prompt[:40]!r}, and the prompt is plain text, which no chat template "
-            "sees; give the prompt as messages or leave it out"
+            f"{row.source}: teacher_system_prompt is {system_prompt[:40]!r}, but the prompt is plain text, which has no system "
+            "message; give the prompt as messages or leave teacher_system_prompt out"
         )
     rest = [message for message in row.prompt if message["role"] != "system"]
     return PromptRow([{"role": "system", "content": system_prompt}, *rest], row.answer, row.source)
@@ -113,7 +112,7 @@ def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
 def template_space(
     row: PromptRow, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
-    """The whitespace that a chat template puts between its generation prompt and an answer ("[/INST]" and " Yes"), often none."""
+    """The whitespace that a chat template inserts between generation prompt and answer ("[/INST]" and " Yes"); often none."""
     if isinstance(row.prompt, str) or tokenizer.chat_template is None:
         return ""
     kwargs = {"tokenize": False, **(chat_template_kwargs or {})}
@@ -121,27 +120,27 @@ def template_space(
     try:
         before = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, **kwargs)
         after, found, _ = tokenizer.apply_chat_template(answered, **kwargs).partition(_PROBE)
-    except (TemplateError, ValueError):  # a template that takes no such conversation
+    except (TemplateError, ValueError):  # the template refuses this conversation
         return ""
     space = after.removeprefix(before) if found and after.startswith(before) else ""
     return space if space.isspace() else ""
 
 
 class Aligner:
-    """Turns the student's rollouts into the teacher's tokens; built once for a pair of tokenizers, used at every step.
+    """Converts the student's rollouts to the teacher's tokens. Build it once per pair of tokenizers and use it at every step.
 
     Args:
-        student_tokenizer: that the rollouts were sampled with.
-        teacher_tokenizer: that the teacher was trained with.
-        student_stop_ids: ids that end the student's turn (`oprd.models.tokens.stop_token_ids`); None: the tokenizer's end token.
-        teacher_end_id: what ends the teacher's turn; None: its tokenizer's end token.
-        special_map: student id → teacher id of other special tokens that mean the same.
+        student_tokenizer: the tokenizer that the rollouts were sampled with.
+        teacher_tokenizer: the teacher's tokenizer.
+        student_stop_ids: ids that end the student's turn (`oprd.models.tokens.stop_token_ids`); None: the tokenizer's EOS.
+        teacher_end_id: id that ends the teacher's turn; None: its tokenizer's EOS.
+        special_map: student id → teacher id of other special tokens with the same meaning.
         chat_template_kwargs: arguments of the student's chat template.
-        teacher_chat_template_kwargs: arguments of the teacher's.
-        teacher_system_prompt: the teacher's own system prompt; None keeps the row's.
+        teacher_chat_template_kwargs: arguments of the teacher's chat template.
+        teacher_system_prompt: system prompt for the teacher; None keeps the row's.
 
     Raises:
-        ValueError: a tokenizer whose tokens' bytes cannot be known; an end or mapped id that the teacher does not have.
+        ValueError: the bytes of a tokenizer's tokens cannot be determined, or the teacher lacks an end or mapped id.
     """
 
     def __init__(
@@ -163,7 +162,9 @@ class Aligner:
         end = teacher_end_id if teacher_end_id is not None else teacher_tokenizer.eos_token_id
         for what, i in [("teacher_end_id", end), *(("special_map", i) for i in (special_map or {}).values())]:
             if i not in teacher.pieces and i not in teacher.control:
-                raise ValueError(f"{what}: {i} is no id of the teacher's tokenizer; give the id of a token that it has")
+                raise ValueError(
+                    f"{what}: {i} is not an id of the teacher's tokenizer; give the id of one of its tokens"
+                )
         self.pair = TokenizerPair(
             student=TokenBytes.of(student_tokenizer, "student's tokenizer"),
             teacher=teacher,
@@ -178,14 +179,14 @@ class Aligner:
     def align(
         self, rollouts: Rollouts, rows: Sequence[PromptRow] | Mapping[int, PromptRow]
     ) -> tuple[Rollouts, list[Alignment], AlignmentStats]:
-        """The teacher's rollouts (its prompt, its ids), an alignment a rollout, and counts.
+        """Convert `rollouts` to the teacher's prompts and ids. Returns them with one alignment per rollout and the counts.
 
         Args:
-            rollouts: the student's.
-            rows: the dataset rows that `rollouts.rows` points into.
+            rollouts: the student's rollouts.
+            rows: the dataset rows that `rollouts.rows` refers to.
 
         Raises:
-            ValueError: a prompt that the teacher's template cannot render; names the row.
+            ValueError: the teacher's template cannot render a prompt; the message names the row.
         """
         rendered: dict[int, tuple[list[int], str, str]] = {}
         prompts, alignments = [], []
@@ -210,15 +211,15 @@ class Aligner:
         return teacher_rollouts, alignments, AlignmentStats.of(alignments)
 
     def shared_vocabulary(self, teacher_stop_ids: Collection[int] = ()) -> tuple[list[int], list[int]]:
-        """Ids of both tokenizers that mean the same, in two lists of equal length, ascending by the student's.
+        """Pairs of ids with the same meaning, as two lists of equal length, ascending by the student's id.
 
-        Equal bytes; special tokens by `special_map`; the student's usual end of turn with the teacher's. One id a side for the
-        same bytes: the one that the tokenizer itself would write (a letter rather than its byte token). Ids that the teacher reads
-        as they are (`same_ids`) are partners of themselves, special tokens among them. The probability of the student's other stop
-        ids belongs to the end of turn too: add it before comparing.
+        Pairs are tokens with equal bytes, special tokens in `special_map`, and the student's usual end of turn with the teacher's.
+        If several ids of a side have the same bytes, the one that its tokenizer writes is used (a letter, not its byte token). Ids
+        in `same_ids`, special tokens included, pair with themselves. The student's other stop ids also end the turn: add their
+        probability to the end of turn before comparing.
 
         Args:
-            teacher_stop_ids: further ids that end the teacher's turn; they are partners of no text.
+            teacher_stop_ids: further ids that end the teacher's turn; they are not paired with text.
         """
         theirs = _ids_by_bytes(self.pair.teacher)
         shared = {ours: theirs[piece] for piece, ours in _ids_by_bytes(self.pair.student).items() if piece in theirs}
@@ -253,7 +254,7 @@ def align_rollouts(
     teacher_tokenizer: PreTrainedTokenizerBase,
     **settings: Any,
 ) -> tuple[Rollouts, list[Alignment], AlignmentStats]:
-    """`Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)`, for a single use.
+    """Run `Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)` once.
 
     Example:
         >>> teacher_rollouts, alignments, stats = align_rollouts(rollouts, rows, student_tokenizer, teacher_tokenizer)

@@ -1,8 +1,8 @@
-"""Positions of two tokenizers that have read the same bytes of a response (OPRD section 4), one rollout at a time.
+"""Pair the positions of two tokenizers by the bytes of the response read so far (OPRD section 4), one rollout at a time.
 
-Position t (0-based) is the state that predicts response token t: it has read the response tokens before t. A position of the
-student and one of the teacher are partners where the bytes of the response that each has read are the same. Bytes are compared,
-never decoded text: a token may end inside a character, and bytes that are no character all decode alike.
+Position t (counted from 0) is the state that predicts response token t: it has read the response tokens before t. A student and a
+teacher position are partners if they have read the same bytes of the response. The comparison uses bytes, not decoded text: a
+token may end inside a character, and all invalid bytes decode to the same replacement character.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ DropReason = Literal["no_boundary", "cut_character", "invalid_utf8", "special_to
 
 @dataclass(frozen=True)
 class Alignment:
-    """One rollout of the student beside the same response in the teacher's tokens.
+    """A student's response, the same response in the teacher's tokens, and the paired positions.
 
     Args:
-        content: the bytes of the response that both read, without an opening. 0xFF, which no text has, stands for a special
-            token that has a partner by meaning.
-        student_read: bytes of `content` read at each student position, as far as its tokens can be read at all; ascending.
-        teacher_read: likewise, per teacher position.
-        teacher_opening: ids of the teacher's for whitespace that its tokenizer or template puts before a response; they belong
-            to its prompt.
-        teacher_ids: the response in the teacher's ids, its end of turn included where the student ended. Without an end, a
-            last position that has a partner is followed by the end's id all the same: no model reads a response's last token.
-        ended: the student's end of turn has the teacher's as its partner.
-        student_positions: positions of the student that have a partner, ascending.
+        content: the bytes of the response that both models read, without the opening whitespace. The byte 0xFF, which does not
+            occur in UTF-8, marks a mapped special token.
+        student_read: number of bytes of `content` read at each student position, ascending; covers the readable tokens.
+        teacher_read: the same for each teacher position.
+        teacher_opening: teacher ids of whitespace that its tokenizer or template inserts before a response. They belong to
+            its prompt.
+        teacher_ids: the response in teacher ids, including the end of turn if the student ended. Otherwise the end id is still
+            appended if the last position has a partner; no model reads the last token of a response.
+        ended: whether the student's end of turn is paired with the teacher's.
+        student_positions: student positions with a partner, ascending.
         teacher_positions: their partners, ascending.
-        one_to_one: whether the next tokens of each such pair are the same bytes (or both the end, or mapped on each other).
-        dropped: student positions without a partner by reason: the teacher has no boundary there; in or after a character that
-            the length limit cut; after bytes that are no UTF-8; after a special token that `special_map` does not have; after
-            something that the teacher's tokenizer cannot write.
+        one_to_one: for each pair, whether the next tokens have equal bytes, are both the end, or are mapped to each other.
+        dropped: number of student positions without a partner, by reason. "no_boundary": the teacher has no token boundary there.
+            "cut_character": in or after a character that the length limit cut. "invalid_utf8": after bytes that are not UTF-8.
+            "special_token": after a special token missing from `special_map`. "unknown_to_teacher": after text that the
+            teacher's tokenizer cannot encode.
     """
 
     content: bytes
@@ -54,10 +55,10 @@ class Alignment:
     dropped: Mapping[DropReason, int]
 
     def select(self, positions: str = "all", position_k: int | None = None) -> tuple[list[int], list[int]]:
-        """The pairs in a position set P(ŷ), counted among the pairs: the student's positions and the teacher's.
+        """Select a position set P(ŷ) among the pairs; returns the student's and the teacher's positions.
 
         Raises:
-            ValueError: the set is not known (see `oprd.states.positions`).
+            ValueError: the set is unknown (see `oprd.states.positions`).
         """
         chosen = select_positions(len(self.student_positions), positions, position_k)
         return [self.student_positions[i] for i in chosen], [self.teacher_positions[i] for i in chosen]
@@ -65,14 +66,14 @@ class Alignment:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """What must be known of two tokenizers to align their tokens.
+    """Two tokenizers, their end tokens and their matching special tokens.
 
     Args:
         student: the student's tokens.
-        teacher: the teacher's.
-        stop_ids: ids that end the student's turn, its usual end first.
-        end_id: the teacher's id that ends its turn.
-        special_map: student id → teacher id of other special tokens that mean the same.
+        teacher: the teacher's tokens.
+        stop_ids: ids that end the student's turn, the usual one first.
+        end_id: the id that ends the teacher's turn.
+        special_map: student id → teacher id of other special tokens with the same meaning.
     """
 
     student: TokenBytes
@@ -82,10 +83,10 @@ class TokenizerPair:
     special_map: Mapping[int, int]
 
     def same_ids(self) -> frozenset[int]:
-        """Ids that are the same token on both sides where both share one text vocabulary; else none.
+        """Ids of the tokens that both sides share, if their text vocabularies are equal; otherwise none.
 
-        Such ids are passed on as they are: the teacher reads the very tokens that the student wrote. Two vocabularies that
-        agree on some ids only get none: there the teacher should read a text as it would split it itself.
+        The teacher reads these ids unchanged. If the vocabularies agree only in part, the teacher should split the text with
+        its own tokenizer.
         """
         ours = {i: piece for i, piece in self.student.pieces.items() if i not in self.student.added}
         theirs = {i: piece for i, piece in self.teacher.pieces.items() if i not in self.teacher.added}
@@ -98,7 +99,7 @@ class TokenizerPair:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A response as one side reads it: ids, bytes read before each and after the last, and why it stops early."""
+    """A response in one side's tokens: ids, number of bytes read before each id and after the last, and why it stops early."""
 
     ids: list[int]
     read: list[int]
@@ -115,14 +116,14 @@ def align_completion(
     student_opening: str = "",
     teacher_opening: str = "",
 ) -> Alignment:
-    """Align one completion of the student, whatever ids it consists of.
+    """Align one completion of the student with the teacher's tokens. Accepts any ids.
 
     Args:
         pair: the tokenizers.
-        same_ids: `pair.same_ids()`, which takes long enough to be kept.
-        completion: the student's ids, its end of turn included where it wrote one.
-        finish_reason: "stop" where it did.
-        student_opening: whitespace that is no part of the response where the student's tokens begin with it.
+        same_ids: `pair.same_ids()`, passed in because it is slow to compute.
+        completion: the student's ids, including a generated end of turn.
+        finish_reason: "stop" if the student ended its turn.
+        student_opening: whitespace that is not part of the response if the student's tokens begin with it.
         teacher_opening: whitespace that the teacher expects before a response.
     """
     last = completion[-1]
@@ -136,7 +137,7 @@ def align_completion(
         student = _read_student(pair, body, student_opening)
         teacher, opening = _write_teacher(pair, student, teacher_opening, cut=not ends)
     complete = ends and teacher.stopped is None
-    whole = min(len(completion), len(teacher.read))  # the very same tokens: every position has its like
+    whole = min(len(completion), len(teacher.read))  # with shared tokens, every position pairs with itself
     pairs = [(t, t) for t in range(whole)] if shared else _pair_positions(student.read[: len(completion)], teacher.read)
     follows = complete or not teacher.ids or pairs[-1][1] == len(teacher.ids)
     paired = {t for t, _ in pairs}
@@ -159,7 +160,7 @@ def align_completion(
         one_to_one=tuple(
             _same_next(pair, same_ids, completion[t], teacher.ids[u])
             if u < len(teacher.ids)
-            else complete and t == len(completion) - 1  # not where the student has only its opening space to write
+            else complete and t == len(completion) - 1  # false if the student still has its opening space to write
             for t, u in pairs
         ),
         dropped=dict(dropped),
@@ -167,7 +168,7 @@ def align_completion(
 
 
 def _shared_start(pair: TokenizerPair, same_ids: frozenset[int], body: list[int], opening: str) -> _Reading | None:
-    """The student's own ids, where the teacher can read them up to the end or up to one that stands for nothing."""
+    """The student ids the teacher can read unchanged: all of them, or those before an unmapped special token; else None."""
     count = next((n for n, i in enumerate(body) if i not in same_ids), len(body))
     stops = count < len(body)
     if not same_ids or (stops and (body[count] in pair.student.pieces or body[count] in pair.special_map)):
@@ -178,7 +179,7 @@ def _shared_start(pair: TokenizerPair, same_ids: frozenset[int], body: list[int]
 
 
 def _read_student(pair: TokenizerPair, body: list[int], opening: str) -> _Reading:
-    """All bytes that the student wrote, up to a special token without a partner; UTF-8 or not."""
+    """The student's response as bytes, up to the first unmapped special token. It need not be valid UTF-8."""
     pieces: list[bytes] = []
     for i in body:
         piece = b"\xff" if i in pair.special_map else pair.student.pieces.get(i)
@@ -190,9 +191,9 @@ def _read_student(pair: TokenizerPair, body: list[int], opening: str) -> _Readin
 
 
 def _without_opening(pieces: list[bytes], opening: str) -> tuple[list[int], bytes]:
-    """Bytes read before each piece and after the last, and all of them, both without an opening that they begin with.
+    """Number of bytes read before each piece and after the last, and the joined bytes, both without a leading opening.
 
-    A response of nothing but the opening is an empty text: the tokenizer itself decodes it to one.
+    A response that is only the opening is an empty text, as the tokenizer also decodes it.
     """
     content, lead = b"".join(pieces), opening.encode()
     skipped = len(lead) if content.startswith(lead) else 0
@@ -200,7 +201,7 @@ def _without_opening(pieces: list[bytes], opening: str) -> tuple[list[int], byte
 
 
 def _write_teacher(pair: TokenizerPair, student: _Reading, opening: str, *, cut: bool) -> tuple[_Reading, list[int]]:
-    """The response in the teacher's ids, as far as it is text that the teacher can write; and the ids of the opening alone."""
+    """The response in teacher ids, up to the first part that the teacher cannot encode; and the ids of the opening."""
     ids: list[int] = []
     pieces: list[bytes] = []
     stopped, lead = student.stopped, 0
@@ -221,12 +222,12 @@ def _write_teacher(pair: TokenizerPair, student: _Reading, opening: str, *, cut:
             stopped = "unknown_to_teacher" if not whole else "cut_character" if at_cut else "invalid_utf8"
             break
     read = [max(0, n - lead) for n in accumulate(map(len, pieces), initial=0)]
-    before = sum(n == 0 for n in read[1:])  # tokens of nothing but the opening
+    before = sum(n == 0 for n in read[1:])  # number of tokens that lie fully in the opening
     return _Reading(ids[before:], read[before:], student.content[: read[-1]], stopped), ids[:before]
 
 
 def _parts(pair: TokenizerPair, student: _Reading) -> list[bytes | int]:
-    """The student's response as runs of bytes, with the teacher's ids of mapped special tokens between them."""
+    """The student's response as byte strings, separated by the teacher ids of mapped special tokens."""
     parts: list[bytes | int] = []
     start = 0
     for n, i in enumerate(student.ids):
@@ -237,7 +238,7 @@ def _parts(pair: TokenizerPair, student: _Reading) -> list[bytes | int]:
 
 
 def _decode(part: bytes) -> tuple[str, Literal["", "partial", "invalid"]]:
-    """The longest beginning that is UTF-8, and whether what follows is the beginning of a character or no UTF-8 at all."""
+    """The longest valid UTF-8 prefix, and what follows it: nothing (""), a cut character ("partial") or invalid bytes."""
     try:
         return part.decode(), ""
     except UnicodeDecodeError as error:
@@ -245,7 +246,7 @@ def _decode(part: bytes) -> tuple[str, Literal["", "partial", "invalid"]]:
 
 
 def _write_text(table: TokenBytes, text: str) -> tuple[list[int], bool]:
-    """The ids of `text` up to the first that is not exactly its bytes, and whether there is none such."""
+    """The ids of `text` up to the first whose bytes differ from the text, and whether they cover the whole text."""
     if not text:
         return [], True
     content, ids, at = text.encode(), table.encode(text), 0
@@ -258,8 +259,11 @@ def _write_text(table: TokenBytes, text: str) -> tuple[list[int], bool]:
 
 
 def _pair_positions(student_read: Sequence[int], teacher_read: Sequence[int]) -> list[tuple[int, int]]:
-    """Positions that have read equally much; the first of the student's where several have (a space that is no text)."""
-    theirs = {n: u for u, n in enumerate(teacher_read)}  # strictly ascending: no token of the teacher's is empty
+    """Pairs of positions that have read the same number of bytes.
+
+    Several student positions may have read equally much, because an opening space does not count; the first is used.
+    """
+    theirs = {n: u for u, n in enumerate(teacher_read)}  # strictly ascending, since no teacher token is empty
     pairs: list[tuple[int, int]] = []
     for t, n in enumerate(student_read):
         if n in theirs and (not pairs or theirs[n] > pairs[-1][1]):
@@ -268,7 +272,7 @@ def _pair_positions(student_read: Sequence[int], teacher_read: Sequence[int]) ->
 
 
 def _same_next(pair: TokenizerPair, same_ids: frozenset[int], ours: int, theirs: int) -> bool:
-    """Whether two tokens mean the same: equal bytes, or special tokens that are partners."""
+    """Whether two tokens have equal bytes, or are special tokens mapped to each other."""
     if ours in pair.special_map:
         return pair.special_map[ours] == theirs
     piece = pair.student.pieces.get(ours)

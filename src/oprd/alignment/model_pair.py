@@ -16,11 +16,11 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
-from oprd.models.loading import LoadedModel
+from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.tokens import vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
-from oprd.states.teachers import CanSample, HasHead, Teacher
+from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher
 from oprd.types import Rollouts
 
 
@@ -102,6 +102,33 @@ class ModelPair:
         self.rendering = rendering or TeacherPromptSettings()
         self.compared = compared or ComparedPositions()
         self.head_dtype = head_dtype
+
+    @property
+    def models(self) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher, for code that reads the weights of both.
+
+        Raises:
+            ValueError: the teacher is not a model in this process.
+        """
+        if not isinstance(self.teacher, FrozenTeacher):
+            raise ValueError(f"teacher_model: {type(self.teacher).__name__} is not a model that is loaded here")
+        return self.student.model, self.teacher.model
+
+    @property
+    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+        """Tokenizers of student and teacher.
+
+        Raises:
+            ValueError: the teacher's is unknown.
+        """
+        if self.teacher_tokenizer is None:
+            raise ValueError("teacher_processing_class: the teacher's tokenizer is needed here, and is not known")
+        return self.tokenizer, self.teacher_tokenizer
+
+    @property
+    def infos(self) -> tuple[ModelInfo, ModelInfo]:
+        """Facts of student and teacher."""
+        return self.student.info, self.teacher.info
 
     @cached_property
     def shared_vocabulary(self) -> SharedVocabulary:

@@ -1,8 +1,8 @@
-"""The bytes that each token of a tokenizer stands for, read off the tokenizer's own description, never off a model's name.
+"""The bytes of each token, derived from the tokenizer's own description and not from a model name.
 
-A tokenizer of the library `tokenizers` says in its JSON how tokens become text (its decoder) and what it does to a text before
-it looks tokens up (normalizer, pre-tokenizer). From that follows, exactly, which bytes a token adds to a text. Whatever makes
-that impossible (a decoder that cleans up, a normalizer that lower-cases, …) is refused with the reason.
+The JSON of a `tokenizers` tokenizer describes how tokens become text (decoder) and how it changes a text before tokenising it
+(normalizer, pre-tokenizer). These determine exactly which bytes a token adds to a text. A tokenizer where they do not (a decoder
+that cleans up, a normalizer that lower-cases, …) raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 OpeningRule = Literal["never", "first", "segment", "always"]
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-# Undone in the encoder: they rewrite characters or add a space, so that a text would be read as another one.
+# Removed from the encoder: these steps rewrite characters or add a space, so the ids would encode a different text.
 _REWRITING = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip"}
 _SPACE_REMOVING = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
 _CHECKED_TOKENS = 256
@@ -27,17 +27,17 @@ _CHECKED_TOKENS = 256
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """What the token ids of one tokenizer stand for, and its encoder for parts of a text.
+    """The bytes of one tokenizer's tokens, and an exact encoder for parts of a text.
 
     Args:
-        name: of the tokenizer, for messages.
-        pieces: id → the bytes that it adds to a text. Bytes of several tokens may be needed for one character.
-        control: id → name of the tokens that stand for no text (start, end, padding, unknown, other special tokens).
-        added: ids of added tokens; a text is tokenised separately on either side of one.
-        opening_rule: where the tokenizer puts a space of its own before a text: nowhere, at the very start ("first"), after
-            every added token as well ("segment"), or before any token ("always": words joined by spaces).
-        encoder: the tokenizer with everything off that changes a text: Unicode normalisation, the space of its own, dropout,
-            reading special tokens out of plain text.
+        name: the tokenizer's name, for messages.
+        pieces: id → the bytes it adds to a text. One character may take the bytes of several tokens.
+        control: id → name of each token without text (start, end, padding, unknown, other special tokens).
+        added: ids of added tokens; the text on either side of one is tokenised separately.
+        opening_rule: where the tokenizer inserts a space before a text: nowhere ("never"), at the start ("first"), also after
+            every added token ("segment"), or before any token ("always": words joined by spaces).
+        encoder: the tokenizer without the steps that change a text: Unicode normalisation, inserted space, dropout, and
+            recognising special tokens in plain text.
     """
 
     name: str
@@ -49,15 +49,16 @@ class TokenBytes:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, name: str = "tokenizer") -> TokenBytes:
-        """Read a tokenizer: byte-level BPE (GPT-2, Qwen, Llama 3, tiktoken's), SentencePiece's kind, characters, words.
+        """Build the table for a tokenizer: byte-level BPE (GPT-2, Qwen, Llama 3, tiktoken), SentencePiece style, characters, words.
 
         Raises:
-            ValueError: the bytes of its tokens cannot be known exactly; says why.
+            ValueError: the bytes of its tokens cannot be determined exactly; the message gives the reason.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise _refused(
-                name, f"{type(tokenizer).__name__} is not one of the library `tokenizers`, which describe themselves"
+                name,
+                f"{type(tokenizer).__name__} is not from the library `tokenizers`, so it has no description to read",
             )
         description = json.loads(backend.to_str())
         vocabulary = _vocabulary(description["model"], name)
@@ -66,7 +67,7 @@ class TokenBytes:
         special |= _unknown_ids(description["model"], vocabulary)
         words = {**{i: word for word, i in vocabulary.items()}, **{i: token["content"] for i, token in added.items()}}
         read = _piece_reader(description, name)
-        # The byte-level decoder would take an accented letter of an added token for a byte; encoding reads it as the letter.
+        # Added tokens are plain text: the byte-level decoder would misread their accented letters as byte stand-ins.
         plain = any(step["type"] == "ByteLevel" for step in _steps(description["decoder"]))
         pieces = {i: w.encode() if plain and i in added else read(w) for i, w in words.items() if i not in special}
         table = cls(
@@ -81,9 +82,9 @@ class TokenBytes:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it stands: no start token, no space of the tokenizer's own, special tokens' names are plain text.
+        """Encode `text` exactly: no start token, no inserted space, names of special tokens as plain text.
 
-        Not every tokenizer can write every text: compare the bytes of the ids with those of the text.
+        Some tokenizers cannot encode every text: compare the bytes of the ids with those of the text.
 
         Raises:
             ValueError: the tokenizer fails on this text.
@@ -96,11 +97,11 @@ class TokenBytes:
             ) from error
 
     def opening(self, prompt_ids: Sequence[int], template_space: str = "") -> str:
-        """The whitespace before a response that belongs to the tokenizer or the chat template and not to the response.
+        """The whitespace before a response that the tokenizer or the chat template inserts; it is not part of the response.
 
         Args:
-            prompt_ids: the prompt that the response follows.
-            template_space: whitespace that the chat template puts before a response.
+            prompt_ids: token ids of the prompt.
+            template_space: whitespace that the chat template inserts before a response.
         """
         fresh = all(i in self.control for i in prompt_ids)
         after_added = bool(prompt_ids) and prompt_ids[-1] in self.added
@@ -110,7 +111,7 @@ class TokenBytes:
 
 def _refused(name: str, reason: str) -> ValueError:
     return ValueError(
-        f"{name}: the bytes of its tokens cannot be known exactly, so its positions cannot be aligned with another's: {reason}. "
+        f"{name}: the bytes of its tokens cannot be determined, so its positions cannot be aligned with another's: {reason}. "
         "Allowed are byte-level, SentencePiece-style, character and word tokenizers of the library `tokenizers`; choose a "
         "model with one of these, or a teacher that shares the student's tokenizer"
     )
@@ -127,7 +128,7 @@ def _steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _vocabulary(model: Mapping[str, Any], name: str) -> dict[str, int]:
-    """Token → id of the tokenizer's model, added tokens left out."""
+    """Token → id of the tokenizer's model, without added tokens."""
     for setting in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
             raise _refused(
@@ -145,7 +146,7 @@ def _unknown_ids(model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> set
 
 
 def _piece_reader(description: Mapping[str, Any], name: str) -> Callable[[str], bytes]:
-    """How a token's name becomes its bytes, in a text that goes on after other tokens."""
+    """A function from a token's name to the bytes it adds after other tokens."""
     steps = _steps(description["decoder"])
     kinds = [step["type"] for step in steps]
     if not kinds:
@@ -172,7 +173,7 @@ def _piece_reader(description: Mapping[str, Any], name: str) -> Callable[[str], 
 
 
 def _check_words(description: Mapping[str, Any], name: str) -> None:
-    """Without a decoder tokens are joined by spaces: right only where the spaces of a text were removed before."""
+    """Without a decoder, tokens are joined by spaces. Check that the pre-tokenizer removed the text's own spaces."""
     removing = [
         s
         for s in _steps(description["pre_tokenizer"])
@@ -189,10 +190,10 @@ def _check_words(description: Mapping[str, Any], name: str) -> None:
 
 
 def _replacement(step: Mapping[str, Any], fused: bool, name: str) -> tuple[str, str] | None:
-    """What a decoder step replaces in every token, None where it replaces nothing.
+    """The (old, new) replacement that a decoder step makes in every token, or None.
 
     Raises:
-        ValueError: what the step does to a token depends on other tokens, or is not known.
+        ValueError: the step's effect on a token depends on other tokens or is unknown.
     """
     if step["type"] in ("Fuse", "ByteFallback"):
         return None
@@ -203,12 +204,12 @@ def _replacement(step: Mapping[str, Any], fused: bool, name: str) -> tuple[str, 
         if old and (len(old) == 1 or not fused):
             return old, step["content"]
     if step["type"] == "Strip" and fused and step["content"] == " " and step["start"] <= 1 and step["stop"] == 0:
-        return None  # the one leading space of a whole text: see `opening`
+        return None  # strips only the leading space of a whole text, which `opening` handles
     raise _refused(name, f"its decoder has the step {dict(step)}, whose effect on a single token is not known")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
+    """GPT-2's map from a printable character to each of the 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
@@ -233,12 +234,12 @@ def _opening_rule(description: Mapping[str, Any]) -> OpeningRule:
 
 
 def _exact_encoder(description: dict[str, Any], special: set[int], name: str) -> Tokenizer:
-    """A copy of the tokenizer that reads a text as it stands."""
+    """A copy of the tokenizer without the steps that change a text."""
     normalizers = []
     for step in _steps(description["normalizer"]):
         kept = step["type"] == "ByteLevel" or (step["type"] == "Replace" and step["pattern"].get("String") == " ")
         if not (kept or step["type"] in _REWRITING or step["type"] == "Replace"):
-            raise _refused(name, f"its normalizer has the step {step['type']}, which loses what the text was")
+            raise _refused(name, f"its normalizer has the step {step['type']}, which changes the text irreversibly")
         normalizers += [step] if kept else []
     splitters = _steps(description["pre_tokenizer"])
     for step in splitters:
@@ -261,7 +262,7 @@ def _exact_encoder(description: dict[str, Any], special: set[int], name: str) ->
 
 
 def _check_against_decoder(table: TokenBytes, backend: Tokenizer, description: Mapping[str, Any]) -> None:
-    """Decode some tokens, each three times in a row, and refuse the tokenizer where the last two are not its bytes."""
+    """Decode a sample of tokens, each three times in a row; raise unless the last two repeats equal the token's bytes."""
     plain = [i for i in table.pieces if i not in table.added]
     for i in plain[:: max(1, len(plain) // _CHECKED_TOKENS)]:
         try:
@@ -269,11 +270,11 @@ def _check_against_decoder(table: TokenBytes, backend: Tokenizer, description: M
         except UnicodeDecodeError:
             continue
         if _BYTE_TOKEN.fullmatch(backend.id_to_token(i) or ""):
-            continue  # some decoders leave byte tokens as they are called; encoding uses them as bytes
+            continue  # some decoders print the names of byte tokens, although the encoder uses them as bytes
         decoded = backend.decode([i, i, i], skip_special_tokens=False)
         if not decoded.endswith(piece + piece):
             kinds = [step["type"] for step in _steps(description["decoder"])]
             raise _refused(
                 table.name,
-                f"id {i} should add {piece!r} to a text, and its decoder ({kinds}) makes {decoded!r} of three",
+                f"id {i} should add {piece!r} to a text, but its decoder ({kinds}) decodes three of it to {decoded!r}",
             )

@@ -1,4 +1,8 @@
-"""OPRD-Bridge (section 3): what a student's and a differently built teacher's states have in common, fitted in closed form."""
+"""OPRD-Bridge (section 3): closed-form projections that make states of differently built models comparable.
+
+May be imported by config and every later package.
+Start reading at `bridge.py`; `fit.py` has the mathematics.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""OPRD-Bridge (section 3): frozen projections that bring a student's and another teacher's states into one space of r numbers.
+"""OPRD-Bridge (section 3): frozen projections of student and teacher states into a common space of r dimensions.
 
-A `Bridge` is fitted once, in closed form, and never trained. It knows which two models it is for, and refuses any other.
+A `Bridge` is fitted once, in closed form, and never trained. It stores the fingerprints of its two models and rejects other models.
 On disk it is a folder: `bridge.safetensors` (projections, R², curves), `bridge.json` (the rest) and a manifest with their digests.
 """
 
@@ -28,7 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BridgePair:
-    """One pair of layers: the teacher's layer φ(l), the projections (float32) and how good they were on held-out tokens."""
+    """One pair of layers: the teacher's layer φ(l), the projections (float32) and their quality on held-out tokens."""
 
     teacher_layer: int
     fit: PairFit
@@ -40,13 +40,14 @@ class Bridge:
     """Frozen projections for the fitted pairs of layers, at one rank.
 
     Args:
-        pairs: by student layer.
-        rank: directions in use; `max_rank` are there.
-        scale: "none", "mean" (divide by the directions' root-mean-square spread) or "direction" (each by its own).
+        pairs: fitted pairs by student layer.
+        rank: number of directions in use, at most `max_rank`.
+        scale: divisor of projected states: "none", "mean" (the directions' root-mean-square spread) or "direction" (each
+            direction's own spread).
         student: fingerprint of the student at the time of the fit.
-        teacher: that of the teacher.
-        options: how the bridge was fitted.
-        software: versions it was fitted with.
+        teacher: fingerprint of the teacher at the time of the fit.
+        options: options of the fit.
+        software: software versions at the time of the fit.
     """
 
     pairs: Mapping[int, BridgePair]
@@ -83,23 +84,23 @@ class Bridge:
         ridge: float | str = 1e-4,
         intercept: bool = True,
     ) -> Bridge:
-        """A bridge from statistics that were gathered in one pass over rollouts of the student.
+        """Fit a bridge from statistics of the student's rollouts.
 
         Args:
-            statistics: of each student layer l with teacher layer φ(l), on the tokens to fit on.
-            held_out: likewise on tokens of other rollouts.
+            statistics: statistics of each student layer l with teacher layer φ(l), on the tokens to fit on.
+            held_out: the same on tokens from other rollouts.
             layer_map: φ(1), …, φ(L_S) (`oprd.states.layer_maps.layer_map`).
-            student: whose states they are.
-            teacher: likewise.
-            rank: directions to use; default the median over layers of the suggested rank, at least 1.
-            max_rank: directions to keep; default all that every layer has.
+            student: fingerprint of the student.
+            teacher: fingerprint of the teacher.
+            rank: directions to use; default: the median of the layers' suggested ranks, at least 1.
+            max_rank: directions to keep per layer; default: all.
             scale: see `Bridge`.
             projector: "least_squares", "procrustes" or "cca".
             ridge: see `oprd.bridge.fit.fit_pair`.
-            intercept: whether the student's mean is subtracted.
+            intercept: whether to subtract the student's mean.
 
         Raises:
-            ValueError: layers that the map, the models or `held_out` do not have; a rank that was not fitted.
+            ValueError: a layer is missing from the map, the models or `held_out`, or the rank was not fitted.
         """
         _check_layers(statistics, held_out, layer_map, student, teacher)
         options = {"projector": projector, "ridge": ridge, "intercept": intercept}
@@ -118,7 +119,7 @@ class Bridge:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Student layers that it has projections for, ascending."""
+        """Student layers with projections, ascending."""
         return tuple(sorted(self.pairs))
 
     @property
@@ -128,26 +129,26 @@ class Bridge:
 
     @property
     def max_rank(self) -> int:
-        """The highest rank that every pair of layers has."""
+        """The highest rank available in every pair of layers."""
         return min(len(pair.fit.variance_R) for pair in self.pairs.values())
 
     @property
     def verdict(self) -> tuple[VerdictKind, tuple[int, ...]]:
-        """What held-out tokens say of this pair of models (`oprd.bridge.curve.verdict`)."""
+        """How to distil this pair of models, judged on held-out tokens (`oprd.bridge.curve.verdict`)."""
         reports = {layer: pair.report for layer, pair in self.pairs.items()}
         return verdict(reports, same_depth=self.student.layers == self.teacher.layers)
 
     def project_student(self, layer: int, states_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N r"]:
-        """P_S(h_S − µ_S) of student layer `layer`, scaled; differentiable in the states. At least float32.
+        """P_S(h_S − µ_S) of student layer `layer`, scaled. Differentiable in the states; computed in at least float32.
 
         Raises:
-            ValueError: no projection for this layer, or states of another width.
+            ValueError: the layer has no projection, or the states have another width.
         """
         fit = self._pair(layer).fit
         return self._project(fit.student_RD, fit.student_mean_D, fit.variance_R, states_ND)
 
     def project_teacher(self, layer: int, states_NE: Float[Tensor, "N E"]) -> Float[Tensor, "N r"]:
-        """P_T(h_T − µ_T) of teacher layer φ(`layer`), scaled likewise; `layer` is the student's.
+        """P_T(h_T − µ_T) of teacher layer φ(`layer`), with the same scale; `layer` is the student's.
 
         Raises:
             ValueError: as `project_student`.
@@ -164,7 +165,9 @@ class Bridge:
         dtype, device = torch.promote_types(states_NX.dtype, torch.float32), states_NX.device
         rows_rX = rows_RX[: self.rank].to(device, dtype)
         rows_rX = rows_rX / SCALES[self.scale](variance_R[: self.rank]).to(device, dtype)[:, None]
-        with torch.autocast(device.type, enabled=False):  # whose bfloat16 would lose what is left after the mean
+        with torch.autocast(
+            device.type, enabled=False
+        ):  # bfloat16 would lose the small rest after subtracting the mean
             return (states_NX.to(dtype) - mean_X.to(device, dtype)) @ rows_rX.T
 
     def _pair(self, layer: int) -> BridgePair:
@@ -176,27 +179,27 @@ class Bridge:
         return self.pairs[layer]
 
     def with_rank(self, rank: int) -> Bridge:
-        """The same bridge at another rank, of at most `max_rank`."""
+        """The same bridge at another rank, at most `max_rank`."""
         return replace(self, rank=rank)
 
     def for_layers(self, layers: Sequence[int]) -> Bridge:
-        """The part for these student layers, each with its own projections.
+        """The same bridge restricted to these student layers.
 
         Raises:
-            ValueError: a layer that it was not fitted for.
+            ValueError: the bridge was not fitted for a layer.
         """
         return replace(self, pairs={layer: self._pair(layer) for layer in sorted(layers)})
 
     def to(self, device: torch.device | str) -> Bridge:
-        """The same bridge with its projections on `device`, so that projecting does not copy them each time."""
+        """The same bridge with its projections on `device`, which avoids a copy per projection."""
         moved = {layer: replace(p, fit=p.fit.map(lambda t: t.to(device))) for layer, p in self.pairs.items()}
         return replace(self, pairs=moved)
 
     def check_models(self, student: Fingerprint, teacher: Fingerprint) -> None:
-        """Refuse models that the bridge was not fitted for.
+        """Check that the bridge was fitted for these models.
 
         Raises:
-            ValueError: names the side, what differs, and both models.
+            ValueError: a model differs; the message names the side, both models and the differences.
         """
         for side, known, given in (("student", self.student, student), ("teacher", self.teacher, teacher)):
             differences = known.differences(given)
@@ -207,10 +210,10 @@ class Bridge:
                 )
 
     def save(self, folder: str | Path) -> None:
-        """Write the bridge as a new folder, all of it or nothing.
+        """Write the bridge atomically to a new folder.
 
         Raises:
-            ValueError: there is something at `folder` already.
+            ValueError: `folder` exists and is not an empty folder.
         """
         write_folder(Path(folder), *_to_disk(self))
 
@@ -223,17 +226,17 @@ class Bridge:
         layers: Sequence[int] | None = None,
         rank: int | None = None,
     ) -> Bridge:
-        """The bridge that `save` wrote, checked against its digests and against what it is to be used for.
+        """Load a saved bridge and check its digests and, if given, its models, layers and rank.
 
         Args:
-            folder: where it is.
-            student: the model to train; None leaves this side unchecked.
-            teacher: likewise.
-            layers: student layers to load; default all that it has.
-            rank: directions to use; default the saved choice.
+            folder: folder of the bridge.
+            student: fingerprint of the model to train; None skips the check.
+            teacher: fingerprint of the teacher; None skips the check.
+            layers: student layers to load; default: all.
+            rank: directions to use; default: the saved rank.
 
         Raises:
-            ValueError: no bridge there, a damaged file, other models, a layer or a rank that it does not have.
+            ValueError: there is no bridge, a file is damaged, a model differs, or a layer or the rank is not available.
         """
         bridge = _from_disk(*read_folder(Path(folder)))
         bridge.check_models(student or bridge.student, teacher or bridge.teacher)
@@ -263,7 +266,7 @@ def _check_layers(
 
 
 def _to_disk(bridge: Bridge) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by "layer.part.field", and everything else as JSON."""
+    """Split a bridge into tensors named "layer.part.field" and a dict for JSON."""
     tensors: dict[str, Tensor] = {}
     pairs: dict[str, dict[str, Any]] = {}
     for layer, pair in bridge.pairs.items():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
@@ -21,14 +20,12 @@ from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import num_layers
 from oprd.models.fingerprint import fingerprint
-from oprd.models.loading import LoadedModel
 from oprd.rollouts.engine import Sampling, derive_seed
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.states.capture import gather_states, read_states
 from oprd.states.layer_maps import LayerMapSpec, layer_map
 from oprd.states.layers import LayerSpec, resolve_layers
 from oprd.states.requests import StateRequest, plan_micro_batches
-from oprd.states.teachers import FrozenTeacher
 from oprd.types import Rollouts, States
 
 logger = logging.getLogger("oprd")
@@ -71,24 +68,21 @@ def fit_bridge(
         ValueError: layers or prompts that do not fit, an argument that is not allowed, or too few rollouts for the share held out.
     """
     check_fitting(len(rows), held_out, **fitting)
-    student, teacher, tokenizers = _sides(pair)
-    models = (student.model, teacher.model)
-    if max(fitting.get("rank") or 1, 1) > teacher.info.width:
-        raise ValueError(f"rank: {fitting['rank']} is more than the teacher's width, which is {teacher.info.width}")
+    models, (student, teacher) = pair.models, pair.infos
+    if max(fitting.get("rank") or 1, 1) > teacher.width:
+        raise ValueError(f"rank: {fitting['rank']} is more than the teacher's width, which is {teacher.width}")
     prompts = pair.prompts(
         rows, name="prompts", max_completion_length=max_completion_length, max_prompt_length=max_prompt_length
     )
     held = held_out_rollouts(len(prompts), held_out)
-    depths = student.info.layers, teacher.info.layers
+    depths = student.layers, teacher.layers
     chosen = resolve_layers(layers, depths[0])
     phi = None if maps == "cka" else layer_map(maps, *depths)
-    widths = student.info.width, teacher.info.width
+    widths = student.width, teacher.width
     fit_on, judged_on = ({l: PairStatistics(*widths, seed=seed + part) for l in chosen} for part in (0, 1))
     engine = TransformersEngine(pair.tokenizer, pair.stop_token_ids, batch_size)
-    prints = [
-        fingerprint(model, tokenizer, info.name)
-        for model, tokenizer, info in zip(models, tokenizers, (student.info, teacher.info), strict=True)
-    ]
+    sides = zip(models, pair.tokenizers, pair.infos, strict=True)
+    prints = [fingerprint(model, tokenizer, info.name) for model, tokenizer, info in sides]
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         rollouts = engine.generate(
@@ -111,15 +105,6 @@ def fit_bridge(
     assert phi is not None, "prompts are never empty"
     bridge = Bridge.fit(fit_on, judged_on, phi, student=prints[0], teacher=prints[1], **fitting)
     return replace(bridge, options={**bridge.options, "text": asdict(pair.rendering)})
-
-
-def _sides(
-    pair: ModelPair,
-) -> tuple[LoadedModel, FrozenTeacher, tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]]:
-    teacher, tokenizer = pair.teacher, pair.teacher_tokenizer
-    if not isinstance(teacher, FrozenTeacher) or tokenizer is None:
-        raise ValueError("teacher: a bridge is fitted to a model that is loaded here, with its tokenizer")
-    return pair.student, teacher, (pair.tokenizer, tokenizer)
 
 
 def read_pairs(

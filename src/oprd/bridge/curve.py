@@ -1,7 +1,7 @@
-"""What held-out tokens say of a fitted pair of layers: error by direction and rank, the rank to use, the verdict on two models.
+"""Evaluate a fitted pair of layers on held-out tokens: error by direction and rank, suggested rank, verdict on two models.
 
-All but the mean cosine is closed form in the held-out statistics (Theorem 3 of OPRD for the choice of the rank).
-Letters here: R directions, K tokens of the held-out sample.
+All measures except the mean cosine are closed-form in the held-out statistics. Theorem 3 of OPRD gives the rank.
+Letters: R directions, K tokens in the held-out sample.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from oprd.bridge.statistics import PairStatistics
 
 VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hopeless"]
 
-# Thresholds of `verdict`, not tuned. They follow published leads (LastOPD, RIDE: CKA about 0.98 between models of one origin, harm
-# from matching all layers of unrelated ones), Theorem 3, and the embedded pair, which is distilled directly although its student is
-# early in training: CKA 0.88 to 0.95, direct R² 0.69 to 0.86; with an untrained teacher: CKA 0.33 to 0.03, direct R² below −2.
-DIRECT_CKA = 0.8  # models of one origin have at least this CKA on every layer …
-DIRECT_R2 = 0.5  # … and agree dimension by dimension, which CKA does not see: half of the teacher's variance without a projection
-USABLE_PREDICTABLE = 0.5  # of a layer that can be bridged, the student must predict half of the teacher's variance
-USABLE_CKA = 0.3  # below it, what the student predicts of the teacher is a small part of its own variance
+# Thresholds of `verdict`, not tuned. Sources: papers (LastOPD, RIDE: CKA of about 0.98 between models of the same origin, harm from
+# matching all layers of unrelated models), Theorem 3, and the embedded pair. Direct distillation works for the embedded pair,
+# whose student is early in training: CKA 0.88 to 0.95, direct R² 0.69 to 0.86. An untrained teacher: CKA 0.33 to 0.03, R² < −2.
+DIRECT_CKA = 0.8  # minimum CKA of every layer for models of the same origin
+DIRECT_R2 = 0.5  # minimum direct R² as well: CKA ignores whether dimensions are aligned
+USABLE_PREDICTABLE = 0.5  # minimum share of the teacher's variance that the student predicts in a layer to bridge
+USABLE_CKA = 0.3  # below it, the prediction uses only a small part of the student's own variance
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """How good a `PairFit` is on held-out tokens.
+    """Quality of a `PairFit` on held-out tokens.
 
     Args:
-        tokens: tokens of the fit.
-        held_out_tokens: tokens it was tested on.
-        cka: linear CKA of the two layers' states, of the fit's tokens.
-        direct_r2: R² of the student's state as the teacher's without any projection; None where widths differ.
-        predictable: Σ w_i ρ_i², share of the teacher's whole variance that the student predicts (w_i: direction i's share).
-        suggested_rank: where Theorem 3's error is least; ρ² crosses 1/2 there. 0 where no direction is worth using.
-        r2_R: ρ_i², R² of each direction; below 0 where its mean would have been the better guess.
+        tokens: number of tokens in the fit.
+        held_out_tokens: number of tokens in the evaluation.
+        cka: linear CKA of the two layers' states, on the fit's tokens.
+        direct_r2: R² of the student's state as a prediction of the teacher's, without projection; None if the widths differ.
+        predictable: Σ w_i ρ_i², share of the teacher's total variance that the student predicts (w_i: direction i's share).
+        suggested_rank: rank with the smallest error of Theorem 3, where ρ² crosses 1/2. 0 if no direction is worth using.
+        r2_R: ρ_i², R² of each direction; below 0 if the mean predicts better.
         rank_r2_R: R² of the first 1, 2, … directions together.
-        rank_cosine_R: mean cosine of both projected vectors at rank 1, 2, …; from the held-out sample.
+        rank_cosine_R: mean cosine of the two projected vectors at rank 1, 2, …, on the held-out sample.
         rank_error_R: Theorem 3's Σ_{i>r} λ_i ρ_i² + Σ_{i≤r} λ_i (1 − ρ_i²) at rank 1, 2, …, as a share of Σ λ_i.
     """
 
@@ -58,9 +58,9 @@ class PairReport:
 
 
 def direction_errors(fit: PairFit, statistics: PairStatistics) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Mean squared error of each direction's prediction, and the variance (1/n) of what is predicted, both in closed form.
+    """Mean squared error of each direction's prediction, and the variance (1/n) of its target, both in closed form.
 
-    E e_i² = (s_iᵀ Σ_SS s_i − 2 s_iᵀ Σ_ST p_i + p_iᵀ Σ_TT p_i)/n + (s_i·(µ_S' − µ_S) − p_i·(µ_T' − µ_T))², Σ and µ' of `statistics`.
+    E e_i² = (s_iᵀ Σ_SS s_i − 2 s_iᵀ Σ_ST p_i + p_iᵀ Σ_TT p_i)/n + (s_i·(µ_S' − µ_S) − p_i·(µ_T' − µ_T))², Σ, µ' of `statistics`.
     """
     student_RD, teacher_RE = fit.student_RD, fit.teacher_RE
     predicted_R = ((student_RD @ statistics.student_DD) * student_RD).sum(1)
@@ -84,7 +84,8 @@ def rank_cosines(fit: PairFit, statistics: PairStatistics) -> Float[Tensor, " R"
 def predicted_errors(variance_R: Float[Tensor, " R"], r2_R: Float[Tensor, " R"]) -> Float[Tensor, " R_plus_1"]:
     """Theorem 3's total error Σ_{i>r} λ_i ρ_i² + Σ_{i≤r} λ_i (1 − ρ_i²) at rank r = 0, 1, …, R.
 
-    What is left out above r and could have been learnt, plus what is demanded below r and cannot be. ρ² is taken into [0, 1].
+    The first sum is the learnable variance that rank r leaves out, the second the unlearnable variance that it includes. ρ² is
+    clamped to [0, 1].
     """
     useful_R = variance_R * r2_R.clamp(0, 1)
     change_R = variance_R - 2 * useful_R
@@ -92,15 +93,15 @@ def predicted_errors(variance_R: Float[Tensor, " R"], r2_R: Float[Tensor, " R"])
 
 
 def report_pair(fit: PairFit, statistics: PairStatistics, held_out: PairStatistics) -> PairReport:
-    """The report on `fit`, which was made from `statistics`, at all its ranks.
+    """Evaluate `fit` at all ranks.
 
     Args:
-        fit: with all its directions, as Theorem 3 wants those above the rank too.
-        statistics: of the tokens it was fitted on.
-        held_out: of tokens of other rollouts, with a sample.
+        fit: the fit with all its directions; Theorem 3 also needs those above the rank.
+        statistics: statistics of the fit's tokens.
+        held_out: statistics of tokens from other rollouts, with a sample.
 
     Raises:
-        ValueError: fewer than 2 held-out tokens, or no sample of them.
+        ValueError: there are fewer than 2 held-out tokens, or no sample of them.
     """
     if held_out.n < 2 or not len(held_out.student_sample_KD):
         raise ValueError(
@@ -127,20 +128,22 @@ def report_pair(fit: PairFit, statistics: PairStatistics, held_out: PairStatisti
 
 
 def verdict(reports: Mapping[int, PairReport], *, same_depth: bool) -> tuple[VerdictKind, tuple[int, ...]]:
-    """What to do with a pair of models, and on which student layers.
+    """How to distil a pair of models, and on which student layers.
 
-    - "direct": every layer has CKA ≥ `DIRECT_CKA` and a direct R² ≥ `DIRECT_R2`, depth and width are equal: one origin, no bridge.
-    - "bridge all layers": every layer is usable, that is the student predicts at least `USABLE_PREDICTABLE` of the teacher's
-      held-out variance there and CKA is at least `USABLE_CKA`.
-    - "bridge last layers": the last layer is usable, and so is each from the one that is named first on.
-    - "hopeless": the last layer, which the LM head reads, is not.
+    A layer is usable if the student predicts at least `USABLE_PREDICTABLE` of the teacher's held-out variance and CKA is at least
+    `USABLE_CKA`.
+
+    - "direct": depth and width are equal, and every layer has CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`. No bridge is needed.
+    - "bridge all layers": every layer is usable.
+    - "bridge last layers": the last layers are usable; the returned layers run from the first of them to the last layer.
+    - "hopeless": the last layer, which feeds the LM head, is not usable.
 
     Args:
-        reports: by student layer; layers that were not fitted are not judged.
-        same_depth: whether both models have as many layers, so that "direct" is possible at all.
+        reports: reports by student layer; other layers are not judged.
+        same_depth: whether both models have the same number of layers, which "direct" requires.
 
     Raises:
-        ValueError: no report.
+        ValueError: there is no report.
     """
     if not reports:
         raise ValueError("verdict: there is no layer to judge; fit at least one pair of layers")

@@ -1,4 +1,4 @@
-"""A folder of tensors and JSON that is written whole or not at all, and read only when every file matches its digest."""
+"""Bridge folders: tensors and JSON, written atomically and verified by digest when read."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TENSORS, REST = "bridge.safetensors", "bridge.json"
 
 
 def refuse_existing(folder: Path) -> None:
-    """Make sure that a bridge may be written here.
+    """Check that `folder` is free for a new bridge.
 
     Raises:
-        ValueError: there is something at `folder` already.
+        ValueError: `folder` exists and is not an empty folder.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"bridge: {folder} exists already; choose another folder or remove it first")
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Write `tensors` and `rest` into a new folder: beside it first, with a manifest of digests, then renamed into place.
+    """Write `tensors`, `rest` and a manifest of digests to a staging folder, then rename it to `folder`.
 
     Raises:
-        ValueError: there is something at `folder` already, or `rest` has numbers that are not finite.
+        ValueError: `folder` exists and is not an empty folder, or `rest` has numbers that are not finite.
     """
     refuse_existing(folder)
     staging = folder.parent / f".{folder.name}.{os.getpid()}.staging"
@@ -47,15 +47,15 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str,
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest of a bridge's manifest, which has that of every other file: another content, another digest."""
+    """Digest of a bridge's manifest. It depends on the content of every file."""
     return file_digest(folder / MANIFEST)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_folder` wrote.
+    """Read the tensors and the rest that `write_folder` wrote.
 
     Raises:
-        ValueError: no such folder, or a file that is missing, truncated or changed.
+        ValueError: the folder does not exist, or a file is missing, truncated or changed.
     """
     if not folder.is_dir():
         raise ValueError(f"bridge: there is no folder {folder}; make one with oprd bridge fit")

@@ -1,8 +1,8 @@
-"""Fitting a bridge for one pair of layers, in closed form (OPRD Eq. 11–13).
+"""Fit a bridge for one pair of layers, in closed form (OPRD Eq. 11–13).
 
-Teacher directions p_i, most important first, and a student row s_i for each, so that s_i·(h_S − µ_S) predicts
-z_i = p_i·(h_T − µ_T). Every rank is fitted at once: rank r is the first r rows, on both sides. Everything in double precision.
-Letters here: D student's width, E teacher's width, R directions.
+The fit gives teacher directions p_i, most important first, and a student row s_i for each, so that s_i·(h_S − µ_S) predicts
+z_i = p_i·(h_T − µ_T). One fit serves all ranks: rank r uses the first r rows of both sides. All computation is double precision.
+Letters: D student's width, E teacher's width, R directions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from oprd.bridge.statistics import PairStatistics
 
 Rows = tuple[Float[Tensor, "R E"], Float[Tensor, "R D"]]
 
-# How the directions of both sides are scaled, from the variance λ of those in use: what projected vectors are divided by.
+# Divisors of the projected vectors of both sides, computed from the variance λ of the directions in use.
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda variance_r: torch.ones_like(variance_r[:1]),
     "mean": lambda variance_r: variance_r.mean(0, keepdim=True).sqrt(),
@@ -31,12 +31,12 @@ class PairFit:
     """Projections of one pair of layers.
 
     Args:
-        teacher_RE: P_T, a direction a row.
-        student_RD: P_S, the student's row for each of them.
+        teacher_RE: P_T, one direction per row.
+        student_RD: P_S, the student's row for each direction.
         teacher_mean_E: µ_T, subtracted from the teacher's states.
         student_mean_D: µ_S, subtracted from the student's states; zeros without an intercept.
-        variance_R: λ_i, variance of the teacher's states along each direction, with 1/(n − 1).
-        explained_R: share of the teacher's whole variance that the first 1, 2, … directions hold.
+        variance_R: λ_i, sample variance of the teacher's states along each direction, with 1/(n − 1).
+        explained_R: share of the teacher's total variance in the first 1, 2, … directions.
     """
 
     teacher_RE: Float[Tensor, "R E"]
@@ -47,10 +47,10 @@ class PairFit:
     explained_R: Float[Tensor, " R"]
 
     def first(self, rank: int) -> PairFit:
-        """The fit of a lower rank: its first `rank` rows.
+        """The fit at a lower rank: its first `rank` rows.
 
         Raises:
-            ValueError: it does not have that many.
+            ValueError: the fit has fewer rows.
         """
         if not 1 <= rank <= len(self.variance_R):
             raise ValueError(
@@ -60,14 +60,14 @@ class PairFit:
         return replace(self, **{name: getattr(self, name)[:rank] for name in rows})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PairFit:
-        """The fit with every tensor changed: to another dtype, to another device."""
+        """Apply `change` to every tensor, for example a dtype or device conversion."""
         return PairFit(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
 def principal_directions(statistics: PairStatistics) -> Float[Tensor, "R E"]:
-    """Unit eigenvectors of the teacher's sample covariance, largest variance first; those without variance are left out.
+    """Unit eigenvectors of the teacher's sample covariance with non-zero variance, largest variance first.
 
-    The sign of a direction, which the equations leave open, makes its component of largest magnitude positive.
+    Signs are fixed so that each direction's component of largest magnitude is positive.
     """
     values, vectors = torch.linalg.eigh(statistics.teacher_EE)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
@@ -79,15 +79,15 @@ def _signed(rows_RE: Tensor) -> Tensor:
 
 
 def least_squares(statistics: PairStatistics, ridge: float, intercept: bool) -> Rows:
-    """Principal directions, each regressed on the student's state: the minimum of Eq. 13, exactly."""
+    """Principal directions, each regressed on the student's state: the exact minimum of Eq. 13."""
     teacher_RE = principal_directions(statistics)
     return teacher_RE, _regress(statistics, teacher_RE, ridge, intercept)
 
 
 def procrustes(statistics: PairStatistics, ridge: float, intercept: bool) -> Rows:
-    """Principal directions, read from the student by one rotation and one scale: the (partial) isometry nearest to the teacher.
+    """Principal directions, predicted from the student by one rotation and one scale (the nearest partial isometry).
 
-    For students whose own geometry must not be bent; `ridge` has no meaning here.
+    Preserves the student's geometry. `ridge` is not used.
     """
     teacher_RE = principal_directions(statistics)
     left_DM, sizes_M, right_ME = torch.linalg.svd(statistics.cross_DE, full_matrices=False)
@@ -98,7 +98,7 @@ def procrustes(statistics: PairStatistics, ridge: float, intercept: bool) -> Row
 def cca(statistics: PairStatistics, ridge: float, intercept: bool) -> Rows:
     """The teacher's canonical directions, best predicted first, scaled to variance 1, each regressed on the student's state.
 
-    Principal directions with less than `ridge` times the first one's variance stay out, as they would be blown up by noise.
+    Principal directions with less than `ridge` times the largest variance are left out: whitening would amplify their noise.
     """
     basis_RE = principal_directions(statistics)
     sizes_R = ((basis_RE @ statistics.teacher_EE) * basis_RE).sum(1)
@@ -122,9 +122,9 @@ def _student_gram(statistics: PairStatistics, intercept: bool) -> Float[Tensor, 
 
 
 def _student_axes(statistics: PairStatistics, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors (rows, in units of the states) of the student's correlation matrix, without those of value 0.
+    """Non-zero eigenvalues and eigenvectors (rows, in units of the states) of the student's correlation matrix.
 
-    A dimension that varies by no more than float32 rounds its mean is constant: scaled to variance 1 it would be noise.
+    A dimension that varies no more than float32 rounding of its mean counts as constant; scaling it to variance 1 would give noise.
     """
     gram_DD = _student_gram(statistics, intercept)
     spread_D = gram_DD.diagonal().sqrt()
@@ -136,16 +136,16 @@ def _student_axes(statistics: PairStatistics, intercept: bool) -> tuple[Tensor, 
 
 
 def _regress(statistics: PairStatistics, teacher_RE: Tensor, ridge: float, intercept: bool) -> Float[Tensor, "R D"]:
-    """P_S = P_T·Σ h_T h_Sᵀ·(Σ h_S h_Sᵀ + ridge·diag(Σ h_S h_Sᵀ))⁻¹, by least norm where that has no inverse."""
+    """P_S = P_T·Σ h_T h_Sᵀ·(Σ h_S h_Sᵀ + ridge·diag(Σ h_S h_Sᵀ))⁻¹, the minimum-norm solution if singular."""
     values_M, axes_MD = _student_axes(statistics, intercept)
     return (teacher_RE @ statistics.cross_DE.T) @ axes_MD.T / (values_M + ridge) @ axes_MD
 
 
 def check_ridge(ridge: float | str) -> None:
-    """Refuse what is no ridge.
+    """Check a ridge setting.
 
     Raises:
-        ValueError: neither a number of at least 0 nor "auto".
+        ValueError: `ridge` is neither a number of at least 0 nor "auto".
     """
     if isinstance(ridge, str) and ridge != "auto":
         raise ValueError(f"ridge: {ridge!r} is not allowed; a number, 0 or more, or 'auto'")
@@ -163,18 +163,19 @@ def fit_pair(
     intercept: bool = True,
     held_out: PairStatistics | None = None,
 ) -> PairFit:
-    """The teacher's directions and the student's projector, of all ranks, from the statistics of one pair of layers.
+    """Fit the teacher's directions and the student's projector for one pair of layers, for all ranks.
 
     Args:
-        statistics: of the tokens to fit on.
-        projector: "least_squares" (the paper's aim, solved exactly), "procrustes" or "cca".
-        ridge: added to each student dimension's variance, as a share of it, so that the units of a dimension do not matter. The
-            default only keeps the sums invertible. "auto", where tokens are few: `choose_ridge` by `held_out`.
-        intercept: whether the student's mean is subtracted first. The teacher's always is.
-        held_out: of other tokens, for "auto".
+        statistics: statistics of the tokens to fit on.
+        projector: "least_squares" (the paper's objective, solved exactly), "procrustes" or "cca".
+        ridge: added to each student dimension's variance, as a share of it, so that units do not matter. The default only keeps
+            the sums invertible. "auto" calls `choose_ridge` with `held_out`; use it with few tokens.
+        intercept: whether to subtract the student's mean. The teacher's mean is always subtracted.
+        held_out: statistics of other tokens, for "auto".
 
     Raises:
-        ValueError: unknown projector, negative ridge, fewer than 2 tokens, or a teacher whose states never vary.
+        ValueError: the projector is unknown, the ridge is negative, there are fewer than 2 tokens, or the teacher's states do
+            not vary.
     """
     if projector not in PROJECTORS:
         raise ValueError(f"projector: {projector!r} is not one of {', '.join(PROJECTORS)}")
@@ -205,10 +206,16 @@ def choose_ridge(
     *,
     intercept: bool = True,
 ) -> float:
-    """The ridge with the least held-out error of least squares, summed over all of the teacher's dimensions.
+    """The ridge whose least-squares fit has the smallest held-out error, summed over all teacher dimensions.
 
-    In the student's eigenbasis a ridge is a factor g_i = 1/(v_i + ridge) an axis, and the error is gᵀMg − 2cᵀg + constant: one
+    In the student's eigenbasis, a ridge gives a factor g_i = 1/(v_i + ridge) per axis. The error is gᵀMg − 2cᵀg + constant, so one
     decomposition serves all ridges.
+
+    Args:
+        statistics: statistics of the tokens to fit on.
+        held_out: statistics of other tokens.
+        ridges: candidates.
+        intercept: whether to subtract the student's mean.
     """
     values_M, axes_MD = _student_axes(statistics, intercept)
     fitted_ME = axes_MD @ statistics.cross_DE
@@ -236,17 +243,17 @@ def adamw_projector(
     weight_decay: float = 0.01,
     seed: int = 0,
 ) -> PairFit:
-    """`fit` with its student rows trained by AdamW on stored states instead: the published way, for comparison only.
+    """Replace the student rows of `fit` by rows trained with AdamW on stored states: the paper's method, for comparison only.
 
-    The rows do not share a parameter and Adam's step has no scale, so one training at the highest rank is that of every rank.
+    Rows share no parameters and Adam's step is independent of the loss scale, so one training at the highest rank serves all ranks.
 
     Args:
-        fit: gives the teacher's directions, the means and the number of rows.
-        batches: student and teacher states of the tokens to fit on, one optimizer step a batch.
+        fit: provides the teacher's directions, the means and the number of rows.
+        batches: student and teacher states of the tokens to fit on; one optimizer step per batch.
         epochs: passes over all batches.
-        lr: learning rate, constant.
-        weight_decay: of AdamW.
-        seed: of the initial rows, drawn as `nn.Linear` draws them.
+        lr: constant learning rate.
+        weight_decay: weight decay of AdamW.
+        seed: seed of the initial rows, which are drawn as in `nn.Linear`.
     """
     shape, device = fit.student_RD.shape, batches[0][0].device
     student_mean_D, teacher_mean_E = fit.student_mean_D.to(device), fit.teacher_mean_E.to(device)

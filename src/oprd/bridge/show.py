@@ -1,4 +1,4 @@
-"""What a bridge is worth, for people: a JSON-able description and a picture of its rank curve."""
+"""Show a bridge's quality: a description for JSON and a plot of its rank curve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from oprd.bridge.bridge import Bridge
 
 
 def describe_bridge(bridge: Bridge) -> dict[str, Any]:
-    """What `oprd bridge inspect` shows, JSON-able: models, verdict, and for each pair of layers its curve over the rank."""
+    """The content of `oprd bridge inspect`, ready for JSON: models, verdict, and the rank curve of each pair of layers."""
     kind, usable = bridge.verdict
     rows = []
     for layer, pair in sorted(bridge.pairs.items()):
@@ -37,8 +37,8 @@ def describe_bridge(bridge: Bridge) -> dict[str, Any]:
 
 
 def plot_bridge(description: dict[str, Any], file: Path) -> None:
-    """The rank curve of each pair of layers (PNG): cosine of the projected sides, and R² of each direction."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state of pyplot
+    """Plot each pair of layers to a PNG: cosine of the projected sides by rank, and R² by direction."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global pyplot state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

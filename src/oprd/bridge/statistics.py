@@ -1,8 +1,8 @@
-"""All that a bridge needs of a pair of layers, in one pass over the tokens and in memory that does not grow with them.
+"""Statistics of a pair of layers for fitting a bridge, in one pass over the tokens and with constant memory.
 
 Sums of products of student and teacher states in double precision, centred and mergeable (Chan, Golub & LeVeque 1979), plus a small
-uniform sample of the states for what has no closed form in the sums. Several processes keep their own and merge; a held-out set
-is one more `PairStatistics`. Letters here: D student's width, E teacher's width, K tokens of the sample.
+uniform sample of the states for measures without a closed form in the sums. Processes collect separately and merge. Held-out tokens
+use a second `PairStatistics`. Letters: D student's width, E teacher's width, K tokens in the sample.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Tokens that are held in double precision at a time.
+# Tokens converted to double precision at a time.
 _CHUNK = 4096
-# Rows of a symmetric sum that a CPU computes together, from the diagonal on.
+# Rows of a symmetric sum that a CPU computes together; each strip starts at the diagonal.
 _STRIP = 144
 
 
 class PairStatistics:
-    """Streaming sufficient statistics of student states and the teacher states they are paired with, for one pair of layers.
+    """Streaming sufficient statistics of paired student and teacher states, for one pair of layers.
 
     Attributes:
-        n: tokens seen.
+        n: number of tokens.
         student_mean_D: µ_S.
         teacher_mean_E: µ_T.
         student_DD: Σ (h_S − µ_S)(h_S − µ_S)ᵀ.
         cross_DE: Σ (h_S − µ_S)(h_T − µ_T)ᵀ.
         teacher_EE: Σ (h_T − µ_T)(h_T − µ_T)ᵀ.
-        student_sample_KD: a uniform sample of the student's states, in float32.
+        student_sample_KD: uniform sample of the student's states, in float32.
         teacher_sample_KE: the teacher's states at the same tokens.
     """
 
@@ -43,18 +43,18 @@ class PairStatistics:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Empty statistics.
+        """Start with empty statistics.
 
         Args:
             student_width: D.
             teacher_width: E.
-            sample_size: tokens to keep a sample of; 0 keeps none.
-            seed: of the sample. Layers that see the same tokens with the same seed sample the same ones; processes, which see
-                different tokens, must have different seeds.
-            device: where the sums live. One with double precision, so not "mps".
+            sample_size: maximum number of tokens in the sample; 0 keeps none.
+            seed: sampling seed. Layers with the same tokens and seed sample the same tokens. Processes, which have different
+                tokens, need different seeds.
+            device: device of the sums. It must support double precision, so not "mps".
 
         Raises:
-            ValueError: a width below 1, a negative sample size.
+            ValueError: a width is below 1, or the sample size is negative.
         """
         if student_width < 1 or teacher_width < 1 or sample_size < 0:
             raise ValueError(
@@ -77,16 +77,16 @@ class PairStatistics:
 
     @torch.no_grad()
     def update(self, student_ND: Float[Tensor, "N D"], teacher_NE: Float[Tensor, "N E"]) -> None:
-        """Take in N more tokens; of any floating-point dtype, on any device. No graph is kept.
+        """Add N tokens, of any floating-point dtype and on any device, without gradient.
 
         Raises:
-            ValueError: widths other than announced, different numbers of tokens, or values that are not finite.
+            ValueError: the widths or the numbers of tokens do not match, or a value is not finite.
         """
         width = (len(self.student_mean_D), len(self.teacher_mean_E))
         if (student_ND.shape[1], teacher_NE.shape[1]) != width or len(student_ND) != len(teacher_NE):
             raise ValueError(
                 f"PairStatistics: student states {list(student_ND.shape)} and teacher states {list(teacher_NE.shape)} must be [N, "
-                f"{width[0]}] and [N, {width[1]}] with one N; position n of both must have read the same text"
+                f"{width[0]}] and [N, {width[1]}] with the same N; position n of both must have read the same text"
             )
         for student_nD, teacher_nE in zip(student_ND.split(_CHUNK), teacher_NE.split(_CHUNK), strict=True):
             if len(student_nD):
@@ -94,7 +94,7 @@ class PairStatistics:
 
     def _update(self, student_nD: Tensor, teacher_nE: Tensor) -> None:
         n = len(student_nD)
-        # Seeded by what came before, so that no generator's state is kept; hashed, as torch takes the low 32 bits of a seed only.
+        # Seed each chunk from the token count, so that no generator state is kept. Hash it: torch uses only 32 bits of a seed.
         digest = hashlib.blake2b(f"{self.seed} {self.n}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest))
         keys_n = torch.rand(n, generator=generator, dtype=torch.float64).to(student_nD.device)
@@ -102,10 +102,10 @@ class PairStatistics:
         if not (student_mean_D.isfinite().all() and teacher_mean_E.isfinite().all()):
             side = "student" if not student_mean_D.isfinite().all() else "teacher"
             raise ValueError(
-                f"PairStatistics: the {side}'s states have values that are not finite, and one is enough to spoil every sum. If "
+                f"PairStatistics: the {side}'s states have values that are not finite, which would invalidate every sum. If "
                 "its model overflows in float16, run it in bfloat16 or float32"
             )
-        # In double precision, as the means are.
+        # The means are double precision, so the differences are too.
         student, teacher = student_nD - student_mean_D, teacher_nE - teacher_mean_E
         _add_gram(self.student_DD, student)
         self.cross_DE.addmm_(student.T, teacher)
@@ -114,7 +114,10 @@ class PairStatistics:
         self._add_sample(keys_n, student_nD.float(), teacher_nE.float())
 
     def _shift(self, n: int, student_mean_D: Tensor, teacher_mean_E: Tensor) -> None:
-        """M ← M + δδᵀ·n·n'/(n + n') and µ ← µ + δ·n'/(n + n') with δ = µ' − µ, once the M' of n' more tokens is in M."""
+        """Update the means, after the centred sums M' of n' more tokens have been added to M.
+
+        M ← M + δδᵀ·n·n'/(n + n') and µ ← µ + δ·n'/(n + n') with δ = µ' − µ.
+        """
         total = self.n + n
         student_D, teacher_E = student_mean_D - self.student_mean_D, teacher_mean_E - self.teacher_mean_E
         if self.n:
@@ -126,7 +129,7 @@ class PairStatistics:
         self.n = total
 
     def _add_sample(self, keys_n: Tensor, student_nD: Tensor, teacher_nE: Tensor) -> None:
-        """Every token has a random key; the sample is the tokens with the smallest keys, whatever the order they came in."""
+        """Keep the tokens with the smallest random keys. The sample does not depend on the order of the tokens."""
         keys = torch.cat([self._keys_K, keys_n])
         kept = keys.argsort()[: self.sample_size]
         if len(self._keys_K) == self.sample_size and bool((kept < self.sample_size).all()):
@@ -137,16 +140,16 @@ class PairStatistics:
 
     @staticmethod
     def merge(parts: Sequence[PairStatistics]) -> PairStatistics:
-        """Statistics of all tokens of all `parts`, which stay as they are. The order matters for rounding only.
+        """Statistics of the tokens of all `parts`, which are not modified. The order affects only rounding.
 
         Raises:
-            ValueError: no part, or parts of different widths.
+            ValueError: there is no part, or the widths differ.
         """
         shapes = {tuple(part.cross_DE.shape) for part in parts}
         if len(shapes) != 1:
             raise ValueError(
                 f"PairStatistics.merge: the {len(parts)} parts have (student, teacher) widths {sorted(shapes)}; merge at least "
-                "one, and those of one pair of layers only"
+                "one part, and only parts of one pair of layers"
             )
         merged = PairStatistics(
             *shapes.pop(),
@@ -164,7 +167,7 @@ class PairStatistics:
         return merged
 
     def state(self) -> dict[str, Tensor]:
-        """Everything as tensors, for safetensors or for sending to another process; not copies."""
+        """The full state as tensors, for safetensors or another process. Tensors are not copied."""
         return {
             "counts": torch.tensor([self.n, self.sample_size, self.seed]),
             "student_mean_D": self.student_mean_D,
@@ -179,7 +182,7 @@ class PairStatistics:
 
     @staticmethod
     def from_state(state: Mapping[str, Tensor]) -> PairStatistics:
-        """What `state` gave, ready to go on."""
+        """Restore statistics from `state()`; they can be updated further."""
         n, sample_size, seed = state["counts"].tolist()
         made = PairStatistics(
             *state["cross_DE"].shape, sample_size=sample_size, seed=seed, device=state["cross_DE"].device
@@ -195,15 +198,15 @@ class PairStatistics:
     def cka(self) -> float:
         """Linear CKA = ‖Σ h_S h_Tᵀ‖² / (‖Σ h_S h_Sᵀ‖·‖Σ h_T h_Tᵀ‖), all centred (Kornblith et al. 2019); 0 for constant states.
 
-        Too high where tokens are not many times the widths: independent states then give about √(D·E)/n instead of 0.
+        Biased upwards unless tokens are many times the widths: independent states give about √(D·E)/n instead of 0.
         """
         norms = float(self.student_DD.norm() * self.teacher_EE.norm())
         return float(self.cross_DE.square().sum()) / norms if norms > 0 else 0.0
 
     def direct_r2(self) -> float | None:
-        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: how well the student's state is the teacher's without any projection.
+        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: R² of the student's state as a prediction of the teacher's, without projection.
 
-        None where widths differ. Near 1 for models of one origin, below 0 for two that only share their shape.
+        None if the widths differ. Near 1 for models of the same origin, below 0 for models that share only their shape.
         """
         if len(self.student_mean_D) != len(self.teacher_mean_E):
             return None
@@ -214,7 +217,7 @@ class PairStatistics:
 
 
 def _add_gram(sum_XX: Tensor, states_nX: Tensor) -> None:
-    """M ← M + HᵀH: the upper triangle by strips, mirrored; on an accelerator in one product, which is faster there."""
+    """M ← M + HᵀH. On a CPU, compute the upper triangle in strips and mirror it; on an accelerator, use one product."""
     width = len(sum_XX)
     step = _STRIP if sum_XX.device.type == "cpu" else width
     for start in range(0, width, step):
@@ -229,15 +232,18 @@ def cka_matrix(
 ) -> Float[Tensor, "S T"]:
     """Linear CKA of every student layer with every teacher layer, from states at the same K tokens (`PairStatistics` samples).
 
-    With the unbiased estimate of HSIC (Song et al. 2012), because the tokens are fewer than the widths here, where `cka` would come
-    out near 1 for anything. Independent states give about 0, now and then a little below.
+    Uses the unbiased estimate of HSIC (Song et al. 2012): K is smaller than the widths, where `PairStatistics.cka` would be near 1
+    for any states. Independent states give about 0, sometimes slightly below.
 
     Args:
-        students: one `[K, D]` a layer, at least 4 tokens.
-        teachers: one `[K, E]` a layer.
+        students: one `[K, D]` per layer, with K ≥ 4.
+        teachers: one `[K, E]` per layer.
+
+    Returns:
+        `[S, T]`, float64.
 
     Raises:
-        ValueError: fewer than 4 tokens, or other tokens on one side.
+        ValueError: there are fewer than 4 tokens, or the numbers of tokens differ.
     """
     counts = {len(states) for states in (*students, *teachers)}
     if len(counts) != 1 or min(counts) < 4:
@@ -249,7 +255,7 @@ def cka_matrix(
 
 
 def _centred_grams(layers: Sequence[Tensor]) -> Iterator[Tensor]:
-    """U-centred Gram matrices, flattened: the scalar product of two is K(K − 3) times the unbiased estimate of HSIC."""
+    """Flattened U-centred Gram matrices. The dot product of two is K(K − 3) times the unbiased estimate of HSIC."""
     for states_KD in layers:
         centred_KD = states_KD.double() - states_KD.double().mean(0)
         gram_KK = (centred_KD @ centred_KD.T).fill_diagonal_(0)

@@ -1,4 +1,8 @@
-"""The command line: one short file a verb. torch is imported inside the verbs, so that `oprd --help` answers at once."""
+"""The command line, one file per verb.
+
+Imports everything below it, torch only inside the verbs, so that `oprd --help` is fast.
+Start with `train`; `main` turns errors into one line.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ app.add_typer(data.app, name="data")
 
 @app.callback()
 def _root() -> None:
-    """Keep the verbs verbs, however many there are."""
+    """With a callback, typer keeps the verb on the command line even if there is only one."""
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 1 (OPRD_DEBUG=1 shows where it was raised)."""
+    """Run the command line. Bad input ends with one message and exit code 1; OPRD_DEBUG=1 shows the traceback."""
     try:
         app()
     except (ValueError, FloatingPointError, OSError, ImportError) as error:

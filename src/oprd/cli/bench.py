@@ -1,4 +1,4 @@
-"""`oprd bench`: what things cost, beside the floor and beside the ways of others."""
+"""`oprd bench`: time and memory of our code beside lower bounds and other implementations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure costs; every figure is a ratio within one run.", no_args_is_help=True)
+app = typer.Typer(help="Measure time and memory; compare only figures of the same run.", no_args_is_help=True)
 
 
 @app.command("update")
@@ -21,11 +21,11 @@ def update(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps what is measured; called again, only what is missing is measured."),
+        typer.Option(help="Folder that keeps results; called again, the command measures only what is missing."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda: one model of 1.5B, bfloat16.")] = "cpu",
 ) -> None:
-    """Time and memory of one update, loss and backward, by each objective and by the ways of others."""
+    """Time and memory of one update (loss and backward), by each of our objectives and by other implementations."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
@@ -56,7 +56,7 @@ def _update_on_gpu(
     from oprd.tools.bench.ways import WAYS
 
     if quick or resume is not None or len(model) > 1:
-        raise ValueError("--device cuda: takes one --model, --rounds and --json; it is done in minutes")
+        raise ValueError("--device cuda: takes one --model, --rounds and --json; it takes minutes")
     _check_json(json_file)
     report = bench_on_gpu(tuple(WAYS), say, shape=model[0] if model else SHAPE, rounds=rounds or 5)
     _finish(report, markdown(report), json_file)
@@ -73,7 +73,7 @@ def step(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
-    """A whole optimizer step, rollout included, beside TRL's DistillationTrainer and GKDTrainer."""
+    """Time and memory of an optimizer step, rollout included, beside TRL's DistillationTrainer and GKDTrainer."""
     _check_json(json_file)
     if (model is None) != (teacher is None):
         raise ValueError("--model, --teacher: give both or neither; one alone would be compared with a random model")
@@ -96,7 +96,7 @@ def growth(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
-    """How time and memory of an update grow with length, batch, layers, vocabulary and a bridge's rank."""
+    """Time and memory of an update against length, batch, layers, vocabulary and a bridge's rank."""
     _check_json(json_file)
     from oprd.cli.console import quiet_libraries, say
 
@@ -115,8 +115,10 @@ def rollout(
         str | None,
         typer.Option(help="Folder of a model with a chat template (default: a random one, SmolLM2's shape)."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights, in every way.")] = "float32",
-    prompts: Annotated[int | None, typer.Option(min=1, help="How many (default: 64; with --quick, 16).")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights, in every engine.")] = "float32",
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts (default: 64; with --quick, 16).")
+    ] = None,
     completion: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a completion (default: 96; with --quick, 24).")
     ] = None,
@@ -124,7 +126,7 @@ def rollout(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
-    """Tokens a second of each rollout engine beside bare `generate` and, where vLLM is installed, bare vLLM."""
+    """Tokens per second of each rollout engine beside bare `generate` and, where vLLM is installed, bare vLLM."""
     _check_json(json_file)
     from oprd.cli.console import quiet_libraries, say
 

@@ -1,4 +1,4 @@
-"""`oprd bridge fit | inspect`: a projection between a student and a teacher of another shape."""
+"""`oprd bridge fit` and `oprd bridge inspect`: projections between a student and a teacher of another shape."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Fit and look at a bridge to a teacher of another shape.", no_args_is_help=True)
+from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
+
+app = typer.Typer(help="Fit and inspect a bridge to a teacher of another shape.", no_args_is_help=True)
 
 
-# One line an option below: a command's signature is its documentation.
+# Long help texts, so that the signature below keeps one line per option.
 _Layers = Annotated[str, typer.Option(help="Student layers: all, last, even, odd, or a list such as [1,14,28].")]
-_Rank = Annotated[int | None, typer.Option(help="Directions to use (default: the median of the layers' suggestion).")]
+_Rank = Annotated[
+    int | None, typer.Option(help="Directions to use (default: the median of the layers' suggested ranks).")
+]
 _Ridge = Annotated[
-    str, typer.Option(help="A share of each dimension's variance; auto: chosen by the held-out rollouts.")
+    str, typer.Option(help="Ridge as a share of each dimension's variance; auto: the best on held-out rollouts.")
 ]
 _LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with each student layer's teacher layer.")]
-_Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
-_TeacherTemplate = Annotated[
-    str | None, typer.Option(help="Likewise the teacher's: it then reads prompts by its own template.")
-]
-_TeacherSystem = Annotated[str | None, typer.Option(help="System prompt that the teacher alone reads.")]
-_SpecialMap = Annotated[str | None, typer.Option(help="Special tokens of the student: the teacher's (JSON).")]
 
 
 @app.command("fit")
@@ -47,30 +45,24 @@ def fit(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
     max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
-    chat_template_kwargs: _Template = None,
-    teacher_chat_template_kwargs: _TeacherTemplate = None,
-    teacher_system_prompt: _TeacherSystem = None,
-    special_token_map: _SpecialMap = None,
+    chat_template_kwargs: Template = None,
+    teacher_chat_template_kwargs: TeacherTemplate = None,
+    teacher_system_prompt: TeacherSystem = None,
+    special_token_map: SpecialMap = None,
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
-    """Let the student write, let both models read, and fit projections in closed form; prints and writes what they are worth."""
+    """Fit a bridge in closed form on the student's own rollouts, print its fit on held-out rollouts, and save it."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     quiet_libraries()
-    from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.bridge.collect import check_fitting, fit_bridge
     from oprd.bridge.files import refuse_existing
     from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
-    text = TeacherPromptSettings(
-        chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
-        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
-        teacher_system_prompt=teacher_system_prompt,
-        special_token_map=_mapping("special_token_map", special_token_map),
-    )
+    text = prompt_settings(chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map)
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed)
     fitting: dict[str, Any] = {
@@ -93,7 +85,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A bridge's folder.")],
     output_dir: Annotated[Path | None, typer.Option(help="Write bridge.json and rank_curve.png here.")] = None,
 ) -> None:
-    """Print what a bridge is worth, layer by layer; with --output-dir also as JSON and a picture."""
+    """Print how well a bridge fits, layer by layer; with --output-dir also write it as JSON and a picture."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
@@ -109,7 +101,7 @@ def inspect(
 
 
 def _layers(name: str, text: str) -> str | list[Any]:
-    """A name, or a list of layers as YAML has it; a single number is a list of one."""
+    """Parse a name, or a YAML list of layers; a single number becomes a list of one."""
     import yaml
 
     try:
@@ -123,20 +115,7 @@ def _ridge(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        return text  # "auto"; anything else is refused by the fit
-
-
-def _mapping(name: str, text: str | None) -> dict[str, Any] | None:
-    """An option in JSON."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: {text!r} is not JSON ({error}); such as '{{\"enable_thinking\": false}}'") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: {text!r} is not allowed; an object such as '{{\"enable_thinking\": false}}'")
-    return value
+        return text  # "auto"; the fit refuses anything else
 
 
 def _show(bridge: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`oprd compare`: several objectives on the same pair, prompts and seeds."""
+"""`oprd compare`: several objectives on the same models, prompts and seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compare(
         bool, typer.Option("--report-only", help="Run nothing; write the report of the runs that are complete.")
     ] = False,
 ) -> None:
-    """Compare objectives: same models, prompts and seeds, one process a run. Called again, it runs what is missing."""
+    """Compare objectives on the same models, prompts and seeds, one process per run. Called again, it does the missing runs."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
@@ -68,6 +68,6 @@ def _show(report: dict[str, Any]) -> None:
     for best, cells in rows:
         marked = [cells[0], f"{cells[1]} *" if best else cells[1], *cells[2:]]
         shown.add_row(*marked, style="bold" if best else None)
-    (console if console.is_terminal else Console(width=140)).print(shown)  # a file or a pipe has no width to keep to
+    (console if console.is_terminal else Console(width=140)).print(shown)  # a file or a pipe has no width
     for note in notes(report):
         say(note)

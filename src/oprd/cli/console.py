@@ -1,4 +1,4 @@
-"""What the terminal shows: progress with the step's time split, plain lines where there is no terminal."""
+"""Terminal output: a progress bar with how the step's time is split, plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ console = Console(highlight=False)
 
 
 def say(line: str) -> None:
-    """Print one line as it is (model names and file names are text, never markup); of several processes, the first does."""
+    """Print one line without markup: names of models and files may hold brackets. Of several processes, the first prints."""
     if os.environ.get("RANK", "0") == "0":
         console.print(line, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    """Our own warnings shown, transformers' chatter not."""
+    """Show our own messages and hide those of transformers and datasets."""
     import transformers
     from datasets.utils.logging import disable_progress_bar
 
@@ -36,7 +36,7 @@ def quiet_libraries() -> None:
 
 
 def count_completions(every_seconds: float = 10.0) -> Callable[[int, int], None]:
-    """A function that prints how many completions are done, and the time left, every few seconds."""
+    """Return a function of (done, total) that prints progress and the time left every few seconds."""
     started = last = time.monotonic()
 
     def count(done: int, total: int) -> None:
@@ -51,7 +51,7 @@ def count_completions(every_seconds: float = 10.0) -> Callable[[int, int], None]
 
 @contextmanager
 def live_progress() -> Iterator[TrainerCallback]:
-    """A callback that shows training: a live bar on a terminal, a line every few seconds elsewhere."""
+    """Yield a callback that shows training: a live bar on a terminal, a line every few seconds elsewhere."""
     if not console.is_terminal:
         yield StepLines()
         return
@@ -64,7 +64,7 @@ def live_progress() -> Iterator[TrainerCallback]:
 
 
 def describe_step(logs: dict[str, Any]) -> str:
-    """Loss, cosine, accuracy, length and how the step's time was split, in one line."""
+    """One line with loss, cosine, accuracy, length, and how the step's time is split."""
     parts = [f"loss {logs['loss']:.4g}"]
     if "cosine" in logs:
         parts.append(f"cosine {logs['cosine']:.3f}")
@@ -77,19 +77,15 @@ def describe_step(logs: dict[str, Any]) -> str:
     return f"{'  '.join(parts)}  {total:.2f} s a step ({shares})"
 
 
-class _Shown(TrainerCallback):
-    """Takes the place of transformers' own progress output."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the clock of an earlier run."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-        self.last_line = 0.0
-
-
-class StepLines(_Shown):
-    """One line every few seconds, the first and the last step always."""
+class StepLines(TrainerCallback):
+    """Prints one line every few seconds, and always for the first and the last step."""
 
     every_seconds = 5.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self.last_line = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print a training step."""
@@ -104,12 +100,20 @@ class StepLines(_Shown):
         say(f"step {state.global_step:>4}/{state.max_steps}  {describe_step(logs)}  ETA {eta:.0f} s")
 
 
-class StepBar(_Shown):
-    """A live bar with the newest step's news."""
+class StepBar(TrainerCallback):
+    """A live bar that shows the newest step.
+
+    Args:
+        progress: draws the bar.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the first step; of a resumed run it is not 0."""
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
@@ -119,6 +123,6 @@ class StepBar(_Shown):
             self.progress.update(self.bar, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Renew the news."""
+        """Update the bar's text."""
         if state.is_world_process_zero and self.bar is not None and logs and "loss" in logs:
             self.progress.update(self.bar, news=describe_step(logs))

@@ -1,4 +1,4 @@
-"""`oprd data check`: problems of a benchmark that are also among the training prompts."""
+"""`oprd data check`: find problems of a benchmark among the training prompts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from oprd.data.contamination import Overlap, Problem
 
-app = typer.Typer(help="Look at prompt sets.", no_args_is_help=True)
+app = typer.Typer(help="Check prompt sets.", no_args_is_help=True)
 
 
 @app.callback()
 def _root() -> None:
-    """Keep `check` a word to be typed while it is the only one."""
+    """With a callback, typer keeps `check` on the command line although it is the only verb."""
 
 
 @app.command("check")
@@ -26,20 +26,25 @@ def check(
     train: Annotated[
         str, typer.Argument(help="Training prompts: .parquet, .jsonl, .json, hub name, generated:addition.")
     ],
-    test: Annotated[str, typer.Argument(help="Benchmark problems, likewise.")],
+    test: Annotated[str, typer.Argument(help="Benchmark problems, given in the same ways.")],
     threshold: Annotated[
-        float, typer.Option(help="Least similarity of a match, above 0 to 1; 0.5: half of the shorter text.")
+        float,
+        typer.Option(
+            help="Least similarity of a match, above 0, at most 1; at 0.5, half of the shorter text must match."
+        ),
     ] = 0.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write counts and all pairs here.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
     fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,
     train_split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
-    test_split: Annotated[str, typer.Option(help="Likewise.")] = "test",
-    train_limit: Annotated[int | None, typer.Option(help="First rows only; how many problems to generate.")] = None,
-    test_limit: Annotated[int | None, typer.Option(help="Likewise.")] = None,
-    seed: Annotated[int, typer.Option(help="Of generated problems.")] = 0,
+    test_split: Annotated[str, typer.Option(help="The same for the benchmark.")] = "test",
+    train_limit: Annotated[
+        int | None, typer.Option(help="Use the first rows only; of a generated task, how many.")
+    ] = None,
+    test_limit: Annotated[int | None, typer.Option(help="The same for the benchmark.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of generated problems.")] = 0,
 ) -> None:
-    """Find benchmark problems that are, word for word or nearly, among the training prompts. Other numbers: another problem."""
+    """Find benchmark problems that are, word for word or nearly, among the training prompts. Numbers must be the same."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
@@ -63,7 +68,7 @@ def check(
 
 
 def _show(overlap: Overlap, limit: int) -> None:
-    """Print the best pair of each test problem that has one, most similar first; `--json` has all."""
+    """Print the best match of each benchmark problem, most similar first; `--json` writes all matches."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -77,13 +82,13 @@ def _show(overlap: Overlap, limit: int) -> None:
     for match in best[:limit]:
         degree = "same" if match.exact else f"{match.similarity:.2f}"
         table.add_row(degree, _cell(match.test), _cell(match.train))
-    (console if console.is_terminal else Console(width=140)).print(table)  # a file or a pipe has no width to keep to
+    (console if console.is_terminal else Console(width=140)).print(table)  # a file or a pipe has no width
     if len(best) > limit:
         say(f"… and {len(best) - limit} more: --show {len(best)}, or --json FILE for every pair")
 
 
 def _cell(problem: Problem, longest: int = 240) -> Text:
-    r"""Source and text as they are, never markup; what would steer the terminal is shown as `\x1b`."""
+    r"""Source and text without markup; control characters are shown as `\x1b`."""
     from rich.text import Text
 
     more = f" (and {len(problem.sources) - 1} more)" if len(problem.sources) > 1 else ""

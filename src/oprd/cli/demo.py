@@ -1,4 +1,4 @@
-"""`oprd demo`: the method at work on a laptop CPU, with models that come with the package."""
+"""`oprd demo`: train models that come with the package, on a laptop CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 PAIRS = {
     "same-origin": "a teacher of the same origin (OPRD-Vanilla)",
-    "wider": "a teacher of 6 layers and width 160, itself of 4 and 128 (OPRD-Bridge)",
-    "other-tokenizer": "a teacher of 6 layers that reads pieces of text, itself single characters (OPRD-Bridge, aligned)",
+    "wider": "a teacher of 6 layers and width 160; the student has 4 and 128 (OPRD-Bridge)",
+    "other-tokenizer": "a teacher whose tokens are pieces of text; the student's are single characters (OPRD-Bridge, aligned)",
 }
 BRIDGED = {"wider": "embedded:wider/teacher", "other-tokenizer": "embedded:other-tokenizer/teacher"}
 
@@ -28,7 +28,7 @@ def demo(
     pair: Annotated[
         str,
         typer.Option(
-            help="same-origin: teacher and student of one run; by a bridge: wider (and deeper), other-tokenizer (and deeper)."
+            help="same-origin: student and teacher come from one training run; with a bridge: wider, other-tokenizer (both deeper)."
         ),
     ] = "same-origin",
 ) -> None:
@@ -62,7 +62,7 @@ def demo(
 
 
 def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
-    """Fit a bridge to an embedded teacher of another shape; what the recipe changes for it."""
+    """Fit a bridge to an embedded teacher of another shape; returns the changes to the recipe."""
     from oprd.bridge.collect import fit_bridge
     from oprd.cli.console import say
     from oprd.resolve import load_pair
@@ -73,11 +73,19 @@ def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:
     bridge.save(folder)
     kind, layers = bridge.verdict
     say(f"bridge of rank {bridge.rank} fitted on {len(rows)} rollouts; verdict: {kind}, student layers {list(layers)}")
-    return {"teacher_model": teacher, "bridge": str(folder), "learning_rate": 1e-3}  # half of the same-origin pair's
+    return {
+        "teacher_model": teacher,
+        "bridge": str(folder),
+        "learning_rate": 1e-3,
+    }  # half of the rate for the same-origin pair
 
 
 def _clear_earlier_demo(folder: Path) -> None:
-    """Empty the folder if an earlier demo wrote it; leave every other folder to the usual refusal."""
+    """Empty the folder if an earlier demo wrote it.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
     import shutil
 
     from oprd.runs.folder import LOCK, RunFolder

@@ -1,4 +1,4 @@
-"""`oprd diagnose`: how alike two models are, and what to choose, before anything is trained."""
+"""`oprd diagnose`: how alike two models are, and which settings suit them. Trains nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli.bridge import _mapping, _SpecialMap, _TeacherSystem, _TeacherTemplate, _Template
+from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
 
 
 def diagnose(
@@ -28,34 +28,33 @@ def diagnose(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
     max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
-    chat_template_kwargs: _Template = None,
-    teacher_chat_template_kwargs: _TeacherTemplate = None,
-    teacher_system_prompt: _TeacherSystem = None,
-    special_token_map: _SpecialMap = None,
+    chat_template_kwargs: Template = None,
+    teacher_chat_template_kwargs: TeacherTemplate = None,
+    teacher_system_prompt: TeacherSystem = None,
+    special_token_map: SpecialMap = None,
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
-    """Let the student write and both models read: one origin or not, where they differ, and what to choose. Trains nothing."""
+    """Compare two models on the student's rollouts: same origin or not, where they differ, what to set. Trains nothing."""
     from oprd.cli.console import count_completions, quiet_libraries
 
     quiet_libraries()
-    from oprd.alignment.teacher_prompts import TeacherPromptSettings
+    from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
+    from oprd.tasks.task import get_task
     from oprd.tools.diagnose import diagnose_pair
 
-    text = TeacherPromptSettings(
-        chat_template_kwargs=_mapping("chat_template_kwargs", chat_template_kwargs),
-        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_chat_template_kwargs),
-        teacher_system_prompt=teacher_system_prompt,
-        special_token_map=_mapping("special_token_map", special_token_map),
-    )
+    text = prompt_settings(chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map)
     for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
+    rows = load_rows(prompts, split, limit, seed)
+    if task is not None:
+        get_task(task)  # fail on an unknown name before loading models
     report = diagnose_pair(
-        student, teacher, load_rows(prompts, split, limit, seed), max_completion_length=max_completion_length, seed=seed,
-        text=text, task=task, max_prompt_length=max_prompt_length, micro_batch_tokens=micro_batch_tokens, sample=sample,
-        teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code, prompts_name=prompts,
+        load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
+        rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,
+        micro_batch_tokens=micro_batch_tokens, sample=sample, teacher_dtype=teacher_dtype, prompts_name=prompts,
         on_rollouts=count_completions(),
     )  # fmt: skip
     _show(report)
@@ -85,7 +84,7 @@ def _show(report: dict) -> None:
     from oprd.tools.diagnose.advice import printable
     from oprd.tools.diagnose.show import tables
 
-    wide = console if console.is_terminal else Console(width=130)  # a file or a pipe has no width to keep to
+    wide = console if console.is_terminal else Console(width=130)  # a file or a pipe has no width
     for title, table in tables(report):
         say(title)
         wide.print(table)

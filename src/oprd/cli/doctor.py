@@ -1,4 +1,4 @@
-"""`oprd doctor`: what a recipe will need, computed before anything is loaded."""
+"""`oprd doctor`: memory and time that a recipe needs, computed without loading a model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ import typer
 def doctor(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
-    devices: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
     sharding: Annotated[
-        str | None, typer.Option(help="none, ddp (a copy each), fsdp (split). Default: by devices and fully_shard.")
+        str | None,
+        typer.Option(help="none, ddp (a copy on each device), fsdp (split). Default: by devices and fully_shard."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16: what the student computes in (default: the recipe's bf16).")
+        str | None,
+        typer.Option(help="float32 or bfloat16, in which the student computes (default: the recipe's bf16)."),
     ] = None,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the longest prompt (default: max_prompt_length, else 256).")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="For a CPU: smaller chunks of logits.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Compute for a CPU, where chunks of logits are smaller.")] = False,
     device_tflops: Annotated[
-        float | None, typer.Option(help="10^12 operations a second (default: 989, H100 SXM, dense bfloat16).")
+        float | None, typer.Option(help="10^12 operations per second (default: 989, H100 SXM, dense bfloat16).")
     ] = None,
-    device_bandwidth: Annotated[float | None, typer.Option(help="GB/s from memory (default: 3350, H100 SXM).")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Take both from a short test of this machine.")] = False,
+    device_bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth, GB/s (default: 3350, H100 SXM).")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure operations and bandwidth on this machine.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
-    """Memory of each device and time of a step. Any key of the recipe can be set with --key value. Trains and loads nothing."""
+    """Compute memory of each device and time of a step, without loading a model. Set any key of the recipe with --key value."""
     from oprd.cli.console import quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
 

@@ -1,4 +1,4 @@
-"""`oprd eval`: Avg@k and the other measures of any model on any problems."""
+"""`oprd eval`: Avg@k and other measures of a model on a set of problems."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Folder (also of an adapter), hub name, or embedded:tiny/student.")],
     dataset: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     task: Annotated[str, typer.Option(help="How answers are graded: math, addition.")] = "math",
-    k: Annotated[int, typer.Option(help="Samples a problem.")] = 16,
-    limit: Annotated[int | None, typer.Option(help="First problems only; how many to generate.")] = None,
+    k: Annotated[int, typer.Option(help="Samples per problem.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option(help="Use the first problems only; of a generated task, how many.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "test",
     max_completion_length: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 4096,
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
@@ -30,11 +32,11 @@ def evaluate(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
-    """Sample k completions a problem, grade them, print and write the measures."""
+    """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample a problem")
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
     quiet_libraries()

@@ -18,7 +18,7 @@ def report(
             help="Load each run's models, let them answer the same problems before and after, and write distances.json.",
         ),
     ] = False,
-    problems: Annotated[int, typer.Option(min=1, max=48, help="With --distances: problems that are answered.")] = 12,
+    problems: Annotated[int, typer.Option(min=1, max=48, help="With --distances: number of problems to answer.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=1, help="With --distances: most tokens of an answer.")] = 512,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="With --distances: run code that comes with the models.")

@@ -1,4 +1,4 @@
-"""`oprd train`: a run from a recipe."""
+"""`oprd train`: train and evaluate as a recipe says."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Contamination: problems of a benchmark that are also, word for word or nearly, among the training prompts.
+"""Contamination check: benchmark problems that also occur, exactly or nearly, among the training prompts.
 
-Texts are compared, not meanings: a problem told in other words is not found. Two problems match when, after normalisation, they
-are the same, or when they share most of their runs of five words, and all numbers of the one that has fewer are in the other.
-A run of words counts less the more problems have it, so that "where m and n are relatively prime positive integers", or an
-instruction that ends every prompt, makes no match.
+The check compares texts, so it misses paraphrases. Two problems match if they are equal after normalisation. They also match if
+they share most of their five-word shingles and the problem with fewer numbers has all of them in common with the other.
+Frequent shingles weigh less. Stock phrases ("where m and n are relatively prime positive integers") and instructions that end
+every prompt therefore do not cause matches.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from oprd.data.rows import Messages, PromptRow
 
 THRESHOLD = 0.5
 SHINGLE_WORDS = 5
-_PRIOR = 10  # problems that a set is thought to have besides its own: a phrase of all of three problems is no instruction yet
+# Smoothing: add ten imaginary problems, so that in a tiny set a shared phrase is not mistaken for an instruction.
+_SMOOTHING = 10
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A distinct problem of a set: its text as it stands in the first row, its words, and the sources of its rows."""
+    """A distinct problem: the text of its first row, its normalised words, and the sources of all its rows."""
 
     text: str
     words: tuple[str, ...]
@@ -37,9 +38,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Match:
-    """A benchmark problem and a training problem that is the same (`exact`) or nearly so.
+    """A benchmark problem and a training problem with the same words (`exact`) or nearly the same.
 
-    `similarity` is the share, 0 to 1, of the text that has less of it, by the weight of its runs of words; 1 if exact.
+    `similarity` is the weight of the shared shingles divided by the weight of the lighter problem, 0 to 1; 1 if exact.
     """
 
     train: Problem
@@ -50,7 +51,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What `find_overlap` found: rows of both sides, all pairs that match (by test row, best first), and the threshold."""
+    """Result of `find_overlap`: row counts of both sets, all matches (by test row, best first), and the threshold."""
 
     train_rows: int
     test_rows: int
@@ -67,12 +68,12 @@ class Overlap:
 
     @property
     def overlapping(self) -> int:
-        """Test rows that have a match."""
+        """Number of test rows with a match."""
         return sum(len(match.test.sources) for match in self.best)
 
     @property
     def exact(self) -> int:
-        """Test rows that are, after normalisation, the same as a training row."""
+        """Number of test rows that equal a training row after normalisation."""
         return sum(len(match.test.sources) for match in self.best if match.exact)
 
     def __str__(self) -> str:
@@ -86,7 +87,7 @@ class Overlap:
         return {"eval_problems": self.test_rows, "overlapping": self.overlapping, "threshold": self.threshold}
 
     def report(self) -> dict[str, Any]:
-        """Counts and every pair, JSON-able."""
+        """Counts and every match, ready for JSON."""
         return {
             "train_rows": self.train_rows,
             "test_rows": self.test_rows,
@@ -108,17 +109,17 @@ class Overlap:
 
 
 def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshold: float = THRESHOLD) -> Overlap:
-    """Find the problems of `test` that are also, or nearly, in `train`.
+    """Find the problems of `test` that occur, exactly or nearly, in `train`.
 
-    Which set is which changes names in the result, not what matches. Rows without a word or sign match nothing.
+    The result is symmetric: swapping the two sets finds the same pairs. Rows without a word or sign match nothing.
 
     Args:
         train: training prompts.
         test: a benchmark's problems.
-        threshold: the least similarity of a match, above 0 and up to 1. Pairs with other numbers never match.
+        threshold: minimum similarity of a match, above 0 and at most 1. Problems with different numbers never match.
 
     Raises:
-        ValueError: a threshold that is not allowed.
+        ValueError: the threshold is out of range.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: {threshold} is not allowed; above 0 and up to 1 (0.5: half of the shorter text)")
@@ -134,7 +135,7 @@ def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshol
 
 
 def say_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Counts of the overlap, for a run's summary; a line is said when there is one."""
+    """Return the overlap's counts for a run's summary; report a non-zero overlap in one line through `say`."""
     overlap = find_overlap(train, test)
     if overlap.overlapping:
         say(f"contamination: {overlap}; `oprd data check` shows which")
@@ -142,10 +143,9 @@ def say_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], *, say: C
 
 
 def distinct_problems(rows: Iterable[PromptRow]) -> list[Problem]:
-    """Each problem once, in order of appearance, with the sources of all its rows; those without any word are left out."""
-    by_text: dict[
-        str, list[str]
-    ] = {}  # first by the text as it is: a file may repeat each of its prompts a hundred times
+    """Each problem once, in order of appearance, with the sources of all its rows. Problems without a word are left out."""
+    # Group by raw text first: normalising is slow, and a file may repeat each prompt a hundred times.
+    by_text: dict[str, list[str]] = {}
     for row in rows:
         by_text.setdefault(prompt_text(row.prompt), []).append(row.source)
     by_words: dict[tuple[str, ...], tuple[str, list[str]]] = {}
@@ -155,7 +155,7 @@ def distinct_problems(rows: Iterable[PromptRow]) -> list[Problem]:
 
 
 def prompt_text(prompt: str | Messages) -> str:
-    """The text of a prompt; of messages, all but the system's."""
+    """The text of a prompt. For messages, all but the system messages."""
     if isinstance(prompt, str):
         return prompt
     messages = [m for m in prompt if m["role"] != "system"] or prompt
@@ -196,11 +196,11 @@ _FIGURE = re.compile(r"\[asy\](?:(?!\[asy\]).)*?\[/asy\]", re.DOTALL | re.IGNORE
 
 
 def words_of(text: str) -> list[str]:
-    r"""The words, numbers and signs of a problem, in a form in which ways of writing do not show.
+    r"""The normalised words, numbers and signs of a problem.
 
-    Unicode forms (NFKC), case, white space, sentence punctuation, quotes, dollar signs and other delimiters of formulas, braces,
-    LaTeX's spacing and sizes (`\left`, `\,`, `\dfrac`) and groups of digits (`1,000`) make no difference; neither does an
-    instruction that is known (`... put your final answer within \boxed{}.`). Each Chinese or Japanese character is a word.
+    Normalisation removes differences in Unicode form (NFKC), case, white space, sentence punctuation, quotes, formula delimiters
+    such as dollar signs, braces, LaTeX spacing and sizes (`\left`, `\,`, `\dfrac`) and digit grouping (`1,000`). It also removes
+    common instructions (`... put your final answer within \boxed{}.`). Each Chinese or Japanese character is a word.
 
     Example:
         >>> words_of(r"Find $\dfrac13 + 1{,}000$. Please reason step by step.")
@@ -208,13 +208,13 @@ def words_of(text: str) -> list[str]:
     """
     text = _plain(text)
     words = _split(_INSTRUCTIONS.sub(" ", text))
-    return words or _split(text)  # a prompt that is nothing but an instruction is told apart by it
+    return words or _split(text)  # a prompt that is only an instruction keeps it
 
 
 def numbers_agree(one: str, other: str) -> bool:
-    """Whether all numbers of the problem that has fewer, each as often as it stands there, are in the other one.
+    """Whether the problem with more numbers contains all numbers of the other, at least as often.
 
-    Those in the drawing commands of a figure do not count: they are about the figure's size.
+    Numbers in a figure's drawing commands do not count: they describe the figure's size.
     """
     counts = [Counter(w for w in words_of(_FIGURE.sub(" ", text)) if w[0].isdecimal()) for text in (one, other)]
     fewer, more = sorted(counts, key=Counter.total)
@@ -222,7 +222,7 @@ def numbers_agree(one: str, other: str) -> bool:
 
 
 def shingles(words: Sequence[str]) -> set[tuple[str, ...]]:
-    """The distinct runs of `SHINGLE_WORDS` words; of a shorter text, the whole."""
+    """The distinct runs of `SHINGLE_WORDS` words. A shorter text is one shingle."""
     return {tuple(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
 
 
@@ -235,16 +235,15 @@ def _split(text: str) -> list[str]:
     text = _GROUPED.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), text)
     text = _FRACTION_OF_DIGITS.sub(lambda m: rf"\\frac{{{m[1]}}}{{{m[2] or m[3]}}}", text)
     words = (_SAME_WORD.get(word, word) for word in _WORD.findall(_LAYOUT.sub(" ", text)))
-    return [
-        sys.intern(word) for word in words if word not in _NO_WORD
-    ]  # a set of a million prompts has few other words
+    # Interned to save memory: a set of a million prompts has few distinct words.
+    return [sys.intern(word) for word in words if word not in _NO_WORD]
 
 
 def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float) -> Iterator[list[tuple[int, float]]]:
-    """For each test problem, (index, similarity) of the train problems that reach the threshold.
+    """For each test problem, (index, similarity) of the training problems at or above the threshold.
 
-    Similarity = weight of the shared shingles / weight of all shingles of the problem that weighs less. A shingle weighs
-    1 - log(problems that have it) / log(all problems + 10), in the set in which it weighs less: 1 where no other problem has it.
+    Similarity = weight of the shared shingles / weight of all shingles of the lighter problem. A shingle weighs
+    1 - log(problems with it) / log(all problems + 10), so 1 if only one problem has it. The smaller weight of the two sets counts.
     """
     (rows, hashes), (test_rows, test_hashes) = _hashed_shingles(train), _hashed_shingles(test)
     distinct, ids = np.unique(np.concatenate([hashes, test_hashes]), return_inverse=True)
@@ -254,7 +253,7 @@ def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float
         _rarity(np.bincount(test_ids, minlength=len(distinct)), len(test)),
     )
     train_weight = np.bincount(rows, weights=weight[ids], minlength=len(train))
-    # The inverted index: the train problems sorted by shingle, so that those with one shingle are a slice.
+    # Inverted index: training problems sorted by shingle, so that the problems with a given shingle are one slice.
     having = rows[np.argsort(ids, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=len(distinct)))])
     for row in range(len(test)):
@@ -263,16 +262,16 @@ def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float
         weights = np.repeat(weight[own], starts[own + 1] - starts[own])
         shared = np.bincount(sharing, weights=weights, minlength=len(train))
         similarity = shared / np.minimum(train_weight, weight[own].sum())
-        # The sums are taken in different orders, so that half may come out as a bit less than half.
+        # Tolerance: the two sums run in different orders, so an exact half may come out slightly smaller.
         yield [(int(i), min(1.0, float(similarity[i]))) for i in np.flatnonzero(similarity > threshold - 1e-9)]
 
 
 def _hashed_shingles(problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and hash of each shingle; 64 bits a shingle, where the words themselves would take gigabytes for a million prompts."""
+    """Row and 64-bit hash of each shingle. The words themselves would take gigabytes for a million prompts."""
     hashes = [np.fromiter(map(hash, shingles(problem.words)), np.int64) for problem in problems]
     rows = np.repeat(np.arange(len(problems)), [len(part) for part in hashes])
     return rows, np.concatenate([*hashes, np.zeros(0, np.int64)])
 
 
 def _rarity(problems_with: np.ndarray, problems: int) -> np.ndarray:
-    return 1 - np.log(np.maximum(problems_with, 1)) / math.log(problems + _PRIOR)
+    return 1 - np.log(np.maximum(problems_with, 1)) / math.log(problems + _SMOOTHING)

@@ -1,4 +1,4 @@
-"""The order in which prompts are drawn when each set of rollouts serves several updates."""
+"""Sampling order of the prompts when each batch of rollouts serves several updates."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.utils.data import Sampler
 
 
 class RepeatedSteps(Sampler[int]):
-    """A shuffled epoch in which the prompts of each optimizer step come `repeats` times in a row.
+    """A shuffled epoch that repeats the prompts of each optimizer step `repeats` times in a row.
 
-    The order is a function of seed and epoch. Prompts that do not fill a last step are left out of that epoch.
+    The order depends only on seed and epoch. Prompts left over after the last full step are skipped in that epoch.
 
     Args:
-        num_prompts: prompts of the dataset.
-        prompts_a_step: prompts of one step, over all ranks and accumulated batches.
-        repeats: steps that see the same prompts (num_iterations).
-        seed: of the shuffling.
+        num_prompts: prompts in the dataset.
+        prompts_a_step: prompts per step, over all ranks and accumulated batches.
+        repeats: consecutive steps with the same prompts (num_iterations).
+        seed: shuffling seed.
 
     Raises:
-        ValueError: fewer prompts than a step takes.
+        ValueError: the dataset has fewer prompts than one step needs.
     """
 
     def __init__(self, num_prompts: int, prompts_a_step: int, repeats: int, seed: int) -> None:
@@ -33,14 +33,14 @@ class RepeatedSteps(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Set the epoch of the next iteration over this sampler."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_prompts // self.prompts_a_step * self.prompts_a_step * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        # Not seed + epoch: two seeds would share their later epochs.
+        # Not seed + epoch: neighbouring seeds would then share epochs.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_prompts, generator=generator).tolist()
         for start in range(0, len(order) - self.prompts_a_step + 1, self.prompts_a_step):

@@ -1,4 +1,4 @@
-"""From dataset rows to the token ids a model is asked to continue: chat template, length checks, order."""
+"""Render dataset rows to prompt token ids with the chat template, and check their lengths."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger("oprd")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, rendered and tokenised.
+    """One rendered and tokenised prompt.
 
     Args:
-        index: its place in the dataset it came from.
-        ids: token ids, special tokens of the template included.
+        index: row number in its dataset.
+        ids: token ids, including the template's special tokens.
         row: the dataset row.
     """
 
@@ -30,14 +30,14 @@ class Prompt:
 
 
 def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
-    """Token ids of a prompt: messages through the chat template with the generation prompt, plain text as it is.
+    """Token ids of a prompt. Messages go through the chat template with its generation prompt; plain text is tokenised as it is.
 
     Raises:
-        ValueError: messages for a tokenizer that has no chat template, or a prompt that renders to nothing; names the row.
+        ValueError: messages without a chat template, or a prompt that renders to no token; the message names the row.
     """
     if isinstance(row.prompt, str):
         starts = bool(tokenizer.bos_token) and row.prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(row.prompt, add_special_tokens=not starts)["input_ids"]  # no second start token
+        ids = tokenizer(row.prompt, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
     else:
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -62,19 +62,19 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
-    """Render all rows, checking that each leaves room for its completion.
+    """Render all rows and check that each leaves room for its completion.
 
     Args:
         rows: dataset rows.
-        tokenizer: the student's.
-        name: of the dataset, for messages.
-        max_completion_length: tokens a completion may take.
-        context_length: tokens the model can read; None when unknown.
-        max_prompt_length: leave out longer prompts; their number is logged. None: nothing is left out.
+        tokenizer: the student's tokenizer.
+        name: the dataset's name, for messages.
+        max_completion_length: maximum tokens of a completion.
+        context_length: the model's context in tokens; None if unknown.
+        max_prompt_length: drop longer prompts and log how many; None keeps all.
         chat_template_kwargs: arguments of the chat template.
 
     Raises:
-        ValueError: empty dataset, nothing left, or a prompt that does not fit the context; names the row.
+        ValueError: the dataset is empty, no prompt is left, or a prompt does not fit the context; the message names the row.
     """
     if not rows:
         raise ValueError(f"{name}: the dataset is empty")

@@ -1,4 +1,4 @@
-"""Prompt sets: rows of a dataset, a file or a list become `PromptRow`s, and a bad row is refused by file and line."""
+"""Read prompt datasets (hub, file or list) into `PromptRow`s. A bad row raises an error that names its file and line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PROMPT_COLUMNS = ("prompt", "problem", "question")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: raw text, or messages for the chat template (TRL's convention); and its ground truth, if any."""
+    """One prompt, as raw text or as messages for the chat template (TRL's convention), and its correct answer, if known."""
 
     prompt: str | Messages
     answer: str | None = None
     source: str = ""
-    """Where the row came from ("file:line", "dataset row 3"), for error messages."""
+    """Origin of the row ("file:line", "dataset row 3"), for error messages."""
 
 
 def parse_row(row: Mapping[str, Any], source: str) -> PromptRow:
@@ -33,10 +33,10 @@ def parse_row(row: Mapping[str, Any], source: str) -> PromptRow:
 
     The prompt is the column `prompt` (text, or a list of {role, content}), else `problem` or `question` (text, which
     becomes one user message). The answer is the column `answer` (text or a number), else verl's
-    `reward_model.ground_truth`, else None. Other columns are not read.
+    `reward_model.ground_truth`, else None. Other columns are ignored.
 
     Raises:
-        ValueError: no prompt, an empty one, messages without role or content, an answer that is not text or a number.
+        ValueError: the prompt is missing or empty, a message lacks role or content, or the answer is neither text nor a number.
     """
     name = next((column for column in _PROMPT_COLUMNS if row.get(column) is not None), None)
     if name is None:
@@ -61,17 +61,17 @@ def parse_row(row: Mapping[str, Any], source: str) -> PromptRow:
 
 
 def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> list[PromptRow]:
-    """Read a prompt set, its first `limit` rows or all of it. Duplicate rows stay.
+    """Read a prompt dataset, or its first `limit` rows. Duplicate rows are kept.
 
     Args:
-        source: a path that ends in .parquet, .jsonl (blank lines hold no row) or .json (a list of objects); or else the
-            name of a dataset on the Hugging Face hub or a folder, as `datasets.load_dataset` takes them.
-        split: of a hub dataset; files have none.
-        limit: how many rows at most.
+        source: a path ending in .parquet, .jsonl (blank lines are skipped) or .json (a list of objects); otherwise a folder or
+            the name of a Hugging Face hub dataset, passed to `datasets.load_dataset`.
+        split: split of a hub dataset; ignored for files.
+        limit: maximum number of rows.
 
     Raises:
-        ValueError: no such file or dataset, no rows, limit below 1, or a bad row: named file:line, or, where rows are
-            not lines (.parquet, .json), file:row N counted from 0.
+        ValueError: the file or dataset does not exist, has no rows or a bad row, or limit is below 1. A bad row is named
+            file:line for .jsonl and file:row N, counted from 0, for .parquet and .json.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for all rows")
@@ -92,10 +92,10 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
 
 
 def as_prompt_rows(dataset: Iterable[Any], name: str) -> list[PromptRow]:
-    """Read a `datasets.Dataset`, or a list of dicts or of `PromptRow`s; errors call row 3 "`name` row 3", from 0.
+    """Read a `datasets.Dataset`, or a list of dicts or of `PromptRow`s. Errors name a row "`name` row 3", counted from 0.
 
     Raises:
-        ValueError: no rows, or a bad one (see `parse_row`).
+        ValueError: there are no rows, or a row is bad (see `parse_row`).
     """
     if isinstance(dataset, str | Mapping):
         raise ValueError(
@@ -107,7 +107,7 @@ def as_prompt_rows(dataset: Iterable[Any], name: str) -> list[PromptRow]:
 
 
 def _parse_messages(value: Any, source: str) -> Messages:
-    if hasattr(value, "tolist"):  # a numpy array or arrow value, as pandas and pyarrow give them
+    if hasattr(value, "tolist"):  # a numpy array or arrow value from pandas or pyarrow
         value = value.tolist()
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
@@ -159,7 +159,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 is an error of that line
+    with path.open("rb") as file:  # bytes: a line that is not UTF-8 then raises an error that names this line
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
@@ -178,7 +178,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
     try:
         dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own errors share no base class
+    except Exception as error:  # the library's errors share no base class
         raise ValueError(
             f"{name!r}: cannot load the split {split!r} of this dataset: {error}. Give the name of a hub dataset and "
             f"one of its splits, or a path that ends in {', '.join(_FILE_KINDS)}"
@@ -196,7 +196,7 @@ def _parse_json(text: bytes, source: str) -> Any:
 
 
 def _is_file_name(path: Path) -> bool:
-    """Whether a name that is no file looks like one; a hub name may hold a dot (`user/set-v1.5`), but not these."""
+    """Whether a name looks like a file name. A hub name may contain a dot (`user/set-v1.5`), but does not end in these."""
     return path.suffix in (*_FILE_KINDS, ".csv", ".tsv", ".txt", ".yaml", ".yml", ".gz", ".zst", ".arrow")
 
 

@@ -1,4 +1,4 @@
-"""How Hugging Face models are built inside: blocks, width, context length. The only place that knows."""
+"""Structure of Hugging Face models: backbone, blocks, width, context length. No other module relies on these details."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, torch.compile or PEFT wrappers.
 
     Raises:
-        ValueError: there is none, or it is a prompt-learning PEFT model (whose virtual tokens the backbone never sees).
+        ValueError: there is none, or it is a prompt-learning PEFT model (its virtual tokens do not reach the backbone).
     """
     while not isinstance(model, PreTrainedModel):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(f"{type(model).__name__}: prompt-learning adapters are not supported; use LoRA")
-        # Real children only: a PEFT model also passes on what its base model calls `base_model`, which is the backbone.
+        # Search registered children only: attribute access on a PEFT model falls through to its base model, whose
+        # `base_model` is the backbone.
         children = dict(model.named_children())
         inner = next((children[n] for n in ("module", "_orig_mod", "base_model", "model") if n in children), None)
         if inner is None:
@@ -25,15 +26,15 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a causal LM below its LM head; its `last_hidden_state` is the state after the final norm."""
+    """The causal LM without its LM head. Its `last_hidden_state` is the state after the final norm."""
     return causal_lm(model).get_decoder()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The backbone's transformer blocks, in order, whatever the family calls them (`layers`, `h`, `blocks`, …).
+    """The backbone's transformer blocks, in order. Families name this list differently (`layers`, `h`, `blocks`, …).
 
     Raises:
-        ValueError: no unambiguous list of as many blocks as the config says.
+        ValueError: not exactly one list has the number of blocks that the config states.
     """
     body = backbone(model)
     count = causal_lm(model).config.get_text_config().num_hidden_layers
@@ -57,15 +58,15 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most tokens the model was built to read, None when its config does not say."""
+    """Maximum context in tokens, or None if the config does not state it."""
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> list[str]:
-    """Turn off gradients of what a loss up to `top_layer` (with `head`: and through the LM head) never reaches, and name those.
+    """Freeze the parameters that the loss does not reach, and return their names.
 
-    That is an untied LM head that is not used, and the blocks and final norm above the highest chosen layer. Left trainable they
-    get no gradient: DDP stops with an error and weight decay alone would still move them.
+    A loss up to `top_layer` does not reach the blocks above it and the final norm. Without `head` it does not reach an untied
+    LM head either. Left trainable, these parameters get no gradient: DDP fails, and weight decay still changes them.
     """
     lm = causal_lm(model)
     unreached: list[nn.Module] = list(blocks(model)[top_layer:])
@@ -73,7 +74,7 @@ def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> lis
     if lm.get_output_embeddings() is not None and not head:
         unreached.append(lm.get_output_embeddings())
     if top_layer < num_layers(model):
-        # The final norm stands behind the blocks; embeddings and what belongs to them stand before.
+        # The final norm comes after the blocks, the embedding modules before them.
         children = list(backbone(model).children())
         unreached += children[children.index(blocks(model)) + 1 :]
     ids = {id(p) for module in unreached for p in module.parameters()} - kept

@@ -1,4 +1,4 @@
-"""What a bridge knows a model by, so that it is never used with another one."""
+"""Model fingerprints: digests that tie a bridge to the two models it was fitted on."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from oprd.models.architecture import causal_lm, hidden_size, num_layers
 from oprd.models.tokens import vocabulary_size
 
-# What a tokenizer makes of this shows its splitting rules, which its vocabulary does not.
+# The tokenisation of this text reflects the splitting rules, which the vocabulary does not show.
 _PROBE = "Hello world! 1234567\n\t  x_1 = déjà vu; 日本語 🙂"
-# Entries of a config that say how a model was loaded, not which it is.
-_LOADING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
+# Config entries that describe how a model was loaded, not the model itself.
+_LOADING_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A model and its tokenizer. All but the name must agree for two to be the same.
+    """Identity of a model and its tokenizer. Two models are the same if all fields but the name agree.
 
     Args:
-        name: as given by the user; for messages.
+        name: the user's name for the model, for messages.
         layers: number of blocks.
-        width: of the hidden states.
-        vocabulary: ids of the tokenizer's map.
+        width: width of the hidden states.
+        vocabulary: vocabulary size of the tokenizer.
         config: digest of the model's configuration.
-        weights: digest of the weights rounded to bfloat16, so that the dtype a model is loaded in does not matter.
+        weights: digest of the weights, rounded to bfloat16 so that it does not depend on the loading dtype.
         tokenizer: digest of vocabulary, special tokens and splitting rules.
     """
 
@@ -43,13 +43,13 @@ class Fingerprint:
     tokenizer: str
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, as text, ours first; empty for the same model."""
+        """The fields that differ, as text with this side first; empty for the same model."""
         names = [f.name for f in fields(self) if f.name != "name" and getattr(self, f.name) != getattr(other, f.name)]
         return [f"{name} {getattr(self, name)!s:.12} against {getattr(other, name)!s:.12}" for name in names]
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> Fingerprint:
-    """The fingerprint of a model as it was loaded: before adapters are put on it or its weights are sharded. Reads every weight."""
+    """Compute the fingerprint of a freshly loaded model, before adapters or sharding. Reads every weight."""
     lm = causal_lm(model)
     weights = hashlib.sha256()
     for parameter_name, parameter in sorted(lm.named_parameters()):
@@ -71,7 +71,7 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
 def _without_loading(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_loading(entry) for key, entry in value.items() if key not in _LOADING}
+    return {key: _without_loading(entry) for key, entry in value.items() if key not in _LOADING_KEYS}
 
 
 def _digest(value: Any) -> str:

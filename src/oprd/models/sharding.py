@@ -1,8 +1,8 @@
-"""Models whose weights are spread over the processes (FSDP2), and what those processes then have to do together.
+"""Models with weights sharded over the processes (FSDP2): sharding, and gathering or loading full weights and optimizer state.
 
-A sharded model's forward and backward are collective acts: every block gathers its weights from all ranks. So all ranks run the
-same number of them, and a rank with less to do repeats something whose result it throws away. Weights are whole only inside the
-model's own `forward`, which is why states are read through it (`oprd.states.capture.read_through_forward`).
+Forward and backward of a sharded model are collective: every block gathers its weights from all ranks. All ranks must therefore
+run the same number of passes; a rank with less work repeats one and discards the result. Full weights exist only inside the
+model's own `forward`, so states must be read through it (`oprd.states.capture.read_through_forward`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _OLDEST_TORCH = (2, 13)
 
 
 def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings: Any) -> None:
-    """Shard a causal LM over all processes, in place, by torch's `fully_shard`: block by block, then what is left.
+    """Shard a causal LM over all processes, in place, with torch's `fully_shard`: first each block, then the rest.
 
-    Every process calls it with the same weights. Blocks go to `device` one at a time, so it never holds the whole model. Freeze
-    and install what you need first; make the optimizer afterwards, since it needs the new parameters.
+    Every process calls it with the same weights. Blocks move to `device` one at a time, so the device does not hold the full
+    model. Freeze parameters and install forwards before; create the optimizer afterwards, because sharding replaces parameters.
 
     Args:
-        model: a causal LM of transformers itself: no wrapper, no adapter.
-        device: where this process computes.
+        model: a plain transformers causal LM, without wrapper or adapter.
+        device: this process's device.
         settings: further arguments of `fully_shard`, such as `mp_policy`.
 
     Raises:
-        ValueError: another model, one that is sharded already, no process group, or a torch that a trained model would crash with.
+        ValueError: the model is not plain or already sharded, there is no process group, or torch is too old to train it.
 
     Example:
         >>> shard_model(student); shard_model(teacher)
@@ -48,19 +48,19 @@ def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings
             "with it, use DDP for them"
         )
     if is_sharded(model):
-        raise ValueError("fully_shard: the model is sharded already; leave the setting off for it")
+        raise ValueError("fully_shard: the model is already sharded; leave this setting off")
     if any(p.requires_grad for p in model.parameters()) and _torch_version() < _OLDEST_TORCH:
         raise ValueError(
-            f"fully_shard: torch {torch.__version__} is too old; with 2.11 the backward pass crashed, and 2.13 is what it was "
-            "tested with"
+            f"fully_shard: torch {torch.__version__} is too old; the backward pass crashes with 2.11, and 2.13 is the oldest "
+            "tested version"
         )
     if not dist.is_initialized():
         raise ValueError(
-            "fully_shard: there is one process; start several with `accelerate launch`, or set it to false"
+            "fully_shard: there is one process; start several with `accelerate launch`, or set fully_shard to false"
         )
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    # The root too gives its weights back after its forward (torch's default keeps them): between two passes all parameters are
-    # then the sharded ones, whoever asks for them: an optimizer, a checkpoint.
+    # Reshard the root after its forward as well (torch's default keeps it gathered), so that optimizer and checkpoint always
+    # see sharded parameters between two passes.
     settings = {"mesh": mesh, "reshard_after_forward": True, **settings}
     for block in blocks(model):
         fully_shard(block, **settings)
@@ -83,14 +83,14 @@ def shard_models(models: Sequence[nn.Module], device: torch.device | str) -> Non
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's forward is a collective act: its weights are sharded by FSDP or DeepSpeed ZeRO-3."""
+    """Whether FSDP or DeepSpeed ZeRO-3 shards the model's weights, which makes its forward collective."""
     if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # ZeRO-3's mark
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # attribute set by ZeRO-3
 
 
 def most_of_ranks(count: int, device: torch.device | str) -> int:
-    """The highest `count` that any process has. All processes must ask."""
+    """The maximum of `count` over all processes. A collective call."""
     if not dist.is_initialized():
         return count
     counts = torch.tensor(count, device=device)
@@ -99,24 +99,27 @@ def most_of_ranks(count: int, device: torch.device | str) -> int:
 
 
 def whole(tensor: Any) -> Any:
-    """A sharded tensor gathered from all processes (all must ask), without gradient; anything else as it is.
+    """Gather a sharded tensor from all processes, without gradient (a collective call). Other values are returned unchanged.
 
     Raises:
-        ValueError: a gradient could be wanted, which would not reach the other processes' parts.
+        ValueError: gradients are enabled for the tensor; they would not reach the other processes' shards.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "a sharded weight was asked for outside its model's forward, where its gradient would be lost: read states and compute "
-            "the loss by read_through_forward, or wrap this in torch.no_grad()"
+            "a sharded weight was read outside its model's forward, where its gradient would be lost: read states and compute "
+            "the loss through read_through_forward, or use torch.no_grad()"
         )
     full: Any = tensor.detach()
     return full.full_tensor()
 
 
 def sharded_like(value: Tensor, target: Tensor) -> Tensor:
-    """This process's part of a whole tensor, laid out as `target` is where that is sharded; else the whole. No communication."""
+    """This process's shard of a full tensor, in the layout of `target`; the full tensor if `target` is not sharded.
+
+    Needs no communication.
+    """
     if not isinstance(target, DTensor):
         return value
     local = value.to(target.device)
@@ -124,11 +127,13 @@ def sharded_like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """A sharded model's weights and buffers, gathered one by one into host memory under the names of its `state_dict`.
+    """Gather a sharded model's weights and buffers one by one into host memory, under their `state_dict` names.
+
+    A collective call.
 
     Args:
-        model: the model; all processes must ask.
-        keep: whether this process wants them; else it takes part and gets an empty dict.
+        model: the sharded model.
+        keep: whether this process keeps the result; if False, it takes part and returns an empty dict.
     """
     gathered: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -140,10 +145,10 @@ def whole_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_whole_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy whole weights into a sharded model; each process keeps its part. Names that `weights` leaves out (tied ones) stay.
+    """Copy full weights into a sharded model; each process keeps its shard. Weights missing from `weights` (tied ones) stay.
 
     Raises:
-        ValueError: a name that the model does not have.
+        ValueError: the model does not have a weight of this name.
     """
     own = model.state_dict()
     if unknown := sorted(weights.keys() - own.keys()):
@@ -153,11 +158,11 @@ def load_whole_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def whole_state(state: dict[int, dict[str, Any]], *, keep: bool) -> dict[int, dict[str, Any]]:
-    """The `state` of a sharded model's optimizer as one process would have it.
+    """Gather the `state` of a sharded model's optimizer into unsharded form. A collective call.
 
     Args:
         state: parameter index → name → value.
-        keep: whether this process wants it; else it takes part and gets an empty dict.
+        keep: whether this process keeps the result; if False, it takes part and returns an empty dict.
     """
     gathered: dict[int, dict[str, Any]] = {}
     for index, entries in state.items():
@@ -169,11 +174,11 @@ def whole_state(state: dict[int, dict[str, Any]], *, keep: bool) -> dict[int, di
 
 
 def sharded_state(state: dict[int, dict[str, Any]], param_groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """What `whole_state` gathered, each process keeping the part that belongs to its part of the parameters."""
+    """The inverse of `whole_state`: this process's shard of an unsharded optimizer state."""
     parameters = [parameter for group in param_groups for parameter in group["params"]]
 
     def laid_out(value: Any, parameter: Tensor) -> Any:
-        own = isinstance(value, Tensor) and value.shape == parameter.shape  # not the count of steps
+        own = isinstance(value, Tensor) and value.shape == parameter.shape  # false for the step count
         return sharded_like(value, parameter) if own else value
 
     return {

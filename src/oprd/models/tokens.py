@@ -1,4 +1,4 @@
-"""What a tokenizer's ids mean: vocabulary size, ends of text, and whether two tokenizers agree."""
+"""Token ids of a tokenizer: stop ids, vocabulary size, and comparison of two tokenizers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from oprd.models.architecture import causal_lm
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion: those of the tokenizer, the generation config and the config together.
+    """Ids that end a completion: the union of those in the tokenizer, the generation config and the model config.
 
     Raises:
-        ValueError: there is none, so that no completion could ever finish.
+        ValueError: there is none, so no completion could finish.
     """
     lm = causal_lm(model)
     sources = (tokenizer.eos_token_id, getattr(lm.generation_config, "eos_token_id", None), lm.config.eos_token_id)
@@ -23,22 +23,25 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Ids of the tokenizer's map: the highest one + 1. A model may have more rows, which are padding and mean no token."""
+    """The tokenizer's highest id + 1. A model's embedding may have more rows; these are padding without a token."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:
-    """The student's ids that are not the same token for the teacher, ascending. Vocabulary *sizes* may differ (padding)."""
+    """The student's ids that are a different token, or none, in the teacher's vocabulary; ascending.
+
+    The vocabulary *sizes* may differ, because of padding.
+    """
     ours = {i: token for token, i in student.get_vocab().items()}
     theirs = {i: token for token, i in teacher.get_vocab().items()}
     return [i for i in sorted(ours) if theirs.get(i) != ours[i]]
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that do not give the student's ids the same tokens.
+    """Check that the teacher's tokenizer maps every id of the student's to the same token.
 
     Raises:
-        ValueError: names the first ids that differ.
+        ValueError: some ids differ; the message names the first three.
     """
     different = different_tokens(student, teacher)
     if different:
@@ -48,8 +51,8 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
             for i, mine, other in zip(different, ours, theirs, strict=False)
         )
         raise ValueError(
-            f"teacher_model: its tokenizer gives {len(different)} of the student's {len(student)} ids another token ({shown}). "
-            "Hidden states of such a teacher can only be compared through OPRD-Bridge, on texts that each model reads in its own "
-            "tokens: oprd bridge fit, then the key 'bridge'. Without a bridge choose a teacher that shares the student's "
-            "tokenizer, or an output-space loss alone (representation_weight: 0)"
+            f"teacher_model: {len(different)} of the student's {len(student)} token ids are other tokens in the teacher's "
+            f"tokenizer ({shown}). Hidden states of such a teacher can be compared only through OPRD-Bridge, where each model "
+            "reads the text in its own tokens: run oprd bridge fit, then set the key 'bridge'. Without a bridge, choose a "
+            "teacher with the student's tokenizer, or only an output-space loss (representation_weight: 0)"
         )

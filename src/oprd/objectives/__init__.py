@@ -1,1 +1,5 @@
-"""Objectives: pure functions from hidden states to losses. One file a family; `reduction.py` averages."""
+"""Objectives: losses on hidden states, on next-token distributions and on rewards, and their weighted sum.
+
+May be imported by bridge and every later package.
+Start reading at `representation.py`, then `reduction.py`.
+"""

@@ -1,4 +1,4 @@
-"""What a run watches of two next-token distributions, whether its loss is made of them or not (method §7)."""
+"""Metrics of the student's and teacher's next-token distributions, independent of the loss (method §7)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ def head_diagnostics(
     teacher_ME: Float[Tensor, "M E"],
     tokens_M: Int[Tensor, " M"],
 ) -> dict[str, Float[Tensor, " M"]]:
-    """Per response position, without gradient and at temperature 1.
+    """Metrics per response position, without gradient and at temperature 1.
+
+    Args:
+        student_head: the student's LM head.
+        student_MD: `[M, D]`, its input.
+        teacher_head: the teacher's LM head.
+        teacher_ME: `[M, E]`, its input.
+        tokens_M: `[M]`, the sampled tokens.
 
     Returns:
-        `entropy/student`, `entropy/teacher` (nats); `overlap`: |S ∩ T|/16 of the two sides' 16 likeliest tokens (of all but one
-        in a vocabulary of fewer, where all would always overlap); `reverse_kl`: log p(ŷ) − log q(ŷ) of the sampled token,
-        whose mean estimates the reverse KL.
+        `[M]` tensors. `entropy/student` and `entropy/teacher`, in nats. `overlap`: |S ∩ T|/16 of the two sides' 16 most likely
+        tokens; a vocabulary of at most 16 tokens uses all but one, since all would always overlap. `reverse_kl`:
+        log p(ŷ) − log q(ŷ) of the sampled token, whose mean estimates the reverse KL.
     """
     k = max(1, min(OVERLAP_K, student_head.num_events - 1))
     sides = ((student_head, student_MD), (teacher_head, teacher_ME))

@@ -1,7 +1,7 @@
-"""The one reduction: how errors of positions become a loss (the means of OPRD Eq. 6).
+"""Reduce per-position errors to a loss (the means of OPRD Eq. 6).
 
-A weight a position, computed over *everything* that one optimizer step sees, so that the sum over micro-batches and ranks is
-the mean over the step, however the rollouts were grouped.
+Each position has a weight that is computed over the whole optimizer step. The sum over micro-batches and ranks is then the mean
+over the step, independent of how the rollouts are grouped.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def position_weights(
 ) -> Float[Tensor, " N"]:
     """Weight of each packed position.
 
-    "rollout" (the paper's, default): 1/(positions of its rollout) · 1/(rollouts), so that each rollout counts the same
-    however long it is. "token": 1/(positions), so that each token counts the same.
+    "rollout" (the paper's, default): 1/(positions of its rollout) · 1/(rollouts), so every rollout has the same weight.
+    "token": 1/(positions), so every token has the same weight.
 
     Args:
-        rollout_index: `[N]`, whose each position is.
-        num_rollouts: rollouts in this micro-batch.
+        rollout_index: `[N]`, index of each position's rollout.
+        num_rollouts: number of rollouts in this micro-batch.
         reduction: "rollout" or "token".
-        step_rollouts: rollouts of the whole step (default: of this micro-batch).
-        step_positions: positions of the whole step (default: of this micro-batch).
+        step_rollouts: number of rollouts in the whole step (default: in this micro-batch).
+        step_positions: number of positions in the whole step (default: in this micro-batch).
 
     Returns:
         `[N]`, float32. Sums to 1 over the step.
 
     Raises:
-        ValueError: unknown reduction.
+        ValueError: the reduction is unknown.
     """
     if reduction == "rollout":
         counts_R = torch.bincount(rollout_index, minlength=num_rollouts)
@@ -65,18 +65,18 @@ def representation_loss(
     """OPRD-Vanilla (Eq. 6): mean over dimensions, positions, layers and rollouts of the squared state distance.
 
     Args:
-        student: `[L, N, D]`, or one `[N, D]` a layer; gets the gradient.
-        teacher: the same shape; no gradient.
-        rollout_index: `[N]`, whose each position is.
-        num_rollouts: rollouts read (default: the highest index + 1).
+        student: `[L, N, D]`, or one `[N, D]` per layer; gets the gradient.
+        teacher: the same shape; gets no gradient.
+        rollout_index: `[N]`, index of each position's rollout.
+        num_rollouts: number of rollouts (default: the highest index + 1).
         normalize: compare directions; see `representation_error`.
-        reduction: "rollout" (each rollout weighs the same) or "token".
+        reduction: "rollout" (equal weight per rollout) or "token" (equal weight per token).
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: different numbers of layers, different shapes, nothing selected, unknown reduction.
+        ValueError: the numbers of layers or the shapes differ, no position is selected, or the reduction is unknown.
 
     Example:
         >>> student = capture_states(student_model, rollouts, layers="all", positions="last_k", position_k=2000)

@@ -1,7 +1,7 @@
 """The representation loss of OPRD (Eq. 6): squared distance between student and teacher hidden states.
 
-Pure functions, unreduced: `[N, D]` twice in, `[N]` out. `reduction.py` has the one place where positions, rollouts and
-layers are averaged.
+Pure functions that take two `[N, D]` tensors and return `[N]`, unreduced. `reduction.py` averages over positions, rollouts and
+layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Below this length a state has no direction; dividing by it would turn rounding noise into a unit vector.
+# Minimum norm for normalising: dividing by a smaller one would turn rounding noise into a unit vector.
 _TINY = 1e-12
 
 
@@ -25,26 +25,24 @@ def representation_error(
     normalize: bool = False,
     reuse_teacher: bool = False,
 ) -> Float[Tensor, " N"]:
-    """Squared distance of each position, (1/D)·‖student − teacher‖² (Eq. 6 before its means).
+    """Squared distance at each position, (1/D)·‖student − teacher‖² (Eq. 6 before its means).
 
-    With `normalize`, both states are first scaled to root-mean-square 1 (length √D), which gives 2 − 2·cos: the paper's
-    L2-normalised variant, (2 − 2·cos)/D, times D, so that a weight of 1 means the same with and without it.
+    With `normalize`, both states are first scaled to root-mean-square 1 (length √D), which gives 2 − 2·cos. This is D times the
+    paper's L2-normalised variant, (2 − 2·cos)/D, so that a weight of 1 suits both settings.
 
-    The derivative is known as soon as the value is, so it is computed along with it, in place: what is kept for backward is
-    one `[N, D]` buffer, and neither the student's nor the teacher's states.
+    The forward pass also computes the derivative, in place. It saves only this `[N, D]` buffer for backward, not the states.
 
     Args:
-        student_ND: states that get the gradient.
-        teacher_ND: states to match; no gradient flows into them.
+        student_ND: `[N, D]`, the student's states; they get the gradient.
+        teacher_ND: `[N, D]`, the teacher's states; they get no gradient.
         normalize: compare directions instead of raw states.
-        reuse_teacher: overwrite `teacher_ND` with that buffer. For a caller that has no further use for the teacher's states;
-            takes effect where both have one dtype.
+        reuse_teacher: use the memory of `teacher_ND` as that buffer, if both dtypes agree. The teacher's states are lost.
 
     Returns:
         `[N]`, float32 (float64 for float64 states).
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the shapes differ.
     """
     if student_ND.shape != teacher_ND.shape:
         raise ValueError(
@@ -55,7 +53,7 @@ def representation_error(
 
 
 class _RepresentationError(torch.autograd.Function):
-    """Value and derivative in one pass; only the derivative is kept."""
+    """Computes value and derivative in one pass and saves only the derivative."""
 
     @staticmethod
     def forward(
@@ -71,8 +69,8 @@ class _RepresentationError(torch.autograd.Function):
             target_ND.div_(_norm(target_ND, accumulate).clamp_min(_TINY)[:, None])
             difference_ND = torch.sub(student_hat_ND, target_ND, out=target_ND)
             error_N = _norm(difference_ND, accumulate).square()
-            # d/ds ‖ŝ − t̂‖² = 2 (I − ŝŝᵀ)(ŝ − t̂)/‖s‖: what lies along s does not change its direction.
-            # Not vecdot or a matrix product: under autocast those would round to bfloat16.
+            # d/ds ‖ŝ − t̂‖² = 2 (I − ŝŝᵀ)(ŝ − t̂)/‖s‖: the component along s does not change its direction.
+            # No vecdot or matrix product: autocast would round them to bfloat16.
             along_N = (student_hat_ND.to(accumulate) * difference_ND).sum(-1)
             difference_ND.sub_((along_N[:, None] * student_hat_ND).to(dtype))
             difference_ND.mul_((2.0 / student_norm_N)[:, None])
@@ -97,7 +95,7 @@ def _norm(states_ND: Tensor, dtype: torch.dtype) -> Float[Tensor, " N"]:
 
 @torch.no_grad()
 def cosine(student_ND: Float[Tensor, "N D"], teacher_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-    """Cosine between student and teacher state at each position, in float32; a metric, without gradient."""
+    """Cosine between student and teacher state at each position, `[N]` float32. A metric without gradient."""
     return torch.nn.functional.cosine_similarity(student_ND.float(), teacher_ND.float(), dim=-1)
 
 

@@ -1,10 +1,10 @@
-"""Weighted sums of objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD) and how a weight changes over a run.
+"""Weights of the objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD) and their schedules over a run.
 
-A weight is a number, or a mapping as it stands in a recipe:
+A weight is a number, or a mapping as in a recipe:
 
-    {schedule: linear, start: 0.0, end: 1.0, steps: 10}     # also: cosine; step (all at once, at step 10)
+    {schedule: linear, start: 0.0, end: 1.0, steps: 10}     # also: cosine; step (jumps at step 10)
 
-Step s of a run, counted from 0, has the weight `weight_at(spec, s)`: `start` at step 0, `end` from step `steps` on.
+The weight at step s, counted from 0, is `weight_at(spec, s)`: `start` at step 0, `end` from step `steps` on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 Weight = float | int | Mapping[str, Any]
 
-# How far a schedule has come from start (0) to end (1) when a share x of its steps is done.
+# Progress from start (0) to end (1) after a share x of the steps.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
@@ -25,19 +25,20 @@ _KEYS = ("schedule", "start", "end", "steps")
 
 
 def check_weight(name: str, weight: Any) -> None:
-    """Refuse what is no weight.
+    """Check a weight setting.
 
     Args:
-        name: the setting, for the message.
+        name: name of the setting, for the message.
         weight: a number of at least 0, or a schedule.
 
     Raises:
-        ValueError: negative, not finite, an unknown schedule, or a key that is missing or unknown.
+        ValueError: the weight is negative or not finite, the schedule is unknown, or one of its keys is missing or unknown.
     """
     if not isinstance(weight, Mapping):
         if not _is_weight(weight):
             raise ValueError(
-                f"{name}: {weight!r} is not allowed; it must be 0 (off) or above, or a schedule (YAML takes 1e-2 for text: 0.01)"
+                f"{name}: {weight!r} is not allowed; it must be 0 (off) or above, or a schedule (YAML reads 1e-2 as text; "
+                "write 0.01)"
             )
         return
     if set(weight) != set(_KEYS):
@@ -69,21 +70,21 @@ def weight_at(weight: Weight, step: int) -> float:
     """
     if not isinstance(weight, Mapping):
         return float(weight)
-    come = SCHEDULES[weight["schedule"]](min(step / weight["steps"], 1.0))
-    return weight["start"] + (weight["end"] - weight["start"]) * come
+    progress = SCHEDULES[weight["schedule"]](min(step / weight["steps"], 1.0))
+    return weight["start"] + (weight["end"] - weight["start"]) * progress
 
 
 def is_on(weight: Weight) -> bool:
-    """Whether a term has any weight at any step."""
+    """Whether the weight is above 0 at some step."""
     return max(weight["start"], weight["end"]) > 0 if isinstance(weight, Mapping) else weight > 0
 
 
 def crossfade(step: int, steps: int | None) -> tuple[float, float]:
-    """Factors on the representation's and on the output space's weight: (1, 0) at step 0, linearly to (0, 1) at step `steps`.
+    """Factors of the representation weight and the output-space weight: (1, 0) at step 0, linearly to (0, 1) at step `steps`.
 
-    LastOPD (arXiv 2609.28845): begin by matching states, go over to matching distributions. (1, 1) without `steps`.
+    LastOPD (arXiv 2609.28845) first matches states and gradually changes to matching distributions. (1, 1) without `steps`.
     """
     if steps is None:
         return 1.0, 1.0
-    come = min(step / steps, 1.0)
-    return 1.0 - come, come
+    progress = min(step / steps, 1.0)
+    return 1.0 - progress, progress

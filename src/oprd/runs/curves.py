@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy, loss, cosine and length over steps."""
+"""Plot a run: accuracy, loss, cosine and length over steps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from oprd.runs.folder import RunFolder
 
-# Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).
+# Colours that colour-blind readers can distinguish, also in greyscale (Okabe and Ito).
 STUDENT, TEACHER, BEFORE, QUIET = "#0072B2", "#009E73", "#D55E00", "#999999"
 
 
 def plot_run(folder: Path, file: Path) -> None:
-    """Draw the curves of a run folder (its `metrics.jsonl`, and `summary.json` when there is one) into `file` (PNG).
+    """Plot the curves of a run folder, from `metrics.jsonl` and an optional `summary.json`, to the PNG `file`.
 
     Raises:
         ValueError: the folder has no metrics.
     """
-    # The object interface: no display, and no global state of pyplot.
+    # matplotlib's object interface needs no display and no global pyplot state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,7 +37,9 @@ def plot_run(folder: Path, file: Path) -> None:
     loss.set(title="Representation loss (Eq. 6)" if alone else "Loss", xlabel="step")
     if all(s["loss"] > 0 for s in steps):
         loss.set_yscale("log")
-    measured = [s for s in steps if "cosine" in s]  # a loss without states measures them now and then only
+    measured = [
+        s for s in steps if "cosine" in s
+    ]  # without a representation loss, cosines are measured only in diagnostic steps
     layers = sorted({key for s in measured for key in s if key.startswith("cosine/layer_")}, key=_layer_of)
     for index, key in enumerate(layers):
         last = index == len(layers) - 1

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `metrics.jsonl`, sampled completions, and the lock on its folder."""
+"""A run's output folder: `metrics.jsonl`, sampled completions, and a lock."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from oprd.types import Rollouts
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 EVAL_COMPLETIONS = "eval_completions.jsonl"
-LOCK = "_lock"  # a hub upload leaves out names that begin so
+LOCK = "_lock"  # hub uploads skip names that start with an underscore
 
 
 class RunFolder:
-    """A run's folder: locked while the run lives, cut back to the resumed step, appended to line by line.
+    """A run's folder. The run locks it, appends to its files line by line, and truncates them to the step it resumes from.
 
     Args:
-        path: the folder; made when it does not exist.
+        path: the folder; created if it does not exist.
 
     Raises:
-        ValueError: there is a file of that name.
+        ValueError: `path` is a file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,10 +39,10 @@ class RunFolder:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep the folder for this process while inside; may be nested.
+        """Lock the folder for this process within the `with` block; may be nested.
 
         Raises:
-            ValueError: another run holds it.
+            ValueError: another run has locked it.
         """
         try:
             self._lock.acquire()
@@ -56,10 +56,10 @@ class RunFolder:
             self._lock.release()
 
     def refuse_used(self) -> None:
-        """Make sure that a fresh run may start here.
+        """Check that the folder is free for a new run.
 
         Raises:
-            ValueError: the folder holds another run.
+            ValueError: the folder contains a run.
         """
         if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
             raise ValueError(
@@ -68,7 +68,7 @@ class RunFolder:
             )
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines of steps after `step`, from which the run goes on, and put later checkpoints out of the way."""
+        """Remove log lines after `step`, where the run resumes, and rename later checkpoints to `superseded-…`."""
         for later in self.path.glob("checkpoint-*"):
             number = later.name.removeprefix("checkpoint-")
             if number.isdigit() and int(number) > step:
@@ -84,7 +84,7 @@ class RunFolder:
                 shorter.replace(path)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one JSON line; NaN and infinities, which JSON lacks, become null."""
+        """Append one JSON line. NaN and infinities, which JSON lacks, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
@@ -92,14 +92,14 @@ class RunFolder:
     def append_completions(
         self, step: int, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
     ) -> None:
-        """Append completions sampled in a step, one JSON line each."""
+        """Append the completions of a step, one JSON line each."""
         for row in _completion_rows(prompts, rollouts, rewards):
             self.append(COMPLETIONS, {"step": step, **row})
 
     def write_completions(
         self, name: str, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
     ) -> None:
-        """Write completions to a file of their own, one JSON line each, in place of what it held."""
+        """Write completions to the file `name`, one JSON line each, replacing its content."""
         (self.path / name).unlink(missing_ok=True)
         for row in _completion_rows(prompts, rollouts, rewards):
             self.append(name, row)
@@ -111,7 +111,7 @@ class RunFolder:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Whole lines; what follows the last line break was cut short by a kill. Sampled text may hold other line separators."""
+    """Complete lines. An interrupted run may leave a partial last line. Splits at \\n only: text may contain other separators."""
     return path.read_bytes().split(b"\n")[:-1]
 
 

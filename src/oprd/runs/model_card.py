@@ -1,4 +1,4 @@
-"""The model card: a README.md beside saved weights that says what they are, how they came about and what was not measured."""
+"""The model card: a README.md for saved weights with their origin, results and limits, including what was not measured."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MODELS = {"student_before": "student before", "student_after": "student after",
 
 
 def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The card of a run's model, Markdown with the hub's metadata as YAML at its head.
+    """The model card of a run, as Markdown with the hub's YAML metadata.
 
-    What was not measured is said to be so. Names and settings are shown as they are, whatever they hold. Names of models and
-    datasets go into the metadata only where they are names on the hub, that is, where there is no such file here.
+    It states what was not measured. Names and settings are escaped, so they cannot inject markup. Model and dataset names enter
+    the metadata only if they are valid hub names and no local file of that name exists.
 
     Args:
-        summary: of the run, as in its `summary.json`.
-        settings: of the run, as in its `config.yaml`.
+        summary: the run's `summary.json`.
+        settings: the run's `config.yaml`.
     """
     adapter = settings.get("lora") is not None
     student, train = settings["model"], settings["train_dataset"]
@@ -59,7 +59,7 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def write_model_card(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write the card into a model's folder in place of the one that may be there (PEFT leaves one), whole or not at all."""
+    """Write the card atomically into a model's folder. Replaces an existing card, such as PEFT's."""
     staged = folder / f".{CARD}.tmp"
     staged.write_text(model_card(summary, settings), encoding="utf-8")
     fsync(staged)
@@ -105,7 +105,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _measures(measured: Mapping[str, Any] | None) -> list[str]:
-    """Cells of a table row."""
+    """The cells of a table row."""
     if not measured:
         return [NOT_MEASURED] * 7
     graded = measured["avg_at_k"] is not None
@@ -178,7 +178,7 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _dataset(settings: Mapping[str, Any], role: str) -> str:
-    """Name, split (files have none) and number of rows of the train or eval dataset."""
+    """Name, split (not for files) and number of rows of the train or eval dataset."""
     name, limit = settings[f"{role}_dataset"], settings.get(f"{role}_limit")
     rows = "all rows" if limit is None else f"the first {limit} rows"
     split = settings.get(f"{role}_split")
@@ -204,7 +204,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _code(value: Any) -> str:
-    """`value` as inline code: the one place of Markdown where neither markup nor HTML means anything."""
+    """`value` as inline code, where Markdown interprets neither markup nor HTML."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
     fence = _fence(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -212,6 +212,6 @@ def _code(value: Any) -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    """More backticks than stand in a row anywhere in `text`, so that it cannot end the code it is put into."""
+    """More backticks than any run of them in `text`, so that `text` cannot end its code block."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(least, longest + 1)

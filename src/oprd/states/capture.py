@@ -1,7 +1,7 @@
-"""Hidden states of chosen layers at chosen positions, through the backbone alone: no LM head, nothing above the highest layer.
+"""Read hidden states of selected layers and positions. Runs the backbone up to the highest selected layer, without the LM head.
 
-Two ways in: `capture_states` for anyone's loop, and `install_state_forward` for wrapped models (DDP, FSDP, autocast), which
-must be entered through their own `forward`.
+Use `capture_states` in a loop of your own. Wrapped models (DDP, FSDP, autocast) must run through their own `forward`:
+prepare them with `install_state_forward` and read with `read_through_forward`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ ReadState = Callable[[int, Float[Tensor, "N D"]], Any]
 
 
 class _AboveHighestLayer(Exception):
-    """Raised by a hook to leave the backbone once the highest chosen layer has been read."""
+    """Raised by a hook to stop the backbone after the highest selected layer."""
 
 
 def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> list[Any]:
-    """Run the backbone over `request` and hand each chosen layer's selected states to `read` as soon as they exist.
+    """Run the backbone on `request` and call `read` with each layer's selected states as soon as they exist.
 
-    Handing them over at once, rather than collecting them, lets a loss drop a layer's states before the next layer runs.
+    This streaming lets a loss free a layer's states before the next layer runs.
 
     Args:
         model: a decoder-only causal LM of transformers, or a PEFT model around one.
-        request: what to read; its tensors on the model's device.
-        read: called as `read(layer, states)` with `states` `[N, D]`, layers ascending, and last as `read(HEAD, states)` with
-            `[M, D]` where the request has a `head`. Gradients flow through `states`.
+        request: the batch to read, with tensors on the model's device.
+        read: called as `read(layer, states)` with `states` `[N, D]`, layers ascending. If the request has a `head`, the last
+            call is `read(HEAD, states)` with `[M, D]`. Gradients flow through `states`.
 
     Returns:
-        What `read` returned, a value a call.
+        The return value of each call, in order.
 
     Raises:
-        ValueError: the request names a layer that the model does not have, or the model's blocks cannot be found.
+        ValueError: the model does not have a requested layer, or its blocks cannot be found.
     """
     body, block_list = backbone(model), blocks(model)
     top = request.layers[-1] if request.layers else len(block_list)
@@ -53,11 +53,13 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
 
     def take(layer: int, hidden_BTD: Float[Tensor, "B T D"]) -> None:
         index = request.flat_index if request.head is None or layer != HEAD else request.head.flat_index
-        # index_select on the flattened batch: its backward is one index_add, where advanced indexing sorts.
+        # index_select on the flattened batch: its backward is one index_add, whereas advanced indexing sorts in backward.
         results.append(read(layer, hidden_BTD.flatten(0, 1).index_select(0, index)))
 
     def hook_for(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:  # must return None: a value replaces the output
+        def hook(
+            module: nn.Module, args: Any, output: Any
+        ) -> None:  # must return None: a value would replace the output
             take(layer, output[0] if isinstance(output, tuple) else output)
 
         return hook
@@ -67,8 +69,8 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
 
     handles = [block_list[l - 1].register_forward_hook(hook_for(l)) for l in request.layers if l < len(block_list)]
     if top < len(block_list):
-        # Before the next block rather than after the top one, so that every wrapper of the top block has finished with it; and
-        # before that block's own hooks, by which FSDP would gather weights that nobody gives back.
+        # Stop before the next block, not after the top one, so that all wrappers of the top block finish. Run before FSDP's
+        # pre-forward hook, which would gather weights that are never freed.
         handles.append(block_list[top].register_forward_pre_hook(leave, prepend=True))
     try:
         output = body(
@@ -92,12 +94,12 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
 
 
 def gather_states(model: nn.Module, request: StateRequest) -> States:
-    """`read_states` that keeps everything: the selected states of every chosen layer as `States`."""
+    """Read the selected states of all requested layers and return them as `States`."""
     return as_states(request, read_states(model, request, lambda _, states_ND: states_ND))
 
 
 def as_states(request: StateRequest, values: Sequence[Tensor]) -> States:
-    """What a `read` that keeps everything collected, by name."""
+    """Pack the values of `read_states`, called with a `read` that returns its states, into `States`."""
     layers = len(request.layers)
     head_MD = values[layers] if request.head is not None else None
     return States(request.layers, tuple(values[:layers]), request.rollout_index, request.num_rollouts, head_MD)
@@ -113,24 +115,24 @@ def capture_states(
     layout: Layout = "right",
     pad_token_id: int = 0,
 ) -> States:
-    """Hidden states that predict the selected response tokens, at the chosen layers.
+    """Read the hidden states that predict the selected response tokens, at the selected layers.
 
-    Runs under the caller's gradient mode: wrap in `torch.no_grad()` for a teacher.
+    Uses the caller's gradient mode: wrap the call in `torch.no_grad()` for a teacher.
 
     Args:
         model: a decoder-only causal LM of transformers.
         rollouts: prompts and completions.
         layers: "last", "all", "even", "odd", a layer or a list of layers (1-based; the last is after the final norm).
         positions: "all", "last", "last_k" or "first_k".
-        position_k: k of the last two.
-        layout: how the rows are laid out for the model; the states do not depend on it.
+        position_k: k of "last_k" and "first_k".
+        layout: padding on the right or left, or one packed row; the states do not depend on it.
         pad_token_id: any valid id.
 
     Returns:
-        States with one `[N, D]` tensor a layer.
+        States with one `[N, D]` tensor per layer.
 
     Raises:
-        ValueError: unknown layer or position set, layer out of range, no rollout.
+        ValueError: the layer or position set is unknown, a layer is out of range, or there is no rollout.
     """
     request = request_states(
         rollouts,
@@ -144,15 +146,15 @@ def capture_states(
 
 
 def install_state_forward(model: nn.Module) -> None:
-    """Teach `model` one more call, `model(state_request=request, read=read)`, equal to `read_states(model, request, read)`.
+    """Extend `model.forward` so that `model(state_request=request, read=read)` runs `read_states(model, request, read)`.
 
-    DDP, FSDP and accelerate's autocast act in the `forward` of the module they wrap, so states must be read through it. Every
-    other call is passed on unchanged. Installing twice does nothing.
+    DDP, FSDP and accelerate's autocast act in the `forward` of the module they wrap, so states must be read through it.
+    Other calls are unchanged. Installing twice has no further effect.
     """
     plain: Any = model.forward
     if getattr(plain, "_oprd_state_forward", False):
         return
-    # The function rather than the bound method: a deep copy of the model must run on itself, not on the original.
+    # Keep the function, not the bound method: a deep copy of the model must call itself, not the original.
     function = plain.__func__ if getattr(plain, "__self__", None) is model else lambda _, *a, **k: plain(*a, **k)
 
     def forward(self: nn.Module, *args: Any, state_request: StateRequest | None = None, **kwargs: Any) -> Any:
@@ -161,20 +163,20 @@ def install_state_forward(model: nn.Module) -> None:
         return function(self, *args, **kwargs)
 
     forward._oprd_state_forward = True  # type: ignore[attr-defined]
-    forward.__wrapped__ = function  # type: ignore[attr-defined]  # inspect.signature keeps showing the model's arguments
+    forward.__wrapped__ = function  # type: ignore[attr-defined]  # so inspect.signature still shows the model's arguments
     model.forward = types.MethodType(forward, model)
 
 
 @dataclass
 class _ReadResults:
-    """A box that accelerate does not open: it would cast every tensor of a list it finds to float32 (a copy).
+    """Wraps the results in a dataclass, so that accelerate does not copy them to float32 as it does with tensors in a list.
 
-    FSDP opens dataclasses and must: a gradient that arrives here is its sign to gather the root's weights for the backward pass.
+    FSDP looks inside dataclasses. It must find these tensors: their gradient hook makes it gather the root's weights for backward.
     """
 
     values: list[Any]
 
 
 def read_through_forward(model: nn.Module, request: StateRequest, read: ReadState) -> list[Any]:
-    """`read_states` through the `forward` of a model that `install_state_forward` prepared, wrapped or not."""
+    """`read_states` through the model's `forward`. The model may be wrapped; `install_state_forward` must have prepared it."""
     return model(state_request=request, read=read).values

@@ -1,8 +1,8 @@
-"""Layer maps φ (OPRD section 3): the teacher layer that each student layer is matched with.
+"""Layer maps φ (OPRD section 3): the teacher layer that each student layer is compared with.
 
-Layers are counted from 1, the last one is the state after the final norm. A map is a tuple with φ(l) at index l − 1. A named map
-never decreases and sends first to first and last to last (a student of one layer has only its last); a list may be any.
-To add a named map, write a function of (student layers, teacher layers, CKA matrix or None) and add one line to `LAYER_MAPS`.
+Layers count from 1; the last one is the state after the final norm. A map is a tuple with φ(l) at index l − 1. Named maps
+never decrease and map first to first and last to last (a one-layer student maps to the last). A list may be in any order.
+To add a named map, write a function of (student layers, teacher layers, CKA matrix or None) and add it to `LAYER_MAPS`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ LayerMapSpec = str | Sequence[int]
 
 
 def proportional(student_layers: int, teacher_layers: int, cka_ST: Float[Tensor, "S T"] | None = None) -> list[int]:
-    """φ(l) = round((l − 1)/(L_S − 1) · (L_T − 1)) + 1, the paper's map; halves go to the even number, on exact rationals."""
+    """The paper's map, φ(l) = round((l − 1)/(L_S − 1) · (L_T − 1)) + 1. Exact rationals; halves round to even."""
     if student_layers == 1:
         return [teacher_layers]
     return [round(Fraction(index * (teacher_layers - 1), student_layers - 1)) + 1 for index in range(student_layers)]
 
 
 def cka_optimal(student_layers: int, teacher_layers: int, cka_ST: Float[Tensor, "S T"] | None = None) -> list[int]:
-    """The map that maximises Σ_l CKA(l, φ(l)) among those that never decrease and keep both ends; ties go to lower layers.
+    """The map with maximal Σ_l CKA(l, φ(l)) among those that never decrease and keep both ends. Ties go to lower layers.
 
-    A dynamic programme: the best sum over layers 1..l with φ(l) = t is CKA(l, t) plus the best over 1..l−1 that ends at t or below.
+    Dynamic programming: the best sum over layers 1..l with φ(l) = t is CKA(l, t) plus the best sum over 1..l−1 with
+    φ(l − 1) ≤ t.
 
     Args:
-        student_layers: L_S.
-        teacher_layers: L_T.
-        cka_ST: `[L_S, L_T]`, the similarity of every pair of layers (`oprd.bridge.statistics.cka_matrix`).
+        student_layers: L_S, the student's number of layers.
+        teacher_layers: L_T, the teacher's number of layers.
+        cka_ST: `[L_S, L_T]`, the CKA of every pair of layers (`oprd.bridge.statistics.cka_matrix`).
 
     Raises:
-        ValueError: no matrix, one of another shape, or a value that is not finite.
+        ValueError: the matrix is missing, has another shape, or has a value that is not finite.
     """
     if cka_ST is None:
         raise ValueError(
@@ -82,20 +83,20 @@ def layer_map(
     *,
     cka_ST: Float[Tensor, "S T"] | None = None,
 ) -> tuple[int, ...]:
-    """φ(1), …, φ(L_S) as `spec` says.
+    """Turn a layer map spec into φ(1), …, φ(L_S).
 
     Args:
-        spec: "proportional" (the paper's), "cka", or the teacher layer of each student layer as a list.
-        student_layers: L_S, the student's number of blocks.
-        teacher_layers: L_T.
-        cka_ST: similarity of every pair of layers, for "cka".
+        spec: "proportional" (the paper's), "cka", or a list with the teacher layer of each student layer.
+        student_layers: L_S, the student's number of layers.
+        teacher_layers: L_T, the teacher's number of layers.
+        cka_ST: `[L_S, L_T]`, the CKA of every pair of layers, for "cka".
 
     Example:
         >>> layer_map("proportional", 4, 7)
         (1, 3, 5, 7)
 
     Raises:
-        ValueError: unknown name; a list of another length or out of range; a model without layers.
+        ValueError: the name is unknown, the list has another length or a layer out of range, or a model has no layers.
     """
     for side, count in (("student", student_layers), ("teacher", teacher_layers)):
         if count < 1:

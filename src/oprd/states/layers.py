@@ -1,7 +1,7 @@
 """Layer sets 𝓛 ⊆ {1..L} (OPRD section 2).
 
-Layers are counted from 1; layer L is the state after the final norm. The embedding is not a layer.
-To add a named set, write a function `num_layers -> layers` and add one line to `LAYERS`.
+Layers count from 1; layer L is the state after the final norm. The embedding is not a layer.
+To add a named set, write a function `num_layers -> layers` and add it to `LAYERS`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ LAYERS: dict[str, Callable[[int], Sequence[int]]] = {
 
 
 def resolve_layers(spec: LayerSpec, num_layers: int) -> tuple[int, ...]:
-    """The layers that `spec` names in a model of `num_layers` blocks, ascending.
+    """Turn a layer spec into layer numbers, ascending.
 
     Args:
-        spec: "last", "all", "even", "odd", one layer, or a list of layers, counted from 1.
-        num_layers: blocks of the model.
+        spec: "last", "all", "even", "odd", one layer, or a list of layers; numbers count from 1.
+        num_layers: number of blocks in the model.
 
     Raises:
-        ValueError: unknown name, layer out of range, layer named twice, or nothing selected.
+        ValueError: the name is unknown, a layer is out of range or repeated, or nothing is selected.
     """
     if isinstance(spec, str):
         if spec not in LAYERS:

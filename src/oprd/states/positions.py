@@ -1,7 +1,7 @@
 """Position sets P(ŷ): which response positions carry the loss (OPRD section 2).
 
-A response of T tokens has positions 0..T−1 here (the paper counts 1..T); position t is the state that *predicts* token t.
-To add a set, write a function `(length, k) -> range or list of positions` and add one line to `POSITIONS`.
+A response of T tokens has positions 0..T−1 (the paper counts 1..T). Position t is the state that *predicts* token t.
+To add a set, write a function `(length, k) -> range or list of positions` and add it to `POSITIONS`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from typing import Literal, get_args
 
 EndOfTurn = Literal["merge", "by_id", "skip"]
 Positions = Sequence[Sequence[int]]
-"""Ascending positions of each rollout."""
+"""The positions of each rollout, ascending."""
 
 
 def all_positions(length: int, k: int) -> Sequence[int]:
-    """Every response position, the one that predicts the EOS included."""
+    """All response positions, including the one that predicts EOS."""
     return range(length)
 
 
 def last_position(length: int, k: int) -> Sequence[int]:
-    """The last response position alone."""
+    """The last response position."""
     return range(max(0, length - 1), length)
 
 
 def last_k_positions(length: int, k: int) -> Sequence[int]:
-    """The last k positions; all of them when the response is shorter (the paper's choice, k = 2000)."""
+    """The last k positions, or all of a shorter response (the paper uses k = 2000)."""
     return range(max(0, length - k), length)
 
 
 def first_k_positions(length: int, k: int) -> Sequence[int]:
-    """The first k positions; all of them when the response is shorter."""
+    """The first k positions, or all of a shorter response."""
     return range(min(k, length))
 
 
@@ -44,15 +44,15 @@ NEEDS_K = frozenset({"last_k", "first_k"})
 
 
 def check_positions(positions: str, k: int | None, names: tuple[str, str] = ("positions", "position_k")) -> None:
-    """Refuse an unknown position set, or one whose k is missing, superfluous or not positive.
+    """Check the name of a position set and its k.
 
     Args:
         positions: name of the set.
-        k: of the sets that have one.
-        names: the two settings' names, for the message.
+        k: number of positions for "last_k" and "first_k"; None for the other sets.
+        names: names of the two settings, for the error message.
 
     Raises:
-        ValueError: names the key, the value and what is allowed.
+        ValueError: the set is unknown, or its k is missing, not allowed or not positive.
     """
     if positions not in POSITIONS:
         raise ValueError(f"{names[0]}: {positions!r} is not one of {', '.join(POSITIONS)}")
@@ -68,32 +68,32 @@ def check_positions(positions: str, k: int | None, names: tuple[str, str] = ("po
 
 
 def select_positions(length: int, positions: str = "all", k: int | None = None) -> Sequence[int]:
-    """Positions of P(ŷ) for a response of `length` tokens, ascending, 0-based.
+    """The positions P(ŷ) of a response of `length` tokens, ascending, counted from 0.
 
     Raises:
-        ValueError: unknown set, or a k that does not fit it.
+        ValueError: the set is unknown, or k does not fit it.
     """
     check_positions(positions, k)
     return POSITIONS[positions](length, k or 0)
 
 
 def select_before_end(length: int, ended: bool, positions: str = "all", k: int | None = None) -> Sequence[int]:
-    """`select_positions` among the positions that predict anything but the end of the turn.
+    """`select_positions` without the position that predicts the end of the turn.
 
     Args:
-        length: response tokens, the end token included where there is one.
-        ended: whether the last of them is an end token.
+        length: number of response tokens, including a final end token.
+        ended: whether the last token is an end token.
         positions: name of the set.
-        k: of the sets that have one.
+        k: number of positions for "last_k" and "first_k".
     """
     return select_positions(length - ended, positions, k)
 
 
 def check_end_of_turn(choice: str) -> None:
-    """Refuse an unknown way to treat the end of a turn.
+    """Check the setting `end_of_turn`.
 
     Raises:
-        ValueError: names the key and what is allowed.
+        ValueError: the value is not allowed.
     """
     if choice not in get_args(EndOfTurn):
         raise ValueError(f"end_of_turn: {choice!r} is not one of {', '.join(get_args(EndOfTurn))}")

@@ -1,4 +1,4 @@
-"""From rollouts to model batches: micro-batches by token budget, padded or packed rows, and where each position stands."""
+"""Turn rollouts into model batches: micro-batches by token budget, padded or packed rows, and indices of the selected states."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from oprd.states.positions import Positions, select_positions
 from oprd.types import Rollouts
 
 Layout = Literal["right", "left", "packed"]
-HEAD = 0  # in the place of a layer's number: what the LM head reads, at every response position
+HEAD = 0  # layer number that means the LM head's input at the response positions
 
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """Response positions of a model batch, for what is computed from next-token distributions.
+    """Response positions of a model batch whose next-token distributions are needed.
 
     Args:
-        flat_index: `[M]`, where each response position's state stands in the flattened `[B·T]` batch.
-        rollout_index: `[M]`, whose each position is.
+        flat_index: `[M]`, index of each response position's state in the flattened `[B·T]` batch.
+        rollout_index: `[M]`, index of each position's rollout.
         tokens: `[M]`, the response token that each state predicts.
-        compared: `[P]`, those of the M that the teacher's distributions are for; None: all of them.
-        events: `[P]`, the next token at each of these as its place in a shared vocabulary; None where `compared` is.
+        compared: `[P]`, indices of the positions compared with the teacher's distributions; None for all M.
+        events: `[P]`, index of the next token in the shared vocabulary at each compared position; None if `compared` is None.
     """
 
     flat_index: Int[Tensor, " M"]
@@ -38,17 +38,17 @@ class HeadRequest:
 
 @dataclass(frozen=True)
 class StateRequest:
-    """One model batch, and which of its tokens' states are wanted at which layers.
+    """One model batch, with the layers and positions whose states to read.
 
     Args:
         input_ids: `[B, T]`.
-        attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None when rows are packed (nothing is padding then).
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None for packed rows, which have no padding.
         position_ids: `[B, T]`, counted from 0 within each rollout.
-        flat_index: `[N]`, where each selected position stands in the flattened `[B·T]` batch.
-        rollout_index: `[N]`, whose each selected position is.
-        num_rollouts: rollouts in the batch.
-        layers: 1-based layers, ascending; may be empty where `head` is given.
-        head: ask also for what the LM head reads, at every response position.
+        flat_index: `[N]`, index of each selected position in the flattened `[B·T]` batch.
+        rollout_index: `[N]`, index of each selected position's rollout.
+        num_rollouts: number of rollouts in the batch.
+        layers: 1-based layers, ascending; may be empty if `head` is given.
+        head: response positions at which to read the LM head's input as well; None for none.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -61,7 +61,7 @@ class StateRequest:
     head: HeadRequest | None = None
 
     def to(self, device: torch.device | str) -> StateRequest:
-        """The same request with its tensors on `device`."""
+        """A copy with all tensors on `device`."""
         return replace(_moved(self, device), head=None if self.head is None else _moved(self.head, device))
 
 
@@ -71,26 +71,26 @@ def _moved(request: Any, device: torch.device | str) -> Any:
 
 
 def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences so that no padded group exceeds `token_budget` tokens, longest sequences first.
+    """Group sequences, longest first, so that no padded group exceeds `token_budget` tokens.
 
-    Sorting by length keeps padding small; the longest group first means that memory runs out at once or not at all.
-    A sequence longer than the budget gets a group of its own: nothing is cut or dropped.
+    Sorting by length keeps padding small. Since the longest group comes first, memory runs out at the start or never.
+    A sequence longer than the budget gets its own group; nothing is cut or dropped.
 
     Args:
-        lengths: tokens of each sequence.
-        token_budget: the most `rows · longest row` a group may have.
+        lengths: number of tokens of each sequence.
+        token_budget: maximum of `rows · longest row` in a group.
 
     Returns:
-        Indices into `lengths`, every one exactly once.
+        Groups of indices into `lengths`; each index occurs exactly once.
 
     Raises:
-        ValueError: `token_budget` < 1.
+        ValueError: `token_budget` is below 1.
     """
     if token_budget < 1:
         raise ValueError(f"micro_batch_tokens: {token_budget} is not allowed; it must be at least 1")
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The first of a group is its longest, so it alone sets the padded width.
+        # The first sequence of a group is the longest and sets the padded width.
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
             groups[-1].append(index)
         else:
@@ -99,7 +99,7 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[i
 
 
 def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
-    """Share of the padded tokens of all groups that are padding, 0 (none) to 1."""
+    """Share of padding among all tokens of the padded groups, 0 (none) to 1."""
     padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
     return 1.0 - sum(lengths) / padded if padded else 0.0
 
@@ -115,24 +115,24 @@ def request_states(
     pad_token_id: int = 0,
     head: bool | Positions = False,
 ) -> StateRequest:
-    """Lay `rollouts` out as one model batch and locate the states that predict the selected response tokens.
+    """Build one model batch from `rollouts` and locate the states that predict the selected response tokens.
 
-    The state that predicts response token t (0-based) is the one at input token `prompt length + t − 1`; the last response
-    token is therefore never fed to a model (OPRD section 1).
+    The state at input token `prompt length + t − 1` predicts response token t (counted from 0). The last response token is
+    therefore not an input (OPRD section 1).
 
     Args:
         rollouts: at least one.
         layers: 1-based layers to read, ascending.
         positions: a name in `oprd.states.positions.POSITIONS`.
-        position_k: k of the sets that have one.
-        chosen: the positions of each rollout, ascending, in place of a named set.
+        position_k: k of "last_k" and "first_k".
+        chosen: the positions of each rollout, ascending; replaces the named set.
         layout: rows padded on the right or the left, or all rollouts in one packed row without padding.
-        pad_token_id: any valid id; what stands in padding never reaches a result.
-        head: ask also for the states that the LM head reads, at all response positions whatever `positions` says, or at those
-            given for each rollout.
+        pad_token_id: any valid id; padding does not affect results.
+        head: also read the LM head's input: True for all response positions, regardless of `positions`, or the positions of
+            each rollout.
 
     Raises:
-        ValueError: no rollout, or a position set that is not known.
+        ValueError: there is no rollout, or the position set is unknown.
     """
     if not len(rollouts):
         raise ValueError("request_states: there is no rollout to read")
@@ -184,5 +184,5 @@ def _head_request(rollouts: Rollouts, first_states: Sequence[int], head: bool | 
 
 
 def index_tensor(values: list[int]) -> Int[Tensor, " N"]:
-    """`values` as int64, also where the list is empty."""
-    return torch.tensor(values, dtype=torch.long)  # said, since of an empty list torch makes floats
+    """`values` as an int64 tensor."""
+    return torch.tensor(values, dtype=torch.long)  # without dtype, torch turns an empty list into floats

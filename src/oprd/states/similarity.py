@@ -1,6 +1,6 @@
-"""How alike two models' states are: linear CKA and distances in one pass over the tokens, and means over the first and last k.
+"""Similarity of two models' states: linear CKA and distances in one pass over the tokens, and means over first and last k.
 
-Letters here: D student's width, E teacher's width, N tokens given at a time, n tokens seen so far.
+Letters: D student's width, E teacher's width, N tokens in one update, n tokens so far.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CHUNK = 4096  # tokens that are held in double precision at a time
+_CHUNK = 4096  # tokens converted to double precision at a time
 
 
 class PairSums:
-    """Sums over tokens of one student layer's states and the teacher layer's at the same positions; memory D² + E² + D·E.
+    """Running sums over tokens of one student layer's and one teacher layer's states. Memory: D² + E² + D·E doubles.
 
-    Products are summed of states from which the first chunk's mean is taken, in double precision: what is asked for is then free
-    of the large common mean that hidden states have, and equal in one go or in pieces but for rounding.
+    The first chunk's mean is subtracted from all states before products are summed, in double precision. Hidden states have a
+    large common mean, whose squares would otherwise cost precision. Except for rounding, chunking does not change the results.
     """
 
     def __init__(self, student_width: int, teacher_width: int, *, device: torch.device | str = "cpu") -> None:
-        """Empty sums.
+        """Start with empty sums.
 
         Args:
             student_width: D.
             teacher_width: E.
-            device: where the sums live; one with double precision.
+            device: device of the sums; it must support double precision.
         """
         self.n = 0
         self.same_width = student_width == teacher_width
         widths = (student_width, teacher_width)
         self._origin: list[Tensor] = []
-        # By side, 0 the student and 1 the teacher: Σ x, Σ |x|²; by two sides: Σ x yᵀ, Σ x |y|², Σ |x|²|y|².
+        # Side 0 is the student, side 1 the teacher. Per side: Σ x, Σ |x|². Per pair of sides: Σ x yᵀ, Σ x |y|², Σ |x|²|y|².
         self._sum = [torch.zeros(w, dtype=torch.float64, device=device) for w in widths]
         self._length = [0.0, 0.0]
         self._product = {
@@ -50,16 +50,16 @@ class PairSums:
 
     @torch.no_grad()
     def update(self, student_ND: Float[Tensor, "N D"], teacher_NE: Float[Tensor, "N E"]) -> None:
-        """Take in N more tokens, of any floating-point dtype.
+        """Add N tokens, of any floating-point dtype.
 
         Raises:
-            ValueError: other widths than announced, different numbers of tokens, or values that are not finite.
+            ValueError: the widths or the numbers of tokens do not match, or a value is not finite.
         """
         widths = tuple(len(total) for total in self._sum)
         if (student_ND.shape[1], teacher_NE.shape[1]) != widths or len(student_ND) != len(teacher_NE):
             raise ValueError(
                 f"PairSums: student states {list(student_ND.shape)} and teacher states {list(teacher_NE.shape)} must be [N, "
-                f"{widths[0]}] and [N, {widths[1]}] with one N"
+                f"{widths[0]}] and [N, {widths[1]}] with the same N"
             )
         for student_nD, teacher_nE in zip(student_ND.split(_CHUNK), teacher_NE.split(_CHUNK), strict=True):
             if len(student_nD):
@@ -89,16 +89,16 @@ class PairSums:
         self.n += len(states[0])
 
     def cka(self, *, debiased: bool = True) -> float:
-        """Linear CKA of the two layers: 1 for states that are equal up to rotation, scale and shift; 0 for constant ones.
+        """Linear CKA of the two layers: 1 for states that are equal up to rotation, scale and shift; 0 for constant states.
 
         CKA = HSIC(X, Y) / √(HSIC(X, X)·HSIC(Y, Y)) (Kornblith et al. 2019, arXiv 1905.00414).
 
         Args:
-            debiased: with the unbiased estimate of HSIC (Song et al. 2012, as in arXiv 2010.15327), about 0 for independent
-                states, however few the tokens are; else with HSIC = ‖Σ x yᵀ‖², which is too high where tokens are few.
+            debiased: use the unbiased estimate of HSIC (Song et al. 2012, as in arXiv 2010.15327), which is about 0 for
+                independent states even with few tokens. Otherwise HSIC = ‖Σ x yᵀ‖², which is too high with few tokens.
 
         Raises:
-            ValueError: fewer than 4 tokens.
+            ValueError: there are fewer than 4 tokens.
         """
         if self.n < 4:
             raise ValueError(f"cka: {self.n} positions; it needs 4 or more: give more prompts or longer completions")
@@ -108,8 +108,8 @@ class PairSums:
     def _hsic(self, i: int, j: int, debiased: bool) -> float:
         """n(n − 3) times the unbiased estimate of HSIC, or (n − 1)² times the usual one.
 
-        Of centred states with a = |x|², b = |y|²: ‖Σ x yᵀ‖² − Σ ab + Σa·Σb/((n − 1)(n − 2)) − 2 Σ ab/(n − 2), Song et al.'s Eq. 5
-        for the linear kernel, whose row sums without the diagonal are −a and −b.
+        With centred states, a = |x|² and b = |y|²: ‖Σ x yᵀ‖² − Σ ab + Σa·Σb/((n − 1)(n − 2)) − 2 Σ ab/(n − 2). This is Eq. 5 of
+        Song et al. for the linear kernel, whose row sums without the diagonal are −a and −b.
         """
         means = [self._sum[side] / self.n for side in (0, 1)]
         centred = self._product[i, j] - self.n * torch.outer(means[i], means[j])
@@ -123,7 +123,7 @@ class PairSums:
         return biased - both + spread[i] * spread[j] / ((n - 1) * (n - 2)) - 2 * both / (n - 2)
 
     def _spread_product(self, i: int, j: int, means: list[Tensor], squares: list[float]) -> float:
-        """Σ |x − µ|²|y − ν|², multiplied out."""
+        """Σ |x − µ|²|y − ν|², expanded into the running sums."""
         mean_product = float(means[i] @ self._product[i, j] @ means[j])
         return (
             self._lengths[i, j]
@@ -137,31 +137,31 @@ class PairSums:
 
     @property
     def cosine(self) -> float | None:
-        """Mean over tokens of cos(h_S, h_T); None where widths differ."""
+        """Mean over tokens of cos(h_S, h_T); None if the widths differ."""
         return self._cosine / self.n if self.same_width else None
 
     @property
     def squared_difference(self) -> float | None:
-        """Mean over tokens of (1/D)·‖h_S − h_T‖², what OPRD's Eq. 6 averages; None where widths differ."""
+        """Mean over tokens of (1/D)·‖h_S − h_T‖², the error in OPRD Eq. 6; None if the widths differ."""
         return self._difference / (self.n * len(self._sum[0])) if self.same_width else None
 
     @property
     def relative_difference(self) -> float | None:
-        """Σ‖h_S − h_T‖² / Σ‖h_T‖²; None where widths differ. 2 for states of equal length at right angles."""
+        """Σ‖h_S − h_T‖² / Σ‖h_T‖²; None if the widths differ. It is 2 for orthogonal states of equal length."""
         return self._difference / self._teacher_square if self.same_width and self._teacher_square > 0 else None
 
     @property
     def direct_r2(self) -> float | None:
-        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: how well the student's state is the teacher's as it is, its mean not counted.
+        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: R² of the student's state as a prediction of the teacher's; None if widths differ.
 
-        None where widths differ. Below 0 where the teacher's mean would be the better guess: dimensions that are not aligned.
+        Below 0 the teacher's mean predicts better, so the dimensions are not aligned.
         """
         mean_E = self._sum[1] / self.n
         variation = self._length[1] - self.n * float(mean_E @ mean_E)
         return 1 - self._difference / variation if self.same_width and variation > 0 else None
 
     def difference_moment(self) -> Float[Tensor, "D D"]:
-        """Mean over tokens of (h_S − h_T)(h_S − h_T)ᵀ, for the share of the difference in given directions.
+        """Mean over tokens of (h_S − h_T)(h_S − h_T)ᵀ: the second moment of the difference.
 
         Raises:
             ValueError: the widths differ.
@@ -177,26 +177,26 @@ class PairSums:
 
 
 def ladder(longest: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, … up to `longest`, which is the last."""
+    """1, 2, 5, 10, 20, 50, … up to and including `longest`."""
     steps = (m * 10**e for e in range(len(str(longest))) for m in (1, 2, 5))
     return [*(k for k in steps if k < longest), longest]
 
 
 def position_curve(values: Sequence[Sequence[float]], ks: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Mean over the first and over the last k positions of each response as k grows (OPRD, method §7's curve).
+    """Mean over the first k and over the last k positions of each response, for growing k (method §7).
 
-    A response shorter than k counts with all its positions, as in the position sets of OPRD section 2; the mean is over a
-    response's positions, then over responses.
+    Averages over a response's positions, then over responses. A response shorter than k counts with all its positions, as in
+    the position sets of OPRD section 2.
 
     Args:
-        values: of each response, its positions in order; those of no position are left out.
-        ks: default `ladder` up to the longest response.
+        values: one value per position for each response, in order; responses without a position are skipped.
+        ks: values of k; default: `ladder` up to the longest response.
 
     Returns:
-        One `{"k", "first", "last", "longer"}` a k; `longer` is the share of responses that have more than k positions.
+        One `{"k", "first", "last", "longer"}` per k; `longer` is the share of responses with more than k positions.
 
     Raises:
-        ValueError: no position at all, or a k below 1.
+        ValueError: no response has a position, or a k is below 1.
     """
     kept = [list(own) for own in values if len(own)]
     if not kept:

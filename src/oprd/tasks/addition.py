@@ -1,12 +1,12 @@
-"""Five-digit addition written out column by column: the task of the embedded tiny pair (`oprd demo`).
+"""Five-digit addition, worked out column by column: the task of the embedded tiny pair (`oprd demo`).
 
-A problem is a raw prompt, and its solution adds from the units up, one column a group:
+A problem is a raw prompt. The worked solution adds column by column, starting from the units:
 
     12345+67890=            <- prompt
     5+0+0=05 4+9+0=13 3+8+1=12 2+7+1=10 1+6+1=08 #80235
 
-`4+9+0=13` reads: digit 4, digit 9, carry in 0; the sum 13 is digit 3, carry out 1. The sum always has two digits, so
-every column has the same width. After `#` stands the answer, most significant digit first, without leading zeros.
+`4+9+0=13` means: digits 4 and 9, carry in 0; the sum 13 gives digit 3 and carry out 1. The sum always has two digits, so
+all columns have the same width. The answer follows `#`, most significant digit first, without leading zeros.
 """
 
 import random
@@ -26,24 +26,24 @@ _ONE_IN_TEST = 10
 
 
 def problems(n: int, seed: int, split: str) -> list[PromptRow]:
-    """Draw `n` distinct problems of one split, the same ones for the same arguments on every machine.
+    """Draw `n` distinct problems of one split. The same arguments give the same problems on every machine.
 
-    A problem's split follows from its two operands alone, so no seed can make the splits overlap; `a+b` and `b+a`
-    are always in the same split. About one problem in ten is a test problem.
+    A problem's split depends only on its two operands, so the splits do not overlap for any seed. `a+b` and `b+a` are in
+    the same split. About one problem in ten is a test problem.
 
     Args:
-        n: how many, at least 1. There are some 8·10^9 problems, so no draw repeats one.
-        seed: any integer; other seeds give other draws from the same split.
+        n: number of problems, at least 1. There are about 8·10^9 problems.
+        seed: any integer; different seeds give different draws from the split.
         split: "train" or "test".
 
     Raises:
-        ValueError: `n` is below 1 or `split` is not a split.
+        ValueError: `n` is below 1, or `split` is unknown.
     """
     if n < 1:
         raise ValueError(f"n is {n}: the number of problems must be 1 or more")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: allowed are {', '.join(map(repr, SPLITS))}")
-    # A string seed is hashed whole; an integer seed would lose its sign (-1 and 1 draw alike).
+    # Seed with a string: random.Random drops the sign of an integer seed, so -1 and 1 would draw the same problems.
     generator = random.Random(f"addition/{split}/{seed}")
     drawn: dict[str, PromptRow] = {}
     while len(drawn) < n:
@@ -51,20 +51,20 @@ def problems(n: int, seed: int, split: str) -> list[PromptRow]:
         if _split_of(left, right) == split:
             prompt = f"{left}+{right}="
             source = f"addition {split} seed {seed}, problem {len(drawn)}"
-            # A pair drawn before keeps its first row.
+            # A repeated draw keeps the first row.
             drawn.setdefault(prompt, PromptRow(prompt=prompt, answer=str(left + right), source=source))
     return list(drawn.values())
 
 
 def worked_solution(prompt: str) -> str:
-    """Write out the solution that the tiny pair was trained on: five columns with carries, then `#` and the answer.
+    """The solution format that the tiny pair was trained on: five columns with carries, then `#` and the answer.
 
     Example:
         >>> worked_solution("12345+67890=")
         '5+0+0=05 4+9+0=13 3+8+1=12 2+7+1=10 1+6+1=08 #80235'
 
     Raises:
-        ValueError: `prompt` is not of the form `12345+67890=`.
+        ValueError: `prompt` does not have the form `12345+67890=`.
     """
     match = _PROMPT.fullmatch(prompt)
     if match is None:
@@ -79,10 +79,10 @@ def worked_solution(prompt: str) -> str:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether what follows the last `#` of `response` is `answer`, character for character, up to outer whitespace.
+    """Whether the text after the last `#` of `response` equals `answer`, apart from outer whitespace.
 
-    Only the final answer is graded, not the columns. `response` is text without special tokens: a decoded end token
-    would count as part of the answer.
+    Grades the final answer, not the columns. `response` must not contain special tokens: a decoded end token would count as
+    part of the answer.
 
     Raises:
         ValueError: `answer` is not a string of digits.
@@ -94,7 +94,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def _split_of(left: int, right: int) -> str:
-    """Assign a problem to a split by a hash of its operands that does not depend on their order."""
+    """Assign a problem to a split by a hash of its operands, independent of their order."""
     low, high = sorted((left, right))
     digest = blake2b(f"{low}+{high}".encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % _ONE_IN_TEST == 0 else "train"

@@ -1,4 +1,4 @@
-"""Evaluation: k sampled completions a problem, graded, summed up by the measures of `oprd.tasks.measures`."""
+"""Evaluation: sample k completions per problem, grade them, and compute the measures of `oprd.tasks.measures`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from oprd.types import Rollouts
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Args:
-        summary: JSON-able measures: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
-        rollouts: the completions, k a problem, problem after problem.
-        correct: their verdicts; None where the row has no answer or nothing grades.
+        summary: measures, ready for JSON: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
+        rollouts: the completions, k consecutive ones per problem.
+        correct: verdict of each completion; None if its row has no answer or there is no grader.
     """
 
     summary: dict[str, Any]
@@ -60,7 +60,7 @@ class Grading:
 def grade_rollouts(
     rollouts: Rollouts, answer_of: Callable[[int], str | None], grader: Grader | None
 ) -> list[bool | None]:
-    """Verdict of each rollout; None where its row has no answer, or there is no grader."""
+    """Verdict of each rollout; None if its row has no answer or there is no grader."""
     verdicts: list[bool | None] = [None] * len(rollouts)
     answers = [answer_of(row) for row in rollouts.rows]
     gradable = [i for i, answer in enumerate(answers) if answer is not None]
@@ -81,19 +81,19 @@ def evaluate(
     sampling: Sampling,
     seed: int = 0,
 ) -> Evaluation:
-    """Sample k completions a prompt, grade them, and sum up.
+    """Sample k completions per prompt, grade them, and compute the measures.
 
     Args:
         model: a causal LM.
-        engine: what samples.
+        engine: rollout engine that samples the completions.
         prompts: rendered problems.
-        grader: what grades; None leaves every sample ungraded.
-        k: samples a problem.
-        sampling: how they are drawn.
-        seed: of the drawing.
+        grader: grades the completions; None leaves all samples ungraded.
+        k: samples per problem.
+        sampling: sampling settings.
+        seed: sampling seed.
 
     Raises:
-        ValueError: no prompt, or k < 1.
+        ValueError: there is no prompt, or k is below 1.
     """
     if not prompts:
         raise ValueError("evaluate: there is no problem")
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: int) -> dict[str, Any]:
-    """The measures of rollouts that lie k a problem, problem after problem."""
+    """The measures of rollouts ordered as k consecutive ones per problem."""
     samples = [
         Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))
         for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
@@ -115,9 +115,9 @@ def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: in
 
 
 def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
-    """The evaluation of all problems, in their order, out of the ranks' parts: rank r of R has problems r, r + R, r + 2R, …
+    """Join the ranks' evaluations into one of all problems, in order. Rank r of R has problems r, r + R, r + 2R, …
 
-    A part of a rank that had no problem is left out.
+    `parts` leaves out ranks without a problem.
     """
     starts = [0, *accumulate(len(part.correct) for part in parts)]
     order = [starts[i % len(parts)] + i // len(parts) * k + sample for i in range(num_problems) for sample in range(k)]

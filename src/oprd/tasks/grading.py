@@ -1,8 +1,8 @@
-r"""Answer checking: is the answer in a response's last ``\boxed{}`` the ground truth?
+r"""Answer checking: compare the answer in a response's last ``\boxed{}`` with the ground truth.
 
-Answers are text a model wrote, so they are hostile input. Most are decided here by comparing strings or exact
-fractions. The rest go to math-verify in a worker process (`oprd.tasks.grading_worker`) that can be killed, is limited in
-memory, and refuses to compile code.
+A model wrote the answers, so they are untrusted input. String or exact fraction comparison decides most of them. The rest go
+to math-verify in a worker process (`oprd.tasks.grading_worker`) that can be killed, has a memory limit, and refuses to compile
+code.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 from oprd.tasks.grading_worker import start_worker, verify
 
-# A response that was JSON-escaped writes \\boxed. The second branch skips \{ and \}, which are printed, not grouping.
+# \\boxed occurs in JSON-escaped responses. The second branch skips \{ and \}, which print a brace and do not group.
 _BRACES = re.compile(r"(\\\\?(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what is inside the last complete ``\boxed{…}`` or ``\fbox{…}``, or None where there is none.
+    r"""Return the content of the last complete ``\boxed{…}`` or ``\fbox{…}``, or None if there is none.
 
-    The last is the one that starts last (as in verl and in Hendrycks' MATH), so of nested boxes it is the innermost;
-    one that is never closed does not count. Time is linear in the length of the text.
+    The last box is the one that starts last (as in verl and in Hendrycks' MATH), so the innermost of nested boxes. Unclosed
+    boxes do not count. Takes linear time in the length of the text.
     """
-    open_groups: list[int | None] = []  # where a box's content starts; None for any other group
+    open_groups: list[int | None] = []  # start of a box's content; None for any other group
     best: tuple[int, int] | None = None
     for token in _BRACES.finditer(text):
         if token[1]:
@@ -62,11 +62,11 @@ _UNIT = re.compile(r"(?<=.)\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?
 
 
 def normalize_answer(answer: str) -> str:
-    r"""Return one spelling for answers that differ in layout only; equal results mean equal answers.
+    r"""Remove differences in layout; equal results mean equal answers.
 
-    Goes: dollar signs, spacing, ``\left``/``\right``, ``\dfrac``, a closing degree sign or full stop, ``\text{}``
-    around the whole, braces around one character. Stays: case, order, units, and a space before a digit
-    where it tells `1, 200` from `1,200` and `1 2` from `12`.
+    Removed: dollar signs, spacing, ``\left``/``\right``, ``\dfrac``, a final degree sign or full stop, ``\text{}`` around the
+    whole, braces around one character. Kept: case, order, units, and a space before a digit where it distinguishes `1, 200`
+    from `1,200` and `1 2` from `12`.
     """
     for pattern, replacement in _REWRITES:
         answer = pattern.sub(replacement, answer)
@@ -86,7 +86,7 @@ _MAX_DIGITS = 1_000  # int() of a million digits takes seconds
 def parse_number(normalized: str) -> Fraction | None:
     r"""Return the exact value of an integer, a decimal, ``a/b`` or ``\frac{a}{b}``, and None for anything else.
 
-    Thousands may be grouped by commas. No exponents: `1e999999999` is a short text and a number that fills memory.
+    Commas may group thousands. Exponents are not read: `1e999999999` is a short text, but the number would fill the memory.
     """
     if len(normalized) > _MAX_DIGITS:
         return None
@@ -114,7 +114,7 @@ def _without_units(pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def decide(answer: str, truth: str) -> tuple[bool | None, str]:
-    """Compare without algebra: (right?, how), where `how` is "exact" or "numeric" and None means undecided.
+    """Compare without algebra. Returns (verdict, how): verdict None means undecided, `how` is "exact" or "numeric".
 
     Numbers are compared exactly, so 0.333 is not 1/3.
     """
@@ -122,7 +122,7 @@ def decide(answer: str, truth: str) -> tuple[bool | None, str]:
     if answer == truth:
         return True, "exact"
     bases = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(truth)
-    if bases[0] and bases[1]:  # math-verify drops the base: to it 52_8 is 52_9
+    if bases[0] and bases[1]:  # math-verify ignores the base and would accept 52_8 for 52_9
         return bases[0].groups() == bases[1].groups(), "exact"
     numbers = [parse_number(text) for text in _without_units((answer, truth))]
     if None not in numbers:
@@ -134,7 +134,7 @@ _SPAWNING = threading.Lock()
 
 
 class _Process(SpawnProcess):
-    """A spawned process that does not import the user's script again: it may lack an `if __name__ == "__main__":`."""
+    """A spawned process that does not re-import the user's script, which may lack an `if __name__ == "__main__":` guard."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
@@ -165,19 +165,19 @@ def _stop(pool: Any) -> None:
 
 
 class MathGrader:
-    r"""Grades responses by the answer in their last ``\boxed{}``; a context manager, usable from any thread.
+    r"""Grades responses by the answer in their last ``\boxed{}``. A context manager, safe to use from any thread.
 
-    Worker processes start with the first answer that needs algebra, and end with `close`, the `with` block, or Python.
+    Worker processes start with the first answer that needs algebra. They end with `close`, the `with` block, or the program.
 
     Args:
-        workers: processes that check answers.
-        timeout_s: seconds for one answer; past it the worker is killed and the answer is wrong.
-        max_answer_chars: a longer answer is wrong unread.
-        memory_bytes: what a worker may allocate past its imports (Linux only).
+        workers: number of worker processes.
+        timeout_s: seconds per answer; after that the worker is killed and the answer counts as wrong.
+        max_answer_chars: longer answers count as wrong without being read.
+        memory_bytes: memory that a worker may allocate after its imports (Linux only).
 
     Attributes:
-        stats: how many pairs were decided how: "exact" (strings), "numeric" (fractions), "verified" (math-verify); and
-            wrong without a comparison: "timed_out", "failed" (not LaTeX that math-verify reads, or the worker died),
+        stats: number of pairs by how they were decided: "exact" (strings), "numeric" (fractions), "verified" (math-verify).
+            Wrong without a comparison: "timed_out", "failed" (math-verify cannot read the LaTeX, or the worker died),
             "too_long", "missing" (no box, or an empty one).
 
     Raises:
@@ -198,13 +198,13 @@ class MathGrader:
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        r"""Return for each (response, ground truth) whether the response's boxed answer is right.
+        r"""Return for each (response, ground truth) whether the response's boxed answer is correct.
 
-        A ground truth may itself be boxed. A response without a box is wrong, not an error.
+        A ground truth may be boxed too. A response without a box is wrong, not an error.
 
         Raises:
             ValueError: a ground truth is empty or longer than `max_answer_chars`.
-            RuntimeError: worker processes cannot be started, or the grader was closed meanwhile.
+            RuntimeError: worker processes cannot start, or the grader was closed during the call.
         """
         verdicts, open_pairs = [False] * len(pairs), {}
         seen: Counter[str] = Counter()
@@ -233,12 +233,12 @@ class MathGrader:
         if not truth or len(truth) > self.max_answer_chars:
             raise ValueError(
                 f"the ground truth of pair {index} has {len(truth)} characters: {truth[:80]!r}. Allowed are 1 to "
-                f"{self.max_answer_chars}. Mend the dataset's answer column, or raise max_answer_chars"
+                f"{self.max_answer_chars}. Correct the dataset's answer column, or raise max_answer_chars"
             )
         return truth
 
     def _verify_all(self, open_pairs: dict[int, tuple[str, str]]) -> dict[int, tuple[bool, str]]:
-        """Ask the workers; pairs caught in a pool that broke (an idle worker was killed) are asked once more."""
+        """Check pairs in the workers. Pairs lost in a broken pool (an idle worker was killed) are retried once."""
         answered: dict[int, tuple[bool, str]] = {}
         problem: BaseException | None = None
         for _ in range(2):
@@ -261,7 +261,7 @@ class MathGrader:
         return pool.schedule(verify, args=_without_units(pair), timeout=self.timeout_s)
 
     def _outcome(self, future: Future[bool | None], pool: Any) -> tuple[bool, str]:
-        while not wait([future], timeout=1.0).done:  # a stopped pool leaves its futures open
+        while not wait([future], timeout=1.0).done:  # a stopped pool never completes its futures
             if self._pool is not pool:
                 raise RuntimeError("the grader was closed while it was grading")
         error = future.exception()
@@ -290,7 +290,7 @@ class MathGrader:
                 self._finalizer()
 
     def close(self) -> None:
-        """End the worker processes; grading again starts new ones. Harmless when there are none."""
+        """End the worker processes, if any. Grading again starts new ones."""
         self._discard(self._pool)
 
     def __enter__(self) -> MathGrader:

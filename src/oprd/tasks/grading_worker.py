@@ -1,13 +1,13 @@
-r"""The part of answer checking that runs in a process of its own, behind a guard (see `oprd.tasks.grading`).
+r"""Answer checking with math-verify, in a separate process with an audit hook (see `oprd.tasks.grading`).
 
-Why a guard: in math-verify 0.9.0 with latex2sympy2_extended 1.11.0 and sympy 1.14, strings reach `eval` or `exec` by
-1. `ExprExtractionConfig` -> `sympy.parse_expr` -> `eval`. Not used: only `latex2sympy` and `verify` are called here.
-2. `latex2sympy` -> `sympy.Number(text)` -> `sympify` -> `eval`, for number tokens only (the grammar admits digits).
-3. `verify` -> `evalf` of a sum -> `lambdify` -> `exec` of printed code, in which a symbol's name stands as written:
-   ``\sum_{n=0}^{\infty} \frac{1 + n r_{(exec(chr(…)))}}{n!}`` is valid LaTeX and runs what is in its subscript.
-   A test does this; math-verify's own `verify(parse(…), parse(…))` is open to it as well.
-4. `simplify` -> `sympy.polys.monomials` -> `exec`, of code that depends on nothing but the number of variables.
-No allow-list of characters separates 3 from ordinary mathematics, so compiling is forbidden instead.
+The hook is needed because math-verify 0.9.0 with latex2sympy2_extended 1.11.0 and sympy 1.14 passes strings to `eval` or `exec`:
+1. `ExprExtractionConfig` -> `sympy.parse_expr` -> `eval`. Not reached: this module calls only `latex2sympy` and `verify`.
+2. `latex2sympy` -> `sympy.Number(text)` -> `sympify` -> `eval`, for number tokens only (the grammar allows digits).
+3. `verify` -> `evalf` of a sum -> `lambdify` -> `exec` of printed code that contains symbol names verbatim:
+   ``\sum_{n=0}^{\infty} \frac{1 + n r_{(exec(chr(…)))}}{n!}`` is valid LaTeX and executes its subscript.
+   A test does this. math-verify's own `verify(parse(…), parse(…))` has the same hole.
+4. `simplify` -> `sympy.polys.monomials` -> `exec` of code that depends only on the number of variables.
+No character allow-list separates 3 from ordinary mathematics, so the hook forbids compiling instead.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _PLAIN_NUMBER = re.compile(
 
 
 def _guard(event: str, args: tuple[Any, ...]) -> None:
-    """Audit hook: refuse programs, the network, writing files, and compiling code that is not the library's own.
+    """Audit hook: refuse starting programs, network access, writing files, and compiling code other than the libraries' own.
 
-    `eval` and `exec` of a string raise the event "compile" with that string before any of it runs.
+    `eval` and `exec` of a string raise the event "compile" with that string before it runs.
     """
     if event == "compile":
         source, filename = args[0], str(args[1])
         if not filename.startswith("<") or (filename == "<unknown>" and source is not None):
-            return  # a module's file; or ast.parse, which runs nothing
+            return  # a module's file, or ast.parse, which does not run code
         if isinstance(source, str | bytes):
             text = source.encode() if isinstance(source, str) else source
             if filename == "<string>" and _PLAIN_NUMBER.fullmatch(text.strip()):
@@ -48,7 +48,7 @@ def _guard(event: str, args: tuple[Any, ...]) -> None:
 
 
 def _is_librarys_own_code() -> bool:
-    """Is the code being compiled generated at import time, or by sympy's monomials or mpmath's series from numbers?"""
+    """Whether the compiled code comes from an import, or from sympy's monomials or mpmath's series, which contain only numbers."""
     caller = sys._getframe(2).f_code.co_filename.replace("\\", "/")
     if caller.endswith(("sympy/polys/monomials.py", "mpmath/libmp/libhyper.py")):
         return True
@@ -61,17 +61,17 @@ def _is_librarys_own_code() -> bool:
 
 
 def start_worker(memory_bytes: int) -> None:
-    """Import everything, then close the doors behind. Runs once in each worker, outside any answer's time limit."""
+    """Import the libraries, then limit memory and install the audit hook. Runs once per worker, outside the time limits."""
     import logging
     import os
     import signal
     import time
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler cannot run while C code computes 9^9^9
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler cannot run while C code evaluates 9^9^9
     sys.dont_write_bytecode = True
-    logging.disable(logging.CRITICAL)  # math-verify logs hostile answers whole
+    logging.disable(logging.CRITICAL)  # math-verify would log untrusted answers in full
     for truth in (r"\frac{\sqrt{3}}{2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x = 3", r"(1, 2] \cup [4, \infty)"):
-        verify(truth.replace("3", "4"), truth)  # imports what the libraries import late
+        verify(truth.replace("3", "4"), truth)  # triggers the libraries' late imports
 
     def exit_with_parent(parent: int) -> None:
         while os.getppid() == parent:
@@ -89,15 +89,15 @@ def start_worker(memory_bytes: int) -> None:
 
 
 def verify(answer: str, truth: str) -> bool | None:
-    """Does math-verify find the two LaTeX answers equal? None: one of them is not LaTeX it can read.
+    """Whether math-verify finds the two LaTeX answers equal; None if it cannot read one of them.
 
-    Not by `math_verify.parse`, which searches the text for something to parse and falls back to comparing strings.
+    Does not use `math_verify.parse`, which searches the text for something to parse and falls back to string comparison.
     """
     import math_verify
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from math_verify.grader import should_treat_as_complex
 
-    # units=False: math-verify would take the t of 3t for a unit. Its own timeouts need SIGALRM: pebble's are used.
+    # units=False: otherwise math-verify reads the t of 3t as a unit. Its own timeout needs SIGALRM; pebble's is used instead.
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     parsed = []
     for text in (truth, answer):

@@ -1,4 +1,4 @@
-r"""Mathematics with the answer in ``\boxed{}``: prompts come from a file or the hub, grading from `oprd.tasks.grading`."""
+r"""Mathematics with the answer in ``\boxed{}``. Problems come from a file or the hub; `oprd.tasks.grading` grades them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from oprd.tasks.grading import MathGrader
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-"""The sentence that published evaluations put after a problem."""
+"""The instruction that published evaluations append to a problem."""
 
 
 class BoxedGrader:
-    """`oprd.tasks.Grader` over a `MathGrader`: the answer in the last box, worker processes ended by `with`."""
+    """A `Grader` that grades the last box with a `MathGrader`. The `with` block ends its worker processes."""
 
     def __init__(self, workers: int = 1, timeout_s: float = 5.0) -> None:
         self._math = MathGrader(workers=workers, timeout_s=timeout_s)
 
     @property
     def stats(self) -> Counter[str]:
-        """How many pairs were decided how (see `MathGrader`)."""
+        """Number of pairs by how they were decided (see `MathGrader`)."""
         return self._math.stats
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return whether each response boxes its answer.
+        """Return for each response whether its boxed answer is correct.
 
         Raises:
-            ValueError: unequal lengths, or an empty answer.
+            ValueError: the lengths differ, or an answer is empty.
         """
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses, {len(answers)} answers: give one answer for each response")

@@ -1,6 +1,6 @@
-"""Measures over sampled answers: k samples for each problem, then a mean over problems (method.md, section 7).
+"""Measures over sampled answers: k samples per problem, then a mean over problems (method.md, section 7).
 
-Pure functions of plain sequences; `summarize` collects what a report needs in one JSON-able dict.
+Pure functions of plain sequences. `summarize` returns all measures in one dict, ready for JSON.
 """
 
 from __future__ import annotations
@@ -13,34 +13,41 @@ import numpy as np
 
 
 def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
-    """Avg@k = mean over problems of (1/k)·Σ_i correct_i: `correct[problem][sample]`, each in [0, 1].
+    """Avg@k = mean over problems of (1/k)·Σ_i correct_i.
+
+    Args:
+        correct: `correct[problem][sample]`, each in [0, 1].
 
     Raises:
-        ValueError: no problems, no samples, another k for another problem, or a value outside [0, 1].
+        ValueError: there are no problems or samples, k differs between problems, or a value is outside [0, 1].
     """
     return float(_problems_by_samples(correct).mean(axis=1).mean())
 
 
 def best_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
-    """Best@k = mean over problems of max_i correct_i: the share of problems that any of k samples solves.
+    """Best@k = mean over problems of max_i correct_i: the share of problems with at least one correct sample.
 
-    Never below Avg@k. Raises ValueError as `avg_at_k` does.
+    Never below Avg@k. Arguments and errors as for `avg_at_k`.
     """
     return float(_problems_by_samples(correct).max(axis=1).mean())
 
 
 class DistinctN(NamedTuple):
-    """What `distinct_n` returns: the mean (None if no problem has an n-gram) and how many problems it leaves out."""
+    """Result of `distinct_n`: the mean (None if no problem has an n-gram) and the number of problems left out."""
 
     value: float | None
     left_out: int
 
 
 def distinct_n(responses_by_problem: Sequence[Sequence[Sequence[int]]], n: int = 4) -> DistinctN:
-    """Dist-n = mean over problems of |unique n-grams| / |n-grams|, counted over all of a problem's responses.
+    """Dist-n = mean over problems of |unique n-grams| / |n-grams|, over all responses of a problem.
 
-    n-grams do not run across responses. Problems whose responses are all shorter than n have no ratio: they are left
-    out of the mean and counted. Longer responses give lower values, so report it beside the mean length.
+    n-grams do not span responses. A problem with only responses shorter than n has no ratio; it is left out of the mean and
+    counted. Longer responses give lower values, so report the mean length as well.
+
+    Args:
+        responses_by_problem: token ids, `responses_by_problem[problem][response]`.
+        n: tokens per n-gram.
 
     Raises:
         ValueError: n is below 1.
@@ -60,12 +67,12 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over problems (Efron 1979): (low, high).
 
-    Problems are drawn with replacement, as many as there are; the ends are the (1 ± confidence)/2 quantiles of the
-    resampled means. The same arguments give the same interval. It speaks of other problems, not of other samples or
-    seeds. With one problem, or equal values, it has no width: that says nothing of certainty.
+    Each resample draws as many problems as there are, with replacement. The ends are the (1 ± confidence)/2 quantiles of the
+    resampled means. The same arguments give the same interval. It covers the choice of problems, not of samples or seeds. With
+    one problem or equal values its width is 0, which does not mean certainty.
 
     Raises:
-        ValueError: no values, a value that is not finite, confidence outside (0, 1), or resamples below 1.
+        ValueError: there are no values, a value is not finite, confidence is outside (0, 1), or resamples is below 1.
     """
     values = np.asarray(values_per_problem, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
@@ -88,7 +95,7 @@ def bootstrap_ci(
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded response: right (None: its problem has no answer), length in tokens, ended by itself, token ids."""
+    """One graded response: correct (None if the problem has no answer), length in tokens, whether it ended itself, token ids."""
 
     correct: bool | None
     num_tokens: int
@@ -97,14 +104,15 @@ class Sample:
 
 
 def summarize(problems: Sequence[Sequence[Sample]], *, seed: int = 0) -> dict[str, Any]:
-    """Return the measures of `problems[problem][sample]` as a JSON-able dict.
+    """Return the measures of `problems[problem][sample]` as a dict, ready for JSON.
 
     Keys: `avg_at_k`, `best_at_k`, `ci95` ([low, high] of avg_at_k), `k`, `problems`, `dist_4`, `dist_4_left_out`,
     `mean_length`, `finished` (share of samples), `accuracy_given_finished`, `ungraded` (samples).
-    Accuracies are over the problems that were graded and None where none was (or, given finished, none finished).
+    Accuracies cover the graded problems. They are None if no problem was graded (for `accuracy_given_finished`: if no graded
+    sample finished).
 
     Raises:
-        ValueError: no problems, no samples, unequal k, or a problem that is graded in part.
+        ValueError: there are no problems or samples, k differs, or a problem is only partly graded.
     """
     if not problems:
         raise ValueError("no problems: give at least one")

@@ -1,13 +1,13 @@
 """Problems of reasoning-gym (https://github.com/open-thought/reasoning-gym): chains of additions and subtractions.
 
-A problem is the package's own question as a raw prompt; it ends in `=`, so that a model which is not tuned for chat goes
-on with the answer too. `worked_solution` carries the chain out term by term, in one line:
+A problem is the package's question as a raw prompt. It ends in `=`, so a model without chat tuning also continues with the
+answer. `worked_solution` evaluates the chain term by term, in one line:
 
     State the final answer to the following arithmetic problem: 57 + 87 - 70 =     <- prompt
      144 - 70 = 74
 
-The package's own scoring is not used: it reads numbers generously (`01.0` for 1), and other data sets of the package hand
-the response to sympy. A response is text from a model; here it is only searched by a regular expression.
+The package's own scoring is not used: it accepts loose number formats (`01.0` for 1), and for other data sets it passes the
+untrusted response to sympy. This module only searches the response with a regular expression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from oprd.data.rows import PromptRow
 SPLITS = ("train", "test")
 
 CHAIN_SUM = {"min_terms": 2, "min_digits": 1, "max_digits": 2}
-"""The chains: two terms or more of one or of two digits, no negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
+"""Chains of at least two terms with one or two digits, without negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
 
 _WHOLE = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9]+(?:[.,][0-9]+)*")
@@ -31,19 +31,19 @@ _DRAWS_A_PROBLEM = 200
 
 
 def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRow]:
-    """Draw `n` distinct problems of one split, the same ones for the same arguments.
+    """Draw `n` distinct problems of one split. The same arguments give the same problems.
 
-    A problem's split follows from the numbers in it alone, whatever their order and signs, so no seed can make the splits
-    overlap, and `a + b` and `b + a` are in the same one. About one problem in five is a test problem.
+    A problem's split depends only on its numbers, not on their order or signs. The splits therefore do not overlap for any
+    seed, and `a + b` and `b + a` are in the same split. About one problem in five is a test problem.
 
     Args:
-        n: how many, at least 1.
-        seed: any integer; other seeds give other draws from the same split.
+        n: number of problems, at least 1.
+        seed: any integer; different seeds give different draws from the split.
         split: "train" or "test".
-        max_terms: the most terms of a chain.
+        max_terms: maximum number of terms in a chain.
 
     Raises:
-        ValueError: `n` is below 1, `split` is not a split, there are not so many problems, or reasoning-gym is not installed.
+        ValueError: `n` is below 1, `split` is unknown, there are too few problems, or reasoning-gym is not installed.
     """
     if n < 1:
         raise ValueError(f"n is {n}: the number of problems must be 1 or more")
@@ -53,7 +53,7 @@ def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRo
         from reasoning_gym import create_dataset
     except ImportError as error:
         raise ValueError("task 'chain_sum' needs reasoning-gym: pip install 'oprd[reasoning]'") from error
-    # Item i of the package's seed s is drawn by Random(s + i): neighbouring seeds would draw nearly the same problems.
+    # The package draws item i of seed s with Random(s + i), so neighbouring seeds would share most problems.
     start = random.Random(f"chain_sum/{split}/{seed}").getrandbits(60)
     drawn: dict[str, PromptRow] = {}
     chains = {**CHAIN_SUM, "max_terms": max_terms}
@@ -68,21 +68,21 @@ def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRo
 
 
 def split_of(prompt: str) -> str:
-    """The split of a problem: by a hash of its numbers, sorted, without signs."""
+    """The split of a problem, from a hash of its sorted numbers without signs."""
     numbers = ",".join(sorted(re.findall(r"[0-9]+", prompt)))
     digest = blake2b(numbers.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % _ONE_IN_TEST == 0 else "train"
 
 
 def worked_solution(prompt: str) -> str:
-    """Carry a chain out, left to right: what stands after the `=` of the prompt.
+    """Evaluate a chain from left to right. Returns the text that follows the prompt's `=`.
 
     Example:
         >>> worked_solution("State the final answer to the following arithmetic problem: 57 + 87 - 70 =")
         ' 144 - 70 = 74'
 
     Raises:
-        ValueError: `prompt` does not end in a chain of sums and an equals sign.
+        ValueError: `prompt` does not end in a chain and an equals sign.
     """
     match = _CHAIN.fullmatch(prompt)
     if match is None:
@@ -97,11 +97,11 @@ def worked_solution(prompt: str) -> str:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether the last whole number in the first line of `response` is `answer`, digit for digit.
+    """Whether the last number in the first line of `response` equals `answer`, digit for digit.
 
-    Blank lines before it are skipped. The first line, since a model that does not end its turn there goes on with other
-    things. A minus counts right before the digits, unless a digit comes before it: `- 4` and the end of `2-4` are 4. Of `12.5`
-    and `1,234` no part counts.
+    Only the first non-blank line counts, because a model that does not end its turn there continues with other text. A minus
+    counts if it stands directly before the digits and no digit precedes it: `- 4` and the end of `2-4` are 4. `12.5` and
+    `1,234` are never correct, also not in part.
 
     Raises:
         ValueError: `answer` is not a whole number.

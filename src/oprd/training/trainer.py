@@ -109,7 +109,7 @@ class OPRDTrainer(Trainer):
                 processing_class, teacher_processing_class, peft_config, objectives, rollout_engine, task
             )
             resolved = resolve(
-                RunConfig(args, model, teacher_model, train_dataset or None, eval_dataset=eval_dataset, given=given)
+                RunConfig(args, model, teacher_model, train_dataset, eval_dataset=eval_dataset, given=given)
             )
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher

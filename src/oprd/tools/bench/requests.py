@@ -1,4 +1,4 @@
-"""What the rollout benchmark asks of every engine: a model, prompts of uneven length, and the tokens that end a completion."""
+"""Requests of the rollout benchmark: a model, prompts of uneven length, and stop tokens."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from oprd.data.prompts import render
 from oprd.data.rows import PromptRow
-from oprd.models.loading import load_model, load_tokenizer, parse_dtype
-from oprd.models.tokens import stop_token_ids
+from oprd.models.loading import parse_dtype
+from oprd.resolve import load
 from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.bench.update import SHAPES
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked of the engines.
+    """Model and prompts for the engines.
 
     Args:
-        model: folder of a model with a chat template, which is asked `texts`; None: random weights, prompts of random tokens.
-        dtype: of the weights, in every way.
-        prompts: how many.
-        prompt_tokens: fewest and most tokens of a prompt for the random model.
-        completion: most tokens of a completion.
-        stop_every: of the random model's vocabulary every so manieth token ends a completion.
-        shape: settings of `LlamaConfig` for the random model, a vocabulary of at least 259 among them.
+        model: folder of a model with a chat template, prompted with `texts`; None: random weights and random-token prompts.
+        dtype: dtype of the weights in every engine.
+        prompts: number of prompts.
+        prompt_tokens: minimum and maximum tokens per prompt of the random model.
+        completion: maximum tokens per completion.
+        stop_every: distance between the stop tokens in the random model's vocabulary.
+        shape: `LlamaConfig` settings of the random model; the vocabulary has at least 259 tokens.
     """
 
     model: str | None = None
@@ -39,13 +39,14 @@ class Requests:
     shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPES["smollm2-135m"][1]))
 
     def build(self) -> tuple[Any, PreTrainedTokenizerBase, list[int], list[list[int]]]:
-        """The model, its tokenizer, the ids that end a completion, and the prompts' ids."""
+        """Build the model, its tokenizer, the stop token ids, and the prompts' token ids."""
         generator = torch.Generator().manual_seed(0)
         if self.model is not None:
-            tokenizer = load_tokenizer(self.model)
-            model = load_model(self.model, dtype=self.dtype).eval()
+            loaded = load(self.model, dtype=self.dtype)
+            assert loaded.tokenizer is not None, "loaded with the model"
+            tokenizer, stops = loaded.tokenizer, list(loaded.info.stop_token_ids)
             rows = [PromptRow([{"role": "user", "content": text}], source="bench rollout") for text in self.texts()]
-            return model, tokenizer, stop_token_ids(model, tokenizer), [render(row, tokenizer, None) for row in rows]
+            return loaded.model.eval(), tokenizer, stops, [render(row, tokenizer, None) for row in rows]
         torch.manual_seed(0)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
@@ -61,7 +62,7 @@ class Requests:
         )
 
     def texts(self) -> list[str]:
-        """What a real model is asked: four kinds of questions in turns, some of which take a word and some a list."""
+        """Prompts for a real model: four kinds of questions in turn, with short and long answers."""
         texts = []
         for i in range(self.prompts):
             one, other = 11 + (37 * i) % 89, 12 + (53 * i) % 83

@@ -1,13 +1,13 @@
-"""Tokens a second of each rollout engine beside the bare engines: what our layer costs, and what continuous batching gains.
+"""Tokens per second of each rollout engine, compared with the bare backends: overhead of our layer, gain of continuous batching.
 
-Requests: prompts of uneven length, all asked for in one call; completions end by stop tokens, so they are uneven too. The seed is
-the same in every round, and so are an engine's completions. The bare ways answer the same requests, each completion made as long
-as the one drawn for it: `model.generate` on all prompts in one batch, padded left, and `LLM.generate` of the very `vllm.LLM` that
-our engine started, without what ours adds: handing over the weights, a seed a completion, records. Log-probabilities are asked of
-no way: a trainer asks for them at the steps that measure (`diagnostic_steps`).
+Prompts have uneven length and are sent in one call. Completions end at stop tokens, so they have uneven length too. The seed, and
+therefore an engine's completions, are the same in every round. The bare backends generate completions of the same lengths:
+`model.generate` with all prompts in one left-padded batch, and `LLM.generate` of the `vllm.LLM` that our engine started. The bare
+vLLM call omits weight transfer, per-completion seeds and records. No measurement includes log-probabilities, which a trainer needs
+only in diagnostic steps (`diagnostic_steps`).
 
-`generate` computes every row until the last one is done, so its seconds depend on the longest completion only. That is equally long
-in all engines (or the benchmark stops), so its seconds hold for each engine's completions.
+`generate` computes all rows until the longest is done, so its time depends only on the longest completion. The benchmark requires
+the same longest length in all engines, so one time of `generate` serves them all.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from oprd.types import Rollouts
 TITLES = {"generate": "bare `generate`", "vllm_bare": "bare vLLM"}
 LEFT_OUT = {"vllm_server": "it runs in a process of its own"}
 WANTED = {"over_bare": 0.95, "over_generate": 2.0}
-"""Targets of the engine `vllm`: of bare vLLM's tokens a second, and of `generate`'s."""
+"""Targets of the engine `vllm`: its tokens per second relative to bare vLLM and to `generate`."""
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One pass: seconds on the clock, CPU seconds of the process, tokens generated, and the seconds in which weights went over."""
+    """One pass: wall-clock seconds, CPU seconds of the process, generated tokens, and seconds of weight transfer."""
 
     seconds: float
     cpu_seconds: float
@@ -50,12 +50,12 @@ class Timed:
 
 
 def by_engine(engine: RolloutEngine, model: Any, prompts: list[list[int]], most: int) -> Rollouts:
-    """All requests through one of our engines, as a trainer asks for them at most steps."""
+    """Sample all completions with one of our engines, as in a training step without diagnostics."""
     return engine.generate(model, prompts, num_generations=1, sampling=Sampling(most), seed=SEED).rollouts
 
 
-class _Ends(StoppingCriteria):
-    """Row i ends after `lengths[i]` new tokens."""
+class _StopAtLengths(StoppingCriteria):
+    """Stops row i after `lengths[i]` new tokens."""
 
     def __init__(self, width: int, lengths: Sequence[int]) -> None:
         self.width, self.lengths = width, torch.tensor(lengths)
@@ -66,7 +66,7 @@ class _Ends(StoppingCriteria):
 
 @torch.no_grad()
 def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], lengths: Sequence[int]) -> int:
-    """All requests by one call of `model.generate`, row i with `lengths[i]` tokens; returns their sum."""
+    """Generate `lengths[i]` tokens for prompt i in one call of `model.generate`; returns the number of tokens."""
     torch.manual_seed(SEED)
     width = max(map(len, prompts))
     ids = torch.tensor([[engine.pad_token_id] * (width - len(p)) + p for p in prompts])
@@ -74,10 +74,13 @@ def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], len
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max(lengths), pad_token_id=engine.pad_token_id
     )  # fmt: skip
-    saved, model.generation_config = model.generation_config, config  # else its end token would end rows as well
+    saved, model.generation_config = model.generation_config, config  # otherwise its end token would also stop rows
     try:
         written = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[_Ends(width, lengths)]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[_StopAtLengths(width, lengths)],
         )
     finally:
         model.generation_config = saved
@@ -86,7 +89,7 @@ def by_generate(engine: RolloutEngine, model: Any, prompts: list[list[int]], len
 
 
 def by_vllm(prompts: list[list[int]], lengths: Sequence[int]) -> int:
-    """All requests by one call of `LLM.generate` of the `vllm.LLM` that our engine has started; returns the tokens generated."""
+    """Generate all completions in one `LLM.generate` call on our engine's `vllm.LLM`; returns the number of tokens."""
     from vllm import SamplingParams
 
     parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
@@ -96,7 +99,7 @@ def by_vllm(prompts: list[list[int]], lengths: Sequence[int]) -> int:
 
 
 class SyncClock:
-    """Adds up, in `seconds`, the time a `vllm.LLM` takes to be given weights: what `VLLMEngine` calls on it but `generate`."""
+    """Sums in `seconds` the time of weight transfer to a `vllm.LLM`: all calls by `VLLMEngine` except `generate`."""
 
     def __init__(self, llm: Any) -> None:
         self.seconds = 0.0
@@ -112,30 +115,30 @@ class SyncClock:
 
 
 def bench_rollout(requests: Requests, *, rounds: int, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every engine and the bare ones, one after the other, round after round, in this process.
+    """Measure all engines and bare backends in this process, in turn in each round.
 
-    Where vLLM runs on the CPU and nothing else is set, it gets 1 GiB for keys and values (`VLLM_CPU_KVCACHE_SPACE`) and leaves its
-    threads where they are (`VLLM_CPU_OMP_THREADS_BIND=nobind`).
+    Defaults for vLLM on a CPU: 1 GiB for keys and values (`VLLM_CPU_KVCACHE_SPACE`), no thread binding
+    (`VLLM_CPU_OMP_THREADS_BIND=nobind`).
 
     Args:
-        requests: what is asked.
-        rounds: of timing, after a pass of each engine that warms it up and draws the completions' lengths.
+        requests: model and prompts.
+        rounds: rounds of timing, after one warm-up pass per engine that also determines the completions' lengths.
         threads: CPU threads.
-        say: takes a line of progress.
+        say: called with progress lines.
 
     Returns:
-        `rows` (see `to_rows`), `targets`, `left_out` (engine → why), `requests`, `prompt_lengths`, `rounds`, `machine`.
+        `rows` (see `to_rows`), `targets`, `left_out` (engine → reason), `requests`, `prompt_lengths`, `rounds`, `machine`.
 
     Raises:
-        ValueError: vLLM is installed and `OMP_NUM_THREADS`, which its kernels go by, is not `threads`; or the longest completion is
-            not the same for all engines.
+        ValueError: vLLM is installed and `OMP_NUM_THREADS`, which its kernels use, is not `threads`; or the engines' longest
+            completions differ in length.
     """
     left_out = dict(LEFT_OUT)
     if find_spec("vllm") is None:
         left_out["vllm"] = "vLLM is not installed"
     elif os.environ.get("OMP_NUM_THREADS") != str(threads):
         raise ValueError(
-            f"threads: {threads}, and OMP_NUM_THREADS, which vLLM's kernels go by, is {os.environ.get('OMP_NUM_THREADS')!r}; "
+            f"threads: {threads}, but OMP_NUM_THREADS, which vLLM's kernels use, is {os.environ.get('OMP_NUM_THREADS')!r}; "
             f"start it as OMP_NUM_THREADS={threads} oprd bench rollout --threads {threads}"
         )
     torch.set_num_threads(threads)
@@ -165,12 +168,12 @@ def bench_rollout(requests: Requests, *, rounds: int, threads: int, say: Callabl
 
 
 def check_longest(lengths: Mapping[str, Sequence[int]]) -> None:
-    """Refuse completions whose longest differs between engines: `generate`'s seconds would hold for one of them only."""
+    """Check that the longest completion is equally long in all engines; otherwise one time of `generate` would not serve all."""
     longest = {name: max(own) for name, own in lengths.items()}
     if len(set(longest.values())) > 1:
         found = ", ".join(f"{n} by {name}" for name, n in longest.items())
         raise ValueError(
-            f"completion: the longest has to be equally long in all engines, and has {found} tokens; set a limit that is reached"
+            f"completion: the longest must be equally long in all engines, but has {found} tokens; set a limit that all reach"
         )
 
 
@@ -181,12 +184,12 @@ def ways_of(
     lengths: Mapping[str, list[int]],
     most: int,
 ) -> dict[str, Callable[[], int]]:
-    """Name → one pass that returns the tokens generated: `generate`, each engine, and bare vLLM before the engine `vllm`."""
+    """Name → a pass that returns the number of tokens: `generate`, each engine, and bare vLLM before the engine `vllm`."""
 
     def count(engine: RolloutEngine) -> int:
         return sum(by_engine(engine, model, prompts, most).completion_lengths)
 
-    compared = "vllm" if "vllm" in engines else next(iter(engines))  # whose completions `generate` is to answer with
+    compared = "vllm" if "vllm" in engines else next(iter(engines))  # `generate` uses this engine's completion lengths
     ways: dict[str, Callable[[], int]] = {
         "generate": partial(by_generate, engines[compared], model, prompts, lengths[compared])
     }
@@ -198,7 +201,7 @@ def ways_of(
 
 
 def time_one(way: Callable[[], int], sync: SyncClock | None) -> Timed:
-    """One timed pass. vLLM has forgotten the prompts of the one before: their keys and values would be a gift."""
+    """Time one pass. First clears vLLM's prefix cache, so that it cannot reuse keys and values of an earlier pass."""
     if sync is not None:
         VLLMEngine.running.reset_prefix_cache()
     before = 0.0 if sync is None else sync.seconds
@@ -209,27 +212,27 @@ def time_one(way: Callable[[], int], sync: SyncClock | None) -> Timed:
 
 
 def three(values: Sequence[int]) -> list[float]:
-    """Least, median and most."""
+    """Minimum, median and maximum."""
     return [min(values), statistics.median(values), max(values)]
 
 
 def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """A row a way, ratios made within a round.
+    """One row per engine or bare backend. Ratios are computed within a round.
 
     Args:
-        timed: way → its passes; `generate` among them, and `vllm_bare` where `vllm` is.
+        timed: name → its passes; includes `generate`, and `vllm_bare` if it includes `vllm`.
         lengths: engine → tokens of each of its completions.
 
     Returns:
-        Rows of `name`; `tokens` of a pass; `lengths` (least, median, most), None for bare ways; and, each with `median` and
-        `range`, `seconds`, `cpu_share` (CPU seconds over seconds: about the number of threads on a quiet machine),
-        `tokens_per_second`, `generate_tokens_per_second` (of these tokens by `generate` in the same round) and their ratio
-        `over_generate`; for the engine `vllm` also `over_bare` and `sync_seconds`, None elsewhere.
+        Rows with `name`, `tokens` per pass, and `lengths` (minimum, median, maximum; None for bare backends). Each with `median`
+        and `range`: `seconds`, `cpu_share` (CPU seconds / seconds, about the number of threads on an idle machine),
+        `tokens_per_second`, `generate_tokens_per_second` (the same tokens by `generate` in the same round) and the ratio
+        `over_generate`; for the engine `vllm` also `over_bare` and `sync_seconds`, None for others.
     """
     rows = []
     for name, passes in timed.items():
         rates = [one.tokens / one.seconds for one in passes]
-        beside = [one.tokens / other.seconds for one, other in zip(passes, timed["generate"], strict=True)]
+        generate_rates = [one.tokens / other.seconds for one, other in zip(passes, timed["generate"], strict=True)]
         bare = [one.tokens / one.seconds for one in timed["vllm_bare"]] if name == "vllm" else []
         rows.append({
             "name": name,
@@ -238,8 +241,8 @@ def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence
             "seconds": spread([one.seconds for one in passes]),
             "cpu_share": spread([one.cpu_seconds / one.seconds for one in passes]),
             "tokens_per_second": spread(rates, 2),
-            "generate_tokens_per_second": spread(beside, 2),
-            "over_generate": spread([own / other for own, other in zip(rates, beside, strict=True)]),
+            "generate_tokens_per_second": spread(generate_rates, 2),
+            "over_generate": spread([own / other for own, other in zip(rates, generate_rates, strict=True)]),
             "over_bare": spread([own / other for own, other in zip(rates, bare, strict=True)]) if bare else None,
             "sync_seconds": spread([one.sync_seconds for one in passes]) if bare else None,
         })  # fmt: skip
@@ -247,13 +250,13 @@ def to_rows(timed: Mapping[str, Sequence[Timed]], lengths: Mapping[str, Sequence
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each of `WANTED` beside the median of the engine `vllm`: `wanted`, `found`, `met`; nothing where vLLM was not measured."""
+    """Compare the medians of the engine `vllm` with `WANTED`: `wanted`, `found`, `met`; empty if vLLM was not measured."""
     found = {key: row[key]["median"] for row in rows if row["name"] == "vllm" for key in WANTED}
     return {key: {"wanted": WANTED[key], "found": value, "met": value >= WANTED[key]} for key, value in found.items()}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table."""
+    """The report as a Markdown table."""
     asked, shape = report["requests"], report["requests"]["shape"]
     model = asked["model"] or (
         f"random Llama, {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, vocabulary {shape['vocab_size']:,}"

@@ -1,8 +1,8 @@
-"""A whole optimizer step, rollout included, by our trainer and by TRL's, on the same models, prompts, lengths and threads.
+"""A full optimizer step, including rollouts, with our trainer and TRL's, on the same models, prompts, lengths and threads.
 
-Each trainer runs in a process of its own (four of them would not fit into memory together), one after the other, round after round,
-forwards and then backwards; each process trains one step to warm up and is timed on the next ones. Ratios are made within a round.
-Memory comes from one more process a trainer, whose times are not used.
+Each trainer runs in its own process, because four would not fit into memory together. Each round runs all trainers in turn, and
+alternate rounds reverse the order. A process trains one warm-up step and times the next ones. Ratios are computed within a round.
+A separate process per trainer measures memory; its times are not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oprd.tools.bench.memory import MEMORY_ENVIRONMENT
 from oprd.tools.bench.trainers import TITLES, Setup, installed_trainers, require_trl
 
 WANTED = {"representation": 1.5, "full_kl": 1.5, "representation_vllm": 2.0, "representation_vllm_bf16": 2.0}
-"""Our targets: a step at least this much faster than each of TRL's."""
+"""Targets: a step of ours is at least this many times faster than a step of each TRL trainer."""
 OURS = ("representation", "full_kl")  # the table's columns of ratios
 TOKENS = ("prompt_tokens", "generated_tokens", "trained_tokens")
 QUICK_SHAPE = {
@@ -30,23 +30,23 @@ QUICK_SHAPE = {
 QUICK = Setup(prompts=4, completion=32, shape=QUICK_SHAPE)
 
 Rounds = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
-"""Trainer → rounds → timed steps → what `run_trainer` says of each."""
+"""Trainer → rounds → timed steps → measurements of `run_trainer`."""
 
 
 def bench_step(setup: Setup, *, rounds: int, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Time and memory of a step by every trainer.
+    """Measure time and memory of a step with every trainer.
 
     Args:
-        setup: what is trained.
-        rounds: of timing.
-        threads: CPU threads of each process.
-        say: takes a line of progress.
+        setup: models, prompts and lengths.
+        rounds: rounds of timing.
+        threads: CPU threads per process.
+        say: called with progress lines.
 
     Returns:
         `rows` (see `to_rows`), `targets`, `setup`, `rounds`, `machine`.
 
     Raises:
-        ValueError: TRL is not installed, or trainers did not generate and train on the same number of tokens.
+        ValueError: TRL is not installed, or the trainers generated or trained on different numbers of tokens.
     """
     require_trl()
     names = installed_trainers()
@@ -65,10 +65,10 @@ def bench_step(setup: Setup, *, rounds: int, threads: int, say: Callable[[str], 
 
 
 def tokens_a_step(timed: Rounds) -> dict[str, dict[str, int]]:
-    """What each trainer read, generated and trained on in a step.
+    """Prompt tokens, generated tokens and trained tokens of each trainer per step.
 
     Raises:
-        ValueError: a trainer differs from another, or one of its steps from another: times then compare different work.
+        ValueError: the numbers differ between trainers or between steps, so times would compare different work.
     """
     found: dict[str, dict[str, int]] = {}
     for name, processes in timed.items():
@@ -82,15 +82,15 @@ def tokens_a_step(timed: Rounds) -> dict[str, dict[str, int]]:
 
 
 def to_rows(timed: Rounds, peaks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """A row a trainer.
+    """One row per trainer.
 
     Args:
-        timed: steps of each trainer, by round; a round's figure is the median over its steps.
-        peaks: highest resident memory of each.
+        timed: steps of each trainer, by round; a round's value is the median over its steps.
+        peaks: peak resident memory of each trainer.
 
     Returns:
-        Rows of `name`, `title`; `seconds`, `rollout_seconds` and `update_seconds` (the rest), each with `median` and `range` over
-        rounds; `tokens` of a step; `peak_bytes`; and for each of our trainers `over_…`: this trainer's `time`, `update` and
+        Rows with `name`, `title`; `seconds`, `rollout_seconds` and `update_seconds` (the rest), each with `median` and `range` over
+        rounds; `tokens` per step; `peak_bytes`; and for each of our trainers `over_…`: this trainer's `time`, `update` and
         `memory` divided by ours, the first two per round.
 
     Raises:
@@ -122,7 +122,7 @@ def _parts(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether each of ours is as much faster than all of TRL's as `WANTED`: `wanted`, the smallest ratio (`least`), and `met`."""
+    """Compare our speed-ups with `WANTED`: `wanted`, the smallest ratio to a TRL trainer (`least`), and `met`."""
     others = [row for row in rows if row["name"] not in WANTED]
     found = {}
     for base in (row["name"] for row in rows if row["name"] in WANTED):
@@ -142,7 +142,7 @@ def _in_a_process(name: str, setup: Setup, what: str, threads: int) -> dict[str,
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table."""
+    """The report as a Markdown table."""
     setup, rows = report["setup"], report["rows"]
     tokens = rows[0]["tokens"]
     shape = setup["shape"]

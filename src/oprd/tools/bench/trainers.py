@@ -1,8 +1,8 @@
-"""Whole training steps of ours and of TRL's trainers on the same models and prompts.
+"""Full training steps of our trainer and TRL's on the same models and prompts.
 
-Alike in all: models, prompts, rollouts of full length from the student (temperature 1, nothing truncated), optimizer (fused
-AdamW), learning rate, gradient clipping, float32, no activation checkpointing, one micro-batch. The divergences are reverse KL at
-temperature 1. Ours also samples by vLLM where that is installed, in float32 as the rest, and in bfloat16, which does less work.
+All trainers share models, prompts, full-length student rollouts (temperature 1, no top-k or top-p), optimizer (fused AdamW),
+learning rate, gradient clipping, float32, no activation checkpointing, and one micro-batch. Divergences are reverse KL at
+temperature 1. If vLLM is installed, our trainer also runs with it, in float32 like the rest, and in bfloat16, which does less work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from oprd.config import OPRDConfig
-from oprd.models.loading import load_model, load_tokenizer
+from oprd.resolve import load
 from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.bench.memory import resident_bytes, settle_memory
 from oprd.tools.bench.update import SHAPES
@@ -32,15 +32,15 @@ PROMPT = "What is {:04d} times {:04d}? Answer: "
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and on what.
+    """Models, prompts and lengths of the benchmark.
 
     Args:
-        model: student, a folder or an embedded name; None: a random Llama of `shape`.
-        teacher: likewise.
-        prompts: prompts a step; one rollout each.
-        completion: tokens of each rollout.
-        steps: timed steps of one process, after one that warms up.
-        shape: settings of `LlamaConfig` for random models, a vocabulary of at least 259 among them.
+        model: the student, a folder or an embedded name; None: a random Llama of `shape`.
+        teacher: the teacher, given in the same way.
+        prompts: prompts per step; one rollout each.
+        completion: tokens per rollout.
+        steps: timed steps per process, after one warm-up step.
+        shape: `LlamaConfig` settings of the random models; the vocabulary has at least 259 tokens.
     """
 
     model: str | None = None
@@ -51,32 +51,31 @@ class Setup:
     shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPES["smollm2-135m"][1]))
 
     def texts(self) -> list[str]:
-        """The prompts, all of one length in bytes."""
+        """The prompts, all with the same length in bytes."""
         return [PROMPT.format(37 * (i + 1), 101 + 59 * i) for i in range(self.prompts)]
 
     def build(self) -> tuple[Any, Any, PreTrainedTokenizerBase]:
-        """Student, teacher and the student's tokenizer."""
-        if self.model is None:
-            tokenizer = byte_tokenizer(self.shape["vocab_size"])
-        else:
-            tokenizer = load_tokenizer(self.model)
-        student, teacher = (self._one(name, seed) for seed, name in enumerate((self.model, self.teacher)))
+        """Build the student, the teacher and the student's tokenizer."""
+        student, tokenizer = self._one(self.model, seed=0)
+        teacher, _ = self._one(self.teacher, seed=1, tokenizer=tokenizer)
         return student, teacher.eval().requires_grad_(False), tokenizer
 
-    def _one(self, name: str | None, seed: int) -> Any:
+    def _one(self, name: str | None, seed: int, tokenizer: Any = None) -> tuple[Any, Any]:
         if name is not None:
-            return load_model(name, dtype=torch.float32)
+            loaded = load(name, dtype=torch.float32, tokenizer=tokenizer)
+            return loaded.model, loaded.tokenizer
         torch.manual_seed(seed)
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**self.shape, **special}))
+        return model, byte_tokenizer(self.shape["vocab_size"]) if tokenizer is None else tokenizer
 
 
 class StepWatch(TrainerCallback):
-    """Times whole steps from the end of one to the end of the next, and in them `generate`; counts tokens on the way.
+    """Times each step from the end of the previous one, times `generate` within it, and counts tokens.
 
     Args:
-        completion: tokens that every rollout is made to have, by `min_new_tokens`, in whichever trainer calls `generate`.
-        memory: whether the high-water mark of memory is started anew after the first step.
+        completion: tokens per rollout, enforced through `min_new_tokens` in trainers that call `generate`.
+        memory: whether to reset the peak memory after the first step.
     """
 
     def __init__(self, completion: int, *, memory: bool = False) -> None:
@@ -90,7 +89,7 @@ class StepWatch(TrainerCallback):
         return {"rollout_seconds": 0.0, "prompt_tokens": 0, "generated_tokens": 0, "trained_tokens": 0}
 
     def watch(self, model: Any) -> None:
-        """Put a clock and a counter around a model's `generate`."""
+        """Wrap a model's `generate` to time it and count tokens."""
         inner = model.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +107,7 @@ class StepWatch(TrainerCallback):
         model.generate = generate
 
     def watch_engine(self, engine: Any) -> None:
-        """Likewise around a rollout engine that does not call the model's `generate`: no token ends its completions."""
+        """Wrap a rollout engine that does not call the model's `generate`. Removes its stop tokens, for full-length rollouts."""
         inner, engine.stop_token_ids = engine.generate, []
 
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +121,7 @@ class StepWatch(TrainerCallback):
         engine.generate = generate
 
     def count_trained(self, owner: Any, method: str, count: Callable[[Any, Any], int]) -> None:
-        """Count, at each call of a method, the tokens that the loss is made of: `count(arguments, result)`."""
+        """Wrap a method so that each call adds `count(arguments, result)`, the tokens in the loss."""
         inner = getattr(owner, method)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +132,7 @@ class StepWatch(TrainerCallback):
         setattr(owner, method, counted)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step has ended: the first one only starts the clock."""
+        """Record the step. The first step only starts the clock."""
         now = time.perf_counter()
         if self._ended is not None:
             self.steps.append({"seconds": now - self._ended, **self._now})
@@ -144,7 +143,7 @@ class StepWatch(TrainerCallback):
 
 
 def settings(setup: Setup) -> dict[str, Any]:
-    """Training arguments that all trainers share."""
+    """Training arguments shared by all trainers."""
     return {
         "max_steps": 1 + setup.steps, "per_device_train_batch_size": setup.prompts, "learning_rate": 1e-5,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "optim": "adamw_torch_fused",
@@ -154,7 +153,7 @@ def settings(setup: Setup) -> dict[str, Any]:
 
 
 def ours(**own: Any) -> Callable[..., Any]:
-    """`OPRDTrainer` with settings of the objective or of the rollout engine."""
+    """A builder of `OPRDTrainer` with extra settings for the objective or the rollout engine."""
 
     def build(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: StepWatch) -> OPRDTrainer:
         student, teacher, tokenizer = models
@@ -175,7 +174,7 @@ def ours(**own: Any) -> Callable[..., Any]:
 
 
 def trl_distillation(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: StepWatch) -> Any:
-    """TRL's `DistillationTrainer` at beta 1, the reverse KL over the whole vocabulary by chunks."""
+    """TRL's `DistillationTrainer` with beta 1: reverse KL over the full vocabulary, in chunks."""
     import trl
     from datasets import Dataset
 
@@ -191,12 +190,12 @@ def trl_distillation(setup: Setup, models: tuple[Any, Any, Any], folder: str, wa
 
 
 def trl_gkd(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: StepWatch) -> Any:
-    """TRL's `GKDTrainer` at lmbda 1 (all rollouts the student's) and beta 1 (reverse KL), which makes all logits."""
+    """TRL's `GKDTrainer` with lmbda 1 (all rollouts from the student) and beta 1 (reverse KL). It computes all logits at once."""
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     student, teacher, tokenizer = models
-    # It wants an answer for each prompt, which it throws away but for its length: that divides the loss.
+    # It requires an answer for each prompt but uses only its length, as a divisor of the loss.
     rows = []
     for text in setup.texts():
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -232,15 +231,15 @@ TITLES = {
 
 
 def installed_trainers() -> list[str]:
-    """The trainers whose packages are there: those that sample by vLLM want vLLM. (Without TRL there is no comparison.)"""
+    """The trainers whose packages are installed. TRL is always required; some trainers need vLLM."""
     return [name for name in TRAINERS if "vllm" not in name or find_spec("vllm") is not None]
 
 
 def require_trl() -> None:
-    """Make sure that TRL is there.
+    """Check that TRL is installed.
 
     Raises:
-        ValueError: it is not.
+        ValueError: TRL is not installed.
     """
     if find_spec("trl") is None:
         raise ValueError("oprd bench step: TRL, which it compares with, is not installed; pip install 'oprd[dev]'")
@@ -250,16 +249,17 @@ def run_trainer(name: str, setup: Setup, *, memory: bool = False) -> dict[str, A
     """Train with one trainer in this process.
 
     Args:
-        name: one of `TRAINERS`.
-        setup: what is trained.
-        memory: measure memory (Linux only); the times then are none.
+        name: a name in `TRAINERS`.
+        setup: models, prompts and lengths.
+        memory: measure memory (Linux only); the times are then not valid.
 
     Returns:
-        `steps`: for each timed step its `seconds`, those in `generate` (`rollout_seconds`), and tokens of prompts, generated and
-        trained on. `peak_bytes`, with `memory`: highest resident memory in these steps beyond what was there before the models.
+        `steps`: for each timed step its `seconds`, the seconds in `generate` (`rollout_seconds`), and the numbers of prompt,
+        generated and trained tokens. With `memory` also `peak_bytes`: peak resident memory in these steps beyond that before the
+        models were built.
 
     Raises:
-        ValueError: the trainer is not known, TRL is missing, or a model cannot be loaded.
+        ValueError: the trainer is unknown, TRL is missing, or a model cannot be loaded.
     """
     if name not in TRAINERS:
         raise ValueError(f"trainer: {name!r} is not one of {', '.join(TRAINERS)}")
@@ -279,7 +279,7 @@ def run_trainer(name: str, setup: Setup, *, memory: bool = False) -> dict[str, A
     return {**found, "peak_bytes": resident_bytes("VmHWM") - before} if memory else found
 
 
-if __name__ == "__main__":  # one trainer in a process of its own, for `oprd.tools.bench.step`
+if __name__ == "__main__":  # runs one trainer for `oprd.tools.bench.step`
     torch.set_num_threads(int(sys.argv[4]))
     measured = run_trainer(sys.argv[1], Setup(**json.loads(sys.argv[2])), memory=sys.argv[3] == "memory")
     print(json.dumps(measured))

@@ -1,9 +1,9 @@
-"""Time and memory of one update by every way, beside the floor.
+"""Time and memory of one update, for every way in `ways.py`, relative to the floor.
 
-Time: all ways in one process, one after the other, round after round; the median over rounds, and of each round's ratio to its own
-floor. With one thread it is CPU time, which other processes disturb less; with more, time on the clock. Memory: each way in a
-process of its own, the peak of resident memory during the update (Linux `VmHWM`, reset just before) minus the resident memory
-before it, gradients of the parameters included. One thread unless said otherwise.
+Time: one process runs all ways in turn in each round. Results are medians over rounds, of the times and of each round's ratio to
+its floor. With one thread they are CPU time, which other processes disturb less; otherwise wall-clock time. Memory: each way runs
+in its own process; the result is the peak resident memory during the update (Linux `VmHWM`, reset just before) minus the resident
+memory before, including parameter gradients. The default is one thread.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 3, "max_position_embeddings": 4096, "tie_word_embeddings": True,
     }),
 }  # fmt: skip
-"""Random models of the shapes of Qwen2.5-0.5B (24 layers; with 4 the head is most of it) and of SmolLM2-135M."""
+"""Shapes of random models: Qwen2.5-0.5B with 24 layers and with 4 layers (where the head dominates), and SmolLM2-135M."""
 
-# What we set out to reach: way, of which other way, in what, at most (−1) or at least (+1) how much, and the shape it is meant for
-# (None: every one; a named one at full size only).
+# Targets: way, reference way, quantity, at most (−1) or at least (+1), ratio, and shape (None: every shape; a named shape only at
+# full size).
 TARGETS: tuple[tuple[str, str, str, int, float, str | None], ...] = (
     ("representation", "floor", "time", -1, 1.05, None),
     ("representation", "floor", "memory", -1, 1.10, None),
@@ -57,12 +57,12 @@ TARGETS: tuple[tuple[str, str, str, int, float, str | None], ...] = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is read.
+    """Size of the micro-batch.
 
     Args:
-        rollouts: in the micro-batch.
-        prompt: tokens of each prompt.
-        response: tokens of each response, of which the second half is supervised.
+        rollouts: number of rollouts.
+        prompt: tokens per prompt.
+        response: tokens per response; the second half is supervised.
     """
 
     rollouts: int = 4
@@ -77,10 +77,10 @@ QUICK_WAYS = (
 
 
 def build(shape: str, size: Size, seed: int = 0) -> Pair:
-    """Two random models of a shape and random rollouts.
+    """Build two random models of a shape and random rollouts.
 
     Raises:
-        ValueError: the shape is not known.
+        ValueError: the shape is unknown.
     """
     if shape not in SHAPES:
         raise ValueError(f"model: {shape!r} is not one of {', '.join(SHAPES)}")
@@ -92,14 +92,14 @@ def build(shape: str, size: Size, seed: int = 0) -> Pair:
 
 
 def random_rollouts(vocabulary: int, size: Size) -> Rollouts:
-    """Rollouts of random tokens, all of one length."""
+    """Rollouts of random tokens, all of the same length."""
     rows = torch.randint(0, vocabulary, (size.rollouts, size.prompt + size.response)).tolist()
     prompts, responses = [row[: size.prompt] for row in rows], [row[size.prompt :] for row in rows]
     return Rollouts(prompts, responses, ["length"] * len(rows), [""] * len(rows), list(range(len(rows))))
 
 
 def run_once(pair: Pair, way: str) -> float:
-    """One update; returns its loss and leaves gradients behind."""
+    """Run one update: computes gradients and returns the loss."""
     pair.student.zero_grad(set_to_none=True)
     loss = WAYS[way](pair)
     loss.backward()
@@ -109,10 +109,10 @@ def run_once(pair: Pair, way: str) -> float:
 def time_ways(
     shape: str, size: Size, ways: Sequence[str], rounds: int, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each round, all in this process."""
+    """Measure the seconds of each way in each round, in this process."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     pair = build(shape, size)
-    # A process's first pass is slower: what is loaded at first use, pages that were never touched.
+    # Warm-up: the first pass of a process is slower, because of lazy loading and untouched memory pages.
     run_once(pair, ways[0])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
@@ -125,14 +125,14 @@ def time_ways(
 
 
 def build_small(pair: Pair) -> Pair:
-    """The same models with eight tokens to read."""
+    """The same models with a rollout of eight response tokens, for warm-up."""
     first = pair.rollouts
     short = Rollouts([first.prompt_ids[0][:1]], [first.completion_ids[0][:8]], ["length"], [""], [0])
     return Pair(pair.student, pair.teacher, short, 4)
 
 
 def peak_bytes(pair: Pair, way: str) -> int:
-    """Peak memory of one update in this process beyond what was there before. Linux only."""
+    """Peak memory that one update adds in this process, in bytes. Linux only."""
     run_once(build_small(pair), way)
     pair.student.zero_grad(set_to_none=True)
     before = settle_memory()
@@ -150,24 +150,23 @@ def bench_update(
     ways: Sequence[str] = tuple(WAYS),
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """All ways on all shapes.
+    """Measure all ways on all shapes.
 
     Args:
         shapes: names in `SHAPES`.
-        size: what is read.
-        rounds: of timing.
+        size: size of the micro-batch.
+        rounds: rounds of timing.
         threads: CPU threads.
-        say: takes a line of progress.
-        ways: names in `WAYS`, `floor` among them.
-        folder: where each shape's peaks and times are kept as they are measured; what is there is not measured again.
+        say: called with progress lines.
+        ways: names in `WAYS`, including `floor`.
+        folder: stores each shape's peaks and times as they are measured; existing results are reused.
 
     Returns:
         `rows` (name, model, seconds: median, seconds_range, time_ratio and its range over rounds, peak_bytes, memory_ratio),
-        `size`,
-        `machine`.
+        `size`, `rounds`, `machine`.
 
     Raises:
-        ValueError: what `folder` holds was measured with other settings.
+        ValueError: results in `folder` were measured with other settings.
     """
     torch.set_num_threads(threads)
     installed = installed_ways(ways)
@@ -186,7 +185,7 @@ def bench_update(
 
 
 def _kept(folder: Path | None, name: str, asked: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """What `measure` returns, or what it returned when it was called before under the same settings."""
+    """The stored result in `folder`, or the result of `measure`, which is then stored."""
     if folder is None:
         return measure()
     file = folder / f"{name}.json"
@@ -202,7 +201,7 @@ def _kept(folder: Path | None, name: str, asked: Mapping[str, Any], measure: Cal
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Machine, threads and torch version of a measurement."""
     return {
         "platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), "threads": threads,
         "torch": torch.__version__, "dtype": "float32",
@@ -212,8 +211,8 @@ def machine(threads: int) -> dict[str, Any]:
 def measure_peaks(
     shape: str, size: Size, ways: Sequence[str], threads: int, say: Callable[[str], None]
 ) -> dict[str, int]:
-    """Way → peak bytes of one update, each in a process of its own."""
-    # One thread: models are built once, and each way runs in a fork. More threads do not outlive a fork.
+    """Way → peak bytes of one update, each measured in its own process."""
+    # With one thread, build the models once and run each way in a fork. Thread pools do not survive a fork.
     groups = [list(ways)] if threads == 1 else [[way] for way in ways]
     peaks: dict[str, int] = {}
     for group in groups:
@@ -223,7 +222,7 @@ def measure_peaks(
 
 
 def to_rows(shape: str, timed: Mapping[str, list[float]], peaks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Times and peaks of a shape as rows, each beside its floor."""
+    """Times and peaks of a shape as rows, with ratios to the floor."""
     return [_row(way, shape, timed, peaks) for way in timed]
 
 
@@ -252,13 +251,13 @@ def _in_a_process(shape: str, size: Size, ways: Sequence[str], threads: int) -> 
         ",".join(ways),
         str(threads),
     ]
-    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, int] = json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, int] = json.loads(output.splitlines()[-1])
     return found
 
 
 def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
-    """A line a target: what was wanted, what was found, met or not."""
+    """One line per target: the target, the measured ratio, and whether it is met."""
     found = {(row["model"], row["name"]): row for row in rows}
     lines = []
     for shape in dict.fromkeys(row["model"] for row in rows):
@@ -267,14 +266,16 @@ def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
             if not meant or (shape, name) not in found:
                 continue
             ratio = found[shape, name][f"{what}_ratio"] / found[shape, base][f"{what}_ratio"]
-            said = f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
+            wanted_text = (
+                f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
+            )
             met = "met" if sign * (ratio - wanted) >= 0 else "not met"
-            lines.append(f"{shape}, {what} of {TITLES[name]}: {said}, found {ratio:.2f} ({met})")
+            lines.append(f"{shape}, {what} of {TITLES[name]}: {wanted_text}, found {ratio:.2f} ({met})")
     return lines
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a table a model."""
+    """The report as one Markdown table per model."""
     size, threads = report["size"], report["machine"]["threads"]
     clock = "CPU seconds" if threads == 1 else "seconds on the clock"
     parts = [
@@ -295,7 +296,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-if __name__ == "__main__":  # memory of some ways, for `_in_a_process`
+if __name__ == "__main__":  # measures the memory of some ways for `_in_a_process`
     torch.set_num_threads(int(sys.argv[4]))
     built, asked = build(sys.argv[1], Size(**json.loads(sys.argv[2]))), sys.argv[3].split(",")
     alone = len(asked) == 1

@@ -1,6 +1,6 @@
-"""The update of one micro-batch in several ways, ours and others': loss and backward; the models' gradients are what is left.
+"""Ways to compute one micro-batch update, ours and others'. Each returns a loss for backward.
 
-All ways supervise the same positions, the second half of each response, and compute in the models' own precision.
+All ways supervise the same positions, the second half of each response, and compute in the models' dtype.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TOP_K = 16
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models and what both read.
+    """Two models and their rollouts.
 
     Args:
-        student: causal LM of transformers whose parameters get gradients.
+        student: transformers causal LM whose parameters get gradients.
         teacher: frozen causal LM.
-        rollouts: all of one length.
-        position_k: last response positions that are supervised.
+        rollouts: rollouts of equal length.
+        position_k: number of supervised positions at the end of each response.
     """
 
     student: Any
@@ -43,22 +43,22 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Where both models are."""
+        """Device of both models."""
         return next(self.student.parameters()).device
 
     @property
     def ids(self) -> Tensor:
-        """`[B, T]`: what the models read, the last response token not among it."""
+        """`[B, T]`, the input tokens: prompt and response without its last token."""
         rows = zip(self.rollouts.prompt_ids, self.rollouts.completion_ids, strict=True)
         return torch.tensor([[*prompt, *completion][:-1] for prompt, completion in rows], device=self.device)
 
     def request(self, layers: tuple[int, ...]) -> StateRequest:
-        """The supervised positions' states of some layers."""
+        """The request for the states of `layers` at the supervised positions."""
         return request_states(self.rollouts, layers, positions="last_k", position_k=self.position_k).to(self.device)
 
     @property
     def tokens(self) -> Tensor:
-        """`[N]`: the response tokens at the supervised positions."""
+        """`[N]`, the response tokens at the supervised positions."""
         tokens = [t for completion in self.rollouts.completion_ids for t in completion[-self.position_k :]]
         return torch.tensor(tokens, device=self.device)
 
@@ -67,7 +67,7 @@ Way = Callable[[Pair], Tensor]
 
 
 def floor(pair: Pair) -> Tensor:
-    """The least that any distillation with a backward pass does: both backbones forward, a trivial loss, and the way back."""
+    """The minimum of any distillation update: both backbones forward, a trivial loss, and backward."""
     ids = pair.ids
     with torch.no_grad():
         pair.teacher.model(input_ids=ids, use_cache=False)
@@ -75,11 +75,11 @@ def floor(pair: Pair) -> Tensor:
 
 
 def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
-    """Our way: the chosen layers' states and an output-space loss by chunks, in one forward of each model.
+    """Our way: a representation loss and a chunked output-space loss, from one forward of each model.
 
     Args:
         layers: "all" or "last"; None: no representation loss.
-        output_space: kind of `OutputTerm`.
+        output_space: kind of `OutputTerm`; None: no output-space loss.
     """
 
     def way(pair: Pair) -> Tensor:
@@ -92,7 +92,7 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
         loss = torch.zeros((), device=pair.device)
         if output_space is not None:
             products = torch.bfloat16 if pair.device.type == "cuda" else None
-            own = replace(lm_head_of(pair.student), in_place=True, product_dtype=products)  # likewise
+            own = replace(lm_head_of(pair.student), in_place=True, product_dtype=products)  # as the trainer does
             heads = match_heads(own, lm_head_of(pair.teacher))
             term = OutputTerm(output_space, top_k=TOP_K)
             weights_N = position_weights(student.rollout_index, len(pair.rollouts), "token")
@@ -105,7 +105,7 @@ def ours(*, layers: str | None = None, output_space: str | None = None) -> Way:
 
 
 def reference_way(pair: Pair) -> Tensor:
-    """The published code's way: both causal LMs whole, all hidden states in float32 and stacked, logits made and thrown away."""
+    """The published code: both full causal LMs, all hidden states stacked in float32, logits computed and discarded."""
     ids, k = pair.ids, pair.position_k
 
     def states(model: nn.Module) -> Tensor:
@@ -118,11 +118,11 @@ def reference_way(pair: Pair) -> Tensor:
 
 
 def dense(kind: str, *, keep: bool) -> Way:
-    """The straightforward way in output space: logits as tensors, and autograd does the rest.
+    """A plain output-space loss: logits as full tensors, differentiated by autograd.
 
     Args:
-        kind: "full_kl", "top16" (renormalised on the student's likeliest) or "sampled_token".
-        keep: compute logits at the supervised positions only (`logits_to_keep`), which is fair and less common.
+        kind: "full_kl", "top16" (renormalised on the student's most likely tokens) or "sampled_token".
+        keep: compute logits only at the supervised positions (`logits_to_keep`); a fairer but less common baseline.
     """
 
     def way(pair: Pair) -> Tensor:
@@ -149,9 +149,9 @@ def dense(kind: str, *, keep: bool) -> Way:
 
 
 def trl_distillation(pair: Pair) -> Tensor:
-    """The loss of TRL 1.16's `DistillationTrainer` (beta 1, the reverse KL by tiles), given the supervised positions alone.
+    """The loss of TRL 1.16's `DistillationTrainer` (beta 1: reverse KL in tiles), on the supervised positions only.
 
-    As on a GPU: its kernels leave masked positions out there. On a CPU they would project the whole response.
+    This matches its behaviour on a GPU, where its kernels skip masked positions. On a CPU it would project the full response.
     """
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -171,7 +171,7 @@ def trl_distillation(pair: Pair) -> Tensor:
 
 
 def installed_ways(ways: Iterable[str]) -> list[str]:
-    """The ways whose packages are there: TRL's wants TRL."""
+    """The ways whose packages are installed; `trl_…` needs TRL."""
     return [way for way in ways if not way.startswith("trl") or find_spec("trl") is not None]
 
 
@@ -191,7 +191,7 @@ WAYS: dict[str, Way] = {
     "kept_top16": dense("top16", keep=True),
     "trl_distillation": trl_distillation,
 }
-"""Name → way; `floor` is what the others are divided by."""
+"""Ways by name; ratios are relative to `floor`."""
 TITLES = {
     "floor": "floor: both backbones, a trivial loss",
     "representation": "representation, all layers",

@@ -1,4 +1,4 @@
-"""Bridges that a comparison fits itself, before its runs are planned: the same rollouts, fitted in different ways."""
+"""Bridges that a comparison fits before it plans its runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from oprd.tasks.problems import load_rows
 
 @dataclass(frozen=True)
 class BridgeSpec:
-    """How a bridge is fitted; the options of `oprd bridge fit`. Models, prompts and templates are those of the comparison."""
+    """Options of a bridge fit, as in `oprd bridge fit`. Models, prompts and templates come from the comparison."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -36,21 +36,21 @@ class BridgeSpec:
     seed: int = 0
 
     def fitting(self) -> dict[str, Any]:
-        """Arguments of `fit_bridge`."""
+        """The options as arguments of `fit_bridge`."""
         values = asdict(self)
         return {"maps": values.pop("layer_map"), **{k: v for k, v in values.items() if k != "limit"}}
 
 
 def bridge_folder(output_dir: str, name: str) -> Path:
-    """Where a comparison keeps the bridge of this name."""
+    """The folder of the bridge `name` in a comparison."""
     return Path(output_dir) / "bridges" / name
 
 
 def parse_bridges(bridges: Mapping[str, Any], where: str) -> dict[str, BridgeSpec]:
-    """The `bridges` of a comparison file, checked.
+    """Check the `bridges` of a comparison file and return their options.
 
     Raises:
-        ValueError: an unknown option, or a value of another type.
+        ValueError: an option is unknown, or its value has the wrong type.
     """
     specs = {}
     for name, options in bridges.items():
@@ -74,18 +74,18 @@ def fit_missing(
     *,
     threads: int = 1,
 ) -> None:
-    """Fit the bridges that are not there yet.
+    """Fit the bridges that do not exist yet.
 
     Args:
-        bridges: by name.
-        output_dir: the comparison's.
-        recipe: gives models, prompts and the length of rollouts.
-        settings: keys of the recipe that the comparison replaces.
-        say: called with a line a bridge.
+        bridges: options by name.
+        output_dir: the comparison's output folder.
+        recipe: recipe with models, prompts and rollout length.
+        settings: recipe keys that the comparison replaces.
+        say: called with one line per bridge.
         threads: CPU threads.
 
     Raises:
-        ValueError: a bridge that is there, and was fitted in another way; or as `fit_bridge`.
+        ValueError: an existing bridge was fitted with other options; or as `fit_bridge`.
     """
     torch.set_num_threads(threads)
     for name, spec in bridges.items():
@@ -95,8 +95,8 @@ def fit_missing(
         if folder.exists():
             if not note.exists() or note.read_text() != wanted:
                 raise ValueError(
-                    f"bridges: {folder} was fitted in another way than 'bridges: {name}' asks for; remove the folder to fit it "
-                    "anew, or choose another output_dir"
+                    f"bridges: {folder} was fitted with other options than those of 'bridges: {name}'; remove the folder to fit it "
+                    "again, or choose another output_dir"
                 )
             continue
         run = RunConfig.load(recipe, {**settings, "bridge": None})

@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy over steps and over seconds, and every rate's final accuracy."""
+"""Plot a comparison: accuracy over steps and over seconds, and the final accuracy at each learning rate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from oprd.runs.curves import QUIET
 
-# Paul Tol's "muted" colours: apart for colour-blind readers; markers tell the objectives apart in grey.
+# Paul Tol's "muted" colours, distinguishable for colour-blind readers. Markers distinguish objectives in greyscale.
 _COLOURS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#882255", "#44AA99", "#AA4499")
 _MARKERS = "osD^vP*X"
 
 
 def plot_comparison(report: Mapping[str, Any], file: Path) -> None:
-    """Draw a comparison's report into `file` (PNG); rows without a complete run are left out."""
-    # The object interface: no display, and no global state of pyplot.
+    """Plot a comparison's report to the PNG `file`. Rows without a complete run are left out."""
+    # matplotlib's object interface needs no display and no global pyplot state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def _draw_references(line: Any, report: Mapping[str, Any]) -> None:
 
 
 def _draw_rates(axis: Any, report: Mapping[str, Any], objectives: list[str]) -> None:
-    """A line an objective, from top to bottom; its rates beside each other."""
+    """One line per objective, from top to bottom, with its learning rates side by side."""
     from matplotlib.lines import Line2D
 
     rates = sorted({row["learning_rate"] for row in report["rows"]})
@@ -94,7 +94,7 @@ def _draw_rates(axis: Any, report: Mapping[str, Any], objectives: list[str]) -> 
     axis.set_yticks(range(len(objectives)), objectives, fontsize=8)
     axis.set(title="Final accuracy at every rate", xlim=(-0.02, 1.02), ylim=(len(objectives) - 0.5, -0.5))
     axis.set_xlabel(f"Avg@{report['k']} after the last step")
-    # A rate is a shape, whatever the colour of the objective.
+    # The marker shape shows the learning rate, independent of the objective's colour.
     shapes = [
         Line2D([], [], color="black", ls="", marker=marker, ms=5) for marker in (_MARKERS * len(rates))[: len(rates)]
     ]

@@ -1,4 +1,4 @@
-"""A mean over few seeds and its Student t interval, without scipy."""
+"""Mean over a few seeds with its Student t interval, without scipy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 def t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """The t for which P(|T| ≤ t) = `confidence`, T being Student's t with `degrees` (an integer) degrees of freedom.
+    """The t with P(|T| ≤ t) = `confidence`, where T has Student's t distribution with `degrees` (an integer) degrees of freedom.
 
     Raises:
-        ValueError: degrees below 1, or confidence outside (0, 1).
+        ValueError: degrees is below 1, or confidence is outside (0, 1).
     """
     if degrees < 1 or not 0 < confidence < 1:
         raise ValueError(f"degrees is {degrees}, confidence is {confidence}: give degrees >= 1 and 0 < confidence < 1")
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / √degrees), which is bounded where t is not
+    low, high = 0.0, math.pi / 2  # bisect over the angle atan(t / √degrees), which is bounded
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _probability_within(middle, degrees) < confidence else (low, middle)
@@ -22,7 +22,7 @@ def t_quantile(degrees: int, confidence: float = 0.95) -> float:
 
 
 def _probability_within(angle: float, degrees: int) -> float:
-    """P(|T| ≤ √degrees·tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even)."""
+    """P(|T| ≤ √degrees·tan(angle)), by the finite sums of Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even)."""
     odd, cosine = degrees % 2, math.cos(angle)
     term, total = cosine if odd else 1.0, 0.0
     for power in range(odd, degrees - 1, 2):
@@ -32,9 +32,9 @@ def _probability_within(angle: float, degrees: int) -> float:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float | None, list[float] | None]:
-    """Mean, and mean ± t·s/√n as [low, high]: where the mean over further seeds would lie, 95 % of the time.
+    """The mean and its 95 % interval mean ± t·s/√n as [low, high].
 
-    The mean of nothing is None; one value has no interval. The ends are not cut to [0, 1].
+    Without values the mean is None; one value has no interval. The ends are not clipped to [0, 1].
     """
     n = len(values)
     if n == 0:

@@ -1,4 +1,4 @@
-"""The file of a comparison: what it may say, and the runs that it asks for, each checked before the first one starts."""
+"""Read a comparison file and plan its runs. All runs are checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PACKAGE = Path(__file__).parents[2]
 COMPARISON_FOLDERS = (_PACKAGE / "comparisons", _PACKAGE.parent.parent / "comparisons")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
-# What the comparison sets itself, and how the user sets it.
-_OURS = {
+# Keys that the comparison sets itself, with the way to change them.
+_SET_BY_COMPARISON = {
     "seed": "list the seeds under 'seeds'",
     "output_dir": "it is the comparison's 'output_dir'",
     "learning_rate": "list the rates under 'learning_rates'",
@@ -33,7 +33,7 @@ _OURS = {
     "resume_from_checkpoint": "an interrupted run is started anew",
     "load_best_model_at_end": "the final evaluation must be that of the last step",
 }
-# What all objectives share, or the numbers would not be about the objectives.
+# Keys that must be equal for all objectives, so that differences come from the objectives.
 _SHARED = (
     "model", "teacher_model", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
     "train_limit", "task",
@@ -48,13 +48,13 @@ class Comparison:
     """A comparison file.
 
     Args:
-        recipe: a recipe file, or the name of a shipped recipe: the settings that all runs start from.
-        output_dir: where the runs and the report are written.
-        seeds: of problems, prompt order, rollouts and evaluation; every objective runs under each.
-        learning_rates: every objective runs at each, unless it has `learning_rates` of its own.
-        objectives: name → keys of the recipe that this objective replaces.
-        settings: keys of the recipe that are replaced for all runs.
-        bridges: name → options of `oprd bridge fit`: bridges that the comparison fits; the key `bridge` takes these names.
+        recipe: base settings of all runs: a recipe file or the name of a shipped recipe.
+        output_dir: folder of the runs and the report.
+        seeds: seeds of problems, prompt order, rollouts and evaluation; every objective runs with each.
+        learning_rates: every objective runs at each rate, unless it has its own `learning_rates`.
+        objectives: name → recipe keys that this objective replaces.
+        settings: recipe keys replaced in all runs.
+        bridges: name → options of `oprd bridge fit`. The comparison fits these bridges; the key `bridge` accepts their names.
     """
 
     recipe: str
@@ -67,16 +67,16 @@ class Comparison:
 
 
 def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
-    """Read and check a comparison file; its recipes are checked by `plan_runs`.
+    """Read and check a comparison file. `plan_runs` checks its recipes.
 
     Args:
         path: a YAML file, or the name of a shipped comparison ("tiny").
 
     Returns:
-        The file, and what it says.
+        The path of the file, and its content.
 
     Raises:
-        ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
+        ValueError: the file does not exist or is not YAML, a key is unknown (the nearest is suggested), or a value is not allowed.
     """
     file = _find(path)
     comparison = Comparison(**_typed(read_yaml(file), file))
@@ -87,13 +87,13 @@ def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
 
 
 def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
-    """Every run, checked: seeds outermost, so that an interrupted comparison has the same seeds of every objective.
+    """Plan and check all runs. Seeds are the outermost loop, so an interrupted comparison has the same seeds for every objective.
 
-    Only the first run of a seed evaluates the student before and the teacher: they are the same for all runs of that seed
-    (another seed draws other problems, or other samples).
+    Only the first run of a seed evaluates the student before training and the teacher, since all runs of a seed share these
+    results. Another seed draws other problems or samples.
 
     Raises:
-        ValueError: a recipe that is not allowed, that has nothing to evaluate, or that rolls out another number than the others.
+        ValueError: a recipe is invalid, has no evaluation, or takes another number of rollouts than the others.
     """
     runs: list[Run] = []
     rollouts: dict[str, dict[str, int]] = {}
@@ -114,7 +114,7 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
 
 
 def _grid(comparison: Comparison) -> Iterator[tuple[float, str, dict[str, Any]]]:
-    """Rate, objective and the keys it replaces: rates outermost, ascending."""
+    """All (rate, objective, keys it replaces), with ascending rates as the outer loop."""
     changes = {name: dict(keys or {}) for name, keys in comparison.objectives.items()}
     rates = {name: _rates(keys.pop(_RATES, comparison.learning_rates), name) for name, keys in changes.items()}
     for rate in sorted({rate for own in rates.values() for rate in own}):
@@ -122,7 +122,7 @@ def _grid(comparison: Comparison) -> Iterator[tuple[float, str, dict[str, Any]]]
 
 
 def rollouts_a_step(run: Run) -> int:
-    """Rollouts that a step of this run takes."""
+    """Number of rollouts per step of this run."""
     return math.prod(run.settings.get(key, 1) for key in _ROLLOUTS)
 
 
@@ -135,7 +135,7 @@ def _find(path: str | Path) -> Path:
 
 
 def _typed(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The file's values as `Comparison` wants them."""
+    """Convert the file's values to the types of `Comparison`."""
     types = get_type_hints(Comparison)
     for key in content:
         _refuse_unknown(key, types, f"{file}", f"; allowed are {', '.join(types)}")
@@ -180,7 +180,7 @@ def _check_grid(comparison: Comparison, file: Path) -> None:
 
 def _rates(values: Any, where: str) -> list[float]:
     try:
-        rates = TypeAdapter(list[float]).validate_python(values)  # YAML reads 1e-4 as text
+        rates = TypeAdapter(list[float]).validate_python(values)  # converts text too: YAML reads 1e-4 as text
     except ValidationError:
         raise ValueError(f"{where}: {values!r} is not allowed; give a list of rates, such as [3.0e-4]") from None
     for rate in rates:
@@ -192,7 +192,7 @@ def _rates(values: Any, where: str) -> list[float]:
 
 
 def _check_keys(comparison: Comparison, file: Path) -> None:
-    """Keys of the recipe that are unknown, or not for this place."""
+    """Check for recipe keys that are unknown or not allowed here."""
     known = [*recipe_keys(), *(f.name for f in dataclasses.fields(OPRDConfig))]
     places: dict[str, Mapping[str, Any]] = {"settings": comparison.settings}
     places |= {f"objectives: {name}": changes or {} for name, changes in comparison.objectives.items()}
@@ -202,8 +202,8 @@ def _check_keys(comparison: Comparison, file: Path) -> None:
                 _rates(changes[key], f"{file}: {place}: {key}")
                 continue
             _refuse_unknown(key, known, f"{file}: {place}", " (all keys: docs/configuration.md)")
-            if key in _OURS:
-                raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_OURS[key]}")
+            if key in _SET_BY_COMPARISON:
+                raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_SET_BY_COMPARISON[key]}")
             if place != "settings" and (key in _SHARED or key.startswith(_SHARED_PREFIX)):
                 raise ValueError(
                     f"{file}: {place}: {key!r} cannot differ between objectives, which share models, problems and evaluation; "
@@ -220,13 +220,15 @@ def _refuse_unknown(key: Any, known: Iterable[str], where: str, allowed: str) ->
 
 
 def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) -> RunConfig:
-    """The recipe with `values` in place; `planned`: its models and datasets were checked for another seed or rate."""
+    """Load and check the recipe with `values`. `planned`: its models and datasets were checked for another seed or rate."""
     try:
         run = RunConfig.load(recipe, values)
         if not run.eval_dataset:
             raise ValueError("eval_dataset: there is none, so nothing would be compared; set it under 'settings'")
         if run.args.load_best_model_at_end:
-            raise ValueError(f"load_best_model_at_end: True is not allowed: {_OURS['load_best_model_at_end']}")
+            raise ValueError(
+                f"load_best_model_at_end: True is not allowed: {_SET_BY_COMPARISON['load_best_model_at_end']}"
+            )
         bridge = run.args.bridge
         if bridge is not None and not Path(bridge).is_dir():
             raise ValueError(

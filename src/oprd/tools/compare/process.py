@@ -1,4 +1,4 @@
-"""Where a run is at work: a program of its own, or a fork of a process that has everything imported already."""
+"""Processes for runs: a separate program, or a fork of a server that has already imported torch and oprd."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PRELOADED = ["oprd.cli.console", "oprd.training.run", "matplotlib.backends.back
 
 
 class ForkedProcess:
-    """`python -m oprd.cli ARGUMENTS` in a fork of a server that imported torch, transformers and oprd once.
+    """`python -m oprd.cli ARGUMENTS` in a fork of a server that has imported torch, transformers and oprd once.
 
-    The server imports and never computes: no thread, no random state, no device is there to be inherited. As `subprocess.Popen` it
-    has a `pid`, a `returncode` and `poll`; it leads a session of its own, so that a signal to its group reaches all that it starts.
+    The server only imports, so forks inherit no threads, random state or devices. Like `subprocess.Popen`, the object has `pid`,
+    `returncode` and `poll`. The process leads its own session, so that a signal to its group reaches all its children.
 
     Args:
-        arguments: of the command line.
-        output: takes what the process writes.
+        arguments: command-line arguments.
+        output: file for the process's output.
         threads: CPU threads.
     """
 
@@ -30,9 +30,9 @@ class ForkedProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._process = context.Process(target=_work, args=(list(arguments), str(output), threads, environment))
+        self._process = context.Process(target=_run_fork, args=(list(arguments), str(output), threads, environment))
         before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # the server, which the first call starts, reads it as it imports
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the server, which the first call starts
         try:
             self._process.start()
         finally:
@@ -43,7 +43,7 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """The exit code, or None while the process runs."""
         self.returncode = self._process.exitcode
         return self.returncode
 
@@ -52,12 +52,12 @@ Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 def forks() -> bool:
-    """Whether this system can start runs as forks (Windows cannot)."""
+    """Whether this system supports a fork server (Windows does not)."""
     return "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def start_program(command: Sequence[str], output: Path, threads: int) -> subprocess.Popen[bytes]:
-    """A program in a session of its own, so that Ctrl-C reaches the parent alone, which then stops it with all that it started."""
+    """Start a program in its own session. Ctrl-C then reaches only the parent, which stops the program and its children."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with output.open("wb") as file:
         return subprocess.Popen(
@@ -66,11 +66,11 @@ def start_program(command: Sequence[str], output: Path, threads: int) -> subproc
         )  # fmt: skip
 
 
-def _work(arguments: list[str], output: str, threads: int, environment: Mapping[str, str]) -> None:
-    """The whole life of a forked process."""
+def _run_fork(arguments: list[str], output: str, threads: int, environment: Mapping[str, str]) -> None:
+    """The body of a forked process."""
     import torch
 
-    with suppress(PermissionError):  # it leads a session already
+    with suppress(PermissionError):  # already a session leader
         os.setsid()
     with open(output, "wb") as file:
         sys.stdout.flush()
@@ -79,7 +79,7 @@ def _work(arguments: list[str], output: str, threads: int, environment: Mapping[
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
-    os.environ.update(environment)  # the server has that of its first call
+    os.environ.update(environment)  # the server has the environment of its first call
     torch.set_num_threads(threads)
     sys.argv = ["oprd", *arguments]
     runpy.run_module("oprd.cli", run_name="__main__", alter_sys=False)

@@ -1,4 +1,4 @@
-"""The report of a comparison: `compare.json`, and the same numbers as a table (`compare.md`, and for the terminal)."""
+"""Report a comparison: `compare.json`, and the same numbers as a table in `compare.md` and for the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NAMES = ("compare.json", "compare.md", "compare.png")
 
 
 def build_report(comparison: Comparison, file: Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """What the run folders say, and what the runs were asked to do.
+    """Results from the run folders, with the settings of the runs.
 
     Raises:
-        ValueError: no run is complete, or one has no accuracy.
+        ValueError: no run is complete, or a complete run has no accuracy.
     """
     first = runs[0].settings
     common = {k: v for k, v in first.items() if all(k in run.settings and run.settings[k] == v for run in runs)}
@@ -48,7 +48,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[bool, list[str]]]]:
-    """The header, and each row with whether it is its objective's best rate."""
+    """The header, and for each row whether it is its objective's best rate, with its cells."""
     k, asked = report["k"], len(report["settings"]["seeds"])
     header = [
         "objective", "rate", f"final Avg@{k} [95 %]", "best", f"at {report['equal_time']['seconds']:.3g} s", "gap closed",
@@ -68,7 +68,7 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[bool, list[s
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table has to know, a paragraph each."""
+    """Explanations of the table, one paragraph each."""
     setting, machine, equal = report["settings"], report["machine"], report["equal_time"]
     lines = [
         f"Recipe {setting['recipe']}, {setting['rollouts_a_step']} rollouts a step, seeds {_list(setting['seeds'])}; "
@@ -99,7 +99,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table and its notes."""
+    """The table with its notes, as Markdown."""
     header, rows = table(report)
     lines = ["# Comparison of objectives", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for best, cells in rows:

@@ -1,4 +1,4 @@
-"""What a comparison found, computed from its run folders alone: it can be computed again long after the runs."""
+"""Results of a comparison, computed only from its run folders, so they can be recomputed at any time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oprd.tools.compare.interval import mean_and_interval
 
 SUMMARY = "summary.json"
 MACHINE = "machine.json"
-FAILED = "failed"  # written by the comparison: the process of this run ended with an error
+FAILED = "failed"  # file that marks a run whose process ended with an error
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Run:
 
     Args:
         objective: name of the objective.
-        learning_rate: of the run.
-        seed: of the run.
-        folder: where the run is recorded.
-        settings: the complete recipe of the run.
+        learning_rate: learning rate of the run.
+        seed: seed of the run.
+        folder: output folder of the run.
+        settings: complete recipe of the run.
     """
 
     objective: str
@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: after how many steps, after how many seconds of training, and its Avg@k."""
+    """An evaluation: steps and seconds of training before it, and its Avg@k."""
 
     step: int
     seconds: float
@@ -50,40 +50,40 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What one complete run measured: `points` in the order of steps, the student before (step 0) first where it is known."""
+    """Evaluations of one complete run, by step. The first is the student before training (step 0), if known."""
 
     points: list[Point]
 
     @property
     def final(self) -> Point:
-        """The evaluation of the last step."""
+        """The evaluation after the last step."""
         return self.points[-1]
 
     @property
     def best(self) -> float:
-        """The best evaluation during and after training; optimistic, since it is chosen by the problems that measure it."""
+        """The best evaluation during and after training. Optimistic, since the same problems select and measure it."""
         return max(point.avg for point in self.points if point.step > 0)
 
 
 def is_complete(run: Run) -> bool:
-    """Whether the run came to its end, and to a good one: its summary says how many steps it had."""
+    """Whether the run finished without an error. A finished run's summary has `steps`."""
     return "steps" in summary_of(run) and not (run.folder / FAILED).exists()
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """The run's summary as far as it is written; empty where there is none."""
+    """The run's summary, or an empty dict if there is none yet."""
     return _read(run.folder / SUMMARY)
 
 
 def read_result(run: Run, before: float | None) -> Result:
-    """The evaluations of a complete run, each with the seconds of training that led to it.
+    """Read the evaluations of a complete run, each with the seconds of training before it.
 
     Args:
         run: a complete run.
-        before: Avg@k of the student before training.
+        before: Avg@k of the student before training, if known.
 
     Raises:
-        ValueError: the run has no accuracy, or its folder no metrics.
+        ValueError: the run has no accuracy or no metrics file.
     """
     if not (run.folder / METRICS).is_file():
         raise ValueError(f"{run.folder} has a {SUMMARY} but no {METRICS}; remove the folder to run it again")
@@ -93,7 +93,7 @@ def read_result(run: Run, before: float | None) -> Result:
     for line in RunFolder(run.folder).read_metrics():
         if "eval_avg_at_k" in line:
             points.append(Point(line["step"], seconds, line["eval_avg_at_k"]))
-        else:  # a training step: rollout, grade, teacher, update, …, but no evaluation
+        else:  # a training step; its times do not include evaluation
             seconds += sum(value for key, value in line.items() if key.startswith("time/"))
     after = (summary.get("student_after") or {}).get("avg_at_k")
     if after is not None and (not points or points[-1].step != summary["steps"]):
@@ -104,9 +104,9 @@ def read_result(run: Run, before: float | None) -> Result:
 
 
 def at_seconds(points: Sequence[Point], seconds: float) -> float | None:
-    """Avg@k after that many seconds of training: on the line between the two evaluations around it.
+    """Avg@k after `seconds` of training, interpolated linearly between evaluations.
 
-    None before the first evaluation. A run that ended earlier keeps its last value.
+    None before the first evaluation. After the last evaluation, its value.
     """
     if not points or seconds < points[0].seconds:
         return None
@@ -118,18 +118,18 @@ def at_seconds(points: Sequence[Point], seconds: float) -> float | None:
 
 
 def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that a comparison reports about its runs, JSON-able.
+    """All results of a comparison, ready for JSON.
 
-    Rows are objective × learning rate, objective by objective. All means are over the seeds whose run is complete, which each
-    row lists; intervals are Student's t over these seeds.
+    There is one row per objective and learning rate, grouped by objective. Means and Student t intervals are over the seeds with a
+    complete run, which each row lists.
 
     Raises:
-        ValueError: no run is complete, or one has no accuracy.
+        ValueError: no run is complete, or a complete run has no accuracy.
     """
     done = [run for run in runs if is_complete(run)]
     if not done:
         raise ValueError(f"nothing to report: none of the {len(runs)} runs is complete")
-    before, teacher = (_once_a_seed(runs, name) for name in ("student_before", "teacher"))
+    before, teacher = (_shared_by_seed(runs, name) for name in ("student_before", "teacher"))
     results = {run.folder: read_result(run, before.get(run.seed)) for run in done}
     cells = _cells(runs)
     rows = [_row(cell, results, before, teacher) for cell in cells]
@@ -154,13 +154,13 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "problems": (summary.get("student_after") or {}).get("problems"),
         "runs": len(runs),
         "missing": [str(run) for run in runs if run.folder not in results],
-        "software": _all_of([summary_of(run).get("software", {}) for run in done]),
-        "machine": _all_of([_read(run.folder / MACHINE) for run in done]),
+        "software": _merge_notes([summary_of(run).get("software", {}) for run in done]),
+        "machine": _merge_notes([_read(run.folder / MACHINE) for run in done]),
     }
 
 
 def _cells(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs by objective and rate, objective by objective in the order of the plan."""
+    """The runs grouped by objective and rate, in the order of the plan."""
     cells: dict[str, dict[float, list[Run]]] = {}
     for run in runs:
         cells.setdefault(run.objective, {}).setdefault(run.learning_rate, []).append(run)
@@ -170,7 +170,7 @@ def _cells(runs: Sequence[Run]) -> list[list[Run]]:
 def _row(
     cell: Sequence[Run], results: Mapping[Path, Result], before: Mapping[int, float], teacher: Mapping[int, float]
 ) -> dict[str, Any]:
-    """The row of one objective at one rate, without what depends on other rows."""
+    """The row of one objective at one rate, without the values that depend on other rows."""
     found = {run.seed: results[run.folder] for run in cell if run.folder in results}
     final, interval = mean_and_interval([result.final.avg for result in found.values()])
     gaps = {seed: teacher[seed] - before[seed] for seed in found if seed in teacher and seed in before}
@@ -197,7 +197,7 @@ def _row(
 
 
 def _curve(results: Sequence[Result]) -> dict[str, list[Any]]:
-    """Mean accuracy, its interval and mean seconds at every step at which all runs were evaluated."""
+    """Mean accuracy, its interval and mean seconds at each step where all runs were evaluated."""
     by_step = [{point.step: point for point in result.points} for result in results]
     steps = [step for step in by_step[0] if all(step in points for points in by_step)] if by_step else []
     curve: dict[str, list[Any]] = {"steps": steps, "avg": [], "ci95": [], "seconds": []}
@@ -210,7 +210,7 @@ def _curve(results: Sequence[Result]) -> dict[str, list[Any]]:
 
 
 def _best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Objective → the rate of its best final accuracy (the first of equals); None where no run is complete."""
+    """Objective → the rate with the best final accuracy (the first if tied), or None if no run is complete."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["final_avg"] is not None:
@@ -220,8 +220,8 @@ def _best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {row["objective"]: (best.get(row["objective"]) or {}).get("learning_rate") for row in rows}
 
 
-def _once_a_seed(runs: Sequence[Run], name: str) -> dict[int, float]:
-    """Seed → Avg@k of what is the same for all runs of a seed, from the first that measured it, be it complete or not."""
+def _shared_by_seed(runs: Sequence[Run], name: str) -> dict[int, float]:
+    """Seed → Avg@k of a model that all runs of a seed share, from the first run that measured it, complete or not."""
     found: dict[int, float] = {}
     for run in runs:
         average = (summary_of(run).get(name) or {}).get("avg_at_k")
@@ -237,8 +237,8 @@ def _measured(by_seed: Mapping[int, float]) -> dict[str, Any] | None:
     return {"avg": average, "ci95": interval, "by_seed": {str(seed): value for seed, value in by_seed.items()}}
 
 
-def _all_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Key → its value over all runs; a list where runs differ."""
+def _merge_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Key → its common value, or the list of distinct values if runs differ."""
     merged: dict[str, list[Any]] = {}
     for note in notes:
         for key, value in note.items():
@@ -248,7 +248,7 @@ def _all_of(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no file, or one that a kill cut short."""
+    """Read a JSON object; an empty dict if the file is missing or incomplete."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The runs of a comparison, each in a process of its own: a few at a time, resumable, stopped with their parent."""
+"""Run a comparison: each run in its own process, several at a time. Resumable; the processes stop with their parent."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summar
 RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
 _SHOWN_LINES = 12
-_NOT_THE_RUN = {"output_dir", "eval_before", "eval_teacher"}  # where it is written, and what else is measured beside it
+_NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
 
 Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]
 
 
 def train_arguments(run: Run) -> list[str]:
-    """What follows `oprd` on the command line of one run."""
+    """Command-line arguments of one run, without `oprd`."""
     return ["train", "--config", str(run.folder / RECIPE)]
 
 
 def train_command(run: Run) -> list[str]:
-    """The command line of one run."""
+    """Full command line of one run."""
     return [sys.executable, "-m", "oprd.cli", *train_arguments(run)]
 
 
 def open_runs(runs: Sequence[Run]) -> list[Run]:
-    """The runs that are not complete, in order. Looks at every folder first, and changes none.
+    """The incomplete runs, in order. Checks all folders first and changes none.
 
     Raises:
-        ValueError: a folder holds a run with other settings, or something that no comparison wrote.
+        ValueError: a folder contains a run with other settings, or files that no comparison wrote.
     """
     for run in runs:
         refuse_other_settings(run)
@@ -53,10 +53,10 @@ def open_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def refuse_other_settings(run: Run) -> None:
-    """Make sure that what the run's folder holds, if anything, was begun under the run's settings.
+    """Check that an existing run in the run's folder has the same settings.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the settings differ, or the folder contains files that no comparison wrote.
     """
     if not run.folder.exists() or {item.name for item in run.folder.iterdir()} <= {LOCK}:
         return
@@ -65,10 +65,10 @@ def refuse_other_settings(run: Run) -> None:
             f"output_dir: {run.folder} holds something that no comparison wrote; choose another output_dir"
         )
     stored = yaml.safe_load((run.folder / RECIPE).read_text()) or {}
-    # A setting that one side lacks has its default there: it is newer than the run, or not shown when at its default.
+    # A setting missing on one side has its default there: it is newer than the run, or omitted at its default.
     defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
     changed = []
-    for key in sorted({*stored, *run.settings} - _NOT_THE_RUN):
+    for key in sorted({*stored, *run.settings} - _NOT_TRAINING):
         was, now = (values.get(key, defaults.get(key)) for values in (stored, run.settings))
         if was != now:
             changed.append(f"{key} was {was!r} and is {now!r}")
@@ -80,21 +80,21 @@ def refuse_other_settings(run: Run) -> None:
 
 
 def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, command: Command | None = None) -> list[Run]:
-    """Run every run of the list, `workers` at a time; whatever ends this function ends the processes too.
+    """Run all `runs`, `workers` at a time. Leaving this function, also by an exception, stops the processes.
 
     Args:
-        runs: what to run, in this order; an interrupted attempt in a run's folder is removed first.
-        workers: processes at a time.
-        threads: CPU threads of each.
-        say: called with a line for each run that ended.
-        command: the command line of a run, a program of its own; None: `oprd train`, forked from a process that has it imported,
-            where the system can.
+        runs: runs in order; an interrupted attempt in a run's folder is removed first.
+        workers: number of parallel processes.
+        threads: CPU threads per process.
+        say: called with one line per finished run.
+        command: command line of a run as a separate program; None: `oprd train`, forked from a preloaded server if the system
+            supports it.
 
     Returns:
         The runs that failed.
 
     Raises:
-        ValueError: a folder is in use, or holds what `refuse_other_settings` refuses.
+        ValueError: a folder is in use, or `refuse_other_settings` rejects it.
     """
     waiting, failed = list(runs), []
     running: dict[Process, Run] = {}
@@ -111,10 +111,10 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
                         (run.folder / FAILED).write_text(f"exit code {process.returncode}\n")
                     good = is_complete(run)
                     left = (time.monotonic() - started) / done * (len(runs) - done)
-                    say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_news(run, good)}  ETA {_duration(left)}")
+                    say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_result_line(run, good)}  ETA {_duration(left)}")
                     if not good:
                         failed.append(run)
-                        _show_end(run, process.returncode or 0, say)
+                        _show_last_lines(run, process.returncode or 0, say)
                 time.sleep(0.05)
         finally:
             _stop(list(running))
@@ -122,8 +122,8 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
 
 
 def _start(run: Run, command: Command | None, workers: int, threads: int) -> Process:
-    refuse_other_settings(run)  # again: hours may have passed
-    with RunFolder(run.folder).hold():  # a run that another process left behind may still be at work here
+    refuse_other_settings(run)  # check again: hours may have passed
+    with RunFolder(run.folder).hold():  # a process from an earlier comparison may still be running here
         for item in run.folder.iterdir():
             if item.name != LOCK:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
@@ -148,8 +148,8 @@ def _stop(processes: Sequence[Process]) -> None:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends what is inside as an exception does, so that it can clean up; by default it would end the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there a handler can be set
+    """Turn SIGTERM into an exception inside the `with` block, so that clean-up code runs."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set a handler
         yield
         return
 
@@ -163,7 +163,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _news(run: Run, good: bool) -> str:
+def _result_line(run: Run, good: bool) -> str:
     if not good:
         return f"{run}: FAILED"
     summary: Mapping[str, Any] = summary_of(run)
@@ -172,8 +172,8 @@ def _news(run: Run, good: bool) -> str:
     return f"{run}: {accuracy}, {summary.get('seconds', 0):.0f} s"
 
 
-def _show_end(run: Run, code: int, say: Say) -> None:
-    """The last lines of a failed run's output, as text: control characters of a terminal are not passed on."""
+def _show_last_lines(run: Run, code: int, say: Say) -> None:
+    """Show the last lines of a failed run's output, without terminal control characters."""
     file = run.folder / OUTPUT
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     how = f"exit code {code}" if code else "no complete summary"

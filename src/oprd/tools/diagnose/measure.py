@@ -8,12 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from oprd.alignment.aligner import AlignmentStats
+from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs
-from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
-from oprd.models.architecture import hidden_size, num_layers
-from oprd.models.tokens import vocabulary_size
+from oprd.models.tokens import different_tokens, vocabulary_size
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
@@ -22,7 +21,6 @@ from oprd.states.similarity import position_curve
 from oprd.tasks.evaluation import evaluate, grade_rollouts, summarize_rollouts
 from oprd.tasks.task import get_task
 from oprd.tools.diagnose.advice import advise
-from oprd.tools.diagnose.pair import ModelPair, load_pair
 from oprd.tools.diagnose.read import MEASURES, EndReading, Readings, read_pair
 from oprd.tools.diagnose.theory import theory_figures
 from oprd.tools.diagnose.verdict import judge
@@ -34,39 +32,33 @@ _CONTEXT = 12  # tokens shown before one where the two models differ most
 
 
 def diagnose_pair(
-    student: str,
-    teacher: str,
+    pair: ModelPair,
     rows: Sequence[PromptRow],
     *,
     max_completion_length: int = 512,
     seed: int = 0,
-    text: TeacherPromptSettings | None = None,
     task: str | None = None,
     max_prompt_length: int | None = None,
     micro_batch_tokens: int = 16384,
     batch_size: int = 64,
     sample: int = 1024,
     teacher_dtype: str = "auto",
-    trust_remote_code: bool = False,
     prompts_name: str = "PROMPTS",
     on_rollouts: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Let the student answer the prompts, let both models read the answers, and say how alike they are and what to choose.
 
     Args:
-        student: folder, hub name or `embedded:…`.
-        teacher: likewise; of any shape and tokenizer.
+        pair: student and teacher, of any shapes and tokenizers (`oprd.resolve.load_pair`).
         rows: prompts, one rollout each.
         max_completion_length: most tokens of a rollout.
         seed: of the sampling.
-        text: how prompts are rendered for both.
         task: grade the student's rollouts and as many of the teacher's, where rows have answers.
         max_prompt_length: leave out (and count) longer prompts.
         micro_batch_tokens: most padded tokens of one forward pass.
         batch_size: completions generated together.
         sample: positions that the CKA of all pairs of layers is computed from.
-        teacher_dtype: of the teacher's weights.
-        trust_remote_code: run code that comes with the models.
+        teacher_dtype: as given to `load_pair`; only written into the report.
         prompts_name: where the rows are from, for the commands that the report names.
         on_rollouts: called with (rollouts read, of all).
 
@@ -78,27 +70,22 @@ def diagnose_pair(
     """
     if task is not None:
         get_task(task)
-    pair = load_pair(
-        student,
-        teacher,
-        text or TeacherPromptSettings(),
-        teacher_dtype=teacher_dtype,
-        trust_remote_code=trust_remote_code,
+    prompts = pair.prompts(
+        rows, name="prompts", max_completion_length=max_completion_length, max_prompt_length=max_prompt_length
     )
-    prompts = pair.prompts(rows, max_completion_length, max_prompt_length)
-    rollouts = pair.sample(prompts, max_completion_length, seed, batch_size)
+    rollouts = sample_rollouts(pair, prompts, max_completion_length, seed=seed, batch_size=batch_size)
     pairing, stats = pair.align(rollouts, {p.index: p.row for p in prompts})
     readings = read_pair(
         pair, rollouts, pairing, micro_batch_tokens=micro_batch_tokens, sample=sample, seed=seed,
         on_rollouts=on_rollouts,
     )  # fmt: skip
     report = {
-        "student": student,
-        "teacher": teacher,
+        "student": pair.student.info.name,
+        "teacher": pair.teacher.info.name,
         "prompts": prompts_name,
         "settings": {
             "max_completion_length": max_completion_length, "seed": seed, "task": task, "sample": sample,
-            "teacher_dtype": teacher_dtype, **asdict(pair.text),
+            "teacher_dtype": teacher_dtype, **asdict(pair.rendering),
         },
         "models": dict(zip(SIDES, (_shape(pair, side) for side in (0, 1)), strict=True)),
         "tokens": _tokens(pair, stats),
@@ -116,6 +103,17 @@ def diagnose_pair(
     return {**report, **advise(report)}
 
 
+def sample_rollouts(
+    pair: ModelPair, prompts: Sequence[Prompt], longest: int, *, seed: int, batch_size: int = 64
+) -> Rollouts:
+    """One completion per prompt, sampled from the student at temperature 1."""
+    engine = TransformersEngine(pair.tokenizer, pair.stop_token_ids, batch_size)
+    return engine.generate(
+        pair.student.model, [p.ids for p in prompts], num_generations=1, sampling=Sampling(longest), seed=seed,
+        rows=[p.index for p in prompts],
+    ).rollouts  # fmt: skip
+
+
 def rounded(value: Any) -> Any:
     """Floats to `_DIGITS` significant digits, wherever they are."""
     if isinstance(value, float):
@@ -126,21 +124,21 @@ def rounded(value: Any) -> Any:
 
 
 def _shape(pair: ModelPair, side: int) -> dict[str, Any]:
-    model, tokenizer = pair.models[side], pair.tokenizers[side]
+    model, tokenizer, info = pair.models[side], pair.tokenizers[side], pair.infos[side]
     return {
-        "layers": num_layers(model), "width": hidden_size(model), "vocabulary": vocabulary_size(tokenizer),
+        "layers": info.layers, "width": info.width, "vocabulary": vocabulary_size(tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()), "class": type(model).__name__,
     }  # fmt: skip
 
 
 def _tokens(pair: ModelPair, stats: AlignmentStats | None) -> dict[str, Any]:
     """Whether ids mean the same, and how many positions of the student have a partner."""
-    alone = {"same_ids": pair.same_tokens, "own_text": pair.aligner is not None}
+    alone = {"same_ids": not different_tokens(*pair.tokenizers), "own_text": pair.aligner is not None}
     if stats is None:
         return {**alone, "aligned": 1.0, "one_to_one": 1.0, "shared_vocabulary": None, "dropped": {}}
     return {
         **alone, "aligned": stats.share, "one_to_one": stats.one_to_one / max(stats.positions, 1),
-        "shared_vocabulary": len(pair.shared[0]), "dropped": dict(stats.dropped),
+        "shared_vocabulary": len(pair.shared_vocabulary.ids[0]), "dropped": dict(stats.dropped),
     }  # fmt: skip
 
 
@@ -211,7 +209,7 @@ def _output(pair: ModelPair, rollouts: Rollouts, readings: Readings) -> dict[str
         ),
         reverse=True,
     )[:8]
-    tokenizer = pair.tokenizers[0]
+    tokenizer = pair.tokenizer
     most = []
     for value, index, place in worst:
         ids, at = rollouts.completion_ids[index], readings.compared[index][place]
@@ -233,10 +231,10 @@ def _ends(pair: ModelPair, ends: EndReading) -> dict[str, Any]:
     report: dict[str, Any] = {"positions": count}
     for side, name in enumerate(SIDES):
         common = Counter(ends.likeliest[side]).most_common(1)
-        tokenizer = pair.tokenizers[side]
+        tokenizer, stop_ids = pair.tokenizers[side], list(pair.infos[side].stop_token_ids)
         report[name] = {
-            "stop_ids": list(pair.stop_ids[side]),
-            "stop_tokens": tokenizer.convert_ids_to_tokens(list(pair.stop_ids[side])),
+            "stop_ids": stop_ids,
+            "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
             "mass": mean(ends.stop_mass[side]),
             "likeliest": common[0][0] if common else None,
             "likeliest_token": tokenizer.convert_ids_to_tokens([common[0][0]])[0] if common else None,
@@ -255,11 +253,15 @@ def _accuracy(
         return None
     with get_task(task).grader() as grader:
         own = summarize_rollouts(rollouts, grade_rollouts(rollouts, lambda row: answers[row], grader), 1)
-        engine = TransformersEngine(pair.tokenizers[1], pair.stop_ids[1])
         theirs = evaluate(
-            pair.models[1], engine, pair.teacher_prompts(prompts, longest), grader, k=1, sampling=Sampling(longest),
+            pair.models[1],
+            TransformersEngine(pair.tokenizers[1], pair.teacher.info.stop_token_ids),
+            pair.teacher_prompts(prompts, name="prompts", max_completion_length=longest),
+            grader,
+            k=1,
+            sampling=Sampling(longest),
             seed=seed,
-        ).summary  # fmt: skip
+        ).summary
     return {
         name: {"accuracy": side["avg_at_k"], "ci95": side["ci95"], "finished": side["finished"]}
         for name, side in zip(SIDES, (own, theirs), strict=True)

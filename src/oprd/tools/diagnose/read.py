@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
 from oprd.bridge.statistics import cka_matrix
-from oprd.models.architecture import hidden_size, num_layers
-from oprd.models.lm_head import LMHead, divergence, entropy, log_probs, top_k
+from oprd.models.lm_head import Heads, LMHead, check_head, divergence, entropy, lm_head_of, log_probs, top_k
+from oprd.models.tokens import vocabulary_size
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.objectives.output_space import overlap
 from oprd.objectives.representation import cosine
 from oprd.states.capture import gather_states, read_states
 from oprd.states.requests import HEAD, plan_micro_batches
 from oprd.states.similarity import PairSums
-from oprd.tools.diagnose.pair import ModelPair
 from oprd.types import Rollouts
 
 MEASURES = ("reverse_kl", "forward_kl", "entropy_student", "entropy_teacher", "overlap")
@@ -105,9 +105,10 @@ class _Reader:
         self, pair: ModelPair, rollouts: Rollouts, pairing: PositionPairs | None, sample: int, seed: int
     ) -> None:
         self.pair, self.rollouts, self.pairing = pair, rollouts, pairing
-        depths, widths = ([of(model) for model in pair.models] for of in (num_layers, hidden_size))
+        self.models, self.infos = pair.models, pair.infos
+        depths, widths = ([getattr(info, name) for info in self.infos] for name in ("layers", "width"))
         self.depths, self.same_width = depths, widths[0] == widths[1]
-        self.device = next(pair.models[0].parameters()).device
+        self.device = next(self.models[0].parameters()).device
         matched = sum(rollouts.completion_lengths) if pairing is None else pairing.num_matched
         if matched < 4:
             raise ValueError(
@@ -115,7 +116,7 @@ class _Reader:
             )
         chosen = torch.randperm(matched, generator=torch.Generator().manual_seed(seed))[:sample]
         self.samples = _Samples(torch.zeros(matched, dtype=torch.bool).index_fill_(0, chosen, True), *depths)
-        self.heads, self.own_heads = pair.shared_heads(), pair.own_heads()
+        self.heads, self.own_heads = pair.heads(), own_heads(pair)
         empty: Callable[[], list[list[float]]] = lambda: [[] for _ in range(len(rollouts))]  # noqa: E731
         common = range(1, (depths[0] if depths[0] == depths[1] else 0) + 1)
         self.readings = Readings(
@@ -135,7 +136,7 @@ class _Reader:
         layers = tuple(range(1, self.depths[0] + 1))
         mine, asked = request_pair(self.rollouts.select(group), theirs, layers, head=True)
         mine, asked = mine.to(self.device), replace(asked, layers=tuple(range(1, self.depths[1] + 1))).to(self.device)
-        student = gather_states(self.pair.models[0], mine)
+        student = gather_states(self.models[0], mine)
         self.samples.add_student(student.values)
         kept: dict[int, Tensor] = {}
 
@@ -149,7 +150,7 @@ class _Reader:
             if layer in (HEAD, self.depths[1]):
                 kept[layer] = teacher_NE
 
-        read_states(self.pair.models[1], asked, take)
+        read_states(self.models[1], asked, take)
         if self.same_width:
             cosine_N = cosine(student.values[-1], kept[self.depths[1]])
             _scatter(self.readings.cosine, group, cosine_N, student.rollout_index)
@@ -168,9 +169,9 @@ class _Reader:
         for side in (0, 1):
             head, states_nD = self.own_heads[side], hidden[side][ended]
             ends.likeliest[side].extend(top_k(head, states_nD, 1)[1][:, 0].tolist())
-            ends.stop_mass[side].extend(_mass(head, states_nD, self.pair.stop_ids[side]))
+            ends.stop_mass[side].extend(_mass(head, states_nD, self.infos[side].stop_token_ids))
         if self.pair.aligner is None:
-            ends.student_ids_mass.extend(_mass(self.own_heads[1], hidden[1][ended], self.pair.stop_ids[0]))
+            ends.student_ids_mass.extend(_mass(self.own_heads[1], hidden[1][ended], self.infos[0].stop_token_ids))
 
     def _ended(self, group: Sequence[int], owners: Sequence[int]) -> list[int]:
         """Which of the packed positions predict the end of a rollout that the student ended."""
@@ -209,6 +210,21 @@ class _Samples:
         return students, teachers
 
 
+@torch.no_grad()
+def own_heads(pair: ModelPair) -> tuple[LMHead, LMHead]:
+    """Each model's LM head over all ids of its own tokenizer, with no ids merged.
+
+    Raises:
+        ValueError: a model without an LM head, or with one whose logits are computed in an unknown way.
+    """
+    heads = []
+    for model, tokenizer in zip(pair.models, pair.tokenizers, strict=True):
+        head = lm_head_of(model)
+        check_head(head, model)
+        heads.append(lm_head_of(model, vocab_size=min(vocabulary_size(tokenizer), head.size)))
+    return heads[0], heads[1]
+
+
 def compared_positions(rollouts: Rollouts, pairing: PositionPairs | None) -> list[list[int]]:
     """The student's positions whose next-token distributions are compared, of each rollout."""
     if pairing is None:
@@ -216,8 +232,8 @@ def compared_positions(rollouts: Rollouts, pairing: PositionPairs | None) -> lis
     return [list(own) for own in pairing.student_head]
 
 
-def _compare(heads: tuple[LMHead, LMHead], hidden: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    (student, teacher), (student_PD, teacher_PE) = heads, hidden
+def _compare(heads: Heads, hidden: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    student, teacher, (student_PD, teacher_PE) = heads.student, heads.teacher, hidden
     k = max(1, min(OVERLAP_K, student.num_events - 1, teacher.num_events - 1))
     sides = ((student, student_PD), (teacher, teacher_PE))
     return {

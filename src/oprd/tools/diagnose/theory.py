@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oprd.alignment.model_pair import ModelPair
 from oprd.models.lm_head import LMHead
-from oprd.tools.diagnose.pair import ModelPair
-from oprd.tools.diagnose.read import Readings
+from oprd.tools.diagnose.read import Readings, own_heads
 
 _ROWS = 8192  # of the LM head, held in double precision at a time
 _SQUARED_ROUNDING = 1e-10  # σ² below this share of the largest are rounding, of weights in float32 or less
@@ -29,7 +29,7 @@ def theory_figures(pair: ModelPair, readings: Readings) -> dict[str, Any]:
         (1/2 for a difference without preference), and `difference_unseen`, in directions that the head does not see at all. The
         last two are None where the last states cannot be compared.
     """
-    values_D, directions_DD = torch.linalg.eigh(centred_gram(pair.own_heads()[0]))  # σ², ascending
+    values_D, directions_DD = torch.linalg.eigh(centred_gram(own_heads(pair)[0]))  # σ², ascending
     values_D = values_D.clamp_min(0)
     seen_D = values_D > values_D[-1] * _SQUARED_ROUNDING
     half = len(values_D) // 2

@@ -1,1 +1,5 @@
-"""`oprd doctor`: what a run will need, computed from settings and model configs alone; no weights are loaded."""
+"""`oprd doctor`: estimate a run's memory and time from settings and model configs, without loading weights.
+
+May be imported by cli only.
+Start reading at `workload.py`, then `memory.py`.
+"""

@@ -1,4 +1,4 @@
-"""Which setting would lower the peak, and to what."""
+"""Suggest settings that lower the peak memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Advice:
     """A change of one setting.
 
     Args:
-        setting: as it is written in a recipe or on the command line.
-        peak: bytes that are then needed.
+        setting: the setting as written in a recipe or on the command line.
+        peak: peak memory with this setting, in bytes.
     """
 
     setting: str
@@ -22,7 +22,7 @@ class Advice:
 
 
 def advise(work: Workload, least: float = 0.02) -> list[Advice]:
-    """Changes that lower the peak by at least the share `least`, the most helpful first; none changes the objective, LoRA apart."""
+    """Changes that lower the peak by at least the share `least`, most helpful first. Only LoRA changes what is trained."""
     changes: dict[str, Workload] = {}
     if work.rows > 1:
         tokens = max(work.length, work.rows * work.length // 2)

@@ -1,9 +1,9 @@
-"""Memory of one device: what each part takes, what is alive in each phase of a step, and the peak.
+"""Predict the memory of one device in bytes: size of each part, use in each phase of a step, and the peak.
 
-Bytes throughout. The formulas follow the code: `capture.py` (selected states only), `objectives/representation.py` (the teacher's
-buffer becomes the derivative), `lm_head/chunked.py` and `logit_functions.py` (chunks of logits), `lm_head/gradients.py` (the head's
-gradient; rows of the embedding's), and what transformers' Llama and Qwen2 blocks save for backward with sdpa attention. The largest
-of everything is assumed: every rollout is as long as it may be.
+The formulas follow the code: `states/capture.py` (selected states only), `objectives/representation.py` (the teacher's buffer
+becomes the derivative), `models/lm_head` (chunks of logits, the head's gradient buffer, embedding gradients as rows), and the
+tensors that transformers' Llama and Qwen2 blocks save for backward with sdpa attention. All rollouts are assumed to have maximum
+length.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from oprd.tools.doctor.workload import Workload
 
 PHASES = ("rollout", "teacher", "update", "optimizer")
 _FLOAT = 4
-# [n, V] float32 buffers alive at once in one chunk (logit_functions.py; logsumexp has one of its own).
+# [n, V] float32 buffers alive at once in one chunk of the LM head; logsumexp has its own.
 _CHUNK_BUFFERS = {"reverse_kl": 3.0, "forward_kl": 3.25, "jsd": 4.0, "sampled_token": 3.0}
-_BY_ROWS = ("top_k", "top_k_forward_kl")  # the head's gradient is made of a few rows, in place (selected_logits.py)
-_OTHER_BUFFERS = 2.0  # log-probabilities of given tokens, top-k: logits and one more
-_DIAGNOSTIC_BUFFERS = 3.0  # of all measurements the entropy needs most: log p, p and their product
-_SAMPLING_BUFFERS = 3  # float32 [rows, V]: the logits, what the samplers make of them, and their softmax
+_BY_ROWS = ("top_k", "top_k_forward_kl")  # update only a few rows of the head's gradient, in place
+_OTHER_BUFFERS = 2.0  # log-probabilities of given tokens and top-k: the logits and one more buffer
+_DIAGNOSTIC_BUFFERS = 3.0  # the entropy needs most: log p, p and their product
+_SAMPLING_BUFFERS = 3  # float32 [rows, V]: the logits, the processed logits, and their softmax
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a device holds.
+    """Memory of one device.
 
     Args:
-        parts: name → bytes, each at its largest.
-        phases: phase → bytes alive in it at its worst moment.
+        parts: name → bytes, the maximum of each part.
+        phases: phase → peak bytes within it.
     """
 
     parts: dict[str, float]
@@ -40,17 +40,17 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase with the highest peak."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     @property
     def peak(self) -> float:
-        """Bytes of the worst moment of a step."""
+        """Peak bytes of a step."""
         return self.phases[self.peak_phase]
 
 
 def predict_memory(work: Workload) -> Memory:
-    """Parts and phases of one device."""
+    """Predict the parts and phases of one device."""
     held = _Held(work)
     parts = {
         "student weights": held.weights,
@@ -65,38 +65,38 @@ def predict_memory(work: Workload) -> Memory:
     if work.overlap:
         parts["copy that samples"] = held.copy
     base = held.weights + held.moments + held.teacher + held.copy
-    kept = held.gradients if work.micro_batches > 1 else 0.0  # of the step's earlier micro-batches
+    kept = held.gradients if work.micro_batches > 1 else 0.0  # from the step's earlier micro-batches
     phases = {
         "rollout": base + held.rollout_cache + held.sampling + held.gathered,
         "teacher": base + kept + held.cache + held.teacher_transient + held.gathered if work.needs_teacher else base,
         "update": base + held.update(kept),
         "optimizer": base + held.gradients,
     }
-    if work.overlap:  # the next step's rollouts are under way in every phase
+    if work.overlap:  # the next step's rollouts are sampled in every phase
         for phase in ("teacher", "update", "optimizer"):
             phases[phase] += held.rollout_cache + held.sampling
     return Memory(parts, phases)
 
 
 def saved_bytes(work: Workload) -> tuple[float, float]:
-    """What autograd keeps of one block: bytes a token, and bytes whatever the tokens (16-bit copies of the weights).
+    """Memory that autograd saves for one block: bytes per token, and fixed bytes (16-bit copies of the weights).
 
-    Per token, of width D, A query and K key channels, I in the MLP: the residual stream and its normalised copy before attention
-    and before the MLP (4·D), the linear layers' inputs (2·D), q and the attention's output (2·A), k and v (2·K; repeated to 2·A
-    where there is a padding mask), the log-normaliser of each head, two norms' scales, and in the MLP gate, silu(gate), up and
-    their product (4·I). Under autocast the stream stays float32, and each linear layer casts its input for itself. With an
-    adapter, what only the gradients of frozen weights would need is not kept.
+    Per token, with width D, A query channels, K key channels and MLP width I: the residual stream and its normalised copy before
+    attention and before the MLP (4·D), the linear layers' inputs (2·D), q and the attention output (2·A), k and v (2·K; repeated to
+    2·A with a padding mask), each head's log-normaliser, the scales of two norms, and in the MLP gate, silu(gate), up and their
+    product (4·I). Under autocast the residual stream stays float32, and each linear layer casts its own input. With an adapter,
+    tensors needed only for the gradients of frozen weights are not saved.
     """
     shape, compute = work.student, 2 if work.bf16 else _FLOAT
     masked, grouped = work.padded and work.rows > 1, shape.kv_heads < shape.heads
-    # Without a fused kernel (none takes grouped keys in float32 on a GPU) sdpa repeats keys and keeps what softmax gave.
+    # Without a fused kernel, sdpa repeats the keys and saves the softmax output. No kernel supports float32 grouped keys on a GPU.
     unfused = work.accelerator and not work.bf16 and grouped and not masked
     attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
     scales = _FLOAT * (shape.heads + 2)
     if unfused:
         scales += _FLOAT * shape.heads * work.length
     if masked:
-        scales += work.length * compute  # the mask, made a bias anew in each block
+        scales += work.length * compute  # each block converts the mask to a bias
     if work.lora is None:
         inputs = (5 if work.bf16 else 2) * shape.width
         stream, mlp, adapters = 4 * shape.width, 4 * shape.intermediate, 0
@@ -111,7 +111,7 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
 
 
 class _Held:
-    """The parts of a device's memory, in bytes."""
+    """The parts of one device's memory, in bytes."""
 
     def __init__(self, work: Workload) -> None:
         self.work, shape = work, work.student
@@ -121,7 +121,7 @@ class _Held:
         self.weights = _FLOAT * (shape.parameters + adapter) / self.split
         self.gradients = _FLOAT * trainable / self.split
         self.moments = 2 * self.gradients
-        self.copy = self.gradients if work.overlap else 0.0  # of what is trained
+        self.copy = self.gradients if work.overlap else 0.0  # copy of the trained weights
         if work.sharding == "ddp" and work.devices > 1:
             self.gradients *= 2  # DDP's buckets are a second copy
         other = work.teacher or shape
@@ -129,7 +129,7 @@ class _Held:
         self.teacher /= self.split
         compute = 2 if work.bf16 else _FLOAT
         self.compute = compute
-        # fully_shard: the root's own weights and two blocks (one fetched ahead) are whole at a time; in backward also gradients.
+        # fully_shard gathers the root's weights and two blocks (one prefetched) at a time; in backward also their gradients.
         root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters
         self.gathered = _FLOAT * (root + 2 * block) if self.split > 1 else 0.0
         self.gathered_gradients = _FLOAT * (root + block) if self.split > 1 else 0.0
@@ -141,12 +141,14 @@ class _Held:
         by_rows = work.output_space in _BY_ROWS and not work.policy_gradient and work.devices == 1
         head_trained = work.head_term and work.lora is None and not by_rows
         self.head_gradient = float(_FLOAT * shape.vocabulary) if head_trained else 0.0
-        if work.reads_head and work.bf16 and work.accelerator:  # the head as it is multiplied (`LMHead.product_dtype`)
+        if (
+            work.reads_head and work.bf16 and work.accelerator
+        ):  # 16-bit copy of the head for matrix products (`LMHead.product_dtype`)
             self.chunks += 2.0 * shape.vocabulary
         self.rollout_cache, self.sampling = self._rollout()
 
     def _states(self) -> float:
-        """The teacher's states of a micro-batch: matched positions of matched layers, and what its LM head reads."""
+        """The teacher's states of a micro-batch: matched positions of matched layers, and its LM head's input."""
         work = self.work
         width = (work.teacher or work.student).width
         matched = work.rows * work.positions * len(work.layers) if work.representation or work.diagnostics else 0
@@ -169,16 +171,16 @@ class _Held:
         return _FLOAT * buffers * first.stop * work.student.rows
 
     def _rollout(self) -> tuple[float, float]:
-        """KV cache of all that is generated together, with the copy of one layer by which it grows; and the sampler's buffers."""
+        """KV cache of one generation batch, plus the copy of one layer made when it grows; and the sampler's buffers."""
         work, shape = self.work, self.work.student
         rows = min(work.generation_batch, work.rollouts)
-        # Under autocast keys are rotated in float32 and kept so.
+        # Under autocast the rotated keys stay float32.
         token = shape.keys * (_FLOAT + self.compute)
         cache = float(rows * (work.prompt + work.completion) * token)
         return cache * (shape.layers + 1), float(_SAMPLING_BUFFERS * _FLOAT * rows * shape.rows)
 
     def activations(self, layers: int) -> float:
-        """Kept for backward after a forward pass through `layers` blocks."""
+        """Bytes saved for backward by a forward pass through `layers` blocks."""
         work, shape, tokens = self.work, self.work.student, self.work.tokens
         per_token, copies = saved_bytes(work)
         final = tokens * _FLOAT * shape.width * (3 if work.lora is None else 2)
@@ -188,11 +190,11 @@ class _Held:
         return layers * (tokens * per_token + copies) + shared
 
     def update(self, kept: float) -> float:
-        """The most that an update holds beyond weights, moments and teacher, `kept` being gradients from before.
+        """Peak bytes of an update beyond weights, optimizer moments and teacher. `kept` is the size of earlier gradients.
 
-        Three moments are compared: the LM head's (all activations and the chunks), the backward pass at its beginning (all
-        activations and the first gradients), and at its end (all gradients, with the embedding's rows or, under DDP and FSDP, its
-        dense second copy).
+        Compares three moments: the LM head (all activations and the chunks), the start of the backward pass (all activations and
+        the first gradients), and its end (all gradients, with the embedding's gradient rows or, under DDP and FSDP, its dense
+        second copy).
         """
         work, shape = self.work, self.work.student
         cells = work.rows * work.positions * len(work.layers) if work.representation else 0

@@ -1,4 +1,4 @@
-"""The sizes of a model from its transformers config alone: built on the meta device, so that no weight exists."""
+"""Model sizes from a transformers config. The model is built on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oprd.models.architecture import blocks, causal_lm
 from oprd.models.loading import resolve_name
 
 CHECKED = ("llama", "qwen2")
-"""Model types whose saved activations and measured peaks were compared with the formulas (tests/test_doctor.py, docs/doctor.md)."""
+"""Model types for which tests/test_doctor.py and docs/scale.md check the formulas against measurements."""
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -24,17 +24,17 @@ class Shape:
     Args:
         family: `model_type` of its config.
         layers: transformer blocks.
-        width: D of the hidden states.
+        width: D, width of the hidden states.
         intermediate: width inside the MLP.
-        heads: attention heads.
-        head_dim: width of one.
-        kv_heads: key and value heads.
+        heads: number of attention heads.
+        head_dim: width of one head.
+        kv_heads: number of key and value heads.
         rows: rows of the LM head, |V|.
-        tied: whether LM head and input embedding are one matrix.
+        tied: whether LM head and input embedding share one matrix.
         block_parameters: parameters of one block.
-        linears: of one block's linear layers, (name, inputs, outputs).
-        parameters: of all, a tied matrix once.
-        bytes_a_weight: of the checkpoint's dtype; 4 where the config does not say.
+        linears: (name, inputs, outputs) of each linear layer in a block.
+        parameters: total parameters; a tied matrix counts once.
+        bytes_a_weight: bytes per weight in the checkpoint; 4 if the config states no dtype.
     """
 
     family: str
@@ -53,12 +53,12 @@ class Shape:
 
     @property
     def attention(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Total width of the key heads; the value heads have the same."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -68,11 +68,11 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of one block's linear layers."""
+        """Number of weights in one block's linear layers."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     def trainable(self, top: int, head: bool) -> int:
-        """Parameters that a full training reaches: blocks up to `top`, the final norm at the top, the LM head with `head`."""
+        """Parameters that full training reaches: blocks up to `top`, the final norm if `top` is the last, the LM head if `head`."""
         unreached = (self.layers - top) * self.block_parameters
         if top < self.layers:
             unreached += self.parameters - self.layers * self.block_parameters - self._matrices * self.vocabulary
@@ -86,10 +86,10 @@ class Shape:
 
 
 def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
-    """The shape of a model given by folder, hub name or `embedded:…`; only its config is read.
+    """Read the shape of a model given by folder, hub name or `embedded:…`. Reads only its config.
 
     Raises:
-        ValueError: there is no config to read, or the architecture is not a decoder of gated MLP blocks.
+        ValueError: the config cannot be read, or the architecture is not a decoder with gated MLP blocks.
     """
     try:
         config = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
@@ -100,10 +100,10 @@ def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
 
 
 def shape_of(config: Any, *, trust_remote_code: bool = False) -> Shape:
-    """The shape that a config describes.
+    """The shape of the model that a config describes.
 
     Raises:
-        ValueError: the architecture is not a decoder of blocks with q, k, v, o, gate, up and down projections.
+        ValueError: the blocks do not have exactly q, k, v, o, gate, up and down projections.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -135,7 +135,7 @@ def shape_of(config: Any, *, trust_remote_code: bool = False) -> Shape:
     )
 
 
-# Shapes of well-known models, as their published configs have them.
+# Shapes of well-known models, from their published configs.
 _QWEN = {"vocab_size": 151_936, "tie_word_embeddings": False, "dtype": "bfloat16"}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "1.5B": ("qwen2", {
@@ -159,6 +159,6 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def known_shape(size: str) -> Shape:
-    """A shape of `KNOWN`."""
+    """The shape of a model in `KNOWN`."""
     family, settings = KNOWN[size]
     return shape_of(AutoConfig.for_model(family, **settings))

@@ -1,4 +1,4 @@
-"""The doctor's findings as lines of text, as JSON, and as the table of well-known sizes."""
+"""Show the doctor's estimates as text lines, as JSON, and as the table of well-known sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activ
 
 
 def examine(work: Workload, device: Device) -> dict[str, Any]:
-    """All figures: `parts`, `phases` and `peak` in bytes, `peak_phase`, `advice`, `seconds` a phase, `assumed`."""
+    """All estimates: `parts`, `phases` and `peak` in bytes, `peak_phase`, `advice`, `seconds` per phase, `assumed`."""
     memory = predict_memory(work)
     return {
         "parts": memory.parts,
@@ -36,7 +36,7 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
 
 
 def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
-    """The findings for a terminal."""
+    """The estimates as text lines for a terminal."""
     assumed = found["assumed"]
     lines = [
         f"computed, not measured: {assumed['rollouts']} rollouts a step and device, prompts of {assumed['prompt']} and completions "
@@ -68,7 +68,7 @@ def _size(size: float) -> str:
 
 
 def known_workload(size: str, devices: int) -> Workload:
-    """What the table of well-known sizes assumes: a teacher of the same size, all layers, checkpointing, bfloat16."""
+    """The workload of the table of well-known sizes: a teacher of the same size, all layers, checkpointing, bfloat16."""
     shape = known_shape(size)
     return Workload(
         student=shape, teacher=shape, rollouts=16, prompt=512, completion=2048, micro_batch_tokens=16384,
@@ -79,7 +79,7 @@ def known_workload(size: str, devices: int) -> Workload:
 
 
 def known_table() -> str:
-    """Students of well-known sizes on 1, 8 and 64 devices, as Markdown."""
+    """Table of well-known student sizes on 1, 8 and 64 devices, as Markdown."""
     head = "| student | devices | weights | gradients, optimizer | teacher | activations | states | rollout | peak | fits 80 GB |"
     rows = [head, "| " + " | ".join(["---"] * 10) + " |"]
     for size in KNOWN:

@@ -1,6 +1,6 @@
-"""An estimate of a step's time on one device: floating point operations and bytes read, over what the device can do.
+"""Estimate a step's time on one device from floating point operations, bytes read and the device's throughput.
 
-An estimate, not checked against measurement: communication, kernels' start-up, padding and grading are left out.
+The estimate leaves out communication, kernel start-up, padding and grading.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from oprd.tools.doctor.shape import Shape
 from oprd.tools.doctor.workload import Workload
 
-# Products with the `[V, D]` head a compared token and term: both models' logits and the ways back to states and head
-# (`chunked.weighted_sum`). Top-k only searches the student's likeliest tokens (selected_logits.py). The tail-sampled loss searches
-# too, and computes the student's logits once more in backward (`chunked.per_token`).
+# Products with the `[V, D]` head per compared token and term: both models' logits, and the gradients of states and head. Top-k
+# only searches the student's most likely tokens. The tail sample does both, and recomputes the student's logits in backward.
 _HEAD_PRODUCTS = {"top_k": 1, "top_k_forward_kl": 1, "cross_entropy": 3, "tail_sampled": 6}
 _OTHER_PRODUCTS = 4
 _POLICY_PRODUCTS = 4
@@ -24,13 +23,13 @@ _POLICY_PRODUCTS = 4
 
 @dataclass(frozen=True)
 class Device:
-    """What one device can do. The defaults are NVIDIA's data sheet of the H100 SXM: dense bfloat16, HBM3.
+    """Throughput of one device. The defaults are from NVIDIA's data sheet of the H100 SXM: dense bfloat16, HBM3.
 
     Args:
-        tflops: 10¹² floating point operations a second.
-        bandwidth: 10⁹ bytes a second from memory.
-        flops_share: share of `tflops` that matrix products reach in practice; an assumption.
-        bandwidth_share: likewise of `bandwidth`.
+        tflops: 10¹² floating point operations per second.
+        bandwidth: memory bandwidth in 10⁹ bytes per second.
+        flops_share: assumed share of `tflops` that matrix products reach in practice.
+        bandwidth_share: assumed share of `bandwidth` reached in practice.
     """
 
     tflops: float = 989.0
@@ -39,25 +38,25 @@ class Device:
     bandwidth_share: float = 0.6
 
     def compute(self, flops: float) -> float:
-        """Seconds for so many operations."""
+        """Seconds for `flops` operations."""
         return flops / (1e12 * self.tflops * self.flops_share)
 
     def read(self, size: float) -> float:
-        """Seconds to read so many bytes."""
+        """Seconds to read `size` bytes."""
         return size / (1e9 * self.bandwidth * self.bandwidth_share)
 
 
 def forward_flops(shape: Shape, layers: int, tokens: float, context: float) -> float:
-    """Of `layers` blocks over `tokens` tokens, each attending to `context` others: 2 a weight, and 4·A·context."""
+    """Operations of `layers` blocks on `tokens` tokens that attend to `context` others: 2 per weight, plus 4·A·context."""
     return layers * tokens * (2.0 * shape.linear_parameters + 4.0 * shape.attention * context)
 
 
 def predict_seconds(work: Workload, device: Device) -> dict[str, float]:
-    """Seconds of rollout, teacher and update of a step.
+    """Estimated seconds of a step's rollout, teacher and update.
 
-    Rollout: the prompt is computed; then each token reads all weights and the KV cache once for the completions generated together,
-    or is bound by its operations where these take longer. Update: a forward and twice that backward (once with an adapter: frozen
-    weights need no gradients), one more forward with activation checkpointing, and the products with the LM head.
+    Rollout: the prefill, then for each token of a generation batch the slower of reading all weights and the KV cache once and
+    computing its operations. Update: a forward and twice that for backward (once with an adapter, since frozen weights need no
+    gradients), one more forward with activation checkpointing, and the products with the LM head.
     """
     shape, other = work.student, work.teacher or work.student
     tokens, middle = work.rollouts * work.length, work.length / 2
@@ -82,13 +81,13 @@ def _rollout_seconds(work: Workload, device: Device) -> float:
     prefill = forward_flops(shape, shape.layers, rows * work.prompt, work.prompt / 2)
     step = forward_flops(shape, shape.layers, rows, context) + 2.0 * shape.vocabulary * rows
     cache = rows * context * shape.layers * 2 * shape.keys * width
-    # Under autocast the float32 weights are what is read, and cast anew for each token.
+    # Under autocast each token reads the float32 weights and casts them again.
     token = max(device.compute(step), device.read(4.0 * shape.parameters + cache))
     return batches * (device.compute(prefill) + work.completion * token)
 
 
 def measure_device(dtype: torch.dtype, place: torch.device) -> Device:
-    """This machine: a matrix product in `dtype` and a copy, the best of five each. What is measured is reached: shares of 1."""
+    """Measure this machine: a matrix product in `dtype` and a copy, best of five each. The shares are 1."""
     size = 4096 if place.type != "cpu" else 1024
     matrix = torch.ones(size, size, dtype=dtype, device=place)
     block = torch.ones(2**24 if place.type == "cpu" else 2**28, device=place)
@@ -100,7 +99,7 @@ def measure_device(dtype: torch.dtype, place: torch.device) -> Device:
 
 def _best(run: Callable[[], object], place: torch.device) -> float:
     seconds = []
-    for _ in range(6):  # the first one warms up
+    for _ in range(6):  # the first run is a warm-up
         start = time.perf_counter()
         run()
         if place.type == "cuda":

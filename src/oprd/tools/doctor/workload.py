@@ -1,4 +1,4 @@
-"""What is run: two shapes, how much is read at once, which terms the loss has, and how it is split across devices."""
+"""The workload of one device: model shapes, batch sizes, loss terms, and sharding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lora:
 
     Args:
         rank: r.
-        targets: names of linear layers that have one.
+        targets: names of the linear layers with an adapter.
     """
 
     rank: int = _LORA_RANK
@@ -31,33 +31,33 @@ class Lora:
 
 @dataclass(frozen=True)
 class Workload:
-    """One device's share of a training step. All lengths are the longest there can be: what is predicted is an upper end.
+    """One device's share of a training step. All lengths are maximum lengths, so predictions are upper bounds.
 
     Args:
-        student: its shape; weights in float32.
-        teacher: its shape; None: the student without its adapter.
-        rollouts: of a step and device.
-        prompt: tokens of a prompt.
-        completion: tokens of a completion.
-        micro_batch_tokens: most padded tokens of a forward and backward pass.
-        layers: layers whose states are matched, ascending; () without a representation term or diagnostics.
-        positions: matched positions of a completion.
-        compared: its positions whose distributions are compared.
-        bridge_rank: numbers that the teacher's states are projected to; None without a bridge.
-        representation: whether there is a representation term.
+        student: the student's shape; weights in float32.
+        teacher: the teacher's shape; None: the teacher is the student without its adapter.
+        rollouts: rollouts per step and device.
+        prompt: tokens per prompt.
+        completion: tokens per completion.
+        micro_batch_tokens: maximum padded tokens of a forward and backward pass.
+        layers: layers whose states are compared, ascending; () without a representation term and diagnostics.
+        positions: positions per completion whose states are compared.
+        compared: positions per completion whose next-token distributions are compared.
+        bridge_rank: dimensions of the teacher's projected states; None without a bridge.
+        representation: whether the loss has a representation term.
         output_space: kind of the output-space term, or None.
-        policy_gradient: whether there is one.
-        diagnostics: whether some steps measure next-token distributions, whatever the loss.
-        checkpointing: recompute activations.
+        policy_gradient: whether the loss has a policy-gradient term.
+        diagnostics: whether some steps measure next-token distributions in addition to the loss.
+        checkpointing: whether activations are recomputed.
         lora: the adapter, or None for full training.
-        bf16: the student computes in bfloat16 (autocast).
-        teacher_bytes: bytes of one of the teacher's weights and states.
-        padded: rollouts of a micro-batch differ in length (an attention mask is needed).
+        bf16: whether the student computes in bfloat16 (autocast).
+        teacher_bytes: bytes per element of the teacher's weights and states.
+        padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
-        overlap: the next step's rollouts are sampled during the update.
-        devices: how many.
-        sharding: none, ddp (a copy a device) or fsdp (student and teacher split, as the setting fully_shard does).
-        accelerator: not a CPU; chunks of logits are larger there.
+        overlap: whether the next step's rollouts are sampled during the update.
+        devices: number of devices.
+        sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
+        accelerator: whether the device is not a CPU; accelerators use larger chunks of logits.
     """
 
     student: Shape
@@ -97,47 +97,47 @@ class Workload:
 
     @property
     def length(self) -> int:
-        """Tokens that a model reads of a rollout: all but the last."""
+        """Tokens that a model reads per rollout: all but the last."""
         return self.prompt + self.completion - 1
 
     @property
     def rows(self) -> int:
-        """Rollouts of a micro-batch."""
+        """Rollouts per micro-batch."""
         return min(self.rollouts, max(1, self.micro_batch_tokens // self.length))
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
+        """Micro-batches per step."""
         return -(-self.rollouts // self.rows)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Padded tokens per micro-batch."""
         return self.rows * self.length
 
     @property
     def head_term(self) -> bool:
-        """Whether a term of the loss goes through the LM head."""
+        """Whether a loss term uses the LM head."""
         return self.output_space is not None or self.policy_gradient
 
     @property
     def reads_head(self) -> bool:
-        """Whether some step makes logits during the update."""
+        """Whether some step computes logits during the update."""
         return self.head_term or self.diagnostics
 
     @property
     def top(self) -> int:
-        """Highest layer that is trained."""
+        """The highest trained layer."""
         return self.student.layers if self.head_term else self.layers[-1]
 
     @property
     def top_run(self) -> int:
-        """Highest layer that is run."""
+        """The highest layer that the update runs."""
         return self.student.layers if self.reads_head else self.top
 
     @property
     def trainable(self) -> int:
-        """Parameters that get gradients."""
+        """Number of parameters with gradients."""
         if self.lora is None:
             return self.student.trainable(self.top, self.head_term)
         sizes = {name: inputs + outputs for name, inputs, outputs in self.student.linears}
@@ -158,19 +158,19 @@ def workload_of(
     bf16: bool | None = None,
     accelerator: bool = True,
 ) -> Workload:
-    """What a recipe runs on each device.
+    """The workload of a recipe on each device.
 
     Args:
         run: models, adapter and settings.
-        prompt: tokens of the longest prompt; default max_prompt_length, else 256.
-        devices: how many.
-        sharding: none, ddp or fsdp; default none for one device, ddp for more.
-        bf16: compute in bfloat16; default what the config says.
+        prompt: tokens of the longest prompt; default: max_prompt_length, else 256.
+        devices: number of devices.
+        sharding: none, ddp or fsdp; default: none for one device, ddp for more.
+        bf16: compute in bfloat16; default: as in the config.
         accelerator: see `Workload`.
 
     Raises:
-        ValueError: a config that cannot be read, an architecture that the formulas do not know, layers out of range, or an
-            adapter on other layers than the block's projections.
+        ValueError: a model config cannot be read, the formulas do not cover its architecture, a layer is out of range, or the
+            adapter targets layers other than the block's projections.
     """
     config = run.args
     student = read_shape(run.model, trust_remote_code=config.trust_remote_code)
@@ -217,7 +217,7 @@ def _bridge_rank(config: OPRDConfig) -> int | None:
 
 
 def _teacher_bytes(config: OPRDConfig, shape: Shape, is_student: bool) -> int:
-    if is_student:  # without its adapter it is read in the student's precision
+    if is_student:  # a teacher without weights of its own has the student's precision
         return 4
     dtype = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
     if dtype == "auto":
@@ -237,6 +237,6 @@ def _lora(settings: dict[str, Any] | None) -> Lora | None:
     names = [targets] if isinstance(targets, str) else list(targets)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
-            f"lora: target_modules: {unknown[0]!r} is not one that oprd doctor can size; it knows {', '.join(known)} and all-linear"
+            f"lora: target_modules: oprd doctor has no size for {unknown[0]!r}; it supports {', '.join(known)} and all-linear"
         )
     return Lora(int(settings.get("r", _LORA_RANK)), tuple(names))

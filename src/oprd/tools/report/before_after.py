@@ -7,19 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment.model_pair import ModelPair
 from oprd.data.prompts import Prompt, prepare_prompts, render
 from oprd.data.rows import PromptRow, parse_row
-from oprd.models.loading import load_model, load_tokenizer
-from oprd.models.tokens import stop_token_ids
+from oprd.models.loading import LoadedModel
+from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
-from oprd.tools.report.distances import Comparison, compare_with, token_distances, token_texts
+from oprd.tools.report.distances import comparable_teacher, token_distances, token_texts
 from oprd.tools.report.read import RunRecord
 from oprd.tools.report.rollouts import FORMAT, Distances, Pair, Side, as_side, logged_pairs, prompt_text
 from oprd.types import Rollouts
@@ -50,27 +51,27 @@ def measure_distances(
     Raises:
         ValueError: the run has no config or no model, or one of the models cannot be loaded.
     """
-    config, device = record.config, "cuda" if torch.cuda.is_available() else "cpu"
-    names = _model_names(record)
-
-    def load(name: str, dtype: Any, kwargs: Any) -> PreTrainedModel:
-        own = {k: v for k, v in (kwargs or {}).items() if k != "trust_remote_code"}
-        model = load_model(name, dtype=dtype, init_kwargs=own, trust_remote_code=trust_remote_code)
-        return model.to(device).eval().requires_grad_(False)
-
-    student = load(names[0], torch.float32, config.get("model_init_kwargs"))
-    tokenizer = load_tokenizer(names[0], trust_remote_code=trust_remote_code)
-    stops = {*stop_token_ids(student, tokenizer)}
+    config, (before, after, teacher_name) = record.config, _model_names(record)
+    reading: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code, "device": "cuda" if torch.cuda.is_available() else "cpu"
+    }  # fmt: skip
+    student = load(before, dtype=torch.float32, init_kwargs=_init_kwargs(config, "model_init_kwargs"), **reading)
+    tokenizer = student.tokenizer
+    assert tokenizer is not None, "loaded with the model"
+    stops = {*student.info.stop_token_ids}
     notes: list[str] = []
-    unavailable, comparison = None, None
-    try:  # without its teacher the student can still be shown
-        their_tokenizer = load_tokenizer(names[2], trust_remote_code=trust_remote_code)
-        teacher = load(names[2], "auto", config.get("teacher_model_init_kwargs"))
-        comparison = compare_with(teacher, student, (tokenizer, their_tokenizer), config, (names[0], names[2]))
-        stops |= {*stop_token_ids(teacher, their_tokenizer)}
+    unavailable: str | None = None
+    teacher: Teacher | None = None
+    layers: tuple[int, ...] = ()
+    try:  # the student's answers are shown without its teacher too
+        loaded = load(
+            teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
+        )
+        teacher, layers = comparable_teacher(student, loaded, config)
+        stops |= {*loaded.info.stop_token_ids}
     except ValueError as error:
         unavailable = str(error)
-    reader = _Reader(tokenizer, sorted(stops), comparison, config, longest)
+    reader = _Reader(tokenizer, sorted(stops), config, longest, teacher, layers)
     prompts = reader.prompts(record.completions, problems, notes)
     candidates = logged_pairs(record.completions, problems)
     fresh: list[list[Side]] = []
@@ -78,16 +79,16 @@ def measure_distances(
     for end, who in enumerate(("before", "after")):
         if end:
             del student
-            student = load(names[1], torch.float32, None)
+            student = load(after, dtype=torch.float32, tokenizer=tokenizer, **reading)
         say(f"{record.name}: the student {who} training writes {len(prompts)} completions and reads")
         fresh.append(reader.write(student, prompts))
         logged.append(reader.read_again(student, [pair[end] for pair in candidates], notes))
     return Distances(
         format=FORMAT,
         steps=record.summary.get("steps"),
-        student=names[0],
-        teacher=names[2],
-        layers=list(comparison.layers) if comparison else [],
+        student=before,
+        teacher=teacher_name,
+        layers=list(layers),
         bridge=config.get("bridge"),
         sampling=reader.describe_sampling(),
         unavailable=unavailable,
@@ -104,11 +105,13 @@ class _Reader:
         self,
         tokenizer: PreTrainedTokenizerBase,
         stops: list[int],
-        comparison: Comparison | None,
         config: Row,
         longest: int,
+        teacher: Teacher | None,
+        layers: tuple[int, ...],
     ) -> None:
-        self.tokenizer, self.comparison, self.config, self.longest = tokenizer, comparison, config, longest
+        self.tokenizer, self.config, self.longest = tokenizer, config, longest
+        self.teacher, self.layers = teacher, layers
         limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
         self.sampling = Sampling(
             min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
@@ -146,10 +149,10 @@ class _Reader:
             chat_template_kwargs=self.template_kwargs,
         )  # fmt: skip
 
-    def write(self, student: nn.Module, prompts: Sequence[Prompt]) -> list[Side]:
+    def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[Side]:
         """One completion a prompt, graded and read."""
         rollouts = self.engine.generate(
-            student, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
+            student.model, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
         ).rollouts  # fmt: skip
         if self.task is None:
@@ -168,7 +171,7 @@ class _Reader:
         ]  # fmt: skip
         return self._read(student, sides, rollouts)
 
-    def read_again(self, student: nn.Module, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
+    def read_again(self, student: LoadedModel, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
         """Logged rollouts, split into tokens again, since the run records their text alone; None for one that has none."""
         places, prompts, completions, sides = [], [], [], []
         resplit = 0
@@ -198,10 +201,10 @@ class _Reader:
                 found[place] = side
         return found
 
-    def _read(self, student: nn.Module, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
-        if self.comparison is None:
+    def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
+        if self.teacher is None:
             return list(sides)
-        distances = token_distances(student, self.comparison, rollouts, pad_token_id=self.engine.pad_token_id)
+        distances = token_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
         return [
             replace(side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(own))
             for side, ids, own in zip(sides, rollouts.completion_ids, distances, strict=True)
@@ -218,6 +221,11 @@ def _model_names(record: RunRecord) -> tuple[str, str, str]:
             f"--distances: {record.folder} has no model/: the run did not come to its end. Leave --distances out"
         )
     return str(config["model"]), str(after), str(config.get("teacher_model") or config["model"])
+
+
+def _init_kwargs(config: Row, key: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; a config may not turn remote code on."""
+    return {k: v for k, v in (config.get(key) or {}).items() if k != "trust_remote_code"}
 
 
 def _parsed(row: Row) -> PromptRow | None:

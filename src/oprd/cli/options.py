@@ -1,0 +1,50 @@
+"""Options that `oprd bridge fit` and `oprd diagnose` share."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
+
+Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
+TeacherTemplate = Annotated[
+    str | None, typer.Option(help="Arguments of the teacher's chat template (JSON), to render its prompts with it.")
+]
+TeacherSystem = Annotated[str | None, typer.Option(help="System prompt that the teacher alone reads.")]
+SpecialMap = Annotated[
+    str | None, typer.Option(help="Student's special tokens and the teacher's of the same meaning (JSON).")
+]
+
+
+def prompt_settings(
+    template: str | None, teacher_template: str | None, teacher_system: str | None, special_map: str | None
+) -> TeacherPromptSettings:
+    """How both models' prompts are rendered, from the options above.
+
+    Raises:
+        ValueError: an option that is not a JSON object.
+    """
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
+
+    return TeacherPromptSettings(
+        chat_template_kwargs=_mapping("chat_template_kwargs", template),
+        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_template),
+        teacher_system_prompt=teacher_system,
+        special_token_map=_mapping("special_token_map", special_map),
+    )
+
+
+def _mapping(name: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {text!r} is not JSON ({error}); such as '{{\"enable_thinking\": false}}'") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {text!r} is not allowed; an object such as '{{\"enable_thinking\": false}}'")
+    return value
