@@ -28,7 +28,7 @@ from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
 from oprd.objectives.composite import CompositeObjective, Term
-from oprd.objectives.own import check_terms, given_terms, named_terms, term_name
+from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
 from oprd.objectives.terms import (
     HeadTerm,
@@ -86,11 +86,13 @@ def resolve(run: RunConfig) -> ResolvedRun:
     args, given = run.args, run.given
     terms = build_terms(run)
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
-    teacher, teacher_tokenizer = _teacher(run, student, own_print)
+    teacher, teacher_tokenizer = _teacher(run, student)
     check_teacher(run, terms, teacher)
     if _have(terms, LayerTerm) and args.bridge is None:
         check_same_shape(student.info, teacher.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
+    if args.bridge is not None:
+        teacher = _bridged(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
     pair = ModelPair(
         student,
         teacher,
@@ -123,8 +125,8 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )  # fmt: skip
 
 
-def check_readable(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
-    """Make sure that answers, LM heads and the teacher's prompts can be had, where the loss or a measurement needs them.
+def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
+    """Check that rows have answers, LM heads are understood, and the teacher can read the prompts, where the loss needs it.
 
     Called when both models are where they compute. Where only a measurement needs the LM heads, it is turned off with a warning.
 
@@ -338,10 +340,8 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
 
 
-def _teacher(
-    run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
-) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teacher, behind its bridge where there is one, and its tokenizer (None when unknown)."""
+def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teacher and its tokenizer (None when unknown)."""
     args, tokenizer = run.args, run.given.teacher_processing_class
     if run.teacher_model is None:
         if args.bridge is not None:
@@ -359,9 +359,7 @@ def _teacher(
                 "teacher_model: %s has no attribute tokenizer, so its tokens cannot be compared with the student's",
                 type(teacher).__name__,
             )
-    if args.bridge is None:
-        return teacher, tokenizer
-    return _bridged(args, teacher, tokenizer or student.tokenizer, student.info, own_print), tokenizer
+    return teacher, tokenizer
 
 
 def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
@@ -508,7 +506,7 @@ def _comparable_layers(
 
 
 def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
-    """Checks for a teacher that reads its own prompts and tokens."""
+    """Check the settings for a teacher that reads its own prompts and tokens."""
     check_default_ends(args)
     assert pair.aligner is not None, "the caller has checked"
     logger.info(
@@ -557,7 +555,7 @@ class PlannedRun:
             *(f"{key}: {value}" for key, value in run.settings().items()),
             "",
             f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
-            f"loss: {describe_objective(args)}",
+            f"loss: {describe_objective(args, build_terms(run))}",
             _model_line("student", run.model, self.student),
             _model_line("teacher", run.teacher_model, self.teacher),
         ]
@@ -617,20 +615,18 @@ def plan(run: RunConfig) -> PlannedRun:
     return PlannedRun(run, student, teacher)
 
 
-def describe_objective(config: OPRDConfig, given: Mapping[str, Term] | None = None) -> str:
+def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:
     """The sum that a run minimises, such as `10 x representation + 1 x reverse_kl, a mean over response tokens`."""
-    output = config.output_term.kind if config.output_term else ""
-    weights = (
-        (config.representation_weight, "representation"),
-        (config.output_weight if output else 0, output),
-        (config.policy_gradient_weight, "GRPO"),
-    )
-    own = [(entry.get("weight", 1.0), term_name(entry["use"])) for entry in config.objectives or []]
-    own += [(term.weight, name) for name, term in (given or {}).items()]
-    terms = [f"{_weight(weight)} x {name}" for weight, name in (*weights, *own) if is_on(weight)]
-    fading = f", crossfade over {config.crossfade_steps} steps" if config.crossfade_steps else ""
-    of = "rollouts" if config.reduction == "rollout" else "response tokens"
-    return f"{' + '.join(terms)}{fading}, a mean over {of}"
+    summands = [f"{_weight(term.weight)} x {_shown_name(name, term)}" for name, term in terms.items()]
+    fading = f", crossfade over {args.crossfade_steps} steps" if args.crossfade_steps else ""
+    of = "rollouts" if args.reduction == "rollout" else "response tokens"
+    return f"{' + '.join(summands)}{fading}, a mean over {of}"
+
+
+def _shown_name(name: str, term: Term) -> str:
+    if isinstance(term.objective, OutputSpace):
+        return term.objective.loss.kind
+    return "GRPO" if isinstance(term.objective, PolicyGradient) else name
 
 
 def _weight(weight: Any) -> str:

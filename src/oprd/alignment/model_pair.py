@@ -144,7 +144,7 @@ class ModelPair:
 
     @property
     def pad_token_id(self) -> int:
-        """An id that both models have; what it pads is masked."""
+        """A token id that both models have. Padded positions are masked."""
         if self.aligner is not None:
             return 0
         own = self.tokenizer.pad_token_id
@@ -252,7 +252,7 @@ class ModelPair:
         return [len(lengths), sum(map(len, matched)), sum(lengths), compared_tokens]
 
     def heads(self, *, in_place: bool = False) -> Heads:
-        """Both LM heads over the same events: no padding rows, one event for all ends of text, only tokens that both have.
+        """Both LM heads over the same events: no padding rows, one event for all end tokens, only tokens that both models have.
 
         Of a teacher without a head (`HasHead`) the student's takes the place, for terms that read `policy` alone.
 

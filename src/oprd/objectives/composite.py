@@ -47,7 +47,7 @@ class Term:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts over the whole step, a rank; all means divide by one of them.
+    """Counts of the whole step, averaged over ranks. Every mean divides by one of them.
 
     Args:
         rollouts: rollouts.
@@ -72,8 +72,8 @@ class CompositeObjective:
         crossfade_steps: steps in which weights fade from the terms "out" to those "in"; None: they do not.
         diagnostic_steps: steps between two measurements of what the loss does not need; 0: never.
         lmbda: share of steps whose rollouts the student writes; the teacher writes those of the others.
-        seed: of the choice of these steps.
-        temperature: of the sampling, for log-probabilities of the student's tokens.
+        seed: chooses these steps.
+        temperature: sampling temperature, for the log-probabilities of the student's tokens.
         project: the student's side of a bridge, called with layer and states.
     """
 
@@ -120,7 +120,7 @@ class StepObjective:
     Args:
         objective: the run's.
         step: counted from 0.
-        weights: of each term.
+        weights: weight of each term.
         measuring: also measure what the loss does not need.
         on_policy: the student writes the step's rollouts.
     """

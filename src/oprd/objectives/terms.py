@@ -54,7 +54,7 @@ class LayerTerm(Protocol):
     def layer_loss(
         self, layer: int, student_ND: Float[Tensor, "N D"], teacher_ND: Float[Tensor, "N E"], at: PackedPositions
     ) -> Float[Tensor, ""]:
-        """Σ_n weights_n · error_n of one layer, with gradient into the student's states. Through a bridge, D = E = its rank."""
+        """Σ_n weights_n · error_n of one layer, with gradient into the student's states. With a bridge, D and E are its rank."""
         ...
 
 
@@ -65,7 +65,10 @@ class HeadTerm(Protocol):
     def head_loss(
         self, heads: Heads, student_ND: Float[Tensor, "N D"], teacher_NE: Float[Tensor, "N E"], at: PackedPositions
     ) -> Float[Tensor, ""]:
-        """Σ_n weights_n · error_n, with gradient into the student's states and head; the events of both heads are the same."""
+        """Σ_n weights_n · error_n, with gradient into the student's states and head.
+
+        Both heads have the same events: the entries of the shared vocabulary.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ class StepMetrics:
         return bool(self._sums)
 
     def add(self, **values: float | Tensor) -> None:
-        """Add to the running step's sums; a scalar tensor is not waited for."""
+        """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize."""
         for name, value in values.items():
             self._sums[name] += value
 

@@ -33,9 +33,9 @@ from oprd.types import Rollouts
 class RolloutSource:
     """Samples, grades and aligns the rollouts of each step.
 
-    With `num_iterations` above 1, the same rollouts serve so many updates. With a `background` sampler, a step learns from
-    rollouts that the weights before the last update sampled; the first step of a run and of an epoch samples its own. What is
-    sampled for the next step belongs to a checkpoint.
+    With `num_iterations` above 1, each set of rollouts is used for that many updates. With a `background` sampler, a step learns
+    from rollouts sampled with weights one update old; the first step of a run and of an epoch samples its own. A checkpoint also
+    stores the rollouts that are sampled for the next step.
 
     Args:
         pair: student and teacher.
@@ -73,7 +73,7 @@ class RolloutSource:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While a run trains: it begins with a fresh epoch, and nothing is being sampled when it ends."""
+        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end."""
         self._epoch = None
         try:
             yield
@@ -107,9 +107,9 @@ class RolloutSource:
 
         Args:
             prompts: of this batch.
-            terms: of the step.
+            terms: the step's objective.
             student: the model to sample from, without wrappers.
-            share: of the step's prompts that these are, for metrics.
+            share: these prompts' fraction of the step's prompts, for metrics.
 
         Raises:
             ValueError: a rollout that cannot be graded or aligned.

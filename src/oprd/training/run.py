@@ -1,11 +1,11 @@
-"""A whole run from a configuration: evaluate before, train, evaluate after, and leave a folder that explains itself."""
+"""A whole run from a configuration: evaluate, train, evaluate again, and write config, metrics, summary, model and model card."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -89,7 +89,7 @@ def train_and_evaluate(
             elif (folder / "config.yaml").exists():
                 check_resumed(yaml.safe_load((folder / "config.yaml").read_text()), settings)
             (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        say(_describe(trainer, run.given.objectives))
+        say(_describe(trainer))
         if run.eval_dataset:
             _evaluate_before(run, trainer, summary, say, fresh=checkpoint is None)
         train_started = time.perf_counter()
@@ -100,7 +100,7 @@ def train_and_evaluate(
             say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
         trainer.save_model(str(folder / "model"))
         summary["gap_closed"] = gap_closed(summary)
-        summary |= _about(trainer, run.given.objectives) | {"seconds": round(time.perf_counter() - started, 2)}
+        summary |= _about(trainer) | {"seconds": round(time.perf_counter() - started, 2)}
         if main:
             write_model_card(folder / "model", summary, settings)
             _write_summary(folder, summary)
@@ -129,11 +129,11 @@ def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _about(trainer: OPRDTrainer, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What else a reader of the summary needs to know how the model came about."""
+def _about(trainer: OPRDTrainer) -> dict[str, Any]:
+    """Facts for the summary: objective, steps, seed, software."""
     packages = ("oprd", "torch", "transformers", *(["peft"] if hasattr(trainer.model, "peft_config") else []))
     return {
-        "objective": describe_objective(trainer.args, given),
+        "objective": describe_objective(trainer.args, trainer.objective.terms),
         "steps": trainer.state.global_step,
         "seed": trainer.args.seed,
         "processes": trainer.args.world_size,
@@ -164,7 +164,7 @@ def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, An
     return evaluation.summary
 
 
-def _describe(trainer: OPRDTrainer, given: Mapping[str, Any] | None) -> str:
+def _describe(trainer: OPRDTrainer) -> str:
     args = trainer.args
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rollouts = (
@@ -172,5 +172,5 @@ def _describe(trainer: OPRDTrainer, given: Mapping[str, Any] | None) -> str:
     )
     return (
         f"{trained / 1e6:.2f} M parameters to train, {len(trainer.pair.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
-        f"{rollouts} rollouts a step; loss: {describe_objective(args, given)}"
+        f"{rollouts} rollouts a step; loss: {describe_objective(args, trainer.objective.terms)}"
     )
