@@ -1106,6 +1106,9 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the digests of this tree here")
     parser.add_argument("--tree", type=Path, default=HERE, help="tree to judge (default: that of this script)")
     parser.add_argument("--most", type=int, default=20, help="differences to print a case (default 20)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="REGEX", help="values so named are intended to differ"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -1122,7 +1125,9 @@ def main() -> int:
     print(f"{len(cases)} case(s) on {tree}", file=sys.stderr, flush=True)
 
     def done(case: Case, digest: Digest) -> None:
-        if old and not judge(case.name, old[case.name], digest, options.most):
+        sides = [{k: v for k, v in side.items() if not any(re.search(p, k) for p in options.ignore)}
+                 for side in (old.get(case.name, {}), digest)]  # fmt: skip
+        if old and not judge(case.name, sides[0], sides[1], options.most):
             differing.append(case.name)
 
     new = run_cases(cases, tree, options.jobs, options.keep, done)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +14,11 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Before the hook: what is first imported while it loads a module of oprd is compiled anew, because no .pyc is found for it.
+import accelerate
+import datasets
+import peft
+import transformers.trainer
 from jaxtyping import install_import_hook
 
 import oprd.cli  # first, and so unchecked: typer passes another Context class than the one it has users annotate
@@ -24,6 +31,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.accelerator.is_available():  # torch keeps each seed, with a stack trace, for the day when there is a device
+    torch.cuda.random._lazy_call = torch.xpu.random._lazy_call = torch.mtia._lazy_call = lambda *_, **__: None
 settings.register_profile(
     "oprd",
     derandomize="CI" in os.environ,  # a run that gates a change draws the same examples each time; others explore
@@ -34,11 +43,32 @@ settings.register_profile(
 settings.load_profile("oprd")
 
 
+def pytest_collection_finish(session):
+    """Take what is imported by now out of the garbage collector's sight: accelerate collects in every `train()`."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """The same for what earlier files have imported since."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_ranks_folder(tmp_path_factory) -> Path:
+    """The folder in which both ranks of `two_ranks_script.py` left their results."""
+    from test_distributed import run_two_ranks
+
+    return run_two_ranks("two_ranks_script.py", tmp_path_factory.mktemp("two_ranks"))
 
 
 @pytest.fixture(autouse=True)

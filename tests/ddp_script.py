@@ -1,9 +1,4 @@
-"""Run by test_distributed.py on two processes: trains every scenario and leaves what each rank ended with.
-
-    RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python ddp_script.py FOLDER
-
-Guards against hanging, and the way it ends, are in rank_process.py, which says why.
-"""
+"""Run by two_ranks_script.py on two processes: trains every scenario and leaves what each rank ended with."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ import oprd.training.parallel
 import oprd.training.trainer
 from oprd.rollouts.engine import Sampled
 from oprd.tasks.task import FunctionGrader, Task
-from rank_process import join, run_and_leave, watch
+from rank_process import watch
 from tiny import PROMPTS, prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
 
 # name → (settings, what differs in the models); two ranks see twice the prompts of `per_device_train_batch_size`
@@ -103,8 +98,8 @@ def greedy_trainer(folder, world_size: int):
     )  # fmt: skip
 
 
-def main(out: Path) -> None:
-    rank = join(out)
+def train_all(out: Path, rank: int) -> None:
+    """Every scenario on this rank, one of two; results are files in folder `out`."""
     plan, groups = oprd.training.parallel.plan_micro_batches, {}
     started = time.perf_counter()
 
@@ -140,7 +135,3 @@ def main(out: Path) -> None:
         trainer.train(resume_from_checkpoint=True if resumed else None)
         finish(name, trainer)
     (out / f"groups-{rank}.json").write_text(json.dumps(groups))
-
-
-if __name__ == "__main__":
-    run_and_leave(main)

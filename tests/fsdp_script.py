@@ -1,9 +1,4 @@
-"""Run by test_fsdp.py on two processes: student and teacher sharded by torch's `fully_shard`, gloo on the CPU.
-
-    RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python fsdp_script.py FOLDER
-
-Guards against hanging, and the way it ends, are in rank_process.py, which says why.
-"""
+"""Run by two_ranks_script.py on two processes: student and teacher sharded by torch's `fully_shard`, gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ from oprd.models.sharding import shard_model
 from oprd.states.capture import install_state_forward, read_through_forward
 from oprd.states.layers import resolve_layers
 from oprd.states.requests import request_states
-from rank_process import join, run_and_leave, watch
+from rank_process import watch
 from tiny import PROMPTS, random_rollouts, tiny_model, tiny_trainer
 
 SCENARIOS = ("rollout", "lower_layers", "composite", "grpo", "accumulated", "uneven")  # of ddp_script.py
@@ -81,8 +76,8 @@ def sampled_trainer(folder, **more):
     return tiny_trainer(folder, tiny_model(), tiny_model(seed=1), **settings)
 
 
-def main(out: Path) -> None:
-    rank = join(out)
+def train_all(out: Path, rank: int) -> None:
+    """Every scenario on this rank, one of two; results are files in folder `out`."""
     started = time.perf_counter()
 
     def finish(name, tensors):
@@ -109,7 +104,3 @@ def main(out: Path) -> None:
     trainer.train()
     finish("sampled", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
     (out / f"groups-{rank}.json").write_text(json.dumps(groups))
-
-
-if __name__ == "__main__":
-    run_and_leave(main)

@@ -7,6 +7,7 @@ after `SCENARIO_SECONDS` without a finished scenario the stacks of all threads a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import sys
 import traceback
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import torch
 
-COLLECTIVE_SECONDS, SCENARIO_SECONDS = 60, 120  # all scenarios of a script together take 10 s on two idle cores
+COLLECTIVE_SECONDS, SCENARIO_SECONDS = 60, 120  # all scenarios together take 20 s on two idle cores
 
 
 def join(out: Path, world_size: int = 2) -> int:
     """Meet the other process in folder `out`, if there is one, and give this one's rank."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     rank = int(os.environ["RANK"])
     watch()
     # A file of this run instead of a port that another process may take; Trainer finds the group made.

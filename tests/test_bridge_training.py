@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import TrainerCallback
 
 import oprd.bridge.collect
+import oprd.resolve
 from oprd.bridge import Bridge
 from oprd.bridge.collect import fit_bridge, read_pairs
 from oprd.bridge.files import folder_digest
@@ -31,6 +32,7 @@ from oprd.data.rows import as_prompt_rows
 from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import load_model, load_tokenizer
+from oprd.resolve import load_pair
 from oprd.rollouts.engine import Sampled
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import FunctionGrader, Task
@@ -538,7 +540,8 @@ def folders(tmp_path_factory):
 def gather(folders, count: int = 22, **options) -> Bridge:
     rows = as_prompt_rows([{"prompt": f"{i}+{i * i}="} for i in range(count)], "prompts")
     defaults = {"max_completion_length": 7, "batch_size": 8, "held_out": 0.3, "ridge": 1e-2, "seed": 5}
-    return fit_bridge(*folders, rows, **{**defaults, **options})
+    pair = load_pair(*folders, options.pop("text", None))
+    return fit_bridge(pair, rows, **{**defaults, **options})
 
 
 def test_a_fit_reads_all_rollouts_once_and_holds_some_out(folders, tmp_path, monkeypatch):
@@ -675,7 +678,7 @@ def test_a_fit_that_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path,
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(oprd.bridge.collect, "load_model", load)
+    monkeypatch.setattr(oprd.resolve, "load", load)
     result = run(*fit_words(*EMBEDDED, **{"out": "bridge", **options}))
     assert result.returncode == 1
     assert message in result.stderr

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from oprd.plan import describe_plan
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
@@ -24,6 +23,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 
 import oprd.bridge.collect
+import oprd.resolve
 from oprd.alignment.aligner import Aligner, AlignmentStats
 from oprd.alignment.position_pairs import pair_positions
 from oprd.bridge import Bridge
@@ -33,8 +33,9 @@ from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.architecture import hidden_size, num_layers
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import ASSETS, load_model
+from oprd.resolve import load_pair, plan
 from oprd.rollouts.engine import Sampled
-from oprd.run_config import parse_recipe
+from oprd.run_config import RunConfig
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.addition import problems
 from oprd.tasks.task import FunctionGrader, Task
@@ -1049,7 +1050,8 @@ def folders(tmp_path_factory):
 def gather(folders, **options) -> Bridge:
     rows = as_prompt_rows([{"prompt": f"{i}+{i * i}="} for i in range(40)], "prompts")
     defaults = {"max_completion_length": 9, "batch_size": 16, "held_out": 0.25, "ridge": 1e-2, "seed": 5}
-    return fit_bridge(*folders, rows, **{**defaults, **options})
+    pair = load_pair(*folders, options.pop("text", None))
+    return fit_bridge(pair, rows, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("maps", ["proportional", "cka"])
@@ -1068,7 +1070,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
     monkeypatch.setattr(oprd.bridge.collect, "similarity", measured)
     bridge = gather(folders, maps=maps)
     models = [load_model(name, dtype=torch.float32).eval() for name in folders]
-    states = [paired_states(CHARACTERS, MANY, models, rollouts) for rollouts in drawn]
+    states = [paired_states(CHARACTERS, MANY, models, sampled.rollouts) for sampled in drawn]
     if maps == "cka":
         sides = [[torch.cat([pair[n][l] for pair in states[0]]) for l in range(d)] for n, d in ((0, 4), (1, 5))]
         matrix = torch.tensor([[cka(s, t) for t in sides[1]] for s in sides[0]], dtype=torch.float64)
@@ -1153,7 +1155,7 @@ def test_what_the_teacher_is_evaluated_with_is_its_own(tmp_path):
 
 
 def recipe(tmp_path, **keys):
-    return parse_recipe({
+    return RunConfig.parse({
         "model": "embedded:tiny/student", "train_dataset": "generated:addition", "train_limit": 4, "output_dir": str(tmp_path),
         "use_cpu": True, **keys,
     }, "recipe")  # fmt: skip
@@ -1166,13 +1168,15 @@ def test_the_plan_says_what_the_teacher_reads(tmp_path):
     alone = {"teacher_model": str(folder), "representation_weight": 0, "output_space": "reverse_kl"}
     # of 0123456789+= and # both have all, and of ends one each; the student's space is not in the teacher's
     line = f"tokenizers: the teacher reads its own prompts and tokens; 14 of the student's 17 are among its {len(PIECES.tokenizer)}"
-    assert line in describe_plan(*recipe(tmp_path, **alone))
+    assert line in plan(recipe(tmp_path, **alone)).describe()
     same = {"teacher_model": "embedded:tiny/teacher"}
-    assert "tokenizers: the teacher gives the student's ids the same tokens" in describe_plan(*recipe(tmp_path, **same))
+    assert (
+        "tokenizers: the teacher gives the student's ids the same tokens" in plan(recipe(tmp_path, **same)).describe()
+    )
     with pytest.raises(ValueError, match=r"\d+ of the student's 17 token ids are other tokens .*oprd bridge fit"):
-        describe_plan(*recipe(tmp_path, teacher_model=str(folder)))
+        plan(recipe(tmp_path, teacher_model=str(folder))).describe()
     with pytest.raises(ValueError, match="special_token_map: '<a>' is no token of the student's tokenizer"):
-        describe_plan(*recipe(tmp_path, special_token_map={"<a>": "<b>"}, **alone))
+        plan(recipe(tmp_path, special_token_map={"<a>": "<b>"}, **alone)).describe()
 
 
 def test_other_tokens_without_a_bridge_are_refused_where_states_are_compared(tmp_path):
@@ -1206,7 +1210,7 @@ def test_a_bridge_is_not_fitted_past_the_teachers_context(folders, tmp_path):
     PIECES.model(seed=1, max_position_embeddings=4, **SHAPE).save_pretrained(tmp_path)
     PIECES.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"teacher: a rollout has .* tokens in its tokenizer, more than its context of 4"
+        ValueError, match=r"teacher_model: a rollout has .* tokens in its tokenizer, more than its context of 4"
     ):
         gather((folders[0], str(tmp_path)))
 

@@ -20,9 +20,12 @@ from oprd.runs.checkpoints import list_checkpoints
 from tiny import weights, without_times
 
 HERE = Path(__file__).parent
-SECONDS = 300  # for both ranks together; the limits of a rank itself, in ddp_script.py, are shorter and say more
+SECONDS = 300  # for both ranks together; the limits of a rank itself, in rank_process.py, are shorter and say more
 
-pytestmark = pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks; what they say must win
+pytestmark = [
+    pytest.mark.timeout(2 * SECONDS),  # the first test waits for the ranks; what they say must win
+    pytest.mark.xdist_group("two_ranks"),  # one launch for all tests of this file and of test_fsdp.py
+]
 
 
 def start_rank(script: str, rank: int, out: Path, world_size: int = 2) -> subprocess.Popen:
@@ -84,9 +87,9 @@ def run_two_ranks(script: str, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """The folder in which both ranks of `ddp_script.py` left their results."""
-    return run_two_ranks("ddp_script.py", tmp_path_factory.mktemp("ddp"))
+def two_ranks(two_ranks_folder) -> Path:
+    """The folder in which both ranks left the results of `ddp_script.py`."""
+    return two_ranks_folder / "ddp"
 
 
 def results(out: Path, name: str):

@@ -21,13 +21,13 @@ from oprd.runs.checkpoints import list_checkpoints
 from oprd.training.parallel import check_launch, even_rounds
 from tiny import tiny_model, tiny_trainer, weights
 
-pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
+pytestmark = [pytest.mark.timeout(2 * ddp.SECONDS), pytest.mark.xdist_group("two_ranks")]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """The folder in which both ranks of `fsdp_script.py` left their results."""
-    return ddp.run_two_ranks("fsdp_script.py", tmp_path_factory.mktemp("fsdp"))
+def two_ranks(two_ranks_folder) -> Path:
+    """The folder in which both ranks left the results of `fsdp_script.py`."""
+    return two_ranks_folder / "fsdp"
 
 
 @pytest.mark.parametrize("name", READS)

@@ -315,6 +315,8 @@ def _load_student(run: RunConfig) -> LoadedModel:
             run.model, dtype=torch.float32, init_kwargs=args.model_init_kwargs,
             trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
         )  # fmt: skip
+    if run.model is None:
+        raise ValueError("model: there is none; give the student, by name or as a model")
     name = run.model.config.name_or_path
     if tokenizer is None:
         if not name:

@@ -1,6 +1,6 @@
-"""Which response positions of student and teacher are compared, where the teacher reads a text of its own (OPRD section 4).
+"""Pairs of response positions of student and teacher, where the teacher reads its own prompts and tokens (OPRD section 4).
 
-A teacher that reads the student's own prompt and ids needs none of this: then position t is compared with position t.
+Where the teacher reads the student's token ids, position t is compared with position t, and no pairs are made.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from oprd.types import Rollouts
 
 @dataclass(frozen=True)
 class PositionPairs:
-    """What the teacher reads, and the pairs of positions; every column has one entry a rollout.
+    """The rollouts as the teacher reads them, and the pairs of positions. Every column has one entry for each rollout.
 
     Args:
         teacher_rollouts: the responses with the teacher's prompts, in the teacher's ids.
-        student: the student's positions whose states are matched, ascending.
-        teacher: their partners.
-        student_head: the student's positions whose next-token distributions are compared: both models' next tokens are the
-            same bytes, and in both vocabularies (the strict pairs of arXiv 2610.08448; spans of several tokens are left out).
-        teacher_head: their partners.
-        events: the next token at each of these, as its place in the shared vocabulary.
+        student: positions of the student whose states are matched, ascending.
+        teacher: the teacher's positions paired with them.
+        student_head: positions of the student whose next-token distributions are compared: both models' next tokens have the
+            same bytes and are in both vocabularies (the strict pairs of arXiv 2610.08448; spans of several tokens are left out).
+        teacher_head: the teacher's positions paired with them.
+        events: the next token at each of these pairs, as its place in the shared vocabulary.
     """
 
     teacher_rollouts: Rollouts
@@ -57,7 +57,7 @@ class PositionPairs:
 
 
 def input_lengths(rollouts: Rollouts, pairing: PositionPairs | None) -> list[int]:
-    """Tokens that the longer-winded of the two models reads of each rollout; the student's own without a pairing."""
+    """Tokens of each rollout in the tokenizer that makes more of them; in the student's without pairs."""
     own = rollouts.input_lengths
     return own if pairing is None else list(map(max, own, pairing.teacher_rollouts.input_lengths))
 

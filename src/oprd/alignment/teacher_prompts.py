@@ -1,4 +1,4 @@
-"""How a teacher gets to read its own text: settings, and when an `Aligner` is needed at all."""
+"""Settings of the prompts that student and teacher read, and whether the teacher needs prompts and tokens of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger("oprd")
 
 @dataclass(frozen=True)
 class TeacherPromptSettings:
-    """Settings of the prompts that both models read; a teacher's setting that is not None gives it prompts of its own.
+    """How the prompts of student and teacher are rendered. Any of the teacher's settings gives it prompts of its own.
 
     Args:
-        chat_template_kwargs: of the student's chat template.
-        teacher_chat_template_kwargs: of the teacher's; {} for its own template as it is.
-        teacher_system_prompt: the teacher's own, in place of one in the row.
-        special_token_map: special token of the student → the teacher's that means the same; ends of turn need none.
+        chat_template_kwargs: arguments of the student's chat template.
+        teacher_chat_template_kwargs: arguments of the teacher's chat template; {} for the template as it is.
+        teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
+        special_token_map: special token of the student → the teacher's with the same meaning; ends of turn need no entry.
     """
 
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -33,12 +33,12 @@ class TeacherPromptSettings:
 
     @classmethod
     def of(cls, settings: Any) -> TeacherPromptSettings:
-        """Those of an object that has settings of these names, such as an `OPRDConfig`."""
+        """The settings of an object with attributes of these names, such as an `OPRDConfig`."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @property
     def asked(self) -> list[str]:
-        """The settings that give the teacher a text of its own."""
+        """Names of the settings that give the teacher prompts of its own."""
         return [f.name for f in fields(self)[1:] if getattr(self, f.name) is not None]
 
     def aligner(
@@ -48,14 +48,14 @@ class TeacherPromptSettings:
         student_stop_ids: Sequence[int],
         teacher_stop_ids: Sequence[int],
     ) -> Aligner | None:
-        """What turns rollouts into the teacher's text; None where the teacher can read the student's tokens and shall.
+        """The aligner that turns rollouts into the teacher's tokens; None where the teacher reads the student's tokens.
 
         Args:
             student_tokenizer: the student's.
             teacher_tokenizer: the teacher's; None when unknown.
             student_stop_ids: ids that end the student's turn.
-            teacher_stop_ids: ids that end the teacher's; the tokenizer's end token where it has one, else the lowest of these,
-                stands for all of the student's.
+            teacher_stop_ids: ids that end the teacher's turn. Every end of the student's becomes the teacher tokenizer's end token,
+                or the lowest of these where it has none.
 
         Raises:
             ValueError: tokens that cannot be aligned, a special token that one side does not have, or settings for a teacher whose
@@ -89,7 +89,7 @@ class TeacherPromptSettings:
 
 
 def check_one_text(aligner: Aligner, *, compares_states: bool) -> None:
-    """Refuse two vocabularies where hidden states are to be compared without a bridge: one origin splits a text alike.
+    """Refuse two vocabularies where hidden states are compared without a bridge: models of one origin share their tokens.
 
     Raises:
         ValueError: names the first ids that differ.
@@ -101,7 +101,7 @@ def check_one_text(aligner: Aligner, *, compares_states: bool) -> None:
 def _special_ids(
     names: Mapping[str, str], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> dict[int, int]:
-    """A map of tokens as a map of ids."""
+    """The map of tokens as a map of token ids."""
     known = {"student": student.get_vocab(), "teacher": teacher.get_vocab()}
     for pair in names.items():
         for side, token in zip(known, pair, strict=True):
@@ -114,7 +114,7 @@ def _special_ids(
 
 
 def _check_map(special_map: Mapping[int, int], names: Mapping[str, str], *ends: set[int]) -> None:
-    """Refuse a map that names an end of a turn, or one token of the teacher's twice: a token means one thing."""
+    """Refuse a map that names an end of a turn, or one token of the teacher twice."""
     for (ours, theirs), (i, j) in zip(names.items(), special_map.items(), strict=True):
         for side, token, ending in (("student", ours, i in ends[0]), ("teacher", theirs, j in ends[1])):
             if ending:

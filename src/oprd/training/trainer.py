@@ -109,11 +109,12 @@ class OPRDTrainer(Trainer):
                 processing_class, teacher_processing_class, peft_config, objectives, rollout_engine, task
             )
             resolved = resolve(
-                RunConfig(  # a trainer evaluates the teacher only when `evaluate_teacher` is called
+                # A trainer evaluates the teacher only when `evaluate_teacher` is called.
+                RunConfig(
                     args,
                     model,
                     teacher_model,
-                    train_dataset or None,
+                    train_dataset,
                     eval_dataset=eval_dataset,
                     eval_teacher=False,
                     given=given,
