@@ -242,7 +242,7 @@ def test_the_documents_well_known_sizes_by_hand():
 def test_the_documents_errors_follow_from_its_measurements():
     import doctor
 
-    halves = doctor.DOCUMENT.read_text().split("### On a GPU")
+    halves = doctor.DOCUMENT.read_text().split("<!-- gpu: ")
     for file, prefix, written in zip((doctor.RESULT, doctor.CUDA_RESULT), ("", doctor.ON_GPU), halves, strict=True):
         for row in json.loads(file.read_text())["rows"]:
             (line,) = (x for x in written.splitlines() if x.startswith(f"| {row['name'].removeprefix(prefix)} | "))

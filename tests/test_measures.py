@@ -30,11 +30,12 @@ def test_best_is_never_below_avg(correct):
 def test_partial_credit_is_averaged_and_its_best_taken():
     assert avg_at_k([[0.5, 1.0], [0.0, 0.25]]) == pytest.approx(0.4375)
     assert best_at_k([[0.5, 1.0], [0.0, 0.25]]) == pytest.approx(0.625)
+    assert (avg_at_k([[-1.0, 3.0]]), best_at_k([[-1.0, 3.0]])) == (1.0, 3.0)
 
 
-@pytest.mark.parametrize("bad", [[], [[]], [[True], [True, False]], [[2.0]], [[-0.1]], [[math.nan]]])
+@pytest.mark.parametrize("bad", [[], [[]], [[True], [True, False]], [[math.inf]], [[math.nan]]])
 @pytest.mark.parametrize("measure", [avg_at_k, best_at_k])
-def test_accuracy_refuses_ragged_empty_or_out_of_range(measure, bad):
+def test_accuracy_refuses_ragged_empty_or_not_finite(measure, bad):
     with pytest.raises(ValueError, match=r"samples|allowed"):
         measure(bad)
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, TrainerCallback
 
 from oprd.config import OPRDConfig
+from oprd.resolve import build_terms
 from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.run_config import RunConfig
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from reference import DenseObjective
@@ -798,7 +800,7 @@ PAIR = {"policy_gradient_weight": 1.0, "num_generations": 2, "task": "addition"}
 )  # fmt: skip
 def test_an_objective_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        OPRDConfig(str(tmp_path), use_cpu=True, **settings)
+        build_terms(RunConfig(OPRDConfig(str(tmp_path), use_cpu=True, **settings)))
 
 
 @pytest.mark.parametrize(
@@ -813,7 +815,7 @@ def test_an_objective_that_cannot_be_is_refused_before_anything_is_loaded(tmp_pa
     ids=str,
 )
 def test_an_objective_that_can_be_is_taken(tmp_path, settings):
-    OPRDConfig(str(tmp_path), use_cpu=True, **settings)
+    build_terms(RunConfig(OPRDConfig(str(tmp_path), use_cpu=True, **settings)))
 
 
 def test_a_row_without_an_answer_is_named(tmp_path):

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.config import OPRDConfig
+from oprd.resolve import build_terms
 from oprd.rollouts.engine import Sampled, student_writes
+from oprd.run_config import RunConfig
 from oprd.states.positions import select_before_end, select_positions
 from reference import dense_divergence, loss_by_loops, states_one_by_one
 from tiny import prompt_rows, scripted_generate, tiny_model, tiny_trainer, weights
@@ -192,7 +194,7 @@ def test_a_teacher_with_an_end_of_its_own(tmp_path, end_of_turn, stops):
 )  # fmt: skip
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        OPRDConfig("unused", use_cpu=True, **settings)
+        build_terms(RunConfig(OPRDConfig("unused", use_cpu=True, **settings)))
 
 
 @pytest.mark.parametrize(

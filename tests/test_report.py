@@ -454,7 +454,7 @@ def test_a_run_that_was_killed_after_an_evaluation_shows_it(make_run):
     run = make_run(metrics=lines, summary={"student_before": measures(0.2, 3.0), "teacher": None})
     page = Page(report(run))
     assert page.row("Avg@k after [95 %]") == (["50.0 % [40.0, 60.0] at step 1, the last evaluation"], [0.5])
-    assert "that of a run that has not ended" in page.text
+    assert "summary.json is incomplete" in page.text
 
 
 @pytest.mark.parametrize("kept", ["config.yaml", "metrics.jsonl", "summary.json"])
@@ -491,8 +491,8 @@ def test_what_is_no_run_is_refused_with_the_reason(make_run, tmp_path):
         ([tmp_path / "nowhere"], "there is no folder"),
         ([file], "is a file; name the folder of a run"),
         ([evaluation], "is what `oprd eval` wrote"),
-        ([empty], "is no run: it has none of config.yaml, metrics.jsonl, summary.json"),
-        ([tmp_path / "compare"], f"is no run but holds 1, such as {re.escape(str(run))}"),
+        ([empty], "is not a run: it has none of config.yaml, metrics.jsonl, summary.json"),
+        ([tmp_path / "compare"], f"is not a run; it holds 1, such as {re.escape(str(run))}"),
         ([run, run / ".." / "seed_0"], "is named twice"),
         ([], "name at least one run folder"),
     ):

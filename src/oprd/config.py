@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -12,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
+from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
 from oprd.objectives.schedules import check_weight, is_on
@@ -128,7 +128,10 @@ class OPRDConfig(TrainingArguments):
     )
     output_weight: float | dict[str, Any] = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
     policy_gradient_weight: float | dict[str, Any] = field(
-        default=0.0, metadata=_help("Factor on GRPO's loss, reward 1 for a right answer; 0 is off; may be a schedule.")
+        default=0.0,
+        metadata=_help(
+            "Factor on GRPO's loss, reward 1 for a right answer or the task's own; 0 is off; may be a schedule."
+        ),
     )
     crossfade_steps: int | None = field(
         default=None,
@@ -195,7 +198,10 @@ class OPRDConfig(TrainingArguments):
     )
 
     # Grading, evaluation, logs
-    task: str | None = field(default=None, metadata=_help(f"How answers are graded: {', '.join(TASKS)}; None: not."))
+    task: str | None = field(
+        default=None,
+        metadata=_help(f"How answers are graded: {', '.join(TASKS)}, or module:attribute of your own; None: not."),
+    )
     eval_num_generations: int = field(default=4, metadata=_help("Samples a problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
     eval_top_p: float = field(default=0.95, metadata=_help("Nucleus truncation of evaluation."))
@@ -347,40 +353,12 @@ def _check_objective(config: Any) -> None:
             raise ValueError(f"{name}: {getattr(config, name)} is not allowed; 0 (never) or more")
     for name in ("representation_weight", "output_weight", "policy_gradient_weight"):
         check_weight(name, getattr(config, name))
-    _check_own_objectives(config.objectives)
-    _check_terms(config)
+    check_entries(config.objectives)
     _check_writer(config)
-    if is_on(config.policy_gradient_weight):
-        _check_policy_gradient(config)
-
-
-def _check_own_objectives(objectives: Any) -> None:
-    for number, entry in enumerate(objectives or []):
-        name = f"objectives[{number}]"
-        if not isinstance(entry, Mapping) or "use" not in entry:
-            raise ValueError(
-                f"{name}: {entry!r} is not allowed; each entry is a mapping such as "
-                "{use: my_losses:huber, weight: 0.5, delta: 1.0}"
-            )
-        check_weight(f"{name}.weight", entry.get("weight", 1.0))
-
-
-def _check_terms(config: Any) -> None:
-    matching, comparing = is_on(config.representation_weight), config.output_term is not None
-    rewarding = is_on(config.policy_gradient_weight)
-    if not (matching or comparing or rewarding or config.objectives):
-        raise ValueError(
-            "representation_weight: 0 leaves nothing to learn from; set output_space, policy_gradient_weight or objectives"
-        )
-    if config.crossfade_steps is not None and not (matching and comparing):
-        raise ValueError(
-            "crossfade_steps: it goes over from representation_weight to output_space, and one of the two is off"
-        )
-    if config.num_iterations > 1 and not rewarding:
-        raise ValueError(
-            f"num_iterations: {config.num_iterations} is for GRPO (policy_gradient_weight); the distillation losses are "
-            "on-policy and take new rollouts each step"
-        )
+    check_clip(config.epsilon, config.epsilon_high)
+    if config.scale_rewards not in get_args(Scale):
+        raise ValueError(f"scale_rewards: {config.scale_rewards!r} is not one of {', '.join(get_args(Scale))}")
+    _check_iterations(config)
 
 
 def _check_writer(config: Any) -> None:
@@ -400,8 +378,6 @@ def _check_writer(config: Any) -> None:
             "output_space: cross_entropy on the student's own tokens has no gradient in expectation; let the teacher write "
             "(lmbda: 0)"
         )
-    if kind is None and config.output_positions != "all":
-        raise ValueError(f"output_positions: {config.output_positions!r} has no effect without output_space; remove it")
 
 
 def _check_overlap(config: Any, engine_can: bool) -> None:
@@ -449,17 +425,8 @@ def check_default_ends(config: Any) -> None:
             )
 
 
-def _check_policy_gradient(config: Any) -> None:
-    if config.num_generations < 2:
-        raise ValueError(
-            f"num_generations: {config.num_generations} is not allowed with policy_gradient_weight: a rollout's advantage is "
-            "over the mean of its prompt's rollouts; at least 2"
-        )
-    if config.task is None:
-        raise ValueError("task: policy_gradient_weight needs one, to grade the rollouts that it rewards")
-    check_clip(config.epsilon, config.epsilon_high)
-    if config.scale_rewards not in get_args(Scale):
-        raise ValueError(f"scale_rewards: {config.scale_rewards!r} is not one of {', '.join(get_args(Scale))}")
+def _check_iterations(config: Any) -> None:
+    """Refuse checkpoints and ends between two updates on the same rollouts."""
     if config.num_iterations == 1:
         return
     steps = {"max_steps": config.max_steps}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -32,13 +33,15 @@ def resolve_object(key: str, name: str, known: Mapping[str, T]) -> T:
     if not colon:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{key}: {name!r} is not one of {', '.join(known)}, nor module:attribute of your own code{hint}"
-        )
+        if known:
+            allowed = f"one of {', '.join(known)}, nor module:attribute of your own code{hint}"
+        else:
+            allowed = "of the form module:attribute, such as my_package.my_module:MyClass"
+        raise ValueError(f"{key}: {name!r} is not {allowed}")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(
-            f"{key}: {name!r} is not of the form module:attribute, such as my_package.my_module:MyClass; "
-            f"or set one of {', '.join(known)}"
+            f"{key}: {name!r} is not of the form module:attribute, such as my_package.my_module:MyClass"
+            + (f"; or set one of {', '.join(known)}" if known else "")
         )
     try:
         module = importlib.import_module(module_name)
@@ -74,7 +77,21 @@ def resolve_with_arguments(key: str, entry: Any, known: Mapping[str, T]) -> tupl
         name, arguments = entry.get("use"), {k: v for k, v in entry.items() if k != "use"}
     if not isinstance(name, str) or not all(isinstance(k, str) for k in arguments):
         raise ValueError(
-            f"{key}: {entry!r} is neither a name nor a mapping {{use: name, argument: value, …}}; "
-            f"name is one of {', '.join(known)}, or module:attribute of your own code"
+            f"{key}: {entry!r} is neither a name nor a mapping {{use: name, argument: value, …}}; name is "
+            + (f"one of {', '.join(known)}, or " if known else "")
+            + "module:attribute of your own code"
         )
     return resolve_object(key, name, known), arguments
+
+
+def arguments_problem(make: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Why `make(*args, **kwargs)` does not fit its signature; None if it does, or if it has no signature to read."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # some functions of C have none
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return f"{error}; its arguments are {signature}"
+    return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,25 @@ from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
 from oprd.objectives.composite import CompositeObjective, Term
+from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
 from oprd.objectives.terms import (
     HeadTerm,
-    LayerError,
     LayerTerm,
     OutputSpace,
     PolicyGradient,
     PolicyTerm,
     Representation,
 )  # fmt: skip
-from oprd.registry import resolve_with_arguments
+from oprd.registry import arguments_problem, resolve_with_arguments
 from oprd.rollouts.engine import RolloutEngine
-from oprd.rollouts.engines import make_engine
+from oprd.rollouts.engines import check_engine, make_engine
 from oprd.run_config import RunConfig
 from oprd.states.capture import install_state_forward
 from oprd.states.layers import resolve_layers
-from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, ProjectsStudent, Teacher
+from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
 from oprd.tasks.problems import GENERATED, load_rows
-from oprd.tasks.task import Task, get_task, with_instruction
+from oprd.tasks.task import Task, check_task, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -86,9 +85,14 @@ def resolve(run: RunConfig) -> ResolvedRun:
     """
     args, given = run.args, run.given
     terms = build_terms(run)
-    student, own_print = _student(run, head=any(isinstance(t.objective, HeadTerm | PolicyTerm) for t in terms.values()))
-    teacher, teacher_tokenizer = _teacher(run, student, own_print)
-    aligner = _aligner(args, student, teacher, teacher_tokenizer)
+    student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
+    teacher, teacher_tokenizer = _teacher(run, student)
+    check_teacher(run, terms, teacher)
+    if _have(terms, LayerTerm) and args.bridge is None:
+        check_same_shape(student.info, teacher.info)
+    aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
+    if args.bridge is not None:
+        teacher = _bridged(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
     pair = ModelPair(
         student,
         teacher,
@@ -103,10 +107,16 @@ def resolve(run: RunConfig) -> ResolvedRun:
     if aligner is not None:
         _check_own_text(args, pair)
     objective = _objective(args, terms, pair)
-    engine = given.rollout_engine or make_engine(
-        args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs
-    )
-    task = given.task or (get_task(args.task) if args.task else None)
+    if given.rollout_engine is None:
+        engine = make_engine(args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs)
+    else:
+        engine = check_engine(given.rollout_engine)
+    if args.overlap_rollouts and not engine.can.background:
+        raise ValueError(
+            f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
+            "(can.background); set it to false"
+        )
+    task = _task(run)
     train, evaluated = (_rows(run, kind) for kind in ("train", "eval"))
     return ResolvedRun(
         run, pair, objective, engine, task,
@@ -115,8 +125,8 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )  # fmt: skip
 
 
-def check_readable(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
-    """Make sure that answers, LM heads and the teacher's prompts can be had, where the loss or a measurement needs them.
+def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
+    """Check that rows have answers, LM heads are understood, and the teacher can read the prompts, where the loss needs it.
 
     Called when both models are where they compute. Where only a measurement needs the LM heads, it is turned off with a warning.
 
@@ -137,7 +147,13 @@ def check_readable(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObject
         if unanswered:
             raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
     compares_heads = objective.uses(HeadTerm) or objective.uses(PolicyTerm)
-    if args.diagnostic_steps or compares_heads:
+    if args.diagnostic_steps and not isinstance(pair.teacher, HasHead):
+        logger.warning(
+            "diagnostics are off: the teacher %s has no LM head here, so next-token distributions cannot be compared",
+            type(pair.teacher).__name__,
+        )
+        objective = objective.without_measurements()
+    if objective.diagnostic_steps or compares_heads:
         try:
             if deepspeed:
                 raise ValueError(
@@ -212,7 +228,8 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
     """The terms of the loss that the settings turn on, by name, and those of the user's.
 
     Raises:
-        ValueError: an objective of the user's that cannot be imported, or that is none.
+        ValueError: an objective of the user's that cannot be imported, or that is none; no term; or settings that do not go with
+            the terms.
     """
     args, terms = run.args, {}
     if is_on(args.representation_weight):
@@ -221,7 +238,21 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
         terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
     if is_on(args.policy_gradient_weight):
         terms["policy_gradient"] = Term(PolicyGradient(args.epsilon, args.epsilon_high), args.policy_gradient_weight)
-    return terms | _own_terms(args.objectives or [], {*terms}) | dict(run.given.objectives or {})
+    terms |= named_terms(args.objectives or [], {*terms})
+    terms |= given_terms(run.given.objectives or {}, {*terms})
+    check_terms(terms, args, graded=run.given.task is not None or args.task is not None)
+    return terms
+
+
+def _have(terms: Mapping[str, Term], kind: Any) -> bool:
+    """Whether a term is of this kind."""
+    return any(isinstance(term.objective, kind) for term in terms.values())
+
+
+def _task(run: RunConfig) -> Task | None:
+    if run.given.task is not None:
+        return check_task(run.given.task)
+    return get_task(run.args.task) if run.args.task else None
 
 
 def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> CompositeObjective:
@@ -242,39 +273,6 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
             "'bridge'"
         )
     return objective
-
-
-def _own_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[str, Term]:
-    """The user's terms: `use` names a function of the states, or a class whose instances are terms."""
-    terms: dict[str, Term] = {}
-    for number, entry in enumerate(entries):
-        key = f"objectives[{number}]"
-        rest = {k: v for k, v in entry.items() if k not in ("use", "weight")}
-        found: Any = entry["use"]
-        if isinstance(found, str):
-            found, _ = resolve_with_arguments(key, found, {})
-        try:
-            if isinstance(found, type):
-                found = found(**rest)
-            elif not isinstance(found, LayerTerm | HeadTerm | PolicyTerm):
-                found = LayerError(partial(found, **rest) if rest else found)
-        except TypeError as error:
-            raise ValueError(f"{key}: {entry['use']!r} does not take these arguments: {error}") from error
-        if not isinstance(found, LayerTerm | HeadTerm | PolicyTerm):
-            raise ValueError(
-                f"{key}: {entry['use']!r} is no objective: it needs a method layer_loss, head_loss or policy_loss "
-                "(oprd.objectives.terms), or to be a function of (student, teacher) states"
-            )
-        name = _term_name(entry["use"])
-        if name in taken or name in terms:
-            name = f"{name}_{number}"
-        terms[name] = Term(found, entry.get("weight", 1.0))
-    return terms
-
-
-def _term_name(use: Any) -> str:
-    text = use if isinstance(use, str) else getattr(use, "__name__", type(use).__name__)
-    return text.rpartition(":")[2].lower()
 
 
 def _rows(run: RunConfig, kind: str) -> list[PromptRow] | None:
@@ -342,10 +340,8 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
 
 
-def _teacher(
-    run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
-) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teacher, behind its bridge where there is one, and its tokenizer (None when unknown)."""
+def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teacher and its tokenizer (None when unknown)."""
     args, tokenizer = run.args, run.given.teacher_processing_class
     if run.teacher_model is None:
         if args.bridge is not None:
@@ -358,11 +354,12 @@ def _teacher(
     else:
         teacher = _own_teacher(run.teacher_model)
         tokenizer = tokenizer or getattr(teacher, "tokenizer", None)
-    if args.bridge is None:
-        if is_on(args.representation_weight):
-            check_same_shape(student.info, teacher.info)
-        return teacher, tokenizer
-    return _bridged(args, teacher, tokenizer or student.tokenizer, student.info, own_print), tokenizer
+        if tokenizer is None:
+            logger.warning(
+                "teacher_model: %s has no attribute tokenizer, so its tokens cannot be compared with the student's",
+                type(teacher).__name__,
+            )
+    return teacher, tokenizer
 
 
 def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
@@ -387,18 +384,64 @@ def _own_teacher(teacher: Any) -> Teacher:
     """A teacher of the user's: an object, or a class named in the configuration with its arguments."""
     found = teacher
     if isinstance(teacher, Mapping):
-        make: Any
-        make, arguments = resolve_with_arguments("teacher_model", teacher, {})
-        try:
-            found = make(**arguments)
-        except TypeError as error:
-            raise ValueError(f"teacher_model: {teacher['use']!r} does not take these arguments: {error}") from error
-    if not isinstance(found, Teacher):
+        make, arguments = _teacher_maker(teacher)
+        found = make(**arguments)
+    lacking = [member for member in ("info", "identity", "modules", "states") if not hasattr(found, member)]
+    if lacking or isinstance(found, type):
+        wrong = "is a class, not an object" if isinstance(found, type) else f"lacks {', '.join(lacking)}"
+        name = getattr(found, "__name__", type(found).__name__)
         raise ValueError(
-            f"teacher_model: {type(found).__name__} is no teacher: it needs info, identity, modules and a method states "
+            f"teacher_model: {name} {wrong}; a teacher has info, identity, modules and a method states "
             "(oprd.states.teachers.Teacher)"
         )
     return found
+
+
+def _teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that `{use: module:attribute, …}` names, and its arguments."""
+    make: Any
+    make, arguments = resolve_with_arguments("teacher_model", entry, {})
+    if not callable(make):
+        raise ValueError(
+            f"teacher_model: {entry['use']!r} is a {type(make).__name__}; name a class whose objects are teachers "
+            "(oprd.states.teachers.Teacher)"
+        )
+    if problem := arguments_problem(make, **arguments):
+        called = ", ".join(f"{name}=…" for name in arguments)
+        raise ValueError(f"teacher_model: {entry['use']!r} cannot be called with ({called}): {problem}")
+    return make, arguments
+
+
+def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> None:
+    """Refuse what the teacher cannot do.
+
+    Args:
+        run: the configuration.
+        terms: of the loss.
+        teacher: the teacher, or its class.
+
+    Raises:
+        ValueError: a term reads the teacher's LM head and it has none, or it is to write completions and cannot sample.
+    """
+    name = teacher.__name__ if isinstance(teacher, type) else type(teacher).__name__
+    comparing = [term for term, found in terms.items() if isinstance(found.objective, HeadTerm)]
+    if comparing and not isinstance(teacher, HasHead):
+        raise ValueError(
+            f"teacher_model: {name} has no LM head here, and {', '.join(comparing)} compares next-token distributions; give it a "
+            "method head (oprd.states.teachers.HasHead) or leave these terms out"
+        )
+    if isinstance(teacher, CanSample):
+        return
+    if run.args.lmbda < 1:
+        raise ValueError(
+            f"lmbda: {run.args.lmbda} lets the teacher write, and {name} cannot sample here; set lmbda: 1, or give it a method "
+            "sampler (oprd.states.teachers.CanSample)"
+        )
+    if run.eval_teacher and run.eval_dataset:
+        raise ValueError(
+            f"eval_teacher: {name} cannot sample here, so it cannot be evaluated; set eval_teacher: false, or give it a method "
+            "sampler (oprd.states.teachers.CanSample)"
+        )
 
 
 def _bridged(
@@ -427,15 +470,19 @@ def _bridged(
 
 
 def _aligner(
-    args: OPRDConfig, student: LoadedModel, teacher: Teacher, teacher_tokenizer: PreTrainedTokenizerBase | None
+    args: OPRDConfig,
+    terms: Mapping[str, Term],
+    student: LoadedModel,
+    teacher: Teacher,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Aligner | None:
     """What gives the teacher its own prompts and tokens, None where it reads the student's."""
     assert student.tokenizer is not None, "a student always has a tokenizer"
     stops = student.info.stop_token_ids, teacher.info.stop_token_ids
     aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
     if aligner is not None:
-        check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
-        if args.output_term is not None:
+        check_one_text(aligner, compares_states=_have(terms, LayerTerm) and args.bridge is None)
+        if _have(terms, HeadTerm):
             logger.warning(
                 "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
                 "others are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy "
@@ -459,7 +506,7 @@ def _comparable_layers(
 
 
 def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
-    """Checks for a teacher that reads its own prompts and tokens."""
+    """Check the settings for a teacher that reads its own prompts and tokens."""
     check_default_ends(args)
     assert pair.aligner is not None, "the caller has checked"
     logger.info(
@@ -508,7 +555,7 @@ class PlannedRun:
             *(f"{key}: {value}" for key, value in run.settings().items()),
             "",
             f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
-            f"loss: {describe_objective(args)}",
+            f"loss: {describe_objective(args, build_terms(run))}",
             _model_line("student", run.model, self.student),
             _model_line("teacher", run.teacher_model, self.teacher),
         ]
@@ -558,25 +605,28 @@ def plan(run: RunConfig) -> PlannedRun:
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
         for name in (run.model, run.teacher_model)
     )
-    build_terms(run)
-    if student is not None and teacher is not None and args.bridge is None and is_on(args.representation_weight):
+    terms = build_terms(run)
+    if isinstance(run.teacher_model, Mapping):
+        make, _ = _teacher_maker(run.teacher_model)
+        if isinstance(make, type):
+            check_teacher(run, terms, make)
+    if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
         check_same_shape(student, teacher)
     return PlannedRun(run, student, teacher)
 
 
-def describe_objective(config: OPRDConfig) -> str:
+def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:
     """The sum that a run minimises, such as `10 x representation + 1 x reverse_kl, a mean over response tokens`."""
-    output = config.output_term.kind if config.output_term else ""
-    weights = (
-        (config.representation_weight, "representation"),
-        (config.output_weight if output else 0, output),
-        (config.policy_gradient_weight, "GRPO"),
-    )
-    own = [(entry.get("weight", 1.0), _term_name(entry["use"])) for entry in config.objectives or []]
-    terms = [f"{_weight(weight)} x {name}" for weight, name in (*weights, *own) if is_on(weight)]
-    fading = f", crossfade over {config.crossfade_steps} steps" if config.crossfade_steps else ""
-    of = "rollouts" if config.reduction == "rollout" else "response tokens"
-    return f"{' + '.join(terms)}{fading}, a mean over {of}"
+    summands = [f"{_weight(term.weight)} x {_shown_name(name, term)}" for name, term in terms.items()]
+    fading = f", crossfade over {args.crossfade_steps} steps" if args.crossfade_steps else ""
+    of = "rollouts" if args.reduction == "rollout" else "response tokens"
+    return f"{' + '.join(summands)}{fading}, a mean over {of}"
+
+
+def _shown_name(name: str, term: Term) -> str:
+    if isinstance(term.objective, OutputSpace):
+        return term.objective.loss.kind
+    return "GRPO" if isinstance(term.objective, PolicyGradient) else name
 
 
 def _weight(weight: Any) -> str:

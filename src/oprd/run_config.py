@@ -93,7 +93,7 @@ class RunConfig:
 
     @classmethod
     def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
-        """`load` for a plan that runs nothing: on a machine without a GPU, transformers would refuse `bf16` otherwise.
+        """`load` for commands that only plan. Without a GPU it sets use_cpu, because transformers refuses bf16 otherwise.
 
         Raises:
             ValueError: as `load`.
@@ -120,7 +120,7 @@ class RunConfig:
         return cls(args=OPRDConfig(**typed), **own)
 
     def settings(self) -> dict[str, Any]:
-        """Every setting that is ours, always of interest, or not at its default: a recipe again, JSON and YAML safe.
+        """The settings to record: all keys of oprd, some of Trainer's, every other that is not at its default. A valid recipe.
 
         Defaults are read off the fields: a second `OPRDConfig` to compare with would reset accelerate's shared state.
         """
@@ -141,7 +141,7 @@ def recipe_keys() -> list[str]:
     return [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("args", "given")]
 
 
-# What a recipe may hold for them; Python may give objects.
+# In YAML these keys are text; in Python they may be objects.
 _RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
     "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
 }  # fmt: skip
@@ -178,7 +178,7 @@ def find_recipe(path: str | Path) -> Path:
 
 _SAMPLED = "evaluation samples completions: see eval_num_generations and generation_batch_size"
 _NO_EFFECT = {
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the verb says what is done"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command decides it"),
     **dict.fromkeys(
         (
             "per_device_eval_batch_size",
@@ -190,9 +190,7 @@ _NO_EFFECT = {
         _SAMPLED,
     ),
     **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), "there are no labels"),
-    **dict.fromkeys(
-        ("train_sampling_strategy", "length_column_name"), "rollouts are sorted by length, prompts are drawn"
-    ),
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "oprd orders rollouts by length itself"),
 }
 
 

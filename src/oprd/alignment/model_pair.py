@@ -144,7 +144,7 @@ class ModelPair:
 
     @property
     def pad_token_id(self) -> int:
-        """An id that both models have; what it pads is masked."""
+        """A token id that both models have. Padded positions are masked."""
         if self.aligner is not None:
             return 0
         own = self.tokenizer.pad_token_id
@@ -231,7 +231,7 @@ class ModelPair:
             layers: read the states of the compared layers.
             head: read what the LM heads read.
         """
-        return request_pair(
+        student, teacher = request_pair(
             rollouts,
             pairs,
             self.layers if layers else (),
@@ -240,6 +240,7 @@ class ModelPair:
             pad_token_id=self.pad_token_id,
             head=head,
         )
+        return student, teacher if isinstance(self.teacher, HasHead) else replace(teacher, head=None)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
         """Rollouts, positions whose states are matched, response tokens, positions whose distributions are compared."""
@@ -251,23 +252,25 @@ class ModelPair:
         return [len(lengths), sum(map(len, matched)), sum(lengths), compared_tokens]
 
     def heads(self, *, in_place: bool = False) -> Heads:
-        """Both LM heads over the same events: no padding rows, one event for all ends of text, only tokens that both have.
+        """Both LM heads over the same events: no padding rows, one event for all end tokens, only tokens that both models have.
+
+        Of a teacher without a head (`HasHead`) the student's takes the place, for terms that read `policy` alone.
 
         Args:
             in_place: let the student's head add its gradient to the weight's (`LMHead.in_place`).
-
-        Raises:
-            ValueError: the teacher has no LM head here.
         """
         student = replace(lm_head_of(self.student.model), in_place=in_place, product_dtype=self.head_dtype)
-        teacher = self._teacher_head()
         stops, vocabulary = tuple(self.stop_token_ids), vocabulary_size(self.tokenizer)
+        has_head = isinstance(self.teacher, HasHead)
+        teacher = self.teacher.head() if isinstance(self.teacher, HasHead) else student
         if self.aligner is None:
             size = min(vocabulary, student.size, teacher.size)
             ends = () if self.compared.end_of_turn == "by_id" else stops
             student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
             return Heads(student, student, teacher)
         policy, _ = match_heads(student, student, vocab_size=min(vocabulary, student.size), stop_token_ids=stops)
+        if not has_head:
+            return Heads(policy, policy, policy)
         shared = self.shared_vocabulary
         both = share_events(
             student, teacher, shared.ids, student_stop_ids=stops, teacher_stop_ids=shared.teacher_stop_ids
@@ -283,16 +286,9 @@ class ModelPair:
         """
         heads = self.heads()
         _check_whole(heads.student, self.student.model)
-        if isinstance(self.teacher, CanSample):
+        if isinstance(self.teacher, CanSample) and isinstance(self.teacher, HasHead):
             with self.teacher.sampler() as model:
                 _check_whole(heads.teacher, model)
-
-    def _teacher_head(self) -> LMHead:
-        if not isinstance(self.teacher, HasHead):
-            raise ValueError(
-                f"teacher_model: {type(self.teacher).__name__} has no LM head here, so next-token distributions cannot be compared"
-            )
-        return self.teacher.head()
 
     def _matched(self, rollouts: Rollouts) -> Positions:
         """Positions of each rollout whose states are matched, where both models read the same ids."""

@@ -1,7 +1,7 @@
-"""The command line, one file per verb.
+"""The command line, one file per verb. torch is imported inside the verbs, so that `oprd --help` is fast.
 
-Imports everything below it, torch only inside the verbs, so that `oprd --help` is fast.
-Start with `train`; `main` turns errors into one line.
+May be imported by no other package.
+Start reading at `train.py`; `main` below turns errors into one line.
 """
 
 from __future__ import annotations

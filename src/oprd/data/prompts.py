@@ -28,6 +28,11 @@ class Prompt:
     ids: list[int]
     row: PromptRow
 
+    @property
+    def name(self) -> str:
+        """Name of the row in messages."""
+        return self.row.source or f"row {self.index}"
+
 
 def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
     """Token ids of a prompt. Messages go through the chat template with its generation prompt; plain text is tokenised as it is.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from oprd.states.requests import HEAD, HeadRequest, StateRequest
 from oprd.types import States
 
 Project = Callable[[int, Tensor], Tensor]
+Fade = Literal["out", "in", "none"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Term:
 
     objective: Objective
     weight: Weight = 1.0
-    fade: str = "none"
+    fade: Fade = "none"
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts over the whole step, a rank; all means divide by one of them.
+    """Counts of the whole step, averaged over ranks. Every mean divides by one of them.
 
     Args:
         rollouts: rollouts.
@@ -71,8 +72,8 @@ class CompositeObjective:
         crossfade_steps: steps in which weights fade from the terms "out" to those "in"; None: they do not.
         diagnostic_steps: steps between two measurements of what the loss does not need; 0: never.
         lmbda: share of steps whose rollouts the student writes; the teacher writes those of the others.
-        seed: of the choice of these steps.
-        temperature: of the sampling, for log-probabilities of the student's tokens.
+        seed: chooses these steps.
+        temperature: sampling temperature, for the log-probabilities of the student's tokens.
         project: the student's side of a bridge, called with layer and states.
     """
 
@@ -119,7 +120,7 @@ class StepObjective:
     Args:
         objective: the run's.
         step: counted from 0.
-        weights: of each term.
+        weights: weight of each term.
         measuring: also measure what the loss does not need.
         on_policy: the student writes the step's rollouts.
     """
@@ -187,6 +188,7 @@ class CompositeLoss:
         self.heads, self.observe = heads, observe
         self.teacher_states: dict[int, Tensor] = {}
         if teacher is not None:
+            _check_states(teacher, request)
             self.teacher_states |= dict(zip(teacher.layers, teacher.values, strict=True))
             if teacher.head_MD is not None:
                 self.teacher_states[HEAD] = teacher.head_MD
@@ -217,8 +219,8 @@ class CompositeLoss:
         )
         loss = student_ND.new_zeros((), dtype=torch.float32)
         for name, term in mine.items():
-            value = term.layer_loss(layer, student_ND, teacher_ND, at) / objective.num_layers
-            loss = loss + self._weighted(name, value)
+            value = _scalar(name, "layer_loss", term.layer_loss(layer, student_ND, teacher_ND, at))
+            loss = loss + self._weighted(name, value / objective.num_layers)
         return loss
 
     def _head_terms(self, student_MD: Tensor) -> Tensor:
@@ -230,11 +232,13 @@ class CompositeLoss:
         loss = student_MD.new_zeros((), dtype=torch.float32)
         for name, term in self._of_kind(HeadTerm).items():
             at = self._compared_positions(asked, events_P)
-            loss = loss + self._weighted(name, term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at))
+            value = term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at)
+            loss = loss + self._weighted(name, _scalar(name, "head_loss", value))
         if policies := self._of_kind(PolicyTerm):
             log_probs_M, at = self._policy_positions(heads.policy, student_MD, asked)
             for name, term in policies.items():
-                loss = loss + self._weighted(name, term.policy_loss(log_probs_M, at))
+                value = term.policy_loss(log_probs_M, at)
+                loss = loss + self._weighted(name, _scalar(name, "policy_loss", value))
         if self.terms.measuring:
             self._measure(heads, compared_PD, events_P)
         return loss
@@ -290,3 +294,32 @@ class CompositeLoss:
     def _weighted(self, name: str, value: Tensor) -> Tensor:
         self.observe(**{f"loss/{name}": value.detach()})
         return self.terms.weights[name] * value
+
+
+def _scalar(name: str, method: str, value: Any) -> Tensor:
+    """The value of a term, if it is a scalar: of `[N]` values the sum over micro-batches would be taken silently.
+
+    Raises:
+        ValueError: names the term and what it returned.
+    """
+    if not isinstance(value, Tensor) or value.ndim:
+        found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"objectives: {name}: {method} returned {found}; it must return a scalar tensor, (error_N * at.weights).sum()"
+        )
+    return value
+
+
+def _check_states(teacher: States, request: StateRequest) -> None:
+    """Refuse states that do not answer the request: a teacher of the user's may return others.
+
+    Raises:
+        ValueError: says what was requested and what came.
+    """
+    positions = len(request.rollout_index)
+    found = [tuple(values.shape) for values in teacher.values]
+    if teacher.layers != request.layers or any(len(shape) != 2 or shape[0] != positions for shape in found):
+        raise ValueError(
+            f"teacher_model: it returned states of layers {list(teacher.layers)} with shapes {sorted(set(found))}; requested were "
+            f"layers {list(request.layers)} at {positions} positions, one tensor [{positions}, width] a layer"
+        )

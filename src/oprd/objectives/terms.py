@@ -54,7 +54,7 @@ class LayerTerm(Protocol):
     def layer_loss(
         self, layer: int, student_ND: Float[Tensor, "N D"], teacher_ND: Float[Tensor, "N E"], at: PackedPositions
     ) -> Float[Tensor, ""]:
-        """Σ_n weights_n · error_n of one layer, with gradient into the student's states. Through a bridge, D = E = its rank."""
+        """Σ_n weights_n · error_n of one layer, with gradient into the student's states. With a bridge, D and E are its rank."""
         ...
 
 
@@ -65,7 +65,10 @@ class HeadTerm(Protocol):
     def head_loss(
         self, heads: Heads, student_ND: Float[Tensor, "N D"], teacher_NE: Float[Tensor, "N E"], at: PackedPositions
     ) -> Float[Tensor, ""]:
-        """Σ_n weights_n · error_n, with gradient into the student's states and head; the events of both heads are the same."""
+        """Σ_n weights_n · error_n, with gradient into the student's states and head.
+
+        Both heads have the same events: the entries of the shared vocabulary.
+        """
         ...
 
 
@@ -82,7 +85,8 @@ ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
 Objective = LayerTerm | HeadTerm | PolicyTerm
-"""Attribute `on_policy_only = True` (default False): the gradient is an expectation over tokens that the student draws."""
+"""Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
+student draws."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,12 @@ class LayerError:
             ValueError: the function does not return one error a position.
         """
         error_N = self.error(student_ND, teacher_ND)
-        if error_N.shape != at.weights.shape:
+        if not isinstance(error_N, Tensor) or error_N.shape != at.weights.shape:
+            found = f"shape {list(error_N.shape)}" if isinstance(error_N, Tensor) else type(error_N).__name__
+            function = getattr(self.error, "func", self.error)  # inside a partial
             raise ValueError(
-                f"objectives: {getattr(self.error, '__name__', self.error)} returned shape {tuple(error_N.shape)}; a function "
-                f"of the states must return one error a position, here shape {tuple(at.weights.shape)}"
+                f"objectives: {getattr(function, '__name__', function)} returned {found}; a function of the states must return one "
+                f"error a position, here shape {list(at.weights.shape)}"
             )
         return (error_N * at.weights).sum()
 

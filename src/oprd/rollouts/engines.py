@@ -24,8 +24,8 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
 
 __all__ = [
     "ENGINES", "EngineAbilities", "RolloutEngine", "Sampled", "Sampling", "TransformersContinuousEngine",
-    "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "derive_seed", "engine_abilities", "make_engine",
-    "student_writes",
+    "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "check_engine", "derive_seed", "engine_abilities",
+    "make_engine", "student_writes",
 ]  # fmt: skip
 
 
@@ -55,14 +55,26 @@ def make_engine(
             f"rollout_engine: {name!r} cannot be called with ({arguments}): {error}; the arguments after stop_token_ids are "
             "batch_size (generation_batch_size) and rollout_engine_kwargs"
         ) from error
-    engine = make(tokenizer, stop_token_ids, **kwargs)
+    return check_engine(make(tokenizer, stop_token_ids, **kwargs), f"{name!r} makes")
+
+
+def check_engine(engine: Any, name: str = "it is") -> RolloutEngine:
+    """The engine, if it is one.
+
+    Args:
+        engine: any object.
+        name: subject and verb of the message.
+
+    Raises:
+        ValueError: it is not a `RolloutEngine`.
+    """
     lacking = [
         member for member in ("can", "generate", "pad_token_id", "stop_token_ids") if not hasattr(engine, member)
     ]
     if lacking or not callable(engine.generate) or not isinstance(engine.can, EngineAbilities):
         wrong = f"lacks {', '.join(lacking)}" if lacking else "has a `generate` or `can` of another type"
         raise ValueError(
-            f"rollout_engine: {name!r} makes a {type(engine).__name__} that {wrong}; an engine needs generate(…), pad_token_id, "
+            f"rollout_engine: {name} a {type(engine).__name__} that {wrong}; an engine needs generate(…), pad_token_id, "
             "stop_token_ids and can = EngineAbilities(…) (RolloutEngine in oprd.rollouts.engine)"
         )
     return engine

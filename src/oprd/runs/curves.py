@@ -65,7 +65,7 @@ def plot_run(folder: Path, file: Path) -> None:
 def _draw_accuracy(
     axis: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]
 ) -> None:
-    axis.set(title="Accuracy", xlabel="step", ylim=(-0.02, 1.02))
+    axis.set(title="Accuracy", xlabel="step")
     graded = [s for s in steps if "accuracy" in s]
     if graded:
         axis.plot(
@@ -88,6 +88,8 @@ def _draw_accuracy(
                 [step], [value], yerr=[[value - low], [high - value]], fmt="s", color=colour, capsize=4,
                 label=f"{label} {value:.0%} (95 % interval)",
             )  # fmt: skip
+    if axis.dataLim.y0 >= 0 and axis.dataLim.y1 <= 1:  # rewards may lie elsewhere
+        axis.set_ylim(-0.02, 1.02)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="best", frameon=False, fontsize=8)
     else:

@@ -32,7 +32,10 @@ class Teacher(Protocol):
     modules: Sequence[nn.Module]
 
     def states(self, request: StateRequest) -> States:
-        """The states of `request`, one tensor `[N, D]` a layer, in the teacher's own dtype, on the device of the request."""
+        """The states of `request`, one tensor `[N, D]` a layer, in the teacher's own dtype, on the device of the request.
+
+        The loss overwrites these tensors: return copies of what you keep.
+        """
         ...
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -24,12 +26,12 @@ class Evaluation:
     Args:
         summary: measures, ready for JSON: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
         rollouts: the completions, k consecutive ones per problem.
-        correct: verdict of each completion; None if its row has no answer or there is no grader.
+        correct: reward (a verdict or a number) of each completion; None if its row has no answer or there is no grader.
     """
 
     summary: dict[str, Any]
     rollouts: Rollouts
-    correct: list[bool | None]
+    correct: list[bool | float | None]
 
 
 class Grading:
@@ -58,17 +60,49 @@ class Grading:
 
 
 def grade_rollouts(
-    rollouts: Rollouts, answer_of: Callable[[int], str | None], grader: Grader | None
-) -> list[bool | None]:
-    """Verdict of each rollout; None if its row has no answer or there is no grader."""
-    verdicts: list[bool | None] = [None] * len(rollouts)
+    rollouts: Rollouts,
+    answer_of: Callable[[int], str | None],
+    grader: Grader | None,
+    source_of: Callable[[int], str] = "row {}".format,
+) -> list[bool | float | None]:
+    """Reward of each rollout: a bool stays one, any other number becomes a float; None without an answer or a grader.
+
+    Args:
+        rollouts: graded by their texts.
+        answer_of: dataset row → its answer.
+        grader: the task's.
+        source_of: dataset row → its name in messages.
+
+    Raises:
+        ValueError: the grader returns another number of rewards than it was given responses, or one that is not a finite number.
+    """
+    rewards: list[bool | float | None] = [None] * len(rollouts)
     answers = [answer_of(row) for row in rollouts.rows]
     gradable = [i for i, answer in enumerate(answers) if answer is not None]
     if grader is not None and gradable:
         graded = grader.grade([rollouts.texts[i] for i in gradable], [str(answers[i]) for i in gradable])
-        for index, verdict in zip(gradable, graded, strict=True):
-            verdicts[index] = verdict
-    return verdicts
+        if len(graded) != len(gradable):
+            raise ValueError(
+                f"task: {type(grader).__name__}.grade returned {len(graded)} rewards for {len(gradable)} responses; it must return "
+                "one for each"
+            )
+        for index, reward in zip(gradable, graded, strict=True):
+            rewards[index] = _checked_reward(reward, source_of(rollouts.rows[index]), grader)
+    return rewards
+
+
+def _checked_reward(reward: Any, source: str, grader: Grader) -> bool | float:
+    if hasattr(reward, "item"):  # of numpy or torch
+        reward = reward.item()
+    if isinstance(reward, bool):
+        return reward
+    value = float(reward) if isinstance(reward, Real) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{source}: {type(grader).__name__} gave the reward {reward!r}; allowed are true, false and finite numbers. Return 0 "
+            "where a response cannot be graded"
+        )
+    return value
 
 
 def evaluate(
@@ -101,11 +135,11 @@ def evaluate(
     rollouts = engine.generate(
         model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
     ).rollouts
-    correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
+    correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader, lambda row: prompts[row].name)
     return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
 
 
-def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | None], k: int) -> dict[str, Any]:
+def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | float | None], k: int) -> dict[str, Any]:
     """The measures of rollouts ordered as k consecutive ones per problem."""
     samples = [
         Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))

@@ -16,16 +16,17 @@ def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
     """Avg@k = mean over problems of (1/k)·Σ_i correct_i.
 
     Args:
-        correct: `correct[problem][sample]`, each in [0, 1].
+        correct: `correct[problem][sample]`, verdicts or rewards.
 
     Raises:
-        ValueError: there are no problems or samples, k differs between problems, or a value is outside [0, 1].
+        ValueError: there are no problems or samples, k differs between problems, or a value is not finite.
     """
     return float(_problems_by_samples(correct).mean(axis=1).mean())
 
 
 def best_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
-    """Best@k = mean over problems of max_i correct_i: the share of problems with at least one correct sample.
+    """Best@k = mean over problems of max_i correct_i: the best reward; with verdicts, the share of problems with a
+    correct sample.
 
     Never below Avg@k. Arguments and errors as for `avg_at_k`.
     """
@@ -97,7 +98,7 @@ def bootstrap_ci(
 class Sample:
     """One graded response: correct (None if the problem has no answer), length in tokens, whether it ended itself, token ids."""
 
-    correct: bool | None
+    correct: bool | float | None
     num_tokens: int
     finished: bool
     token_ids: Sequence[int] = ()
@@ -126,8 +127,8 @@ def summarize(problems: Sequence[Sequence[Sample]], *, seed: int = 0) -> dict[st
                 f"problem {i}: {ungraded} of {len(samples)} samples are ungraded: grade all or none of them"
             )
     everything = [sample for samples in problems for sample in samples]
-    graded = [[bool(s.correct) for s in samples] for samples in problems if samples[0].correct is not None]
-    finished = [bool(s.correct) for s in everything if s.finished and s.correct is not None]
+    graded = [[float(s.correct or 0) for s in samples] for samples in problems if samples[0].correct is not None]
+    finished = [float(s.correct) for s in everything if s.finished and s.correct is not None]
     distinct = distinct_n([[sample.token_ids for sample in samples] for samples in problems], n=4)
     return {
         "avg_at_k": avg_at_k(graded) if graded else None,
@@ -149,6 +150,6 @@ def _problems_by_samples(correct: Sequence[Sequence[bool | float]]) -> np.ndarra
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"problems have {sizes} samples: give at least one problem, all with the same k >= 1")
     values = np.asarray([[float(value) for value in samples] for samples in correct], dtype=np.float64)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"correct holds values from {values.min()} to {values.max()}: allowed are 0 to 1")
+    if not np.isfinite(values).all():
+        raise ValueError("correct holds a value that is not finite: allowed are verdicts and finite rewards")
     return values

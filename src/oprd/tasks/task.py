@@ -13,41 +13,44 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from oprd.data.rows import PromptRow
-from oprd.registry import resolve_object
+from oprd.registry import arguments_problem, resolve_object
 from oprd.tasks import addition, reasoning
 from oprd.tasks.math import INSTRUCTION, BoxedGrader
 
 
 @runtime_checkable
 class Grader(AbstractContextManager["Grader"], Protocol):
-    """Grades batches inside a `with` block, where it may hold processes; `stats` counts how pairs were decided."""
+    """Grades batches inside a `with` block, where it may hold processes; `stats` counts how pairs were decided.
+
+    A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1.
+    """
 
     @property
     def stats(self) -> Counter[str]:
         """How many pairs were decided how."""
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return for each response whether it gives its answer; ValueError if there are not as many answers."""
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:
+        """Return the reward of each response; ValueError if there are not as many answers."""
 
 
 class FunctionGrader:
-    """A `Grader` made of a function of one response and one answer."""
+    """A `Grader` made of a function of one response and one answer, which returns a verdict or a reward."""
 
-    def __init__(self, is_correct: Callable[[str, str], bool]) -> None:
-        self._is_correct = is_correct
+    def __init__(self, reward: Callable[[str, str], bool | float]) -> None:
+        self._reward = reward
         self.stats: Counter[str] = Counter()
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Return for each response whether it gives its answer.
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool | float]:
+        """Return the reward of each response.
 
         Raises:
             ValueError: unequal lengths, or an answer that the function refuses.
         """
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses, {len(answers)} answers: give one answer for each response")
-        verdicts = [self._is_correct(*pair) for pair in zip(responses, answers, strict=True)]
-        self.stats["exact"] += len(verdicts)
-        return verdicts
+        rewards = [self._reward(*pair) for pair in zip(responses, answers, strict=True)]
+        self.stats["exact"] += len(rewards)
+        return rewards
 
     def __enter__(self) -> FunctionGrader:
         return self
@@ -107,11 +110,30 @@ def get_task(name: str) -> Task:
         ValueError: there is none; lists all and the nearest.
     """
     found: Any = resolve_object("task", name, TASKS)
-    task = found if isinstance(found, Task) or not callable(found) else found()
+    if not isinstance(found, Task) and callable(found):
+        problem = arguments_problem(found)
+        if problem:
+            raise ValueError(
+                f"task: {name!r} is called without arguments to make a Task, and does not allow it ({problem})"
+            )
+        found = found()
+    return check_task(found, repr(name))
+
+
+def check_task(task: Any, name: str = "it") -> Task:
+    """The task, if it is one.
+
+    Args:
+        task: any object.
+        name: for the message.
+
+    Raises:
+        ValueError: it is not a `Task`.
+    """
     if not isinstance(task, Task):
         raise ValueError(
-            f"task: {name!r} is a {type(task).__name__}; it must be an oprd.tasks.task.Task or a function without arguments "
-            "that returns one"
+            f"task: {name} is a {type(task).__name__}; it must be an oprd.tasks.task.Task or the name of a function without "
+            "arguments that returns one"
         )
     return task
 

@@ -44,12 +44,13 @@ class AlarmWatch:
 def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong between the first and the second half of `rows`, None if nothing is.
 
-    Cosine must have risen, and either accuracy fallen by more than three standard errors (binomial, over the graded rollouts of
-    each half) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each half).
+    Cosine must have risen, and either accuracy fallen by more than three standard errors (over the graded rollouts of each half;
+    binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each
+    half).
 
     Args:
-        rows: metrics of steps, with `cosine`, `accuracy` and `rollouts`, `reverse_kl`, `reverse_kl_std` and `tokens` where they
-            were measured.
+        rows: metrics of steps, with `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and
+            `tokens` where they were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     cosines = [_mean(half, "cosine") for half in halves]
@@ -70,11 +71,14 @@ def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
     for half in (before, after):
         graded = [(row["rollouts"], row["accuracy"]) for row in half if row.get("accuracy") is not None]
         counts.append((sum(n for n, _ in graded), sum(n * a for n, a in graded)))
+    # Rewards that are not 0 or 1: Σ(r² − r), by which their variance differs from that of verdicts with the same mean.
+    rewarded = [row for row in (*before, *after) if row.get("accuracy_std") is not None]
+    excess = sum(r["rollouts"] * (r["accuracy_std"] ** 2 + r["accuracy"] ** 2 - r["accuracy"]) for r in rewarded)
     (n, right), (m, later) = counts
     if not n or not m:
         return None
     pooled = (right + later) / (n + m)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+    error = math.sqrt(max(pooled * (1 - pooled) + excess / (n + m), 0.0) * (1 / n + 1 / m))
     if right / n - later / m > _STANDARD_ERRORS * error > 0:
         return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
     return None

@@ -14,19 +14,20 @@ from torch import Tensor
 from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
-_TOTALS = ("rollouts", "tokens", "finished", "correct", "graded")
+_TOTALS = ("rollouts", "tokens", "finished", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:
     """Counts of a set of rollouts; `StepMetrics.close` turns them into shares and means."""
-    verdicts = [c for c in rewards if c is not None]
+    graded = [reward for reward in rewards if reward is not None]
     return {
         "rollouts": len(rollouts),
         "tokens": sum(rollouts.completion_lengths),
         "finished": sum(reason == "stop" for reason in rollouts.finish_reasons),
-        "correct": sum(verdicts),
-        "graded": len(verdicts),
+        "correct": sum(graded),
+        "correct_square": sum(reward * reward for reward in graded),
+        "graded": len(graded),
     }
 
 
@@ -43,7 +44,7 @@ class StepMetrics:
         return bool(self._sums)
 
     def add(self, **values: float | Tensor) -> None:
-        """Add to the running step's sums; a scalar tensor is not waited for."""
+        """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize."""
         for name, value in values.items():
             self._sums[name] += value
 
@@ -91,6 +92,9 @@ class StepMetrics:
             row |= {name: value / student for name, value in aligned.items()}
         if totals["graded"]:
             row["accuracy"] = totals["correct"] / totals["graded"]
+            if totals["correct_square"] != totals["correct"]:  # of verdicts the mean gives the variance
+                variance = totals["correct_square"] / totals["graded"] - row["accuracy"] ** 2
+                row["accuracy_std"] = max(variance, 0.0) ** 0.5
         if grad_norm is not None:
             row["grad_norm"] = float(grad_norm)
         if learning_rate is not None:

@@ -34,7 +34,7 @@ class MicroBatch:
         indices: their places in the whole batch.
         number: which micro-batch it is, from 0.
         last: gradients are exchanged in its backward pass.
-        idle: it only keeps other processes company; it counts for nothing.
+        idle: a filler. It runs because another rank has one more micro-batch; its loss is multiplied by 0.
     """
 
     batch: Batch
@@ -84,12 +84,15 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether the student is sharded by torch's `fully_shard`, so that saving gathers its weights."""
+        """Whether torch's `fully_shard` shards the student, so that saving gathers its weights.
+
+        Under accelerate's FSDP this becomes true when training begins.
+        """
         return isinstance(self.student, FSDPModule)
 
     @property
     def in_place(self) -> bool:
-        """Whether gradients may be added to a weight's outside backward hooks: in one process, where nothing waits for them."""
+        """Whether gradients may be added to a weight directly: with one unsharded process, where no gradient hook runs."""
         return self.args.world_size == 1 and not (self.sharded or self.fsdp or self.deepspeed)
 
     @property
@@ -124,7 +127,7 @@ class Parallel:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     def micro_batches(self, batch: Batch, token_budget: int, model: nn.Module) -> list[MicroBatch]:
-        """The batch cut into micro-batches by token budget; as many on every rank where models take all ranks for each pass.
+        """The batch cut into micro-batches by token budget. Where a model is sharded, every rank gets the same number of them.
 
         Args:
             batch: this rank's rollouts.
@@ -172,7 +175,7 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
         raise ValueError("fully_shard: accelerate's FSDP is on too; use one of them (docs/scale.md)")
     if plugin is None or accelerator.device.type == "cpu":
         raise ValueError(
-            "accelerate's FSDP does not shard on a CPU, and says nothing; launch without it and set fully_shard: true"
+            "accelerate's FSDP silently does not shard on a CPU; launch without it and set fully_shard: true"
         )
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version: {plugin.fsdp_version} is not supported; set it to 2 in accelerate's config")

@@ -55,7 +55,7 @@ class Recorder:
         return self._metrics.timed(name)
 
     def observe(self, **values: float | Tensor) -> None:
-        """Add to the running step's sums; a scalar tensor is not waited for."""
+        """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize."""
         self._metrics.add(**values)
 
     def batch(
@@ -66,9 +66,9 @@ class Recorder:
         Args:
             batch: its rollouts.
             parts: its micro-batches.
-            terms: of the step.
+            terms: the step's objective.
             loss: what it adds to the step's loss.
-            share: of the step's prompts that it holds.
+            share: this batch's fraction of the step's prompts.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -95,7 +95,7 @@ class Recorder:
             self.folder.append_completions(step, [texts[row] for row in shown.rows], shown, batch.rewards)
 
     def close_step(self, step: int, grad_norm: Any, learning_rate: float | None) -> None:
-        """Write the metrics of the step that was just taken; nothing where none ran since the last call."""
+        """Write the metrics of the step that was just taken. Does nothing if no step ran since the last call."""
         if not self._metrics.pending:
             return
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})

@@ -33,9 +33,9 @@ from oprd.types import Rollouts
 class RolloutSource:
     """Samples, grades and aligns the rollouts of each step.
 
-    With `num_iterations` above 1, the same rollouts serve so many updates. With a `background` sampler, a step learns from
-    rollouts that the weights before the last update sampled; the first step of a run and of an epoch samples its own. What is
-    sampled for the next step belongs to a checkpoint.
+    With `num_iterations` above 1, each set of rollouts is used for that many updates. With a `background` sampler, a step learns
+    from rollouts sampled with weights one update old; the first step of a run and of an epoch samples its own. A checkpoint also
+    stores the rollouts that are sampled for the next step.
 
     Args:
         pair: student and teacher.
@@ -73,7 +73,7 @@ class RolloutSource:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While a run trains: it begins with a fresh epoch, and nothing is being sampled when it ends."""
+        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end."""
         self._epoch = None
         try:
             yield
@@ -107,9 +107,9 @@ class RolloutSource:
 
         Args:
             prompts: of this batch.
-            terms: of the step.
+            terms: the step's objective.
             student: the model to sample from, without wrappers.
-            share: of the step's prompts that these are, for metrics.
+            share: these prompts' fraction of the step's prompts, for metrics.
 
         Raises:
             ValueError: a rollout that cannot be graded or aligned.
@@ -127,8 +127,8 @@ class RolloutSource:
             gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self.recorder.observe(**{name: share * value for name, value in gap.items()})
         with self.recorder.timed("grade"), self.grading.open() as grader:
-            answers = {p.index: p.row.answer for p in prompts}
-            rewards = grade_rollouts(rollouts, answers.__getitem__, grader)
+            of_row = {p.index: p for p in prompts}
+            rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
         with self.recorder.timed("teacher"):
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:

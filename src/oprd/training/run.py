@@ -1,4 +1,4 @@
-"""A whole run from a configuration: evaluate before, train, evaluate after, and leave a folder that explains itself."""
+"""A whole run from a configuration: evaluate, train, evaluate again, and write config, metrics, summary, model and model card."""
 
 from __future__ import annotations
 
@@ -130,10 +130,10 @@ def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _about(trainer: OPRDTrainer) -> dict[str, Any]:
-    """What else a reader of the summary needs to know how the model came about."""
+    """Facts for the summary: objective, steps, seed, software."""
     packages = ("oprd", "torch", "transformers", *(["peft"] if hasattr(trainer.model, "peft_config") else []))
     return {
-        "objective": describe_objective(trainer.args),
+        "objective": describe_objective(trainer.args, trainer.objective.terms),
         "steps": trainer.state.global_step,
         "seed": trainer.args.seed,
         "processes": trainer.args.world_size,
@@ -172,5 +172,5 @@ def _describe(trainer: OPRDTrainer) -> str:
     )
     return (
         f"{trained / 1e6:.2f} M parameters to train, {len(trainer.pair.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
-        f"{rollouts} rollouts a step; loss: {describe_objective(args)}"
+        f"{rollouts} rollouts a step; loss: {describe_objective(args, trainer.objective.terms)}"
     )

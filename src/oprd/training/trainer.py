@@ -27,7 +27,7 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.sharding import shard_models, whole_weights
 from oprd.objectives.terms import unobserved
-from oprd.resolve import ResolvedRun, check_readable, prepare, resolve
+from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
 from oprd.rollouts.engine import RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
@@ -54,8 +54,8 @@ class OPRDTrainer(Trainer):
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
         teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name, as a model, or any
-            `oprd.states.teachers.Teacher`. None with a `peft_config`: the student without its adapter (for an adapter that is
-            trained already, or with a `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn).
+            `oprd.states.teachers.Teacher`. None: the student without its adapter. This needs a trained adapter or a
+            `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
             file, hub dataset or `generated:<task>`.
@@ -102,6 +102,8 @@ class OPRDTrainer(Trainer):
         task: Task | None = None,
         resolved: ResolvedRun | None = None,
     ) -> None:
+        if resolved is not None and any(given is not None for given in (model, teacher_model, args, train_dataset)):
+            raise ValueError("resolved: it holds models, settings and datasets already; leave these arguments out")
         if resolved is None:
             args = args if args is not None else OPRDConfig("oprd-output")
             check_one_device(args)
@@ -109,7 +111,16 @@ class OPRDTrainer(Trainer):
                 processing_class, teacher_processing_class, peft_config, objectives, rollout_engine, task
             )
             resolved = resolve(
-                RunConfig(args, model, teacher_model, train_dataset, eval_dataset=eval_dataset, given=given)
+                # A trainer evaluates the teacher only when `evaluate_teacher` is called.
+                RunConfig(
+                    args,
+                    model,
+                    teacher_model,
+                    train_dataset,
+                    eval_dataset=eval_dataset,
+                    eval_teacher=False,
+                    given=given,
+                )
             )
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
@@ -147,7 +158,7 @@ class OPRDTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         if isinstance(pair.teacher, BridgedTeacher):
             pair.teacher.to(self.parallel.device)
-        self.objective = check_readable(resolved, deepspeed=self.is_deepspeed_enabled)
+        self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
         self.grading = Grading(self.task)
         self.recorder = Recorder(self.run_folder, args, self.parallel)
         self.rollouts = RolloutSource(
@@ -169,10 +180,11 @@ class OPRDTrainer(Trainer):
             num_items_in_batch: prompts of all batches that this rank accumulates for the step (default: of this one).
 
         Returns:
-            What these prompts' rollouts add to the loss of the step, for the log; gradients are accumulated.
+            This batch's part of the step's loss, for the log. Gradients are already accumulated.
         """
         share = len(inputs) / int(num_items_in_batch or len(inputs))
         terms = self.objective.at(self.state.global_step)
+        # The student samples; the rollouts are graded and aligned.
         batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
         totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.pairs), share)
         parts = self.parallel.micro_batches(batch, self.args.micro_batch_tokens, model)
@@ -187,7 +199,7 @@ class OPRDTrainer(Trainer):
                     part.batch.rollouts, part.batch.pairs, layers=terms.needs_layers, head=terms.needs_head
                 )
             )
-            with self.recorder.timed("teacher"):
+            with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
             with (
                 self.recorder.timed("update"),
@@ -197,6 +209,7 @@ class OPRDTrainer(Trainer):
                 observe = unobserved if part.idle else self.recorder.observe
                 losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=observe)
                 del teacher  # `losses` frees it layer by layer
+                # The student reads them; each layer's states go straight into the loss.
                 part_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
                 self.parallel.backward(part_loss, part)
             if not part.idle:
@@ -305,7 +318,7 @@ class OPRDTrainer(Trainer):
         logger.info("%s is the last of max_steps=%d steps: nothing is left to train", checkpoint, self.args.max_steps)
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    # What follows are Trainer's own seams. Each hands over to a collaborator.
+    # These methods override transformers' hooks. Each calls a collaborator.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
@@ -334,7 +347,7 @@ class OPRDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.checkpoints.staging:  # a staged one is pushed once it is published
+        if not self.checkpoints.staging:  # a staged checkpoint is pushed after it is renamed into place
             with self.checkpoints.upload_without_pickle():
                 super()._push_from_checkpoint(checkpoint_folder)
 

@@ -39,7 +39,7 @@ def plot_comparison(report: Mapping[str, Any], file: Path) -> None:
     _draw_rates(by_rate, report, objectives)
     for axis in (by_step, by_time):
         _draw_references(axis.axhline, report)
-        axis.set(ylabel=f"Avg@{report['k']}", ylim=(-0.02, 1.02))
+        axis.set(ylabel=f"Avg@{report['k']}", ylim=_limits(report))
     _draw_references(by_rate.axvline, report)
     by_step.set(title="Each objective at its own best rate (in brackets)", xlabel="step")
     by_time.set(title="The same over the time of training", xlabel="seconds, without evaluation")
@@ -76,6 +76,12 @@ def _draw_references(line: Any, report: Mapping[str, Any]) -> None:
             line(report[key]["avg"], color="black", ls=style, lw=1, label=f"{label} {report[key]['avg']:.0%}")
 
 
+def _limits(report: Any) -> tuple[float, float] | None:
+    """Ends of an accuracy axis; None where rewards lie outside [0, 1]."""
+    found = [row["final_avg"] for row in report["rows"] if row["final_avg"] is not None]
+    return (-0.02, 1.02) if all(0 <= value <= 1 for value in found) else None
+
+
 def _draw_rates(axis: Any, report: Mapping[str, Any], objectives: list[str]) -> None:
     """One line per objective, from top to bottom, with its learning rates side by side."""
     from matplotlib.lines import Line2D
@@ -92,7 +98,7 @@ def _draw_rates(axis: Any, report: Mapping[str, Any], objectives: list[str]) -> 
                 ms=5, capsize=3, lw=1.2, color=_COLOURS[index % len(_COLOURS)],
             )  # fmt: skip
     axis.set_yticks(range(len(objectives)), objectives, fontsize=8)
-    axis.set(title="Final accuracy at every rate", xlim=(-0.02, 1.02), ylim=(len(objectives) - 0.5, -0.5))
+    axis.set(title="Final accuracy at every rate", xlim=_limits(report), ylim=(len(objectives) - 0.5, -0.5))
     axis.set_xlabel(f"Avg@{report['k']} after the last step")
     # The marker shape shows the learning rate, independent of the objective's colour.
     shapes = [

@@ -1,4 +1,8 @@
-"""`oprd diagnose`: what two models have in common, before anything is trained."""
+"""`oprd diagnose`: how alike two models are before training, and which settings suit them.
+
+May be imported by cli only.
+Start reading at `measure.py`; `advice.py` has the rules.
+"""
 
 from oprd.tools.diagnose.measure import diagnose_pair
 

@@ -1,6 +1,6 @@
-"""From figures to choices: rules that each name the figure they rest on.
+"""Rules that turn the figures of a report into settings. Each rule names its figures.
 
-Everything here is a function of the report alone (`oprd.tools.diagnose.measure`).
+All functions here depend on the report alone (`oprd.tools.diagnose.measure`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from oprd.tools.diagnose.verdict import agreeing, spread
 
 Report = Mapping[str, Any]
 
-# LastOPD (arXiv 2609.28845) and RIDE (2609.36484): all layers where the diagonal of layer-wise CKA is about this. The embedded
-# pair, whose student is early in training, is distilled on all layers with 0.9, so the gate is shown, not enforced.
+# LastOPD (arXiv 2609.28845) and RIDE (2609.36484) compare all layers at about this CKA between equal layers. The embedded pair
+# works on all layers at 0.9, so the threshold is shown, not enforced.
 GATE_CKA = 0.98
-# Where the student ended a text, a teacher that would end there too gives its end ids at least this share of the student's
-# probability of its own. A share, since sampled ends are often unlikely for both.
+# Where the student ends a text, a teacher that agrees gives its end ids at least this share of the student's end probability.
+# A share and not an absolute value, since both models often find a sampled end improbable.
 END_SHARE = 0.5
-# Recipes that were run, or published, with their number of parameters and learning rate for hidden states.
+# Recipes that we ran or that were published: name, number of parameters, learning rate for hidden states.
 RATES = (("recipes/tiny.yaml", 8.6e5, 2e-3), ("recipes/smollm2.yaml", 1.35e8, 2e-4), ("the paper", 1.5e9, 1e-5))
 PAPER_LAST_K = 2000
 
 
 def advise(report: Report) -> dict[str, Any]:
-    """Rules with the figures they rest on, and what they come to as a recipe.
+    """Apply all rules to a report, and collect their settings as a recipe.
 
     Returns:
-        `advice`: a list of `{"about", "choose", "because", "settings"}`; `recipe`: YAML; `bridge_command` where a bridge is needed.
+        `advice`: list of `{"about", "choose", "because", "settings"}`. `recipe`: YAML. `bridge_command`: None if none is needed.
     """
     rules = [
         rule
@@ -55,16 +55,18 @@ def _rule(about: str, choose: str, because: str, **settings: Any) -> dict[str, A
 def _bridge(report: Report) -> dict[str, Any]:
     verdict = report["verdict"]
     if not verdict["bridge"]:
-        return _rule("bridge", "none: states are compared number by number", f"{verdict['kind']}: {verdict['reason']}")
+        return _rule(
+            "bridge", "none: states are compared dimension by dimension", f"{verdict['kind']}: {verdict['reason']}"
+        )
     if verdict["kind"] == "unrelated":
         return _rule(
-            "bridge", "none; distil distributions alone, or choose another teacher",
-            f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f} is below {USABLE_CKA}: the student's states say little "
-            "of the teacher's (Theorem 3); `oprd bridge fit` measures how much, on held-out rollouts",
+            "bridge", "none; match output distributions alone, or choose another teacher",
+            f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f} is below {USABLE_CKA}: the student's states predict "
+            "little of the teacher's (Theorem 3); `oprd bridge fit` measures how much, on held-out rollouts",
             representation_weight=0,
         )  # fmt: skip
     return _rule(
-        "bridge", "fit one; its verdict and rank curve (Theorem 3) say on which layers and with which rank",
+        "bridge", "fit one; its verdict and rank curve (Theorem 3) show which layers and which rank to use",
         f"{verdict['kind']}: {verdict['reason']}", bridge="bridges/mine",
     )  # fmt: skip
 
@@ -75,21 +77,21 @@ def _layers(report: Report) -> dict[str, Any] | None:
         return None
     if verdict["bridge"]:
         return _rule(
-            "layers", "all that `oprd bridge fit` calls usable, the last among them",
-            f"CKA along the best map of layers {spread(report['cka']['best'])}", layers="all",
+            "layers", "all that `oprd bridge fit` calls usable, including the last",
+            f"CKA along the best layer map {spread(report['cka']['best'])}", layers="all",
         )  # fmt: skip
     upper, layers = verdict["layers"], report["layers"]
     only = sorted(set(upper) - agreeing(layers))
     gate = "reach" if min(layers["cka_directions"]) >= GATE_CKA else "do not reach"
     because = (
-        f"of directions CKA {spread(layers['cka_directions'])}, direct R² {spread(layers['direct_r2_directions'])}; "
-        f"they {gate} the CKA of {GATE_CKA} of published pairs"
+        f"states scaled to unit length have CKA {spread(layers['cka_directions'])}, "
+        f"direct R² {spread(layers['direct_r2_directions'])}; they {gate} the CKA of {GATE_CKA} of published pairs"
     )
     if only:
         raw = [layers["cka"][layer - 1] for layer in only]
         because += (
-            f". Raw, CKA is {spread(raw)} in layers {', '.join(map(str, only))}: a few positions with long states outweigh "
-            "the rest there, in the loss too; normalize: true weighs positions alike"
+            f". Raw, CKA is {spread(raw)} in layers {', '.join(map(str, only))}: there, a few positions with large states "
+            "dominate, in the loss too; normalize: true gives all positions equal weight"
         )
     if verdict["kind"] == "same origin":
         return _rule("layers", "all", f"every layer agrees: {because}", layers="all")
@@ -108,24 +110,24 @@ def _positions(report: Report) -> dict[str, Any]:
     if curve:
         k = next((k for k in curve["k"] if k * 10 >= longest), curve["k"][-1])
         at = curve["k"].index(k)
-        end = "" if curve["at_end"] is None else f", where the end is predicted {curve['at_end']:.3g}"
+        end = "" if curve["at_end"] is None else f", at the end token {curve['at_end']:.3g}"
         first, last = curve["first_k"][at], curve["last_k"][at]
         where += f"; {name} over the first {k} positions {first:.3g}, over the last {k} {last:.3g}{end}"
     if longest > PAPER_LAST_K:
         return _rule(
-            "positions", f"the last {PAPER_LAST_K}, as the paper", where, positions="last_k", position_k=PAPER_LAST_K
+            "positions", f"the last {PAPER_LAST_K}, as in the paper", where, positions="last_k", position_k=PAPER_LAST_K
         )
-    return _rule("positions", f"all (the paper's last {PAPER_LAST_K} are all of these)", where, positions="all")
+    return _rule("positions", f"all (the paper's last {PAPER_LAST_K} cover every rollout)", where, positions="all")
 
 
 def _output(report: Report) -> dict[str, Any]:
     output, tokens, kind = report["output"], report["tokens"], report["verdict"]["kind"]
     kl = "no position could be compared" if output["reverse_kl"] is None else (
-        f"reverse KL {output['reverse_kl']:.3g} nats a position, overlap of the likeliest tokens {output['overlap']:.1%}"
+        f"reverse KL {output['reverse_kl']:.3g} nats per position, overlap of the most probable tokens {output['overlap']:.1%}"
     )  # fmt: skip
     if not tokens["same_ids"]:
         return _rule(
-            "output space", "no term, or watch accuracy from the first steps",
+            "output space", "no output-space loss; if you add one, watch accuracy from the first steps",
             f"{tokens['one_to_one']:.1%} of the student's positions have the same next token in both tokenizers; with 77 % on the "
             f"embedded pair every such term collapsed (docs/bridge.md). {kl}",
         )  # fmt: skip
@@ -133,30 +135,30 @@ def _output(report: Report) -> dict[str, Any]:
         return _rule("output space", "exact reverse KL alone", kl, output_space="reverse_kl", reduction="token")
     if report["verdict"]["bridge"]:
         return _rule(
-            "output space", "exact reverse KL beside the bridge: it calibrates the LM head, which a bridge does not see",
+            "output space", "exact reverse KL in addition to the bridge, whose loss does not include the LM head",
             f"{kl}; on the embedded pair of two shapes it added five to seven points (docs/bridge.md)",
             output_space="reverse_kl", reduction="token",
         )  # fmt: skip
     return _rule(
-        "output space", "none to begin with: states of one origin bring the distributions along",
+        "output space", "none to begin with: with states of one origin, the distributions follow",
         f"{kl}; {_unseen(report)}on the embedded pair hidden states alone are ahead of every output-space loss "
         "(evidence/objectives)",
     )  # fmt: skip
 
 
 def _unseen(report: Report) -> str:
-    """How much of the last states' difference the LM head hardly sees, where states are compared as they are (Theorem 2)."""
+    """The share of the last states' difference that hardly moves the distributions (Theorem 2); "" if states need a bridge."""
     theory = report["theory"]
     if theory["difference_in_least_half"] is None:
         return ""
     if theory["rank"] < theory["width"]:
         return (
-            f"{theory['difference_unseen']:.0%} of the last states' difference lies where no distribution changes (the LM head "
-            f"sees {theory['rank']} of {theory['width']} directions; Theorem 2); "
+            f"{theory['difference_unseen']:.0%} of the last states' difference changes no distribution (the LM head reads "
+            f"{theory['rank']} of {theory['width']} directions; Theorem 2); "
         )
     return (
         f"{theory['difference_in_least_half']:.0%} of the last states' difference lies in the half of the directions that the LM "
-        f"head sees least, with {theory['half_seen']:.1%} of its strength (Theorem 2); "
+        f"head weighs least, with {theory['half_seen']:.1%} of the sum of its squared singular values (Theorem 2); "
     )
 
 
@@ -166,28 +168,29 @@ def _ends(report: Report) -> dict[str, Any] | None:
         return _rule(
             "end of turn",
             "longer rollouts: --max-completion-length",
-            "no rollout ended by itself, so ends were not seen",
+            "no rollout ended by itself, so end tokens cannot be compared",
         )
     mass, students = ends["teacher"]["mass"], ends["student"]["mass"]
+    tokens = ", ".join(map(printable, ends["teacher"]["stop_tokens"]))
     seen = (
         f"where the student ends a text ({ends['positions']} of {report['rollouts']['count']} rollouts) it gives its end ids "
-        f"{students:.1%}, the teacher {mass:.1%} to its own ({', '.join(map(printable, ends['teacher']['stop_tokens']))})"
+        f"a probability of {students:.1%}, the teacher gives its own ({tokens}) {mass:.1%}"
     )
     if ends_differ(report):
         return _rule(
             "end of turn", "merge the ids that end a text (`end_of_turn: merge`, the default), never by_id",
-            f"{seen}, and {ends['teacher']['mass_on_students_ids']:.1%} to the student's", end_of_turn="merge",
+            f"{seen} and the student's {ends['teacher']['mass_on_students_ids']:.1%}", end_of_turn="merge",
         )  # fmt: skip
     if mass < END_SHARE * students:
         return _rule(
-            "end of turn", "find out why before training: a template, or an end token that the teacher's settings do not name",
-            f"{seen}; its likeliest token there is '{printable(ends['teacher']['likeliest_token'])}'",
+            "end of turn", "find out why before training: the chat template, or an end token missing from the teacher's config",
+            f"{seen}; its most probable token there is '{printable(ends['teacher']['likeliest_token'])}'",
         )  # fmt: skip
     return _rule("end of turn", "nothing to do", seen)
 
 
 def ends_differ(report: Report) -> bool:
-    """Whether both models end texts, but with ids of which the teacher's are not the student's (the bug that SimOPD reports)."""
+    """Whether both models end texts at the same places but with different ids (the bug that SimOPD reports)."""
     student, teacher = (report["ends"][side] for side in ("student", "teacher"))
     on_students, own = teacher["mass_on_students_ids"], teacher["mass"]
     return on_students is not None and own >= END_SHARE * student["mass"] and on_students < END_SHARE * own
@@ -197,12 +200,11 @@ def _rate(report: Report) -> dict[str, Any]:
     size = report["models"]["student"]["parameters"]
     name, parameters, rate = min(RATES, key=lambda known: abs(math.log(known[1] / size)))
     because = f"the student has {size:.2g} parameters; {name} has {parameters:.2g} and uses {rate:g} for hidden states"
-    if report["verdict"][
-        "bridge"
-    ]:  # comparisons/tiny_bridge.yaml; reverse KL at the full rate collapsed in evidence/objectives
-        rate, because = rate / 2, f"{because}, the comparisons with a bridge or distributions half of it"
+    if report["verdict"]["bridge"]:
+        # Half, as in comparisons/tiny_bridge.yaml. In evidence/objectives, reverse KL collapsed at the full rate.
+        rate, because = rate / 2, f"{because}, our comparisons with a bridge use half of it"
     return _rule(
-        "learning rate", f"{rate:g}, and a third of it beside it", f"{because}. A starting point, not a finding",
+        "learning rate", f"{rate:g}; try a third of it too", f"{because}. A starting point, not a result",
         learning_rate=rate,
     )  # fmt: skip
 
@@ -216,12 +218,12 @@ def _gap(report: Report) -> dict[str, Any] | None:
     shown = (
         f"student {ours:.1%} [{low:.1%}, {high:.1%}], teacher {theirs:.1%} on {report['rollouts']['count']} problems"
     )
-    choose = "go on: there is something to learn" if theirs > high else "another teacher, or more problems to be sure"
+    choose = "go on: the teacher is better" if theirs > high else "choose another teacher, or measure on more problems"
     return _rule("gap", choose, shown)
 
 
 def bridge_command(report: Report) -> str:
-    """`oprd bridge fit` for this pair, as it was read here."""
+    """The command `oprd bridge fit` for this pair, with the same settings."""
     settings = report["settings"]
     words = ["oprd", "bridge", "fit", "--student", report["student"], "--teacher", report["teacher"], "--prompts"]
     words += [report["prompts"], "--out", "bridges/mine"]
@@ -234,7 +236,7 @@ def bridge_command(report: Report) -> str:
 
 
 def printable(text: object) -> str:
-    r"""What a model or a file wrote, on one line and without what steers a terminal: `\x1b`, `\n`."""
+    r"""Text of a model or a file on one line, with control characters escaped: `\x1b`, `\n`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 

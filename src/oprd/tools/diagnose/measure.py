@@ -1,4 +1,4 @@
-"""Everything that `oprd diagnose` knows of a pair, as one JSON-able report."""
+"""The report of `oprd diagnose`: every figure about a pair of models, as JSON."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from oprd.tools.diagnose.verdict import judge
 from oprd.types import Rollouts
 
 SIDES = ("student", "teacher")
-_DIGITS = 6  # significant, of every number in the report
-_CONTEXT = 12  # tokens shown before one where the two models differ most
+_DIGITS = 6  # significant digits of every number in the report
+_CONTEXT = 12  # tokens shown before a position where the two models differ most
 
 
 def diagnose_pair(
@@ -46,24 +46,24 @@ def diagnose_pair(
     prompts_name: str = "PROMPTS",
     on_rollouts: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Let the student answer the prompts, let both models read the answers, and say how alike they are and what to choose.
+    """Let the student answer the prompts and both models read the answers; report how alike they are and what to set.
 
     Args:
         pair: student and teacher, of any shapes and tokenizers (`oprd.resolve.load_pair`).
         rows: prompts, one rollout each.
-        max_completion_length: most tokens of a rollout.
-        seed: of the sampling.
-        task: grade the student's rollouts and as many of the teacher's, where rows have answers.
+        max_completion_length: maximum tokens per rollout.
+        seed: seed of the sampling.
+        task: grade the student's rollouts and as many of the teacher's, if rows have answers.
         max_prompt_length: leave out (and count) longer prompts.
-        micro_batch_tokens: most padded tokens of one forward pass.
+        micro_batch_tokens: maximum padded tokens per forward pass.
         batch_size: completions generated together.
-        sample: positions that the CKA of all pairs of layers is computed from.
+        sample: number of positions used for the CKA of all pairs of layers.
         teacher_dtype: as given to `load_pair`; only written into the report.
-        prompts_name: where the rows are from, for the commands that the report names.
+        prompts_name: source of the rows, for the commands in the report.
         on_rollouts: called with (rollouts read, of all).
 
     Returns:
-        The report; its keys are described in docs/diagnose.md.
+        The report. docs/diagnose.md describes its keys.
 
     Raises:
         ValueError: models, tokenizers or prompts that do not fit, or too few positions.
@@ -115,7 +115,7 @@ def sample_rollouts(
 
 
 def rounded(value: Any) -> Any:
-    """Floats to `_DIGITS` significant digits, wherever they are."""
+    """Round all floats in nested lists and dictionaries to `_DIGITS` significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):
@@ -132,7 +132,7 @@ def _shape(pair: ModelPair, side: int) -> dict[str, Any]:
 
 
 def _tokens(pair: ModelPair, stats: AlignmentStats | None) -> dict[str, Any]:
-    """Whether ids mean the same, and how many positions of the student have a partner."""
+    """Whether both models have the same ids, and the share of the student's positions with a partner."""
     alone = {"same_ids": not different_tokens(*pair.tokenizers), "own_text": pair.aligner is not None}
     if stats is None:
         return {**alone, "aligned": 1.0, "one_to_one": 1.0, "shared_vocabulary": None, "dropped": {}}
@@ -152,7 +152,7 @@ def _rollouts(rollouts: Rollouts, longest: int) -> dict[str, Any]:
 
 
 def _layers(readings: Readings) -> dict[str, Any] | None:
-    """Columns by layer, of models of one depth; what needs equal widths is None where they differ."""
+    """Columns by layer for models of equal depth. Figures that need equal widths are None otherwise."""
     if not readings.sums:
         return None
     names = ("cosine", "relative_difference", "squared_difference", "direct_r2")
@@ -165,7 +165,7 @@ def _layers(readings: Readings) -> dict[str, Any] | None:
 
 
 def _cka(readings: Readings, sample: int) -> dict[str, Any]:
-    """All pairs of layers, and the monotone map with the most CKA beside the paper's."""
+    """CKA of all pairs of layers; the monotone layer map with the highest CKA, and the paper's map."""
     depths = readings.cka_ST.shape
     maps = {name: list(layer_map(name, *depths, cka_ST=readings.cka_ST)) for name in ("cka", "proportional")}
     along = {name: [float(readings.cka_ST[s, t - 1]) for s, t in enumerate(chosen)] for name, chosen in maps.items()}
@@ -176,7 +176,7 @@ def _cka(readings: Readings, sample: int) -> dict[str, Any]:
 
 
 def _positions(rollouts: Rollouts, pairing: PositionPairs | None, readings: Readings) -> dict[str, Any]:
-    """Curves over the first and last k, and the value where the end is predicted."""
+    """Means over the first and last k positions, and at the positions that predict the end."""
     matched = [range(n) for n in rollouts.completion_lengths] if pairing is None else pairing.student
     ended = [index for index, reason in enumerate(rollouts.finish_reasons) if reason == "stop"]
     columns = {"cosine": (readings.cosine, matched), "reverse_kl": (readings.output["reverse_kl"], readings.compared)}
@@ -198,7 +198,7 @@ def _curve(
 
 
 def _output(pair: ModelPair, rollouts: Rollouts, readings: Readings) -> dict[str, Any]:
-    """Means over all compared positions, and the positions where the two models differ most."""
+    """Means over all compared positions, and the positions with the largest reverse KL."""
     count = sum(map(len, readings.compared))
     means = {name: sum(map(sum, readings.output[name])) / count if count else None for name in MEASURES}
     worst = sorted(
@@ -222,7 +222,7 @@ def _output(pair: ModelPair, rollouts: Rollouts, readings: Readings) -> dict[str
 
 
 def _ends(pair: ModelPair, ends: EndReading) -> dict[str, Any]:
-    """Ids that end a text by the models' settings, and what they predict where the student ended one."""
+    """End ids in the models' settings, and the predictions of both models where the student ended a text."""
     count = len(ends.likeliest[0])
 
     def mean(values: Sequence[float]) -> float | None:
@@ -247,7 +247,7 @@ def _ends(pair: ModelPair, ends: EndReading) -> dict[str, Any]:
 def _accuracy(
     pair: ModelPair, prompts: Sequence[Prompt], rollouts: Rollouts, task: str, longest: int, seed: int
 ) -> dict[str, Any] | None:
-    """Share of right answers of the student's rollouts, and of as many of the teacher's; None without answers."""
+    """Accuracy of the student's rollouts and of as many teacher rollouts; None without answers."""
     answers = {p.index: p.row.answer for p in prompts}
     if not any(answer is not None for answer in answers.values()):
         return None

@@ -1,4 +1,4 @@
-"""One pass of both models over the student's rollouts: sums by layer, and figures by position."""
+"""One pass of both models over the student's rollouts: sums per layer and figures per position."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ MEASURES = ("reverse_kl", "forward_kl", "entropy_student", "entropy_teacher", "o
 
 @dataclass
 class Readings:
-    """What was read; a column has one entry a rollout, each a value a position.
+    """Results of the pass. A column has one list per rollout with one value per position.
 
     Args:
-        sums: by student layer, with the teacher's layer of the same number; empty for models of different depth.
-        directions: likewise, of states scaled to length one. In large models a few positions have states many times as long as
-            the others (massive activations), and raw sums say little of the rest.
-        cka_ST: debiased CKA of every student layer with every teacher layer, of directions, on a sample of positions.
-        cosine: of the last layer, at the positions whose states are compared; empty lists where widths differ.
-        output: by name in `MEASURES`, at the positions whose distributions are compared.
-        compared: these positions, of the student.
-        ends: of rollouts that the student ended: by name in `EndReading`.
+        sums: student layer → sums over pairs of states with the same teacher layer; empty if depths differ.
+        directions: the same for states scaled to unit length ("directions"). In large models a few positions have very large states
+            (massive activations), which dominate the raw sums.
+        cka_ST: debiased CKA of the directions of every student layer with every teacher layer, on a sample of positions.
+        cosine: cosine of the last layer's states; empty lists if widths differ.
+        output: name in `MEASURES` → column over the positions in `compared`.
+        compared: the student's positions whose next-token distributions are compared.
+        ends: predictions at the end of the rollouts that the student ended.
     """
 
     sums: dict[int, PairSums]
@@ -51,12 +51,12 @@ class Readings:
 
 @dataclass
 class EndReading:
-    """At the positions that predict the end of a rollout.
+    """Predictions at the positions that predict the end of a rollout, one entry per rollout that the student ended.
 
     Args:
-        likeliest: the likeliest id of each model (student, teacher), an entry a rollout.
-        stop_mass: probability that each model gives to all of its own stop ids together.
-        student_ids_mass: probability that the teacher gives to the ids that end a text for the student; empty across tokenizers.
+        likeliest: the most probable id of the student and of the teacher.
+        stop_mass: total probability that each model gives to its own stop ids.
+        student_ids_mass: total probability that the teacher gives to the student's stop ids; empty if tokenizers differ.
     """
 
     likeliest: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
@@ -74,16 +74,16 @@ def read_pair(
     seed: int = 0,
     on_rollouts: Callable[[int, int], None] | None = None,
 ) -> Readings:
-    """Let both models read the rollouts once.
+    """Read the rollouts once with both models.
 
     Args:
-        pair: the models.
-        rollouts: the student's.
-        pairing: how the teacher reads them, where it reads a text of its own.
-        micro_batch_tokens: most padded tokens of one forward pass.
-        sample: positions that the CKA of all pairs of layers is computed from, drawn uniformly.
-        seed: of that draw.
-        on_rollouts: called with (rollouts read, of all).
+        pair: student and teacher.
+        rollouts: the student's rollouts.
+        pairing: how the teacher reads them; None if it reads the student's tokens.
+        micro_batch_tokens: maximum padded tokens per forward pass.
+        sample: number of positions, drawn uniformly, used for the CKA of all pairs of layers.
+        seed: seed of that draw.
+        on_rollouts: called with (rollouts read, total).
 
     Raises:
         ValueError: fewer than 4 positions whose states can be compared.
@@ -99,7 +99,7 @@ def read_pair(
 
 
 class _Reader:
-    """The state of one pass."""
+    """State of one pass."""
 
     def __init__(
         self, pair: ModelPair, rollouts: Rollouts, pairing: PositionPairs | None, sample: int, seed: int
@@ -112,7 +112,8 @@ class _Reader:
         matched = sum(rollouts.completion_lengths) if pairing is None else pairing.num_matched
         if matched < 4:
             raise ValueError(
-                f"diagnose: {matched} positions of the rollouts can be compared; give more prompts or longer completions"
+                f"diagnose: {matched} positions of the rollouts can be compared, and at least 4 are needed; give more prompts or "
+                "longer completions"
             )
         chosen = torch.randperm(matched, generator=torch.Generator().manual_seed(seed))[:sample]
         self.samples = _Samples(torch.zeros(matched, dtype=torch.bool).index_fill_(0, chosen, True), *depths)
@@ -131,7 +132,7 @@ class _Reader:
 
     @torch.no_grad()
     def read(self, group: Sequence[int]) -> None:
-        """Both models read the rollouts of one micro-batch."""
+        """Read one micro-batch of rollouts with both models."""
         theirs = None if self.pairing is None else self.pairing.select(group)
         layers = tuple(range(1, self.depths[0] + 1))
         mine, asked = request_pair(self.rollouts.select(group), theirs, layers, head=True)
@@ -174,7 +175,7 @@ class _Reader:
             ends.student_ids_mass.extend(_mass(self.own_heads[1], hidden[1][ended], self.infos[0].stop_token_ids))
 
     def _ended(self, group: Sequence[int], owners: Sequence[int]) -> list[int]:
-        """Which of the packed positions predict the end of a rollout that the student ended."""
+        """Indices of the packed positions that predict the end of a rollout the student ended."""
         lasts = {place: index for index, place in enumerate(owners)}  # the last compared position of each rollout
         return [index for place, index in sorted(lasts.items()) if self._ends_at_last(group[place])]
 
@@ -184,7 +185,7 @@ class _Reader:
 
 
 class _Samples:
-    """Directions of the states of all layers of both models at a few positions, drawn beforehand."""
+    """Keeps the directions of all layers' states of both models at the sampled positions."""
 
     def __init__(self, chosen_N: Tensor, *depths: int) -> None:
         self.chosen_N, self.depths = chosen_N, depths
@@ -226,7 +227,7 @@ def own_heads(pair: ModelPair) -> tuple[LMHead, LMHead]:
 
 
 def compared_positions(rollouts: Rollouts, pairing: PositionPairs | None) -> list[list[int]]:
-    """The student's positions whose next-token distributions are compared, of each rollout."""
+    """For each rollout, the student's positions whose next-token distributions are compared."""
     if pairing is None:
         return [list(range(n)) for n in rollouts.completion_lengths]
     return [list(own) for own in pairing.student_head]
@@ -246,13 +247,13 @@ def _compare(heads: Heads, hidden: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def _scatter(column: list[list[float]], group: Sequence[int], values_P: Tensor, owner_P: Tensor) -> None:
-    """Put packed values where they belong; within a rollout their order is kept."""
+    """Append packed values to the column of their rollout, in order."""
     for value, place in zip(values_P.tolist(), owner_P.tolist(), strict=True):
         column[group[place]].append(value)
 
 
 def _mass(head: LMHead, states_nD: Tensor, ids: Sequence[int]) -> list[float]:
-    """Probability of any of `ids`."""
+    """Total probability of `ids` at each position."""
     own = [i for i in ids if i < head.size]
     if not own:
         return [0.0] * len(states_nD)

@@ -1,4 +1,4 @@
-"""A diagnosis for people: tables for the terminal, and a picture."""
+"""A report as tables for the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Report = Mapping[str, Any]
 
 
 def tables(report: Report) -> Iterator[tuple[str, Table]]:
-    """(title, table) of the pair, its layers, positions, distributions and ends, and what to choose."""
+    """Yield (title, table): the pair, its layers, positions and distributions, and the advice."""
     yield f"{printable(report['student'])} <- {printable(report['teacher'])}", _pair(report)
     if report["layers"] is not None:
         yield "layer by layer", _layers(report)
     if report["layers"] is None or report["verdict"]["bridge"]:
-        yield "the map of layers with the most CKA", _best_map(report)
-    yield "over the first and the last k response positions", _positions(report)
+        yield "the layer map with the highest CKA", _best_map(report)
+    yield "means over the first and the last k response positions", _positions(report)
     yield "where the distributions differ most", _most_different(report)
     yield "what to choose", _advice(report)
 
@@ -42,7 +42,7 @@ def _pair(report: Report) -> Table:
     if tokens["own_text"]:
         same += f"; {tokens['aligned']:.1%} of positions have a partner, {tokens['one_to_one']:.1%} with the same next token"
     table.add_row("tokenizers", "", same)
-    table.add_row("ends with", *(_end(ends[side], ends["positions"]) for side in ("student", "teacher")))
+    table.add_row("end tokens", *(_end(ends[side], ends["positions"]) for side in ("student", "teacher")))
     if output["reverse_kl"] is not None:
         table.add_row("entropy, nats", *(f"{output[f'entropy_{side}']:.3g}" for side in ("student", "teacher")))
         kl = f"reverse {output['reverse_kl']:.3g}, forward {output['forward_kl']:.3g} nats; overlap {output['overlap']:.1%}"
@@ -60,7 +60,7 @@ def _end(end: Mapping[str, Any], positions: int) -> Text:
     if not positions:
         return Text(names)
     likeliest = f"{printable(end['likeliest_token'])} ({end['likeliest']})"
-    return Text(f"{names}; predicted {likeliest}, ends {end['mass']:.1%}")
+    return Text(f"{names}; most probable there {likeliest}, P(end) {end['mass']:.1%}")
 
 
 def _layers(report: Report) -> Table:
@@ -130,8 +130,8 @@ def _number(value: float | None) -> str:
 
 
 def plot_report(report: Report, file: Path) -> None:
-    """CKA of all pairs of layers, and the curves over positions (PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state of pyplot
+    """Draw the CKA of all pairs of layers, and the means over positions (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global state of pyplot
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -152,14 +152,14 @@ def plot_report(report: Report, file: Path) -> None:
     figure.colorbar(image, ax=left)
     name = "reverse_kl" if report["verdict"]["bridge"] else "cosine"
     curve = report["positions"][name]
-    label = "last-layer cosine" if name == "cosine" else "reverse KL, nats a position"
+    label = "last-layer cosine" if name == "cosine" else "reverse KL, nats per position"
     if curve is not None:
         for side, colour, style in (("first", "#332288", "o-"), ("last", "#DDAA33", "s--")):
             right.plot(curve["k"], curve[f"{side}_k"], style, color=colour, ms=4, label=f"{side} k")
         if curve["at_end"] is not None:
-            right.axhline(curve["at_end"], color="#CC6677", ls=":", label="where the end is predicted")
+            right.axhline(curve["at_end"], color="#CC6677", ls=":", label="at the end token")
         right.legend(frameon=False, fontsize=8)
     right.set(title="Over response positions", xlabel="k, response positions", xscale="log", ylabel=label)
     right.grid(alpha=0.25)
     right.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130, format="png")  # whatever the file is called
+    figure.savefig(file, dpi=130, format="png")  # PNG whatever the suffix

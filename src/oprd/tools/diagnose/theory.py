@@ -1,4 +1,4 @@
-"""Figures of the paper's theorems that need no training."""
+"""Figures for the paper's Theorem 2 that need no training."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.models.lm_head import LMHead
 from oprd.tools.diagnose.read import Readings, own_heads
 
-_ROWS = 8192  # of the LM head, held in double precision at a time
-_SQUARED_ROUNDING = 1e-10  # σ² below this share of the largest are rounding, of weights in float32 or less
+_ROWS = 8192  # rows of the LM head converted to double precision at a time
+_SQUARED_ROUNDING = 1e-10  # σ² below this share of the largest is rounding error of weights in float32 or less
 
 
 @torch.no_grad()
 def theory_figures(pair: ModelPair, readings: Readings) -> dict[str, Any]:
-    """Theorem 2: what the student's LM head sees of a state, and of the difference of the two models' last states.
+    """Theorem 2: how strongly each direction of the last state moves the student's next-token distribution.
 
-    Δh costs nothing in any output-space loss where W Δh ∝ 1 (all logits move alike): of the head's rows the mean is taken off, and
-    the singular values σ of what is left say how strongly each direction of a state moves the distribution.
+    A change Δh leaves the distribution unchanged if W Δh ∝ 1, which shifts all logits equally. Therefore the mean row is subtracted
+    from the LM head W; the singular values σ of the result measure the effect of each direction.
 
     Returns:
-        `width`; `rank`, directions that the head sees at all; `condition`, σ_1 over the smallest σ of those; `half_seen`, the share
-        of Σ σ² in the half of all directions with the least; `difference_in_least_half`, the share of ‖h_S − h_T‖² in that half
-        (1/2 for a difference without preference), and `difference_unseen`, in directions that the head does not see at all. The
-        last two are None where the last states cannot be compared.
+        `width`: D. `rank`: directions with σ > 0. `condition`: largest σ divided by the smallest σ > 0. `half_seen`: share of Σ σ²
+        in the half of the directions with the smallest σ. `difference_in_least_half`: share of ‖h_S − h_T‖² in that half (1/2 if
+        the difference has no preferred direction). `difference_unseen`: share in directions with σ = 0. The last two are None if
+        the last states cannot be compared.
     """
     values_D, directions_DD = torch.linalg.eigh(centred_gram(own_heads(pair)[0]))  # σ², ascending
     values_D = values_D.clamp_min(0)
@@ -35,7 +35,7 @@ def theory_figures(pair: ModelPair, readings: Readings) -> dict[str, Any]:
     half = len(values_D) // 2
     shares: list[float | None] = [None, None]
     last = readings.sums.get(max(readings.sums, default=0))
-    if last is not None and last.squared_difference:  # of states that are the same there would be rounding only
+    if last is not None and last.squared_difference:  # for equal states the shares would be rounding error
         moment_DD = last.difference_moment().to(directions_DD.device)
         along_D = (directions_DD * (moment_DD @ directions_DD)).sum(0).clamp_min(0)
         shares = [float(part.sum() / along_D.sum()) for part in (along_D[:half], along_D[~seen_D])]

@@ -1,4 +1,4 @@
-"""One origin or not: what the figures of a pair say, as a function of the report alone (`oprd.tools.diagnose.measure`)."""
+"""The verdict whether two models have the same origin, computed from the report alone (`oprd.tools.diagnose.measure`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ Report = Mapping[str, Any]
 
 
 def judge(report: Report) -> dict[str, Any]:
-    """Whether the two models have one origin, and so whether their states can be compared number by number.
+    """Decide whether the two models have the same origin, so that their states can be compared dimension by dimension.
 
-    - "same origin": one shape, one tokenizer, and on every layer CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`, both of raw
-      states or both of states scaled to length one (where a few long states outweigh the rest).
-    - "same origin, upper layers": so from some layer to the last.
-    - "other coordinates": the last layers are alike up to a rotation (CKA), but their dimensions are not aligned (R²).
-    - "other origin", "other shape", "other tokenizer": as named, and the last layers have CKA ≥ `USABLE_CKA`.
-    - "unrelated": the last layers have less; a bridge is unlikely to help either.
+    - "same origin": same shape and tokenizer, and on every layer CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`, both of raw
+      states or both of states scaled to unit length (for models where a few large states dominate).
+    - "same origin, upper layers": the same, from some layer to the last.
+    - "other coordinates": the last layers agree up to a rotation (CKA), but dimension by dimension they do not (R²).
+    - "other origin", "other shape", "other tokenizer": as named; the last layers have CKA ≥ `USABLE_CKA`.
+    - "unrelated": the last layers have a lower CKA; a bridge is unlikely to help.
 
     Returns:
-        `kind`; `bridge`, whether hidden states need one; `layers` that agree as they are; `reason`, with the figures.
+        `kind`: one of the above. `bridge`: whether hidden states need a bridge. `layers`: layers that agree without one.
+        `reason`: the figures behind the verdict.
     """
     kind, alike = _kind(report)
     layers = report["layers"]
@@ -29,7 +30,8 @@ def judge(report: Report) -> dict[str, Any]:
     if layers is not None and layers["direct_r2"][-1] is not None:
         names = {"cosine": "cosine", "CKA": "cka", "direct R²": "direct_r2"}
         figures = ", ".join(f"{name} {spread(layers[key])}" for name, key in names.items()) + " over the layers"
-        figures += f", of directions {spread(layers['cka_directions'])} and {spread(layers['direct_r2_directions'])}"
+        cka, r2 = (spread(layers[f"{name}_directions"]) for name in ("cka", "direct_r2"))
+        figures += f"; of states scaled to unit length, CKA {cka}, direct R² {r2}"
     else:
         figures = f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f}"
     if not report["tokens"]["same_ids"]:
@@ -61,7 +63,7 @@ def _kind(report: Report) -> tuple[str, list[int]]:
 
 
 def agreeing(layers: Mapping[str, Any], of: str = "") -> set[int]:
-    """Layers that are alike as they are: raw states, or with `of="_directions"` states scaled to length one."""
+    """Layers that agree without a bridge: by raw states, or with `of="_directions"` by states scaled to unit length."""
     columns = zip(layers["layer"], layers[f"cka{of}"], layers[f"direct_r2{of}"], strict=True)
     return {layer for layer, cka, r2 in columns if cka >= DIRECT_CKA and r2 is not None and r2 >= DIRECT_R2}
 
@@ -76,6 +78,6 @@ def _shapes(report: Report) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Least and most, as text."""
+    """Smallest and largest value, as text."""
     low, high = min(values), max(values)
     return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"

@@ -1,4 +1,4 @@
-"""A run's student before and after training, answering the same problems, and the teacher reading the answers."""
+"""Answers of a run's student to the same problems before and after training, with distances to the teacher by token."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def measure_distances(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> Distances:
-    """Let the student before and after training answer the same problems, and the teacher read these answers.
+    """Let the student before and after training answer the same problems, and compare its states with the teacher's on them.
 
-    Read likewise: logged rollouts of the run, those of an early step with the student before training, those of a late one with
-    the student after. Models and problems that the config names by a relative path are looked for from the current folder.
+    Reads logged rollouts too: those of an early step with the student before training, those of a late step with the student after.
+    Relative paths in the run's config are resolved from the current folder.
 
     Args:
-        record: the run, with its `model/`.
-        problems: how many are answered, and at most how many pairs of logged rollouts are read.
-        longest: most tokens of a completion that are written or read.
+        record: the run; it must have `model/`.
+        problems: number of problems to answer, and maximum number of pairs of logged rollouts to read.
+        longest: maximum tokens of a completion.
         trust_remote_code: run code that comes with the models; the config cannot turn it on.
-        say: called with each line of news.
+        say: called with each line of progress.
 
     Raises:
         ValueError: the run has no config or no model, or one of the models cannot be loaded.
@@ -80,7 +80,7 @@ def measure_distances(
         if end:
             del student
             student = load(after, dtype=torch.float32, tokenizer=tokenizer, **reading)
-        say(f"{record.name}: the student {who} training writes {len(prompts)} completions and reads")
+        say(f"{record.name}: the student {who} training answers {len(prompts)} problems")
         fresh.append(reader.write(student, prompts))
         logged.append(reader.read_again(student, [pair[end] for pair in candidates], notes))
     return Distances(
@@ -99,7 +99,7 @@ def measure_distances(
 
 
 class _Reader:
-    """Writes and reads completions under a run's settings."""
+    """Samples completions with a run's settings, and measures their distances if there is a teacher."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Reader:
         return f"{how}, at most {drawn.max_completion_length} tokens"
 
     def prompts(self, completions: Sequence[Row], count: int, notes: list[str]) -> list[Prompt]:
-        """The first problems of the evaluation (else of the training) set, or where it is out of reach the logged prompts."""
+        """The first problems of the evaluation set (without one, of the training set), or logged prompts if it cannot be read."""
         kind = "eval" if self.config.get("eval_dataset") else "train"
         name = f"{kind}_dataset"
         try:
@@ -150,13 +150,13 @@ class _Reader:
         )  # fmt: skip
 
     def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[Side]:
-        """One completion a prompt, graded and read."""
+        """One completion per prompt, graded, with distances."""
         rollouts = self.engine.generate(
             student.model, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
         ).rollouts  # fmt: skip
         if self.task is None:
-            verdicts: list[bool | None] = [None] * len(rollouts)
+            verdicts: list[bool | float | None] = [None] * len(rollouts)
         else:
             with self.task.grader() as grader:
                 verdicts = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader)
@@ -172,7 +172,7 @@ class _Reader:
         return self._read(student, sides, rollouts)
 
     def read_again(self, student: LoadedModel, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
-        """Logged rollouts, split into tokens again, since the run records their text alone; None for one that has none."""
+        """Logged rollouts with distances; None for one without tokens. A run records text alone, so this tokenizes it again."""
         places, prompts, completions, sides = [], [], [], []
         resplit = 0
         for place, row in enumerate(rows):
@@ -236,7 +236,7 @@ def _parsed(row: Row) -> PromptRow | None:
 
 
 def _logged_rows(completions: Sequence[Row]) -> list[PromptRow]:
-    """The prompts of logged rollouts, each once, in their order."""
+    """The distinct prompts of logged rollouts, in order."""
     distinct: dict[str, PromptRow] = {}
     for row in completions:
         parsed = _parsed(row)

@@ -1,4 +1,4 @@
-"""What a report draws, as numbers: curves over steps, cosine by layer, and where a step's time went."""
+"""The numbers behind a report's pictures: curves over steps, cosine by layer, and time per phase of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAYER = "cosine/layer_"
 _NAMES_LAYER = re.compile(rf"{_LAYER}[0-9]{{1,4}}")
 _LOSS = "loss/"
 _MOST_TERMS = 8
-_WIDE = 30.0  # largest / smallest value from which a logarithmic axis is easier to read
+_WIDE = 30.0  # ratio of largest to smallest value above which the axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Panel:
     """One picture of curves.
 
     Args:
-        title: what is drawn.
-        keys: metrics of a training step that are drawn, the second dashed.
-        unit: of the vertical axis.
+        title: its title.
+        keys: metrics of a training step to draw; the second is dashed.
+        unit: unit of the vertical axis.
         share: whether values lie in [0, 1].
-        log: a logarithmic axis where the values allow it and spread widely.
-        exact: no running mean: the values do not scatter.
-        note: what else a reader must know.
+        log: use a logarithmic axis if all values are positive and spread widely.
+        exact: draw no running mean, for values without noise.
+        note: remark for the reader.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one run. `run` is its place in the report, `smooth` a running mean of `values`."""
+    """One metric of one run. `run` is the run's index in the report, `smooth` a running mean of `values`."""
 
     run: int
     key: str
@@ -54,7 +54,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """Avg@k at a step; `low` and `high` are the ends of its 95 % interval, None where there is none."""
+    """Avg@k at a step; `low` and `high` are the ends of its 95 % interval, None without one."""
 
     step: float
     value: float
@@ -64,7 +64,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Heat:
-    """Cosine by layer and step: `values[layer][step]`, NaN where it was not measured."""
+    """Cosine by layer and step: `values[layer][step]`, NaN if not measured."""
 
     layers: list[int]
     steps: list[float]
@@ -87,9 +87,9 @@ _PANELS = (
 
 
 def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
-    """The panels that any run has values for, and the titles of those that none has.
+    """The panels with values in some run, and the titles of those without.
 
-    The terms of the loss come right after it, where a run has more than one.
+    If a run has several loss terms, their panels follow that of the loss.
     """
     of_run = [{key for row in record.steps for key in row if key.startswith(_LOSS)} for record in records]
     terms = sorted(set().union(*of_run))[:_MOST_TERMS]
@@ -106,7 +106,7 @@ def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
 
 
 def curves(records: Sequence[RunRecord], panel: Panel) -> list[Curve]:
-    """The curves of a panel, run by run; a metric that a run does not have is left out."""
+    """The curves of a panel for every run that has the metric."""
     found = []
     for run, record in enumerate(records):
         for key in panel.keys:
@@ -118,7 +118,7 @@ def curves(records: Sequence[RunRecord], panel: Panel) -> list[Curve]:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours on both sides, `window(len(values))` in all; fewer, evenly, at the ends."""
+    """Centred running mean over `window(len(values))` values; near the ends over fewer, still centred."""
     half = window(len(values)) // 2
     means = []
     for i in range(len(values)):
@@ -129,18 +129,18 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def window(count: int) -> int:
-    """Neighbours of a running mean over `count` values, itself included: about a twentieth, an odd number, 1 for few values."""
+    """Width of the running mean of `count` values: an odd number, about a twentieth; 1 for few values."""
     return count // 20 // 2 * 2 + 1
 
 
 def is_log(panel: Panel, found: Sequence[Curve]) -> bool:
-    """Whether the panel's axis is logarithmic."""
+    """Whether the panel gets a logarithmic axis."""
     values = [value for curve in found for value in curve.values]
     return panel.log and min(values) > 0 and max(values) / min(values) > _WIDE
 
 
 def evaluations(record: RunRecord) -> list[Point]:
-    """Avg@k on the evaluation problems: before training (step 0), at each evaluation, after training."""
+    """Avg@k before training (step 0), at each evaluation, and after training."""
     points = {}
     before, after = measured(record, "student_before"), measured(record, "student_after")
     ends = [(0.0, before)]
@@ -157,12 +157,12 @@ def evaluations(record: RunRecord) -> list[Point]:
 
 
 def teacher_accuracy(record: RunRecord) -> float | None:
-    """The teacher's Avg@k, None where it was not evaluated."""
+    """The teacher's Avg@k; None if it was not evaluated."""
     return number(measured(record, "teacher"), "avg_at_k")
 
 
 def heat(record: RunRecord) -> Heat | None:
-    """The cosine of each layer at each step where any was measured; None where none was."""
+    """The cosine of each layer at each step with a measurement; None without any."""
     rows = [row for row in record.steps if any(key.startswith(_LAYER) for key in row)]
     names = {key for row in rows for key in row if _NAMES_LAYER.fullmatch(key)}
     keys = sorted(names, key=lambda key: int(key.removeprefix(_LAYER)))
@@ -175,7 +175,7 @@ def heat(record: RunRecord) -> Heat | None:
 
 
 def time_split(record: RunRecord) -> dict[str, float]:
-    """Mean seconds of a step by phase; empty where times were not recorded."""
+    """Mean seconds per step of each phase; empty if times were not recorded."""
     found = {}
     for phase in PHASES:
         _, seconds = series(record.steps, f"time/{phase}")
@@ -185,7 +185,7 @@ def time_split(record: RunRecord) -> dict[str, float]:
 
 
 def peak_memory(record: RunRecord) -> float | None:
-    """Most GiB that were allocated on the GPU; None where not recorded (on a CPU)."""
+    """Peak GPU memory in GiB; None if not recorded (on a CPU)."""
     _, values = series(record.steps, "memory/peak_gib")
     return max(values, default=None)
 

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG in a data URI: the same numbers give the same bytes."""
+"""The pictures of a report, as PNG in data URIs. Equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from oprd.tools.report.curves import PHASES, Curve, Heat, Panel, Point, is_log
 from oprd.tools.report.text import plain
 
-# Okabe and Ito's colours without the yellow, and two dark ones: apart for colour-blind readers, and each dark enough for a line.
+# Okabe and Ito's colours without yellow, and two dark ones: distinct for colour-blind readers and dark enough for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3F7F", "#B37400", "#2E9BD6", "#000000", "#6B4C9A")
 _STYLES = ("-", "--", "-.", ":")
 _PHASE_COLOURS = ("#0072B2", "#000000", "#009E73", "#E69F00", "#CC79A7")
@@ -21,12 +21,12 @@ _HATCHES = ("", "xx", "//", "", "..")
 _QUIET = "#666666"
 _DPI = 160
 _HUGE = 1e30
-_LETTER = 9.0  # points between two letters
+_LETTER = 9.0  # minimum points between two letters
 _PANEL = (4.6, 2.9)  # inches: 368 CSS pixels wide at two pixels each
 
 
 def letter(run: int) -> str:
-    """What a run is called in pictures: A, B, … Z, A2, B2, …"""
+    """The name of a run in pictures: A, B, … Z, A2, B2, …"""
     round_, place = divmod(run, 26)
     return chr(ord("A") + place) + (str(round_ + 1) if round_ else "")
 
@@ -37,7 +37,7 @@ def colour(run: int) -> str:
 
 
 def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
-    """Curves over steps: each value thin, the running mean bold, the run's letter at its end."""
+    """Draw curves over steps: values as thin lines, running means bold, the run's letter at the end."""
     figure, axis = _figure(_PANEL)
     found = [_clipped(curve, is_log(panel, found)) for curve in found]
     for curve in found:
@@ -52,9 +52,9 @@ def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
 def draw_accuracy(
     panel: Panel, rollouts: Sequence[Curve], evaluated: Mapping[int, Sequence[Point]], teachers: Mapping[int, float]
 ) -> str:
-    """Rollout accuracy as curves; evaluations as squares with their 95 % interval; teachers as dotted lines.
+    """Draw rollout accuracy as curves, evaluations as squares with 95 % intervals, teachers as dotted lines.
 
-    Squares are joined where there are more than before and after: between these two nothing was measured.
+    With two evaluations (before and after), the squares are not joined: nothing was measured in between.
     """
     figure, axis = _figure(_PANEL)
     rollouts = [_clipped(curve, False) for curve in rollouts]
@@ -82,7 +82,7 @@ def draw_accuracy(
 
 
 def draw_heat(found: Heat, low: float, high: float) -> str:
-    """Cosine of each layer (rows, the first at the bottom) at each measured step; grey where it was not measured."""
+    """Draw the cosine of each layer (rows, layer 1 at the bottom) at each measured step; grey: not measured."""
     import numpy as np
 
     figure, axis = _figure((5.6, 1.5 + min(0.16 * len(found.layers), 3.2)))
@@ -104,7 +104,7 @@ def draw_heat(found: Heat, low: float, high: float) -> str:
 
 
 def draw_times(splits: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> str:
-    """Mean seconds of a step as a stacked bar a run, phase by phase; shares of 6 % and more are written into it."""
+    """Draw mean seconds per step as one stacked bar per run. Phases above 6 % of the longest bar show their share."""
     figure, axis = _figure((10.0, 1.3 + 0.42 * len(splits)))
     longest = max(math.fsum(split.values()) for split in splits.values())
     for place, split in enumerate(splits.values()):
@@ -133,7 +133,7 @@ def draw_times(splits: Mapping[int, Mapping[str, float]], names: Sequence[str]) 
 
 
 def _clipped(curve: Curve, log: bool) -> Curve:
-    """The curve within what an axis can show; a loss that ran away leaves the axis, not the report."""
+    """The curve clipped to numbers that an axis can show, so that a diverged loss does not break the picture."""
     least = 1 / _HUGE if log else -_HUGE
     values, smooth = ([min(max(v, least), _HUGE) for v in line] for line in (curve.values, curve.smooth))
     return replace(curve, values=values, smooth=smooth)
@@ -148,8 +148,8 @@ def _line(axis: Any, curve: Curve, *, dashed: bool = False) -> None:
 
 
 def _name_ends(figure: Any, axis: Any, ends: Mapping[int, tuple[float, float]]) -> None:
-    """The letters of the runs at the ends of their curves, moved up or down where they would cover each other."""
-    figure.draw_without_rendering()  # the layout must be known
+    """Write the letters of the runs at the ends of their curves, moved up or down to avoid overlaps."""
+    figure.draw_without_rendering()  # computes the layout
     points = 72 / figure.dpi
     places = {run: tuple(axis.transData.transform(end) * points) for run, end in ends.items()}
     groups: dict[int, list[int]] = {}
@@ -165,7 +165,7 @@ def _name_ends(figure: Any, axis: Any, ends: Mapping[int, tuple[float, float]]) 
 
 
 def _spread(heights: Sequence[float], top: float) -> list[float]:
-    """Ascending heights, at least a letter apart: moved up as far as `top`, and from there down."""
+    """Move ascending heights at least a letter apart: up as far as `top`, then down."""
     spread: list[float] = []
     for height in heights:
         spread.append(max(height, spread[-1] + _LETTER) if spread else height)
@@ -194,17 +194,17 @@ def _step_axis(axis: Any) -> None:
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
-    """The limits of the columns of a heat map: half way between measured steps, and half a step outside the first and last."""
+    """Column borders of a heat map: midpoints between measured steps, and half a step outside the first and the last."""
     between = [(a + b) / 2 for a, b in pairwise(steps)]
     return [steps[0] - 0.5, *between, steps[-1] + 0.5]
 
 
 def _label(name: str) -> str:
-    return plain(name, 40).replace("$", r"\$")  # a dollar would begin a formula
+    return plain(name, 40).replace("$", r"\$")  # matplotlib reads a dollar as a formula
 
 
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    # The object interface: no display, and no global state of pyplot.
+    # matplotlib's object interface needs no display and no global state of pyplot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing from outside, and a policy that would refuse both."""
+"""The report as one HTML page without scripts and external resources; its content security policy forbids both."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from oprd.tools.report.text import plain, shown, shown_token
 
 MARK = "<!-- written by oprd report -->"
 _TEMPLATE, _STYLE = "page.html.jinja", "page.css"
-_LEVELS = 10  # colours of distances; page.css has as many classes
+_LEVELS = 10  # colours of distances; page.css has the same number of classes
 _SHOWN_TOKENS, _SHOWN_PAIRS = 4000, 12
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, what it shows in words for who cannot see it, and its caption."""
+    """A picture with its alternative text and caption."""
 
     uri: str
     alt: str
@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The rollouts of one run: labelled pairs first, then the others; `heading` says which students wrote them."""
+    """The rollouts of one run: labelled pairs, then the others. `heading` names the students that wrote them."""
 
     heading: str
     early: str
@@ -48,7 +48,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says about one run alone."""
+    """The part of the page about a single run."""
 
     run: int
     record: RunRecord
@@ -59,7 +59,7 @@ class Section:
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """The page about these runs, a pure function of their files."""
+    """The page about these runs. It depends on their files alone."""
     sections = [_section(run, record) for run, record in enumerate(records)]
     pictures, missing = _pictures(records)
     style = (Path(__file__).parent / _STYLE).read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def render(records: Sequence[RunRecord]) -> str:
     return environment.get_template(_TEMPLATE).render(
         mark=Markup(MARK),
         policy=_policy(style),
-        style=Markup(style),  # ours, and the policy carries its digest
+        style=Markup(style),  # our own text; the policy allows its digest
         records=records,
         sections=sections,
         rows=table(records),
@@ -104,10 +104,10 @@ def render(records: Sequence[RunRecord]) -> str:
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write the page, all of it or nothing.
+    """Write the page in one step: to a temporary file, then renamed.
 
     Raises:
-        ValueError: there is something at `file` that no report wrote, or no folder for it.
+        ValueError: `file` exists and is not a report, or its folder does not exist.
     """
     if file.is_dir():
         raise ValueError(f"output: {file} is a folder; name a file such as {file / 'report.html'}")
@@ -121,13 +121,13 @@ def write_page(file: Path, page: str) -> None:
 
 
 def _policy(style: str) -> str:
-    """A content security policy that allows pictures inside the page and this one style sheet."""
+    """A content security policy that allows embedded pictures and this style sheet, and nothing else."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
 def _pictures(records: Sequence[RunRecord]) -> tuple[list[Picture], list[str]]:
-    """Accuracy first, then every panel that any run has values for; and the titles of those that none has."""
+    """Pictures of accuracy and of every panel with values in some run; and the titles of panels without values."""
     panels, missing = curves.panels(records)
     evaluated = {run: points for run, record in enumerate(records) if (points := curves.evaluations(record))}
     teachers = {run: v for run, record in enumerate(records) if (v := curves.teacher_accuracy(record)) is not None}
@@ -164,7 +164,7 @@ def _pictures(records: Sequence[RunRecord]) -> tuple[list[Picture], list[str]]:
 
 
 def _heats(records: Sequence[RunRecord]) -> list[tuple[int, Picture | None]]:
-    """A heat map a run, all in the same colours; None for a run that measured no cosine."""
+    """One heat map per run on a common colour scale; None for a run without cosines."""
     found = [curves.heat(record) for record in records]
     values = [v for heat in found if heat for line in heat.values for v in line if math.isfinite(v)]
     pictures: list[tuple[int, Picture | None]] = []
@@ -219,14 +219,14 @@ def _all(group: Rollouts) -> list[Pair]:
 
 
 def _layers(layers: Sequence[int]) -> str:
-    """Layers in words: a range where they follow each other."""
+    """Layers as text; consecutive layers as a range."""
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"layers {layers[0]} to {layers[-1]}"
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def _top(pairs: Sequence[Pair]) -> float:
-    """The distance from which on a token has the strongest colour: 98 % of all shown tokens lie below. 0 without distances."""
+    """The distance that gets the strongest colour: the 98th percentile of all tokens. 0 without distances."""
     sides: list[Side] = [side for pair in pairs for side in (pair.early, pair.late)]
     every = sorted(distance for side in sides for distance in side.distances)
     return every[int(0.98 * (len(every) - 1))] if every else 0.0

@@ -1,4 +1,4 @@
-"""A run folder as it lies on the disk, complete or not: what it holds, and in words what it lacks."""
+"""Reads run folders, complete or not, and notes what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from oprd.runs.folder import COMPLETIONS, METRICS
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 _A_RUN_HAS = (CONFIG, METRICS, SUMMARY)
-_LARGEST_NUMBER = 1e100  # far above what 32 bits hold, far below where sums overflow
-_LARGEST = 512 * 2**20  # bytes of a file that is read; a run of a week is far below
+_LARGEST_NUMBER = 1e100  # far above float32, far below the overflow of sums in float64
+_LARGEST = 512 * 2**20  # maximum bytes of a file; a run of a week stays far below
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says.
+    """The content of a run folder.
 
     Args:
-        folder: where it is.
-        name: the shortest end of its path that no other run of the report shares.
-        config: `config.yaml`; empty where there is none.
-        config_text: the same file as it is.
-        summary: `summary.json`; empty where there is none.
-        steps: the lines of `metrics.jsonl` that are training steps, ascending.
-        evaluations: those that are evaluations.
+        folder: its path.
+        name: the shortest end of its path that is unique in the report.
+        config: `config.yaml`; empty without one.
+        config_text: the text of the same file.
+        summary: `summary.json`; empty without one.
+        steps: training steps in `metrics.jsonl`, ascending.
+        evaluations: evaluations in `metrics.jsonl`, ascending.
         completions: logged rollouts, in the order of the file.
-        notes: what is missing or damaged, a sentence each.
+        notes: missing or damaged content, one sentence each.
     """
 
     folder: Path
@@ -47,10 +47,10 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read run folders, in the order given.
+    """Read run folders in the given order.
 
     Raises:
-        ValueError: no folder, one that is no run (with the reason), or one that is named twice.
+        ValueError: no folder, a folder that is not a run (with the reason), or one that is named twice.
     """
     if not folders:
         raise ValueError("report: name at least one run folder")
@@ -63,10 +63,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def refuse_no_run(folder: Path) -> None:
-    """Make sure that a folder is one that `oprd train` or `oprd demo` wrote.
+    """Refuse a folder that `oprd train` or `oprd demo` did not write.
 
     Raises:
-        ValueError: it is not; says what it seems to be.
+        ValueError: it is not a run; says what it seems to be.
     """
     if not folder.exists():
         raise ValueError(f"report: there is no folder {folder}")
@@ -80,12 +80,12 @@ def refuse_no_run(folder: Path) -> None:
         )
     inner = sorted({file.parent for file in folder.glob(f"**/{CONFIG}")})
     if inner:
-        raise ValueError(f"report: {folder} is no run but holds {len(inner)}, such as {inner[0]}; name those")
-    raise ValueError(f"report: {folder} is no run: it has none of {', '.join(_A_RUN_HAS)}")
+        raise ValueError(f"report: {folder} is not a run; it holds {len(inner)}, such as {inner[0]}; name those")
+    raise ValueError(f"report: {folder} is not a run: it has none of {', '.join(_A_RUN_HAS)}")
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Read one run folder, and note what it lacks."""
+    """Read one run folder, and note what is missing."""
     notes: list[str] = []
     config_text, config = _read_config(folder / CONFIG, notes)
     summary = _read_summary(folder / SUMMARY, notes)
@@ -97,7 +97,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         if number(row, "step") is not None and isinstance(row.get("completion"), str)
     ]  # fmt: skip
     if summary and "steps" not in summary:
-        notes.append(f"{SUMMARY} is that of a run that has not ended: it was stopped, or is still at work")
+        notes.append(f"{SUMMARY} is incomplete: the run was stopped, or is still at work")
     alarms = [int(line["step"]) for line in steps if number(line, "alarm")]
     if alarms:
         notes.append(
@@ -108,7 +108,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def number(row: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`; None where there is none, or one that no measurement gives (not finite, beyond 1e100)."""
+    """The number under `key`; None if there is none, or if it is not finite or beyond 1e100."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -120,19 +120,19 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps at which `key` was measured, and its values."""
+    """Steps at which `key` was logged, and its values."""
     pairs = [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
     return [float(step) for step, _ in pairs], [value for _, value in pairs]
 
 
 def measured(record: RunRecord, who: str) -> Mapping[str, Any]:
-    """The measures of `student_before`, `student_after` or `teacher`; empty where it was not evaluated."""
+    """The measures of `student_before`, `student_after` or `teacher`; empty if it was not evaluated."""
     found = record.summary.get(who)
     return found if isinstance(found, dict) else {}
 
 
 def interval(measures: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The 95 % interval of Avg@k, None where there is none."""
+    """The 95 % interval of Avg@k; None without one."""
     ends = measures.get("ci95")
     if not isinstance(ends, list) or len(ends) != 2:
         return None
@@ -141,7 +141,7 @@ def interval(measures: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def objective_of(config: Mapping[str, Any]) -> str:
-    """The loss of a run in words, out of its settings, such as `1 × representation (bridge) + 0.5 × reverse_kl`."""
+    """Describe the loss of a run from its settings, such as `1 × representation (bridge) + 0.5 × reverse_kl`."""
     bridge = " (bridge)" if config.get("bridge") else ""
     terms = [("representation_weight", 1.0, f"representation{bridge}")]
     if config.get("output_space"):
@@ -160,7 +160,7 @@ def objective_of(config: Mapping[str, Any]) -> str:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths by which they differ."""
+    """The shortest unique ends of the paths."""
     names = []
     for folder in folders:
         others = [other for other in folders if other != folder]
@@ -204,7 +204,7 @@ def _read_summary(file: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_lines(file: Path, notes: list[str], without: str = "there are no curves") -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line. A line that is none, and a last one that was cut off, is noted by number."""
+    """Yield the JSON objects of a file, one per line. Damaged lines and a last line without its end are noted by number."""
     if not file.is_file():
         notes.append(f"no {file.name}: {without}")
         return
@@ -231,10 +231,10 @@ def _read_lines(file: Path, notes: list[str], without: str = "there are no curve
 
 
 def _text(file: Path) -> str:
-    """The file as text, a byte that is no UTF-8 shown as U+FFFD.
+    """The file as text; bytes that are not UTF-8 become U+FFFD.
 
     Raises:
-        ValueError: it is too large to be what a run writes.
+        ValueError: it is larger than any file that a run writes.
     """
     size = file.stat().st_size
     if size > _LARGEST:

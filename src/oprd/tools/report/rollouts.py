@@ -1,4 +1,4 @@
-"""Rollouts side by side, before and after: which ones a report shows, and the file in which their distances are kept."""
+"""Pairs of rollouts before and after training: which pairs a report shows, and `distances.json`, where they are kept."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Side:
     """One rollout.
 
     Args:
-        prompt: what it answers, as text.
+        prompt: the prompt as text.
         text: the completion.
-        step: of the training step that logged it; None for one that was written for the report.
-        correct: its verdict, None where it has none.
+        step: the training step that logged it; None if it was sampled for the report.
+        correct: its verdict or reward, None where it has none.
         finish_reason: "stop" or "length".
-        length: its tokens.
-        tokens: text of each token that was read; empty where the rollout was not read again.
-        distances: how far student and teacher are apart where they predict each of these tokens.
+        length: number of tokens.
+        tokens: text of each token; empty without distances.
+        distances: distance between student and teacher at each token (`oprd.tools.report.distances`).
     """
 
     prompt: str
     text: str
     step: int | None = None
-    correct: bool | None = None
+    correct: bool | float | None = None
     finish_reason: str = ""
     length: int | None = None
     tokens: tuple[str, ...] = ()
@@ -42,44 +42,46 @@ class Side:
     def __post_init__(self) -> None:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
+        if self.correct is not None and not math.isfinite(self.correct):
+            raise ValueError("a reward is no finite number")
         if not all(math.isfinite(d) and d >= 0 for d in self.distances):
             raise ValueError("a distance is no number of 0 or more")
 
     @property
     def mean_distance(self) -> float | None:
-        """Mean over its tokens, None where it was not read again."""
+        """Mean over the tokens; None without distances."""
         return math.fsum(self.distances) / len(self.distances) if self.distances else None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rollouts that are shown beside each other: of an earlier student and of a later one."""
+    """Two rollouts shown side by side: one of an earlier student, one of a later."""
 
     early: Side
     late: Side
 
     @property
     def same_prompt(self) -> bool:
-        """Whether both answer the same prompt."""
+        """Whether both have the same prompt."""
         return self.early.prompt == self.late.prompt
 
 
 @dataclass(frozen=True)
 class Distances:
-    """What `oprd report --distances` found, and how.
+    """The content of `distances.json`: results of `oprd report --distances` and their settings.
 
     Args:
-        format: of the file.
-        steps: that the run had when it was read; None where its summary does not say.
-        student: the student before training, as its config names it.
-        teacher: likewise.
-        layers: the student's layers that the distance is a mean over.
-        bridge: folder of the bridge through which they were compared; None without one.
-        sampling: how the completions were drawn, in words.
-        unavailable: why there are no distances; None where there are.
+        format: version of the file format.
+        steps: steps of the run when it was read; None if its summary does not say.
+        student: name of the student before training, from the run's config.
+        teacher: name of the teacher, from the run's config.
+        layers: the student's layers that the distance averages over.
+        bridge: folder of the run's bridge; None without one.
+        sampling: the sampling settings, in words.
+        unavailable: why there are no distances; None if there are.
         before_after: answers to the same problems by the student before and after training.
-        logged: rollouts of the run, an early and a late one.
-        notes: what else a reader must know, a sentence each.
+        logged: logged rollouts of the run, an early and a late one each.
+        notes: remarks for the reader, one sentence each.
     """
 
     format: int
@@ -96,7 +98,7 @@ class Distances:
 
 
 def write_distances(folder: Path, found: Distances) -> Path:
-    """Write `distances.json` into a run folder, all of it or nothing."""
+    """Write `distances.json` into a run folder in one step: to a temporary file, then renamed."""
     file = folder / DISTANCES
     temporary = file.with_name(DISTANCES + ".tmp")
     temporary.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
@@ -105,11 +107,14 @@ def write_distances(folder: Path, found: Distances) -> Path:
 
 
 def read_distances(folder: Path, steps: Any) -> tuple[Distances | None, str | None]:
-    """`distances.json` of a run folder, or a sentence that says why it cannot be used; neither where there is none.
+    """Read `distances.json` of a run folder.
 
     Args:
-        folder: the run's.
-        steps: the steps that the run has now, as its summary says.
+        folder: the run folder.
+        steps: current number of steps of the run, from its summary.
+
+    Returns:
+        The content, or None; and a sentence that says why it cannot be used, or None. Both None: there is no file.
     """
     file = folder / DISTANCES
     if not file.is_file():
@@ -130,10 +135,10 @@ def read_distances(folder: Path, steps: Any) -> tuple[Distances | None, str | No
 def logged_pairs(
     completions: Sequence[Mapping[str, Any]], most: int
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """An early and a late logged rollout, pair by pair, as lines of `completions.jsonl`.
+    """Pair early with late logged rollouts (lines of `completions.jsonl`).
 
-    The first and the last rollout of the same prompt, widest apart first. Where no prompt was logged in two steps, rollouts of
-    the first logged step beside those of the last, in their order.
+    Takes the first and the last rollout of each prompt, those with the most steps between them first. If no prompt was logged at
+    two steps, pairs the rollouts of the first logged step with those of the last, in order.
     """
     first: dict[str, Mapping[str, Any]] = {}
     last: dict[str, Mapping[str, Any]] = {}
@@ -154,30 +159,31 @@ def logged_pairs(
 
 
 def as_side(row: Mapping[str, Any]) -> Side:
-    """A line of `completions.jsonl`."""
-    verdict, tokens = row.get("correct"), row.get("tokens")
+    """Convert a line of `completions.jsonl`."""
+    reward, tokens = row.get("correct"), row.get("tokens")
     return Side(
         prompt=prompt_text(row.get("prompt")),
         text=row["completion"],
         step=int(row["step"]),
-        correct=verdict if isinstance(verdict, bool) else None,
+        correct=reward if isinstance(reward, bool | float) and math.isfinite(reward) else None,
         finish_reason=str(row.get("finish_reason", "")),
         length=tokens if isinstance(tokens, int) else None,
     )
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt to be read by a person: plain text, or each message after its role."""
+    """A prompt as readable text; messages are preceded by their roles."""
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
         return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in prompt)
     return str(prompt)
 
 
 def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
-    """The pairs worth a look, with what they are: best, worst, most divergent; a pair that is several of these comes once.
+    """Choose and label the best, the worst and the most divergent pair. A pair with several labels appears once.
 
-    Best and worst go by the verdicts: what was won (wrong before, right after) and what was lost or stayed wrong; of equals the
-    one with the smaller, or larger, mean distance. Most divergent: the late rollout with the largest mean distance.
+    Best: right after training, preferably wrong before. Worst: wrong after, preferably right before. Ties go to the smaller mean
+    one with the smaller, or larger, mean distance.
+    Rewards that are numbers are compared as they are. Most divergent: the late rollout with the largest mean distance.
     """
     names: dict[int, list[str]] = {}
 
@@ -191,10 +197,11 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     graded = [i for i, pair in enumerate(pairs) if pair.late.correct is not None]
     read = [i for i, pair in enumerate(pairs) if pair.late.mean_distance is not None]
     if graded:
-        verdicts = {pairs[i].late.correct for i in graded}
-        name("best" if True in verdicts else "best (none is right)", max(graded, key=rank))
+        rewards = [pairs[i].late.correct for i in graded]
+        numbers = any(not isinstance(reward, bool) for reward in rewards)
+        name("best" if numbers or True in rewards else "best (none is right)", max(graded, key=rank))
         if len(graded) > 1:
-            name("worst" if False in verdicts else "worst (none is wrong)", min(graded, key=rank))
+            name("worst" if numbers or False in rewards else "worst (none is wrong)", min(graded, key=rank))
     if read:
         name("most divergent", max(read, key=lambda i: (pairs[i].late.mean_distance or 0.0, -i)))
     if not names and pairs:
@@ -202,5 +209,7 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     return [(" and ".join(labels), pairs[index]) for index, labels in names.items()]
 
 
-def _score(correct: bool | None) -> int:
+def _score(correct: bool | float | None) -> float:
+    if isinstance(correct, float):
+        return correct
     return 0 if correct is None else 1 if correct else -1

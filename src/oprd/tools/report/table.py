@@ -1,4 +1,4 @@
-"""The table at the head of a report: what each run was, what it reached, and what it cost."""
+"""The table at the head of a report: settings, results and cost of each run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FEW = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: what a person reads, and the number behind it as it stands in the run's files (None for text)."""
+    """One cell: its text, and the number in the run's files behind it (None for plain text)."""
 
     text: str
     value: float | None = None
@@ -22,25 +22,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what it is, and a cell a run."""
+    """One row: its name and one cell per run."""
 
     name: str
     cells: list[Cell]
 
     @property
     def shared(self) -> bool:
-        """Whether one text stands for all runs; of few runs, and of what was measured, every cell is written."""
+        """Whether one cell is written for all runs: more than three runs, equal texts, and no measured number."""
         text = all(cell == self.cells[0] and cell.value is None for cell in self.cells)
         return text and len(self.cells) > _FEW
 
     @property
     def shown(self) -> list[Cell]:
-        """The cells to write: one where all are the same."""
+        """The cells to write: one if `shared`, else all."""
         return self.cells[:1] if self.shared else self.cells
 
 
 def table(records: Sequence[RunRecord]) -> list[Row]:
-    """The rows of the head table; a row that no run has anything for is left out."""
+    """The rows of the table, without rows that are empty for every run."""
     rows = [Row(name, [cell(record) for record in records]) for name, cell in _ROWS.items()]
     return [row for row in rows if any(cell.text != NOTHING for cell in row.cells)]
 
@@ -51,7 +51,7 @@ def percent(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the unit that a person would use."""
+    """Seconds as text in a suitable unit."""
     if seconds is None:
         return NOTHING
     if seconds < 0.01:
@@ -62,7 +62,7 @@ def duration(seconds: float | None) -> str:
 
 
 def word(value: object) -> str:
-    """A setting of one word as text; lists and the like are not spelled out."""
+    """A setting as text; lists and mappings are not spelled out."""
     if value is None:
         return NOTHING
     return str(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}, see the config"

@@ -1,0 +1,174 @@
+"""Terms of the user's own, named in the setting `objectives` or given as objects, and rules that hold for all terms of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, get_args
+
+from oprd.objectives.composite import Fade, Term
+from oprd.objectives.schedules import check_weight, is_on
+from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, Objective, PolicyTerm
+from oprd.registry import arguments_problem, resolve_with_arguments
+
+_METHODS = "a method layer_loss, head_loss or policy_loss (oprd.objectives.terms)"
+_FREE_FORM = "each entry is a mapping such as {use: my_losses:huber, weight: 0.5, delta: 1.0}"
+
+
+def check_entries(entries: Any) -> None:
+    """Refuse entries of `objectives` that do not have the form of one. Imports nothing.
+
+    Raises:
+        ValueError: names the entry and what is allowed.
+    """
+    if entries is not None and (isinstance(entries, str | Mapping) or not isinstance(entries, Sequence)):
+        raise ValueError(f"objectives: {entries!r} is not a list; {_FREE_FORM}")
+    for number, entry in enumerate(entries or []):
+        name = f"objectives[{number}]"
+        if not isinstance(entry, Mapping) or "use" not in entry:
+            raise ValueError(f"{name}: {entry!r} has no key 'use'; {_FREE_FORM}")
+        if not isinstance(entry["use"], str):
+            raise ValueError(
+                f"{name}: use: {entry['use']!r} is not text of the form module:attribute; give objects to "
+                "OPRDTrainer(objectives={name: Term(…)})"
+            )
+        check_weight(f"{name}.weight", entry.get("weight", 1.0))
+
+
+def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[str, Term]:
+    """The terms that `objectives` names: `use` is a function of the states, or a class whose instances are terms.
+
+    Args:
+        entries: as `check_entries` takes them. Keys other than `use` and `weight` are arguments of the function or class.
+        taken: names of terms that exist already; an entry with such a name gets its number as a suffix.
+
+    Raises:
+        ValueError: an entry that cannot be imported, is no objective, or does not take its arguments.
+    """
+    terms: dict[str, Term] = {}
+    for number, entry in enumerate(entries):
+        weight = entry.get("weight", 1.0)
+        found = _objective(f"objectives[{number}]", {k: v for k, v in entry.items() if k != "weight"})
+        name = term_name(entry["use"])
+        if name in taken or name in terms:
+            name = f"{name}_{number}"
+        if is_on(weight):
+            terms[name] = Term(found, weight)
+    return terms
+
+
+def given_terms(terms: Any, taken: set[str]) -> dict[str, Term]:
+    """The terms that Python code gives as objects, without those of weight 0.
+
+    Raises:
+        ValueError: no mapping of names to `Term`, a name that is taken, or a term that cannot be.
+    """
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"objectives: {type(terms).__name__} is not a mapping of names to Term(objective, weight)")
+    for name, term in terms.items():
+        if name in taken:
+            raise ValueError(f"objectives: the name {name!r} is taken by a term of the settings; choose another")
+        if not isinstance(term, Term):
+            raise ValueError(f"objectives: {name}: {term!r} is no term; write Term(objective, weight=1.0)")
+        check_weight(f"objectives: {name}: weight", term.weight)
+        if term.fade not in get_args(Fade):
+            raise ValueError(f"objectives: {name}: fade: {term.fade!r} is not one of {', '.join(get_args(Fade))}")
+        if isinstance(term.objective, type) or not isinstance(term.objective, LayerTerm | HeadTerm | PolicyTerm):
+            raise ValueError(
+                f"objectives: {name}: {term.objective!r} is no objective; it needs to be an object with {_METHODS}, or "
+                "LayerError(function) of (student, teacher) states"
+            )
+    return {name: term for name, term in terms.items() if is_on(term.weight)}
+
+
+def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None:
+    """Refuse settings that do not go with the terms of the loss, shipped ones and the user's.
+
+    Args:
+        terms: of the run.
+        config: the settings.
+        graded: whether a task grades the rollouts.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    if not terms:
+        raise ValueError(
+            "representation_weight: 0 leaves nothing to learn from; set output_space, policy_gradient_weight or objectives"
+        )
+    policies = [_label(name) for name, term in terms.items() if isinstance(term.objective, PolicyTerm)]
+    if config.crossfade_steps is not None and not {"in", "out"} <= {term.fade for term in terms.values()}:
+        raise ValueError(
+            "crossfade_steps: it goes over from representation_weight to output_space, and one of the two is off"
+        )
+    if config.num_iterations > 1 and not policies:
+        raise ValueError(
+            f"num_iterations: {config.num_iterations} is for GRPO (policy_gradient_weight); the distillation losses are "
+            "on-policy and take new rollouts each step"
+        )
+    if config.output_positions != "all" and not any(isinstance(term.objective, HeadTerm) for term in terms.values()):
+        raise ValueError(f"output_positions: {config.output_positions!r} has no effect without output_space; remove it")
+    if policies and config.num_generations < 2:
+        raise ValueError(
+            f"num_generations: {config.num_generations} is not allowed with {policies[0]}: a rollout's advantage is over the mean "
+            "of its prompt's rollouts; at least 2"
+        )
+    if policies and not graded:
+        raise ValueError(f"task: {policies[0]} needs one, to grade the rollouts that it rewards")
+    _check_fresh(terms, config)
+
+
+def term_name(use: str) -> str:
+    """Name of a term in the log: the attribute of `module:attribute`, in lower case."""
+    return use.rpartition(":")[2].lower()
+
+
+def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:
+    """Refuse other rollouts than the student's of the same step where a term needs these."""
+    for name, term in terms.items():
+        if not getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)):
+            continue
+        if config.lmbda < 1:
+            raise ValueError(
+                f"lmbda: {config.lmbda} is not allowed with {_label(name)}, whose gradient is an expectation over the student's "
+                "own tokens (on_policy_only); set it to 1"
+            )
+        if config.overlap_rollouts:
+            raise ValueError(
+                f"overlap_rollouts: not with {_label(name)}, whose gradient is an expectation over tokens that the student of the "
+                "same step has drawn (on_policy_only); set it to false"
+            )
+
+
+def _objective(key: str, entry: Mapping[str, Any]) -> Objective:
+    use = entry["use"]
+    found: Any
+    found, arguments = resolve_with_arguments(key, entry, {})
+    is_term = not isinstance(found, type) and isinstance(found, LayerTerm | HeadTerm | PolicyTerm)
+    if is_term and arguments:
+        raise ValueError(f"{key}: {use!r} is an object and takes no arguments; remove {', '.join(arguments)}")
+    if is_term:
+        return found
+    if not callable(found):
+        raise ValueError(
+            f"{key}: {use!r} is a {type(found).__name__} and no objective: it needs {_METHODS}, or to be a function of (student, "
+            "teacher) states"
+        )
+    states = () if isinstance(found, type) else (None, None)
+    if problem := arguments_problem(found, *states, **arguments):
+        called = ", ".join([*(["student", "teacher"] if states else []), *(f"{name}=…" for name in arguments)])
+        raise ValueError(
+            f"{key}: {use!r} cannot be called with ({called}): {problem}. Keys other than use and weight are its arguments"
+        )
+    if not isinstance(found, type):
+        return LayerError(partial(found, **arguments) if arguments else found)
+    made = found(**arguments)
+    if not isinstance(made, LayerTerm | HeadTerm | PolicyTerm):
+        raise ValueError(f"{key}: {use!r} makes a {type(made).__name__}, which is no objective: it needs {_METHODS}")
+    return made
+
+
+def _label(name: str) -> str:
+    """The setting that turns a term on."""
+    shipped = {"representation": "representation_weight", "policy_gradient": "policy_gradient_weight"}
+    return name if name == "output_space" else shipped.get(name, f"objectives: {name}")
