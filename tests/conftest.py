@@ -33,9 +33,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-if (
-    not torch.accelerator.is_available()
-):  # torch keeps each seed, with a stack trace, for the day when there is a device
+if not torch.accelerator.is_available():  # else torch keeps each seed, with a stack trace, until there is a device
     torch.cuda.random._lazy_call = torch.xpu.random._lazy_call = torch.mtia._lazy_call = lambda *_, **__: None
 settings.register_profile(
     "oprd",
