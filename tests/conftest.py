@@ -17,13 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before the hook: what is first imported while it loads a module of oprd is compiled anew, because no .pyc is found for it.
 import accelerate
 import datasets
+import jaxtyping
 import peft
 import transformers.trainer
-from jaxtyping import install_import_hook
 
 import oprd.cli  # first, and so unchecked: typer passes another Context class than the one it has users annotate
+import typechecker
 
-install_import_hook("oprd", "typechecker.check")
+jaxtyping.jaxtyped = typechecker.jaxtyped
+jaxtyping.install_import_hook("oprd", "typechecker.check")
 
 import numpy as np
 import pytest
@@ -31,9 +33,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-if (
-    not torch.accelerator.is_available()
-):  # torch keeps each seed, with a stack trace, for the day when there is a device
+if not torch.accelerator.is_available():  # else torch keeps each seed, with a stack trace, until there is a device
     torch.cuda.random._lazy_call = torch.xpu.random._lazy_call = torch.mtia._lazy_call = lambda *_, **__: None
 settings.register_profile(
     "oprd",

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oprd.runs.folder import RunFolder
-
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
@@ -178,9 +176,21 @@ def test_teachers_that_cannot_be_compared_are_refused(oprd, recipe, tmp_path):
         assert "OPRD-Bridge" in result.stderr
 
 
-def test_a_folder_in_use_is_refused(recipe, tmp_path):
-    with RunFolder(tmp_path / "run").hold():
-        result = in_a_process("train", "--config", recipe())
+HOLD = """
+import sys
+from oprd.runs.folder import RunFolder
+with RunFolder(sys.argv[1]).hold():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_is_refused(oprd, recipe, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as other:  # until its input ends
+        assert other.stdout.readline() == "held\n"
+        result = oprd("train", "--config", recipe())
     assert result.returncode == 1
     assert f"output_dir: {tmp_path / 'run'} is in use by another run" in result.stderr
 
@@ -227,7 +237,7 @@ def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     assert Path(tmp_path / "demo" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("pair", ["wider", "other-tokenizer"])
+@pytest.mark.parametrize("pair", [pytest.param("wider", marks=pytest.mark.further), "other-tokenizer"])
 def test_the_demo_of_another_teacher_goes_through_a_bridge(oprd, tmp_path, pair):
     arguments = ("demo", "--pair", pair, "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
     result = oprd(*arguments)

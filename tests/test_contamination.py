@@ -286,7 +286,11 @@ def dapo() -> list[PromptRow]:
 @needs_data
 @pytest.mark.parametrize(
     ("benchmark", "least", "most"),
-    [("AIMO", 50, 53), ("MATH-500", 20, 30), ("AIME25", 0, 0)],
+    [
+        ("AIMO", 50, 53),
+        pytest.param("MATH-500", 20, 30, marks=pytest.mark.further),
+        pytest.param("AIME25", 0, 0, marks=pytest.mark.further),
+    ],
 )
 def test_real_benchmarks_against_dapo(dapo, benchmark, least, most):
     overlap = find_overlap(dapo, load_prompts(str(DATA / f"{benchmark}.parquet")))

@@ -235,7 +235,9 @@ def test_bf16_keeps_float32_weights_and_nearly_the_loss(tmp_path):
     assert moved(*results) < 3 * 2e-3
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(name, marks=pytest.mark.further) for name in ("gemma3_text", "gpt2"))]
+)
 def test_activation_checkpointing_changes_nothing(tmp_path, family):
     settings = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1} if family == "gpt2" else {}
     results = []
