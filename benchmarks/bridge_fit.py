@@ -1,21 +1,21 @@
-"""What a bridge costs and how good it is: the closed form against the published way, 20 epochs of AdamW.
+"""Cost and quality of a bridge: the closed form against the published training, 20 epochs of AdamW.
 
     python benchmarks/bridge_fit.py [--json FILE] [--quick] [--model FOLDER] [--teacher FOLDER]
 
-Three pairs of different depth, two of them of different width too. SmolLM2-135M (its worked variant,
+Three pairs of different depth; two also differ in width. SmolLM2-135M (its worked variant,
 `scripts/build_smollm2_teacher.py`) teaches SmolLM2-135M-Instruct without every third block, and one without every second block and
-384 wide (its residual stream in its principal axes, the last ones cut off); the embedded wider teacher teaches the embedded
-student. Text: responses that SmolLM2-135M-Instruct, or the embedded student, samples to generated problems; a fifth is held out.
+384 wide (the first principal axes of its residual stream); the embedded wider teacher teaches the embedded student. Text:
+responses of SmolLM2-135M-Instruct, or of the embedded student, to generated problems; a fifth is held out.
 
 Measure, for a few pairs of layers: CPU seconds on one thread (median of alternating runs) and, on held-out tokens at every rank r,
-the squared error of the first r directions as a share of their variance. Both ways read the same tokens and predict the same
-directions. In AdamW's favour: one training serves all ranks; it starts with the directions known (the closed form's seconds include
-finding them); its tokens are shuffled; every rank takes the learning rate that is best for it on the held-out tokens. The closed
-form has one setting, the ridge: its default, and for each rank the best one on the held-out tokens, chosen as the learning rate is
-(a bridge has one ridge for all ranks). The search for either is not in the times.
-Four times are compared: of the fit alone, with the states at hand; with the forward passes, one for the closed form and one an
-epoch for AdamW, as published; with one more pass of the teacher for AdamW, which needs the directions before its first step; and
-the last for all layers of the student. Passes are timed once and multiplied: AdamW's times with passes are computed, not run.
+the squared error of the first r directions as a share of their variance. Both methods read the same tokens and predict the
+same directions. In AdamW's favour: one training serves all ranks; it gets the directions (the closed form's seconds include finding
+them); its tokens are shuffled; every rank takes its best learning rate on the held-out tokens. The closed form has one setting, the
+ridge: its default, and for each rank the best one on the held-out tokens (a bridge has one ridge for all ranks). The times do not
+include either search.
+Four times are compared: the fit alone, with given states; with the forward passes, one for the closed form and one per epoch for
+AdamW, as published; with one more pass of the teacher for AdamW, which needs the directions before its first step; and the last
+for all layers of the student. Passes are timed once and multiplied: AdamW's times with passes are computed, not measured.
 """
 
 from __future__ import annotations
@@ -56,13 +56,11 @@ from oprd.types import Rollouts
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS, STEP_TOKENS, BLOCK = 20, 512, 2048
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of 1e-4 and 3e-4, tried too, neither was best at any rank
-TOLERANCE = (
-    1e-2  # share of AdamW's error, up to which the closed form's counts as no worse; `ranks_worse` has no tolerance
-)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # 1e-4 and 3e-4 were best at no rank
+TOLERANCE = 1e-2  # the closed form is "no worse" within this share of AdamW's error; `ranks_worse` has no tolerance
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CLOSED_FORMS = ("default_ridge", "best_ridge")
-SHARE = 1 / 20  # of AdamW's time, that the closed form may take
+SHARE = 1 / 20  # the closed form may take this share of AdamW's time
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def without_blocks(model: PreTrainedModel, every: int) -> PreTrainedModel:
 def narrowed(model: PreTrainedModel, width: int, rollouts: Rollouts) -> PreTrainedModel:
     """A Llama model on the first `width` principal axes of its residual stream, below the head (which is left random).
 
-    The norms' weights go into the matrices that read them, so that only the cut changes what the backbone computes. The final norm
-    has no reader here: its weight is dropped, and the last state is the normed one in the new axes.
+    The norms' weights go into the matrices that read them, so that only the cut changes the backbone's output. The final norm's
+    weight is dropped, since no matrix reads it; the last state is the normed one in the new axes.
     """
     moment_DD = torch.zeros(hidden_size(model), hidden_size(model), dtype=torch.float64)
     for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
@@ -145,7 +143,7 @@ def read(model: PreTrainedModel, rollouts: Rollouts, layers: Sequence[int]) -> t
 
 
 def gathered(tokens: Tokens) -> PairStatistics:
-    """Statistics of `tokens`, handed over by blocks as a forward pass would."""
+    """Statistics of `tokens`, updated block by block as in a forward pass."""
     made = PairStatistics(tokens.student_ND.shape[1], tokens.teacher_NE.shape[1])
     for student_nD, teacher_nE in zip(tokens.student_ND.split(BLOCK), tokens.teacher_NE.split(BLOCK), strict=True):
         made.update(student_nD, teacher_nE)
@@ -161,9 +159,9 @@ def rank_errors(fit: PairFit, held_out: PairStatistics) -> Tensor:
 def compare(
     fit_on: Tokens, held_out: Tokens, *, rates: Sequence[float] = RATES, epochs: int = EPOCHS
 ) -> dict[str, Any]:
-    """Both ways on one pair of layers: seconds of each run, and held-out errors by rank.
+    """Both methods on one pair of layers: seconds of each run, and held-out errors by rank.
 
-    One run of the closed form before each training, so that a machine that slows down slows both.
+    The closed form runs before each training, so that a slower machine slows both.
     """
     judged_by = gathered(held_out)
     order = torch.randperm(len(fit_on.student_ND), generator=torch.Generator().manual_seed(0))
@@ -204,7 +202,7 @@ def compare(
 
 
 def compare_pairs(pairs: Sequence[Pair], rates: Sequence[float]) -> list[dict[str, Any]]:
-    """Both ways on some layers of pairs that share the teacher and the text, which it reads once for all of them."""
+    """Both methods on some layers of pairs with the same teacher and text, which the teacher reads once."""
     rollouts, teacher = pairs[0].rollouts, pairs[0].teacher
     held = [index for index in range(len(rollouts)) if index % 5 == 0]
     parts = [rollouts.select([index for index in range(len(rollouts)) if index not in held]), rollouts.select(held)]
@@ -239,13 +237,13 @@ def compare_pairs(pairs: Sequence[Pair], rates: Sequence[float]) -> list[dict[st
 def times(
     student: float, teacher: float, layers: Sequence[Mapping[str, Sequence[float]]], student_layers: int
 ) -> dict[str, Any]:
-    """Seconds of both ways for all compared layers together, and how many times the closed form's AdamW's are.
+    """Seconds of both methods for all compared layers together, and their ratio (AdamW / closed form).
 
     Args:
-        student: seconds of one forward pass over the tokens to fit on.
-        teacher: likewise.
+        student: seconds of the student's forward pass over the tokens to fit on.
+        teacher: seconds of the teacher's.
         layers: of each pair of layers, the seconds of each run of "statistics", "solve" and "adamw".
-        student_layers: how many the student has; the last time takes them all to cost what the compared ones do on average.
+        student_layers: the student's number of layers; the last time assumes for each the mean cost of the compared ones.
     """
     runs = {
         "closed_form": [sum(run) for run in zip(*(s[k] for s in layers for k in ("statistics", "solve")), strict=True)],
@@ -305,7 +303,7 @@ def embedded_pair(count: int) -> Pair:
 
 
 def smollm2_pairs(arguments: argparse.Namespace, seconds: dict[str, float]) -> list[Pair]:
-    """The pairs of SmolLM2; `seconds` takes those of the sampling."""
+    """The pairs of SmolLM2; writes the seconds of sampling into `seconds`."""
     model, teacher = (
         load_model(name, dtype=torch.float32).eval().requires_grad_(False)
         for name in (arguments.model, arguments.teacher)
@@ -329,7 +327,7 @@ def smollm2_pairs(arguments: argparse.Namespace, seconds: dict[str, float]) -> l
 
 
 def machine() -> dict[str, Any]:
-    """What ran this, and how busy it was at the start."""
+    """The machine, and its load at the start."""
     info = Path("/proc/cpuinfo")
     named = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -387,7 +385,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Compare both ways on all pairs, print the tables and say what holds."""
+    """Compare both methods on all pairs; print the tables and the conclusions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--quick", action="store_true", help="under 2 minutes, too few tokens for the errors")

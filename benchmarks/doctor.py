@@ -1,13 +1,13 @@
-"""`oprd doctor` against measurement: predicted and measured memory of real training steps, one process a configuration.
+"""`oprd doctor` against measurement: predicted and measured memory of training steps, one process per configuration.
 
     python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and tables of docs/scale.md (Linux)
     python benchmarks/doctor.py --cuda         # the same on a GPU, bfloat16, a model of 0.5B; benchmarks/doctor_cuda.json
     python benchmarks/doctor.py --document     # writes the tables of docs/scale.md from the committed measurements and the model
 
-Each process builds two random models and an `OPRDTrainer`, puts fixed rollouts in the place of sampled ones, and takes two steps.
-Measured are, in the last step: resident memory before it, beyond that of before the models were built (weights, moments), and the
-peak (Linux `VmHWM`, reset just before) during teacher forward, student forward and backward. One thread, float32, CPU. On a GPU it
-is what PyTorch's allocator has handed out, all configurations in one process.
+Each process builds two random models and an `OPRDTrainer`, replaces sampled rollouts by fixed ones, and takes two steps. In the
+last step it measures resident memory before the step, minus that before the models were built (weights, moments), and the peak
+(Linux `VmHWM`, reset just before) during teacher forward, student forward and backward. One thread, float32, CPU. On a GPU it
+measures the memory allocated by PyTorch, with all configurations in one process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIB = 2**20
 ON_GPU = "GPU: "  # before a configuration's name
 _TINY_MODEL = {"family": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
                "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
-# name → what differs: of the model, and of the run
+# name → changes to the model and to the run
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 layers, all matched": ({}, {}),
     "only the last layer matched": ({}, {"layers": "last"}),
@@ -94,7 +94,7 @@ _RUN = {"bf16": False, "rollouts": 4, "prompt": 1, "completion": 256, "micro_bat
 
 
 def settings_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model and run of a configuration, whole."""
+    """All settings of a configuration: model and run."""
     if name.startswith(ON_GPU):
         return {**_GPU_MODEL}, {**_RUN, **_GPU_RUN, **CUDA_CONFIGURATIONS[name.removeprefix(ON_GPU)]}
     model, run = CONFIGURATIONS[name]
@@ -102,7 +102,7 @@ def settings_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def workload(name: str) -> Any:
-    """The configuration as `oprd doctor` sees it."""
+    """The configuration as `oprd doctor` describes it."""
     from dataclasses import replace
 
     from transformers import AutoConfig
@@ -138,7 +138,7 @@ def workload(name: str) -> Any:
 
 
 def predicted(name: str) -> dict[str, float]:
-    """Bytes: what is held between steps, and the most in the teacher's and the update's phase; milliseconds of both on an H200."""
+    """Predicted bytes: held between steps, peaks of the teacher's and the update's phase; milliseconds of both on an H200."""
     from oprd.tools.doctor.memory import predict_memory
     from oprd.tools.doctor.time import Device, predict_seconds
 
@@ -150,7 +150,7 @@ def predicted(name: str) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, int]:
-    """The same of a real trainer, in this process."""
+    """The same, measured on a trainer in this process."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -226,7 +226,7 @@ def measure(name: str) -> dict[str, int]:
                  "eos_token_id": 2}  # fmt: skip
         base, whole, rollouts = 0, rollouts, Rollouts([[5]] * count, [[7] * 8] * count, ["length"] * count, [""] * count,
                                                        list(range(count)))  # fmt: skip
-        trainer(f"{folder}/small", small).train()  # what is loaded at first use is not the run's
+        trainer(f"{folder}/small", small).train()  # loads what is loaded at first use, which the measurement excludes
         import gc
 
         gc.collect()
@@ -239,7 +239,7 @@ def measure(name: str) -> dict[str, int]:
 
 
 def in_a_process(name: str) -> dict[str, int]:
-    """`measure` in a process of its own, whose freed blocks go back to the system at once."""
+    """`measure` in a separate process that returns freed blocks to the system at once."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -277,7 +277,7 @@ def main() -> None:
 
 
 def measure_all(only: str | None, jobs: int) -> None:
-    """Measure every configuration, or those with `only` in their name, and print both figures; a whole pass is kept."""
+    """Measure every configuration, or those with `only` in their name; print both figures; save them if all were measured."""
     from concurrent.futures import ThreadPoolExecutor
 
     from oprd.tools.bench.update import machine
@@ -295,7 +295,7 @@ def measure_all(only: str | None, jobs: int) -> None:
 
 
 def measure_on_gpu(only: str | None) -> None:
-    """Measure the GPU's configurations, one after the other in this process, and print both figures; a whole pass is kept."""
+    """The same for the GPU's configurations, one after the other in this process."""
     import gc
 
     import torch

@@ -2,9 +2,9 @@
 
     python benchmarks/head_pass.py [--json FILE] [--rounds N] [--tokens N]
 
-Each way runs in fresh processes, one thread, alternating over rounds. Time: CPU seconds of the process for loss and backward
-(little moved by other processes). Memory: peak resident memory during it (Linux `VmHWM`, reset just before) minus that before,
-the gradient of the weight itself (`gradient_mib`) included. The embedding's use of the same weight is part of it.
+Each variant runs in fresh processes with one thread, alternating over rounds. Time: CPU seconds of the process for loss and
+backward, which other processes hardly change. Memory: peak resident memory (Linux `VmHWM`, reset just before) minus that before,
+including the gradient of the weight (`gradient_mib`). The embedding uses the same weight.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure(way: str, tokens: int) -> dict[str, float]:
 
 
 def in_a_process(way: str, tokens: int) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",
     }  # fmt: skip
@@ -68,7 +68,7 @@ def in_a_process(way: str, tokens: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every way and print a table."""
+    """Measure every variant and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,13 +1,13 @@
-"""What an update by each objective costs in memory and time beside a representation-only one, at |V| = 152k.
+"""Memory and time of an update by each objective, relative to a representation-only one, at |V| = 152k.
 
     python benchmarks/output_space_memory.py [--json FILE] [--repeats N] [--ways WAY …]
 
-Measure: each case runs in a fresh process; its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
+Each case runs in a fresh process. Measured is its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
 the resident memory before it. Student and teacher differ in padded vocabulary (151,936 and 152,064), as Qwen's do.
 Ways: "representation" is the all-layer loss of OPRD, no head; the names of `OUTPUT_SPACE` and "policy_gradient" (GRPO, no teacher)
-go through `oprd.models.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" makes both
-logits and lets autograd do the rest (`torch.nn.functional.kl_div`). In these the (tied) embedding is frozen.
-"reverse_kl_trained" trains it: its gradient has the weight's size in any method and is reported apart (`head_gradient_mib`).
+go through `oprd.models.lm_head`, by chunks; "composite" is representation and reverse_kl in one forward; "dense" computes
+both logits and uses autograd (`torch.nn.functional.kl_div`). In all of these the (tied) embedding is frozen.
+"reverse_kl_trained" trains it: its gradient has the weight's size in any method and is reported separately (`head_gradient_mib`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPE = {
 
 
 def dense_loss(student, teacher, student_ND, teacher_ND):
-    """Reverse KL a position with both logits whole."""
+    """Reverse KL per position from both full logits."""
     import torch
 
     with torch.no_grad():
@@ -47,7 +47,7 @@ def dense_loss(student, teacher, student_ND, teacher_ND):
 
 
 def update(way, student, teacher, rollouts) -> float:
-    """Both forward passes, the loss, and the way back."""
+    """Both forward passes, the loss, and the backward pass."""
     import torch
 
     from oprd import capture_states, position_weights, representation_loss
@@ -82,7 +82,7 @@ def update(way, student, teacher, rollouts) -> float:
 
 
 def measure(way: str) -> dict[str, float]:
-    """One update in this process: MiB of peak memory beyond what was there before."""
+    """One update in this process: MiB of peak memory above the memory before it."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -104,7 +104,7 @@ def measure(way: str) -> dict[str, float]:
     )  # fmt: skip
 
     before = memory_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current use
     start = time.perf_counter()
     loss = update(way, student, teacher, rollouts)
     seconds, peak = time.perf_counter() - start, memory_kib("VmHWM")
@@ -118,7 +118,7 @@ def measure(way: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run every case in processes of their own and print what each needs beside the representation-only update."""
+    """Run every case in separate processes and print what each needs relative to the representation-only update."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--repeats", type=int, default=1)
@@ -128,7 +128,7 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(measure(arguments.case)))
         return
-    # Large blocks go back to the system when freed, so that resident memory follows what is alive.
+    # Freed large blocks go back to the system, so that resident memory is what is in use.
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -1,4 +1,4 @@
-"""Resident memory of this process, for benchmarks that run each case in a process of its own (Linux)."""
+"""Resident memory of this process, for benchmarks that run each case in a separate process (Linux)."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     python benchmarks/vocabulary_memory.py [--json FILE]
 
-Measure: each case runs in a fresh process; its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
+Each case runs in a fresh process. Measured is its peak resident memory during one update (Linux `VmHWM`, reset just before) minus
 the resident memory before it. The (tied) embedding is frozen: its gradient has the vocabulary's size in any method that trains it,
-and would hide what the loss itself needs.
-Ways: "oprd" reads states through the backbone alone; "full_forward" runs the causal LM with every hidden state kept and throws
-the logits away, as published code does.
+and would hide the memory of the loss.
+Ways: "oprd" reads states through the backbone alone; "full_forward" runs the causal LM, keeps every hidden state and
+discards the logits, as published code does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPE = {
 
 
 def measure(way: str, vocabulary: int) -> dict[str, float]:
-    """One update in this process: MiB of peak memory beyond what was there before."""
+    """One update in this process: MiB of peak memory above the memory before it."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -67,14 +67,14 @@ def measure(way: str, vocabulary: int) -> dict[str, float]:
         return loss.item()
 
     before = memory_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present use
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current use
     loss = update()
     peak = memory_kib("VmHWM")
     return {"loss": loss, "mib": (peak - before) / 1024}
 
 
 def main() -> None:
-    """Run every case in processes of their own and print the ratios."""
+    """Run every case in separate processes and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--repeats", type=int, default=3)
@@ -83,7 +83,7 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(measure(arguments.case[0], int(arguments.case[1]))))
         return
-    # Large blocks go back to the system when freed, so that resident memory follows what is alive.
+    # Freed large blocks go back to the system, so that resident memory is what is in use.
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

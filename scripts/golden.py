@@ -1,26 +1,26 @@
-"""Proof that behaviour does not change: run many small cases on two trees and compare everything that they leave.
+"""Proof that behaviour does not change: run many small cases on two trees and compare all files and outputs.
 
     python scripts/golden.py --against ba0724e                  # a revision against this working tree
     python scripts/golden.py --against ba0724e --only 'output_*' --only resume
     python scripts/golden.py --list
     python scripts/golden.py --write digests.json               # only digest this tree
 
-The revision is checked out in `runs/golden/<rev>/tree`, and its digests are kept in `runs/golden/<rev>/digests.json`, for as
-long as torch, transformers, Python, the processor and the case itself stay the same. `--tree FOLDER` takes another tree than
-the one of this script; the revision's own tree there must give no difference.
+The revision is checked out in `runs/golden/<rev>/tree`. Its digests are kept in `runs/golden/<rev>/digests.json` and used again
+while torch, transformers, Python, the processor and the case are the same. `--tree FOLDER` compares another tree than that of
+this script; the revision's own tree must give no difference.
 
-A case uses the command line and the names of `oprd/__init__.py`, nothing else of oprd. Each command is a process of its own:
-a fork of a server that has imported torch, transformers and other libraries (never oprd), with the tree's `src` first on
-PYTHONPATH, the tree as its working folder and one thread. It writes to `runs/golden/work/<case>` of that tree.
+A case uses only the command line and the names of `oprd/__init__.py`. Each command is a separate process: a fork of a server
+that has imported torch, transformers and other libraries (never oprd), with the tree's `src` first on PYTHONPATH, the tree as
+its working folder, and one thread. It writes to `runs/golden/work/<case>` of that tree.
 
-What is left out of the comparison, because two runs of one tree differ in it or because a tree's place is in it:
+The comparison leaves out what differs between two runs of one tree, and paths of the tree:
 
-- what a clock says: keys `time/…`, `seconds…`, `…_runtime`, `…_per_second`, shares of a step's time, ETA, times in text
-  (cases with `keep_times` write fixed times into the runs first and then compare all that is made of them);
+- times: keys `time/…`, `seconds…`, `…_runtime`, `…_per_second`, shares of a step's time, ETA, times in text
+  (cases with `keep_times` first write fixed times into the runs, and then compare all results);
 - step lines between the first and the last of a run, which are printed every five seconds;
-- digests inside `manifest.json` of the trainer: it is checked that they are those of the files, which are compared themselves;
-- `curves.png` of a run, which draws seconds, and the table that `oprd compare` prints before times are fixed;
-- the tree's path, the place of the assets and of the virtual environment, lines of source in warnings, ports, process ids.
+- digests inside `manifest.json` of the trainer: they must match the files, which are compared themselves;
+- `curves.png` of a run, which shows seconds, and the table that `oprd compare` prints before times are fixed;
+- the tree's path, the paths of the assets and of the virtual environment, lines of source in warnings, ports, process ids.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ Digest = dict[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """One command line: `oprd WORDS`, where `{w}` is the case's folder; with `script`, a Python file of that folder instead.
+    """One command: `oprd WORDS`, where `{w}` is the case's folder; with `script`, a Python file of that folder instead.
 
     Args:
-        words: of the command line.
-        name: of its output among the digests; by default its place.
+        words: words of the command line.
+        name: name of its output among the digests; by default its number.
         columns: width of the terminal.
-        ranks: processes that run it together, over gloo.
-        script: file to run, in place of the command line.
+        ranks: number of processes that run it together, over gloo.
+        script: file to run in place of the command line.
     """
 
     words: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Do:
-    """Something that the script itself does in a case's folder: `function(folder, *arguments)`."""
+    """A step without a command: `function(folder, *arguments)`."""
 
     function: Callable[..., None]
     arguments: tuple[Any, ...] = ()
@@ -94,14 +94,14 @@ class Do:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run, one after the other. All files of the case's folder are digested.
+    """Steps that run one after the other. All files of the case's folder are digested.
 
     Args:
-        name: of the case.
-        steps: commands, and what the script does between them.
-        skip: patterns of files of which only the name is compared.
-        keep_times: times are compared too, since the case fixes them.
-        pictures: matplotlib draws; elsewhere it saves empty files, which halves the time of a small run.
+        name: name of the case.
+        steps: commands, and functions between them.
+        skip: patterns of files whose names alone are compared.
+        keep_times: compare times too, since the case fixes them.
+        pictures: let matplotlib draw; otherwise it saves empty files, which halves the time of a small run.
     """
 
     name: str
@@ -239,7 +239,7 @@ def fix_times(folder: Path) -> None:
 
 
 def objectives() -> Iterator[Case]:
-    """Every loss, and how losses are weighed and summed."""
+    """Cases of every loss, and of weights and sums of losses."""
     kinds: dict[str, dict[str, Any]] = {
         "reverse_kl": {}, "forward_kl": {}, "jsd": {"output_beta": 0.3}, "cross_entropy": {"lmbda": 0},
         "top_k": {"output_top_k": 4}, "top_k_forward_kl": {"output_top_k": 4}, "tail_sampled": {"output_top_k": 4},
@@ -274,7 +274,7 @@ def objectives() -> Iterator[Case]:
 
 
 def representation() -> Iterator[Case]:
-    """The representation term and the way a step is cut into parts."""
+    """Cases of the representation term and of micro-batches."""
     yield Case(
         "evaluated",
         (train(**EVALUATED, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_steps=2),),
@@ -318,7 +318,7 @@ MESSAGES = "".join(
 
 
 def ways() -> Iterator[Case]:
-    """Who learns, who teaches, who writes, and when."""
+    """Cases of students, teachers, writers of rollouts, and overlap."""
     yield Case("lora", (train(lora={**LORA, "lora_dropout": 0.1}, output_space="reverse_kl", learning_rate=0.01),))
     chat = (Do(add_template, ("tiny/student", "student")), Do(write, ("rows.jsonl", MESSAGES)))
     own = {"model": "{w}/student", "train_dataset": "{w}/rows.jsonl", "train_limit": None}
@@ -375,7 +375,7 @@ def resumed(name: str, stops: Sequence[int], before: tuple[Run | Do, ...] = (), 
 
 
 def resuming() -> Iterator[Case]:
-    """Runs that are stopped and go on."""
+    """Cases of runs that stop and resume."""
     dropout = (Do(with_dropout, ("student",)),)
     often = {"save_steps": 1, "num_generations": 2}
     accumulated = {"model": "{w}/student", "gradient_accumulation_steps": 2, "train_limit": 7, **often}
@@ -394,7 +394,7 @@ def resuming() -> Iterator[Case]:
 
 
 def bridges() -> Iterator[Case]:
-    """Teachers of another shape and tokenizer."""
+    """Cases of teachers of another shape and tokenizer."""
     through = {"bridge": "{w}/bridge", "learning_rate": 0.001}
     for name, teacher in (("wider", WIDER), ("other_tokenizer", OTHER)):
         of = {**through, "teacher_model": teacher}
@@ -448,7 +448,7 @@ ADDITION = ("generated:addition", "--task", "addition", "--limit", "5", "--k", "
 
 
 def verbs() -> Iterator[Case]:
-    """The other verbs of the command line."""
+    """Cases of the other verbs of the command line."""
     comparison = ("compare", "--config", "{w}/comparison.yaml")
     yield Case("compare", (
         Do(write, ("comparison.yaml", COMPARISON)), Run(comparison, name="compare"), Do(fix_times),
@@ -482,7 +482,7 @@ def verbs() -> Iterator[Case]:
 
 
 def plans() -> Iterator[Case]:
-    """What needs no model: plans, estimates, help."""
+    """Cases without a model: plans, estimates, help."""
     dry = ("--dry-run",)
     shipped = [
         Run(("train", "--config", name, *dry), name=name)
@@ -516,7 +516,7 @@ def plans() -> Iterator[Case]:
 
 
 def errors() -> Iterator[Case]:
-    """Wrong input: exit code and message."""
+    """Cases of wrong input: exit code and message."""
     bad: dict[str, dict[str, Any]] = {
         "unknown-key": {"learning_rte": 1}, "value": {"learning_rate": "fast"}, "range": {"eval_num_generations": 0},
         "no-effect": {"do_train": True}, "layer": {"layers": [9]}, "layer-name": {"layers": "middle"},
@@ -811,7 +811,7 @@ def preload() -> None:
 
 
 def wait(children: dict[int, int]) -> list[int]:
-    """Exit codes of forked processes, in order; those that take too long are ended."""
+    """Exit codes of forked processes, in order; ends those that take too long."""
     codes, deadline = [0] * len(children), time.monotonic() + SECONDS
     left = set(children)
     while left:
@@ -870,7 +870,7 @@ def draw_nothing() -> None:
 
 
 class Server:
-    """The server of a tree, as its user sees it."""
+    """The server of a tree, as a client uses it."""
 
     def __init__(self, tree: Path) -> None:
         environment = {
@@ -886,7 +886,7 @@ class Server:
         self.ask(None)
 
     def ask(self, job: list[dict[str, Any]] | None) -> Any:
-        """Hand in a job and wait for its exit codes."""
+        """Submit a job and wait for its exit codes."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         if job is not None:
@@ -898,7 +898,7 @@ class Server:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End it, and what its commands may have left behind."""
+        """End the server and any process that its commands have left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait()
@@ -908,7 +908,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -993,7 +993,7 @@ def run_cases(
 
 
 def machine() -> dict[str, str]:
-    """What else the numbers depend on."""
+    """Versions and hardware on which the numbers depend."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy")}
@@ -1006,7 +1006,7 @@ def machine() -> dict[str, str]:
 
 
 def specification(case: Case) -> str:
-    """A digest of what a case does and of how it is digested: a kept result is of this."""
+    """A digest of a case's steps and of the code that digests them; a kept result is valid while it is the same."""
     functions: list[Callable[..., Any]] = [
         digest_folder, digest_file, digest_text, digest_manifest, digest_tensors, flatten, without_times, without_places,
         copy_model, asset, start, work, preload, draw_nothing,
@@ -1021,7 +1021,7 @@ def specification(case: Case) -> str:
 
 
 def digests_of(revision: str, cases: Sequence[Case], jobs: int, keep: bool) -> dict[str, Digest]:
-    """Digests of a revision: those that are kept, and the others made now and kept."""
+    """Digests of a revision; missing ones are computed and kept."""
     folder = HERE / GOLDEN / revision
     tree, file = folder / "tree", folder / "digests.json"
     if not (tree / "src").is_dir():
@@ -1054,7 +1054,7 @@ def digests_of(revision: str, cases: Sequence[Case], jobs: int, keep: bool) -> d
 
 
 def differences(old: Digest, new: Digest) -> list[str]:
-    """What differs, a line or a few each."""
+    """Lines that show each difference."""
     lines = []
     for key in sorted({*old, *new}):
         one, other = old.get(key), new.get(key)
@@ -1076,7 +1076,7 @@ def differences(old: Digest, new: Digest) -> list[str]:
 
 
 def judge(name: str, old: Digest, new: Digest, most: int) -> bool:
-    """Print whether a case is the same, or what differs."""
+    """Print whether a case is the same, or its differences."""
     found = differences(old, new)
     print(f"{name}: same ({len(new)} values)" if not found else f"{name}: {len(found)} DIFFERENCE(S)")
     for line in found[:most]:
@@ -1088,7 +1088,7 @@ def judge(name: str, old: Digest, new: Digest, most: int) -> bool:
 
 
 def chosen(patterns: Sequence[str]) -> list[Case]:
-    """The cases of these names or shell patterns; all without any."""
+    """The cases with these names or shell patterns; without patterns, all cases."""
     found = [c for c in CASES if not patterns or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if not found:
         raise SystemExit(f"golden: no case matches {', '.join(patterns)}")

@@ -2,7 +2,8 @@
 
     from oprd import OPRDConfig, OPRDTrainer
 
-The functional core, for your own loop: `capture_states`, `representation_loss`, `full_vocabulary_loss`, ….
+Functions for your own loop: `capture_states`, `representation_loss`, `full_vocabulary_loss`, …. Start reading at
+`training/trainer.py`; each package's `__init__` says what it holds.
 """
 
 from __future__ import annotations

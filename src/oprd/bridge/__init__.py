@@ -1,4 +1,4 @@
-"""OPRD-Bridge (section 3): closed-form projections that make states of differently built models comparable.
+"""OPRD-Bridge (section 3): closed-form projections that make hidden states of two different models comparable.
 
 May be imported by config and every later package.
 Start reading at `bridge.py`; `fit.py` has the mathematics.

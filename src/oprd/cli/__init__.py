@@ -1,4 +1,4 @@
-"""The command line, one file per verb. torch is imported inside the verbs, so that `oprd --help` is fast.
+"""The command line: one file per verb. They import torch when they run, so that `oprd --help` is fast.
 
 May be imported by no other package.
 Start reading at `train.py`; `main` below turns errors into one line.

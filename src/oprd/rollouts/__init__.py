@@ -1,5 +1,5 @@
-"""Samples the student's completions: the engine protocol, the engines, and sampling in the background.
+"""Rollout engines: the protocol, the engines on transformers and vLLM, and sampling during the update.
 
-`tasks` and everything after it may import this; it imports `types`, `registry`, `files`, `models` and `states`.
-Start reading in `engine.py` (the protocol), then `transformers_engine.py` (the reference); `engines.py` lists all by name.
+May be imported by tasks and every later package.
+Start reading at `engine.py` (the protocol), then `transformers_engine.py` (the reference); `engines.py` lists all by name.
 """

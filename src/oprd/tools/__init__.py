@@ -1,5 +1,5 @@
-"""Command-line tools around training: benchmarks, comparisons, diagnosis, resource estimates, reports.
+"""Command-line tools around training: evaluation, benchmarks, comparisons, diagnosis, resource estimates, reports.
 
 May be imported by cli only.
-Each subpackage is one verb; start reading at the one you need.
+Each module or subpackage is one verb; start reading at `evaluate.py`, the shortest.
 """

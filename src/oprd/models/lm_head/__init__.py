@@ -1,6 +1,7 @@
 """Next-token distributions from hidden states, without the `[tokens, |V|]` matrix of logits.
 
-Imports nothing of oprd but `models` and what is below it. Start with `head` (`LMHead`), then `vocabulary`; `chunked` is the engine.
+May be imported by states and every later package.
+Start reading at `head.py` (`LMHead`), then `vocabulary.py`; `chunked.py` computes by chunks of tokens.
 """
 
 from oprd.models.lm_head.gradients import embedding_gradient_by_rows

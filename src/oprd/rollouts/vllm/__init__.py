@@ -1,5 +1,5 @@
-"""Samples with vLLM: in the training process (`engine.py`), or by a `vllm serve` process (`server.py` over `http.py`).
+"""vLLM engines: in the training process (`engine.py`), or with a `vllm serve` process (`server.py`, `http.py`).
 
-Only `rollouts/engines.py` and the benchmarks import this; vLLM itself is imported at the first use, so it need not be installed.
-Start reading in `engine.py`; `weights.py` takes the student's live weights and `weights_folder.py` writes them for a server.
+Imported by `rollouts/engines.py` and the benchmarks only; vLLM itself is imported at first use, so it need not be installed.
+Start reading at `engine.py`; `weights.py` collects the student's weights and `weights_folder.py` writes them for a server.
 """
