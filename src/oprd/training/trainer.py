@@ -107,21 +107,11 @@ class OPRDTrainer(Trainer):
         if resolved is None:
             args = args if args is not None else OPRDConfig("oprd-output")
             check_one_device(args)
-            given = GivenObjects(
-                processing_class, teacher_processing_class, peft_config, objectives, rollout_engine, task
-            )
-            resolved = resolve(
-                # A trainer evaluates the teacher only when `evaluate_teacher` is called.
-                RunConfig(
-                    args,
-                    model,
-                    teacher_model,
-                    train_dataset,
-                    eval_dataset=eval_dataset,
-                    eval_teacher=False,
-                    given=given,
-                )
-            )
+            tokenizers = processing_class, teacher_processing_class
+            given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task)
+            # A trainer evaluates the teacher only when `evaluate_teacher` is called.
+            evaluated: dict[str, Any] = {"eval_dataset": eval_dataset, "eval_teacher": False}
+            resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
         if args.fully_shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +176,10 @@ def workload_of(
     config = run.args
     student = read_shape(run.model, trust_remote_code=config.trust_remote_code)
     teacher = None
+    if isinstance(run.teacher_model, Mapping):
+        raise ValueError(
+            "teacher_model: the doctor reads sizes from a config file, and a teacher of your own has none; name a model of its size"
+        )
     if run.teacher_model is not None:
         teacher = read_shape(run.teacher_model, trust_remote_code=config.trust_remote_code)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
