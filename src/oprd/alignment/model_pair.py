@@ -221,7 +221,13 @@ class ModelPair:
         return pairs, stats
 
     def requests(
-        self, rollouts: Rollouts, pairs: PositionPairs | None, *, layers: bool, head: bool
+        self,
+        rollouts: Rollouts,
+        pairs: PositionPairs | None,
+        *,
+        layers: bool,
+        head: bool,
+        device: torch.device | str = "cpu",
     ) -> tuple[StateRequest, StateRequest]:
         """What to read of the student and of the teacher.
 
@@ -230,6 +236,7 @@ class ModelPair:
             pairs: of these rollouts, where the teacher reads its own tokens.
             layers: read the states of the compared layers.
             head: read what the LM heads read.
+            device: where the models compute.
         """
         student, teacher = request_pair(
             rollouts,
@@ -240,7 +247,9 @@ class ModelPair:
             pad_token_id=self.pad_token_id,
             head=head,
         )
-        return student, teacher if isinstance(self.teacher, HasHead) else replace(teacher, head=None)
+        if not isinstance(self.teacher, HasHead):
+            teacher = replace(teacher, head=None)
+        return student.to(device), teacher.to(device)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
         """Rollouts, positions whose states are matched, response tokens, positions whose distributions are compared."""
