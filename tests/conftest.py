@@ -54,7 +54,7 @@ GROUPS = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """The groups first, the largest first, then all other tests one by one. (xdist_group of xdist 3.8 does nothing in pytest 9.2.)"""
+    """With --dist loadscope: groups first, then the other tests one by one. xdist_group does nothing in pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
