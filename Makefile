@@ -15,10 +15,10 @@ demo: $(VENV)/.ready
 	$(BIN)/oprd demo --output-dir runs/demo
 
 test: $(VENV)/.ready-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-all: $(VENV)/.ready-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m ""
 
 # vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
 test-vllm: $(VLLM_VENV)/.ready

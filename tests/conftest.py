@@ -45,6 +45,25 @@ settings.register_profile(
 settings.load_profile("oprd")
 
 
+# Files whose tests share what is expensive to make: a process of pytest-xdist gets all tests of a group, or none.
+GROUPS = {
+    "test_distributed": "two ranks", "test_fsdp": "two ranks", "test_compare": "a server of forks", "test_grading": "a grader",
+    **{f"test_{name}": name for name in ("cross_tokenizer_training", "diagnose", "overlap", "resume")},
+}  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadscope: groups first, then the other tests one by one. xdist_group does nothing in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
 def pytest_collection_finish(session):
     """Take what is imported by now out of the garbage collector's sight: accelerate collects in every `train()`."""
     gc.collect()
