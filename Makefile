@@ -8,17 +8,25 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
+<<<<<<< HEAD
 .PHONY: demo test test-all test-vllm lint install evidence evidence-quick clean
+=======
+.PHONY: demo test test-mutants test-vllm lint install evidence evidence-quick clean
+>>>>>>> mutants
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
 	$(BIN)/oprd demo --output-dir runs/demo
 
 test: $(VENV)/.ready-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-all: $(VENV)/.ready-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m ""
+
+# One bug at a time in a copy of the code: would the tests notice? Slow, and not in CI.
+test-mutants: $(VENV)/.ready-dev
+	$(BIN)/python scripts/mutants.py
 
 # vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
 test-vllm: $(VLLM_VENV)/.ready

@@ -30,7 +30,7 @@ jaxtyping.install_import_hook("oprd", "typechecker.check")
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():  # else torch keeps each seed, with a stack trace, until there is a device
@@ -40,9 +40,30 @@ settings.register_profile(
     derandomize="CI" in os.environ,  # a run that gates a change draws the same examples each time; others explore
     deadline=None,
     max_examples=40,
+    # scripts/mutants.py wants to know that a test fails, not the smallest example with which it does.
+    phases=[Phase.explicit, Phase.generate] if "OPRD_MUTANTS" in os.environ else list(Phase),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("oprd")
+
+
+# Files whose tests share what is expensive to make: a process of pytest-xdist gets all tests of a group, or none.
+GROUPS = {
+    "test_distributed": "two ranks", "test_fsdp": "two ranks", "test_compare": "a server of forks", "test_grading": "a grader",
+    **{f"test_{name}": name for name in ("cross_tokenizer_training", "diagnose", "overlap", "resume")},
+}  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadscope: groups first, then the other tests one by one. xdist_group does nothing in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_finish(session):

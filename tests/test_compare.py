@@ -26,8 +26,6 @@ from oprd.tools.compare.report import build_report, markdown, table, write_repor
 from oprd.tools.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
 from oprd.tools.compare.runner import open_runs, run_all
 
-pytestmark = pytest.mark.xdist_group("compare")  # what its tests share is made once
-
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
     "task": "addition", "train_dataset": "generated:addition", "train_limit": 16, "eval_dataset": "generated:addition",

@@ -43,8 +43,6 @@ from oprd.types import Rollouts
 from reference import DenseObjective, read_one_by_one
 from tiny import PROMPTS, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
-pytestmark = pytest.mark.xdist_group("cross_tokenizer_training")  # what its tests share is made once
-
 ADAM = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_grad_norm": 0.2}
 OUTPUT = {"representation_weight": 0.0, "diagnostic_steps": 0}
 SHAPE = {"num_hidden_layers": 5, "hidden_size": 48}

@@ -28,8 +28,6 @@ from oprd.tools.diagnose.show import plot_report, tables
 from oprd.tools.diagnose.theory import theory_figures
 from oprd.tools.diagnose.verdict import judge
 
-pytestmark = pytest.mark.xdist_group("diagnose")  # what its tests share is made once
-
 STUDENT, TEACHER = "embedded:tiny/student", "embedded:tiny/teacher"
 ROWS = problems(12, 0, "train")
 

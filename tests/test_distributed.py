@@ -22,10 +22,7 @@ from tiny import weights, without_times
 HERE = Path(__file__).parent
 SECONDS = 300  # for both ranks together; the limits of a rank itself, in rank_process.py, are shorter and say more
 
-pytestmark = [
-    pytest.mark.timeout(2 * SECONDS),  # the first test waits for the ranks; what they say must win
-    pytest.mark.xdist_group("two_ranks"),  # one launch for all tests of this file and of test_fsdp.py
-]
+pytestmark = pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks; what they say must win
 
 
 def start_rank(script: str, rank: int, out: Path, world_size: int = 2) -> subprocess.Popen:

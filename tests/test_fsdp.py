@@ -21,7 +21,7 @@ from oprd.runs.checkpoints import list_checkpoints
 from oprd.training.parallel import check_launch, even_rounds
 from tiny import tiny_model, tiny_trainer, weights
 
-pytestmark = [pytest.mark.timeout(2 * ddp.SECONDS), pytest.mark.xdist_group("two_ranks")]
+pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
 
 
 @pytest.fixture(scope="module")

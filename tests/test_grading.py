@@ -17,8 +17,6 @@ from oprd.data.rows import PromptRow, load_prompts
 from oprd.tasks.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
 from oprd.tasks.task import get_task, with_instruction
 
-pytestmark = pytest.mark.xdist_group("grading")  # what its tests share is made once
-
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

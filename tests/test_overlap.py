@@ -19,8 +19,6 @@ from oprd.rollouts.transformers_engine import TransformersEngine, drawing_proces
 from oprd.rollouts.vllm.server import VLLMServerEngine
 from tiny import PROMPTS, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
-pytestmark = pytest.mark.xdist_group("overlap")  # what its tests share is made once
-
 STEPS = 5
 
 

@@ -18,8 +18,6 @@ from oprd.runs.folder import RunFolder
 from oprd.tasks.task import FunctionGrader, Task
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_trainer, weights, without_times
 
-pytestmark = pytest.mark.xdist_group("resume")  # what its tests share is made once
-
 STEPS = 6
 
 

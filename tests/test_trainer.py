@@ -616,3 +616,11 @@ def test_nothing_to_learn_is_said(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="oprd"):
         tiny_trainer(tmp_path, student, copy.deepcopy(student), scripted=True, max_steps=1).train()
     assert "there is nothing to learn" in caplog.text
+
+
+@pytest.mark.parametrize(("old", "new"), [("teacher", "pair.teacher"), ("layers", "pair.layers"), ("reader", "pair")])
+def test_attributes_that_moved_are_named_in_the_error(tmp_path, old, new):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(AttributeError, match=rf"no attribute '{old}'; it is trainer\.{new} now"):
+        getattr(trainer, old)
+    assert not hasattr(trainer, "no_such_attribute")

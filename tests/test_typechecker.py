@@ -9,6 +9,7 @@ import torch
 
 from oprd.models import architecture
 from oprd.objectives.representation import representation_error
+from oprd.objectives.terms import PackedPositions
 from oprd.types import Rollouts
 
 
@@ -30,5 +31,10 @@ def test_shapes_that_disagree_are_refused():
 
 
 def test_a_field_of_a_wrong_type_is_refused():
-    with pytest.raises(Exception, match="Type-check error"):
+    with pytest.raises(Exception, match=r"Rollouts\.__init__.*violates type hint"):
         Rollouts(1, [[1]], ["stop"], [""], [0])
+
+
+def test_fields_whose_shapes_disagree_are_refused():
+    with pytest.raises(Exception, match="Type-check error"):
+        PackedPositions(torch.zeros(4, dtype=torch.long), torch.ones(5))

@@ -6,6 +6,7 @@ annotations get beartype's alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -42,6 +43,13 @@ def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
     """Replaces the decorator of that name, which jaxtyping's import hook adds to everything."""
 
     def decorate(thing: Any) -> Any:
+        if isinstance(thing, type):
+            init = vars(thing).get("__init__")
+            if (
+                dataclasses.is_dataclass(thing) and init and not hasattr(init, "__wrapped__")
+            ):  # else it is checked already
+                thing.__init__ = decorate(init)
+            return thing
         if isinstance(thing, types.FunctionType) and "<locals>" not in thing.__qualname__:
             hints = {name: _resolved(hint, thing.__globals__) for name, hint in thing.__annotations__.items()}
             if not any(map(_has_array, hints.values())):

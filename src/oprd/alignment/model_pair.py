@@ -221,7 +221,13 @@ class ModelPair:
         return pairs, stats
 
     def requests(
-        self, rollouts: Rollouts, pairs: PositionPairs | None, *, layers: bool, head: bool
+        self,
+        rollouts: Rollouts,
+        pairs: PositionPairs | None,
+        *,
+        layers: bool,
+        head: bool,
+        device: torch.device | str = "cpu",
     ) -> tuple[StateRequest, StateRequest]:
         """The requests for student and teacher: what to read of each.
 
@@ -230,6 +236,7 @@ class ModelPair:
             pairs: pairs of positions, where the teacher reads its own tokens.
             layers: request the states of the compared layers.
             head: request the states that the LM heads read.
+            device: where the models compute.
         """
         student, teacher = request_pair(
             rollouts,
@@ -240,7 +247,9 @@ class ModelPair:
             pad_token_id=self.pad_token_id,
             head=head,
         )
-        return student, teacher if isinstance(self.teacher, HasHead) else replace(teacher, head=None)
+        if not isinstance(self.teacher, HasHead):
+            teacher = replace(teacher, head=None)
+        return student.to(device), teacher.to(device)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
         """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions."""

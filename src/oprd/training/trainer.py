@@ -46,6 +46,9 @@ logger = logging.getLogger("oprd")
 
 Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
 
+# Attributes of 0.1; their names are in the error for one release.
+_MOVED = {"teacher": "pair.teacher", "layers": "pair.layers", "reader": "pair"}
+
 
 class OPRDTrainer(Trainer):
     """Distils a teacher into a student on the student's own rollouts, by matching hidden states (OPRD, arXiv 2606.06021).
@@ -136,6 +139,11 @@ class OPRDTrainer(Trainer):
         )
         self._connect(resolved)
 
+    def __getattr__(self, name: str) -> Any:
+        # Called only where there is no such attribute.
+        hint = f"; it is trainer.{_MOVED[name]} now" if name in _MOVED else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+
     def _connect(self, resolved: ResolvedRun) -> None:
         """Make the collaborators, now that transformers' Trainer has set up the processes."""
         args, pair = self.args, self.pair
@@ -183,12 +191,12 @@ class OPRDTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         log_probs: dict[int, Tensor] = {}
         for part in parts:
-            request, teacher_request = (
-                side.to(self.args.device)
-                for side in self.pair.requests(
-                    part.batch.rollouts, part.batch.pairs, layers=terms.needs_layers, head=terms.needs_head
-                )
-            )
+            wanted: dict[str, Any] = {
+                "layers": terms.needs_layers,
+                "head": terms.needs_head,
+                "device": self.args.device,
+            }
+            request, teacher_request = self.pair.requests(part.batch.rollouts, part.batch.pairs, **wanted)
             with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
             with (
