@@ -520,7 +520,7 @@ def _require_full_precision(student: nn.Module) -> None:
     for name, parameter in student.named_parameters():
         if parameter.requires_grad and parameter.dtype in _LOW_PRECISION:
             raise ValueError(
-                f"model: {name} is trainable in {parameter.dtype}, which rounds small updates away. Load the student in "
+                f"model: {name} is to be trained in {parameter.dtype}, which rounds small updates away. Load the student in "
                 "float32 and set bf16=True: the forward runs in bfloat16 and the weights stay in float32"
             )
 
