@@ -8,11 +8,7 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-<<<<<<< HEAD
-.PHONY: demo test test-all test-vllm lint install evidence evidence-quick clean
-=======
-.PHONY: demo test test-mutants test-vllm lint install evidence evidence-quick clean
->>>>>>> mutants
+.PHONY: demo test test-all test-mutants test-vllm lint install evidence evidence-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
