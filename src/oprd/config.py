@@ -67,9 +67,7 @@ class OPRDConfig(TrainingArguments):
     )
     fully_shard: bool = field(
         default=False,
-        metadata=_help(
-            "Shard student and teacher over all processes (FSDP2; docs/scale.md), for models that do not fit on one device."
-        ),
+        metadata=_help("Shard student and teacher over all processes (FSDP2; docs/scale.md)."),
     )
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with a model."))
     bridge: str | None = field(
@@ -92,7 +90,7 @@ class OPRDConfig(TrainingArguments):
     )
     special_token_map: dict[str, str] | None = field(
         default=None,
-        metadata=_help("Student's special tokens and the teacher's of the same meaning (end tokens need no entry)."),
+        metadata=_help("Student's special tokens and the teacher's of the same meaning, without end tokens."),
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -111,9 +109,7 @@ class OPRDConfig(TrainingArguments):
     )
     overlap_rollouts: bool = field(
         default=False,
-        metadata=_help(
-            "Sample the next step's rollouts during the update, with a copy of the student: one step off-policy."
-        ),
+        metadata=_help("Sample the next step's rollouts during the update, one step off-policy."),
     )
     lmbda: float = field(
         default=1.0,
@@ -133,9 +129,7 @@ class OPRDConfig(TrainingArguments):
     )
     policy_gradient_weight: float | dict[str, Any] = field(
         default=0.0,
-        metadata=_help(
-            "Factor on GRPO's loss, whose rewards are the task's (1 for a right answer); 0 is off; may be a schedule."
-        ),
+        metadata=_help("Factor on GRPO's loss, rewarded by the task; 0 is off; may be a schedule."),
     )
     crossfade_steps: int | None = field(
         default=None,
@@ -158,8 +152,8 @@ class OPRDConfig(TrainingArguments):
     end_of_turn: str = field(
         default="merge",
         metadata=_help(
-            "merge: ids that end a text for either model are one event; by_id: they are different events; skip: leave the "
-            "position that predicts the end out of the distillation terms."
+            "merge: ids that end a text for either model are one event; by_id: they are different events; skip: do "
+            "not distil where the end is predicted."
         ),
     )
 
@@ -167,9 +161,7 @@ class OPRDConfig(TrainingArguments):
     output_positions: str = field(
         default="all", metadata=_help("Response positions of the output-space loss: all, last, last_k, first_k.")
     )
-    output_position_k: int | None = field(
-        default=None, metadata=_help("k of last_k and first_k for the output-space loss.")
-    )
+    output_position_k: int | None = field(default=None, metadata=_help("k of output_positions."))
     output_top_k: int = field(default=16, metadata=_help("Tokens in the support of top_k* and tail_sampled."))
     output_support: str = field(
         default="student",
@@ -179,7 +171,7 @@ class OPRDConfig(TrainingArguments):
     )
     output_beta: float = field(
         default=0.5,
-        metadata=_help("β of jsd, above 0 and below 1; low values act as forward_kl, high ones as reverse_kl."),
+        metadata=_help("β of jsd, above 0 (like forward_kl) and below 1 (like reverse_kl)."),
     )
     output_baseline: bool = field(
         default=False, metadata=_help("sampled_token: subtract the closed-form baseline (less noise, one more pass).")
@@ -198,7 +190,7 @@ class OPRDConfig(TrainingArguments):
 
     micro_batch_tokens: int = field(
         default=16384,
-        metadata=_help("Maximum tokens of one forward and backward pass, padding included; memory grows with it."),
+        metadata=_help("Maximum tokens of one forward and backward pass, with padding; memory grows with it."),
     )
     diagnostic_steps: int = field(
         default=10,

@@ -49,8 +49,8 @@ class RunConfig:
     Args:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, or a model.
-        teacher_model: teacher, given in the same ways; {use: module:attribute, further arguments} for a teacher of your own; None
-            with an adapter: the student without it.
+        teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
+            it.
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; of a generated task, how many.
