@@ -48,10 +48,15 @@ def test_each_mutant_is_another_and_still_python(mutants):
     ],
 )
 def test_what_does_not_fit_is_named(mutants, tmp_path, change, message):
-    for name, text in (("src/oprd/a.py", "def avg_at_k(\nreturn return return"), ("tests/test_measures.py", "def test_a():")):
+    for name, text in (
+        ("src/oprd/a.py", "def avg_at_k(\nreturn return return"),
+        ("tests/test_measures.py", "def test_a():"),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    sound = mutants.Mutant("a.py", "none", "def avg_at_k(", "def other(", ("test_measures.py::test_a", "test_measures.py"))
+    sound = mutants.Mutant(
+        "a.py", "none", "def avg_at_k(", "def other(", ("test_measures.py::test_a", "test_measures.py")
+    )
     assert sound.problems(tmp_path) == []
     (problem,) = replace(sound, **change).problems(tmp_path)
     assert message in problem
