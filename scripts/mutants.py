@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/oprd")
 COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "pyproject.toml", "README.md")
 WANTED = 0.95  # share of mutants that must be killed
-SECONDS = 240  # that one run may take; a mutant that hangs is noticed, too
+SECONDS = 300  # that a mutant may take; one that hangs is noticed, too
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "",
@@ -722,21 +722,37 @@ class Run:
 
 @dataclass
 class Child:
-    """A running fork."""
+    """A fork that runs tests.
+
+    Args:
+        run: what it runs.
+        tree: the copy that it runs in.
+        started: on the monotonic clock.
+        seconds: that it took, once it has ended.
+        timed_out: whether it was ended.
+        passed: whether its tests passed.
+        output: of pytest.
+    """
 
     run: Run
     tree: Path
     started: float
+    seconds: float = 0.0
     timed_out: bool = False
+    passed: bool = False
+    output: str = ""
 
     @property
-    def seconds(self) -> float:
-        """Since it was started."""
-        return time.monotonic() - self.started
+    def noticed_by(self) -> str:
+        """The test that failed first, as pytest's last lines say it."""
+        if self.timed_out:
+            return f"it ran for {SECONDS} s"
+        found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", self.output, flags=re.MULTILINE)
+        return found[1] if found else "a run that ended without a report"
 
 
-def execute(runs: Sequence[Run], trees: Sequence[Path]) -> Iterator[tuple[Run, bool, str, float]]:
-    """Run all, one in each tree at a time. Yields (run, whether its tests passed, their output, seconds) as each ends."""
+def execute(runs: Sequence[Run], trees: Sequence[Path]) -> Iterator[Child]:
+    """Run all, one in each tree at a time. Yields each when it has ended."""
     waiting, free = list(enumerate(runs, 1)), list(trees)
     children: dict[int, Child] = {}
     try:
@@ -750,18 +766,20 @@ def execute(runs: Sequence[Run], trees: Sequence[Path]) -> Iterator[tuple[Run, b
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 for late, child in children.items():
-                    if child.seconds > SECONDS and not child.timed_out:
+                    if child.run.mutant is not None and time.monotonic() - child.started > SECONDS:
                         child.timed_out = True
                         stop(late)
                 time.sleep(0.02)
                 continue
             child = children.pop(pid)
             stop(pid)  # what its tests may have left running
-            output = (child.tree / "output.txt").read_text(errors="replace")
+            child.seconds = time.monotonic() - child.started
+            child.passed = os.waitstatus_to_exitcode(status) == 0
+            child.output = (child.tree / "output.txt").read_text(errors="replace")
             if child.run.mutant is not None:
                 remove(child.run.mutant, child.tree)
             free.append(child.tree)
-            yield child.run, os.waitstatus_to_exitcode(status) == 0, output, child.seconds
+            yield child
     finally:
         for pid in children:
             stop(pid)
@@ -841,18 +859,12 @@ def check_tests(mutants: Sequence[Mutant], trees: Sequence[Path]) -> bool:
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     parts = [Run(tests[start :: len(trees)]) for start in range(min(len(trees), len(tests)))]
     sound = True
-    for _, passed, output, seconds in execute(parts, trees):
-        print(f"without a mutant: {'passed' if passed else 'FAILED'} ({seconds:.0f} s)", flush=True)
-        if not passed:
-            print(output[-4000:])
-        sound = sound and passed
+    for child in execute(parts, trees):
+        print(f"without a mutant: {'passed' if child.passed else 'FAILED'} ({child.seconds:.0f} s)", flush=True)
+        if not child.passed:
+            print(child.output[-4000:])
+        sound = sound and child.passed
     return sound
-
-
-def noticed_by(output: str) -> str:
-    """The test that failed first, as pytest's last lines say it."""
-    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", output, flags=re.MULTILINE)
-    return found[1] if found else "a run that ended without a report"
 
 
 def run_mutants(mutants: Sequence[Mutant], jobs: int) -> int:
@@ -862,13 +874,13 @@ def run_mutants(mutants: Sequence[Mutant], jobs: int) -> int:
         trees = [copy_tree(Path(folder).resolve() / str(number)) for number in range(min(jobs, len(mutants)))]
         if not check_tests(mutants, trees):
             return 2
-        for run, passed, output, seconds in execute([Run(m.tests, m) for m in mutants], trees):
-            assert run.mutant is not None, "each of these runs has one"
-            if passed:
-                survivors.append(run.mutant)
-                print(f"SURVIVED  {run.mutant.label} ({seconds:.0f} s)", flush=True)
+        for child in execute([Run(m.tests, m) for m in mutants], trees):
+            assert child.run.mutant is not None, "each of these runs has one"
+            if child.passed:
+                survivors.append(child.run.mutant)
+                print(f"SURVIVED  {child.run.mutant.label} ({child.seconds:.0f} s)", flush=True)
             else:
-                print(f"killed    {run.mutant.label} ({seconds:.0f} s, {noticed_by(output)})", flush=True)
+                print(f"killed    {child.run.mutant.label} ({child.seconds:.0f} s, {child.noticed_by})", flush=True)
     share = 1 - len(survivors) / len(mutants)
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed: {share:.1%}")
     for mutant in survivors:
