@@ -537,6 +537,8 @@ def test_the_shared_vocabulary_by_meaning():
     ours, theirs = Aligner(OURS, THEIRS, special_map=mapped, **settings).shared_vocabulary()
     shared = dict(zip(OURS.convert_ids_to_tokens(ours), THEIRS.convert_ids_to_tokens(theirs), strict=True))
     assert shared == {t: t for t in ["1", "+", "3", "=", "15", "5"]} | {"<end>": "<eot>", "<think>": "<stop>"}
+    ours, _ = Aligner(OURS, THEIRS, **settings).shared_vocabulary([THEIRS.get_vocab()["15"]])
+    assert OURS.convert_ids_to_tokens(ours) == [t for t in shared if t not in ("15", "<think>")]
 
 
 def test_pairs_of_a_position_set_lead_to_states_that_have_read_the_same():

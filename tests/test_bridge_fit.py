@@ -267,6 +267,13 @@ def test_cca_orders_by_correlation_at_variance_one():
     assert (fit.explained_R.diff() > 0).all()
 
 
+def test_cca_leaves_out_directions_below_the_ridge():
+    student, teacher, _ = planted_pair(500)
+    variances = torch.linalg.eigvalsh(torch.cov(teacher.T)).flip(0)
+    ridge = float((variances[2] * variances[3]).sqrt() / variances[0])
+    assert len(fit_pair(statistics_of(student, teacher), projector="cca", ridge=ridge).variance_R) == 3
+
+
 def test_ill_conditioned_states_with_ridge():
     generator = torch.Generator().manual_seed(5)
     student, teacher, _ = planted_pair(3000)

@@ -55,6 +55,13 @@ def test_sums_equal_torch_cov(batch):
         torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-10)
 
 
+def test_sums_of_states_wider_than_a_strip_are_whole():
+    student_ND, teacher_NE = pair_of_states(tokens=40, student=150, teacher=300)
+    statistics = statistics_of(student_ND, teacher_NE, 16)
+    for ours, states_NX in ((statistics.student_DD, student_ND), (statistics.teacher_EE, teacher_NE)):
+        torch.testing.assert_close(ours, torch.cov(states_NX.T) * 39, rtol=1e-10, atol=1e-9)
+
+
 @pytest.mark.parametrize("shards", [1, 2, 7])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_shards_merge_to_the_whole(shards, mean):

@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from oprd.files import verify, write_manifest
 from oprd.rollouts.engine import derive_seed
 from oprd.runs.checkpoints import (
+    CheckpointStore,
     list_checkpoints,
     load_optimizer,
     newest_verified,
@@ -196,6 +199,32 @@ def test_an_optimizer_goes_on_to_the_same_bits(tmp_path, make):
         step(restored, other)
     assert all(torch.equal(a, b) for a, b in zip(restored, expected, strict=True))
     assert {p.name for p in tmp_path.iterdir()} == {"optimizer.safetensors", "optimizer.json"}
+
+
+def test_an_optimizers_state_that_is_no_tensor_is_kept(tmp_path):
+    groups = [{"lr": 0.1, "params": [0, 1]}]
+    save_optimizer({"state": {0: {"step": 3, "mean": torch.ones(2)}, 1: {"step": 4}}, "param_groups": groups}, tmp_path)
+    restored = load_optimizer(tmp_path)
+    assert torch.equal(restored["state"][0].pop("mean"), torch.ones(2))
+    assert restored == {"state": {0: {"step": 3}, 1: {"step": 4}}, "param_groups": groups}
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_stays(tmp_path):
+    store = CheckpointStore(tmp_path)
+
+    def save(content: str) -> str:
+        def write() -> None:
+            folder = Path(store.directory(str(tmp_path))) / "checkpoint-3"
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_text(content)
+
+        folder = store.save(TrainerState(global_step=3), write, lambda: None)
+        verify(folder)
+        return (folder / "model.safetensors").read_text()
+
+    (checkpoint(tmp_path, 3) / "model.safetensors").write_text("cut")
+    assert save("new") == "new"
+    assert save("newer") == "new"
 
 
 def test_seeds_depend_on_every_part():

@@ -651,6 +651,15 @@ def test_distributions_are_measured_where_they_are_compared(tmp_path, bridges):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=3e-4)
 
 
+def test_states_of_other_tokens_are_not_compared_though_the_shapes_agree(tmp_path):
+    models = CHARACTERS.model(), PIECES.model(seed=1)
+    trainer = cross_trainer(
+        tmp_path, CHARACTERS, PIECES, *models, output_space="reverse_kl", representation_weight=0.0
+    )  # fmt: skip
+    assert trainer.pair.infos[0].width == trainer.pair.infos[1].width
+    assert trainer.pair.layers == ()
+
+
 UNCOMPARED = {
     "pieces": (PIECES, CHARACTERS, [["12"], ["ab", "01"], ["a12", "12", "+1"]]),  # the teacher splits every one of them
     "missing": (ENDS[0], PIECES, [["z"], ["x", "1"], ["y", "<eos>"]]),  # the teacher has no such letters
@@ -1199,6 +1208,7 @@ def test_a_teacher_that_cannot_read_so_much_is_refused(tmp_path, folders):
         )
     limited = CHARACTERS.model(seed=1, max_position_embeddings=14, **SHAPE)
     trainer = cross_trainer(tmp_path, PIECES, CHARACTERS, PIECES.model(), limited, **settings)
+    assert trainer.pair.context_length == trainer.pair.student.info.context_length > 14
     script(trainer, PIECES, [PIECES.split(*["a12"] * 4)])
     with pytest.raises(
         ValueError, match="teacher_model: a rollout has 16 tokens in its tokenizer, more than its context of 14"

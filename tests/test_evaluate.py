@@ -196,6 +196,13 @@ def test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_
         assert seen == ([torch.bfloat16, torch.bfloat16, None] if bf16 else [None] * 3)
 
 
+def test_an_evaluation_needs_room_for_completions_of_its_own_length(tmp_path):
+    problems = [{"prompt": "1+1="}]  # 4 tokens of the context of 128
+    tiny_trainer(tmp_path, eval_dataset=problems, eval_max_completion_length=124)
+    with pytest.raises(ValueError, match="max_completion_length=125 exceeds the model's context of 128"):
+        tiny_trainer(tmp_path, eval_dataset=problems, eval_max_completion_length=125)
+
+
 def test_the_trainer_evaluates_with_its_eval_settings_in_eval_mode(tmp_path):
     student, teacher = (tiny_model("gpt2", seed, tie_word_embeddings=False) for seed in (0, 1))
     trainer = tiny_trainer(

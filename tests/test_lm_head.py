@@ -336,6 +336,8 @@ def test_without_a_map_size_the_smaller_vocabulary_counts():
     student, teacher = match_heads(LMHead(torch.zeros(10, 2)), LMHead(torch.zeros(12, 2), stop_token_ids=(3, 11)))
     assert student.size == teacher.size == 10
     assert student.stop_token_ids == teacher.stop_token_ids == (3,)  # 11 is a padded row for the student
+    student, teacher = match_heads(LMHead(torch.zeros(12, 2)), LMHead(torch.zeros(10, 2)))
+    assert student.size == teacher.size == 10
 
 
 def test_models_that_end_with_different_tokens_agree_when_both_mean_the_end():

@@ -185,3 +185,4 @@ def test_layers_above_the_top_one_train_no_adapter(tmp_path):
     trainer.train()
     moved = {n for n, v in weights(trainer.model).items() if not torch.equal(v, before[n])}
     assert moved == {n for n in before if "lora_" in n and ".layers.2." not in n}
+    assert moved == {n for n, parameter in trainer.model.named_parameters() if parameter.requires_grad}

@@ -211,8 +211,10 @@ def test_an_adapter_is_copied_and_its_base_is_shared(tmp_path):
 
 
 def test_the_copy_follows_when_asked_and_not_before(tmp_path):
-    student = tiny_model()
+    student = tiny_model().train()
     ahead, before = BackgroundSampler(student), weights(student)
+    assert student.training
+    assert not ahead.writer.training  # no dropout in its rollouts
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 1

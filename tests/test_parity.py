@@ -35,6 +35,14 @@ def test_the_gap_is_what_the_models_own_logits_say(budget):
     torch.testing.assert_close(gap, torch.tensor([0.0, 0.25, 0.5, 0.125, 0.0]), rtol=0, atol=1e-5)
 
 
+def test_gaps_are_in_the_order_of_the_rollouts():
+    model = tiny_model()
+    rollouts = Rollouts([[5], [7, 8, 9]], [[3], [9, 9, 4]], ["length"] * 2, [""] * 2, [0, 1])
+    (first,), second = own_log_probs(model, rollouts)
+    gap = log_prob_gap(model, rollouts, [[first + 1], second], 4)  # the longer one is read first
+    torch.testing.assert_close(gap, torch.tensor([1.0, 0.0, 0.0, 0.0]), rtol=0, atol=1e-5)
+
+
 def test_one_log_probability_a_token_is_wanted():
     with pytest.raises(ValueError, match="not one for each token"):
         log_prob_gap(tiny_model(), ROLLOUTS, [[0.0], [0.0, 0.0]], 100)

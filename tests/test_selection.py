@@ -59,6 +59,11 @@ def test_layers(spec, expected):
     assert resolve_layers(spec, 5) == expected
 
 
+def test_even_and_odd_layers_of_an_even_number():
+    assert resolve_layers("even", 4) == (2, 4)
+    assert resolve_layers("odd", 4) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -90,6 +95,12 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budge
     widths = [max(lengths[i] for i in g) for g in groups]
     assert widths == sorted(widths, reverse=True)
     assert 0 <= padding_share(lengths, groups) < 1
+
+
+def test_micro_batches_by_hand():
+    assert plan_micro_batches([3, 9, 4, 9, 3], 18) == [[1, 3], [2, 0, 4]]  # 2 · 9 tokens fill the first to its budget
+    assert plan_micro_batches([3, 9, 4, 9, 3], 17) == [[1], [3], [2, 0, 4]]
+    assert plan_micro_batches([5, 5], 1) == [[0], [1]]
 
 
 def test_padding_share_by_hand():

@@ -165,7 +165,12 @@ def test_gradient_accumulation_equals_one_larger_batch(tmp_path):
             tmp_path / f"{batch}", scripted=True, rows=prompt_rows(6), per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation, max_steps=2, num_generations=2, **ADAM,
         )  # fmt: skip
+        drawn = []
+        trainer.engine.generate = lambda *a, drawn=drawn, **k: drawn.append(scripted_generate(*a, **k)) or drawn[-1]
         trainer.train()
+        lengths = [sampled.rollouts.input_lengths for sampled in drawn[:accumulation]]
+        padding = sum((1 - sum(own) / (len(own) * max(own))) * len(own) / 12 for own in lengths)
+        assert trainer.run_folder.read_metrics()[0]["padding_share"] == pytest.approx(padding)
         results.append((weights(trainer.model), trainer.run_folder.read_metrics(), trainer.state.log_history))
     for result, metrics, history in results[1:]:
         assert_same(result, results[0][0])
@@ -426,8 +431,9 @@ def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
     files = [*tmp_path.rglob("events.out.tfevents*")]
     events = EventAccumulator(str(files[0].parent))
     events.Reload()
-    losses = [event.value for event in events.Scalars("train/loss")]
-    assert losses == pytest.approx([row["loss"] for row in trainer.run_folder.read_metrics()], rel=1e-5)
+    for name in ("loss", "cosine", "completions/mean_length"):
+        logged = [event.value for event in events.Scalars(f"train/{name}")]
+        assert logged == pytest.approx([row[name] for row in trainer.run_folder.read_metrics()], rel=1e-5)
     assert {"train/cosine", "train/completions/mean_length", "train/grad_norm"} <= set(events.Tags()["scalars"])
 
 
