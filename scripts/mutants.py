@@ -106,7 +106,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("clip_ratio is a share of the matched positions", "self._observer(self.totals.tokens),",
          "self._observer(self.totals.positions),",
          "test_objectives_in_training.py::test_clipping_is_counted_over_all_tokens_whichever_positions_the_other_terms_have"),
-        ("layers are summed", "teacher_ND, at) / objective.num_layers", "teacher_ND, at)",
+        ("layers are summed", "self._weighted(name, value / objective.num_layers)", "self._weighted(name, value)",
          "test_trainer.py::test_two_steps_equal_plain_pytorch"),
         ("distributions are divided by all tokens", "else self.totals.compared)\n", "else self.totals.tokens)\n",
          "test_off_policy.py::test_positions_of_the_output_space_loss_by_hand"),
@@ -615,8 +615,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the loss does not know the temperature of the sampling", "        temperature=args.temperature,\n", "",
          "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
         ("models of another shape are not refused",
-         "        if is_on(args.representation_weight):\n            check_same_shape",
-         "        if False:\n            check_same_shape",
+         "if _have(terms, LayerTerm) and args.bridge is None:", "if False:",
          "test_bridge_training.py::test_without_a_bridge_shapes_must_agree"),
     ],
     "run_config.py": [
