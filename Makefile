@@ -8,7 +8,7 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-all test-vllm lint install evidence evidence-quick clean
+.PHONY: demo test test-all test-mutants test-vllm lint install evidence evidence-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -19,6 +19,10 @@ test: $(VENV)/.ready-dev lint
 
 test-all: $(VENV)/.ready-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m ""
+
+# One bug at a time in a copy of the code: would the tests notice? Slow, and not in CI.
+test-mutants: $(VENV)/.ready-dev
+	$(BIN)/python scripts/mutants.py
 
 # vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
 test-vllm: $(VLLM_VENV)/.ready

@@ -1,8 +1,8 @@
-"""The whole method in one screen of bare PyTorch, on the functional core of oprd.
+"""The whole method as a short loop in PyTorch, with the functional core of oprd.
 
     python examples/minimal_loop.py            # embedded pair, about two minutes on one CPU core
 
-What `OPRDTrainer` does in addition: schedules, checkpoints, micro-batches, LoRA, mixed precision, several processes, logs.
+`OPRDTrainer` adds schedules, checkpoints, micro-batches, LoRA, mixed precision, several processes, logs.
 """
 
 from __future__ import annotations

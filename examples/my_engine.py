@@ -1,4 +1,4 @@
-"""A rollout engine of your own: of several candidates it keeps the shortest one that ends by itself.
+"""A rollout engine of your own: it samples several candidates and keeps the shortest one that ends by itself.
 
 In the recipe (YAML), with this file's folder on PYTHONPATH:
 
@@ -9,7 +9,7 @@ or on the command line:
 
     PYTHONPATH=examples oprd train --config tiny --rollout_engine my_engine:BestOfEngine
 
-It shows the protocol (`RolloutEngine` in `oprd.rollouts.engine`), not a better method: a selection makes rollouts off-policy.
+It shows the protocol (`RolloutEngine` in `oprd.rollouts.engine`), not a better method: selected rollouts are off-policy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BestOfEngine:
         self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], *, num_generations: int, sampling: Sampling,
         seed: int, rows: Sequence[int] | None = None, want_log_probs: bool = False,
     ) -> Sampled:  # fmt: skip
-        """`num_generations` completions a prompt, prompt after prompt, from the weights of this moment."""
+        """Sample `num_generations` completions per prompt, prompt after prompt, from the current weights."""
         count = num_generations * self.candidates
         sampled = self.inner.generate(model, prompt_ids, num_generations=count, sampling=sampling, seed=seed, rows=rows)
         found = sampled.rollouts

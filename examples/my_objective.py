@@ -10,7 +10,7 @@ or on the command line:
 
     PYTHONPATH=examples oprd train --config tiny --objectives '[{use: "my_objective:huber", delta: 1.0}]'
 
-They are added to the terms of the settings; `representation_weight: 0` leaves yours alone. The log has `loss/huber` and
+oprd adds them to the terms of the settings; with `representation_weight: 0` only yours remain. The log has `loss/huber` and
 `loss/upperlayers`, before their weights. From Python, give objects: `PYTHONPATH=examples python examples/my_objective.py`.
 """
 
@@ -28,7 +28,7 @@ def huber(student_ND: Tensor, teacher_ND: Tensor, delta: float = 1.0) -> Tensor:
     """Huber loss between hidden states: one error per position, `[N]`.
 
     Args:
-        student_ND: `[N, D]`, N response positions of all rollouts, one after another; the gradient flows into it.
+        student_ND: `[N, D]`, response positions of all rollouts, one after another; receives the gradient.
         teacher_ND: `[N, D]`, without gradient.
         delta: distance from which an outlier counts linearly.
     """
@@ -36,11 +36,10 @@ def huber(student_ND: Tensor, teacher_ND: Tensor, delta: float = 1.0) -> Tensor:
 
 
 class UpperLayers:
-    """Cosine distance, from layer `first` upwards. `head_loss` or `policy_loss` in place of `layer_loss` reads other things."""
+    """Cosine distance, from layer `first` upwards. To read LM heads or log-probabilities, write `head_loss` or `policy_loss`."""
 
-    on_policy_only = (
-        False  # the gradient does not depend on who wrote the tokens: lmbda and overlap_rollouts are allowed
-    )
+    # The gradient does not depend on who wrote the tokens, so lmbda and overlap_rollouts are allowed.
+    on_policy_only = False
 
     def __init__(self, first: int = 1) -> None:
         if first < 1:
@@ -48,7 +47,7 @@ class UpperLayers:
         self.first = first
 
     def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:
-        """Return the scalar Σ_n weights_n · error_n of one layer. `at.weights` make it a mean over the whole step."""
+        """Return the scalar Σ_n weights_n · error_n of one layer. `at.weights` are those of a mean over the whole step."""
         if layer < self.first:
             return student_ND.new_zeros(())
         error_N = 1 - torch.cosine_similarity(student_ND, teacher_ND)

@@ -1,13 +1,13 @@
-"""A teacher in another process: a small server holds the model, and `RemoteTeacher` asks it for hidden states.
+"""A teacher in another process: a small server holds the model, and `RemoteTeacher` requests hidden states from it.
 
-Start the server, which loads the embedded teacher, and train:
+Start the server, which loads the embedded teacher, then train:
 
     python examples/my_teacher.py 8123
     PYTHONPATH=examples oprd train --config tiny --eval_teacher false \\
         --teacher_model '{use: "my_teacher:RemoteTeacher", url: "http://127.0.0.1:8123"}'
 
 A teacher needs `info`, `identity`, `modules` and `states`. This one has no `head` and no `sampler`, so output-space losses, `lmbda`
-below 1 and `eval_teacher` are refused when the run starts. Requests and answers are safetensors: tensors and nothing that runs.
+below 1 and `eval_teacher` are refused when the run starts. Requests and answers are safetensors, which hold no code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TENSORS = ("input_ids", "attention_mask", "position_ids", "flat_index", "rollout
 
 
 class RemoteTeacher:
-    """Reads rollouts by way of a server. The arguments are the keys of `teacher_model` beside `use`."""
+    """Reads rollouts through a server. Its arguments are the keys of `teacher_model` other than `use`."""
 
     modules = ()  # no model in this process, so there is nothing to place or shard
 
@@ -58,7 +58,7 @@ class RemoteTeacher:
 
 
 def serve(name: str = "embedded:tiny/teacher", port: int = 0) -> ThreadingHTTPServer:
-    """A server on loopback around a model; call `serve_forever`. Port 0 takes a free one, `server_address[1]`."""
+    """A server for a model on the loopback address; call `serve_forever`. With port 0, `server_address[1]` is the port."""
     loaded = load_named(name, dtype="auto")
     teacher = FrozenTeacher(loaded.model, loaded.info)
 

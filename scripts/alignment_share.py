@@ -4,8 +4,8 @@
         --responses runs/smollm2/completions.jsonl --output share.json
 
 `--responses` is a text file, one response a line, or a .jsonl with a column `completion` (what a run writes with
-`log_completions`), or `response` or `text`. A response is tokenised by the student's tokenizer and ended by its end of turn:
-what a student samples may be split in other ways. Tokenizers only; no model is loaded.
+`log_completions`), or `response` or `text`. The student's tokenizer splits a response and adds its end token; a sampled
+response may be split in other ways. Tokenizers only; no model is loaded.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Does it help to fit the bridge again while the student changes? One run of the embedded cross pair, refitted every so many steps.
+"""Does it help to fit the bridge again while the student changes? One run of the embedded cross pair with a refit every N steps.
 
     python scripts/bridge_refit.py --every 50 --seed 0 --output runs/bridge_refit/every_50_seed_0
 
-Everything else is as in `comparisons/tiny_bridge_factors.yaml`, objective `base`, with which it is to be compared. A refit
-uses 256 new rollouts of the student as it stands, at steps `every`, 2·`every`, …; `--every 0` never does, and gives that
-objective's own number. An experiment, not a feature: a run like this cannot be resumed.
+All else is as in objective `base` of `comparisons/tiny_bridge_factors.yaml`, to compare with it. A refit uses 256 new rollouts of
+the current student, before steps `every`, 2·`every`, …; `--every 0` never refits and repeats `base`. An experiment, not a
+feature: such a run cannot be resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STUDENT, TEACHER, RANK, ROLLOUTS = "embedded:tiny/student", "embedded:wider/teac
 
 
 class Refit(TrainerCallback):
-    """Replaces the trainer's bridge by one for the student as it stands."""
+    """Replaces the trainer's bridge by one for the current student."""
 
     def __init__(self, every: int) -> None:
         self.every, self.trainer, self.r2 = every, None, []
@@ -44,7 +44,7 @@ class Refit(TrainerCallback):
 
     @torch.no_grad()
     def refit(self, trainer: Any, seed: int) -> None:
-        """Rollouts of the student, statistics, closed form; the last fifth is held out."""
+        """Sample rollouts, collect statistics, fit in closed form; the last fifth is held out."""
         bridged = trainer.pair.teacher
         old: Bridge = bridged.bridge
         models = trainer.model, bridged.teacher.model

@@ -1,11 +1,11 @@
 """Build the embedded teacher with another tokenizer than the embedded student's (OPRD-Bridge, section 4).
 
-    python scripts/build_other_tokenizer_teacher.py --output src/oprd/assets/other-tokenizer/teacher
+    python scripts/build_other_tokenizer_teacher.py --output src/oprd/models/assets/other-tokenizer/teacher
 
-Its tokens are those of a byte-level BPE: a digit with the "=" behind it and " #" are one token each, where the student writes
-single characters, so that about as many positions align as between tokenizers in use (scripts/alignment_share.py). It has a
-start token, and its special tokens have other names and ids. The model is deeper than the student and exactly as wide: equal
-widths must not be taken for a common origin. The same arguments give the same bytes on the same machine and library versions.
+Its tokenizer is a byte-level BPE: a digit with the "=" after it, and " #", are one token each. The student's tokens are single
+characters. About as many positions align as between real tokenizers (scripts/alignment_share.py). It has a
+start token, and its special tokens have other names and ids. The model is deeper than the student and exactly as wide:
+equal widths do not imply a common origin. The same arguments give the same bytes on the same machine and library versions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from oprd.tasks.addition import problems, worked_solution
 
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 LAYERS, WIDTH, HEADS = 6, 128, 4
-# How a text is cut before pieces are looked for. "equals" is the shipped teacher's: a digit and "=", or " #", are one piece, so
-# that nothing is decided inside a piece. "numbers": every number of two digits is one piece, and the student decides on its second
-# digit where the teacher has no position; "sums": so are only the four commonest sums. What that does: docs/bridge.md.
+# How a text is split before BPE. "equals" (the shipped teacher's): a digit and "=", or " #", are one piece, so that nothing is
+# decided inside a piece. "numbers": every number of two digits is one piece; the student decides on the second digit where the
+# teacher has no position. "sums": the same for the four commonest sums only. docs/bridge.md has the effect.
 SPLITS = {
     "equals": (r"[0-9]=|\p{N}| ?[^\s\p{L}\p{N}]+|\p{L}+|\s+", 20),
     "sums": (r"\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\p{L}+|\s+", 5),

@@ -2,8 +2,8 @@
 
     python scripts/build_reasoning_teacher.py --model models/SmolLM2-135M-Instruct --output models/SmolLM2-135M-chain-sum
 
-Prompts are raw questions, without a chat template; loss on the solution's tokens only, float32. One seed and thread
-count give one result on one machine. build.json keeps the settings and the losses.
+Prompts are raw questions, without a chat template. The loss is on the solution's tokens only, in float32. The same seed and
+thread count give the same result on one machine. build.json records the settings and the losses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     )
     losses, start = [], time.perf_counter()
     for step in range(args.steps):
-        for group in optimizer.param_groups:  # a tenth of warm-up, then linearly to a tenth
+        for group in optimizer.param_groups:  # warm-up over a tenth of the steps, then linear decay to a tenth
             group["lr"] = args.learning_rate * min((step + 1) / (args.steps / 10), 1.0) * (1 - 0.9 * step / args.steps)
         batch = rows[step * args.batch : (step + 1) * args.batch]
         loss = solution_loss(model, tokenizer, [(row.prompt, worked_solution(str(row.prompt))) for row in batch])

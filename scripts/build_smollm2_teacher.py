@@ -3,10 +3,10 @@ r"""Build a same-origin teacher: SmolLM2 after supervised steps on generated mat
     python scripts/build_smollm2_teacher.py --model models/SmolLM2-135M-Instruct --output models/SmolLM2-135M-worked \
         --write-prompts models/worked-train.jsonl --eval-prompts models/worked-test.jsonl --bf16
 
-It learns from templated problems of eight families, generated here, with short worked solutions that end in a boxed
-answer; train and test share none under any seeds. Loss on the assistant's tokens only. One seed and thread count
-(OMP_NUM_THREADS) give one result on one machine. build.json keeps the settings and losses, the accuracy on held-out
-problems before and after, and what would show a collapse: finished share, length, an answer off the topic.
+It learns from generated problems of eight families, with short worked solutions that end in a boxed answer. Train and test share
+no problem, whatever the seeds. The loss is on the assistant's tokens only. The same seed and thread count (OMP_NUM_THREADS) give
+the same result on one machine. build.json records settings, losses, the accuracy on held-out problems before and after, and signs
+of a collapse: finished share, length, an answer off the topic.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def generate(split: str, count: int, seed: int) -> list[Problem]:
 
 
 def read_answer(text: str) -> tuple[str | None, str | None]:
-    """What the last \\boxed{} holds, bare, and the last whole number (for who calculates but does not box)."""
+    """What the last \\boxed{} holds, bare, and the last whole number (for a model that does not box its answer)."""
     boxes, numbers = re.findall(r"\\boxed\{([^{}]*)\}", text), re.findall(r"\d+", text.replace(",", ""))
     return re.sub(r"[\s$,!\\]", "", boxes[-1]) if boxes else None, numbers[-1] if numbers else None
 
@@ -189,7 +189,7 @@ def loss_of(model: Any, pairs: list[tuple[list[int], list[int]]], pad: int) -> A
 
 
 def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
-    """Supervised steps in place, then the mix with the original weights; the loss of each step."""
+    """Train in place, then mix with the original weights; returns the loss of each step."""
     import torch
 
     model.train()
@@ -216,7 +216,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
 
 
 def evaluate(model: Any, tokenizer: Any, problems: list[Problem], args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy on `problems`, in all and by family, and what would show a collapse."""
+    """Accuracy on `problems`, in all and by family, and signs of a collapse."""
     import torch
 
     start, end = time.perf_counter(), tokenizer.eos_token_id

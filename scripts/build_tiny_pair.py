@@ -1,11 +1,11 @@
 """Build the embedded tiny pair: student and teacher are two snapshots of one supervised run on five-digit addition.
 
-Both snapshots share their origin, so their hidden states are comparable dimension by dimension (OPRD-Vanilla applies).
+Both snapshots have one origin, so their hidden states can be compared dimension by dimension (OPRD-Vanilla).
 
-    python scripts/build_tiny_pair.py --output src/oprd/assets/tiny
+    python scripts/build_tiny_pair.py --output src/oprd/models/assets/tiny
 
 The same arguments give the same bytes on the same machine and library versions: one thread, fixed seeds, deterministic
-algorithms. Another processor may round its matrix products differently; `build.json` records what was built.
+algorithms. Another processor may round matrix products differently; `build.json` records the result.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from oprd.tasks.addition import ALPHABET, is_correct, problems, worked_solution
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 IGNORED_LABEL = -100
 EVALUATION_SEED = 1
-# The longest worked solution has 52 characters and the end token; a sample that rambles past this is wrong anyway.
+# The longest worked solution has 52 characters and the end token; a longer sample is wrong anyway.
 MAX_NEW_TOKENS = 64
 
 
@@ -57,7 +57,7 @@ class Settings:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the character tokenizer: one token a character, `<unk>` for any character outside the alphabet."""
+    """Make the character tokenizer: one token per character, `<unk>` for any character outside the alphabet."""
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *ALPHABET])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     # Not "." as the pattern: a dot does not match a newline, which would then join its neighbours into one token.
@@ -81,7 +81,7 @@ def build_model(
 ) -> LlamaForCausalLM:
     """Initialise the Llama model of the pair (4 layers, width 128 unless said otherwise) from a seed.
 
-    Not Qwen2: for its model type `AutoTokenizer` ignores what the directory says and builds a byte-level tokenizer from
+    Not Qwen2: for this model type `AutoTokenizer` ignores the files of the directory and builds a byte-level tokenizer from
     the vocabulary, which drops every character that this one would map to `<unk>`, and the space.
     """
     config = LlamaConfig(
@@ -115,12 +115,12 @@ def encode_examples(tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> tu
     for row in problems(n, seed, "train"):
         prompt = str(row.prompt)
         prompt_ids = tokenizer.encode(prompt)
-        # Split apart from the prompt, and without a start token of its own: as a response is read, whatever the tokenizer.
+        # Tokenized apart from the prompt and without a start token, as a response is.
         solution_ids = tokenizer.encode(worked_solution(prompt), add_special_tokens=False)
         response_ids = [*solution_ids, tokenizer.eos_token_id]
         ids_per_row.append(prompt_ids + response_ids)
         labels_per_row.append([IGNORED_LABEL] * len(prompt_ids) + response_ids)
-    # Padded on the right, where causal attention keeps it from every real position: no mask is needed.
+    # Padded on the right, where causal attention hides it from all real positions: no mask is needed.
     length = max(map(len, ids_per_row))
     ids = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in ids_per_row]
     labels = [row + [IGNORED_LABEL] * (length - len(row)) for row in labels_per_row]
@@ -183,14 +183,14 @@ def write_snapshot(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     }
     path = directory / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
-    # Written for the owner only by default; in a wheel, another user of the machine must be able to read it.
+    # By default only the owner can read it; another user of an installed wheel must be able to.
     path.chmod(0o644)
     tokenizer.save_pretrained(directory)
 
 
 @torch.inference_mode()
 def sampled_accuracy(directory: Path, n: int, batch_size: int = 250) -> float:
-    """Share of `n` test problems that the stored model answers right with one sample each at temperature 1."""
+    """Share of `n` test problems that the stored model solves, with one sample each at temperature 1."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rows = problems(n, EVALUATION_SEED, "test")
@@ -208,7 +208,7 @@ def sampled_accuracy(directory: Path, n: int, batch_size: int = 250) -> float:
 
 
 def describe(settings: Settings, output: Path, evaluation_problems: int) -> dict[str, object]:
-    """Collect what `build.json` says: settings, versions, accuracies and checksums. No times: it must not vary."""
+    """Collect the contents of `build.json`: settings, versions, accuracies, checksums; no times, so that it does not vary."""
     models_built = {}
     for name, step in (("student", settings.student_step), ("teacher", settings.teacher_step)):
         weights = output / name / "model.safetensors"
@@ -242,7 +242,7 @@ def build_cross_teacher(
     heads: int,
     **more: object,
 ) -> None:
-    """Train the teacher of a cross pair from scratch, measure it, and write it with its `build.json`; `more` goes there too."""
+    """Train the teacher of a cross pair from scratch, measure it, and write it with its `build.json`, which includes `more`."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     model = build_model(tokenizer, settings.seed, layers=layers, width=width, heads=heads)
@@ -262,7 +262,7 @@ def build_cross_teacher(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read and check the command line (`None`: the one of the process)."""
+    """Read and check the command line; None: the arguments of the process."""
     parser = argparse.ArgumentParser(description="Build the embedded tiny pair (student and teacher).")
     parser.add_argument("--output", type=Path, required=True, help="directory that receives student/ and teacher/")
     parser.add_argument("--student-step", type=int, default=260, help="training step of the student (default 260)")

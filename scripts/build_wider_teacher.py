@@ -1,9 +1,9 @@
-"""Build the embedded cross pair's teacher: deeper and wider than the embedded student, with its tokenizer (OPRD-Bridge).
+"""Build the embedded cross pair's teacher: deeper and wider than the student, with the same tokenizer (OPRD-Bridge).
 
-    python scripts/build_wider_teacher.py --output src/oprd/assets/wider/teacher
+    python scripts/build_wider_teacher.py --output src/oprd/models/assets/wider/teacher
 
-A run of its own on five-digit addition (6 layers, width 160, another seed), so that its hidden states share nothing with the
-student's but the task. The same arguments give the same bytes on the same machine and library versions.
+A separate training run on five-digit addition (6 layers, width 160, another seed): its hidden states have only the task in common
+with the student's. The same arguments give the same bytes on the same machine and library versions.
 """
 
 from __future__ import annotations

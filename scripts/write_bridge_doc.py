@@ -2,7 +2,7 @@
 
     python scripts/write_bridge_doc.py
 
-The tables stand between `<!-- name -->` and `<!-- end -->`; the rest of the page is edited by hand.
+The tables are between `<!-- name -->` and `<!-- end -->`; the rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def comparison(name: str) -> str:
 
 
 def factors() -> str:
-    """The one-at-a-time table, and the difference to the first objective on the same seeds; refits from their own runs."""
+    """The one-at-a-time table, with the difference to the first objective on the same seeds; refits come from separate runs."""
     found = read("compare_factors")
     base = found["rows"][0]["final_by_seed"]
     rows = []
@@ -117,7 +117,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """The document with its blocks brought up to date."""
+    """The document with its tables up to date."""
     return BLOCK.sub(lambda match: f"<!-- {match['name']} -->\n{BLOCKS[match['name']]()}\n<!-- end -->", text)
 
 

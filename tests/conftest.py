@@ -30,7 +30,7 @@ jaxtyping.install_import_hook("oprd", "typechecker.check")
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():  # else torch keeps each seed, with a stack trace, until there is a device
@@ -40,6 +40,8 @@ settings.register_profile(
     derandomize="CI" in os.environ,  # a run that gates a change draws the same examples each time; others explore
     deadline=None,
     max_examples=40,
+    # scripts/mutants.py wants to know that a test fails, not the smallest example with which it does.
+    phases=[Phase.explicit, Phase.generate] if "OPRD_MUTANTS" in os.environ else list(Phase),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("oprd")

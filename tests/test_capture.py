@@ -11,6 +11,7 @@ import torch
 from oprd.models.architecture import backbone, blocks
 from oprd.states.capture import capture_states, gather_states, install_state_forward, read_states, read_through_forward
 from oprd.states.requests import request_states
+from oprd.states.teachers import FrozenTeacher
 from oprd.types import Rollouts
 from reference import states_one_by_one
 from tiny import FAMILIES, EchoConfig, EchoModel, random_rollouts, tiny_model
@@ -183,6 +184,14 @@ def test_a_deep_copy_runs_on_its_own_weights():
         for parameter in twin.parameters():
             parameter.zero_()
     assert twin(input_ids=torch.tensor([[5]])).logits.abs().max() == 0
+
+
+def test_a_teacher_reads_without_dropout_and_is_not_trained():
+    model = tiny_model(attention_dropout=0.5).train()
+    teacher, request = FrozenTeacher(model), request_states(random_rollouts(), (1, 3))
+    first, again = (teacher.states(request).stacked() for _ in range(2))
+    assert torch.equal(first, again)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_layer_out_of_range_is_refused():

@@ -1,16 +1,24 @@
-"""Weights and schedules: what they are at each step, and what is no weight."""
+"""Weights and schedules: what they are at each step, what is no weight, and a sum of terms on one micro-batch."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oprd.objectives.batch import Batch
+from oprd.objectives.composite import CompositeObjective, StepTotals, Term
+from oprd.objectives.reduction import position_weights
 from oprd.objectives.schedules import SCHEDULES, check_weight, crossfade, is_on, weight_at
+from oprd.objectives.terms import LayerError, Representation
 from oprd.run_config import RunConfig
+from oprd.states.requests import request_states
+from oprd.types import States
+from tiny import random_rollouts
 
 LINEAR = {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 10}
 schedules = st.fixed_dictionaries(
@@ -160,3 +168,28 @@ def test_a_bad_schedule_in_a_recipe_names_its_key(tmp_path):
     values = yaml.safe_load(RECIPE.format(output_dir=tmp_path))
     with pytest.raises(ValueError, match="output_weight: schedule 'exponential' is not one of linear, cosine"):
         RunConfig.parse({**values, "output_weight": {**LINEAR, "schedule": "exponential"}})
+
+
+def test_terms_on_the_same_states_do_not_disturb_each_other():
+    rollouts = random_rollouts(count=3)
+    request = request_states(rollouts, (1, 2))
+    count = len(request.flat_index)
+    student, teacher = torch.randn(count, 4), torch.randn(count, 4)
+    absolute = LayerError(lambda ours, theirs: (ours - theirs).abs().mean(-1))
+    terms = {"squared": Term(Representation(), 2.0), "absolute": Term(absolute, 3.0)}
+    states = States((1, 2), (teacher.clone(), teacher.clone()), request.rollout_index, 3)
+    logged = {}
+    loss = (
+        CompositeObjective(terms, num_layers=2)
+        .at(0)
+        .on(
+            Batch(rollouts, [None] * 3), request, states, StepTotals(6, count, count, count),
+            heads=lambda: pytest.fail("no term reads them"), observe=lambda **values: logged.update(values),
+        )
+    )  # fmt: skip
+    weights = position_weights(request.rollout_index, 3) / 4  # one of two layers, three of the step's six rollouts
+    squared = ((student - teacher).square().mean(-1) * weights).sum()
+    distance = ((student - teacher).abs().mean(-1) * weights).sum()
+    torch.testing.assert_close(loss.read(1, student), 2 * squared + 3 * distance)
+    torch.testing.assert_close(logged["loss/squared"], squared)
+    torch.testing.assert_close(logged["loss/absolute"], distance)

@@ -202,7 +202,8 @@ def test_what_cannot_be_is_refused(settings, message):
 )
 def test_a_teacher_with_its_own_text_takes_none_of_them(tmp_path, setting):
     with pytest.raises(
-        ValueError, match=f"{next(iter(setting))}: .* is not done with a teacher that reads a text of its own"
+        ValueError,
+        match=f"{next(iter(setting))}: .* is not supported with a teacher that reads its own prompts and tokens",
     ):
         tiny_trainer(tmp_path, teacher_chat_template_kwargs={}, teacher_system_prompt="x", **{
             **setting, "representation_weight": 1.0,

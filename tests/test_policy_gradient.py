@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oprd.objectives.batch import Batch
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share, group_advantages
 from oprd.objectives.reduction import position_weights
+from oprd.types import Rollouts
 
 
 def doubles(*values: float) -> torch.Tensor:
@@ -34,6 +36,16 @@ def test_advantages_by_hand():
     first, second = math.sqrt(1 / 3) + 1e-4, math.sqrt(2 / 3) + 1e-4
     expected = [0.5 / first, -0.5 / first, -0.5 / first, 0.5 / first, 1 / second, -1 / second, 0, 0]
     assert group_advantages(rewards, 4).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_advantages_of_a_batch_and_none_where_a_rollout_was_not_graded():
+    rollouts = Rollouts([[3]] * 4, [[4]] * 4, ["stop"] * 4, [""] * 4, [0, 0, 1, 1])
+    batch = Batch(rollouts, [True, False, 0.25, 0.25]).with_advantages(2, "none")
+    assert batch.advantages == [0.5, -0.5, 0, 0]
+    assert batch.zero_advantage_share == 0.5
+    assert batch.select([1, 3]).advantages == [-0.5, 0]
+    with pytest.raises(ValueError, match="1 of 4 are not finite"):
+        Batch(rollouts, [True, False, None, 0.5]).with_advantages(2, "none")
 
 
 def test_a_group_without_a_difference_has_nothing_to_learn_from():

@@ -36,7 +36,7 @@ class OPRDConfig(TrainingArguments):
     `per_device_train_batch_size` counts *prompts*; each gives `num_generations` rollouts.
 
     Raises:
-        ValueError: a value outside what is allowed; the message names the key, the value and what is.
+        ValueError: a value outside what is allowed; the message names the key, the value and the allowed values.
     """
 
     # Defaults of TrainingArguments that differ here.
@@ -44,16 +44,18 @@ class OPRDConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning rate schedule."))
     warmup_steps: float = field(default=0.03, metadata=_help("Warm-up steps; below 1 a share of all steps."))
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
-    logging_nan_inf_filter: bool = field(default=False, metadata=_help("Hide NaN losses. Off: a NaN should be seen."))
+    logging_nan_inf_filter: bool = field(default=False, metadata=_help("Hide NaN losses from the log."))
     activation_checkpointing: bool | None = field(
         default=None, metadata=_help("Recompute activations to save memory (also spelled gradient_checkpointing).")
     )
     activation_checkpointing_kwargs: dict[str, Any] | None = field(
-        default=None, metadata=_help("Its arguments; use_reentrant stays False.")
+        default=None, metadata=_help("Arguments of activation checkpointing; use_reentrant must be False.")
     )
-    remove_unused_columns: bool = field(default=False, metadata=_help("Must stay off: prompts are no model inputs."))
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("Must be off: prompts are not arguments of the model's forward.")
+    )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata=_help("Must stay off: what the loss does not reach is frozen, and DDP would miscount.")
+        default=False, metadata=_help("Must be off: parameters that the loss does not reach are frozen already.")
     )
 
     # Models
@@ -66,7 +68,7 @@ class OPRDConfig(TrainingArguments):
     fully_shard: bool = field(
         default=False,
         metadata=_help(
-            "Spread student and teacher over all processes (FSDP2; docs/scale.md), where one cannot hold them."
+            "Shard student and teacher over all processes (FSDP2; docs/scale.md), for models that do not fit on one device."
         ),
     )
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with a model."))
@@ -83,21 +85,21 @@ class OPRDConfig(TrainingArguments):
     )
     teacher_chat_template_kwargs: dict[str, Any] | None = field(
         default=None,
-        metadata=_help("Let the teacher read prompts by its own chat template, with these arguments ({} for none)."),
+        metadata=_help("Render the teacher's prompts with its own chat template and these arguments ({} for none)."),
     )
     teacher_system_prompt: str | None = field(
-        default=None, metadata=_help("System prompt that the teacher alone reads, in place of the row's.")
+        default=None, metadata=_help("System prompt of the teacher alone, in place of the row's.")
     )
     special_token_map: dict[str, str] | None = field(
         default=None,
-        metadata=_help("Special token of the student: the teacher's that means the same (ends need none)."),
+        metadata=_help("Student's special tokens and the teacher's of the same meaning (end tokens need no entry)."),
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata=_help("Leave out (and count) prompts of more tokens. None: a prompt too long is an error."),
+        metadata=_help("Leave out (and count) prompts with more tokens. None: too long a prompt is an error."),
     )
-    max_completion_length: int = field(default=512, metadata=_help("Most tokens of a rollout."))
-    num_generations: int = field(default=1, metadata=_help("Rollouts a prompt."))
+    max_completion_length: int = field(default=512, metadata=_help("Maximum tokens of a rollout."))
+    num_generations: int = field(default=1, metadata=_help("Rollouts per prompt."))
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 1 is on-policy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
@@ -110,12 +112,12 @@ class OPRDConfig(TrainingArguments):
     overlap_rollouts: bool = field(
         default=False,
         metadata=_help(
-            "Sample the next step's rollouts by a copy of the student during the update: one step off-policy."
+            "Sample the next step's rollouts during the update, with a copy of the student: one step off-policy."
         ),
     )
     lmbda: float = field(
         default=1.0,
-        metadata=_help("Share of steps whose rollouts the student writes, in the others the teacher; 1 is on-policy."),
+        metadata=_help("Share of steps in which the student writes the rollouts, else the teacher; 1 is on-policy."),
     )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
@@ -126,36 +128,38 @@ class OPRDConfig(TrainingArguments):
     output_space: str | None = field(
         default=None, metadata=_help(f"Output-space loss to add: {', '.join(OUTPUT_SPACE)}; None is off.")
     )
-    output_weight: float | dict[str, Any] = field(default=1.0, metadata=_help("Factor on it; may be a schedule."))
+    output_weight: float | dict[str, Any] = field(
+        default=1.0, metadata=_help("Factor on that loss; may be a schedule.")
+    )
     policy_gradient_weight: float | dict[str, Any] = field(
         default=0.0,
         metadata=_help(
-            "Factor on GRPO's loss, reward 1 for a right answer or the task's own; 0 is off; may be a schedule."
+            "Factor on GRPO's loss, whose rewards are the task's (1 for a right answer); 0 is off; may be a schedule."
         ),
     )
     crossfade_steps: int | None = field(
         default=None,
-        metadata=_help("Go over from the representation to the output-space loss, linearly in this many steps."),
+        metadata=_help("Fade linearly from the representation to the output-space loss over this many steps."),
     )
     objectives: list[Any] | None = field(
         default=None,
         metadata=_help("Terms of your own to add: a list of {use: module:attribute, weight: 1.0, further arguments}."),
     )
     reduction: str = field(
-        default="rollout", metadata=_help("rollout: each counts the same; token: each response token does.")
+        default="rollout", metadata=_help("rollout: all rollouts weigh the same; token: all response tokens do.")
     )
 
     # Its representation term
     layers: Any = field(default="all", metadata=_help(f"{', '.join(LAYERS)}, or a list of layers counted from 1."))
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
-    normalize: bool = field(default=False, metadata=_help("Compare directions: 2 − 2·cos instead of raw states."))
+    normalize: bool = field(default=False, metadata=_help("Compare directions (2 − 2·cos) instead of raw states."))
 
     end_of_turn: str = field(
         default="merge",
         metadata=_help(
-            "merge: ids that end a text for either model are one event; by_id: they are not; skip: leave the position that "
-            "predicts the end out of the distillation terms."
+            "merge: ids that end a text for either model are one event; by_id: they are different events; skip: leave the "
+            "position that predicts the end out of the distillation terms."
         ),
     )
 
@@ -163,13 +167,20 @@ class OPRDConfig(TrainingArguments):
     output_positions: str = field(
         default="all", metadata=_help("Response positions of the output-space loss: all, last, last_k, first_k.")
     )
-    output_position_k: int | None = field(default=None, metadata=_help("k of its last_k and first_k."))
-    output_top_k: int = field(default=16, metadata=_help("Tokens of the support of top_k* and tail_sampled."))
+    output_position_k: int | None = field(
+        default=None, metadata=_help("k of last_k and first_k for the output-space loss.")
+    )
+    output_top_k: int = field(default=16, metadata=_help("Tokens in the support of top_k* and tail_sampled."))
     output_support: str = field(
         default="student",
-        metadata=_help("Whose likeliest tokens: student, teacher, union, intersection (tail_sampled: the first two)."),
+        metadata=_help(
+            "Whose likeliest tokens to use: student, teacher, union, intersection (tail_sampled: the first two)."
+        ),
     )
-    output_beta: float = field(default=0.5, metadata=_help("Of jsd: 0 is forward_kl, 1 is reverse_kl."))
+    output_beta: float = field(
+        default=0.5,
+        metadata=_help("β of jsd, above 0 and below 1; low values act as forward_kl, high ones as reverse_kl."),
+    )
     output_baseline: bool = field(
         default=False, metadata=_help("sampled_token: subtract the closed-form baseline (less noise, one more pass).")
     )
@@ -186,7 +197,8 @@ class OPRDConfig(TrainingArguments):
     )
 
     micro_batch_tokens: int = field(
-        default=16384, metadata=_help("Most padded tokens of one forward and backward pass; memory grows with it.")
+        default=16384,
+        metadata=_help("Maximum tokens of one forward and backward pass, padding included; memory grows with it."),
     )
     diagnostic_steps: int = field(
         default=10,
@@ -200,9 +212,11 @@ class OPRDConfig(TrainingArguments):
     # Grading, evaluation, logs
     task: str | None = field(
         default=None,
-        metadata=_help(f"How answers are graded: {', '.join(TASKS)}, or module:attribute of your own; None: not."),
+        metadata=_help(
+            f"How answers are graded: {', '.join(TASKS)}, or module:attribute of your own; None: they are not."
+        ),
     )
-    eval_num_generations: int = field(default=4, metadata=_help("Samples a problem (k of Avg@k)."))
+    eval_num_generations: int = field(default=4, metadata=_help("Samples per problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
     eval_top_p: float = field(default=0.95, metadata=_help("Nucleus truncation of evaluation."))
     eval_instruction: bool = field(
@@ -210,10 +224,10 @@ class OPRDConfig(TrainingArguments):
         metadata=_help("Append the task's instruction to problems that do not say how to answer (how many is logged)."),
     )
     eval_max_completion_length: int | None = field(
-        default=None, metadata=_help("Most tokens of an evaluated completion (default: max_completion_length).")
+        default=None, metadata=_help("Maximum tokens of an evaluated completion (default: max_completion_length).")
     )
     log_completions: bool = field(default=True, metadata=_help("Write sampled completions to the run folder."))
-    num_completions_to_log: int = field(default=4, metadata=_help("Completions written a logged step."))
+    num_completions_to_log: int = field(default=4, metadata=_help("Completions to write per logged step."))
 
     def __post_init__(self) -> None:
         _check_objective(self)
@@ -240,7 +254,7 @@ class OPRDConfig(TrainingArguments):
         _ = self.sampling, self.eval_sampling
 
     def _take_older_spelling(self) -> None:
-        """`gradient_checkpointing*`, the name before transformers 5.23, counts where the newer one is not set."""
+        """Take `gradient_checkpointing*`, the name before transformers 5.23, where `activation_checkpointing*` is not set."""
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         if self.activation_checkpointing_kwargs is None:
@@ -282,18 +296,18 @@ class OPRDConfig(TrainingArguments):
 
     @property
     def engine_kwargs(self) -> dict[str, Any]:
-        """Arguments of the rollout engine; under bf16, vLLM computes in it as the trainer's autocast does."""
+        """Arguments of the rollout engine. Under bf16, vLLM computes in bfloat16, as the trainer's autocast does."""
         own = {"dtype": "bfloat16"} if self.rollout_engine in ("vllm", "vllm_server") and self.bf16 else {}
         return {"batch_size": self.generation_batch_size, **own, **(self.rollout_engine_kwargs or {})}
 
     @property
     def sampling(self) -> Sampling:
-        """How training rollouts are drawn."""
+        """How training rollouts are sampled."""
         return Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k)
 
     @property
     def eval_sampling(self) -> Sampling:
-        """How evaluated completions are drawn."""
+        """How evaluated completions are sampled."""
         length = self.eval_max_completion_length or self.max_completion_length
         return Sampling(length, self.eval_temperature, self.eval_top_p)
 
@@ -326,7 +340,7 @@ def _check_at_least_one(config: Any, name: str) -> None:
 
 
 def _check_objective(config: Any) -> None:
-    """Refuse an objective that cannot be, or that has nothing in it.
+    """Check the settings of the loss. Whether they fit its terms is checked by `oprd.objectives.own.check_terms`.
 
     Raises:
         ValueError: names the key, the value, what is allowed.
@@ -362,7 +376,7 @@ def _check_objective(config: Any) -> None:
 
 
 def _check_writer(config: Any) -> None:
-    """Whose rollouts a loss can be learnt from."""
+    """Refuse a writer of the rollouts from whom the loss cannot learn."""
     if not 0 <= config.lmbda <= 1:
         raise ValueError(
             f"lmbda: {config.lmbda} is not allowed; a share from 0 (the teacher writes) to 1 (the student)"
@@ -381,7 +395,7 @@ def _check_writer(config: Any) -> None:
 
 
 def _check_overlap(config: Any, engine_can: bool) -> None:
-    """Refuse to sample during the update where the loss wants fresh rollouts or the engine cannot.
+    """Refuse `overlap_rollouts` where the loss needs rollouts of the current weights, or the engine cannot sample in a thread.
 
     Args:
         config: the settings, with `overlap_rollouts` on.
@@ -412,7 +426,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
 
 
 def check_default_ends(config: Any) -> None:
-    """Refuse what is not done for a teacher that reads a text of its own.
+    """Refuse settings that are not supported with a teacher that reads its own prompts and tokens.
 
     Raises:
         ValueError: names the key and the value.
@@ -420,13 +434,13 @@ def check_default_ends(config: Any) -> None:
     for name, default in (("output_positions", "all"), ("end_of_turn", "merge"), ("lmbda", 1.0)):
         if getattr(config, name) != default:
             raise ValueError(
-                f"{name}: {getattr(config, name)!r} is not done with a teacher that reads a text of its own (another tokenizer, "
-                f"template or system prompt); leave it at {default!r}"
+                f"{name}: {getattr(config, name)!r} is not supported with a teacher that reads its own prompts and tokens (another "
+                f"tokenizer, template or system prompt); leave it at {default!r}"
             )
 
 
 def _check_iterations(config: Any) -> None:
-    """Refuse checkpoints and ends between two updates on the same rollouts."""
+    """Refuse a checkpoint or the end of training between two updates on the same rollouts."""
     if config.num_iterations == 1:
         return
     steps = {"max_steps": config.max_steps}

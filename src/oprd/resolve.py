@@ -1,6 +1,6 @@
-"""From a configuration to the objects of a run: names become models, tokenizers, layers, engine, task, prompts and the loss.
+"""Makes the objects of a run from its configuration: names become models, tokenizers, layers, engine, task, prompts and loss.
 
-`resolve` is the only place where names are looked up and models are loaded. Trainer, command line and tools use its result.
+Only this module looks names up and loads models. Trainer, command line and tools use its result.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class ResolvedRun:
         objective: the loss.
         engine: samples the rollouts.
         task: grades them; None where nothing is graded.
-        train_prompts: prompts as the student reads them; None without a train_dataset.
-        eval_prompts: likewise of the eval_dataset.
+        train_prompts: prompts of the train_dataset as the student reads them; None without one.
+        eval_prompts: prompts of the eval_dataset; None without one.
     """
 
     run: RunConfig
@@ -81,7 +81,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     """Load both models, check them against each other, and make everything that a trainer needs.
 
     Raises:
-        ValueError: models, tokenizers, datasets, bridge or settings that do not fit; says what and how to mend it.
+        ValueError: models, tokenizers, datasets, bridge or settings that do not fit; says what is wrong and how to fix it.
     """
     args, given = run.args, run.given
     terms = build_terms(run)
@@ -126,20 +126,20 @@ def resolve(run: RunConfig) -> ResolvedRun:
 
 
 def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
-    """Check that rows have answers, LM heads are understood, and the teacher can read the prompts, where the loss needs it.
+    """Check that rows have answers, LM heads can be used, and the teacher can read the prompts, where the loss needs it.
 
-    Called when both models are where they compute. Where only a measurement needs the LM heads, it is turned off with a warning.
+    Call it once both models are on their devices. Where only measurements need the LM heads, they are turned off with a warning.
 
     Args:
         resolved: the run.
         deepspeed: whether DeepSpeed shards the student.
 
     Returns:
-        The objective, without measurements where they cannot be made.
+        The objective, without measurements if they are turned off.
 
     Raises:
-        ValueError: a term needs LM heads and there is none, or it is not understood; a row without an answer to reward; or a
-            prompt that the teacher cannot read.
+        ValueError: a term needs LM heads, and a model has none or one of an unknown kind; a row without an answer to reward; or
+            a prompt that the teacher cannot read.
     """
     args, pair, objective = resolved.run.args, resolved.pair, resolved.objective
     if objective.uses(PolicyTerm):
@@ -165,7 +165,7 @@ def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjectiv
                 raise
             logger.warning("diagnostics are off: %s", error)
             objective = objective.without_measurements()
-    if resolved.train_prompts:  # the teacher's prompts are made step by step; all of them must be possible
+    if resolved.train_prompts:  # training renders the teacher's prompts step by step; check all of them now
         length = args.max_completion_length
         pair.teacher_prompts(resolved.train_prompts, name="train_dataset", max_completion_length=length)
     return objective
@@ -179,7 +179,7 @@ def load_pair(
     teacher_dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> ModelPair:
-    """Load two models to read with, on a GPU where there is one: for tools that train nothing.
+    """Load two models for tools that do not train, on a GPU if there is one.
 
     Raises:
         ValueError: a model or tokenizer that cannot be loaded, or tokens that cannot be aligned.
@@ -225,11 +225,11 @@ def prepare(
 
 
 def build_terms(run: RunConfig) -> dict[str, Term]:
-    """The terms of the loss that the settings turn on, by name, and those of the user's.
+    """The terms of the loss, by name: those that the settings turn on, and the user's.
 
     Raises:
-        ValueError: an objective of the user's that cannot be imported, or that is none; no term; or settings that do not go with
-            the terms.
+        ValueError: an objective of the user's that cannot be imported or is invalid; no term; or settings that do not fit the
+            terms.
     """
     args, terms = run.args, {}
     if is_on(args.representation_weight):
@@ -245,7 +245,7 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
 
 
 def _have(terms: Mapping[str, Term], kind: Any) -> bool:
-    """Whether a term is of this kind."""
+    """Whether any term is of this kind."""
     return any(isinstance(term.objective, kind) for term in terms.values())
 
 
@@ -286,9 +286,10 @@ def _rows(run: RunConfig, kind: str) -> list[PromptRow] | None:
 
 
 def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
-    """The student ready to be trained, and with a bridge its fingerprint from before an adapter.
+    """The student, ready to train, and with a bridge its fingerprint, taken before an adapter is added.
 
-    Loaded in float32 when given by name; with an adapter's settings, wrapped in a fresh one; what the loss never reaches is frozen.
+    A student given by name is loaded in float32. An adapter is added if there are settings for one. Parameters that the loss does
+    not reach are frozen.
     """
     args, given = run.args, run.given
     peft_config = given.peft_config if given.peft_config is not None else _peft_config(run.lora)
@@ -300,7 +301,7 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
-        set_seed(args.seed)  # the adapter's random start belongs to "same config, same weights"
+        set_seed(args.seed)  # the adapter's initial weights depend on the seed alone
         model = get_peft_model(model, peft_config)
     frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
@@ -381,7 +382,7 @@ def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
 
 
 def _own_teacher(teacher: Any) -> Teacher:
-    """A teacher of the user's: an object, or a class named in the configuration with its arguments."""
+    """The user's teacher: an object, or made from a class and arguments that the configuration names."""
     found = teacher
     if isinstance(teacher, Mapping):
         make, arguments = _teacher_maker(teacher)
@@ -413,7 +414,7 @@ def _teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> None:
-    """Refuse what the teacher cannot do.
+    """Refuse a run that needs an LM head or sampling of a teacher without it.
 
     Args:
         run: the configuration.
@@ -421,7 +422,7 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> No
         teacher: the teacher, or its class.
 
     Raises:
-        ValueError: a term reads the teacher's LM head and it has none, or it is to write completions and cannot sample.
+        ValueError: a term reads the teacher's LM head and there is none, or the teacher must write completions and cannot sample.
     """
     name = teacher.__name__ if isinstance(teacher, type) else type(teacher).__name__
     comparing = [term for term, found in terms.items() if isinstance(found.objective, HeadTerm)]
@@ -453,10 +454,10 @@ def _bridged(
 ) -> BridgedTeacher:
     if not isinstance(teacher, FrozenTeacher):
         raise ValueError(
-            "bridge: it needs a teacher_model whose weights are here, to be compared with those it was fitted for"
+            "bridge: it needs a teacher_model whose weights are in this process, to compare them with those it was fitted for"
         )
     assert tokenizer is not None, "at least the student's"
-    assert args.bridge is not None, "asked for by the caller"
+    assert args.bridge is not None, "the caller has checked"
     bridge = Bridge.load(
         args.bridge,
         student=own_print,
@@ -476,7 +477,7 @@ def _aligner(
     teacher: Teacher,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Aligner | None:
-    """What gives the teacher its own prompts and tokens, None where it reads the student's."""
+    """The aligner that gives the teacher its own prompts and tokens; None where it reads the student's."""
     assert student.tokenizer is not None, "a student always has a tokenizer"
     stops = student.info.stop_token_ids, teacher.info.stop_token_ids
     aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
@@ -485,7 +486,7 @@ def _aligner(
         if _have(terms, HeadTerm):
             logger.warning(
                 "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
-                "others are left to themselves, and the student can come apart there: watch alignment/one_to_one and accuracy "
+                "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
                 "(docs/bridge.md)"
             )
     return aligner
@@ -494,7 +495,7 @@ def _aligner(
 def _comparable_layers(
     args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
 ) -> tuple[int, ...]:
-    """The student's layers whose states can be compared with the teacher's; none where neither shape nor bridge allows it."""
+    """The student's layers whose states can be compared with the teacher's; empty for another shape or tokens without a bridge."""
     layers = resolve_layers(args.layers, student.layers)
     if args.bridge is not None:
         return layers
@@ -519,7 +520,7 @@ def _require_full_precision(student: nn.Module) -> None:
     for name, parameter in student.named_parameters():
         if parameter.requires_grad and parameter.dtype in _LOW_PRECISION:
             raise ValueError(
-                f"model: {name} is to be trained in {parameter.dtype}, which rounds small updates away. Load the student in "
+                f"model: {name} is trainable in {parameter.dtype}, which rounds small updates away. Load the student in "
                 "float32 and set bf16=True: the forward runs in bfloat16 and the weights stay in float32"
             )
 
@@ -530,12 +531,12 @@ def _shorten(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is known of a run without its weights.
+    """Facts of a run that need no weights.
 
     Args:
         run: the configuration.
-        student: facts from the student's config file; None where it is out of reach.
-        teacher: likewise; None also without a teacher_model.
+        student: facts from the student's config file; None if it cannot be read.
+        teacher: facts from the teacher's config file; None if it cannot be read or there is no teacher_model.
     """
 
     run: RunConfig
@@ -543,7 +544,7 @@ class PlannedRun:
     teacher: ModelInfo | None
 
     def describe(self) -> list[str]:
-        """Lines that say what the run would do, and what cannot be checked here (no hub, no file).
+        """Lines about what the run would do, and what cannot be checked here (no hub, no file).
 
         Raises:
             ValueError: a reachable bridge, pair of tokenizers or dataset that does not fit.
@@ -577,7 +578,9 @@ class PlannedRun:
         if run.teacher_model is None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         sides = (("student", self.student), ("teacher", self.teacher))
-        if not Path(folder).exists() and not all(info for _, info in sides):  # it could not be fitted here either
+        if not Path(folder).exists() and not all(
+            info for _, info in sides
+        ):  # without the models it cannot be fitted here either
             return (
                 f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
                 f"{run.model} --teacher {run.teacher_model} --prompts {run.train_dataset} --out {folder}"
@@ -595,7 +598,7 @@ class PlannedRun:
 
 
 def plan(run: RunConfig) -> PlannedRun:
-    """What can be known of a run without reading weights; checks whether the two models fit where both configs are in reach.
+    """Collect the facts of a run that need no weights. Checks whether the two models fit, if both configs can be read.
 
     Raises:
         ValueError: as `resolve`, for what needs no weights.
@@ -655,7 +658,7 @@ def _tokenizer_line(run: RunConfig) -> str:
     if not all(Path(name).is_dir() for name in names):
         return "tokenizers: on the hub, not checked"
     student, teacher = (load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names)
-    # The ids that end a turn do not matter here; without their models only the tokenizers' own ends are known.
+    # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
     ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
     aligner = args.prompt_rendering.aligner(student, teacher, *ends)
     if aligner is None:

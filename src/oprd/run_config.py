@@ -44,19 +44,19 @@ class GivenObjects:
 
 @dataclass
 class RunConfig:
-    """Models, datasets and settings of a run. In a recipe, the keys of `args` stand beside the others.
+    """Models, datasets and settings of a run. In a recipe, the keys of `args` are on the same level as the others.
 
     Args:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, or a model.
-        teacher_model: teacher, likewise; {use: module:attribute, further arguments} for a teacher of your own; None with an
-            adapter: the student without it.
+        teacher_model: teacher, given in the same ways; {use: module:attribute, further arguments} for a teacher of your own; None
+            with an adapter: the student without it.
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
-        train_limit: use the first rows only; how many problems to generate.
+        train_limit: use the first rows only; of a generated task, how many.
         eval_dataset: problems with answers; None: no evaluation.
         eval_split: split of a hub dataset or generated task.
-        eval_limit: use the first rows only; how many problems to generate.
+        eval_limit: use the first rows only; of a generated task, how many.
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
@@ -79,14 +79,14 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-        """Read a recipe, apply `overrides`, and check every key and value.
+        """Read a recipe, apply `overrides`, and check all keys and values.
 
         Args:
             path: a YAML file, or the name of a shipped recipe ("tiny").
             overrides: keys that replace those of the file.
 
         Raises:
-            ValueError: no such file, no YAML, unknown key (nearest suggested), or a value that is not allowed.
+            ValueError: no such file, not YAML, unknown key (nearest suggested), or a value that is not allowed.
         """
         file = find_recipe(path)
         return cls.parse({**read_yaml(file), **(overrides or {})}, str(file))
@@ -110,7 +110,7 @@ class RunConfig:
             where: the file, for messages.
 
         Raises:
-            ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a key that must be there.
+            ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a missing key.
         """
         types = typing.get_type_hints(OPRDConfig) | {key: _RECIPE_TYPES[key] for key in recipe_keys()}
         _check_keys(values, where)
@@ -120,9 +120,9 @@ class RunConfig:
         return cls(args=OPRDConfig(**typed), **own)
 
     def settings(self) -> dict[str, Any]:
-        """The settings to record: all keys of oprd, some of Trainer's, every other that is not at its default. A valid recipe.
+        """The settings to record, as a valid recipe: all keys of oprd, some of Trainer's, and others that are not at their default.
 
-        Defaults are read off the fields: a second `OPRDConfig` to compare with would reset accelerate's shared state.
+        Defaults come from the fields, because a second `OPRDConfig` to compare with would reset accelerate's shared state.
         """
         base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
         values = self.args.to_dict()
@@ -163,10 +163,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file that `path` means: itself, or a shipped recipe of that name.
+    """The file of a recipe: `path` itself, or the shipped recipe of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     candidates = [Path(path), *(folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)]
     for candidate in candidates:
@@ -223,12 +223,12 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
 
 
 def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
-    """`value` as `annotation` wants it: YAML reads 1e-5 as text, and 1 where a float is meant."""
+    """Convert `value` to the type `annotation`: YAML reads 1e-5 as text, and 1 as an integer."""
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        if isinstance(value, bool):  # YAML reads a bare `no` as false; save_strategy, among others, means the word
+        if isinstance(value, bool):  # YAML reads a bare `no` as false; save_strategy, among others, expects the word
             with suppress(ValidationError):
                 return adapter.validate_python("yes" if value else "no")
         raise ValueError(f"{where}: {key}: {value!r} is not allowed: {error.errors()[0]['msg']}") from None
@@ -238,7 +238,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
 
     Raises:
-        ValueError: a word that belongs to no key.
+        ValueError: a word without a key, or a value that is not YAML.
     """
     overrides: dict[str, Any] = {}
     words = list(arguments)
@@ -271,7 +271,7 @@ _NEVER_SHOWN = (
 _SHOWN_IF_SET = ("objectives",)
 
 
-# What may differ when a run goes on: how long, how often and where it is recorded, and how much memory it takes.
+# Settings that may change when a run resumes: its length, what is recorded and where, and memory.
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
@@ -290,7 +290,7 @@ _MAY_CHANGE_PREFIXES = (
 
 
 def check_resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under other settings than it began with: half of them would not take effect.
+    """Refuse to resume a run with other settings than it began with, because some of them would have no effect.
 
     Args:
         stored: settings that the run began with.

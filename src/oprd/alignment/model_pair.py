@@ -1,4 +1,4 @@
-"""A student and its teacher: which tokens, positions and LM heads of the two are compared when both read the same rollouts."""
+"""A student and its teacher: which of their tokens, positions and LM heads are compared when both read the same rollouts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ComparedPositions:
 
     Args:
         positions: position set of the hidden states (`oprd.states.positions.POSITIONS`).
-        position_k: k of the sets that have one.
+        position_k: k of last_k and first_k.
         output_positions: position set of the next-token distributions.
-        output_position_k: its k.
+        output_position_k: k of last_k and first_k for these.
         end_of_turn: how ids that end a text are treated (`OPRDConfig.end_of_turn`).
     """
 
@@ -49,7 +49,7 @@ class SharedVocabulary:
 
     Args:
         ids: ids of the student and of the teacher with the same meaning, two lists of equal length.
-        event_of: student id → place in these lists; every id that ends a response has the place of the first.
+        event_of: student id → index in these lists; all ids that end a response have the index of the first.
         teacher_stop_ids: ids that end a response for the teacher.
     """
 
@@ -95,7 +95,7 @@ class ModelPair:
         compared: ComparedPositions | None = None,
         head_dtype: torch.dtype | None = None,
     ) -> None:
-        assert student.tokenizer is not None, "a student without a tokenizer cannot write"
+        assert student.tokenizer is not None, "a student always has a tokenizer"
         self.student, self.teacher, self.aligner, self.layers = student, teacher, aligner, tuple(layers)
         self.tokenizer: PreTrainedTokenizerBase = student.tokenizer
         self.teacher_tokenizer = teacher_tokenizer
@@ -132,13 +132,13 @@ class ModelPair:
 
     @cached_property
     def shared_vocabulary(self) -> SharedVocabulary:
-        """The tokens that both models have, where the teacher reads its own."""
+        """The tokens that both models have. Only for a teacher that reads its own tokens."""
         assert self.aligner is not None, "the teacher reads the student's tokens: all of them are shared"
         return SharedVocabulary.of(self.aligner, self.teacher.info.stop_token_ids)
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end a rollout: the student's, and the teacher's where it reads the same ids and ends are merged."""
+        """Ids that end a rollout: the student's, and the teacher's if it reads the same ids and end tokens are merged."""
         merged = self.aligner is None and self.compared.end_of_turn != "by_id"
         return sorted({*self.student.info.stop_token_ids, *(self.teacher.info.stop_token_ids if merged else ())})
 
@@ -152,7 +152,7 @@ class ModelPair:
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of a prompt with its completion, in the student's tokens; None when unknown."""
+        """Maximum tokens of a prompt with its completion, in the student's tokens; None if unknown."""
         own, theirs = self.student.info.context_length, self.teacher.info.context_length
         limits = [limit for limit in (own, theirs if self.aligner is None else None) if limit is not None]
         return min(limits, default=None)
@@ -194,12 +194,12 @@ class ModelPair:
     def align(
         self, rollouts: Rollouts, rows: Mapping[int, PromptRow], *, heads: bool = True
     ) -> tuple[PositionPairs | None, AlignmentStats | None]:
-        """The rollouts as the teacher reads them, with counts; None where it reads them as they are.
+        """The rollouts as the teacher reads them, with counts; None if it reads the student's tokens.
 
         Args:
             rollouts: the student's.
             rows: the dataset rows that `rollouts.rows` points into.
-            heads: pair also the positions whose next-token distributions are compared.
+            heads: also pair positions whose next-token distributions are compared.
 
         Raises:
             ValueError: a prompt that the teacher's template cannot render, or more tokens than the teacher can read.
@@ -229,13 +229,13 @@ class ModelPair:
         head: bool,
         device: torch.device | str = "cpu",
     ) -> tuple[StateRequest, StateRequest]:
-        """What to read of the student and of the teacher.
+        """The requests for student and teacher: what to read of each.
 
         Args:
             rollouts: the student's.
-            pairs: of these rollouts, where the teacher reads its own tokens.
-            layers: read the states of the compared layers.
-            head: read what the LM heads read.
+            pairs: pairs of positions, where the teacher reads its own tokens.
+            layers: request the states of the compared layers.
+            head: request the states that the LM heads read.
             device: where the models compute.
         """
         student, teacher = request_pair(
@@ -252,7 +252,7 @@ class ModelPair:
         return student.to(device), teacher.to(device)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
-        """Rollouts, positions whose states are matched, response tokens, positions whose distributions are compared."""
+        """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions."""
         lengths = rollouts.completion_lengths
         if pairs is not None:
             return [len(lengths), pairs.num_matched, sum(lengths), pairs.num_compared]
@@ -263,7 +263,7 @@ class ModelPair:
     def heads(self, *, in_place: bool = False) -> Heads:
         """Both LM heads over the same events: no padding rows, one event for all end tokens, only tokens that both models have.
 
-        Of a teacher without a head (`HasHead`) the student's takes the place, for terms that read `policy` alone.
+        For a teacher without a head (`HasHead`) the student's takes its place; terms of such a run read `policy` alone.
 
         Args:
             in_place: let the student's head add its gradient to the weight's (`LMHead.in_place`).
@@ -288,7 +288,7 @@ class ModelPair:
 
     @torch.no_grad()
     def check_heads(self) -> None:
-        """Make sure that both LM heads give their models' logits.
+        """Check that both LM heads give their models' logits.
 
         Raises:
             ValueError: a model without an LM head, or with one whose logits are computed in an unknown way.
@@ -300,7 +300,7 @@ class ModelPair:
                 _check_whole(heads.teacher, model)
 
     def _matched(self, rollouts: Rollouts) -> Positions:
-        """Positions of each rollout whose states are matched, where both models read the same ids."""
+        """Positions of each rollout whose states are matched, if both models read the same ids."""
         return self._select(rollouts, self.compared.positions, self.compared.position_k)
 
     def _compared(self, rollouts: Rollouts) -> Positions | None:
@@ -317,5 +317,5 @@ class ModelPair:
 
 
 def _check_whole(head: LMHead, model: nn.Module) -> None:
-    """Check a head over all rows of its weight: without the merging of ends and the cut of padding rows."""
+    """Check a head over all rows of its weight: no merged end tokens, and padding rows included."""
     check_head(LMHead(head.weight, head.bias, head.softcap, head.scale), model)

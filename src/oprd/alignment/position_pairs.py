@@ -1,6 +1,6 @@
-"""Pairs of response positions of student and teacher, where the teacher reads its own prompts and tokens (OPRD section 4).
+"""Pairs of response positions of student and teacher, for a teacher that reads its own prompts and tokens (OPRD section 4).
 
-Where the teacher reads the student's token ids, position t is compared with position t, and no pairs are made.
+A teacher that reads the student's token ids needs no pairs: position t is compared with position t.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from oprd.types import Rollouts
 
 @dataclass(frozen=True)
 class PositionPairs:
-    """The rollouts as the teacher reads them, and the pairs of positions. Every column has one entry for each rollout.
+    """The rollouts as the teacher reads them, and the pairs of positions. Each field has one entry per rollout.
 
     Args:
         teacher_rollouts: the responses with the teacher's prompts, in the teacher's ids.
         student: positions of the student whose states are matched, ascending.
         teacher: the teacher's positions paired with them.
-        student_head: positions of the student whose next-token distributions are compared: both models' next tokens have the
-            same bytes and are in both vocabularies (the strict pairs of arXiv 2610.08448; spans of several tokens are left out).
+        student_head: positions of the student whose next-token distributions are compared. There, both models' next tokens have the
+            same bytes and are in both vocabularies (the strict pairs of arXiv 2610.08448, without spans of several tokens).
         teacher_head: the teacher's positions paired with them.
-        events: the next token at each of these pairs, as its place in the shared vocabulary.
+        events: the next token at each of these pairs, as its index in the shared vocabulary.
     """
 
     teacher_rollouts: Rollouts
@@ -47,17 +47,17 @@ class PositionPairs:
 
     @property
     def num_matched(self) -> int:
-        """Positions whose states are matched."""
+        """Number of positions whose states are matched."""
         return sum(map(len, self.student))
 
     @property
     def num_compared(self) -> int:
-        """Positions whose next-token distributions are compared."""
+        """Number of positions whose next-token distributions are compared."""
         return sum(map(len, self.events))
 
 
 def input_lengths(rollouts: Rollouts, pairing: PositionPairs | None) -> list[int]:
-    """Tokens of each rollout in the tokenizer that makes more of them; in the student's without pairs."""
+    """Tokens of each rollout: the larger count of the two tokenizers; without pairs, the student's."""
     own = rollouts.input_lengths
     return own if pairing is None else list(map(max, own, pairing.teacher_rollouts.input_lengths))
 
@@ -71,15 +71,15 @@ def pair_positions(
     positions: str = "all",
     position_k: int | None = None,
 ) -> PositionPairs:
-    """The pairs of a batch.
+    """Pair the positions of a batch.
 
     Args:
         rollouts: the student's.
         teacher_rollouts: the same responses as the teacher reads them.
-        alignments: one a rollout (`oprd.alignment.Aligner.align`).
-        event_of: student id → place in the shared vocabulary; a sampled token that it does not have is not compared.
-        positions: position set P(ŷ), counted among the pairs.
-        position_k: k of the sets that have one.
+        alignments: one per rollout (`oprd.alignment.Aligner.align`).
+        event_of: student id → index in the shared vocabulary. Positions before other tokens are not compared.
+        positions: position set P(ŷ), selected among the pairs.
+        position_k: k of last_k and first_k.
     """
     chosen = [alignment.select(positions, position_k) for alignment in alignments]
     heads = [
@@ -106,16 +106,16 @@ def request_pair(
     pad_token_id: int = 0,
     head: bool = False,
 ) -> tuple[StateRequest, StateRequest]:
-    """What is read of the student and what of the teacher: one request for both where they read the same at the same places.
+    """The requests for student and teacher. They are one object if both read the same tokens at the same positions.
 
     Args:
         rollouts: the student's.
-        pairing: of these rollouts, where the teacher reads a text of its own.
-        layers: the student's.
-        chosen: without a pairing (which has chosen): positions of each rollout whose states are matched; None: all.
-        compared: likewise, those whose next-token distributions are compared; None: all.
+        pairing: pairs of positions, where the teacher reads its own tokens.
+        layers: student layers.
+        chosen: without a pairing: positions of each rollout whose states are matched; None: all.
+        compared: without a pairing: positions whose next-token distributions are compared; None: all.
         pad_token_id: an id that both models have.
-        head: ask also for the states that the LM heads read.
+        head: request also the states that the LM heads read.
     """
     if pairing is None:
         student = request_states(rollouts, layers, chosen=chosen, pad_token_id=pad_token_id, head=head)
@@ -132,7 +132,7 @@ def request_pair(
 
 
 def _compared(request: StateRequest, rollouts: Rollouts, at: Positions, events: Positions) -> StateRequest:
-    """The student's request with the positions at which next-token distributions are compared, and what follows there."""
+    """The student's request with the positions whose next-token distributions are compared, and their next tokens."""
     if request.head is None:
         return request
     starts = [0, *accumulate(rollouts.completion_lengths)]

@@ -1,4 +1,4 @@
-"""Settings of the prompts that student and teacher read, and whether the teacher needs prompts and tokens of its own."""
+"""How prompts of student and teacher are rendered, and whether the teacher needs its own prompts and tokens."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger("oprd")
 
 @dataclass(frozen=True)
 class TeacherPromptSettings:
-    """How the prompts of student and teacher are rendered. Any of the teacher's settings gives it prompts of its own.
+    """Settings that render the prompts of student and teacher. Each of the last three gives the teacher its own prompts.
 
     Args:
         chat_template_kwargs: arguments of the student's chat template.
         teacher_chat_template_kwargs: arguments of the teacher's chat template; {} for the template as it is.
         teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
-        special_token_map: special token of the student → the teacher's with the same meaning; ends of turn need no entry.
+        special_token_map: special token of the student → the teacher's with the same meaning; end tokens need no entry.
     """
 
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -37,8 +37,8 @@ class TeacherPromptSettings:
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @property
-    def asked(self) -> list[str]:
-        """Names of the settings that give the teacher prompts of its own."""
+    def of_teacher(self) -> list[str]:
+        """Names of the settings that are set and give the teacher its own prompts."""
         return [f.name for f in fields(self)[1:] if getattr(self, f.name) is not None]
 
     def aligner(
@@ -54,18 +54,20 @@ class TeacherPromptSettings:
             student_tokenizer: the student's.
             teacher_tokenizer: the teacher's; None when unknown.
             student_stop_ids: ids that end the student's turn.
-            teacher_stop_ids: ids that end the teacher's turn. Every end of the student's becomes the teacher tokenizer's end token,
-                or the lowest of these where it has none.
+            teacher_stop_ids: ids that end the teacher's turn. The student's end tokens become the end token of the
+                teacher's tokenizer, or the lowest of these ids if it has none.
 
         Raises:
             ValueError: tokens that cannot be aligned, a special token that one side does not have, or settings for a teacher whose
                 tokenizer is unknown.
         """
         if teacher_tokenizer is None:
-            if self.asked:
-                raise ValueError(f"{self.asked[0]}: it needs the teacher's tokenizer; pass teacher_processing_class")
+            if self.of_teacher:
+                raise ValueError(
+                    f"{self.of_teacher[0]}: it needs the teacher's tokenizer; pass teacher_processing_class"
+                )
             return None
-        if not self.asked and not different_tokens(student_tokenizer, teacher_tokenizer):
+        if not self.of_teacher and not different_tokens(student_tokenizer, teacher_tokenizer):
             if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
                 logger.warning(
                     "the teacher's chat template is not the student's, and it reads prompts as the student does; "
@@ -114,13 +116,15 @@ def _special_ids(
 
 
 def _check_map(special_map: Mapping[int, int], names: Mapping[str, str], *ends: set[int]) -> None:
-    """Refuse a map that names an end of a turn, or one token of the teacher twice."""
+    """Refuse a map with an end token, or with one token of the teacher twice."""
     for (ours, theirs), (i, j) in zip(names.items(), special_map.items(), strict=True):
         for side, token, ending in (("student", ours, i in ends[0]), ("teacher", theirs, j in ends[1])):
             if ending:
                 raise ValueError(
-                    f"special_token_map: {token!r} is an end of the {side}'s turn; ends are partners without an entry, and of "
-                    "nothing else"
+                    f"special_token_map: {token!r} is an end token of the {side}; end tokens are paired with each other and need "
+                    "no entry"
                 )
         if list(special_map.values()).count(j) > 1:
-            raise ValueError(f"special_token_map: {theirs!r} stands for several of the student's tokens; map one on it")
+            raise ValueError(
+                f"special_token_map: several of the student's tokens map to {theirs!r}; map only one to it"
+            )

@@ -1,4 +1,4 @@
-"""One pass over the student's own rollouts that gathers everything a bridge is fitted from (section 3, stages 0 and 1)."""
+"""Collects the statistics that a bridge is fitted from, in one pass over the student's rollouts (section 3, stages 0 and 1)."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def fit_bridge(
     on_rollouts: Callable[[int, int], None] | None = None,
     **fitting: Any,
 ) -> Bridge:
-    """Let the student write one completion a prompt, let both models read it, and fit a bridge.
+    """Sample one completion per prompt from the student, read it with both models, and fit a bridge.
 
     Args:
-        pair: student and teacher, of any shapes and tokenizers (`oprd.resolve.load_pair`). Prompts are rendered as `pair.rendering`
-            says, which must be the same in training.
+        pair: student and teacher, of any shapes and tokenizers (`oprd.resolve.load_pair`). Prompts are rendered with
+            `pair.rendering`, which must be the same in training.
         rows: prompts.
         layers: student layers to bridge.
-        maps: the layer map φ (`oprd.states.layer_maps.layer_map`); "cka" is found from the rollouts themselves.
-        max_completion_length: most tokens of a rollout.
-        held_out: share of the rollouts that the fit does not see and is judged by.
-        seed: of the sampling.
+        maps: the layer map φ (`oprd.states.layer_maps.layer_map`); "cka" uses the rollouts themselves.
+        max_completion_length: maximum tokens of a rollout.
+        held_out: share of the rollouts that is kept out of the fit, to judge it.
+        seed: sampling seed.
         batch_size: completions generated together.
-        micro_batch_tokens: most padded tokens of one forward pass.
+        micro_batch_tokens: maximum tokens of one forward pass, padding included.
         max_prompt_length: leave out (and count) longer prompts.
-        on_rollouts: called with (rollouts read, of all).
+        on_rollouts: called with (rollouts read, all rollouts).
         **fitting: arguments of `Bridge.fit`: rank, max_rank, scale, projector, ridge, intercept.
 
     Raises:
@@ -117,16 +117,16 @@ def read_pairs(
     *,
     pairing: PositionPairs | None = None,
 ) -> None:
-    """Let student and teacher read `rollouts`, and add every pair of positions to the statistics of each student layer.
+    """Read `rollouts` with both models, and add every pair of positions to the statistics of each student layer.
 
     Args:
         models: student and teacher.
         rollouts: the student's.
-        statistics: by student layer; updated.
+        statistics: student layer → statistics; updated.
         phi: the layer map.
-        micro_batch_tokens: most padded tokens of one forward pass.
+        micro_batch_tokens: maximum tokens of one forward pass, padding included.
         pad_token_id: an id that both models have.
-        pairing: of these rollouts, where the teacher reads a text of its own.
+        pairing: pairs of positions, where the teacher reads its own tokens.
     """
     chosen = tuple(sorted(statistics))
     wanted = tuple(sorted({phi[layer - 1] for layer in chosen}))
@@ -150,14 +150,14 @@ def _read_student(
     micro_batch_tokens: int,
     pad_token_id: int = 0,
 ) -> Iterator[tuple[States, StateRequest]]:
-    """The student's states, a micro-batch at a time, and what to ask of the teacher for the same positions."""
+    """Yield the student's states of each micro-batch, and the teacher's request for the same positions."""
     device = next(models[0].parameters()).device
     for group in plan_micro_batches(input_lengths(rollouts, pairing), micro_batch_tokens):
         theirs = None if pairing is None else pairing.select(group)
-        mine, asked = request_pair(rollouts.select(group), theirs, layers, pad_token_id=pad_token_id)
+        own, teacher_request = request_pair(rollouts.select(group), theirs, layers, pad_token_id=pad_token_id)
         with torch.no_grad():
-            student = gather_states(models[0], mine.to(device))
-        yield student, asked.to(device)
+            student = gather_states(models[0], own.to(device))
+        yield student, teacher_request.to(device)
 
 
 def similarity(
@@ -173,9 +173,9 @@ def similarity(
     ours: list[list[Tensor]] = [[] for _ in layers[0]]
     theirs: list[list[Tensor]] = [[] for _ in layers[1]]
     seen = 0
-    for student, asked in _read_student(models, rollouts, pairing, layers[0], micro_batch_tokens):
+    for student, teacher_request in _read_student(models, rollouts, pairing, layers[0], micro_batch_tokens):
         with torch.no_grad():
-            teacher = gather_states(models[1], replace(asked, layers=layers[1]))
+            teacher = gather_states(models[1], replace(teacher_request, layers=layers[1]))
         for kept, states in ((ours, student), (theirs, teacher)):
             for column, values_ND in zip(kept, states.values, strict=True):
                 column.append(values_ND[: tokens - seen].float().cpu())
@@ -186,7 +186,7 @@ def similarity(
 
 
 def held_out_rollouts(count: int, share: float) -> set[int]:
-    """Which of `count` rollouts the fit does not see: `share` of them, spread evenly, the first among them."""
+    """Indices of the rollouts kept out of the fit: `share` of `count`, spread evenly, including the first."""
     if not 0 < share < 1:
         raise ValueError(f"held_out: {share} is not allowed; it is a share of the rollouts, between 0 and 1")
     bounds = [ceil(round(index * share, 9)) for index in range(count + 1)]
@@ -210,12 +210,12 @@ def check_fitting(
     ridge: float | str = 0.0,
     intercept: bool = True,
 ) -> None:
-    """Refuse what `Bridge.fit` would refuse after all rollouts; call it before models are loaded.
+    """Check what `Bridge.fit` would refuse only after all rollouts. Call it before models are loaded.
 
     Args:
         count: number of prompts.
-        held_out: share of the rollouts that the fit is judged by.
-        rank, max_rank, scale, projector, ridge, intercept: of `Bridge.fit`.
+        held_out: share of the rollouts that is kept out of the fit, to judge it.
+        rank, max_rank, scale, projector, ridge, intercept: arguments of `Bridge.fit`.
 
     Raises:
         ValueError: a value that is not allowed, or too few prompts for the share held out.

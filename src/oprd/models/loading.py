@@ -1,4 +1,4 @@
-"""Loading a model with its tokenizer, and the facts that a run needs of it, worked out once."""
+"""Loads a model with its tokenizer, and collects the facts that a run needs of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What other parts of a run need to know about a model.
+    """Facts of a model that a run needs.
 
     Args:
-        name: as the user gave it; for messages.
-        layers: transformer blocks.
+        name: as the user gave it, for messages.
+        layers: number of transformer blocks.
         width: dimensions of a hidden state.
-        context_length: most tokens that the model can read; None when its config does not say.
+        context_length: maximum tokens that the model can read; None if its config has no limit.
         stop_token_ids: ids that end a completion.
     """
 
@@ -41,14 +41,14 @@ class ModelInfo:
         """The facts of a model in memory; without a tokenizer the stop ids stay empty.
 
         Raises:
-            ValueError: an architecture that is not supported, or neither model nor tokenizer names an end token.
+            ValueError: an architecture that is not supported, or no end token in model and tokenizer.
         """
         stops = () if tokenizer is None else tuple(stop_token_ids(model, tokenizer))
         return cls(name, num_layers(model), hidden_size(model), context_length(model), stops)
 
     @classmethod
     def from_config(cls, name: str, *, trust_remote_code: bool = False) -> ModelInfo | None:
-        """The facts that a model's config file holds; no weight is read. None where the config is out of reach.
+        """The facts from a model's config file, without its weights. None if the config cannot be read.
 
         Raises:
             ValueError: a name that is neither a folder nor a hub name.
@@ -66,7 +66,7 @@ def check_same_shape(student: ModelInfo, teacher: ModelInfo) -> None:
     """Refuse two models whose hidden states cannot be compared dimension by dimension (OPRD-Vanilla).
 
     Raises:
-        ValueError: depth or width differ; names both.
+        ValueError: depth or width differs; names both.
     """
     if (student.layers, student.width) != (teacher.layers, teacher.width):
         raise ValueError(
@@ -101,11 +101,11 @@ def load(
         dtype: as in `load_model`.
         init_kwargs: further arguments of the model's `from_pretrained`.
         trust_remote_code: run code that comes with the model.
-        device: for reading only: move the model there, in eval mode and without gradients. None: leave it as loaded.
-        tokenizer: use this one; None: load the model's.
+        device: move the model there, in eval mode and without gradients. None: leave it as loaded, to train it.
+        tokenizer: tokenizer to use; None: load the model's.
 
     Raises:
-        ValueError: no such model, not a decoder-only one, or no tokenizer.
+        ValueError: no such model, not a decoder-only model, or no tokenizer.
     """
     model = load_model(name, dtype=dtype, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
     if device is not None:
@@ -116,10 +116,10 @@ def load(
 
 
 def resolve_name(name: str) -> str:
-    """A model name that transformers understands: `embedded:tiny/student` becomes the folder inside this package.
+    """The name as transformers accepts it: `embedded:tiny/student` becomes the folder inside this package.
 
     Raises:
-        ValueError: an embedded name that does not exist, or a path-like name that is not there.
+        ValueError: an unknown embedded name, or a path without a folder.
     """
     if name.startswith(EMBEDDED):
         folder = ASSETS / name.removeprefix(EMBEDDED)
@@ -148,10 +148,10 @@ def load_model(
         name: folder, hub name or `embedded:…`.
         dtype: dtype of the weights unless `init_kwargs` has one; "auto" keeps the checkpoint's.
         init_kwargs: further arguments of `from_pretrained`.
-        trust_remote_code: run code that comes with the model. Off unless asked for.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: no such model, or not a decoder-only one.
+        ValueError: no such model, or not a decoder-only model.
     """
     kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
@@ -163,7 +163,7 @@ def load_model(
         raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {first_line}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
-    blocks(model)  # fails early, naming the class, where the layers cannot be found
+    blocks(model)  # raises now, with the class's name, if the layers cannot be found
     return model
 
 
@@ -171,7 +171,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """Load the tokenizer of a folder, hub name or `embedded:…`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no tokenizer can be loaded.
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
@@ -181,10 +181,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """`"bfloat16"`, `"float32"`, … as a torch dtype.
+    """Convert `"bfloat16"`, `"float32"`, … to a torch dtype.
 
     Raises:
-        ValueError: not a floating-point dtype's name.
+        ValueError: not the name of a floating-point dtype.
     """
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""Terms of the user's own, named in the setting `objectives` or given as objects, and rules that hold for all terms of a run."""
+"""The user's terms, named in the setting `objectives` or given as objects, and checks of all terms of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FREE_FORM = "each entry is a mapping such as {use: my_losses:huber, weight: 0.5
 
 
 def check_entries(entries: Any) -> None:
-    """Refuse entries of `objectives` that do not have the form of one. Imports nothing.
+    """Check the form of the entries of `objectives`. Imports nothing.
 
     Raises:
         ValueError: names the entry and what is allowed.
@@ -43,7 +43,7 @@ def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[s
         taken: names of terms that exist already; an entry with such a name gets its number as a suffix.
 
     Raises:
-        ValueError: an entry that cannot be imported, is no objective, or does not take its arguments.
+        ValueError: an entry that cannot be imported, is not an objective, or does not accept its arguments.
     """
     terms: dict[str, Term] = {}
     for number, entry in enumerate(entries):
@@ -58,10 +58,10 @@ def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[s
 
 
 def given_terms(terms: Any, taken: set[str]) -> dict[str, Term]:
-    """The terms that Python code gives as objects, without those of weight 0.
+    """Check the terms that Python code gives as objects, and return those with a weight other than 0.
 
     Raises:
-        ValueError: no mapping of names to `Term`, a name that is taken, or a term that cannot be.
+        ValueError: not a mapping of names to `Term`, a name that is taken, or an invalid term.
     """
     if not isinstance(terms, Mapping):
         raise ValueError(f"objectives: {type(terms).__name__} is not a mapping of names to Term(objective, weight)")
@@ -82,7 +82,7 @@ def given_terms(terms: Any, taken: set[str]) -> dict[str, Term]:
 
 
 def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None:
-    """Refuse settings that do not go with the terms of the loss, shipped ones and the user's.
+    """Refuse settings that do not fit the terms of the loss, both shipped ones and the user's.
 
     Args:
         terms: of the run.
@@ -124,7 +124,7 @@ def term_name(use: str) -> str:
 
 
 def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:
-    """Refuse other rollouts than the student's of the same step where a term needs these."""
+    """Refuse settings that train on other rollouts than the current student's, where a term needs those."""
     for name, term in terms.items():
         if not getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)):
             continue

@@ -1,7 +1,7 @@
-"""Checkpoints: whole or absent, verified before they are resumed from, safetensors and JSON only.
+"""Checkpoints: whole or absent, verified before a run resumes from them, in safetensors and JSON only.
 
-A checkpoint is written to a staging folder, every file fsynced, a manifest with a digest of each file written last, and the folder
-renamed into place (`CheckpointStore.save`). `find_checkpoint` verifies it before a run goes on from it.
+`CheckpointStore.save` writes a checkpoint to a staging folder, fsyncs every file, writes a manifest with a digest of each file
+last, and renames the folder into place. `find_checkpoint` verifies it before a run resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def step_of(folder: Path) -> int:
     """The step after which a checkpoint was saved.
 
     Raises:
-        ValueError: the folder is no checkpoint of a trainer.
+        ValueError: the folder is not a checkpoint.
     """
     try:
         return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
@@ -54,7 +54,7 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def newest_verified(run_folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, None when the run has no checkpoint; what is skipped is logged by file name.
+    """The newest checkpoint that verifies; None if the run has no checkpoint. Skipped ones are logged.
 
     Raises:
         ValueError: there are checkpoints and none of them verifies.
@@ -63,7 +63,7 @@ def newest_verified(run_folder: Path) -> Path | None:
     for folder in list_checkpoints(run_folder):
         try:
             verify(folder)
-        except (ValueError, OSError) as error:  # another rank may be moving a damaged one out of the way
+        except (ValueError, OSError) as error:  # another rank may be removing a damaged one
             reasons.append(str(error))
             logger.warning("skipping %s: %s", folder.name, error)
             continue
@@ -76,17 +76,17 @@ def newest_verified(run_folder: Path) -> Path | None:
 def find_checkpoint(
     folder: RunFolder, resume_from_checkpoint: str | bool | None, bridge: str | None = None, digest: str | None = None
 ) -> Path | None:
-    """The verified checkpoint to go on from; None for a fresh start.
+    """The verified checkpoint to resume from; None for a fresh start.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         resume_from_checkpoint: true for the newest of the run, or a checkpoint's folder.
         bridge: folder of this run's bridge, for messages.
-        digest: of this run's bridge; None without one.
+        digest: digest of this run's bridge; None without one.
 
     Raises:
-        ValueError: there is none, it is damaged, it belongs to another run than the one in `folder`, or it was trained through
-            another bridge.
+        ValueError: there is no checkpoint, it is damaged, it belongs to another run than the one in `folder`, or it was trained
+            with another bridge.
     """
     if not resume_from_checkpoint:
         return None
@@ -113,12 +113,12 @@ def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> 
 
 
 def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> None:
-    """Refuse to go on through another bridge than a checkpoint was trained through: the loss would change half way.
+    """Refuse to resume with another bridge than the checkpoint was trained with: the loss would change within the run.
 
     Args:
-        checkpoint: what is resumed from.
-        folder: of this run's bridge, for the message.
-        digest: of this run's bridge; None without one.
+        checkpoint: the checkpoint's folder.
+        folder: folder of this run's bridge, for the message.
+        digest: digest of this run's bridge; None without one.
 
     Raises:
         ValueError: names both.
@@ -152,7 +152,7 @@ def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
-    """What `save_optimizer` wrote, as a `state_dict`."""
+    """Read what `save_optimizer` wrote, as a `state_dict`."""
     rest = json.loads((folder / "optimizer.json").read_text())
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in rest["scalars"].items()}
     for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -173,7 +173,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` gave."""
+    """Restore what `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -192,14 +192,14 @@ def _write_json(path: Path, value: Any) -> None:
 
 @runtime_checkable
 class CheckpointPart(Protocol):
-    """Something whose state belongs to a checkpoint. Each process saves and loads its own."""
+    """An object whose state is part of a checkpoint. Each process saves and loads its own state."""
 
     def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint's folder."""
+        """Write the state into the checkpoint's folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote.
+        """Restore what `save` wrote.
 
         Raises:
             ValueError: the file is missing or unreadable.
@@ -240,15 +240,15 @@ class RandomStates:
 class CheckpointStore:
     """Writes a run's checkpoints so that each is whole or absent.
 
-    A model sharded by FSDP2 is gathered into the same files that one process writes, weights and optimizer both, so that any
-    number of processes can go on from them. DeepSpeed writes its own formats; the manifest covers them.
+    Weights and optimizer of a model sharded by FSDP2 are gathered into the files that one process would write, so that any number
+    of processes can resume from them. DeepSpeed writes its own formats; the manifest covers them.
 
     Args:
         run_folder: where checkpoints are written.
-        parts: what else belongs to one.
+        parts: further objects whose state is saved.
         writes: whether this process writes the shared files.
         save_total_limit: checkpoints to keep; None: all.
-        bridge_digest: of the bridge that the run learns through; kept in each checkpoint.
+        bridge_digest: digest of the run's bridge, saved in each checkpoint; None without one.
     """
 
     def __init__(
@@ -265,14 +265,14 @@ class CheckpointStore:
         self.staging = False
 
     def directory(self, output_dir: str) -> str:
-        """Where the trainer writes into now: the staging folder while a checkpoint is being saved, else `output_dir`."""
+        """The folder to write to: the staging folder while a checkpoint is being saved, else `output_dir`."""
         return os.path.join(output_dir, STAGING) if self.staging else output_dir
 
     def save(self, state: Any, write: Callable[[], None], wait_for_everyone: Callable[[], None]) -> Path:
         """Save a checkpoint: staged, then published by the process that writes.
 
         Args:
-            state: the trainer's, for the step and the best checkpoint.
+            state: the trainer's state, with the step and the best checkpoint.
             write: writes the checkpoint into `directory(…)`; all processes take part.
             wait_for_everyone: a barrier.
 
@@ -294,7 +294,7 @@ class CheckpointStore:
         return self.run_folder / name
 
     def save_parts(self, folder: str) -> None:
-        """Write what every process keeps of its own."""
+        """Write this process's state of every part."""
         for part in self.parts:
             part.save(Path(folder))
 
@@ -304,7 +304,7 @@ class CheckpointStore:
             part.load(Path(folder))
 
     def save_optimizer(self, optimizer: Any, scheduler: Any, folder: str, *, sharded: bool) -> None:
-        """Write optimizer and learning-rate schedule; of a sharded model, every process takes part in the gathering."""
+        """Write optimizer and learning-rate schedule. All processes call it for a sharded model, whose state is gathered."""
         state_dict = optimizer.state_dict()
         if sharded:
             state_dict["state"] = whole_state(state_dict["state"], keep=self.writes)
@@ -321,7 +321,7 @@ class CheckpointStore:
         scheduler.load_state_dict(json.loads((Path(folder) / "scheduler.json").read_text()))
 
     def load_sharded_weights(self, model: nn.Module, folder: str) -> None:
-        """Load whole weights into a sharded model; each process keeps its part.
+        """Load whole weights into a sharded model; each process keeps its shard.
 
         Raises:
             ValueError: the checkpoint holds no weights.
@@ -333,7 +333,7 @@ class CheckpointStore:
             load_whole_weights(model, load_file(file))
 
     def replace_pickle(self, folder: str, settings: str) -> None:
-        """Remove the arguments that transformers pickles beside a model, and write them as JSON."""
+        """Replace the file in which transformers pickles its arguments by a JSON file."""
         pickled = Path(folder) / "training_args.bin"
         if pickled.is_file():
             pickled.unlink()
@@ -341,7 +341,7 @@ class CheckpointStore:
 
     @contextmanager
     def upload_without_pickle(self) -> Iterator[None]:
-        """While open, transformers pickles its arguments under a name that its own upload leaves out; removed at the end."""
+        """In this context, transformers pickles its arguments into a file that its upload leaves out; the exit removes it."""
         name, trainer_module.TRAINING_ARGS_NAME = trainer_module.TRAINING_ARGS_NAME, "_training_args.bin"
         try:
             yield
@@ -353,7 +353,7 @@ class CheckpointStore:
         staged, final = self.run_folder / STAGING / name, self.run_folder / name
         best = self.run_folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
         if best is not None and (best.exists() or best == final):
-            # The trainer looked for it in the staging folder.
+            # The trainer has looked for it in the staging folder only.
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(staged / "trainer_state.json"))
         if self.bridge_digest is not None:
@@ -361,7 +361,7 @@ class CheckpointStore:
         write_manifest(staged)
         if final.exists() and not is_whole(final):
             shutil.rmtree(final)
-        if not final.exists():  # a whole one of the same step holds the same, saved before
+        if not final.exists():  # otherwise this step was saved before, with the same content
             os.replace(staged, final)
         fsync(self.run_folder)
         shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)

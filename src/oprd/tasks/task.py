@@ -1,4 +1,4 @@
-"""Tasks by name: how to grade a response and, for generated tasks, where problems come from.
+"""Tasks by name: how to grade responses and, for generated tasks, how to make problems.
 
 A new task is one module beside this file and one line in `TASKS`.
 """
@@ -20,21 +20,21 @@ from oprd.tasks.math import INSTRUCTION, BoxedGrader
 
 @runtime_checkable
 class Grader(AbstractContextManager["Grader"], Protocol):
-    """Grades batches inside a `with` block, where it may hold processes; `stats` counts how pairs were decided.
+    """Grades batches inside a `with` block, where it may hold processes.
 
     A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1.
     """
 
     @property
     def stats(self) -> Counter[str]:
-        """How many pairs were decided how."""
+        """Number of graded pairs by how they were decided ("exact", "verified", …)."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:
         """Return the reward of each response; ValueError if there are not as many answers."""
 
 
 class FunctionGrader:
-    """A `Grader` made of a function of one response and one answer, which returns a verdict or a reward."""
+    """A `Grader` from a function of one response and one answer that returns a verdict or a reward."""
 
     def __init__(self, reward: Callable[[str, str], bool | float]) -> None:
         self._reward = reward
@@ -66,10 +66,10 @@ class Task:
     Attributes:
         name: its key in `TASKS`.
         description: one line for `--help`.
-        grader: makes a grader: `with task.grader() as grader: grader.grade(responses, answers)`.
+        grader: creates a grader: `with task.grader() as grader: grader.grade(responses, answers)`.
         problems: `(n, seed, split) -> rows` of a task that is generated; None if prompts come from a file or the hub.
-        instruction: a sentence that tells a model how to give its answer; None if there is nothing to tell.
-        instruction_mark: a prompt that contains it says so already.
+        instruction: a sentence that tells a model how to give its answer; None if it needs none.
+        instruction_mark: a prompt that contains this text already has an instruction.
     """
 
     name: str
@@ -121,7 +121,7 @@ def get_task(name: str) -> Task:
 
 
 def check_task(task: Any, name: str = "it") -> Task:
-    """The task, if it is one.
+    """Return the task if it is valid.
 
     Args:
         task: any object.
@@ -139,7 +139,7 @@ def check_task(task: Any, name: str = "it") -> Task:
 
 
 def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
-    """Append the task's instruction to the prompts that do not yet say how to answer, as published evaluations do.
+    """Append the task's instruction to the prompts that do not say how to answer, as published evaluations do.
 
     Returns:
         The rows, and how many of them were changed.

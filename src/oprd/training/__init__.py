@@ -1,5 +1,5 @@
-"""Training: `OPRDTrainer`, its collaborators, and whole runs from a configuration.
+"""Training: `OPRDTrainer` and its collaborators, which hold rollouts, processes, metrics and evaluation.
 
 May be imported by tools and cli.
-Start reading at `trainer.py` (`training_step` is Algorithm 1), then `rollout_source.py`.
+Start reading at `trainer.py`; `run.py` trains and evaluates as a recipe says.
 """

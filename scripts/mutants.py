@@ -1,0 +1,809 @@
+"""Would the tests notice a bug? Puts one bug at a time into a copy of the code and runs the tests that should fail.
+
+    python scripts/mutants.py                     # all of them (make test-mutants)
+    python scripts/mutants.py --only 'alignment'  # those whose file or name contains the text, or matches the pattern
+    python scripts/mutants.py --list
+
+The table below holds, for each file of `src/oprd`, mutants of the kind that a refactoring could make: a name, a text that occurs
+once in the file, the text in its place, and the tests that must notice. `tests/test_mutants_table.py` checks that it fits the code.
+
+The same tests first run on the unchanged copy and must pass. Exit status: 0 if at least 95 % of the mutants are killed, 1 if
+fewer are, 2 if the table does not fit or a test fails without a bug.
+
+Each run is a fork of this process, which has imported torch, transformers and pytest, but never oprd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = Path("src/oprd")
+COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "pyproject.toml", "README.md")
+WANTED = 0.95  # share of mutants that must be killed
+SECONDS = 240  # that one run may take; a mutant that hangs is noticed, too
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "",
+    "CI": "1", "OPRD_MUTANTS": "1",  # hypothesis draws the same examples each time, and shrinks none
+}  # fmt: skip
+PRELOADED = (
+    "accelerate", "beartype", "datasets", "jaxtyping", "matplotlib.figure", "peft", "pydantic", "pytest", "torch",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.trainer", "typer",
+)  # fmt: skip
+
+# File below src/oprd → (name, old text, new text, tests that must notice: files or node ids below tests/, separated by spaces).
+TABLE: dict[str, list[tuple[str, str, str, str]]] = {
+    "objectives/representation.py": [
+        ("norms in the dtype of the states", "vector_norm(states_ND, dim=-1, dtype=dtype)",
+         "vector_norm(states_ND, dim=-1).to(dtype)", "test_representation.py"),
+        ("short states have no direction", "_TINY = 1e-12", "_TINY = 1e-3", "test_representation.py"),
+        ("the teacher's states are overwritten", "teacher_ND.to(dtype, copy=True)", "teacher_ND.to(dtype)",
+         "test_representation.py"),
+        ("half of the gradient", "difference_ND.mul_(2.0 / width)", "difference_ND.mul_(1.0 / width)", "test_representation.py"),
+        ("the gradient keeps its part along the state", "difference_ND.sub_((along_N[:, None] * student_hat_ND).to(dtype))",
+         "pass", "test_representation.py"),
+        ("the normalised gradient is not divided by the length", "(2.0 / student_norm_N)[:, None]",
+         "(2.0 * student_norm_N.sign())[:, None]", "test_representation.py"),
+    ],
+    "objectives/reduction.py": [
+        ("a rollout is a share of its micro-batch, not of the step", "* (step_rollouts or num_rollouts))", "* num_rollouts)",
+         "test_representation.py"),
+        ("a token is a share of its micro-batch, not of the step", "1.0 / (step_positions or len(rollout_index))",
+         "1.0 / len(rollout_index)", "test_representation.py"),
+        ("layers are summed", "for error_N in errors]).mean()", "for error_N in errors]).sum()", "test_representation.py"),
+    ],
+    "objectives/schedules.py": [
+        ("a crossfade from the wrong side", "return 1.0 - progress, progress", "return progress, 1.0 - progress",
+         "test_composite.py"),
+        ("a schedule one step early", 'min(step / weight["steps"], 1.0)', 'min((step + 1) / weight["steps"], 1.0)',
+         "test_composite.py"),
+        ("a jump after the first step", "float(x >= 1)", "float(x > 0)", "test_composite.py"),
+        ("a weight that fades in counts as off", 'max(weight["start"], weight["end"]) > 0', 'weight["start"] > 0',
+         "test_composite.py"),
+    ],
+    "objectives/batch.py": [
+        ("columns stay in order when rollouts are selected", "[column[i] for i in indices]", "list(column[: len(indices)])",
+         "test_objectives_in_training.py::test_all_three_terms_together_equal_plain_pytorch "
+         "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
+        ("pairs stay those of the whole batch", "self.pairs.select(indices)", "self.pairs",
+         "test_cross_tokenizer_training.py::test_groups_of_rollouts_do_not_matter"),
+        ("ungraded rollouts count as wrong", 'float("nan") if r is None else float(r)', "float(r or 0)",
+         "test_objectives_in_training.py::test_a_row_without_an_answer_is_named"),
+        ("negative advantages count as zero", "sum(a == 0 for a in advantages)", "sum(a <= 0 for a in advantages)",
+         "test_objectives_in_training.py::test_all_three_terms_together_equal_plain_pytorch "
+         "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
+    ],
+    "objectives/terms.py": [
+        ("normalize is not passed on", "normalize=self.normalize, reuse_teacher=reuse", "reuse_teacher=reuse",
+         "test_trainer.py::test_two_steps_equal_plain_pytorch"),
+        ("the upper clip is the lower one", '"epsilon_high": self.epsilon_high}', '"epsilon_high": None}',
+         "test_objectives_in_training.py::test_several_updates_on_the_same_rollouts_are_clipped_against_the_policy_that_wrote_them"),
+        ("the tail's loss may have the teacher's rollouts", 'ON_POLICY_KINDS = ("sampled_token", "tail_sampled")',
+         'ON_POLICY_KINDS = ("sampled_token",)', "test_off_policy.py::test_what_cannot_be_is_refused"),
+    ],
+    "objectives/composite.py": [
+        ("the policy gradient fades in, too", '"none": 1.0}', '"none": fade_in}',
+         "test_objectives_in_training.py::test_a_crossfade_leaves_the_policy_gradient_alone"),
+        ("clip_ratio is a share of the matched positions", "self._observer(self.totals.tokens),",
+         "self._observer(self.totals.positions),",
+         "test_objectives_in_training.py::test_clipping_is_counted_over_all_tokens_whichever_positions_the_other_terms_have"),
+        ("layers are summed", "teacher_ND, at) / objective.num_layers", "teacher_ND, at)",
+         "test_trainer.py::test_two_steps_equal_plain_pytorch"),
+        ("distributions are divided by all tokens", "else self.totals.compared)\n", "else self.totals.tokens)\n",
+         "test_off_policy.py::test_positions_of_the_output_space_loss_by_hand"),
+        ("the policy gradient is divided by the matched positions", "self._weights(index_M, self.totals.tokens)",
+         "self._weights(index_M, self.totals.positions)",
+         "test_objectives_in_training.py::test_clipping_is_counted_over_all_tokens_whichever_positions_the_other_terms_have "
+         "test_objectives_in_training.py::test_all_three_terms_together_equal_plain_pytorch"),
+        ("log-probabilities at temperature 1", "asked.tokens, temperature=temperature)", "asked.tokens)",
+         "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
+        ("it measures a step early", "step % self.diagnostic_steps == 0", "(step + 1) % self.diagnostic_steps == 0",
+         "test_objectives_in_training.py::test_every_tenth_step_measures_both_distributions"),
+        ("the log has weighted losses", '{f"loss/{name}": value.detach()}',
+         '{f"loss/{name}": self.terms.weights[name] * value.detach()}', "test_objectives_in_training.py::test_a_composite_equals_plain_pytorch"),
+        ("the reverse KL is measured over the teacher's tokens", "if self.terms.on_policy:  # over", "if True:  # over",
+         "test_off_policy.py::test_a_mixture_logs_who_wrote"),
+        ("old log-probabilities are forgotten", "None if old is None else torch.cat(list(old))", "None",
+         "test_objectives_in_training.py::test_several_updates_on_the_same_rollouts_are_clipped_against_the_policy_that_wrote_them"),
+        ("terms may overwrite what another reads", "may_overwrite_teacher=len(mine) == 1", "may_overwrite_teacher=True",
+         "test_trainer.py::test_two_steps_equal_plain_pytorch"),
+    ],
+    "objectives/diagnostics.py": [
+        ("the overlap of all events", "student_head.num_events - 1", "student_head.num_events",
+         "test_output_space.py::test_the_overlap_that_is_watched_is_of_16_tokens_and_never_of_all"),
+        ("the reverse KL has the wrong sign", "own_M - teacher_M", "teacher_M - own_M",
+         "test_objectives_in_training.py::test_every_tenth_step_measures_both_distributions"),
+    ],
+    "objectives/policy_gradient.py": [
+        ("the std of a population", "/ (group_size - 1)", "/ group_size", "test_policy_gradient.py"),
+        ("the mean of all prompts", "rewards_PG.mean(1, keepdim=True)", "rewards_PG.mean()", "test_policy_gradient.py"),
+        ("no clip below", "log_ratio_N.clamp(min=low)", "log_ratio_N", "test_policy_gradient.py"),
+        ("the clip is symmetric in the logarithm", "log1p(-epsilon), log1p(", "-log1p(epsilon), log1p(",
+         "test_policy_gradient.py"),
+        ("the old policy gets a gradient", "log_p_N - old_log_p_N.detach()", "log_p_N - old_log_p_N", "test_policy_gradient.py"),
+        ("clipped counts rollouts without an advantage", "(advantage_N > 0))", "(advantage_N >= 0))", "test_policy_gradient.py"),
+    ],
+    "objectives/output_space.py": [
+        ("the sampled token's teacher at temperature 1",
+         "teacher_N = log_probs(teacher_head, teacher_NE, tokens_N, temperature=temperature, chunk_size=chunk_size)",
+         "teacher_N = log_probs(teacher_head, teacher_NE, tokens_N, chunk_size=chunk_size)", "test_output_space.py"),
+        ("the baseline has the wrong sign", "advantage_N = value_N - divergence(", "advantage_N = value_N + divergence(",
+         "test_output_space.py"),
+        ("a sampled token of the support counts twice", "ratio_NK[:, -1].masked_fill_((support_NK == sampled_N1).any(-1), 0)",
+         "pass", "test_output_space.py"),
+        ("the tail's support is always the student's",
+         "support_NK, _ = supports(*sides, k=k, support=support,", 'support_NK, _ = supports(*sides, k=k, support="student",',
+         "test_output_space.py"),
+        ("an empty support has a loss", "value_NK.sum(-1) * ~empty_N1[:, 0]", "value_NK.sum(-1)", "test_output_space.py"),
+        ("the total cross-entropy is maximised", "(tokens_N1,), -weights_N,", "(tokens_N1,), weights_N,",
+         "test_lm_head_weighted_sum.py"),
+        ("a union leaves out the wrong tokens", "new_NK = ~shared_NKK.any(1)", "new_NK = ~shared_NKK.any(2)",
+         "test_output_space.py"),
+        ("beta is not passed on", '{"kind": "jsd", "beta": term.beta}', '{"kind": "jsd"}', "test_lm_head_weighted_sum.py"
+         " test_objectives_in_training.py::test_two_steps_of_each_output_space_loss_equal_plain_pytorch"),
+    ],
+    "models/lm_head/head.py": [
+        ("the scale of Granite multiplies", '"logits_scaling": -1', '"logits_scaling": 1',
+         "test_lm_head.py::test_the_head_of_every_family_gives_the_models_logits"),
+        ("the scale comes after the bias", "logits_nV.add_(self.bias[: self.rows])",
+         "logits_nV.add_(self.bias[: self.rows] / self.scale)", "test_lm_head.py::test_single_head_quantities_equal_the_dense_ones"
+         " test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("the end is its likeliest stop token", "before_nm.logsumexp(-1)", "before_nm.amax(-1)",
+         "test_lm_head.py::test_a_divergence_equals_the_dense_one test_lm_head.py::test_listed_events_equal_the_dense_ones"),
+        ("stop tokens become the last of them", "torch.isin(tokens, stops), stops[0], tokens)",
+         "torch.isin(tokens, stops), stops[-1], tokens)", "test_output_space.py::test_a_sampled_stop_token_is_the_stop_event"
+         " test_lm_head.py::test_single_head_quantities_equal_the_dense_ones"),
+        ("the teacher's stop tokens are none", "(*student.stop_token_ids, *teacher.stop_token_ids, *stop_token_ids)",
+         "(*student.stop_token_ids, *stop_token_ids)",
+         "test_lm_head.py::test_models_that_end_with_different_tokens_agree_when_both_mean_the_end"),
+        ("two heads are cut to the student's size", "size = min(student.size, teacher.size) if vocab_size",
+         "size = student.size if vocab_size", "test_lm_head.py::test_without_a_map_size_the_smaller_vocabulary_counts"),
+        ("the end is named by the lowest id, shared or not", "key=lambda i: (i not in shared, i))", "key=lambda i: i)",
+         "test_cross_tokenizer_training.py::test_all_ends_of_a_side_are_one_event_and_padding_is_none test_lm_head.py"),
+    ],
+    "models/lm_head/vocabulary.py": [
+        ("logits in place of log-probabilities", "top.values - log_normalizer_n1", "top.values", "test_lm_head.py"),
+    ],
+    "models/lm_head/matmul.py": [
+        ("one factor is not rounded", "grad_nV, hidden_nD = grad_nV.to(product_dtype), hidden_nD.to(product_dtype)",
+         "grad_nV = grad_nV.to(product_dtype)", "test_lm_head_matmul.py"),
+        ("pieces of the weight overwrite each other", "grad_nD.addmm_(grad_nV[:, part]", "grad_nD.zero_().addmm_(grad_nV[:, part]",
+         "test_lm_head_matmul.py test_lm_head.py::test_bfloat16_states_are_computed_in_float32"),
+    ],
+    "models/lm_head/gradients.py": [
+        ("the second micro-batch replaces the first", "parameter.grad.add_(gradient)",
+         "parameter.grad = gradient.to(parameter.dtype)", "test_lm_head_weighted_sum.py test_lm_head_matmul.py"),
+        ("the bias gets a mean", "logits_grad_nV.sum(0)", "logits_grad_nV.mean(0)",
+         "test_lm_head.py::test_gradients_by_finite_differences test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("the embedding stays sparse", "embedding.sparse = before", "pass", "test_lm_head_gradients.py"),
+    ],
+    "models/lm_head/chunked.py": [
+        ("the slope of the soft-cap at temperature 1", "logits_nV.mul(temperature / head.softcap)",
+         "logits_nV.mul(1 / head.softcap)", "test_lm_head.py::test_gradients_by_finite_differences "
+         "test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("the gradient is not divided by the temperature", "factor = head.scale / temperature", "factor = head.scale",
+         "test_lm_head.py::test_gradients_by_finite_differences test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("stop tokens share the gradient equally", "stops_nm.softmax(-1).nan_to_num_(nan=0.0)",
+         "torch.full_like(stops_nm, 1 / stops_nm.shape[1])", "test_lm_head.py::test_gradients_by_finite_differences "
+         "test_lm_head.py::test_a_divergence_equals_the_dense_one test_lm_head.py::test_gradients_of_listed_events_by_finite_differences"),
+        ("gradients of a sum are not weighted", "inputs, weights_n1 if any(wanted) else None)",
+         "inputs, torch.ones_like(weights_n1) if any(wanted) else None)", "test_lm_head_weighted_sum.py"),
+        ("the gradient from above is dropped", "gradient.mul_(upstream) for gradient", "gradient for gradient",
+         "test_lm_head_weighted_sum.py"),
+        ("only the last chunk counts", "total += (values_n1 * weights_n1).sum()", "total = (values_n1 * weights_n1).sum()",
+         "test_lm_head_weighted_sum.py"),
+    ],
+    "models/lm_head/logit_functions.py": [
+        ("the JSD's gradient without its share", ".mul_(upstream_n1 * (1 - beta))", ".mul_(upstream_n1)",
+         "test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("impossible events pull on the student", "q_nV.masked_fill_(impossible_nV, 0)", "pass",
+         "test_lm_head.py::test_impossible_tokens_give_finite_losses_and_gradients test_lm_head.py"),
+        ("an impossible token gets a gradient", "upstream_nK.masked_fill(values_nK.isneginf(), 0)", "upstream_nK",
+         "test_lm_head.py test_output_space.py"),
+        ("the reverse KL's gradient without its mean", "ratio_nV.sub_(value_n1).mul_(p_nV)", "ratio_nV.mul_(p_nV)",
+         "test_lm_head.py::test_a_divergence_equals_the_dense_one"),
+        ("a baseline is always subtracted", "ratio_nV.mul_(p_nV).sum(-1, keepdim=True) if baseline else value_n1",
+         "ratio_nV.mul_(p_nV).sum(-1, keepdim=True)", "test_lm_head_weighted_sum.py"),
+    ],
+    "models/lm_head/selected_logits.py": [
+        ("a row that several positions select gets one gradient",
+         "total_VD.index_add_(0, rows_NR[part].flatten(), own_nRD.flatten(0, 1))",
+         "total_VD[rows_NR[part].flatten()] += own_nRD.flatten(0, 1)", "test_lm_head_selected_logits.py"),
+        ("the end is its likeliest stop token", "logits_NR[:, rows_NK.shape[1] :].logsumexp(-1, keepdim=True)",
+         "logits_NR[:, rows_NK.shape[1] :].amax(-1, keepdim=True)", "test_lm_head_selected_logits.py"),
+        ("the soft-cap is not scaled back", "(logits_NR / head.softcap).tanh() * head.softcap",
+         "(logits_NR / head.softcap).tanh()", "test_lm_head_selected_logits.py"),
+    ],
+    "states/positions.py": [
+        ("one position too many", "range(max(0, length - k), length)", "range(max(0, length - k - 1), length)",
+         "test_selection.py"),
+        ("the last position is lost without an end", "select_positions(length - ended, positions, k)",
+         "select_positions(length - 1, positions, k)", "test_off_policy.py::test_positions_before_the_end"),
+    ],
+    "states/layers.py": [
+        ("the last even layer is missing", "range(2, num_layers + 1, 2)", "range(2, num_layers, 2)", "test_selection.py"),
+    ],
+    "states/requests.py": [
+        ("the state after the token", "start + len(rollouts.prompt_ids[index]) - 1)", "start + len(rollouts.prompt_ids[index]))",
+         "test_selection.py"),
+        ("a group stops before its budget", "(len(groups[-1]) + 1) <= token_budget", "(len(groups[-1]) + 1) < token_budget",
+         "test_selection.py test_trainer.py::test_metrics_are_what_happened"),
+        ("shortest first", "key=lambda i: (-lengths[i], i)", "key=lambda i: (lengths[i], i)", "test_selection.py"),
+        ("packed rows count their positions on", "position_ids[row, span] = torch.arange(lengths[index])",
+         "position_ids[row, span] = torch.arange(lengths[index]) + start",
+         "test_capture.py::test_padding_side_and_packing_change_nothing"),
+        ("padding is seen", "attention_mask[row, span] = 1", "attention_mask[row] = 1",
+         "test_capture.py::test_padding_side_and_packing_change_nothing"),
+    ],
+    "states/capture.py": [
+        ("hooks stay", "handle.remove()", "pass", "test_capture.py::test_hooks_are_gone_afterwards_even_after_an_error"),
+        ("a copy reads the original", 'plain.__func__ if getattr(plain, "__self__", None) is model else lambda _, *a, **k: plain(*a, **k)',
+         "lambda _, *a, **k: plain(*a, **k)", "test_capture.py::test_a_deep_copy_runs_on_its_own_weights"),
+        ("all layers run", "if top < len(block_list):", "if False:",
+         "test_capture.py::test_nothing_above_the_highest_layer_runs"),
+    ],
+    "states/teachers.py": [
+        ("the base samples with the adapter on", "        with _adapter_off(self.model):\n            yield self.model",
+         "        if True:\n            yield self.model",
+         "test_lora.py::test_the_base_as_teacher_writes_with_the_adapter_off_and_the_student_with_it_on"),
+        ("the teacher keeps its dropout", "self.model = model.eval().requires_grad_(False)",
+         "self.model = model.requires_grad_(False)", "test_trainer.py::test_the_teacher_never_changes"),
+        ("the student stays in eval mode", "self.model.train(was_training)", "pass",
+         "test_lora.py::test_the_base_as_teacher_is_read_without_dropout_and_leaves_the_mode_alone"),
+        ("frozen adapters thaw", "parameter.requires_grad_(flag)", "pass",
+         "test_objectives_in_training.py::test_asking_the_base_leaves_frozen_adapters_frozen"),
+    ],
+    "states/similarity.py": [
+        ("a debiasing term is halved", "- 2 * both / (n - 2)", "- both / (n - 2)", "test_similarity.py"),
+        ("short responses are diluted", "(total[-1] - total[max(0, len(total) - 1 - k)]) / min(k, len(total) - 1)",
+         "(total[-1] - total[max(0, len(total) - 1 - k)]) / k", "test_similarity.py"),
+    ],
+    "states/layer_maps.py": [
+        ("proportional to the number of layers", "Fraction(index * (teacher_layers - 1), student_layers - 1)",
+         "Fraction(index * teacher_layers, student_layers)", "test_layer_maps.py"),
+        ("the map may step back", "source = t if best[t] > best[source] else source", "source = max(range(teacher_layers), key=best.__getitem__)",
+         "test_layer_maps.py"),
+    ],
+    "alignment/position_pairs.py": [
+        ("distributions are compared where the next tokens differ", "if same and ids[t] in event_of", "if ids[t] in event_of",
+         "test_cross_tokenizer_training.py::test_two_steps_of_an_output_space_loss_equal_plain_pytorch"),
+        ("micro-batches have room for the shorter text", "list(map(max, own,", "list(map(min, own,",
+         "test_cross_tokenizer_training.py::test_no_batch_of_either_side_is_larger_than_allowed"),
+        ("the teacher reads the rollouts of the whole batch", "teacher_rollouts=self.teacher_rollouts.select(indices)",
+         "teacher_rollouts=self.teacher_rollouts", "test_cross_tokenizer_training.py::test_groups_of_rollouts_do_not_matter"),
+        ("compared positions of the next rollout", "starts = [0, *accumulate(rollouts.completion_lengths)]",
+         "starts = [*accumulate(rollouts.completion_lengths)]",
+         "test_cross_tokenizer_training.py::test_two_steps_of_an_output_space_loss_equal_plain_pytorch"),
+    ],
+    "alignment/boundaries.py": [
+        ("a mapped token of one vocabulary is passed on as it is", "frozenset(i for i, _ in text | special if self.special_map.get(i, i) == i)",
+         "frozenset(i for i, _ in text | special)",
+         "test_alignment.py::test_one_vocabulary_with_a_special_token_that_means_another_passes_the_other_on"),
+        ("a teacher position has two partners", "theirs[n] > pairs[-1][1]", "theirs[n] >= pairs[-1][1]", "test_alignment.py"),
+        ("the end follows an opening space", "else complete and t == len(completion) - 1", "else complete", "test_alignment.py"),
+        ("the opening counts as read", "[max(0, n - skipped) for n in", "[n for n in", "test_alignment.py"),
+        ("an unfinished text is ended", "complete = ends and teacher.stopped is None", "complete = ends", "test_alignment.py"),
+        ("every broken text was cut", 'broken == "partial" and cut and number == len(parts) - 1 and student.stopped is None',
+         'broken == "partial"', "test_alignment.py"),
+        ("text after a special token begins too early", "start = student.read[n + 1]", "start = student.read[n]", "test_alignment.py"),
+    ],
+    "alignment/aligner.py": [
+        ("the teacher gets the student's opening", "self.pair.teacher.opening(prompt, teacher_space)",
+         "self.pair.teacher.opening(prompt, student_space)", "test_alignment.py"),
+        ("tokens are shared twice", "if ours not in self.pair.stop_ids and i not in taken}", "if ours not in self.pair.stop_ids}",
+         "test_alignment.py"),
+        ("the opening is left out of the prompt", "prompts.append([*prompt, *alignment.teacher_opening])",
+         "prompts.append(list(prompt))", "test_alignment.py"),
+        ("every response ends", '["stop" if a.ended else "length" for a in alignments]', '["stop" for a in alignments]',
+         "test_alignment.py test_cross_tokenizer_training.py::test_the_rollouts_above_are_what_they_are_meant_to_be"),
+    ],
+    "alignment/model_pair.py": [
+        ("the teacher's ends count by id, too", 'merged = self.aligner is None and self.compared.end_of_turn != "by_id"',
+         "merged = self.aligner is None", "test_off_policy.py::test_a_teacher_with_an_end_of_its_own"),
+        ("padding rows are events", "size = min(vocabulary, student.size, teacher.size)", "size = min(student.size, teacher.size)",
+         "test_objectives_in_training.py::test_padding_rows_do_not_count_and_get_no_gradient"),
+        ("matched and compared positions are swapped", "pairs.num_matched, sum(lengths), pairs.num_compared]",
+         "pairs.num_compared, sum(lengths), pairs.num_matched]",
+         "test_cross_tokenizer_training.py::test_composites_equal_plain_pytorch"),
+        ("the end is compared although it is to be skipped",
+         'if self.compared.output_positions == "all" and self.compared.end_of_turn != "skip":',
+         'if self.compared.output_positions == "all":', "test_off_policy.py::test_positions_of_the_output_space_loss_by_hand "
+         "test_off_policy.py::test_states_without_the_end_by_hand test_off_policy.py::test_a_teacher_with_an_end_of_its_own"),
+        ("states are matched where distributions are compared",
+         "return self._select(rollouts, self.compared.positions, self.compared.position_k)",
+         "return self._select(rollouts, self.compared.output_positions, self.compared.output_position_k)",
+         "test_off_policy.py::test_states_without_the_end_by_hand test_trainer.py::test_two_steps_equal_plain_pytorch"),
+        ("only the usual end is an event", "events | dict.fromkeys(stops, events[stops[0]])", "events",
+         "test_cross_tokenizer_training.py::test_all_ends_of_a_side_are_one_event_and_padding_is_none"),
+        ("the teacher's context is counted in the student's tokens", "theirs if self.aligner is None else None)", "theirs)",
+         "test_cross_tokenizer_training.py::test_a_teacher_that_cannot_read_so_much_is_refused"),
+    ],
+    "bridge/fit.py": [
+        ("no mean shift in the choice of a ridge", "held_out.student_mean_D - origin_D, held_out.teacher_mean_E - statistics.teacher_mean_E",
+         "origin_D * 0, statistics.teacher_mean_E * 0",
+         "test_bridge_fit.py::test_the_chosen_ridge_knows_how_far_the_held_out_means_have_moved"),
+        ("a constant dimension becomes noise", "torch.where(spread_D > rounding_D, spread_D, torch.inf)",
+         "torch.where(spread_D > 0, spread_D, torch.inf)",
+         "test_bridge_fit.py::test_a_dimension_that_varies_by_less_than_its_float32_rounding_is_constant"),
+        ("the variance of a population", "sizes_R / (statistics.n - 1)", "sizes_R / statistics.n", "test_bridge_fit.py"),
+        ("a rotation without its scale", "@ left_DM.T * (sizes_M.sum() / captured.clamp_min(1e-300))", "@ left_DM.T",
+         "test_bridge_fit.py::test_procrustes_finds_a_rotation_and_a_scale"),
+        ("an intercept nobody asked for", "student_mean_D = statistics.student_mean_D if intercept else torch.zeros_like(statistics.student_mean_D)\n    means",
+         "student_mean_D = statistics.student_mean_D\n    means", "test_bridge_fit.py::test_the_intercept_matters_where_means_are_large test_bridge_fit.py::test_least_squares_equals_lstsq"),
+        ("weak directions are kept", "[sizes_R > ridge * sizes_R[0]]", "[sizes_R > 0]", "test_bridge_fit.py"),
+        ("the least important direction comes first", "_signed(vectors[:, kept].T.flip(0))", "_signed(vectors[:, kept].T)",
+         "test_bridge_fit.py::test_directions_are_those_of_the_sample_covariance"),
+    ],
+    "bridge/statistics.py": [
+        ("the mean moves by the tokens before", "self.student_mean_D.add_(student_D, alpha=n / total)",
+         "self.student_mean_D.add_(student_D, alpha=self.n / total)", "test_bridge_statistics.py::test_sums_equal_torch_cov"),
+        ("a merge forgets how far the means are apart", "self.cross_DE.addr_(student_D, teacher_E, alpha=self.n * n / total)",
+         "self.cross_DE.addr_(student_D, teacher_E, alpha=n / total)", "test_bridge_statistics.py::test_shards_merge_to_the_whole "
+         "test_bridge_statistics.py::test_sums_equal_torch_cov"),
+        ("the sample is not paired", "torch.cat([self.teacher_sample_KE, teacher_nE])[kept]",
+         "torch.cat([self.teacher_sample_KE, teacher_nE])[kept.sort().values]",
+         "test_bridge_statistics.py::test_the_sample_is_uniform_and_paired"),
+        ("each chunk draws the same keys", 'f"{self.seed} {self.n}".encode()', 'f"{self.seed}".encode()',
+         "test_bridge_statistics.py"),
+        ("the similarity of few tokens is biased", "/ ((count - 1) * (count - 2))", "/ (count * (count - 1))",
+         "test_bridge_statistics.py::test_cka_matrix_is_unbiased_where_tokens_are_few test_similarity.py::test_cka_equals_the_bridge_s_two"),
+        ("the part of a strip below the diagonal is not mirrored", "sum_XX[rest, strip] = sum_XX[strip, rest].T", "pass",
+         "test_bridge_statistics.py"),
+    ],
+    "bridge/curve.py": [
+        ("direct R² of the tokens of the fit", "direct_r2=held_out.direct_r2()", "direct_r2=statistics.direct_r2()",
+         "test_bridge_fit.py::test_each_figure_of_a_report_is_of_the_tokens_that_it_is_said_to_be_of"),
+        ("cosines of the tokens of the fit", "rank_cosines(fit, held_out)", "rank_cosines(fit, statistics)",
+         "test_bridge_fit.py::test_each_figure_of_a_report_is_of_the_tokens_that_it_is_said_to_be_of"),
+        ("CKA of the held-out tokens", "cka=statistics.cka()", "cka=held_out.cka()",
+         "test_bridge_fit.py::test_each_figure_of_a_report_is_of_the_tokens_that_it_is_said_to_be_of"),
+        ("useful variance counts once", "variance_R - 2 * useful_R", "variance_R - useful_R", "test_bridge_fit.py::test_theorem_3_by_hand"),
+        ("shifts of the means add up", "(student_shift_R - teacher_shift_R).square()", "(student_shift_R + teacher_shift_R).square()",
+         "test_bridge_fit.py::test_held_out_errors_equal_brute_force"),
+        ("models of other depth are direct", "if same_depth and all(direct):", "if all(direct):", "test_bridge_fit.py::test_verdicts"),
+    ],
+    "bridge/collect.py": [
+        ("the sample is larger than its limit", "values_ND[: tokens - seen]", "values_ND",
+         "test_cross_tokenizer_training.py::test_the_similarity_of_layers_is_of_states_that_have_read_the_same"),
+        ("rollouts are held out by their place in the batch", "(start + i in held) is judging", "(i in held) is judging",
+         "test_bridge_training.py::test_a_fit_reads_all_rollouts_once_and_holds_some_out"),
+        ("every batch has one seed", "seed=derive_seed(seed, start)", "seed=derive_seed(seed)",
+         "test_bridge_training.py::test_a_fit_reads_all_rollouts_once_and_holds_some_out test_bridge_training.py::test_a_fit_can_be_repeated_to_the_bit"),
+        ("the teacher's layers by the student's numbers", "wanted = tuple(sorted({phi[layer - 1] for layer in chosen}))",
+         "wanted = chosen", "test_bridge_training.py::test_statistics_are_those_of_full_forwards_whatever_the_micro_batches"),
+    ],
+    "bridge/bridge.py": [
+        ("the upper median of the suggested ranks", "suggested[(len(suggested) - 1) // 2]", "suggested[len(suggested) // 2]",
+         "test_bridge.py::test_the_default_rank_is_the_lower_median_of_what_the_layers_suggest"),
+        ("the mean is not subtracted", "(states_NX.to(dtype) - mean_X.to(device, dtype)) @ rows_rX.T", "states_NX.to(dtype) @ rows_rX.T",
+         "test_bridge.py::test_projections_are_the_paper_s"),
+        ("a scale of all ranks", "SCALES[self.scale](variance_R[: self.rank])", "SCALES[self.scale](variance_R)[: self.rank]",
+         "test_bridge.py::test_projections_are_the_paper_s"),
+    ],
+    "rollouts/background.py": [
+        ("the copy keeps its first weights", "copied.copy_(live)", "pass", "test_overlap.py::test_the_copy_follows_when_asked_and_not_before"),
+        ("rollouts of other prompts are taken", "found.step == step and found.rows() == rows", "found.step == step",
+         "test_overlap.py::test_rollouts_of_another_step_or_of_other_prompts_are_not_taken"),
+        ("nothing is stale", "staleness=1)", "staleness=0)", "test_overlap.py::test_each_step_learns_from_what_the_weights_before_the_last_update_sampled "
+         "test_overlap.py::test_resuming_goes_on_with_the_rollouts_that_were_under_way"),
+        ("the copy has dropout", "copy.deepcopy(student, dict(frozen)).eval()", "copy.deepcopy(student, dict(frozen))",
+         "test_overlap.py::test_an_adapter_is_copied_and_its_base_is_shared test_overlap.py::test_the_copy_follows_when_asked_and_not_before"),
+        ("frozen weights are copied", "copy.deepcopy(student, dict(frozen))", "copy.deepcopy(student)",
+         "test_overlap.py::test_an_adapter_is_copied_and_its_base_is_shared"),
+    ],
+    "rollouts/parity.py": [
+        ("measured with dropout", "        model.eval()\n", "", "test_parity.py::test_dropout_is_off_while_it_is_measured_and_as_before_after_it"),
+        ("the student stays in eval mode", "model.train(training)", "pass",
+         "test_parity.py::test_dropout_is_off_while_it_is_measured_and_as_before_after_it"),
+        ("rollouts in the order of the micro-batches", "[own[i] for i in range(len(rollouts))]", "list(own.values())",
+         "test_parity.py::test_the_gap_is_what_the_models_own_logits_say"),
+    ],
+    "rollouts/engine.py": [
+        ("the stop token is cut off", "completion[: index + 1]", "completion[:index]", "test_rollout.py::test_a_completion_ends_with_its_first_stop_token_or_at_the_limit"),
+        ("rows in the wrong order", "[row for row in names for _ in range(num_generations)]", "[row for _ in range(num_generations) for row in names]",
+         "test_rollout.py::test_generations_lie_prompt_after_prompt"),
+        ("the writer is drawn once", 'derive_seed(seed, step, "writer")', 'derive_seed(seed, "writer")',
+         "test_off_policy.py::test_a_share_of_steps_is_the_students"),
+    ],
+    "rollouts/vllm/http.py": [
+        ("a completion may be drawn partly by old weights", "if drawn_by != {version}:", "if version not in drawn_by:",
+         "test_vllm_server.py::test_a_completion_that_two_sets_of_weights_drew_is_not_used"),
+    ],
+    "training/rollout_source.py": [
+        ("all ranks draw the same", "derive_seed(self.args.seed, step, batch, self.args.process_index, *parts)",
+         "derive_seed(self.args.seed, step, batch, *parts)",
+         "test_trainer.py::test_rollouts_of_the_same_step_differ_from_process_to_process"),
+        ("old log-probabilities are those of the last update", "if self.args.num_iterations > 1 and batch.old_log_probs is None:",
+         "if self.args.num_iterations > 1:",
+         "test_objectives_in_training.py::test_several_updates_on_the_same_rollouts_are_clipped_against_the_policy_that_wrote_them"),
+        ("every accumulated batch is the first one again", "return self._kept[self._batch_of_step]", "return self._kept[1]",
+         "test_objectives_in_training.py::test_accumulated_batches_are_kept_for_the_second_update"),
+        ("one dropout mask for all micro-batches", "self._seed(terms.step, self._batch_of_step - 1, part.number)",
+         "self._seed(terms.step, self._batch_of_step - 1)",
+         "test_objectives_in_training.py::test_dropout_is_new_in_each_step_batch_and_micro_batch"),
+        ("accumulated batches draw the same", "seed = self._seed(terms.step, self._batch_of_step - 1)", "seed = self._seed(terms.step, 0)",
+         "test_trainer.py::test_rollouts_differ_from_step_to_step_and_between_accumulated_batches"),
+        ("the next step is sampled with the seed of this one", "partial(self._sample_step, self._next_batches, step + 1)",
+         "partial(self._sample_step, self._next_batches, step)",
+         "test_overlap.py::test_without_change_of_weights_it_is_the_run_without_overlap"),
+    ],
+    "training/recorder.py": [
+        ("the teacher's rollouts count as the student's accuracy", "batch.rewards if terms.on_policy else []", "batch.rewards",
+         "test_off_policy.py::test_the_teachers_accuracy_is_not_logged_as_the_students"),
+        ("padding of accumulated batches adds up", "padding_share=share * padding_share(", "padding_share=padding_share(",
+         "test_trainer.py::test_metrics_are_what_happened test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
+        ("an unfinished step counts in the next call", '            earlier: lines of metrics.jsonl of the steps before, where the run is resumed.\n        """\n        self._metrics = StepMetrics()\n',
+         '            earlier: lines of metrics.jsonl of the steps before, where the run is resumed.\n        """\n',
+         "test_trainer.py::test_an_interrupted_step_does_not_count_in_the_next_call"),
+        ("a loss that is not finite goes on", "if not torch.isfinite(loss):", "if torch.isinf(loss):",
+         "test_trainer.py::test_a_nan_loss_stops_the_run_before_anything_is_saved"),
+    ],
+    "training/metrics.py": [
+        ("accuracy counts ungraded rollouts", 'totals["correct"] / totals["graded"]', 'totals["correct"] / totals["rollouts"]',
+         "test_trainer.py::test_metrics_are_what_happened"),
+        ("the spread of the reverse KL is its second moment", 'row.pop("reverse_kl_square") - row["reverse_kl"] ** 2',
+         'row.pop("reverse_kl_square")', "test_objectives_in_training.py::test_every_tenth_step_measures_both_distributions"),
+        ("a report counts the steps of the one before", "self._closed.clear()", "pass", "test_trainer.py::test_tensorboard_gets_every_metric"),
+        ("clipped_ratio counts what ended", '1 - totals["finished"] / totals["rollouts"]', 'totals["finished"] / totals["rollouts"]',
+         "test_trainer.py::test_metrics_are_what_happened"),
+        ("ranks add up", "row = {n: v / ranks for n, v in sums.items()}", "row = dict(sums)", "test_distributed.py::test_two_processes_equal_one_with_twice_the_batch"),
+    ],
+    "training/alarm.py": [
+        ("it rings at every step", "        if alarm:\n            self._rows = []\n", "", "test_alarm.py"),
+        ("the error of one token", "for n, _, std in measured) / tokens**2))", "for n, _, std in measured) / tokens))", "test_alarm.py"),
+        ("the window never moves", "[*self._rows, row][-self.window :]", "[*self._rows, row][: self.window]", "test_alarm.py"),
+    ],
+    "training/parallel.py": [
+        ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",
+         "test_fsdp.py::test_a_rank_repeats_one_rollout_until_it_has_as_many_micro_batches_as_any"),
+        ("means are over one of the accumulated batches", "device=self.args.device) / share", "device=self.args.device)",
+         "test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
+        ("nothing compared divides by zero", "StepTotals(*totals.clamp_min(1e-9).tolist())", "StepTotals(*totals.tolist())",
+         "test_cross_tokenizer_training.py::test_where_nothing_is_compared_nothing_is_learnt"),
+    ],
+    "training/evaluator.py": [
+        ("evaluated in full precision", "self.parallel.autocast() if model is self.pair.student.model else nullcontext()", "nullcontext()",
+         "test_evaluate.py::test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_model_in_its_own"),
+        ("the teacher is evaluated with the student's prompts", "return self.model(model, own, engine)", "return self.model(model, prompts, engine)",
+         "test_cross_tokenizer_training.py::test_the_teacher_is_evaluated_in_its_own_tokens test_cross_tokenizer_training.py::test_what_the_teacher_is_evaluated_with_is_its_own"),
+    ],
+    "training/trainer.py": [
+        ("the best model is not evaluated", "as_then = step == self.state.global_step and not self.args.load_best_model_at_end",
+         "as_then = step == self.state.global_step", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
+        ("an evaluation of other problems is remembered", "        if eval_dataset is None:\n            self._last_evaluation",
+         "        if True:\n            self._last_evaluation", "test_evaluate.py::test_the_last_evaluation_is_the_one_of_the_own_set"),
+        ("a step counts in part", "share = len(inputs) / int(num_items_in_batch or len(inputs))", "share = 1.0",
+         "test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
+        ("the shuffle ignores data_seed", "seed = args.seed if args.data_seed is None else args.data_seed\n        return RepeatedSteps", "seed = args.seed\n        return RepeatedSteps",
+         "test_prompt_order.py"),
+    ],
+    "runs/checkpoints.py": [
+        ("generators are not restored", "set_random_state(json.loads(path.read_text()))", "json.loads(path.read_text())",
+         "test_resume.py::test_resuming_after_step_k_ends_at_the_same_bits"),
+        ("the bridge's digest is not in the manifest",
+         '            _write_json(staged / BRIDGE, {"sha256": self.bridge_digest})\n        write_manifest(staged)\n',
+         '            write_manifest(staged)\n            _write_json(staged / BRIDGE, {"sha256": self.bridge_digest})\n        else:\n            write_manifest(staged)\n',
+         "test_bridge_training.py::test_a_resumed_run_ends_at_the_same_bits_and_wants_the_same_bridge"),
+        ("numpy's generator is not restored", 'np.random.set_state(tuple(state["numpy"]))', "pass", "test_checkpoint.py::test_generators_go_on_where_they_were"),
+        ("the oldest checkpoint is the newest", 'key=lambda p: -int(p.name.rsplit("-", 1)[1])', 'key=lambda p: int(p.name.rsplit("-", 1)[1])',
+         "test_checkpoint.py::test_newest_means_the_highest_step_that_verifies"),
+        ("a bridge where there was none is accepted", "    if before != digest:", "    if before is not None and before != digest:",
+         "test_bridge_training.py::test_a_run_does_not_change_between_a_bridge_and_none"),
+        ("a damaged checkpoint stops the search", '            logger.warning("skipping %s: %s", folder.name, error)\n            continue',
+         '            logger.warning("skipping %s: %s", folder.name, error)\n            break', "test_checkpoint.py::test_newest_means_the_highest_step_that_verifies"),
+        ("scalars of an optimizer are lost", "{int(i): dict(entries) for i, entries in rest[\"scalars\"].items()}", "{}",
+         "test_checkpoint.py::test_an_optimizer_goes_on_to_the_same_bits"),
+        ("a damaged checkpoint of this step stays", "if final.exists() and not is_whole(final):", "if False:",
+         "test_resume.py::test_a_run_killed_while_saving test_resume.py::test_a_damaged_checkpoint_is_skipped_by_name test_checkpoint.py"),
+    ],
+    "runs/folder.py": [
+        ("the step that is resumed from is cut off", 'json.loads(line)["step"] <= step]', 'json.loads(line)["step"] < step]',
+         "test_resume.py::test_going_back_puts_later_checkpoints_aside_and_other_runs_are_refused test_resume.py::test_resuming_after_step_k_ends_at_the_same_bits"),
+    ],
+    "files.py": [
+        ("files are not flushed before the manifest", "        fsync(path)\n", "", "test_checkpoint.py::test_files_are_on_the_disk_before_the_manifest_that_lists_them"),
+        ("a changed file verifies", "if file_digest(path) != digest:", "if False:", "test_checkpoint.py::test_every_flipped_bit_of_a_file_is_seen"),
+        ("the folder's entries are not flushed", "    fsync(folder / MANIFEST)\n    fsync(folder)\n", "    fsync(folder / MANIFEST)\n",
+         "test_checkpoint.py::test_files_are_on_the_disk_before_the_manifest_that_lists_them"),
+    ],
+    "resolve.py": [
+        ("states of other tokens are compared", "if alike and (aligner is None or aligner.same_ids):", "if alike:",
+         "test_cross_tokenizer_training.py::test_distributions_are_measured_where_they_are_compared"),
+        ("each adapter starts elsewhere", "set_seed(args.seed)  # the adapter's", "pass  # the adapter's", "test_lora.py::test_the_same_seed_starts_the_same_adapter"),
+        ("nothing above the highest layer is frozen", "freeze_above(model, info.layers if head else layers[-1], head=head)",
+         "freeze_above(model, info.layers, head=head)", "test_lora.py::test_layers_above_the_top_one_train_no_adapter test_models.py::test_frozen_is_exactly_what_gets_no_gradient"),
+        ("the representation fades in", 'args.representation_weight, "out")', 'args.representation_weight, "in")',
+         "test_objectives_in_training.py::test_a_composite_equals_plain_pytorch"),
+        ("evaluation prompts have the room of training", "args.eval_sampling if evaluated else args.sampling", "args.sampling",
+         "test_evaluate.py test_trainer.py::test_callbacks_and_evaluation"),
+        ("the loss does not know the temperature of the sampling", "        temperature=args.temperature,\n", "",
+         "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
+        ("models of another shape are not refused", "        if is_on(args.representation_weight):\n            check_same_shape",
+         "        if False:\n            check_same_shape", "test_models.py::test_another_shape_is_refused_with_both_sides test_bridge_training.py::test_without_a_bridge_shapes_must_agree"),
+    ],
+    "run_config.py": [
+        ("a limit of 0 is accepted", "and value < 1:", "and value < 0:", "test_recipe.py::test_bad_settings_are_refused"),
+    ],
+    "data/order.py": [
+        ("neighbouring seeds share epochs", "self.seed * 1_000_003 + self.epoch", "self.seed + self.epoch", "test_prompt_order.py"),
+        ("an epoch ends with a partial step", "range(0, len(order) - self.prompts_a_step + 1, self.prompts_a_step)",
+         "range(0, len(order), self.prompts_a_step)", "test_prompt_order.py"),
+    ],
+    "data/contamination.py": [
+        ("a phrase of every test problem is rare", "_rarity(np.bincount(test_ids, minlength=len(distinct)), len(test)),",
+         "_rarity(np.bincount(ids, minlength=len(distinct)), len(train)),", "test_contamination.py::test_a_phrase_that_every_problem_of_one_set_has_makes_no_match"),
+        ("shingles of four words", "SHINGLE_WORDS = 5", "SHINGLE_WORDS = 4", "test_contamination.py::test_shingles_by_hand"),
+    ],
+    "tasks/measures.py": [
+        ("the last n-gram is missing", "len(ids) - n + 1)", "len(ids) - n)", "test_measures.py"),
+        ("the best sample of all problems", ".max(axis=1)", ".max(axis=0)", "test_measures.py"),
+        ("an interval of twice the error", "[(1 - confidence) / 2, (1 + confidence) / 2]", "[1 - confidence, confidence]", "test_measures.py"),
+        ("accuracy of all is that of the finished", "if s.finished and s.correct is not None]", "if s.correct is not None]", "test_measures.py"),
+    ],
+    "tasks/evaluation.py": [
+        ("parts of ranks are joined in the wrong order", "starts[i % len(parts)] + i // len(parts) * k + sample", "starts[i % len(parts)] + i // len(parts) + sample",
+         "test_evaluate.py::test_parts_of_ranks_come_back_in_the_order_of_the_problems"),
+        ("verdicts move up where an answer is missing", "zip(gradable, graded, strict=True)", "enumerate(graded)",
+         "test_evaluate.py::test_rows_without_an_answer_are_not_graded"),
+        ("a closed grader is used again", "            finally:\n                self._grader = None", "            finally:\n                pass",
+         "test_evaluate.py test_trainer.py::test_evaluate_alone"),
+    ],
+    "tasks/grading_worker.py": [
+        ("only new files are refused", 'set("wax+")', 'set("w")', "test_grading.py::test_the_guard_refuses_each_way_out_and_lets_files_be_read"),
+        ("programs and the network are allowed", ', "pty.spawn", "subprocess", "socket")', ', "pty.spawn")', "test_grading.py::test_the_guard_refuses_each_way_out_and_lets_files_be_read"),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug.
+
+    Args:
+        file: below `src/oprd`.
+        name: what is wrong.
+        old: text that occurs once in the file.
+        new: text in its place.
+        tests: files or node ids below `tests/` that must notice.
+    """
+
+    file: str
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """File and name."""
+        return f"{self.file}: {self.name}"
+
+    def problems(self, root: Path = ROOT) -> list[str]:
+        """Why it does not fit the code; empty if it does."""
+        path = root / SOURCE / self.file
+        if not path.is_file():
+            return [f"{self.label}: there is no file {path.relative_to(root)}"]
+        found = []
+        if (count := path.read_text().count(self.old)) != 1:
+            found.append(f"{self.label}: the old text occurs {count} times: {self.old!r}")
+        if self.old == self.new:
+            found.append(f"{self.label}: it changes nothing")
+        for test in self.tests:
+            file, _, name = test.partition("::")
+            path = root / "tests" / file
+            if not path.is_file() or (name and f"def {name}(" not in path.read_text()):
+                found.append(f"{self.label}: there is no test {test}")
+        return found
+
+
+MUTANTS = tuple(
+    Mutant(file, name, old, new, tuple(tests.split()))
+    for file, entries in TABLE.items()
+    for name, old, new, tests in entries
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tests to run on a copy, with a mutant in it or without."""
+
+    tests: Sequence[str]
+    mutant: Mutant | None = None
+
+
+@dataclass
+class Child:
+    """A running fork."""
+
+    run: Run
+    tree: Path
+    started: float
+    timed_out: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self.started
+
+
+def execute(runs: Sequence[Run], trees: Sequence[Path]) -> Iterator[tuple[Run, bool, str, float]]:
+    """Run all, one in each tree at a time. Yields (run, whether its tests passed, their output, seconds) as each ends."""
+    waiting, free = list(enumerate(runs, 1)), list(trees)
+    children: dict[int, Child] = {}
+    try:
+        while waiting or children:
+            while waiting and free:
+                number, run = waiting.pop(0)
+                tree = free.pop(0)
+                if run.mutant is not None:
+                    insert(run.mutant, tree, number)
+                children[fork(run, tree)] = Child(run, tree, time.monotonic())
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                for late, child in children.items():
+                    if child.seconds > SECONDS and not child.timed_out:
+                        child.timed_out = True
+                        stop(late)
+                time.sleep(0.02)
+                continue
+            child = children.pop(pid)
+            stop(pid)  # what its tests may have left running
+            output = (child.tree / "output.txt").read_text(errors="replace")
+            if child.run.mutant is not None:
+                remove(child.run.mutant, child.tree)
+            free.append(child.tree)
+            yield child.run, os.waitstatus_to_exitcode(status) == 0, output, child.seconds
+    finally:
+        for pid in children:
+            stop(pid)
+
+
+def insert(mutant: Mutant, tree: Path, number: int) -> None:
+    """Put a mutant into a copy. Its time is its number, so that Python's cache never takes one mutant for another."""
+    path = tree / SOURCE / mutant.file
+    path.write_text(path.read_text().replace(mutant.old, mutant.new))
+    os.utime(path, (number, number))
+
+
+def remove(mutant: Mutant, tree: Path) -> None:
+    """Take a mutant out of a copy."""
+    shutil.copy2(tree / "pristine" / mutant.file, tree / SOURCE / mutant.file)
+
+
+def fork(run: Run, tree: Path) -> int:
+    """Run tests in a child process, in a session of its own; returns its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(tree)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(descriptor, number)
+        sys.path.insert(0, str(tree / "src"))
+        os.environ["PYTHONPATH"] = str(tree / "src")
+        import pytest
+
+        options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={tree / 'basetemp'}"]
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins that are imported already
+        code = int(pytest.main([*options, *(f"tests/{test}" for test in run.tests)]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def stop(pid: int) -> None:
+    """End a child and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def copy_tree(tree: Path) -> Path:
+    """A copy of the code and its tests."""
+    tree.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name)
+        else:
+            shutil.copy2(ROOT / name, tree / name)
+    shutil.copytree(ROOT / SOURCE, tree / "pristine", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    return tree
+
+
+def preload() -> None:
+    """Import what tests import, except oprd."""
+    os.environ.update(ENVIRONMENT)
+    sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "scripts"]
+    for name in PRELOADED:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    assert "oprd" not in sys.modules, "a fork would test the code that is imported here, not its copy"
+    gc.freeze()  # no collection in a fork walks through the libraries
+
+
+def check_tests(mutants: Sequence[Mutant], trees: Sequence[Path]) -> bool:
+    """Whether the tests of these mutants pass without any of them; says which do not."""
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    parts = [Run(tests[start :: len(trees)]) for start in range(min(len(trees), len(tests)))]
+    sound = True
+    for _, passed, output, seconds in execute(parts, trees):
+        print(f"without a mutant: {'passed' if passed else 'FAILED'} ({seconds:.0f} s)", flush=True)
+        if not passed:
+            print(output[-4000:])
+        sound = sound and passed
+    return sound
+
+
+def noticed_by(output: str) -> str:
+    """The test that failed first, as pytest's last lines say it."""
+    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", output, flags=re.MULTILINE)
+    return found[1] if found else "a run that ended without a report"
+
+
+def run_mutants(mutants: Sequence[Mutant], jobs: int) -> int:
+    """Run mutants and print what became of each; returns the exit status."""
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="oprd-mutants-") as folder:
+        trees = [copy_tree(Path(folder).resolve() / str(number)) for number in range(min(jobs, len(mutants)))]
+        if not check_tests(mutants, trees):
+            return 2
+        for run, passed, output, seconds in execute([Run(m.tests, m) for m in mutants], trees):
+            assert run.mutant is not None, "each of these runs has one"
+            if passed:
+                survivors.append(run.mutant)
+                print(f"SURVIVED  {run.mutant.label} ({seconds:.0f} s)", flush=True)
+            else:
+                print(f"killed    {run.mutant.label} ({seconds:.0f} s, {noticed_by(output)})", flush=True)
+    share = 1 - len(survivors) / len(mutants)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed: {share:.1%}")
+    for mutant in survivors:
+        print(f"  survived: {mutant.label}")
+    return 0 if share >= WANTED else 1
+
+
+def main() -> int:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="mutants to run; repeatable")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="mutants at a time (default 2)")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    options = parser.parse_args()
+    patterns = [f"*{pattern}*" for pattern in options.only or ["*"]]
+    chosen = [mutant for mutant in MUTANTS if any(fnmatch(mutant.label, pattern) for pattern in patterns)]
+    if options.list:
+        print("\n".join(mutant.label for mutant in chosen))
+        return 0
+    if not chosen or options.jobs < 1:
+        parser.error("no mutant matches" if not chosen else "--jobs must be at least 1")
+    if problems := [problem for mutant in chosen for problem in mutant.problems()]:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended and copies removed
+    preload()
+    return run_mutants(chosen, options.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
