@@ -330,7 +330,14 @@ def test_equal_rollouts_by_other_numbers(comparison):
     assert {rollouts_a_step(run) for run in runs} == {2}
 
 
-@pytest.mark.parametrize("path", sorted(COMPARISON_FOLDERS[1].glob("*.yaml")), ids=lambda p: p.stem)
+SHIPPED = sorted(COMPARISON_FOLDERS[1].glob("*.yaml"))
+QUICK = ("tiny", "tiny_bridge", "tiny_other_tokenizer")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.further]) for p in SHIPPED],
+)
 def test_shipped_comparisons_are_planned(path, tmp_path, monkeypatch):
     file, found = load_comparison(path.stem)
     assert file.name == path.name

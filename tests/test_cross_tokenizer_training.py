@@ -1098,7 +1098,7 @@ def test_a_bridge_is_fitted_on_pairs_of_positions(folders, monkeypatch, maps):
             statistics.update(s[layer - 1], t[phi[layer - 1] - 1])
     expected = Bridge.fit(*sets, phi, student=bridge.student, teacher=bridge.teacher, ridge=1e-2)
     assert bridge.rank == expected.rank
-    total = sum(sum(rollouts.completion_lengths) for rollouts in drawn)
+    total = sum(sum(sampled.rollouts.completion_lengths) for sampled in drawn)
     for layer, pair in bridge.pairs.items():
         wanted = expected.pairs[layer]
         assert pair.report.tokens == sets[0][layer].n

@@ -77,7 +77,7 @@ def test_the_papers_setting():
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig.parse({**MINIMAL, **change})
+        plan(RunConfig.parse({**MINIMAL, **change}))
 
 
 def test_text_numbers_become_numbers():
