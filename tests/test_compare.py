@@ -331,12 +331,12 @@ def test_equal_rollouts_by_other_numbers(comparison):
 
 
 SHIPPED = sorted(COMPARISON_FOLDERS[1].glob("*.yaml"))
-QUICK = ("tiny", "tiny_bridge", "tiny_other_tokenizer")
+PLANNED_QUICKLY = ("tiny", "tiny_bridge", "tiny_other_tokenizer")
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.further]) for p in SHIPPED],
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in PLANNED_QUICKLY else [pytest.mark.further]) for p in SHIPPED],
 )
 def test_shipped_comparisons_are_planned(path, tmp_path, monkeypatch):
     file, found = load_comparison(path.stem)
