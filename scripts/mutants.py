@@ -653,7 +653,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("verdicts move up where an answer is missing", "zip(gradable, graded, strict=True)", "enumerate(graded)",
          "test_evaluate.py::test_rows_without_an_answer_are_not_graded"),
         ("a closed grader is used again", "            finally:\n                self._grader = None",
-         "            finally:\n                pass", "test_evaluate.py test_trainer.py::test_evaluate_alone"),
+         "            finally:\n                pass",
+         "test_evaluate.py::test_a_grader_is_opened_once_at_a_time_and_anew_after_it_was_closed"),
     ],
     "tasks/grading_worker.py": [
         ("only new files are refused", 'set("wax+")', 'set("w")',

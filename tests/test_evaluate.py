@@ -12,7 +12,8 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
-from oprd.tasks.evaluation import Evaluation, evaluate, grade_rollouts, join_ranks, summarize_rollouts
+from oprd.tasks.evaluation import Evaluation, Grading, evaluate, grade_rollouts, join_ranks, summarize_rollouts
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
@@ -194,6 +195,16 @@ def test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_
         trainer.evaluate_model(trainer.model)
         trainer.evaluate_model(trainer.pair.teacher.model)
         assert seen == ([torch.bfloat16, torch.bfloat16, None] if bf16 else [None] * 3)
+
+
+def test_a_grader_is_opened_once_at_a_time_and_anew_after_it_was_closed():
+    grading = Grading(Task("equal", "none", lambda: FunctionGrader(lambda response, answer: response == answer)))
+    with grading.open() as first, grading.open() as inner:
+        assert inner is first
+    with grading.open() as second:
+        assert second not in (None, first)
+    with Grading(None).open() as nobody:
+        assert nobody is None
 
 
 def test_an_evaluation_needs_room_for_completions_of_its_own_length(tmp_path):
