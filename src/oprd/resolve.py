@@ -535,11 +535,13 @@ class PlannedRun:
 
     Args:
         run: the configuration.
+        terms: terms of the loss.
         student: facts from the student's config file; None if it cannot be read.
         teacher: facts from the teacher's config file; None if it cannot be read or there is no teacher_model.
     """
 
     run: RunConfig
+    terms: Mapping[str, Term]
     student: ModelInfo | None
     teacher: ModelInfo | None
 
@@ -556,7 +558,7 @@ class PlannedRun:
             *(f"{key}: {value}" for key, value in run.settings().items()),
             "",
             f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
-            f"loss: {describe_objective(args, build_terms(run))}",
+            f"loss: {describe_objective(args, self.terms)}",
             _model_line("student", run.model, self.student),
             _model_line("teacher", run.teacher_model, self.teacher),
         ]
@@ -615,7 +617,7 @@ def plan(run: RunConfig) -> PlannedRun:
             check_teacher(run, terms, make)
     if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
         check_same_shape(student, teacher)
-    return PlannedRun(run, student, teacher)
+    return PlannedRun(run, terms, student, teacher)
 
 
 def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:

@@ -95,11 +95,6 @@ class Parallel:
         """Whether gradients may be added to a weight directly: with one unsharded process, where no gradient hook runs."""
         return self.args.world_size == 1 and not (self.sharded or self.fsdp or self.deepspeed)
 
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.accelerator.device
-
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model inside accelerate's wrappers."""
         return self.accelerator.unwrap_model(model)

@@ -155,7 +155,7 @@ class OPRDTrainer(Trainer):
                 raise ValueError("fully_shard: needs transformers 5.23 or newer")
             self.is_distributed_loading_by_transformers = True
         if isinstance(pair.teacher, BridgedTeacher):
-            pair.teacher.to(self.parallel.device)
+            pair.teacher.to(args.device)
         self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
         self.grading = Grading(self.task)
         self.recorder = Recorder(self.run_folder, args, self.parallel)
@@ -229,7 +229,7 @@ class OPRDTrainer(Trainer):
         if not self.train_dataset:
             raise ValueError("train_dataset: there is none")
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        self.recorder.restart()
+        earlier: list[dict[str, Any]] = []
         with ExitStack() as stack:
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
@@ -237,7 +237,8 @@ class OPRDTrainer(Trainer):
                     self.run_folder.cut_back(step_of(checkpoint))
                 else:
                     self.run_folder.refuse_used()
-                self.recorder.restart(self.run_folder.read_metrics())
+                earlier = self.run_folder.read_metrics()
+            self.recorder.restart(earlier)
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 return self._restore_finished(checkpoint)
             stack.enter_context(self.grading.open())
