@@ -12,6 +12,7 @@ import sys
 import typer
 
 from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
+from oprd.faults import RunStopped
 
 app = typer.Typer(
     name="oprd",
@@ -42,7 +43,7 @@ def main() -> None:
     """Run the command line. Bad input ends with one message and exit code 1; OPRD_DEBUG=1 shows the traceback."""
     try:
         app()
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, RunStopped) as error:
         if os.environ.get("OPRD_DEBUG"):
             raise
         sys.stderr.write(f"oprd: error: {error}\n")
