@@ -88,7 +88,7 @@ class MemoryGuard:
         untouched = all(parameter.grad is None for parameter in self.parallel.student.parameters())
         if untouched or step != self._step:
             self._accumulated = []
-        self._step, self._only_ours = step, untouched or bool(self._accumulated)
+        self._step, self._only_ours = step, untouched or (self._only_ours and bool(self._accumulated))
 
     def _attempt(self, batch: Batch, learn: Learn[T], model: nn.Module, *, again: bool) -> tuple[list[MicroBatch], T]:
         self.token_budget.free_memory()
