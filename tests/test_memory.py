@@ -35,7 +35,9 @@ class Memory:
         error: type and text of what a larger pass raises.
     """
 
-    def __init__(self, model: nn.Module, tokens: int, *, backward: bool = False, error=(torch.OutOfMemoryError, CUDA_TEXT)):
+    def __init__(
+        self, model: nn.Module, tokens: int, *, backward: bool = False, error=(torch.OutOfMemoryError, CUDA_TEXT)
+    ):
         self.tokens, self.backward, self.error = tokens, backward, error
         self.failures = 0
         blocks(model)[1].register_forward_hook(self)
@@ -90,7 +92,9 @@ def assert_gradients(found, wanted, atol: float) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                one[name], other[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 REWARDS = {"representation_weight": 0.0, "policy_gradient_weight": 1.0, "task": "addition", "num_iterations": 2}
@@ -213,7 +217,9 @@ def test_one_rollout_that_does_not_fit_ends_the_run_with_what_to_lower(tmp_path)
     with pytest.raises(RunStopped) as stopped:
         trained(tmp_path, limits=[student_memory(1)])
     text = str(stopped.value)
-    assert text.startswith("out of memory in the student's forward and backward pass of step 1 with one rollout in the micro-")
+    assert text.startswith(
+        "out of memory in the student's forward and backward pass of step 1 with one rollout in the micro-"
+    )
     for setting in ("max_completion_length (9)", "activation_checkpointing: true", "bf16: true", "fully_shard: true"):
         assert setting in text
     assert "\n" not in text
@@ -247,7 +253,14 @@ def test_a_resumed_run_keeps_the_lower_budget(tmp_path):
 
     def run(folder, steps, limits=(), resume=None, **more):
         trainer = tiny_trainer(
-            folder, model(), tiny_model("gpt2", 1), scripted=True, num_generations=2, max_steps=steps, **settings, **more
+            folder,
+            model(),
+            tiny_model("gpt2", 1),
+            scripted=True,
+            num_generations=2,
+            max_steps=steps,
+            **settings,
+            **more,
         )
         for limit in limits:
             limit(trainer)
@@ -260,7 +273,9 @@ def test_a_resumed_run_keeps_the_lower_budget(tmp_path):
     budget = whole.memory.token_budget.value
     assert json.loads(file.read_text()) == {"micro_batch_tokens": {"configured": 16384, "value": budget}}
     resumed = run(tmp_path / "stopped", 4, resume=True)  # there is memory again
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole.model).values(), weights(resumed.model).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(whole.model).values(), weights(resumed.model).values(), strict=True)
+    )
     assert without_times(resumed.run_folder.read_metrics()) == without_times(whole.run_folder.read_metrics())
     other = run(tmp_path / "stopped", 4, resume=True, micro_batch_tokens=400)  # chosen by hand: taken as it is
     assert other.memory.token_budget.value == 400
@@ -415,7 +430,10 @@ def test_a_size_goes_down_to_one(caplog):
         with size.or_halve(used, "a test", "give up"):
             raise torch.OutOfMemoryError(CUDA_TEXT)
         assert size.value == left
-    with pytest.raises(RunStopped, match="out of memory in a test with rows=1: give up"), size.or_halve(1, "a test", "give up"):
+    with (
+        pytest.raises(RunStopped, match="out of memory in a test with rows=1: give up"),
+        size.or_halve(1, "a test", "give up"),
+    ):
         raise torch.OutOfMemoryError(CUDA_TEXT)
     with pytest.raises(ValueError, match="other"), size.or_halve(1, "a test", "give up"):
         raise ValueError("other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from oprd.config import OPRDConfig
@@ -24,7 +24,7 @@ class AlarmWatch:
         earlier: rows of steps before, when a run is resumed.
     """
 
-    def __init__(self, window: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
         self._rows: list[Mapping[str, Any]] = []
         for row in earlier:

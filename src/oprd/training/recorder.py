@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,16 +42,23 @@ class Recorder:
         self._useless = UselessSteps(args)
         self._last_backward = 0.0
 
-    def restart(self, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         """Begin a call of `train`: drop the unfinished step of an earlier call.
 
         Args:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
         """
         self._metrics = StepMetrics()
-        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, earlier)
-        last = [row.get("useless_steps", 0.0) for row in earlier if "loss" in row][-1:] or [0.0]
-        before = self.parallel.sum_over_ranks(torch.tensor(last))  # only the first process reads the earlier lines
+        useless = 0.0
+
+        def lines() -> Iterator[Mapping[str, Any]]:
+            nonlocal useless
+            for row in earlier:
+                useless = row.get("useless_steps", useless)
+                yield row
+
+        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
+        before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
         self._useless = UselessSteps(self.args, int(before))
 
     def timed(self, name: str) -> AbstractContextManager[None]:
@@ -82,11 +89,9 @@ class Recorder:
             terms: the step's objective.
             loss: what it adds to the step's loss.
             share: this batch's fraction of the step's prompts.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
         """
-        self._check(loss, terms)
+        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
+            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         rewards = (
@@ -137,9 +142,3 @@ class Recorder:
     def averages(self) -> dict[str, float]:
         """The mean of every metric over the steps since the last call."""
         return self._metrics.drain()
-
-    def _check(self, loss: Tensor, terms: StepObjective) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {terms.step + 1}: nothing is saved from here on")
-        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
-            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
