@@ -112,7 +112,8 @@ REWARDS = {"representation_weight": 0.0, "policy_gradient_weight": 1.0, "task": 
             {}, id="cpu",
         ),
         pytest.param(
-            student_memory(30, backward=True), {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}, id="accumulated",
+            student_memory(30, backward=True),
+            {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}, id="accumulated",
         ),
         pytest.param(
             student_memory(50, backward=True),
@@ -208,7 +209,7 @@ def test_the_failed_pass_holds_no_memory_while_it_runs_again(tmp_path, monkeypat
             self.shape = states.shape[:2]
             super().take(states)
 
-    trainer, _, _, [memory] = trained(tmp_path, limits=[lambda t: Watching(t.model, 50)], max_steps=1)
+    _, _, _, [memory] = trained(tmp_path, limits=[lambda t: Watching(t.model, 50)], max_steps=1)
     assert memory.failures == 1
     assert held[0] == 0
 

@@ -54,7 +54,8 @@ class Recorder:
         def lines() -> Iterator[Mapping[str, Any]]:
             nonlocal useless
             for row in earlier:
-                useless = row.get("useless_steps", useless)
+                if "loss" in row:
+                    useless = row.get("useless_steps", 0.0)
                 yield row
 
         self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
@@ -126,7 +127,8 @@ class Recorder:
         row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
         if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
             del row["micro_batch_tokens"]  # shown where memory ran out
-        row["useless_steps"] = float(self._useless.count(self._metrics.totals))
+        if useless := self._useless.count(self._metrics.totals):
+            row["useless_steps"] = float(useless)
         if self.main:
             for alarm in filter(None, (self._alarms.watch({"step": step, **row}), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)

@@ -46,9 +46,6 @@ class RolloutSource:
         parallel: the training processes.
         recorder: takes times and metrics.
         background: samples during the update; None: sampling waits for it.
-
-    Attributes:
-        batch_of_step: which batch of the running step was taken last, counted from 1.
     """
 
     def __init__(
@@ -66,13 +63,18 @@ class RolloutSource:
         self.pair, self.objective, self.engine, self.args = pair, objective, engine, args
         self.grading, self.parallel, self.recorder, self.background = grading, parallel, recorder, background
         self._parity = ParityWatch()
-        self.batch_of_step = 0  # counted from 1
+        self._batch_of_step = 0  # counted from 1
         self._kept: dict[int, Batch] = {}
         self._epoch: Iterator[list[Prompt]] | None = None
         self._batches: list[list[Prompt]] = []  # prompts of the running step
         self._next_batches: list[list[Prompt]] = []  # of the step after it, where the epoch has one
         self._last_step = False
         self._drawn: list[Rollouts] = []
+
+    @property
+    def batch_of_step(self) -> int:
+        """Which batch of the running step was taken last, counted from 1."""
+        return self._batch_of_step
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -96,7 +98,7 @@ class RolloutSource:
             num_batches: batches that one update accumulates.
             last_step: no step comes after this one.
         """
-        self.batch_of_step, self._last_step = 0, last_step
+        self._batch_of_step, self._last_step = 0, last_step
         if self.background is None:
             return list(islice(epoch, num_batches))
         first = self._epoch is not epoch
@@ -117,9 +119,9 @@ class RolloutSource:
         Raises:
             ValueError: a rollout that cannot be graded or aligned.
         """
-        self.batch_of_step += 1
+        self._batch_of_step += 1
         if terms.step % self.args.num_iterations:
-            return self._kept[self.batch_of_step]
+            return self._kept[self._batch_of_step]
         with self.recorder.timed("rollout"):
             if self.background is None:
                 sampled = self._sample(prompts, terms, student)
@@ -150,7 +152,7 @@ class RolloutSource:
         """
         if self.args.num_iterations > 1 and batch.old_log_probs is None:
             ordered = [log_probs[i] for i in range(len(batch.rollouts))]
-            self._kept[self.batch_of_step] = replace(batch, old_log_probs=ordered)
+            self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
 
     @contextmanager
     def dropout_seed(self, terms: StepObjective, batch_of_step: int, part: MicroBatch) -> Iterator[None]:
@@ -185,7 +187,7 @@ class RolloutSource:
         return folder / f"rollouts_ahead_{self.args.process_index}.json"
 
     def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module) -> Sampled:
-        seed = self._seed(terms.step, self.batch_of_step - 1)
+        seed = self._seed(terms.step, self._batch_of_step - 1)
         if terms.on_policy:
             return self._generate(student, prompts, seed, terms.measuring)
         assert isinstance(self.pair.teacher, CanSample), "checked when the run was resolved"
@@ -205,7 +207,7 @@ class RolloutSource:
 
     def _from_background(self, background: BackgroundSampler, terms: StepObjective, student: nn.Module) -> Rollouts:
         """This batch's rollouts. A step's first batch waits for all of the step's, and starts the sampling of the next step's."""
-        if self.batch_of_step == 1:
+        if self._batch_of_step == 1:
             step = terms.step
             drawn = background.take(step, self._rows(self._batches))
             if drawn is None:
@@ -214,7 +216,7 @@ class RolloutSource:
             self.recorder.observe(rollout_staleness=float(drawn.staleness), **drawn.measured)
             if self._next_batches and not self._last_step:
                 background.begin(step + 1, partial(self._sample_step, self._next_batches, step + 1))
-        return self._drawn[self.batch_of_step - 1]
+        return self._drawn[self._batch_of_step - 1]
 
     def _sample_step(
         self, batches: list[list[Prompt]], step: int, writer: nn.Module
