@@ -10,50 +10,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
+from memory_ranks_script import MENDED, trainer_of
 from oprd.faults import RunStopped
 from oprd.models.architecture import blocks
 from oprd.models.memory import HalvedSize, ran_out_of_memory, say_what_to_lower
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.runs.folder import RunFolder
 from oprd.tasks.task import FunctionGrader, Task
+from scarce_memory import CUDA_TEXT, Memory
+from test_distributed import SECONDS, log_of, start_rank, stop, wait_for
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
-
-CUDA_TEXT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
-
-
-class Memory:
-    """Memory for so many padded tokens, in the forward pass of a model's second block or the backward pass behind it.
-
-    Args:
-        model: is given this memory.
-        tokens: most padded tokens of a pass.
-        backward: it is the backward pass that needs it; the later blocks have their gradients by then.
-        error: type and text of what a larger pass raises.
-    """
-
-    def __init__(
-        self, model: nn.Module, tokens: int, *, backward: bool = False, error=(torch.OutOfMemoryError, CUDA_TEXT)
-    ):
-        self.tokens, self.backward, self.error = tokens, backward, error
-        self.failures = 0
-        blocks(model)[1].register_forward_hook(self)
-
-    def __call__(self, module, args, output) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        if not self.backward:
-            self.take(states)
-        elif states.requires_grad:
-            states.register_hook(self.take)
-
-    def take(self, states: torch.Tensor) -> None:
-        if states.shape[0] * states.shape[1] > self.tokens:
-            self.failures += 1
-            kind, text = self.error
-            raise kind(text)
 
 
 class Gradients(TrainerCallback):
@@ -442,3 +414,53 @@ def test_a_size_goes_down_to_one(caplog):
         raise torch.OutOfMemoryError(CUDA_TEXT)
     with pytest.raises(ValueError, match="other"), say_what_to_lower("reading", "lower x"):
         raise ValueError("other")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder in which two processes left the results of `memory_ranks_script.py`, and their exit codes."""
+    out = tmp_path_factory.mktemp("ranks")
+    processes = []
+    try:
+        for rank in (0, 1):
+            processes.append(start_rank("memory_ranks_script.py", rank, out))
+        wait_for(processes, SECONDS)
+        wait_for([p for p in processes if p.poll() is None], 100)  # of the collective that the other one does not join
+        codes = [process.poll() for process in processes]
+    finally:
+        stop(processes)
+    return out, codes
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MENDED)
+def test_a_rank_of_two_runs_its_micro_batches_again(two_ranks, tmp_path, name):
+    out, _ = two_ranks
+    said = [json.loads((out / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["failures"][name] == 0
+    assert said[1]["failures"][name] > 0
+    trainer = trainer_of(name, tmp_path, 1)
+    trainer.train()
+    ours = [load_file(out / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+    for key, value in weights(trainer.model).items():
+        assert torch.equal(ours[0][key], ours[1][key])
+        torch.testing.assert_close(ours[0][key], value, rtol=0, atol=2e-6)
+    rows = [RunFolder(folder).read_metrics() for folder in (out / name, tmp_path)]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-5)
+    assert rows[0][-1]["micro_batch_tokens"] < 45  # the mean over ranks
+
+
+def test_useless_steps_end_both_ranks_at_the_same_step(two_ranks):
+    """In the first step only the first rank's completions are empty."""
+    out, _ = two_ranks
+    said = [json.loads((out / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["useless"] == said[1]["useless"]
+    assert said[0]["useless"].startswith(
+        "2 steps in a row taught nothing (max_useless_steps=2): in step 3 every completion was"
+    )
+
+
+def test_a_rank_that_cannot_run_again_ends_both_and_is_named(two_ranks):
+    out, codes = two_ranks
+    assert codes == [1, 1]
+    assert "RunStopped: rank 1: out of memory in the student's" in log_of(1, out).read_text()
