@@ -59,8 +59,8 @@ def in_last_batch(trainer, name: str) -> bool:
     return trainer.rollouts.batch_of_step == MENDED[name][0].get("gradient_accumulation_steps", 1)
 
 
-def main(out: Path) -> None:
-    rank = join(out)
+def train_all(out: Path, rank: int) -> None:
+    """Runs that go on, and one that ends on both ranks; results are files in folder `out`."""
     failures = {}
     for name, (_, memory) in MENDED.items():
         trainer = trainer_of(name, out / name, 2)
@@ -81,6 +81,10 @@ def main(out: Path) -> None:
     said["steps"] = trainer.state.global_step
     (out / f"said-{rank}.json").write_text(json.dumps(said))
     watch()
+
+
+def main(out: Path) -> None:
+    rank = join(out)
     trainer = trainer_of("forward", out / "stopped", 2, micro_batch_tokens=16384)  # the only micro-batch is the last
     Memory(trainer.model, tokens=30, scarce=lambda: rank == 1)
     trainer.train()

@@ -42,7 +42,7 @@ class Gradients(TrainerCallback):
 def trained(folder, *, limits=(), student=None, teacher=None, before=lambda trainer: None, **settings):
     """A trained trainer with scripted rollouts, the gradients of its steps, and its metrics."""
     seen = Gradients()
-    defaults = {"num_generations": 2, "max_steps": 2, "max_grad_norm": 0.0, "callbacks": [seen]}
+    defaults = {"num_generations": 2, "max_steps": 1, "max_grad_norm": 0.0, "callbacks": [seen]}
     students = {"student": tiny_model() if student is None else student, "teacher": teacher}
     trainer = tiny_trainer(folder, scripted=True, **students, **{**defaults, **settings})
     memories = [limit(trainer) for limit in limits]
@@ -78,11 +78,6 @@ REWARDS = {"representation_weight": 0.0, "policy_gradient_weight": 1.0, "task": 
         pytest.param(student_memory(50), {}, id="student"),
         pytest.param(student_memory(50, backward=True), {}, id="backward"),
         pytest.param(teacher_memory(50), {}, id="teacher"),
-        pytest.param(student_memory(50, error=(MemoryError, "")), {}, id="MemoryError"),
-        pytest.param(
-            student_memory(50, error=(RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")),
-            {}, id="cpu",
-        ),
         pytest.param(
             student_memory(30, backward=True),
             {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}, id="accumulated",
@@ -145,7 +140,7 @@ def grade_by_ids(trainer) -> None:
 def test_several_updates_on_the_same_rollouts(tmp_path):
     """The old log-probabilities, kept by the first update, are found again by the redone second one."""
     rows = [{**row, "answer": "1"} for row in prompt_rows(4)]
-    settings = {**REWARDS, "rows": rows, "num_generations": 4, "epsilon": 0.05, "before": grade_by_ids}
+    settings = {**REWARDS, "rows": rows, "num_generations": 4, "epsilon": 0.05, "before": grade_by_ids, "max_steps": 2}
 
     def shrinking(trainer):
         memory = Memory(trainer.model, 10**9, backward=True)
@@ -280,9 +275,9 @@ def limit_rows(model: nn.Module, rows: int) -> list[int]:
 IDS = [[5, 6], [7, 8, 9], [10], [11, 12, 13, 14], [15], [16, 17], [18, 19, 20]]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_size", [6, 64])
+@pytest.mark.parametrize(
+    ("rows", "temperature", "batch_size"), [(1, 0.0, 64), (3, 0.0, 6), (1, 1.0, 6), (3, 1.0, 64), (5, 1.0, 6)]
+)
 def test_halved_generation_gives_the_same_tokens(rows, temperature, batch_size, caplog):
     sampling = Sampling(8, temperature=temperature, top_k=20)
 
@@ -318,8 +313,8 @@ def test_one_completion_that_does_not_fit_ends_with_what_to_lower():
 
 def test_a_rollout_and_evaluation_of_a_run_that_do_not_fit(tmp_path):
     settings = {
-        "num_generations": 2, "max_steps": 2, "eval_dataset": [{"prompt": p, "answer": "1"} for p in PROMPTS[:5]],
-        "eval_strategy": "steps", "eval_steps": 1, "task": "addition", "micro_batch_tokens": 20,
+        "max_steps": 1, "eval_dataset": [{"prompt": p, "answer": "1"} for p in PROMPTS[:5]],
+        "eval_strategy": "steps", "eval_steps": 1, "eval_num_generations": 2, "task": "addition", "micro_batch_tokens": 20,
     }  # fmt: skip
     for name in ("whole", "halved"):
         trainer = tiny_trainer(tmp_path / name, peaky_model(), **settings)
@@ -330,7 +325,7 @@ def test_a_rollout_and_evaluation_of_a_run_that_do_not_fit(tmp_path):
         without_times([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
         for name in ("whole", "halved")
     ]
-    assert max(sizes) == 8
+    assert max(sizes) == 4
     assert lines[0] == lines[1]
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "halved")]
     assert completions[0] == completions[1]
@@ -416,26 +411,10 @@ def test_a_size_goes_down_to_one(caplog):
         raise ValueError("other")
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The folder in which two processes left the results of `memory_ranks_script.py`, and their exit codes."""
-    out = tmp_path_factory.mktemp("ranks")
-    processes = []
-    try:
-        for rank in (0, 1):
-            processes.append(start_rank("memory_ranks_script.py", rank, out))
-        wait_for(processes, SECONDS)
-        wait_for([p for p in processes if p.poll() is None], 100)  # of the collective that the other one does not join
-        codes = [process.poll() for process in processes]
-    finally:
-        stop(processes)
-    return out, codes
-
-
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2 * SECONDS)  # the first test waits for the ranks
 @pytest.mark.parametrize("name", MENDED)
-def test_a_rank_of_two_runs_its_micro_batches_again(two_ranks, tmp_path, name):
-    out, _ = two_ranks
+def test_a_rank_of_two_runs_its_micro_batches_again(two_ranks_folder, tmp_path, name):
+    out = two_ranks_folder / "memory"
     said = [json.loads((out / f"said-{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0]["failures"][name] == 0
     assert said[1]["failures"][name] > 0
@@ -447,20 +426,34 @@ def test_a_rank_of_two_runs_its_micro_batches_again(two_ranks, tmp_path, name):
         torch.testing.assert_close(ours[0][key], value, rtol=0, atol=2e-6)
     rows = [RunFolder(folder).read_metrics() for folder in (out / name, tmp_path)]
     assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-5)
-    assert rows[0][-1]["micro_batch_tokens"] < 45  # the mean over ranks
+    assert rows[0][-1]["micro_batch_tokens"] < trainer.args.micro_batch_tokens  # the mean over ranks
 
 
-def test_useless_steps_end_both_ranks_at_the_same_step(two_ranks):
+@pytest.mark.timeout(2 * SECONDS)
+def test_useless_steps_end_both_ranks_at_the_same_step(two_ranks_folder):
     """In the first step only the first rank's completions are empty."""
-    out, _ = two_ranks
-    said = [json.loads((out / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    said = [json.loads((two_ranks_folder / "memory" / f"said-{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0]["useless"] == said[1]["useless"]
     assert said[0]["useless"].startswith(
         "2 steps in a row taught nothing (max_useless_steps=2): in step 3 every completion was"
     )
 
 
-def test_a_rank_that_cannot_run_again_ends_both_and_is_named(two_ranks):
-    out, codes = two_ranks
+@pytest.mark.further
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_rank_that_cannot_run_again_ends_both_and_is_named(tmp_path):
+    processes = []
+    try:
+        for rank in (0, 1):
+            processes.append(start_rank("memory_ranks_script.py", rank, tmp_path))
+        wait_for(processes, SECONDS)
+        wait_for([p for p in processes if p.poll() is None], 100)  # the other one
+        codes = [process.poll() for process in processes]
+    finally:
+        stop(processes)
     assert codes == [1, 1]
-    assert "RunStopped: rank 1: out of memory in the student's" in log_of(1, out).read_text()
+    said = log_of(1, tmp_path).read_text()
+    assert (
+        "RunStopped: rank 1: out of memory in the student's forward and backward pass of step 1 with 8 rollouts" in said
+    )
+    assert "lower micro_batch_tokens (16384) to" in said
