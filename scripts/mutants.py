@@ -445,6 +445,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a scale of all ranks", "SCALES[self.scale](variance_R[: self.rank])",
          "SCALES[self.scale](variance_R)[: self.rank]", "test_bridge.py::test_projections_are_the_paper_s"),
     ],
+    "rollouts/transformers_engine.py": [
+        ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
+         "test_memory.py::test_halved_generation_gives_the_same_tokens"),
+        ("the next batch draws as if nothing was drawn", "after, most = generator.get_state(), draw.count", "most = draw.count",
+         "test_memory.py::test_halved_generation_gives_the_same_tokens"),
+    ],
     "rollouts/background.py": [
         ("the copy keeps its first weights", "copied.copy_(live)", "pass",
          "test_overlap.py::test_the_copy_follows_when_asked_and_not_before"),

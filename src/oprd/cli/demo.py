@@ -55,7 +55,8 @@ def demo(
     from oprd.tasks.evaluation import describe_accuracy
     from oprd.training.run import train_and_evaluate
 
-    go_on = resume_command(["train", "--config", str(output_dir / "config.yaml")])
+    command = resume_command(["train", "--config", str(output_dir / "config.yaml")])
+    go_on = f"OMP_NUM_THREADS={threads} {command}"  # as many as here: another number would change the last bits
     with resumable(output_dir, go_on), live_progress() as callback:
         summary = train_and_evaluate(run, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):

@@ -30,23 +30,34 @@ def resume_command(arguments: Sequence[str] | None = None) -> str:
     """The command that goes on with this run: the one that was typed, with `--resume auto`.
 
     Args:
-        arguments: those of this program; None: those that it was started with.
+        arguments: other arguments than those that this program was started with.
     """
-    kept, words = [], list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        words = _launcher() or [*_program(), *sys.argv[1:]]
+    else:
+        words = [*_program(), *arguments]
+    kept: list[str] = []
     while words:
         word = words.pop(0)
         if word.split("=")[0] not in _RESUME:
             kept.append(word)
         elif "=" not in word and words and not words[0].startswith("--"):
             words.pop(0)
-    return shlex.join([*_program(), *kept, "--resume", "auto"])
+    return shlex.join([*kept, "--resume", "auto"])
 
 
 def _program() -> list[str]:
     """How this program was started, without its arguments."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        cpu = ["--cpu"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else []
-        return ["accelerate", "launch", *cpu, "--num_processes", str(processes), "-m", "oprd.cli"]
     started = sys.argv[0]
     return [sys.executable, "-m", "oprd.cli"] if started.endswith(".py") else [started]
+
+
+def _launcher() -> list[str]:
+    """The command line of `accelerate launch` or `torchrun`, where one started this process; empty where it cannot be read."""
+    from oprd.training.stopping import launched
+
+    file = Path(f"/proc/{os.getppid()}/cmdline")
+    if not launched() or not file.exists():
+        return []
+    words = file.read_text().rstrip("\0").split("\0")
+    return words if "oprd.cli" in words else []

@@ -50,7 +50,9 @@ def train(
     restore_config(Path(config))
     run = RunConfig.load(config, overrides)
     from oprd.training.run import train_and_evaluate
+    from oprd.training.stopping import follow_launcher
 
+    follow_launcher()
     resume: str | bool = resume_from_checkpoint or run.args.resume_from_checkpoint or False
     if str(resume).lower() in ("true", "yes", "false", "no"):
         resume = str(resume).lower() in ("true", "yes")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from oprd.models.sharding import most_of_ranks
 
 logger = logging.getLogger("oprd")
 
+_PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -33,6 +36,17 @@ class StoppedBySignal(SystemExit):
     def __init__(self, number: int, checkpoint: str | None = None) -> None:
         super().__init__(128 + number)
         self.signal, self.checkpoint = signal.Signals(number), checkpoint
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+
+
+def follow_launcher() -> None:
+    """On Linux, receive SIGTERM when `accelerate launch` or `torchrun` ends. With one process, accelerate passes no signal on."""
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignals:
@@ -56,8 +70,9 @@ class StopSignals:
         if self._depth or threading.current_thread() is not threading.main_thread():
             yield
             return
-        # A signal that the program ignores, as under nohup, stays ignored.
-        before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup, a closed terminal does not end the run
+            del before[signal.SIGHUP]
         self.received, self._depth = 0, 1
         for number in before:
             signal.signal(number, self._handle)
