@@ -18,11 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Each name may import those before it, and itself.
 ORDER = [
-<<<<<<< HEAD
-    "faults", "types", "registry", "files", "data", "models", "states", "alignment", "rollouts", "tasks", "objectives", "bridge",
-=======
     "types", "faults", "registry", "files", "data", "models", "states", "alignment", "rollouts", "tasks", "objectives", "bridge",
->>>>>>> main
     "config", "run_config", "runs", "resolve", "training", "tools", "cli",
 ]  # fmt: skip
 
