@@ -198,7 +198,7 @@ def test_the_settings():
         "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
-        "max_skipped_steps", "micro_batch_tokens", "model_init_kwargs", "nan_policy", "normalize",
+        "max_skipped_steps", "max_useless_steps", "micro_batch_tokens", "model_init_kwargs", "nan_policy", "normalize",
         "num_completions_to_log", "num_generations",
         "num_iterations", "objectives", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
