@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,10 +13,19 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
-from oprd.tasks.evaluation import Evaluation, Grading, evaluate, grade_rollouts, join_ranks, summarize_rollouts
+from oprd.tasks.evaluation import (
+    Evaluation,
+    Grading,
+    describe_accuracy,
+    evaluate,
+    grade_rollouts,
+    join_ranks,
+    summarize_rollouts,
+)
+from oprd.tasks.math import BoxedGrader
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
-from tiny import tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import scripted_generate, tiny_model, tiny_tokenizer, tiny_trainer
 
 
 class FakeEngine:
@@ -111,6 +121,54 @@ def test_rows_without_an_answer_are_not_graded():
     assert result.summary["avg_at_k"] == pytest.approx((0.5 + 1) / 2)
     assert (result.summary["ungraded"], result.summary["problems"]) == (4, 4)
     assert result.summary["mean_length"] == pytest.approx(23 / 8)  # over all, graded or not
+
+
+class Slow:
+    """Has no `stats` in one case, and counts in the other."""
+
+    def __init__(self, *, counts):
+        if counts:
+            self.stats = Counter(timed_out=5)
+
+    def grade(self, responses, answers):
+        if hasattr(self, "stats"):
+            self.stats["timed_out"] += 3
+        return [False] * len(responses)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize(("counts", "timeouts"), [(True, 3), (False, 0)])
+def test_answers_that_took_too_long_are_in_the_summary(counts, timeouts):
+    result, _ = run("a", "b", grader=Slow(counts=counts))
+    assert result.summary["grader_timeouts"] == timeouts
+    assert result.correct == [False] * 4
+    assert ("3 took too long to grade" in describe_accuracy(result.summary)) == counts
+    joined = join_ranks([result, result], num_problems=4, k=2)
+    assert joined.summary["grader_timeouts"] == 2 * timeouts
+    # a rank without a problem has repeated one
+    assert join_ranks([result, result], num_problems=1, k=2).summary["grader_timeouts"] == timeouts
+
+
+def test_answers_that_took_too_long_are_in_the_metrics_of_their_step(tmp_path, caplog):
+    def answers(*args, **options):
+        sampled = scripted_generate(*args, **options)
+        return replace(sampled, rollouts=replace(sampled.rollouts, texts=[r"\boxed{7^{9^{9^9}}}", r"\boxed{1}"]))
+
+    rows = [{"prompt": "1+2=", "answer": r"\pi"}, {"prompt": "30+4=", "answer": "1"}]
+    trainer = tiny_trainer(tmp_path, rows=rows, per_device_train_batch_size=2, max_steps=2)
+    trainer.engine.generate = answers
+    trainer.grading.task = Task("math", "", lambda: BoxedGrader(1, timeout_s=0.5))
+    trainer.train()
+    assert [row["grader_timeouts"] for row in trainer.run_folder.read_metrics()] == [1, 1]  # the second is remembered
+    assert [r.getMessage() for r in caplog.records if "too long" in r.getMessage()] == [
+        "answers that take too long to check count as wrong, for example '7^{9^{9^9}}' (0.5 s an answer, 20 s a batch); from "
+        "here on, grader_timeouts counts them"
+    ]
 
 
 def test_nothing_to_grade():

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.data.rows import PromptRow, load_prompts
-from oprd.tasks.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.math import BoxedGrader
 from oprd.tasks.task import get_task, with_instruction
+from processes import descendants, wait_until
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -252,7 +254,7 @@ def test_a_missing_box_is_wrong_and_a_bad_truth_an_error(grader):
             grader.grade([(r"\boxed{1}", "1"), (r"\boxed{1}", truth)])
 
 
-@pytest.mark.parametrize("option", ["workers", "timeout_s", "max_answer_chars"])
+@pytest.mark.parametrize("option", ["workers", "timeout_s", "batch_timeout_s", "max_answer_chars"])
 def test_options_must_be_positive(option):
     with pytest.raises(ValueError, match=f"{option} is 0"):
         MathGrader(**{option: 0})
@@ -420,6 +422,131 @@ def test_survives_killed_workers_and_serves_threads(grader):
     for thread in threads:
         thread.join(timeout=60)
     assert results == [[True, False] * 10] * 4
+
+
+def workers() -> set[int]:
+    return {w.pid for w in multiprocessing.active_children() if w.name == "pebble_pool_worker"}
+
+
+@pytest.fixture
+def no_worker(grader):
+    """The grader of the other tests has no worker here."""
+    grader.close()
+    assert workers() == set()
+
+
+def hostile(number):
+    return rf"\boxed{{{number}^{{9^{{9^9}}}}}}", r"\pi"
+
+
+SUM = (r"\boxed{x+1}", "1+x")
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_a_pair_is_checked_once_however_it_ended(caplog):
+    cache = VerdictCache()
+    pairs = [hostile(9), SUM, (r"\boxed{x+2}", "1+x"), (r"\boxed{\frac}", "1+x"), hostile(9)]
+    with MathGrader(1, timeout_s=0.5, cache=cache) as first:
+        assert first.grade(pairs) == [False, True, False, False, False]
+        assert first.stats == {"timed_out": 2, "verified": 2, "failed": 1}
+    with MathGrader(1, timeout_s=0.5, cache=cache) as second:
+        assert second.grade([*pairs, (r"\boxed{1}", "1")]) == [False, True, False, False, False, True]
+        assert second.stats == {"timed_out": 2, "verified": 2, "failed": 1, "exact": 1}
+        assert workers() == set()
+        assert not second.grade([(r"\boxed{x+1}", "1+2x")])[0]  # another truth is another pair
+        assert workers() != set()
+    warnings = [record.getMessage() for record in caplog.records if record.name == "oprd"]
+    assert len(warnings) == 2  # one a grader
+    assert "for example '9^{9^{9^9}}' (0.5 s an answer, 20 s a batch)" in warnings[0]
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_the_graders_of_the_task_share_verdicts_and_longer_limits_ask_again():
+    for _ in range(2):
+        with BoxedGrader(1, timeout_s=0.4) as grader:
+            assert grader.grade([hostile(9)[0]], [r"\pi"]) == [False]
+            assert grader.stats == {"timed_out": 1}
+    with BoxedGrader(1, timeout_s=0.4) as grader:
+        grader.grade([hostile(9)[0]], [r"\pi"])
+        assert workers() == set()
+    with BoxedGrader(1, timeout_s=0.5) as grader:
+        grader.grade([hostile(9)[0]], [r"\pi"])
+        assert workers() != set()
+
+
+def test_the_cache_keeps_what_was_used_last():
+    cache = VerdictCache(2)
+    for key in "ab":
+        cache.put(key, Verdict(True, key))
+    assert cache.get("a") == Verdict(True, "a")
+    cache.put("c", Verdict(False, "c"))
+    assert [cache.get(key) for key in "abc"] == [Verdict(True, "a"), None, Verdict(False, "c")]
+
+
+def test_a_batch_of_hostile_answers_is_bounded_and_what_it_does_not_reach_is_checked_later():
+    """Two a batch of up to 256 may time out; which answers are reached does not depend on which worker is faster."""
+    with MathGrader(2, timeout_s=0.5, batch_timeout_s=1.0) as grader:
+        batch = [SUM, *map(hostile, range(11, 31)), (r"\boxed{x+1}", "x+1+0")]
+        assert grader.grade(batch) == [True] + [False] * 21
+        assert grader.stats == {"verified": 1, "timed_out": 21}
+        grader.stats.clear()
+        # The two are remembered. 234 rollouts without a box make it a batch of 257, of which four may time out.
+        assert grader.grade([*batch[:3], batch[-1], *map(hostile, range(41, 60)), *[("", "1")] * 234]) == (
+            [True, False, False, True] + [False] * 253
+        )
+        assert grader.stats == {"verified": 2, "timed_out": 21, "missing": 234}
+        known = [i for i in range(41, 60) if grader.cache.get((hostile(i)[0][7:-1], r"\pi", 0.5, 2**30))]
+        assert known == [41, 42, 43, 44]
+
+
+def test_ordinary_answers_do_not_use_up_the_limit_of_a_batch():
+    with MathGrader(2, batch_timeout_s=1e-6) as grader:
+        assert grader.grade([(r"\boxed{x+1}", f"1+x+{i}-{i}") for i in range(40)]) == [True] * 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_pair_whose_worker_is_killed_is_checked_again_once():
+    found = []
+    with MathGrader(1, timeout_s=600, batch_timeout_s=1200) as grader:
+        grader.grade([SUM])
+        thread = threading.Thread(target=lambda: found.append(grader.grade([hostile(9), (r"\boxed{x+3}", "3+x")])))
+        thread.start()
+        killed = set()
+        for _ in range(2):
+            known = {p: ticks for p, ticks in descendants(os.getpid()).items() if p.pid in workers() - killed}
+            while not (
+                busy := [
+                    p
+                    for p, t in descendants(os.getpid()).items()
+                    if p.pid in workers() - killed and t > known.get(p, 0) + 300
+                ]
+            ):
+                time.sleep(0.05)
+            os.kill(busy[0].pid, signal.SIGKILL)
+            killed.add(busy[0].pid)
+        thread.join()
+        assert found == [[False, True]]
+        assert grader.stats == {"verified": 2, "failed": 1}
+
+
+def test_a_worker_outlives_the_thread_that_started_it():
+    """Linux' PR_SET_PDEATHSIG would kill it."""
+    with MathGrader(1) as grader:
+        before, found = workers(), []
+        thread = threading.Thread(target=lambda: found.append(grader.grade([SUM])))
+        thread.start()
+        thread.join()
+        started = workers() - before
+        assert (len(started), found) == (1, [[True]])
+        time.sleep(0.5)
+        assert grader.grade([(r"\boxed{x+2}", "2+x")]) == [True]
+        assert workers() - before == started
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timers for processes")
+def test_a_worker_whose_pool_is_gone_ends_itself():
+    program = r"from oprd.tasks.grading_worker import *; start_worker(2**30); check('9^{9^{9^9}}', r'\pi', 0.1)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGALRM
 
 
 SCRIPT = """

@@ -27,10 +27,18 @@ class Grader(AbstractContextManager["Grader"], Protocol):
 
     @property
     def stats(self) -> Counter[str]:
-        """Number of graded pairs by how they were decided ("exact", "verified", …)."""
+        """Number of graded pairs by how they were decided ("exact", "verified", …).
+
+        Those that took too long, "timed_out", are the metric `grader_timeouts`. A grader may do without `stats`.
+        """
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:
         """Return the reward of each response; ValueError if there are not as many answers."""
+
+
+def decided_by(grader: Grader | None) -> Counter[str]:
+    """The grader's `stats`; empty if it has none."""
+    return Counter(getattr(grader, "stats", {}))
 
 
 class FunctionGrader:
