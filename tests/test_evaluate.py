@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -22,10 +21,9 @@ from oprd.tasks.evaluation import (
     join_ranks,
     summarize_rollouts,
 )
-from oprd.tasks.math import BoxedGrader
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
-from tiny import scripted_generate, tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
 
 class FakeEngine:
@@ -154,21 +152,12 @@ def test_answers_that_took_too_long_are_in_the_summary(counts, timeouts):
     assert join_ranks([result, result], num_problems=1, k=2).summary["grader_timeouts"] == timeouts
 
 
-def test_answers_that_took_too_long_are_in_the_metrics_of_their_step(tmp_path, caplog):
-    def answers(*args, **options):
-        sampled = scripted_generate(*args, **options)
-        return replace(sampled, rollouts=replace(sampled.rollouts, texts=[r"\boxed{7^{9^{9^9}}}", r"\boxed{1}"]))
-
-    rows = [{"prompt": "1+2=", "answer": r"\pi"}, {"prompt": "30+4=", "answer": "1"}]
-    trainer = tiny_trainer(tmp_path, rows=rows, per_device_train_batch_size=2, max_steps=2)
-    trainer.engine.generate = answers
-    trainer.grading.task = Task("math", "", lambda: BoxedGrader(1, timeout_s=0.5))
+@pytest.mark.parametrize(("counts", "timeouts"), [(True, 3), (False, 0)])
+def test_answers_that_took_too_long_are_in_the_metrics_of_their_step(tmp_path, counts, timeouts):
+    trainer = tiny_trainer(tmp_path, rows=[{"prompt": "1+2=", "answer": "3"}], scripted=True, max_steps=2)
+    trainer.grading.task = Task("slow", "", lambda: Slow(counts=counts))
     trainer.train()
-    assert [row["grader_timeouts"] for row in trainer.run_folder.read_metrics()] == [1, 1]  # the second is remembered
-    assert [r.getMessage() for r in caplog.records if "too long" in r.getMessage()] == [
-        "answers that take too long to check count as wrong, for example '7^{9^{9^9}}' (0.5 s an answer, 20 s a batch); from "
-        "here on, grader_timeouts counts them"
-    ]
+    assert [row["grader_timeouts"] for row in trainer.run_folder.read_metrics()] == [timeouts] * 2
 
 
 def test_nothing_to_grade():

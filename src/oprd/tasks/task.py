@@ -22,15 +22,10 @@ from oprd.tasks.math import INSTRUCTION, BoxedGrader
 class Grader(AbstractContextManager["Grader"], Protocol):
     """Grades batches inside a `with` block, where it may hold processes.
 
-    A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1.
+    A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1. A grader may also
+    have `stats`, a Counter of the graded pairs by how they were decided ("exact", "verified", …). Those that took too long,
+    "timed_out", are the metric `grader_timeouts`.
     """
-
-    @property
-    def stats(self) -> Counter[str]:
-        """Number of graded pairs by how they were decided ("exact", "verified", …).
-
-        Those that took too long, "timed_out", are the metric `grader_timeouts`. A grader may do without `stats`.
-        """
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:
         """Return the reward of each response; ValueError if there are not as many answers."""
