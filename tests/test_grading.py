@@ -482,7 +482,7 @@ def test_the_cache_keeps_what_was_used_last():
 
 
 def test_a_batch_of_hostile_answers_is_bounded_and_what_it_does_not_reach_is_checked_later():
-    """Which answers it reaches does not depend on which worker is faster: one has decided the last while the other is at the first."""
+    """Which it reaches does not depend on which worker is faster: one decides the last while the other is at the first."""
     behind = (r"\boxed{x+2}", "2+x")
     with MathGrader(2, timeout_s=0.5, batch_timeout_s=0.5) as grader:
         assert grader.grade([SUM, hostile(9), behind, *map(hostile, range(11, 31))]) == [True] + [False] * 22
