@@ -1,0 +1,61 @@
+"""When a failed request is repeated, and when it is given up."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+import anyio
+
+from oprd.rollouts.vllm.http import ServerLost
+
+logger = logging.getLogger(__name__)
+
+_FIRST, _LONGEST = 0.25, 10.0  # seconds
+_jitter = random.SystemRandom()  # the global random state is the run's
+
+
+class Patience:
+    """Pauses between the attempts of all requests of a set, until the server has failed for `wait` seconds without a success.
+
+    The limit of a request's pause doubles from 0.25 to 10 seconds; the pause is drawn evenly between 0 and the limit, so that
+    requests that failed together do not return together. A pause that the server asks for comes on top.
+
+    Args:
+        wait: seconds.
+        advice: what the warning at the beginning of an outage adds.
+
+    Attributes:
+        repeats: how often a request was repeated.
+    """
+
+    def __init__(self, wait: float, advice: str = "") -> None:
+        self.wait, self.advice, self.repeats = wait, advice, 0
+        self._failing_since: float | None = None
+
+    def renew(self) -> None:
+        """Note a success."""
+        self._failing_since = None
+
+    async def pause(self, error: ServerLost, attempt: int) -> None:
+        """Wait before a request is repeated.
+
+        Args:
+            error: why it failed.
+            attempt: how often it was repeated before.
+
+        Raises:
+            ServerLost: `error`, where the time is over, or the server asks for a longer pause than is left.
+        """
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+            logger.warning("rollout server: %s; repeated for up to %g s%s", error, self.wait, self.advice)
+        left = self._failing_since + self.wait - now
+        asked = error.pause or 0.0
+        if left <= 0 or asked > left:
+            raise error
+        self.repeats += 1
+        limit = min(_LONGEST, _FIRST * 2 ** min(attempt, 10))
+        await anyio.sleep(min(left, asked + _jitter.uniform(0, limit)))
