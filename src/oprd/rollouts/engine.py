@@ -109,6 +109,15 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class CanInterrupt(Protocol):
+    """An engine whose `generate`, in another thread, can be ended."""
+
+    def interrupt(self) -> None:
+        """Make a running `generate` raise a KeyboardInterrupt soon; do nothing where none runs."""
+        ...
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
     """The id that an engine pads with. Any id will do: padding is masked in the prompt and cut off after the end."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]

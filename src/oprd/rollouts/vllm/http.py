@@ -55,7 +55,8 @@ class VLLMClient:
         timeout: seconds from the start of a request to the last byte of its answer.
 
     Raises:
-        ValueError: `base_url` is not an http or https address of a host or holds a password, or `timeout` is not positive.
+        ValueError: `base_url` is no http or https address of a host, or holds a password; `timeout` is not positive; no header can
+            hold the key.
     """
 
     def __init__(self, base_url: str, timeout: float) -> None:
@@ -63,6 +64,8 @@ class VLLMClient:
             raise ValueError(f"timeout: {timeout} is not allowed; more than 0 seconds")
         self.base_url, self.timeout = _checked(base_url), timeout
         self._key = os.environ.get("VLLM_API_KEY", "")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("VLLM_API_KEY: the environment variable holds characters other than printable ASCII")
         # httpx2 would decompress an answer of any size, and keep a connection that may have died with the server.
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
         if self._key:

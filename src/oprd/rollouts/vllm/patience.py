@@ -17,21 +17,19 @@ _jitter = random.SystemRandom()  # the global random state is the run's
 
 
 class Patience:
-    """Pauses between the attempts of all requests of a set, until the server has failed for `wait` seconds without a success.
+    """Pauses between the attempts of requests, until the server has failed for `wait` seconds without a success.
 
     The limit of a request's pause doubles from 0.25 to 10 seconds; the pause is drawn evenly between 0 and the limit, so that
-    requests that failed together do not return together. A pause that the server asks for comes on top.
+    requests that failed together do not return together. A pause that the server asks for (Retry-After) comes on top.
 
     Args:
         wait: seconds.
-        advice: what the warning at the beginning of an outage adds.
-
-    Attributes:
-        repeats: how often a request was repeated.
+        failing: what has not happened when the time is over, for the error.
+        advice: a sentence that the error, and the warning at the beginning of an outage, end with.
     """
 
-    def __init__(self, wait: float, advice: str = "") -> None:
-        self.wait, self.advice, self.repeats = wait, advice, 0
+    def __init__(self, wait: float, failing: str, advice: str = "") -> None:
+        self.wait, self.failing, self.advice = wait, failing, f". {advice}" if advice else ""
         self._failing_since: float | None = None
 
     def renew(self) -> None:
@@ -46,7 +44,7 @@ class Patience:
             attempt: how often it was repeated before.
 
         Raises:
-            ServerLost: `error`, where the time is over, or the server asks for a longer pause than is left.
+            ConnectionError: the time is over, or the server asks for a longer pause than is left.
         """
         now = time.monotonic()
         if self._failing_since is None:
@@ -55,7 +53,8 @@ class Patience:
         left = self._failing_since + self.wait - now
         asked = error.pause or 0.0
         if left <= 0 or asked > left:
-            raise error
-        self.repeats += 1
+            raise ConnectionError(
+                f"rollout_engine: {self.failing} within {self.wait:g} s (wait, in rollout_engine_kwargs): {error}{self.advice}"
+            ) from error
         limit = min(_LONGEST, _FIRST * 2 ** min(attempt, 10))
         await anyio.sleep(min(left, asked + _jitter.uniform(0, limit)))
