@@ -70,7 +70,9 @@ class VLLMClient:
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
         if self._key:
             self._headers["Authorization"] = f"Bearer {self._key}"
-        self._trust: ssl.SSLContext | bool = ssl.create_default_context() if base_url.startswith("https") else False
+        # Made once: it takes httpx2 longer than the rest of a request, for http too.
+        secure = self.base_url.startswith("https")
+        self._trust = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to a POST of `body`, or to a GET without a body; None where the answer is empty.
