@@ -25,7 +25,7 @@ class Interruptible:
             Exception: what `work` raised.
         """
         try:
-            with start_blocking_portal(name="rollout-requests") as portal:
+            with start_blocking_portal() as portal:
                 self._running = portal.start_task_soon(work)
                 return self._running.result()
         except CancelledError:
