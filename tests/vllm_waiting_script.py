@@ -14,7 +14,7 @@ from tiny import prompt_rows, tiny_trainer
 def main(out: Path, url: str) -> None:
     trainer = tiny_trainer(
         out / "run", rollout_engine="vllm_server", rows=prompt_rows(8), per_device_train_batch_size=2,
-        rollout_engine_kwargs={"weights_dir": str(out / "weights"), "base_url": url},
+        rollout_engine_kwargs={"weights_dir": str(out / "weights"), "base_url": url, "timeout": 1},
     )  # fmt: skip
     trainer.train()
 

@@ -111,7 +111,12 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class CanInterrupt(Protocol):
-    """An engine whose `generate`, in another thread, can be ended."""
+    """An engine that waits for another process."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether a running `generate` may never end: the other process has failed since it last gave something."""
+        ...
 
     def interrupt(self) -> None:
         """Make a running `generate` raise a KeyboardInterrupt soon; do nothing where none runs."""

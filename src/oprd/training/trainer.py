@@ -30,7 +30,7 @@ from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.terms import unobserved
 from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
-from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.engine import CanInterrupt, RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.runs.checkpoints import (
     CheckpointStore,
@@ -179,7 +179,8 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts]
-        self.signals = StopSignals()
+        engine = self.engine
+        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(

@@ -24,13 +24,18 @@ class Patience:
 
     Args:
         wait: seconds.
-        failing: what has not happened when the time is over, for the error.
+        lacking: what has not happened when the time is over, for the error.
         advice: a sentence that the error, and the warning at the beginning of an outage, end with.
     """
 
-    def __init__(self, wait: float, failing: str, advice: str = "") -> None:
-        self.wait, self.failing, self.advice = wait, failing, f". {advice}" if advice else ""
+    def __init__(self, wait: float, lacking: str, advice: str = "") -> None:
+        self.wait, self.lacking, self.advice = wait, lacking, f". {advice}" if advice else ""
         self._failing_since: float | None = None
+
+    @property
+    def failing(self) -> bool:
+        """Whether a request has failed since the last success."""
+        return self._failing_since is not None
 
     def renew(self) -> None:
         """Note a success."""
@@ -54,7 +59,7 @@ class Patience:
         asked = error.pause or 0.0
         if left <= 0 or asked > left:
             raise ConnectionError(
-                f"rollout_engine: {self.failing} within {self.wait:g} s (wait, in rollout_engine_kwargs): {error}{self.advice}"
+                f"rollout_engine: {self.lacking} within {self.wait:g} s (wait, in rollout_engine_kwargs): {error}{self.advice}"
             ) from error
         limit = min(_LONGEST, _FIRST * 2 ** min(attempt, 10))
         await anyio.sleep(min(left, asked + _jitter.uniform(0, limit)))

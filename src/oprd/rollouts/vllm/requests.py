@@ -69,6 +69,7 @@ class RolloutRequests:
         self.client, self.batch_size, self.wait = client, batch_size, wait
         self.pushes = self.repeats = 0
         self._loop = Interruptible()
+        self._patience: Patience | None = None  # of what runs now
 
     def hold(self, wanted: WantedSet, folder: str, start_command: str) -> None:
         """Wait until the server answers, and send it the set's weights unless it has them.
@@ -84,7 +85,7 @@ class RolloutRequests:
             KeyboardInterrupt: see `interrupt`.
         """
         patience = Patience(self.wait, "no vLLM server has loaded the weights", f"Start one with: {start_command}")
-        self._in_time(wanted, lambda: self._hold(wanted, folder, patience))
+        self._in_time(wanted, patience, lambda: self._hold(wanted, folder, patience))
 
     def ask_for_missing(self, wanted: WantedSet) -> WeightsLost | None:
         """Request the missing completions; return why the weights must be sent again, None where the set is complete.
@@ -94,17 +95,23 @@ class RolloutRequests:
             ValueError: the server refuses, or its answer is not valid.
             KeyboardInterrupt: see `interrupt`.
         """
+        patience = Patience(self.wait, "vllm_server has completed no request")
         try:
-            self._in_time(wanted, lambda: self._ask_for_missing(wanted))
+            self._in_time(wanted, patience, lambda: self._ask_for_missing(wanted, patience))
         except WeightsLost as error:
             return error
         return None
+
+    @property
+    def failing(self) -> bool:
+        """Whether what runs now has only failed since its last success."""
+        return self._patience is not None and self._patience.failing
 
     def interrupt(self) -> None:
         """Make what waits for the server in another thread raise a KeyboardInterrupt."""
         self._loop.interrupt()
 
-    def _in_time(self, wanted: WantedSet, work: Callable[[], Awaitable[T]]) -> T:
+    def _in_time(self, wanted: WantedSet, patience: Patience, work: Callable[[], Awaitable[T]]) -> T:
         async def bounded() -> T:
             with anyio.move_on_after(wanted.seconds_left):
                 return await work()
@@ -113,7 +120,11 @@ class RolloutRequests:
                 f"{wanted.deadline:g} s (deadline, in rollout_engine_kwargs); set a longer one, or sample fewer or shorter ones"
             )
 
-        return self._loop.run(bounded)
+        self._patience = patience
+        try:
+            return self._loop.run(bounded)
+        finally:
+            self._patience = None
 
     async def _hold(self, wanted: WantedSet, folder: str, patience: Patience) -> None:
         for attempt in itertools.count():
@@ -137,8 +148,7 @@ class RolloutRequests:
                 f"up to {most}; set a smaller one, or start it with a larger --max-model-len"
             )
 
-    async def _ask_for_missing(self, wanted: WantedSet) -> None:
-        patience = Patience(self.wait, "vllm_server has completed no request")
+    async def _ask_for_missing(self, wanted: WantedSet, patience: Patience) -> None:
         waiting = iter(wanted.missing)
         failures: list[Exception] = []
 

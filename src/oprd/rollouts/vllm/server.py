@@ -145,6 +145,11 @@ class VLLMServerEngine:
         rollouts = to_rollouts(prompts, ids, owners, self.tokenizer, self.stop_token_ids)
         return Sampled(rollouts, [completion.log_probs for completion in completions] if want_log_probs else None)
 
+    @property
+    def failing(self) -> bool:
+        """Whether a `generate` runs, and the server has only failed since its last success."""
+        return self.requests.failing
+
     def interrupt(self) -> None:
         """Make a `generate` that waits for the server in another thread raise a KeyboardInterrupt."""
         self.requests.interrupt()
