@@ -483,6 +483,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rollouts/vllm/http.py": [
         ("a completion may be drawn partly by old weights", "if drawn_by != {version}:", "if version not in drawn_by:",
          "test_vllm_server.py::test_a_completion_that_two_sets_of_weights_drew_is_not_used"),
+        ("a request may take as long as bytes come", "with anyio.fail_after(self.timeout):", "with anyio.fail_after(None):",
+         "test_vllm_server_faults.py::test_a_passing_fault_changes_no_rollout"),
+    ],
+    "rollouts/vllm/patience.py": [
+        ("a server is asked again before it wants to be", "asked + _jitter.uniform(0, limit)", "_jitter.uniform(0, limit)",
+         "test_vllm_server_faults.py::test_a_busy_server_is_left_alone_as_long_as_it_asks"),
+    ],
+    "rollouts/vllm/requests.py": [
+        ("a restarted server draws before it has the weights", "if attempt and await", "if False and await",
+         "test_vllm_server_faults.py::test_a_killed_server_is_waited_for_and_gets_the_weights_again"),
+        ("a set has no deadline", "anyio.move_on_after(wanted.seconds_left)", "anyio.move_on_after(None)",
+         "test_vllm_server_faults.py::test_a_set_of_rollouts_has_a_deadline"),
+    ],
+    "rollouts/vllm/held_folder.py": [
+        ("folders of live runs are removed", "            with FileLock(folder / _LOCK, timeout=0):\n                _remove(folder)\n",
+         "            _remove(folder)\n",
+         "test_vllm_server_faults.py::test_folders_of_dead_runs_are_removed_and_those_of_live_ones_are_not"),
     ],
     "training/memory.py": [
         ("a failed pass leaves its gradients", "self.parallel.student.zero_grad()", "pass",
