@@ -118,9 +118,10 @@ class ControlTokens:
         Raises:
             ValueError: the tokenizer cannot read the text without its control tokens.
         """
-        self._check_no_private(text, source)
+        row = PromptRow(text, source=source)
+        self._check_no_private(text, row)
         usual = self.tokenizer("", add_special_tokens=add_special_tokens)["input_ids"]
-        return self._encode(text, text, [*usual], add_special_tokens=add_special_tokens, source=source)
+        return self._encode(text, usual, row, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, row: PromptRow) -> list[int]:
         """Token ids of a conversation, where only the chat template writes control tokens.
@@ -129,13 +130,11 @@ class ControlTokens:
             ValueError: the tokenizer or the template cannot keep the text of this row apart; names the row.
         """
         assert not isinstance(row.prompt, str), "a conversation is a list of messages"
-        self._check_no_private("".join(text for message in row.prompt for text in message.values()), row.source)
+        self._check_no_private("".join(text for message in row.prompt for text in message.values()), row)
         marked = [{key: self._mark(text) for key, text in message.items()} for message in row.prompt]
-        rendered, plain = self._render(marked), self._render(row.prompt)
-        if rendered.replace(_BEGIN, "").replace(_END, "") != plain:
-            raise self._refused(
-                plain, row.source, "the chat template does not copy the text of the messages but depends on it"
-            )
+        rendered = self._render(marked)
+        if rendered.replace(_BEGIN, "").replace(_END, "") != self._render(row.prompt):
+            raise self._refused(row, "the chat template does not copy the text of the messages but depends on it")
         written: list[int] = []
 
         def private(match: re.Match[str]) -> str:
@@ -144,39 +143,34 @@ class ControlTokens:
             written.append(self.ids[match["name"]])
             return self._private[match["name"]]
 
-        return self._encode(
-            self._marked.sub(private, rendered), plain, written, add_special_tokens=False, source=row.source
-        )
+        return self._encode(self._marked.sub(private, rendered), written, row, add_special_tokens=False)
 
     def _render(self, messages: Any) -> str:
         arguments = {**self.template_kwargs, "add_generation_prompt": True, "tokenize": False}
         return str(self.tokenizer.apply_chat_template(messages, **arguments))
 
-    def _encode(self, text: str, shown: str, written: list[int], *, add_special_tokens: bool, source: str) -> list[int]:
+    def _encode(self, text: str, written: Sequence[int], row: PromptRow, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text in which private characters stand for control tokens; checked to have the control ids `written`."""
         copy = self._copy
         if isinstance(copy, str):
-            raise self._refused(shown, source, copy)
+            raise self._refused(row, copy)
         ids = [self._original.get(i, i) for i in copy.encode(text, add_special_tokens=add_special_tokens).ids]
         control = {*self.ids.values()} - self._unknown
         if [i for i in ids if i in control] != [i for i in written if i in control]:
-            raise self._refused(shown, source, "the tokenizer makes a control token of it even so")
+            raise self._refused(row, "the tokenizer makes a control token of it even so")
         return ids
 
     def _mark(self, text: str) -> str:
         return self._names.sub(lambda match: f"{_BEGIN}{match[0]}{_END}", text)
 
-    def _check_no_private(self, text: str, source: str) -> None:
+    def _check_no_private(self, text: str, row: PromptRow) -> None:
         if found := _PRIVATE.search(text):
-            raise self._refused(
-                text, source, f"the character U+{ord(found[0]):X} beside it is in private use here; remove that"
-            )
+            raise self._refused(row, f"the character U+{ord(found[0]):X} in the same text is used for this; remove it")
 
-    def _refused(self, text: str, source: str, reason: str) -> ValueError:
-        token = self.find(text) or text[:40]
+    def _refused(self, row: PromptRow, reason: str) -> ValueError:
         return ValueError(
-            f"{source or 'the text'}: it writes {token!r}, a control token of the tokenizer, which cannot be read as plain text: "
-            f"{reason}. Remove the token from the row, or write it in other characters"
+            f"{row.source or 'the text'}: it writes {self.find(row)!r}, a control token of the tokenizer, which cannot be read as "
+            f"plain text: {reason}. Remove the token from the row, or write it in other characters"
         )
 
     @cached_property
