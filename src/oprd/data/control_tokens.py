@@ -191,7 +191,8 @@ class ControlTokens:
     def _normalizer(self) -> Any:
         """The tokenizer's normalizer, if it comes before the search for a control token; else None."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        late = any(self.tokenizer.added_tokens_decoder[i].normalized for i in self.ids.values())
+        control = {*self.ids.values()}
+        late = any(token.normalized for i, token in self.tokenizer.added_tokens_decoder.items() if i in control)
         return backend.normalizer if late and isinstance(backend, Tokenizer) else None
 
     @cached_property
