@@ -153,6 +153,14 @@ def test_a_plain_prompt_keeps_the_start_that_its_tokenizer_writes():
     assert special(tokenizer, rendered.render(chat("<s>2<end>"))) == special(tokenizer, ordinary(tokenizer, chat("2")))
 
 
+def test_the_text_of_a_logged_completion_is_read_again_as_text():
+    tokenizer = with_start(byte_level())
+    renderer = PromptRenderer(tokenizer, split_special_tokens=False)
+    ids = renderer.completion_ids("2<end>")
+    assert (special(tokenizer, ids), tokenizer.decode(ids)) == ([], "2<end>")
+    assert renderer.completion_ids("the answer") == tokenizer("the answer", add_special_tokens=False)["input_ids"]
+
+
 def test_a_token_of_a_unigram_vocabulary_is_not_found_in_text():
     backend = sentencepiece_unigram()
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁abs</>")]

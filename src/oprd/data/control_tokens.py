@@ -58,18 +58,15 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
     source = kwargs.get("chat_template") or tokenizer.chat_template
     parts = list(source.values()) if isinstance(source, Mapping) else [str(source)]
     for roles in _PROBES:
-        conversation = [{"role": role, "content": "x"} for role in roles]
         try:
-            parts.append(
-                str(
-                    tokenizer.apply_chat_template(
-                        conversation, **{**kwargs, "add_generation_prompt": True, "tokenize": False}
-                    )
-                )
-            )
+            parts.append(_rendered(tokenizer, [{"role": role, "content": "x"} for role in roles], kwargs))
         except Exception:  # the template refuses this conversation; its errors share no base class
             continue
     return "\0".join(parts)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, kwargs: Mapping[str, Any]) -> str:
+    return str(tokenizer.apply_chat_template(messages, **{**kwargs, "add_generation_prompt": True, "tokenize": False}))
 
 
 @dataclass(frozen=True)
@@ -146,16 +143,16 @@ class ControlTokens:
         return self._encode(self._marked.sub(private, rendered), written, row, add_special_tokens=False)
 
     def _render(self, messages: Any) -> str:
-        arguments = {**self.template_kwargs, "add_generation_prompt": True, "tokenize": False}
-        return str(self.tokenizer.apply_chat_template(messages, **arguments))
+        return _rendered(self.tokenizer, messages, self.template_kwargs)
 
     def _encode(self, text: str, written: Sequence[int], row: PromptRow, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text in which private characters stand for control tokens; checked to have the control ids `written`."""
         copy = self._copy
         if isinstance(copy, str):
             raise self._refused(row, copy)
-        ids = [self._original.get(i, i) for i in copy.encode(text, add_special_tokens=add_special_tokens).ids]
-        control = {*self.ids.values()} - self._unknown
+        found = copy.encoder.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = [copy.original.get(i, i) for i in found]
+        control = {*self.ids.values()} - copy.unknown
         if [i for i in ids if i in control] != [i for i in written if i in control]:
             raise self._refused(row, "the tokenizer makes a control token of it even so")
         return ids
@@ -196,32 +193,40 @@ class ControlTokens:
         return backend.normalizer if late and isinstance(backend, Tokenizer) else None
 
     @cached_property
-    def _unknown(self) -> set[int | None]:
-        """Ids that stand for unknown characters of a text."""
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
-        return {self.tokenizer.unk_token_id, model.get("unk_id"), self.ids.get(model.get("unk_token"))}
-
-    @cached_property
-    def _copy(self) -> Tokenizer | str:
-        """The tokenizer with a private character for each control token's name; why there is none, as text."""
+    def _copy(self) -> _Copy | str:
+        """The copy of the tokenizer; why there is none, as text."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             return f"{type(self.tokenizer).__name__} is not from the library `tokenizers`"
+        description = json.loads(backend.to_str())
         try:
-            copy = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), self._private)))
+            encoder = Tokenizer.from_str(json.dumps(_renamed(description, self._private)))
         except Exception as error:  # the library raises nothing more specific
             return f"the tokenizer's vocabulary needs it ({error})"
         kept = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()}
-        if any(copy.token_to_id(name) != i for i, name in kept.items() if name not in self.ids):
+        if any(encoder.token_to_id(name) != i for i, name in kept.items() if name not in self.ids):
             return "its added tokens cannot be renamed"
-        return copy
+        model = description["model"]
+        return _Copy(
+            encoder,
+            original={encoder.token_to_id(private): self.ids[name] for name, private in self._private.items()},
+            unknown={self.tokenizer.unk_token_id, model.get("unk_id"), self.ids.get(model.get("unk_token"))},
+        )
 
-    @cached_property
-    def _original(self) -> dict[int, int]:
-        """Ids of the copy's control tokens that differ from the tokenizer's."""
-        assert isinstance(self._copy, Tokenizer), "the caller has checked"
-        renamed = {self._copy.token_to_id(name): self.ids[token] for token, name in self._private.items()}
-        return {new: old for new, old in renamed.items() if new is not None and new != old}
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a tokenizer, with a private character for each control token's name.
+
+    Args:
+        encoder: the copy.
+        original: id of a control token in the copy → in the tokenizer.
+        unknown: ids that stand for unknown characters of a text.
+    """
+
+    encoder: Tokenizer
+    original: Mapping[int | None, int]
+    unknown: set[int | None]
 
 
 def _any_of(words: Sequence[str]) -> str:
