@@ -189,7 +189,7 @@ class ModelPair:
             return prepare_prompts(
                 [with_system(p.row, self.aligner.system_prompt) for p in prompts],
                 self.aligner.teacher_tokenizer,
-                name=name,
+                name=f"the teacher's {name}",
                 max_completion_length=max_completion_length,
                 context_length=self.teacher.info.context_length,
                 chat_template_kwargs=self.aligner.teacher_kwargs,
