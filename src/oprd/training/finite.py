@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
 from oprd.files import write_json
 from oprd.models.finite import count_not_finite, first_not_finite
+from oprd.models.memory import HalvedSize
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective
 from oprd.states.capture import read_through_forward
