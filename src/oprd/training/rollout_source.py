@@ -72,6 +72,11 @@ class RolloutSource:
         self._last_step = False
         self._drawn: list[Rollouts] = []
 
+    @property
+    def batch_of_step(self) -> int:
+        """Which batch of the running step was taken last, counted from 1."""
+        return self._batch_of_step
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Context of a training run. It starts with a new epoch, and waits for background sampling at its end."""
@@ -153,11 +158,17 @@ class RolloutSource:
             self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
 
     @contextmanager
-    def dropout_seed(self, terms: StepObjective, part: MicroBatch) -> Iterator[None]:
-        """Reseed dropout per micro-batch, so that extra layers run for diagnostics do not shift later masks."""
+    def dropout_seed(self, terms: StepObjective, batch_of_step: int, part: MicroBatch) -> Iterator[None]:
+        """Reseed dropout per micro-batch, so that extra layers run for diagnostics do not shift later masks.
+
+        Args:
+            terms: the step's objective.
+            batch_of_step: which batch of the step it is, counted from 1.
+            part: the micro-batch.
+        """
         device = self.args.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed(terms.step, self._batch_of_step - 1, part.number))
+            torch.manual_seed(self._seed(terms.step, batch_of_step - 1, part.number))
             yield
 
     def wait(self) -> None:
