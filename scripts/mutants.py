@@ -483,6 +483,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rollouts/vllm/http.py": [
         ("a completion may be drawn partly by old weights", "if drawn_by != {version}:", "if version not in drawn_by:",
          "test_vllm_server.py::test_a_completion_that_two_sets_of_weights_drew_is_not_used"),
+        ("a request may take as long as bytes come", "with anyio.fail_after(self.timeout):", "with anyio.fail_after(None):",
+         "test_vllm_server_faults.py::test_a_passing_fault_changes_no_rollout"),
+    ],
+    "rollouts/vllm/patience.py": [
+        ("a server is asked again before it wants to be", "asked + _jitter.uniform(0, limit)", "_jitter.uniform(0, limit)",
+         "test_vllm_server_faults.py::test_a_busy_server_is_left_alone_as_long_as_it_asks"),
+    ],
+    "rollouts/vllm/requests.py": [
+        ("a restarted server draws before it has the weights", "if attempt and await", "if False and await",
+         "test_vllm_server_faults.py::test_a_killed_server_is_waited_for_and_gets_the_weights_again"),
+        ("a set has no deadline", "anyio.move_on_after(wanted.seconds_left)", "anyio.move_on_after(None)",
+         "test_vllm_server_faults.py::test_a_set_of_rollouts_has_a_deadline"),
+    ],
+    "rollouts/vllm/held_folder.py": [
+        ("folders of live runs are removed", "            with FileLock(folder / _LOCK, timeout=0):\n                _remove(folder)\n",
+         "            _remove(folder)\n",
+         "test_vllm_server_faults.py::test_folders_of_dead_runs_are_removed_and_those_of_live_ones_are_not"),
     ],
     "training/memory.py": [
         ("a failed pass leaves its gradients", "self.parallel.student.zero_grad()", "pass",
@@ -645,6 +662,26 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "run_config.py": [
         ("a limit of 0 is accepted", "and value < 1:", "and value < 0:", "test_recipe.py::test_bad_settings_are_refused"),
+    ],
+    "data/control_tokens.py": [
+        ("a message writes control tokens", 'lambda match: f"{_BEGIN}{match[0]}{_END}"', "lambda match: match[0]",
+         "test_control_tokens.py::test_only_the_template_writes_control_tokens"),
+        ("a template that depends on the text is not noticed", 'replace(_END, "") != self._render(row.prompt):',
+         'replace(_END, "") is None:', "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
+        ("a Unigram vocabulary keeps the names", "[[names.get(word, word), score] for", "[[word, score] for",
+         "test_control_tokens.py::test_a_token_of_a_unigram_vocabulary_is_not_found_in_text"),
+        ("only special tokens are control tokens", "{name for name in others - words if name in written}", "set()",
+         "test_control_tokens.py::test_which_added_tokens_are_control_tokens"),
+        ("private characters of a text are control tokens", "if found := _PRIVATE.search(text):", "if found := None:",
+         "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
+    ],
+    "data/prompts.py": [
+        ("plain prompts always write control tokens", "if self.split_special_tokens and self.control.find(text) is not None:",
+         "if False:", "test_control_tokens.py::test_a_plain_prompt_keeps_the_start_that_its_tokenizer_writes"),
+    ],
+    "alignment/token_bytes.py": [
+        ("a student writes the marks of a turn", "unwritten = special | {*control_token_ids(tokenizer).values()}",
+         "unwritten = special", "test_control_tokens.py::test_marks_of_a_turn_that_are_not_special_are_not_written_by_a_student"),
     ],
     "data/order.py": [
         ("neighbouring seeds share epochs", "self.seed * 1_000_003 + self.epoch", "self.seed + self.epoch",

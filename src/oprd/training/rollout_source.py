@@ -21,7 +21,7 @@ from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective
 from oprd.objectives.terms import PolicyTerm
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
-from oprd.rollouts.engine import RolloutEngine, Sampled, derive_seed
+from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
 from oprd.states.teachers import CanSample
 from oprd.tasks.evaluation import Grading, grade_rollouts
@@ -79,13 +79,19 @@ class RolloutSource:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end."""
+        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end.
+
+        After an error or Ctrl-C, it interrupts the sampling where the engine can be interrupted.
+        """
         self._epoch = None
         try:
             yield
-        finally:
+        except BaseException:
             if self.background is not None:
-                self.background.clear()
+                self.background.clear(self.engine.interrupt if isinstance(self.engine, CanInterrupt) else None)
+            raise
+        if self.background is not None:
+            self.background.clear()
 
     def next_step(
         self, epoch: Iterator[list[Prompt]], num_batches: int, *, last_step: bool = False
@@ -141,6 +147,9 @@ class RolloutSource:
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
             self.recorder.observe(**stats.counts())
+        if ends := self.pair.teacher_stop_ids:
+            count = sum(completion[-1] in ends for completion in rollouts.completion_ids)
+            self.recorder.observe(**{"completions/teacher_stop_ratio": share * count / len(rollouts)})
         batch = Batch(rollouts, rewards, pairs=pairs)
         if not self.objective.uses(PolicyTerm):
             return batch
