@@ -16,6 +16,7 @@ from oprd.types import Rollouts
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
 _TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
+_COUNTS = ("grader_timeouts",)  # likewise; reported as they are, by steps that have them
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:
@@ -97,7 +98,8 @@ class StepMetrics:
         sums = dict(zip(names, sum_over_ranks(values).tolist(), strict=True))
         totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
-        row = {n: v / ranks for n, v in sums.items()}
+        counts = {name: sums.pop(name) for name in _COUNTS if name in sums}
+        row = {n: v / ranks for n, v in sums.items()} | counts
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)

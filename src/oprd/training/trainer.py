@@ -32,7 +32,7 @@ from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
 from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
-from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.engine import CanInterrupt, RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.runs.checkpoints import (
     CheckpointStore,
@@ -185,7 +185,8 @@ class OPRDTrainer(Trainer):
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
-        self.signals = StopSignals()
+        engine = self.engine
+        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
