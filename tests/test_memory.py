@@ -201,6 +201,16 @@ def test_one_rollout_that_does_not_fit_ends_the_run_with_what_to_lower(tmp_path)
         trained(tmp_path / "teacher", limits=[teacher_memory(1)])
 
 
+def test_an_optimizer_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path):
+    class Large(torch.optim.SGD):
+        def step(self, closure=None):
+            raise torch.OutOfMemoryError(CUDA_TEXT)
+
+    model = tiny_model()
+    with pytest.raises(RunStopped, match="out of memory in the optimizer or elsewhere .*: train an adapter"):
+        trained(tmp_path, student=model, optimizers=(Large(model.parameters(), lr=0.1), None))
+
+
 def test_another_error_is_not_taken_for_it(tmp_path):
     with pytest.raises(RuntimeError, match="device-side assert"):
         trained(tmp_path, limits=[student_memory(50, error=(RuntimeError, "CUDA error: device-side assert triggered"))])
