@@ -207,7 +207,7 @@ def test_an_optimizer_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path):
             raise torch.OutOfMemoryError(CUDA_TEXT)
 
     model = tiny_model()
-    with pytest.raises(RunStopped, match="out of memory in the optimizer or elsewhere .*: train an adapter"):
+    with pytest.raises(RunStopped, match=r"out of memory in the optimizer or elsewhere .*: train an adapter"):
         trained(tmp_path, student=model, optimizers=(Large(model.parameters(), lr=0.1), None))
 
 
