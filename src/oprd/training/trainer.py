@@ -26,7 +26,7 @@ from oprd.config import OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
-from oprd.models.memory import HalvedSize
+from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
@@ -60,6 +60,8 @@ from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
 logger = logging.getLogger("oprd")
 
 Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
+
+_LOWER_REST = "train an adapter (lora), take an optim with a smaller state, or set fully_shard: true on several GPUs"
 
 # Attributes of 0.1; their names are in the error for one release.
 _MOVED = {"teacher": "pair.teacher", "layers": "pair.layers", "reader": "pair"}
@@ -278,6 +280,7 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
+            RunStopped: memory does not hold the smallest batch, or `max_useless_steps`.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
         if not self.train_dataset:
@@ -291,6 +294,9 @@ class OPRDTrainer(Trainer):
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 output = self._restore_finished(checkpoint)
             else:
+                stack.enter_context(
+                    say_what_to_lower("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
+                )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
                 self.remove_callback(self.guard)
