@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from oprd.faults import RunStopped
+
 
 def compare(
     config: Annotated[str, typer.Option(help="Comparison: a YAML file, or the name of a shipped one (tiny).")],
@@ -50,7 +52,7 @@ def compare(
     _show(report)
     say(f"written to {folder} ({', '.join(NAMES)}; each run under runs/)")
     if failed:
-        raise ValueError(
+        raise RunStopped(
             f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again"
         )
 
