@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Each name may import those before it, and itself.
 ORDER = [
-    "types", "registry", "files", "data", "models", "states", "alignment", "rollouts", "tasks", "objectives", "bridge",
+    "types", "sanitize", "registry", "files", "data", "models", "states", "alignment", "rollouts", "tasks", "objectives", "bridge",
     "config", "run_config", "runs", "resolve", "training", "tools", "cli",
 ]  # fmt: skip
 
