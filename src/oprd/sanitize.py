@@ -23,6 +23,7 @@ _HARMLESS_BEFORE = frozenset((
     "image", "audio", "video", "prompt", "answer", "text", "label", "sort", "column", "primary", "row", "input", "output",
     "metric", "cache", "public", "sampled", "likeliest",
 ))  # fmt: skip
+_NAME = re.compile(r"[\w.-]+")  # a special token such as <tool_token> is none
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 _SHAPES = re.compile(
@@ -80,7 +81,7 @@ def redacted_text(text: str) -> str:
 
 def names_secret(name: object) -> bool:
     """Whether a setting, header or variable of this name holds a secret: `hub_token`, `X-Api-Key`, `HF_TOKEN`; not `pad_token`."""
-    words = [word.lower() for word in _WORDS.findall(str(name))]
+    words = [word.lower() for word in _WORDS.findall(str(name))] if _NAME.fullmatch(str(name)) else []
     return bool(words) and words[-1] in _SECRET and (len(words) < 2 or words[-2] not in _HARMLESS_BEFORE)
 
 
@@ -106,10 +107,14 @@ def redacted_keys(value: Any, name: str = "") -> Iterator[str]:
             yield from redacted_keys(inner, name)
 
 
-def printable(text: object, keep: str = "\n\t") -> str:
-    r"""`text` with its control, format and surrogate characters shown as escapes such as `\x1b`, but those of `keep`.
+def printable(text: object, keep: str = "") -> str:
+    r"""`text` on one line, with control, format and surrogate characters shown as escapes such as `\x1b` and `\n`.
 
-    Covers what moves a cursor, hides text or reverses its direction: C0, C1, bidirectional marks, lone surrogates.
+    These move a cursor, hide text, reverse its direction or cannot be encoded: C0, C1, bidirectional marks, lone surrogates.
+
+    Args:
+        text: any object; its `str`.
+        keep: characters to leave as they are.
     """
     whole = str(text)
     if whole.isprintable():

@@ -12,6 +12,7 @@ import sys
 import typer
 
 from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
+from oprd.cli.terminal import guard_output
 
 app = typer.Typer(
     name="oprd",
@@ -40,6 +41,7 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line. Bad input ends with one message and exit code 1; OPRD_DEBUG=1 shows the traceback."""
+    guard_output()
     try:
         app()
     except (ValueError, FloatingPointError, OSError, ImportError) as error:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from oprd.files import writing
 from oprd.runs.folder import RunFolder
 
 # Colours that colour-blind readers can distinguish, also in greyscale (Okabe and Ito).
@@ -59,7 +60,8 @@ def plot_run(folder: Path, file: Path) -> None:
     for axis in (accuracy, loss, cosine, length):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130)
+    with writing(file) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def _draw_accuracy(
