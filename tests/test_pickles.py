@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
 from oprd.bridge import Bridge
 from oprd.models.loading import ASSETS, ModelInfo
 from oprd.resolve import load
 from oprd.tasks.problems import load_rows
+from tiny import tiny_model, tiny_tokenizer, tiny_trainer
 
 
 class Canary:
@@ -103,7 +103,15 @@ def test_beside_a_model_it_is_not_read(tmp_path, canary, name):
 def test_in_a_checkpoint(tmp_path, canary):
     tiny_trainer(tmp_path / "run", scripted=True, save_strategy="steps", save_steps=1).train()
     good = tmp_path / "run" / "checkpoint-1"
-    names = ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt", "pytorch_model.bin"]
+    names = [
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+        "scaler.pt",
+        "pytorch_model.bin",
+    ]
     names += [path.name for path in good.iterdir() if path.name != "README.md"]
     shutil.copytree(good, tmp_path / "good")
     for name in names:

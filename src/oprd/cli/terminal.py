@@ -33,7 +33,7 @@ class SafeConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield what is drawn, with control characters of texts as escapes."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text, _KEPT))
+            yield segment if segment.control else Segment(printable(segment.text, _KEPT), segment.style)
 
 
 class GuardedStream:

@@ -185,7 +185,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def _reason(error: Exception) -> str | None:
     """What is wrong with the files of a model, in one line; None if the error is not about them."""
-    if type(error).__name__ == "UnpicklingError":  # torch reads tensors alone out of a pickle, and this one holds other objects
+    if (
+        type(error).__name__ == "UnpicklingError"
+    ):  # torch reads tensors alone out of a pickle, and this one holds other objects
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
     of_files = isinstance(error, (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, RuntimeError))
     if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
