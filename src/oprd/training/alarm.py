@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
@@ -21,7 +21,7 @@ class AlarmWatch:
         earlier: rows of steps before, when a run is resumed.
     """
 
-    def __init__(self, window: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
         self._rows: list[Mapping[str, Any]] = []
         for row in earlier:
