@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,19 +184,25 @@ def test_no_file_of_a_run_holds_a_secret(secret_run):
     assert any(REDACTED.encode() in written for written in events)  # the tracker's copy of the arguments
 
 
-def test_a_run_resumes_with_the_secret_given_again_or_left_out(secret_run):
-    from oprd.run_config import RunConfig, check_resumed
+def test_a_run_resumes_with_the_secret_given_again_or_left_out(secret_run, tmp_path):
+    from oprd.run_config import RunConfig, changed_settings
+    from oprd.training.run import train_and_evaluate
 
     folder, _, _ = secret_run
     stored = yaml.safe_load((folder / "config.yaml").read_text())
-    for secrets in (SECRETS, {"run_name": SECRETS["run_name"]}, {"model_init_kwargs": {"token": "another"}}):
+    named = {"run_name": SECRETS["run_name"]}
+    for secrets in (SECRETS, named, {**named, "model_init_kwargs": {"token": "another"}}):
         now = RunConfig.parse({**RECIPE, **secrets, "output_dir": str(folder)})
-        check_resumed(stored, now.settings())
-    other = RunConfig.parse(
-        {**RECIPE, "model_init_kwargs": {"token": TOKEN, "dtype": "bfloat16"}, "output_dir": str(folder)}
-    )
-    with pytest.raises(ValueError, match=r"model_init_kwargs was None and is \{'dtype': 'bfloat16'\}"):
-        check_resumed(stored, other.settings())
+        assert not changed_settings(stored, now.settings())
+    other = {**RECIPE, "model_init_kwargs": {"token": TOKEN, "dtype": "bfloat16"}, "output_dir": str(folder)}
+    changed = changed_settings(stored, RunConfig.parse(other).settings())
+    assert changed == {"model_init_kwargs": (None, {"dtype": "bfloat16"})}
+
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-2", "_lock"))
+    again = RunConfig.parse({**RECIPE, **named, "output_dir": str(tmp_path / "run")})
+    summary = train_and_evaluate(again, say=lambda _: None, resume_from_checkpoint=True)
+    assert summary["steps"] == 2
+    assert not files_with(tmp_path, "hf_abc", "sesame")
 
 
 def test_the_recorded_settings_say_what_they_lack(secret_run):
