@@ -8,8 +8,8 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 AUDIT_VENV := .venv-audit
 PIP := pip --disable-pip-version-check install --quiet
-# Every file is checked against a hash in locks/ (make lock), and no package is built from source. The lists are complete.
-LOCKED := $(PIP) --require-hashes --only-binary :all: --no-deps -r
+# Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
 .PHONY: demo test test-all test-mutants test-vllm lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:

@@ -36,7 +36,9 @@ def verdict(packages: list[dict[str, Any]]) -> tuple[int, list[str]]:
     missing = len(packages) - len(asked)
     if lines:
         return 1, [*lines, f"audit: {len(lines)} advisories against {len(asked)} packages"]
-    if missing or not packages:
+    if not asked:
+        return 2, ["audit: the advisory database does not answer, nothing was checked; it needs the network"]
+    if missing:
         names = ", ".join(package["name"] for package in packages if "skip_reason" in package)
         return 2, [f"audit: the advisory database does not answer for {missing} of {len(packages)} packages: {names}"]
     return 0, [f"audit: no advisory against {len(packages)} packages"]
@@ -61,7 +63,7 @@ def main() -> int:
         status, lines = verdict(json.loads(ended.stdout)["dependencies"])
     except (ValueError, KeyError):
         reason = (ended.stderr.strip().splitlines() or ["pip-audit printed nothing"])[-1]
-        status, lines = 2, [f"audit: the advisory database cannot be reached, nothing was checked: {reason}"]
+        status, lines = 2, [f"audit: the advisory database does not answer, nothing was checked: {reason}"]
     print("\n".join(lines))
     return status
 
