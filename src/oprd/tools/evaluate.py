@@ -21,7 +21,7 @@ from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import get_task, with_instruction
+from oprd.tasks.task import decided_by, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -41,6 +41,7 @@ def evaluate_checkpoint(
     dtype: str = "auto",
     seed: int = 0,
     instruction: bool = True,
+    split_special_tokens: bool = True,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def evaluate_checkpoint(
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
+        split_special_tokens: read control tokens in plain prompts as text (`OPRDConfig.split_special_tokens`).
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
 
@@ -81,7 +83,7 @@ def evaluate_checkpoint(
     assert loaded.tokenizer is not None, "it was loaded with the model"
     prompts = prepare_prompts(
         rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
-        context_length=loaded.info.context_length,
+        context_length=loaded.info.context_length, split_special_tokens=split_special_tokens,
     )  # fmt: skip
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
@@ -90,7 +92,7 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     with grading.grader() as grader:
         result = evaluate(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
-        stats = dict(grader.stats)
+        stats = dict(decided_by(grader))
     settings = {
         "model": model,
         "dataset": dataset,
