@@ -185,7 +185,7 @@ def refuse_redacted(values: Mapping[str, Any], where: str) -> None:
     if keys := list(redacted_keys(values)):
         raise ValueError(
             f"{where}: {', '.join(keys)}: {REDACTED!r} stands for a secret, which is not written to files; write the secret there, "
-            "or take the key out and set an environment variable (HF_TOKEN for the hub)"
+            "or take the key out and set an environment variable (HF_TOKEN for the hub, VLLM_API_KEY for a rollout server)"
         )
 
 

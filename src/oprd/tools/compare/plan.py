@@ -233,7 +233,7 @@ def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) 
         if secrets := list(redacted_keys(run.settings())):
             raise ValueError(
                 f"{', '.join(secrets)}: a comparison hands settings to its runs in files, which hold no secrets; take it out and "
-                "set an environment variable (HF_TOKEN for the hub), which the runs inherit"
+                "set an environment variable (HF_TOKEN for the hub, VLLM_API_KEY for a rollout server), which the runs inherit"
             )
         bridge = run.args.bridge
         if bridge is not None and not Path(bridge).is_dir():
