@@ -238,7 +238,7 @@ def test_other_processes_do_not_warn(caplog):
         def on_log(self, *_, **__):
             raise SystemExit(3)
 
-    tracker = Tracker(Fails(), "fails", warn=False)
+    tracker = Tracker(Fails(), "fails", warn=False, longest=10.0)
     tracker.on_log(None, None, None, logs={})
     assert tracker.dropped
     assert not warnings_of(caplog)
