@@ -11,7 +11,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-vllm lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -26,6 +26,10 @@ test-all: $(VENV)/.ready-dev lint
 # One bug at a time in a copy of the code: would the tests notice? Slow, and not in CI.
 test-mutants: $(VENV)/.ready-dev
 	$(BIN)/python scripts/mutants.py
+
+# The long form of the fault tests: 20 kills at random points, 200 flipped bits, 2,000 steps. Writes evidence/reliability/.
+test-faults: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py
 
 # vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
 test-vllm: $(VLLM_VENV)/.ready
