@@ -50,6 +50,29 @@ PRELOADED = (
 
 # File below src/oprd → (name, old text, new text, tests that must notice: files or node ids below tests/, separated by spaces).
 TABLE: dict[str, list[tuple[str, str, str, str]]] = {
+    "sanitize.py": [
+        ("a secret under its name is kept", "{key: _hidden(v) if named(key) else redacted(v, by_name=by_name)",
+         "{key: redacted(v, by_name=by_name)",
+         "test_sanitize.py::test_settings_keep_their_shape_and_all_that_is_no_secret"),
+        ("user info of a URL is kept", "[^/?#\\s'\\\"<>]+(?=@)", "[^/?#\\s'\\\"<>:]+(?=@)",
+         "test_sanitize.py::test_a_secret_is_known_by_what_stands_before_it"),
+        ("a padding token is a secret", '"pad", "eos"', '"eos"',
+         "test_sanitize.py::test_no_setting_but_the_hub_tokens_has_the_name_of_a_secret"),
+        ("control characters pass", "c if c.isprintable() or c in keep or", "c if c.isprintable() or c in keep or True or",
+         "test_sanitize.py::test_control_characters_are_shown"),
+    ],
+    "config.py": [
+        ("trackers receive secrets", "return redacted(super().to_dict())", "return super().to_dict()",
+         "test_sanitize.py::test_no_file_of_a_run_holds_a_secret"),
+    ],
+    "training/trackers.py": [
+        ("calls find a later state", "copy.copy(state)", "state",
+         "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
+        ("a tracker may end the run", "except BaseException as error:  # SystemExit too", "except OSError as error:  # SystemExit too",
+         "test_trackers.py::test_other_processes_do_not_warn"),
+        ("a checkpoint is not waited for", '"on_train_begin", "on_save", "on_train_end")', '"on_train_begin", "on_train_end")',
+         "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
+    ],
     "objectives/representation.py": [
         ("norms in the dtype of the states", "vector_norm(states_ND, dim=-1, dtype=dtype)",
          "vector_norm(states_ND, dim=-1).to(dtype)",

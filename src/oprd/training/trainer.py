@@ -56,6 +56,7 @@ from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
+from oprd.training.trackers import guarded, make_trackers
 
 logger = logging.getLogger("oprd")
 
@@ -146,6 +147,8 @@ class OPRDTrainer(Trainer):
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
             identity=self.identity.as_json(),
         )
+        trackers = make_trackers(args.report_to, warn=args.process_index == 0)
+        args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
             model=student,
             args=args,
@@ -153,9 +156,10 @@ class OPRDTrainer(Trainer):
             train_dataset=resolved.train_prompts,
             eval_dataset=resolved.eval_prompts,
             processing_class=pair.tokenizer,
-            callbacks=callbacks,
+            callbacks=[*trackers, *map(guarded, callbacks or [])],
             optimizers=optimizers,
         )
+        args.report_to = [tracker.name for tracker in trackers]
         self._connect(resolved)
 
     def __getattr__(self, name: str) -> Any:
@@ -393,6 +397,10 @@ class OPRDTrainer(Trainer):
         """The verified checkpoint that `train` would go on from; see `oprd.runs.checkpoints.find_checkpoint`."""
         digest = self.checkpoints.bridge_digest
         return find_checkpoint(self.run_folder, resume_from_checkpoint, self.args.bridge, digest)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; one of transformers' trackers as a `Tracker`, so that it cannot end the run."""
+        super().add_callback(guarded(callback))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report `logs`, and with a training loss also the mean of every metric since the last report."""
