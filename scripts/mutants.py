@@ -525,12 +525,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_distributed.py::test_two_processes_equal_one_with_twice_the_batch"),
     ],
     "training/alarm.py": [
-        ("it rings at every step", "        if alarm:\n            self._rows = []\n", "",
+        ("it rings at every step", "        if alarm:\n            self._rows.clear()\n", "",
          "test_alarm.py::test_it_waits_for_a_whole_window_and_is_quiet_for_one_after"),
         ("the error of one token", "for n, _, std in measured) / tokens**2))", "for n, _, std in measured) / tokens))",
          "test_alarm.py::test_worse_while_closer_rings"),
-        ("the window never moves", "[*self._rows, row][-self.window :]", "[*self._rows, row][: self.window]",
+        ("the window never moves", "deque(maxlen=window)", "deque()",
          "test_alarm.py::test_it_looks_at_the_last_window_alone"),
+        ("a resumed run forgets that it rang", "                self._rows.clear()\n            elif", "                pass\n            elif",
+         "test_alarm.py::test_a_resumed_run_rings_where_the_uninterrupted_one_does"),
     ],
     "training/parallel.py": [
         ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",
@@ -592,6 +594,16 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the step that is resumed from is cut off", 'json.loads(line)["step"] <= step]',
          'json.loads(line)["step"] < step]',
          "test_resume.py::test_going_back_puts_later_checkpoints_aside_and_other_runs_are_refused"),
+    ],
+    "runs/jsonl.py": [
+        ("a line without its end is read", 'if not text.endswith(b"\\n"):\n                found.cut = True\n                break', "pass",
+         "test_jsonl.py::test_damaged_lines_are_left_out_counted_and_said_once_with_file_and_line"),
+        ("damage is not said", "if damage is None and (sentences", "if damage is not None and (sentences",
+         "test_jsonl.py::test_damaged_lines_are_left_out_counted_and_said_once_with_file_and_line"),
+    ],
+    "runs/columns.py": [
+        ("a picture loses its peaks", "part.argmax()", "part.argmin()",
+         "test_columns.py::test_few_points_keep_the_ends_and_the_peaks"),
     ],
     "files.py": [
         ("files are not flushed before the manifest", "        fsync(path)\n", "",

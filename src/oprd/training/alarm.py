@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
@@ -18,26 +19,28 @@ class AlarmWatch:
 
     Args:
         window: steps looked at; 0: never.
-        earlier: rows of steps before, when a run is resumed.
+        earlier: rows of steps before, when a run is resumed; a row with `alarm` has told its alarm. Read once.
     """
 
-    def __init__(self, window: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
-        self._rows: list[Mapping[str, Any]] = []
-        for row in earlier:
-            if "loss" in row:
-                self.watch(row)
+        self._rows: deque[Mapping[str, Any]] = deque(maxlen=window)
+        for row in earlier if window else ():
+            if row.get("alarm"):
+                self._rows.clear()
+            elif "loss" in row:
+                self._rows.append(row)
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""
         if not self.window:
             return None
-        self._rows = [*self._rows, row][-self.window :]
+        self._rows.append(row)
         if len(self._rows) < self.window:
             return None
-        alarm = find_alarm(self._rows)
+        alarm = find_alarm(list(self._rows))
         if alarm:
-            self._rows = []
+            self._rows.clear()
         return alarm
 
 
