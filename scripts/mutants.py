@@ -531,7 +531,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alarm.py::test_worse_while_closer_rings"),
         ("the window never moves", "deque(maxlen=window)", "deque()",
          "test_alarm.py::test_it_looks_at_the_last_window_alone"),
-        ("a resumed run forgets that it rang", "                self._rows.clear()\n            elif", "                pass\n            elif",
+        ("a resumed run forgets that it has rung", "                self._judge()", "                pass",
          "test_alarm.py::test_a_resumed_run_rings_where_the_uninterrupted_one_does"),
     ],
     "training/parallel.py": [

@@ -22,6 +22,8 @@ from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.tasks.task import TASKS, get_task
 
+NAN_POLICIES = ("stop", "skip")
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -196,9 +198,18 @@ class OPRDConfig(TrainingArguments):
         default=10,
         metadata=_help("Steps between two measurements of entropy, top-16 overlap, sampled KL and cosine; 0: never."),
     )
+    nan_policy: str = field(
+        default="stop",
+        metadata=_help("When loss or gradients are not finite: stop: end the run; skip: leave the step out and go on."),
+    )
+    max_skipped_steps: int = field(default=3, metadata=_help("Steps in a row that nan_policy=skip may leave out."))
     alarm_window: int = field(
         default=20,
         metadata=_help("Warn when cosine rises while accuracy or KL worsens over this many steps; 0: never."),
+    )
+
+    save_seconds: float | None = field(
+        default=None, metadata=_help("Save a checkpoint when this long has passed since the last, besides save_steps.")
     )
 
     # Grading, evaluation, logs
@@ -253,6 +264,15 @@ class OPRDConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
 
     def _check_training(self) -> None:
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"nan_policy: {self.nan_policy!r} is not one of {', '.join(NAN_POLICIES)}")
+        _check_at_least_one(self, "max_skipped_steps")
+        if self.save_seconds is not None and not self.save_seconds > 0:
+            raise ValueError(f"save_seconds: {self.save_seconds} is not allowed; more than 0 seconds")
+        if getattr(self, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint: oprd saves a checkpoint on SIGTERM, SIGINT and SIGHUP itself; leave it out"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: must be False; a prompt is not an argument of the model's forward")
         if self.ddp_find_unused_parameters:

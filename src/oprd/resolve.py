@@ -26,6 +26,7 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
+from oprd.models.finite import check_finite
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
@@ -321,6 +322,7 @@ def _load_student(run: RunConfig) -> LoadedModel:
     if run.model is None:
         raise ValueError("model: there is none; give the student, by name or as a model")
     name = run.model.config.name_or_path
+    check_finite(run.model, name or "the given model")
     if tokenizer is None:
         if not name:
             raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
@@ -374,6 +376,7 @@ def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
     if model is student.model:
         raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
     name = model.config.name_or_path
+    check_finite(model, name or "the given teacher_model")
     if tokenizer is None and name:
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:

@@ -275,6 +275,7 @@ _SHOWN_IF_SET = ("objectives",)
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
+    "nan_policy", "max_skipped_steps",
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",
@@ -289,22 +290,22 @@ _MAY_CHANGE_PREFIXES = (
 )
 
 
-def check_resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with other settings than it began with, because some of them would have no effect.
+def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between two calls and may not where a run resumes, because some of them would have no effect.
+
+    A key that one side lacks is at its default there.
 
     Args:
         stored: settings that the run began with.
         now: those of this call.
 
-    Raises:
-        ValueError: names every setting that differs and may not.
+    Returns:
+        Key → (before, now).
     """
-    changed = [
-        f"{key} was {stored.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*stored, *now})
-        if stored.get(key) != now.get(key) and key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_PREFIXES)
-    ]
-    if changed:
-        raise ValueError(
-            f"resume_from_checkpoint: the run began with other settings: {'; '.join(changed)}. Keep them, or start anew"
-        )
+    defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
+    changed = {}
+    for key in sorted({*stored, *now}):
+        before, after = (side.get(key, defaults.get(key)) for side in (stored, now))
+        if before != after and key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_PREFIXES):
+            changed[key] = (before, after)
+    return changed

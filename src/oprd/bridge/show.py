@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.bridge.bridge import Bridge
+from oprd.files import writing
 
 
 def describe_bridge(bridge: Bridge) -> dict[str, Any]:
@@ -62,4 +63,5 @@ def plot_bridge(description: dict[str, Any], file: Path) -> None:
         cosine.legend(title="layer", frameon=False, fontsize="small")
     for axis in (cosine, r2):
         axis.grid(alpha=0.25)
-    figure.savefig(file, dpi=130)
+    with writing(file) as temporary:
+        figure.savefig(temporary, dpi=130)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 
 from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
+from oprd.faults import RunStopped
 
 app = typer.Typer(
     name="oprd",
@@ -39,11 +42,38 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Run the command line. Bad input ends with one message and exit code 1; OPRD_DEBUG=1 shows the traceback."""
+    """Run the command line.
+
+    Exit codes: 2 for bad input; 1 for a fault of the surroundings (disk, network, values that are not finite) and for a bug;
+    128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or OPRD_TRACEBACK=1 adds where it was raised.
+    A bug of oprd shows its traceback.
+    """
+    wanted = os.environ.get("OPRD_TRACEBACK", "0") not in ("", "0") or "--traceback" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--traceback"]
     try:
         app()
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        if os.environ.get("OPRD_DEBUG"):
+    except KeyboardInterrupt:
+        _end("stopped by SIGINT", 130)
+    except (ValueError, OSError, FloatingPointError, ImportError, RunStopped) as error:
+        if not is_expected(error):
             raise
-        sys.stderr.write(f"oprd: error: {error}\n")
-        sys.exit(1)
+        if wanted:
+            traceback.print_exception(error)
+        _end(str(error), 2 if isinstance(error, ValueError) else 1)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is about input or surroundings, and not a bug.
+
+    A ValueError counts if oprd raised it, or if a library raised it while oprd read a configuration, a model or data.
+    """
+    if not isinstance(error, ValueError):
+        return True
+    files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
+    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/resolve.py", "/oprd/data/rows.py")
+    return "/oprd/" in files[-1] or any(file.endswith(reading) for file in files)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"oprd: error: {message}\n")
+    sys.exit(code)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from oprd.files import write_json
 
 app = typer.Typer(help="Measure time and memory; compare only figures of the same run.", no_args_is_help=True)
 
@@ -150,5 +151,5 @@ def _finish(report: dict[str, Any], table: str, json_file: Path | None) -> None:
 
     typer.echo(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(json_file, report)
         say(f"written to {json_file}")

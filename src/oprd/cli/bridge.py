@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.files import write_json
 
 app = typer.Typer(help="Fit and inspect a bridge to a teacher of another shape.", no_args_is_help=True)
 
@@ -92,10 +92,14 @@ def inspect(
     from oprd.bridge import Bridge
     from oprd.bridge.show import plot_bridge
 
+    if output_dir is not None and output_dir.resolve() == folder.resolve():
+        raise ValueError(
+            f"output_dir: {output_dir} is the bridge's own folder, whose bridge.json would be lost; choose another"
+        )
     description = _show(Bridge.load(folder))
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "bridge.json").write_text(json.dumps(description, indent=1) + "\n")
+        write_json(output_dir / "bridge.json", description)
         plot_bridge(description, output_dir / "rank_curve.png")
         say(f"written to {output_dir} (bridge.json, rank_curve.png)")
 

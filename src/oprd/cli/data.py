@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from oprd.files import write_json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -61,7 +62,7 @@ def check(
     say(f"{train}, {test}: {overlap}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"train": train, "test": test, **overlap.report()}, indent=1) + "\n")
+        write_json(json_file, {"train": train, "test": test, **overlap.report()})
         say(f"{len(overlap.matches)} pair(s) written to {json_file}")
     if fail and overlap.overlapping:
         raise typer.Exit(1)

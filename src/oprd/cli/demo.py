@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from oprd.cli.resume import resumable, resume_command
+
 PAIRS = {
     "same-origin": "a teacher of the same origin (OPRD-Vanilla)",
     "wider": "a teacher of 6 layers and width 160; the student has 4 and 128 (OPRD-Bridge)",
@@ -53,7 +55,9 @@ def demo(
     from oprd.tasks.evaluation import describe_accuracy
     from oprd.training.run import train_and_evaluate
 
-    with live_progress() as callback:
+    command = resume_command(["train", "--config", str(output_dir / "config.yaml")])
+    go_on = f"OMP_NUM_THREADS={threads} {command}"  # as many as here: another number would change the last bits
+    with resumable(output_dir, go_on), live_progress() as callback:
         summary = train_and_evaluate(run, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.files import write_json, write_text
 
 
 def diagnose(
@@ -70,11 +70,11 @@ def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Pa
             file.parent.mkdir(parents=True, exist_ok=True)
             say(f"written to {file}")
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(json_file, report)
     if figure is not None:
         plot_report(report, figure)
     if recipe is not None:
-        recipe.write_text(report["recipe"])
+        write_text(recipe, report["recipe"])
 
 
 def _show(report: dict) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from oprd.files import write_json
 
 
 def doctor(
@@ -64,7 +65,7 @@ def doctor(
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(json_file, found)
         say(f"written to {json_file}")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from oprd.cli.resume import resumable, resume_command
 
 
 def train(
@@ -16,15 +19,25 @@ def train(
     resume_from_checkpoint: Annotated[
         str | None,
         typer.Option(
+            "--resume",
             "--resume-from-checkpoint",
             "--resume_from_checkpoint",
-            help="'true' for the newest good checkpoint of output_dir, or a checkpoint's folder.",
+            help="auto: go on if there is a checkpoint, else start; true: the newest good checkpoint; or a checkpoint's folder.",
+        ),
+    ] = None,
+    accept_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept-changes",
+            "--accept_changes",
+            help="Settings or data (such as prompts) that you mean to change in a resumed run.",
         ),
     ] = None,
 ) -> None:
     """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
+    from oprd.runs.folder import restore_config
 
     quiet_libraries()
     overrides = parse_overrides(context.args)
@@ -34,14 +47,20 @@ def train(
         for line in plan(RunConfig.load_on_cpu(config, overrides)).describe():
             say(line)
         return
+    restore_config(Path(config))
     run = RunConfig.load(config, overrides)
     from oprd.training.run import train_and_evaluate
+    from oprd.training.stopping import follow_launcher
 
+    follow_launcher()
     resume: str | bool = resume_from_checkpoint or run.args.resume_from_checkpoint or False
     if str(resume).lower() in ("true", "yes", "false", "no"):
         resume = str(resume).lower() in ("true", "yes")
-    with live_progress() as callback:
-        summary = train_and_evaluate(run, say=say, callbacks=[callback], resume_from_checkpoint=resume)
+    accepted = [key for keys in accept_changes or [] for key in keys.split(",")]
+    with resumable(run.args.output_dir, resume_command()), live_progress() as callback:
+        summary = train_and_evaluate(
+            run, say=say, callbacks=[callback], resume_from_checkpoint=resume, accept_changes=accepted
+        )
     if summary["gap_closed"] is not None:
         say(
             f"closed {summary['gap_closed']:.0%} of the gap to the teacher in {summary['steps']} steps, {summary['seconds']:.0f} s"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.models.architecture import causal_lm, hidden_size, num_layers
@@ -16,6 +17,7 @@ from oprd.models.tokens import vocabulary_size
 
 # The tokenisation of this text reflects the splitting rules, which the vocabulary does not show.
 _PROBE = "Hello world! 1234567\n\t  x_1 = déjà vu; 日本語 🙂"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value → the integer of its bits
 # Config entries that describe how a model was loaded, not the model itself.
 _LOADING_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
@@ -56,7 +58,6 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
         weights.update(f"{parameter_name} {tuple(parameter.shape)}".encode())
         rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
         weights.update(rounded.flatten().view(torch.uint8).numpy())
-    words = (sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer(_PROBE)["input_ids"])
     return Fingerprint(
         name=name,
         layers=num_layers(lm),
@@ -64,8 +65,31 @@ def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str)
         vocabulary=vocabulary_size(tokenizer),
         config=_digest(_without_loading(lm.config.to_diff_dict())),
         weights=weights.hexdigest(),
-        tokenizer=_digest(words),
+        tokenizer=tokenizer_digest(tokenizer),
     )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of a tokenizer's vocabulary, special tokens and splitting rules."""
+    return _digest(
+        (sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer(_PROBE)["input_ids"])
+    )
+
+
+def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Checksum of weights by name, at the speed of reading them: any one changed value changes it.
+
+    Of each tensor, name, shape and dtype, the sum of its bits as integers, and 1,024 values at equal distances are hashed. The
+    values notice what a sum does not, such as an exchange of two halves.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(parameters, key=lambda item: item[0]):
+        bits = parameter.detach().contiguous().flatten().view(_BITS[parameter.element_size()])
+        step = max(len(bits) // 1024, 1)
+        sampled = bits[::step].to("cpu", torch.int64)
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
+        found.update(sampled.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _without_loading(value: Any) -> Any:

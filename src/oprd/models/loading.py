@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
+from oprd.models.finite import check_finite
 from oprd.models.tokens import stop_token_ids
 
 EMBEDDED = "embedded:"
@@ -151,7 +152,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: no such model, or not a decoder-only model.
+        ValueError: no such model, not a decoder-only model, or a weight that is not finite.
     """
     kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
@@ -164,6 +165,7 @@ def load_model(
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
     blocks(model)  # raises now, with the class's name, if the layers cannot be found
+    check_finite(model, name)
     return model
 
 

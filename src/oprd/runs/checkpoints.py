@@ -12,7 +12,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +24,8 @@ from torch import nn
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
-from oprd.files import fsync, is_whole, verify, write_manifest
+from oprd.files import check_room, explaining_full_disk, fsync, is_whole, verify, write_json, write_manifest, write_text
+from oprd.models.finite import first_not_finite, first_not_finite_in
 from oprd.models.sharding import load_whole_weights, sharded_state, whole_state
 from oprd.runs.folder import RunFolder
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("oprd")
 
 STAGING = ".staging"
 BRIDGE = "bridge_digest.json"
+IDENTITY = "run.json"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -53,6 +55,17 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
 
 
+def verify_checkpoint(folder: Path) -> None:
+    """Check a checkpoint's files against their digests, and that its weights and optimizer state are finite.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    verify(folder)
+    if found := first_not_finite_in(folder):
+        raise ValueError(f"{folder}: {found} is not finite: the run had diverged when it was saved")
+
+
 def newest_verified(run_folder: Path) -> Path | None:
     """The newest checkpoint that verifies; None if the run has no checkpoint. Skipped ones are logged.
 
@@ -62,7 +75,7 @@ def newest_verified(run_folder: Path) -> Path | None:
     reasons = []
     for folder in list_checkpoints(run_folder):
         try:
-            verify(folder)
+            verify_checkpoint(folder)
         except (ValueError, OSError) as error:  # another rank may be removing a damaged one
             reasons.append(str(error))
             logger.warning("skipping %s: %s", folder.name, error)
@@ -80,7 +93,7 @@ def find_checkpoint(
 
     Args:
         folder: the run's folder.
-        resume_from_checkpoint: true for the newest of the run, or a checkpoint's folder.
+        resume_from_checkpoint: true for the newest of the run; "auto", the same where there is one; or a checkpoint's folder.
         bridge: folder of this run's bridge, for messages.
         digest: digest of this run's bridge; None without one.
 
@@ -88,6 +101,8 @@ def find_checkpoint(
         ValueError: there is no checkpoint, it is damaged, it belongs to another run than the one in `folder`, or it was trained
             with another bridge.
     """
+    if resume_from_checkpoint == "auto":
+        resume_from_checkpoint = bool(list_checkpoints(folder.path))
     if not resume_from_checkpoint:
         return None
     checkpoint = _named_checkpoint(folder, resume_from_checkpoint)
@@ -106,10 +121,16 @@ def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> 
         raise ValueError(
             f"resume_from_checkpoint: there is no folder {checkpoint}; 'true' takes the newest of output_dir"
         )
-    verify(checkpoint)
+    verify_checkpoint(checkpoint)
     if checkpoint.resolve().parent != folder.path.resolve():
         folder.refuse_used()
     return checkpoint
+
+
+def read_identity(checkpoint: Path, folder: RunFolder) -> dict[str, Any]:
+    """What a checkpoint's run was (`oprd.runs.identity`), from the checkpoint, else from the run folder; empty without a record."""
+    file = checkpoint / IDENTITY
+    return json.loads(file.read_text()) if file.is_file() else folder.read_run()
 
 
 def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> None:
@@ -133,11 +154,34 @@ def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> No
         )
 
 
+def refuse_not_finite(model: nn.Module) -> None:
+    """Refuse to write weights that are not finite. Frozen ones are not read: they are as they were loaded.
+
+    Raises:
+        FloatingPointError: names the first such weight.
+    """
+    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    if name := first_not_finite(trained):
+        raise FloatingPointError(
+            f"the weight {name} is not finite (NaN or infinity), so nothing is saved; resume from the last checkpoint with a lower "
+            "learning_rate"
+        )
+
+
+def saved_bytes(model: nn.Module, optimizer: Any) -> int:
+    """About how many bytes a checkpoint takes: the saved weights (of an adapter only its own) and the optimizer's state."""
+    adapter = hasattr(model, "peft_config")
+    weights = [weight for weight in model.parameters() if weight.requires_grad or not adapter]
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*weights, *state))
+
+
 def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
     """Write an optimizer's `state_dict` as `optimizer.safetensors` (tensors) and `optimizer.json` (the rest).
 
     Raises:
         TypeError: the optimizer keeps something that is neither a tensor nor JSON.
+        FloatingPointError: its state is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -147,8 +191,12 @@ def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
             else:
                 scalars.setdefault(str(index), {})[name] = value
+    if name := first_not_finite(tensors.items()):
+        raise FloatingPointError(
+            f"the optimizer's state {name} is not finite (NaN or infinity), so no checkpoint is saved"
+        )
     save_file(tensors, folder / "optimizer.safetensors")
-    _write_json(folder / "optimizer.json", {"scalars": scalars, "param_groups": state_dict["param_groups"]})
+    write_json(folder / "optimizer.json", {"scalars": scalars, "param_groups": state_dict["param_groups"]}, indent=None)
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
@@ -186,10 +234,6 @@ def _bytes_tensor(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value) + "\n")
-
-
 @runtime_checkable
 class CheckpointPart(Protocol):
     """An object whose state is part of a checkpoint. Each process saves and loads its own state."""
@@ -220,7 +264,7 @@ class RandomStates:
     def save(self, folder: Path) -> None:
         """Write the states of Python's, numpy's and torch's generators."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self._file(folder), random_state())
+        write_json(self._file(folder), random_state(), indent=None)
 
     def load(self, folder: Path) -> None:
         """Restore them.
@@ -249,6 +293,7 @@ class CheckpointStore:
         writes: whether this process writes the shared files.
         save_total_limit: checkpoints to keep; None: all.
         bridge_digest: digest of the run's bridge, saved in each checkpoint; None without one.
+        identity: what the run is, saved in each checkpoint.
     """
 
     def __init__(
@@ -259,38 +304,49 @@ class CheckpointStore:
         writes: bool = True,
         save_total_limit: int | None = None,
         bridge_digest: str | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_folder, self.parts, self.writes = run_folder, list(parts), writes
-        self.save_total_limit, self.bridge_digest = save_total_limit, bridge_digest
+        self.save_total_limit, self.bridge_digest, self.identity = save_total_limit, bridge_digest, identity
         self.staging = False
 
     def directory(self, output_dir: str) -> str:
         """The folder to write to: the staging folder while a checkpoint is being saved, else `output_dir`."""
         return os.path.join(output_dir, STAGING) if self.staging else output_dir
 
-    def save(self, state: Any, write: Callable[[], None], wait_for_everyone: Callable[[], None]) -> Path:
+    def save(
+        self, state: Any, write: Callable[[], None], wait_for_everyone: Callable[[], None], needed: int = 0
+    ) -> Path:
         """Save a checkpoint: staged, then published by the process that writes.
 
         Args:
             state: the trainer's state, with the step and the best checkpoint.
             write: writes the checkpoint into `directory(…)`; all processes take part.
             wait_for_everyone: a barrier.
+            needed: bytes that it takes, about.
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            DiskFullError: the disk has no room for it.
         """
         name = f"checkpoint-{state.global_step}"
         if self.writes:
             shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
+            check_room(self.run_folder / name, needed)
         wait_for_everyone()
         self.staging = True
         try:
-            write()
+            with explaining_full_disk(self.run_folder / name, needed or None):
+                write()
+                wait_for_everyone()
+                if self.writes:
+                    self._publish(name, state)
         finally:
             self.staging = False
-        wait_for_everyone()
-        if self.writes:
-            self._publish(name, state)
+            if self.writes:
+                shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
         return self.run_folder / name
 
     def save_parts(self, folder: str) -> None:
@@ -310,7 +366,7 @@ class CheckpointStore:
             state_dict["state"] = whole_state(state_dict["state"], keep=self.writes)
         if self.writes:
             save_optimizer(state_dict, Path(folder))
-            _write_json(Path(folder) / "scheduler.json", scheduler.state_dict())
+            write_json(Path(folder) / "scheduler.json", scheduler.state_dict(), indent=None)
 
     def load_optimizer(self, optimizer: Any, scheduler: Any, folder: str, *, sharded: bool) -> None:
         """Restore what `save_optimizer` wrote."""
@@ -337,7 +393,7 @@ class CheckpointStore:
         pickled = Path(folder) / "training_args.bin"
         if pickled.is_file():
             pickled.unlink()
-            pickled.with_name("training_args.json").write_text(settings + "\n")
+            write_text(pickled.with_name("training_args.json"), settings + "\n")
 
     @contextmanager
     def upload_without_pickle(self) -> Iterator[None]:
@@ -357,7 +413,9 @@ class CheckpointStore:
             state.best_model_checkpoint = str(best)
             state.save_to_json(str(staged / "trainer_state.json"))
         if self.bridge_digest is not None:
-            _write_json(staged / BRIDGE, {"sha256": self.bridge_digest})
+            write_json(staged / BRIDGE, {"sha256": self.bridge_digest})
+        if self.identity is not None:
+            write_json(staged / IDENTITY, self.identity)
         write_manifest(staged)
         if final.exists() and not is_whole(final):
             shutil.rmtree(final)

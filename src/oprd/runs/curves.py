@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from oprd.files import writing
 from oprd.runs.columns import Columns, drawn, number
 from oprd.runs.folder import METRICS
 from oprd.runs.jsonl import read_lines
@@ -60,7 +61,8 @@ def plot_run(folder: Path, file: Path) -> None:
     for axis in (accuracy, loss, cosine, length):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130)
+    with writing(file) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def _plot(axis: Any, rows: Columns, key: str, style: str = "-", **look: Any) -> None:

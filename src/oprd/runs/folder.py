@@ -1,23 +1,35 @@
-"""A run's output folder: `metrics.jsonl`, sampled completions, and a lock."""
+"""A run's output folder: what the run was, `metrics.jsonl`, sampled completions, and a lock."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
+from oprd.files import explaining_full_disk, remove_leftovers, set_aside, write_json, write_text, writing
+from oprd.runs.jsonl import read_lines
 from oprd.types import Rollouts
+
+logger = logging.getLogger("oprd")
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 EVAL_COMPLETIONS = "eval_completions.jsonl"
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+RUN = "run.json"
 LOCK = "_lock"  # hub uploads skip names that start with an underscore
+# Files of a run; those of an attempt that ended before its first checkpoint are moved to a folder of their own.
+_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, RUN, CONFIG, SUMMARY, "curves.png")
 
 
 class RunFolder:
@@ -36,10 +48,11 @@ class RunFolder:
             raise ValueError(f"output_dir: {self.path} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / LOCK, timeout=0)
+        self._begun = False
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Lock the folder for this process within the `with` block; may be nested.
+        """Lock the folder for this process within the `with` block; may be nested. Leftovers of a killed process are removed.
 
         Raises:
             ValueError: another run has locked it.
@@ -51,6 +64,8 @@ class RunFolder:
                 f"output_dir: {self.path} is in use by another run; wait for it to end or choose another folder"
             ) from None
         try:
+            if self._lock.lock_counter == 1:
+                remove_leftovers(self.path)
             yield
         finally:
             self._lock.release()
@@ -63,12 +78,66 @@ class RunFolder:
         """
         if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
             raise ValueError(
-                f"output_dir: {self.path} already holds a run; continue it with resume_from_checkpoint=true, or choose "
-                "another folder"
+                f"output_dir: {self.path} already holds a run; go on with it by resume_from_checkpoint=true (--resume auto), or "
+                "choose another folder"
             )
 
+    def make_free(self) -> None:
+        """Make the folder free for a new run: an attempt that ended before its first checkpoint is moved to `attempt-N/`.
+
+        Raises:
+            ValueError: the folder contains a run that finished, or that can be resumed.
+        """
+        if self._begun or self.read_run().get("finished", True) or any(self.path.glob("checkpoint-*")):
+            self.refuse_used()
+            return
+        number = 1
+        while (aside := self.path / f"attempt-{number}").exists():
+            number += 1
+        found = [name for name in _OF_AN_ATTEMPT if (self.path / name).exists()]
+        if not found:
+            return
+        aside.mkdir()
+        for name in found:
+            os.replace(self.path / name, aside / name)
+        logger.warning(
+            "%s: an earlier attempt ended before its first checkpoint, so nothing can be resumed and this run starts over; its %s "
+            "are in %s", self.path, ", ".join(found), aside,
+        )  # fmt: skip
+
+    def begin_run(self, identity: Mapping[str, Any]) -> None:
+        """Record what the run is, and that it has begun."""
+        write_json(self.path / RUN, {**identity, "finished": False})
+        self._begun = True
+
+    def end_run(self) -> None:
+        """Record that the run reached its end."""
+        write_json(self.path / RUN, {**self.read_run(), "finished": True})
+
+    def read_run(self) -> dict[str, Any]:
+        """What `begin_run` and `end_run` recorded; empty without a record. A damaged one is set aside with a warning."""
+        return self.read_json(RUN)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object of the folder; empty without the file. A damaged one is renamed to `*.damaged` with a warning."""
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            return content
+        with suppress(FileNotFoundError):  # another process of the run may have renamed it
+            logger.warning("%s is damaged and was renamed to %s; it is written anew", path, set_aside(path).name)
+        return {}
+
     def cut_back(self, step: int) -> None:
-        """Remove log lines after `step`, where the run resumes, and rename later checkpoints to `superseded-…`."""
+        """Remove log lines after `step`, where the run resumes, and rename later checkpoints to `superseded-…`.
+
+        A line that cannot be read, such as the last one of a killed run, is removed with a warning.
+        """
         for later in self.path.glob("checkpoint-*"):
             number = later.name.removeprefix("checkpoint-")
             if number.isdigit() and int(number) > step:
@@ -78,16 +147,17 @@ class RunFolder:
         for name in (METRICS, COMPLETIONS):
             path = self.path / name
             if path.exists():
-                kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-                shorter = path.with_name(path.name + ".tmp")
-                shorter.write_bytes(b"".join(line + b"\n" for line in kept))
-                shorter.replace(path)
+                with writing(path) as shorter, shorter.open("wb") as kept:
+                    for line in read_lines(path):
+                        if line.row.get("step", step + 1) <= step:
+                            kept.write(_as_line(line.row))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one JSON line. NaN and infinities, which JSON lacks, become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        line, path = _as_line(clean), self.path / name
+        with explaining_full_disk(path, len(line)), path.open("ab") as file:
+            file.write(line)
 
     def append_completions(
         self, step: int, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
@@ -104,15 +174,44 @@ class RunFolder:
         for row in _completion_rows(prompts, rollouts, rewards):
             self.append(name, row)
 
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, one at a time; those that cannot be read are left out with a warning."""
+        return (line.row for line in read_lines(self.path / METRICS))
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of `metrics.jsonl`."""
-        path = self.path / METRICS
-        return [json.loads(line) for line in _lines(path)] if path.exists() else []
+        return list(self.metrics())
 
 
-def _lines(path: Path) -> list[bytes]:
-    """Complete lines. An interrupted run may leave a partial last line. Splits at \\n only: text may contain other separators."""
-    return path.read_bytes().split(b"\n")[:-1]
+def restore_config(file: Path) -> None:
+    """Write a run's `config.yaml` anew from the record beside it, where the file is damaged. The damaged one is set aside.
+
+    Args:
+        file: a recipe of any name. One without a run's record beside it stays as it is.
+    """
+    records = [file.parent / RUN, *sorted(file.parent.glob(f"checkpoint-*/{RUN}"))]
+    if not file.is_file() or _is_mapping(file.read_text(errors="replace"), yaml.safe_load):
+        return
+    for record in records:
+        if record.is_file() and _is_mapping(text := record.read_text(errors="replace"), json.loads):
+            damaged = set_aside(file)
+            write_text(file, yaml.safe_dump(json.loads(text)["settings"], sort_keys=False))
+            logger.warning(
+                "%s is damaged and was renamed to %s; it is written anew from %s", file, damaged.name, record
+            )
+            return
+
+
+def _is_mapping(text: str, read: Callable[[str], Any]) -> bool:
+    try:
+        return isinstance(read(text), dict)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return False
+
+
+def _as_line(row: Mapping[str, Any]) -> bytes:
+    # Completions may hold lone surrogates, which UTF-8 cannot encode.
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
 
 
 def _completion_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from oprd.files import fsync
+from oprd.files import write_text
 
 CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
@@ -60,10 +59,7 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def write_model_card(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write the card atomically into a model's folder. Replaces an existing card, such as PEFT's."""
-    staged = folder / f".{CARD}.tmp"
-    staged.write_text(model_card(summary, settings), encoding="utf-8")
-    fsync(staged)
-    os.replace(staged, folder / CARD)
+    write_text(folder / CARD, model_card(summary, settings))
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from oprd.data.prompts import prepare_prompts
+from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import make_engine
@@ -104,5 +104,5 @@ def evaluate_checkpoint(
         shown = [prompts[row].row.prompt for row in result.rollouts.rows]
         with folder.hold():
             folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
-            (folder.path / "eval.json").write_text(json.dumps(summary, indent=1) + "\n")
+            write_json(folder.path / "eval.json", summary)
     return summary

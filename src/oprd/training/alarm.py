@@ -19,23 +19,27 @@ class AlarmWatch:
 
     Args:
         window: steps looked at; 0: never.
-        earlier: rows of steps before, when a run is resumed; a row with `alarm` has told its alarm. Read once.
+        earlier: rows of steps before, when a run is resumed. Read once; only those with `alarm` can have ended a window.
     """
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
         self._rows: deque[Mapping[str, Any]] = deque(maxlen=window)
         for row in earlier if window else ():
-            if row.get("alarm"):
-                self._rows.clear()
-            elif "loss" in row:
-                self._rows.append(row)
+            if "loss" not in row:
+                continue
+            self._rows.append(row)
+            if row.get("alarm"):  # another alarm may have been told there
+                self._judge()
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""
         if not self.window:
             return None
         self._rows.append(row)
+        return self._judge()
+
+    def _judge(self) -> str | None:
         if len(self._rows) < self.window:
             return None
         alarm = find_alarm(list(self._rows))

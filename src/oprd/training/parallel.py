@@ -95,6 +95,11 @@ class Parallel:
         """Whether gradients may be added to a weight directly: with one unsharded process, where no gradient hook runs."""
         return self.args.world_size == 1 and not (self.sharded or self.fsdp or self.deepspeed)
 
+    @property
+    def sees_whole_gradients(self) -> bool:
+        """Whether every process holds all gradients, as plain tensors."""
+        return not (self.sharded or self.fsdp or self.deepspeed)
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model inside accelerate's wrappers."""
         return self.accelerator.unwrap_model(model)

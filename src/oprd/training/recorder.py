@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from oprd.config import OPRDConfig
@@ -41,7 +40,7 @@ class Recorder:
         self._alarms = AlarmWatch(0)
         self._last_backward = 0.0
 
-    def restart(self, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+    def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         """Begin a call of `train`: drop the unfinished step of an earlier call.
 
         Args:
@@ -69,11 +68,9 @@ class Recorder:
             terms: the step's objective.
             loss: what it adds to the step's loss.
             share: this batch's fraction of the step's prompts.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
         """
-        self._check(loss, terms)
+        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
+            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         rewards = (
@@ -114,9 +111,3 @@ class Recorder:
     def averages(self) -> dict[str, float]:
         """The mean of every metric over the steps since the last call."""
         return self._metrics.drain()
-
-    def _check(self, loss: Tensor, terms: StepObjective) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {terms.step + 1}: nothing is saved from here on")
-        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
-            logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +15,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.data.contamination import say_overlap
+from oprd.files import write_json, write_text, writing_folder
 from oprd.resolve import describe_objective, resolve
-from oprd.run_config import RunConfig, check_resumed
+from oprd.run_config import RunConfig
 from oprd.runs.curves import plot_run
-from oprd.runs.folder import METRICS
+from oprd.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
 from oprd.tasks.evaluation import Evaluation, describe_accuracy
 from oprd.training.trainer import OPRDTrainer, check_one_device
@@ -51,6 +51,7 @@ def train_and_evaluate(
     say: Say = print,
     callbacks: list[TrainerCallback] | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    accept_changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train as the configuration says, and evaluate student and teacher.
 
@@ -61,7 +62,8 @@ def train_and_evaluate(
         run: models, datasets and settings.
         say: called with each line of news.
         callbacks: further callbacks of the trainer.
-        resume_from_checkpoint: True for the newest checkpoint of `output_dir`, or a checkpoint's folder.
+        resume_from_checkpoint: as in `OPRDTrainer.train`.
+        accept_changes: likewise.
 
     Returns:
         The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`,
@@ -69,6 +71,7 @@ def train_and_evaluate(
 
     Raises:
         ValueError: anything that does not fit, before training starts.
+        StoppedBySignal: a signal has stopped the run; it is a SystemExit.
     """
     started = time.perf_counter()
     trainer = build_trainer(run, callbacks)
@@ -79,54 +82,60 @@ def train_and_evaluate(
     summary: dict[str, Any] = dict.fromkeys(
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
-    if checkpoint is not None:  # on every rank: all must agree on what is left to evaluate together
-        summary |= _measured_before(folder)
     with ExitStack() as stack:
+        stack.enter_context(trainer.signals.listening())
         if main:
             stack.enter_context(trainer.run_folder.hold())
-            if checkpoint is None:
-                trainer.run_folder.refuse_used()
-            elif (folder / "config.yaml").exists():
-                check_resumed(yaml.safe_load((folder / "config.yaml").read_text()), settings)
-            (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        trainer.begin_run(checkpoint, accept_changes)
+        if checkpoint is not None:  # on every rank: all must agree on what is left to evaluate together
+            summary |= _measured_before(trainer.run_folder)
+        if main:
+            write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
         say(_describe(trainer))
         if run.eval_dataset:
-            _evaluate_before(run, trainer, summary, say, fresh=checkpoint is None)
+            _evaluate_before(run, trainer, summary, say)
         train_started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, accept_changes=accept_changes)
+        summary |= {"train_seconds": round(time.perf_counter() - train_started, 2)} | _about(trainer)
+        _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
         if run.eval_dataset:
             summary["student_after"] = trainer.evaluate_now()
             say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
-        trainer.save_model(str(folder / "model"))
         summary["gap_closed"] = gap_closed(summary)
-        summary |= _about(trainer) | {"seconds": round(time.perf_counter() - started, 2)}
+        summary |= {"seconds": round(time.perf_counter() - started, 2)}
         if main:
             write_model_card(folder / "model", summary, settings)
-            _write_summary(folder, summary)
+            write_json(folder / SUMMARY, summary)
             if (folder / METRICS).exists():
                 plot_run(folder, folder / "curves.png")
     return summary
 
 
-def _evaluate_before(run: RunConfig, trainer: OPRDTrainer, summary: dict[str, Any], say: Say, *, fresh: bool) -> None:
-    """Evaluate teacher and student before training, and keep each result at once, for a run that is killed and resumed."""
-    main, folder = trainer.is_world_process_zero(), Path(run.args.output_dir)
+def _export(trainer: OPRDTrainer, folder: Path, summary: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Save the model and its card, whole or not at all. All processes take part; one writes."""
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(folder))
+        return
+    with writing_folder(folder) as staged:
+        trainer.save_model(str(staged))
+        write_model_card(staged, summary, settings)
+
+
+def _evaluate_before(run: RunConfig, trainer: OPRDTrainer, summary: dict[str, Any], say: Say) -> None:
+    """Evaluate teacher and student before training, unless an earlier part of the run did, and keep each result at once."""
+    main, file = trainer.is_world_process_zero(), Path(run.args.output_dir) / SUMMARY
     if main:
         rows = ([p.row for p in prompts] for prompts in (trainer.train_dataset, trainer.eval_dataset))
         summary["contamination"] = say_overlap(*rows, say=say)
-    if run.eval_teacher and summary["teacher"] is None:
-        summary["teacher"] = _say_evaluation("teacher", trainer.evaluate_teacher(), say)
-        if main:
-            _write_summary(folder, summary)
-    if run.eval_before and fresh:
-        summary["student_before"] = _say_evaluation("student before", trainer.evaluate_model(trainer.model), say)
-        if main:
-            _write_summary(folder, summary)
-
-
-def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    wanted = {
+        "teacher": (run.eval_teacher, "teacher", trainer.evaluate_teacher),
+        "student_before": (run.eval_before, "student before", lambda: trainer.evaluate_model(trainer.model)),
+    }
+    for key, (asked, name, evaluate) in wanted.items():
+        if asked and summary[key] is None:
+            summary[key] = _say_evaluation(name, evaluate(), say)
+            if main:
+                write_json(file, summary)
 
 
 def _about(trainer: OPRDTrainer) -> dict[str, Any]:
@@ -142,10 +151,9 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
     }
 
 
-def _measured_before(folder: Path) -> dict[str, Any]:
+def _measured_before(folder: RunFolder) -> dict[str, Any]:
     """What an earlier part of this run measured before it trained."""
-    file = folder / "summary.json"
-    earlier = json.loads(file.read_text()) if file.exists() else {}
+    earlier = folder.read_json(SUMMARY)
     return {name: earlier.get(name) for name in ("student_before", "teacher")}
 
 

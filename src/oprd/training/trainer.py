@@ -2,7 +2,8 @@
 
 `training_step` is the paper's Algorithm 1. What it calls is in the trainer's collaborators: `pair` (what both models read),
 `objective` (the loss), `rollouts` (sampling and grading), `parallel` (processes), `recorder` (metrics), `checkpoints` (saving),
-`evaluator`. `oprd.resolve` makes them out of a configuration.
+`evaluator`, and the callbacks `guard` (values that are not finite) and `stopping` (signals). `oprd.resolve` makes them out of a
+configuration.
 """
 
 from __future__ import annotations
@@ -25,22 +26,33 @@ from oprd.config import OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
-from oprd.models.sharding import shard_models, whole_weights
+from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.terms import unobserved
 from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
 from oprd.rollouts.engine import RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
-from oprd.runs.checkpoints import CheckpointStore, RandomStates, find_checkpoint, step_of
+from oprd.runs.checkpoints import (
+    CheckpointStore,
+    RandomStates,
+    find_checkpoint,
+    read_identity,
+    refuse_not_finite,
+    saved_bytes,
+    step_of,
+)
 from oprd.runs.folder import RunFolder
+from oprd.runs.identity import identify
 from oprd.states.capture import read_through_forward
 from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
+from oprd.training.finite import FiniteGuard, clip_gradients
 from oprd.training.parallel import Parallel
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
+from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
 
 logger = logging.getLogger("oprd")
 
@@ -117,6 +129,7 @@ class OPRDTrainer(Trainer):
             resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
+        self.identity = identify(resolved.run, pair, resolved.train_prompts, resolved.eval_prompts, resolved.task)
         if args.fully_shard:
             shard_models((student, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
@@ -126,6 +139,7 @@ class OPRDTrainer(Trainer):
             writes=args.should_save,
             save_total_limit=args.save_total_limit,
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
+            identity=self.identity.as_json(),
         )
         super().__init__(
             model=student,
@@ -165,6 +179,13 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts]
+        self.signals = StopSignals()
+        self.stopping = StopOrSave(self.signals, args)
+        self.add_callback(self.stopping)
+        self.guard = FiniteGuard(
+            pair, args, self.parallel, self.recorder.observe, lambda: self.callback_handler.callbacks
+        )
+        self.add_callback(self.guard)
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
 
     def training_step(
@@ -214,36 +235,86 @@ class OPRDTrainer(Trainer):
                 loss += part_loss.detach()
                 log_probs |= zip(part.indices, losses.log_probs(), strict=False)
         self.rollouts.keep(batch, log_probs)
+        self.guard.watch(batch, terms, loss)
         self.recorder.batch(batch, parts, terms, loss, share)
         self.recorder.completions(terms.step + 1, inputs, batch)
         return loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *, accept_changes: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
         """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
 
-        Resuming from the last step restores it and trains nothing.
+        Resuming from the last step restores it and trains nothing. SIGTERM, SIGINT or SIGHUP end the run after the running step,
+        with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: true; the folder of a checkpoint; or "auto", which starts anew where there is no checkpoint.
+            accept_changes: settings and digests (`oprd.runs.identity`) that may differ from those that the run began with.
+            kwargs: as in any Trainer.
 
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
+            FloatingPointError: loss, gradients or weights are not finite.
+            StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
         if not self.train_dataset:
             raise ValueError("train_dataset: there is none")
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        earlier: list[dict[str, Any]] = []
         with ExitStack() as stack:
+            stack.enter_context(self.signals.listening())
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
-                if checkpoint:
-                    self.run_folder.cut_back(step_of(checkpoint))
-                else:
-                    self.run_folder.refuse_used()
-                earlier = self.run_folder.read_metrics()
-            self.recorder.restart(earlier)
+            self.begin_run(checkpoint, accept_changes)
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
-                return self._restore_finished(checkpoint)
-            stack.enter_context(self.grading.open())
-            stack.enter_context(self.rollouts.running())
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+                output = self._restore_finished(checkpoint)
+            else:
+                stack.enter_context(self.grading.open())
+                stack.enter_context(self.rollouts.running())
+                self.remove_callback(self.guard)
+                self.add_callback(self.guard)  # the last one: a callback of the user's may change gradients
+                with self.signals.in_steps():
+                    output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+                self._stop_if_asked()
+            if self.is_world_process_zero():
+                self.run_folder.end_run()
+        return output
+
+    def begin_run(self, checkpoint: Path | None, accept_changes: Sequence[str] = ()) -> None:
+        """Make the run folder ready and record there what the run is; a second call changes nothing.
+
+        Args:
+            checkpoint: to go on from; None for a fresh start.
+            accept_changes: as in `train`.
+
+        Raises:
+            ValueError: the folder holds another run, or the run is not the one that the checkpoint belongs to.
+        """
+        if self.is_world_process_zero():
+            if checkpoint:
+                self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
+                self.run_folder.cut_back(step_of(checkpoint))
+            else:
+                self.run_folder.make_free()
+            self.run_folder.begin_run(self.identity.as_json())
+        self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
+
+    def _stop_if_asked(self) -> None:
+        """End the run if any rank has received a signal during its steps.
+
+        Raises:
+            StoppedBySignal: it has.
+        """
+        number = most_of_ranks(self.signals.received, self.args.device)
+        if not number:
+            return
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not checkpoint.exists():  # the signal came after the last step
+            self._save_checkpoint(self.model, None)
+        logger.warning(
+            "stopped by a signal after step %d of %d: %s", self.state.global_step, self.state.max_steps, checkpoint
+        )
+        raise StoppedBySignal(number, str(checkpoint))
 
     def evaluate(
         self,
@@ -332,6 +403,18 @@ class OPRDTrainer(Trainer):
         self.recorder.close_step(self.state.global_step, grad_norm, kwargs.get("learning_rate"))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Called with the norm where `_clip_grad_norm` was called before.
+        if grad_norm is None and self.parallel.sees_whole_gradients:
+            grad_norm = clip_gradients(model, self.args.max_grad_norm)
+        elif grad_norm is None and self.args.max_grad_norm > 0:
+            grad_norm = super()._clip_grad_norm(model)
+        self.guard.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.gradient_norm
+
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         return nullcontext()  # Trainer asks for it between accumulated batches; `Parallel.accumulate` does it instead
 
@@ -340,7 +423,8 @@ class OPRDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         write = partial(super()._save_checkpoint, model, trial)
-        folder = self.checkpoints.save(self.state, write, self.accelerator.wait_for_everyone)
+        needed = saved_bytes(self.model, self.optimizer)
+        folder = self.checkpoints.save(self.state, write, self.accelerator.wait_for_everyone, needed)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         self.accelerator.wait_for_everyone()
@@ -355,6 +439,7 @@ class OPRDTrainer(Trainer):
             state_dict = whole_weights(self.model, keep=self.args.should_save)
             if not self.args.should_save:
                 return
+        refuse_not_finite(self.model)
         super()._save(output_dir, state_dict)
         self.checkpoints.replace_pickle(output_dir or self.args.output_dir, self.args.to_json_string())
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.bridge.collect import fit_bridge
+from oprd.files import write_text
 from oprd.resolve import load_pair
 from oprd.run_config import RunConfig
 from oprd.tasks.problems import load_rows
@@ -110,6 +111,6 @@ def fit_missing(
             **spec.fitting(),
         )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(wanted)
+        write_text(note, wanted)
         bridge.save(folder)
         say(f"bridge {name}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oprd.files import writing
 from oprd.runs.curves import QUIET
 
 # Paul Tol's "muted" colours, distinguishable for colour-blind readers. Markers distinguish objectives in greyscale.
@@ -48,7 +49,8 @@ def plot_comparison(report: Mapping[str, Any], file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.supxlabel("mean over seeds; bands and bars: 95 % t-interval over seeds", fontsize=8, color="#555555")
-    figure.savefig(file, dpi=130)
+    with writing(file) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def _draw_curve(axis: Any, row: Mapping[str, Any], over: str, index: int, label: str | None) -> None:

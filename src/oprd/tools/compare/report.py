@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oprd.files import write_json, write_text
 from oprd.tools.compare.figure import plot_comparison
 from oprd.tools.compare.plan import Comparison, rollouts_a_step
 from oprd.tools.compare.results import Run, summarize_runs
@@ -42,8 +42,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write `compare.json`, `compare.md` and `compare.png` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / name for name in NAMES)
-    data.write_text(json.dumps(report, indent=1) + "\n")
-    text.write_text(markdown(report))
+    write_json(data, report)
+    write_text(text, markdown(report))
     plot_comparison(report, picture)
 
 

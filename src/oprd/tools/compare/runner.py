@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from oprd.config import OPRDConfig
+from oprd.files import write_json, write_text
 from oprd.runs.folder import LOCK, RunFolder
 from oprd.tools.compare.process import ForkedProcess, Process, forks, start_program
 from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summary_of
@@ -108,7 +108,7 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
                 for process in [p for p in running if p.poll() is not None]:
                     run, done = running.pop(process), done + 1
                     if process.returncode != 0:
-                        (run.folder / FAILED).write_text(f"exit code {process.returncode}\n")
+                        write_text(run.folder / FAILED, f"exit code {process.returncode}\n")
                     good = is_complete(run)
                     left = (time.monotonic() - started) / done * (len(runs) - done)
                     say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_result_line(run, good)}  ETA {_duration(left)}")
@@ -127,9 +127,9 @@ def _start(run: Run, command: Command | None, workers: int, threads: int) -> Pro
         for item in run.folder.iterdir():
             if item.name != LOCK:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
-        (run.folder / RECIPE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
+        write_text(run.folder / RECIPE, yaml.safe_dump(run.settings, sort_keys=False))
     machine = {"cpus": os.cpu_count(), "threads": threads, "workers": workers, "platform": platform.platform()}
-    (run.folder / MACHINE).write_text(json.dumps(machine, indent=1) + "\n")
+    write_json(run.folder / MACHINE, machine)
     if command is None and forks():
         return ForkedProcess(train_arguments(run), run.folder / OUTPUT, threads)
     return start_program((command or train_command)(run), run.folder / OUTPUT, threads)

@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from oprd.files import writing
 from oprd.tools.diagnose.advice import printable
 
 Report = Mapping[str, Any]
@@ -162,4 +163,5 @@ def plot_report(report: Report, file: Path) -> None:
     right.set(title="Over response positions", xlabel="k, response positions", xscale="log", ylabel=label)
     right.grid(alpha=0.25)
     right.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130, format="png")  # PNG whatever the suffix
+    with writing(file) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")  # PNG whatever the suffix

@@ -13,6 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from oprd.files import write_text
 from oprd.tools.report import curves, draw
 from oprd.tools.report.read import RunRecord
 from oprd.tools.report.rollouts import Distances, Pair, Side, as_side, choose, logged_pairs, read_distances
@@ -117,9 +118,7 @@ def write_page(file: Path, page: str) -> None:
         raise ValueError(f"output: there is no folder {file.parent}; make it first or choose another")
     if file.exists() and MARK.encode() not in file.read_bytes()[:200]:
         raise ValueError(f"output: {file} holds something that no report wrote; choose another file")
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
-    temporary.replace(file)
+    write_text(file, page)
 
 
 def _policy(style: str) -> str:

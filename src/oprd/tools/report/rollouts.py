@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from oprd.files import write_json
+
 DISTANCES = "distances.json"
 FORMAT = 1
 
@@ -102,9 +104,7 @@ class Distances:
 def write_distances(folder: Path, found: Distances) -> Path:
     """Write `distances.json` into a run folder in one step: to a temporary file, then renamed."""
     file = folder / DISTANCES
-    temporary = file.with_name(DISTANCES + ".tmp")
-    temporary.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_json(file, asdict(found))
     return file
 
 

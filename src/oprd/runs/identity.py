@@ -1,0 +1,162 @@
+"""What a run is: its settings, and digests of what it reads. A checkpoint stores it, so that a resumed run finds the same."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment.model_pair import ModelPair
+from oprd.data.prompts import Prompt
+from oprd.models.fingerprint import tokenizer_digest, weights_checksum
+from oprd.run_config import RunConfig, changed_settings
+from oprd.tasks.task import TASKS, Task
+
+logger = logging.getLogger("oprd")
+
+_OBJECTS = (
+    "model",
+    "teacher_model",
+    "train_dataset",
+    "eval_dataset",
+)  # in Python these may be objects; digests cover them
+_ONLY_SHOWN = ("eval_prompts",)  # may change: they do not enter the loss
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Settings and digests of a run.
+
+    Args:
+        settings: key → value, as in `config.yaml`.
+        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, task, and with an
+            adapter base_model.
+    """
+
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The record for a file."""
+        return asdict(self)
+
+    def changes(self, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What is not as in a stored record: key → (before, now). A digest that one side lacks is not compared.
+
+        Args:
+            stored: what `as_json` gave when the run began.
+        """
+        changed = changed_settings(stored.get("settings", {}), self.settings)
+        before = stored.get("digests", {})
+        for key, now in self.digests.items():
+            if key in before and before[key] != now:
+                changed[key] = (before[key], now)
+        return changed
+
+    def check(self, stored: Mapping[str, Any], accepted: Sequence[str] = ()) -> None:
+        """Refuse to resume a run that is not the stored one. Accepted changes are logged.
+
+        Args:
+            stored: what `as_json` gave when the run began.
+            accepted: keys that the user means to change.
+
+        Raises:
+            ValueError: shows every difference; or an accepted key does not exist.
+        """
+        known = {*self.settings, *self.digests, *stored.get("settings", {})}
+        for key in accepted:
+            if key not in known:
+                raise ValueError(
+                    f"accept_changes: {key!r} is neither a setting nor one of {', '.join(sorted(self.digests))}"
+                )
+        changed = self.changes(stored)
+        allowed = {key for key in changed if key in accepted or key in _ONLY_SHOWN}
+        if allowed:
+            logger.warning("resumed with changes:%s", _diff({key: changed[key] for key in sorted(allowed)}))
+        if refused := {key: change for key, change in changed.items() if key not in allowed}:
+            raise ValueError(
+                f"resume_from_checkpoint: this is not the run that the checkpoint belongs to:{_diff(refused)}\nKeep them as they "
+                f"were, start anew in another output_dir, or mean it: --accept-changes {','.join(refused)} (in Python "
+                "train(…, accept_changes=[…]))"
+            )
+
+
+def identify(
+    run: RunConfig,
+    pair: ModelPair,
+    train_prompts: Iterable[Prompt] | None,
+    eval_prompts: Iterable[Prompt] | None,
+    task: Task | None,
+) -> RunIdentity:
+    """The identity of a run. Reads the teacher's weights once; call it before models are sharded or a checkpoint is loaded.
+
+    Args:
+        run: the configuration.
+        pair: student and teacher.
+        train_prompts: as the student reads them.
+        eval_prompts: likewise.
+        task: the grader's task.
+    """
+    given = run.settings().items()
+    settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
+    student, teacher = pair.student.model, pair.teacher
+    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_teacher(pair)}
+    if pair.teacher_tokenizer is not None:
+        digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
+    if hasattr(student, "peft_config") or not teacher.modules:
+        frozen = ((name, weight) for name, weight in student.named_parameters() if not weight.requires_grad)
+        digests["base_model"] = weights_checksum(frozen)
+    for name, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):
+        if prompts is not None:
+            digests[name] = _of_prompts(prompts)
+    if task is not None and task not in TASKS.values():
+        digests["task"] = _of_grader(task)
+    return RunIdentity(json.loads(json.dumps(settings, default=str)), digests)
+
+
+def _of_prompts(prompts: Iterable[Prompt]) -> str:
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(np.asarray(prompt.ids, dtype=np.int64).tobytes())
+        found.update(repr(prompt.row.answer).encode("utf-8", errors="replace"))
+    return found.hexdigest()
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _of_teacher(pair: ModelPair) -> str:
+    """Of its weights where they are in this process, else of what it says that it is."""
+    modules = pair.teacher.modules
+    if not modules:
+        return hashlib.sha256(pair.teacher.identity.encode()).hexdigest()
+    weights = (
+        (f"{i}.{name}", weight) for i, module in enumerate(modules) for name, weight in module.named_parameters()
+    )
+    return weights_checksum(weights)
+
+
+def _of_grader(task: Task) -> str:
+    """Of the module that defines the task's grader, so that an edit of it is noticed."""
+    module = inspect.getmodule(task.grader)
+    file = getattr(module, "__file__", None)
+    content = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
+    return hashlib.sha256(f"{task.name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
+
+
+def _diff(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return "".join(f"\n  {key}: {_shown(before)} -> {_shown(now)}" for key, (before, now) in changes.items())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:24]}…{text[-8:]}"

@@ -1,0 +1,139 @@
+"""Signals and the clock: a run that is asked to stop finishes its step, saves a checkpoint and says how to go on."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from oprd.config import OPRDConfig
+from oprd.models.sharding import most_of_ranks
+
+logger = logging.getLogger("oprd")
+
+_PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class StoppedBySignal(SystemExit):
+    """A signal has stopped the run. A program that does not catch it ends with code 128 + the signal's number.
+
+    Args:
+        number: of the signal.
+        checkpoint: the checkpoint that was saved; None if nothing new was to be saved.
+    """
+
+    def __init__(self, number: int, checkpoint: str | None = None) -> None:
+        super().__init__(128 + number)
+        self.signal, self.checkpoint = signal.Signals(number), checkpoint
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+
+
+def follow_launcher() -> None:
+    """On Linux, receive SIGTERM when `accelerate launch` or `torchrun` ends. With one process, accelerate passes no signal on."""
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class StopSignals:
+    """Receives SIGTERM, SIGINT and SIGHUP while a run is `listening`.
+
+    During a training step, the first signal is only remembered (`received`); outside of one it raises `StoppedBySignal`. The second
+    ends the process at once, as without a handler.
+
+    Attributes:
+        received: number of the first signal; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._in_steps = False
+        self._depth = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals within this context, which may be nested. Only a program's main thread can."""
+        if self._depth or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup, a closed terminal does not end the run
+            del before[signal.SIGHUP]
+        self.received, self._depth = 0, 1
+        for number in before:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            self._depth = 0
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def in_steps(self) -> Iterator[None]:
+        """In this context signals wait for the end of a step."""
+        self._in_steps = True
+        try:
+            yield
+        finally:
+            self._in_steps = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.received = number
+        if not self._in_steps:
+            raise StoppedBySignal(number)
+        logger.warning(
+            "%s: the step is finished, then a checkpoint is saved; a second signal ends the run at once",
+            signal.Signals(number).name,
+        )
+
+
+class StopOrSave(TrainerCallback):
+    """After each step: stops with a checkpoint where any rank has received a signal, and saves every `save_seconds`.
+
+    Both wait for the last of the `num_iterations` updates on the same rollouts: a checkpoint between them cannot be resumed.
+
+    Args:
+        signals: of this process.
+        args: the run's settings.
+    """
+
+    def __init__(self, signals: StopSignals, args: OPRDConfig) -> None:
+        self.signals, self.args = signals, args
+        self._saved_at = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of `save_seconds`."""
+        self._saved_at = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock again."""
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide, the same on all ranks."""
+        if state.global_step % self.args.num_iterations:
+            return
+        due = self.args.save_seconds is not None and time.monotonic() - self._saved_at >= self.args.save_seconds
+        wish = most_of_ranks(2 * self.signals.received + due, self.args.device)  # one exchange for both
+        control.should_save = control.should_save or wish > 0
+        if wish > 1:
+            control.should_training_stop, control.should_evaluate = True, False
