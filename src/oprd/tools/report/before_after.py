@@ -129,7 +129,7 @@ class _Reader:
         )
         return f"{how}, at most {drawn.max_completion_length} tokens"
 
-    def prompts(self, completions: Iterable[Row], count: int, notes: list[str]) -> list[Prompt]:
+    def prompts(self, completions: Iterable[Row], count: int, notes: list[str]) -> Sequence[Prompt]:
         """The first problems of the evaluation set (without one, of the training set), or logged prompts if it cannot be read."""
         kind = "eval" if self.config.get("eval_dataset") else "train"
         name = f"{kind}_dataset"
