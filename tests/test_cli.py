@@ -83,8 +83,8 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
         assert line in result.stdout
 
     again = oprd("train", "--config", recipe())
-    assert again.returncode == 1
-    assert f"output_dir: {run} already holds a run; continue it with resume_from_checkpoint=true" in again.stderr
+    assert again.returncode == 2
+    assert f"output_dir: {run} already holds a run; go on with it by resume_from_checkpoint=true" in again.stderr
 
     resumed = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume-from-checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr
@@ -100,8 +100,8 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
 
     # from an earlier checkpoint: later ones are put aside; with another learning rate: refused
     changed = oprd("train", "--config", recipe(learning_rate=0.5), "--seed", "3", "--resume-from-checkpoint", "true")
-    assert changed.returncode == 1
-    assert "learning_rate was 0.0001 and is 0.5" in changed.stderr
+    assert changed.returncode == 2
+    assert "learning_rate: 0.0001 -> 0.5" in changed.stderr
     words = ("--seed", "3", "--resume-from-checkpoint", str(run / "checkpoint-2"))
     earlier = oprd("train", "--config", recipe(), *words)
     assert earlier.returncode == 0, earlier.stderr
@@ -135,7 +135,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
 )
 def test_bad_input_ends_with_a_message_and_an_exit_code(oprd, recipe, changes, words, message, tmp_path):
     result = oprd("train", "--config", recipe(**changes), *words)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -145,11 +145,11 @@ def test_bad_rows_are_named_by_file_and_line(oprd, recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "11111+22222="}\n{"text": "no prompt here"}\n')
     result = oprd("train", "--config", recipe(train_dataset=str(rows), train_limit=None))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"{rows}:2: no prompt among the columns" in result.stderr
     rows.write_text("")
     result = oprd("train", "--config", recipe(train_dataset=str(rows), train_limit=None))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "rows.jsonl" in result.stderr
 
 
@@ -171,7 +171,7 @@ def test_teachers_that_cannot_be_compared_are_refused(oprd, recipe, tmp_path):
         tiny_model(**shape).save_pretrained(other)
         tiny_tokenizer().save_pretrained(other)
         result = oprd("train", "--config", recipe(teacher_model=str(other)))
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert message in result.stderr
         assert "OPRD-Bridge" in result.stderr
 
@@ -191,20 +191,20 @@ def test_a_folder_in_use_is_refused(oprd, recipe, tmp_path):
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as other:  # until its input ends
         assert other.stdout.readline() == "held\n"
         result = oprd("train", "--config", recipe())
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"output_dir: {tmp_path / 'run'} is in use by another run" in result.stderr
 
 
 def test_an_output_folder_that_is_a_file_is_refused(oprd, recipe, tmp_path):
     (tmp_path / "run").write_text("a file")
     result = oprd("train", "--config", recipe())
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "is a file; name a folder" in result.stderr
 
 
 def test_eval_refuses_k_below_one(oprd):
     result = oprd("eval", "--model", "embedded:tiny/student", "--dataset", "generated:addition", "--k", "0")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "k: 0 is not allowed" in result.stderr
 
 
@@ -219,7 +219,7 @@ def test_dry_run_writes_nothing(oprd, recipe, tmp_path):
 def test_demo_refuses_a_folder_that_is_not_a_demos(oprd, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     result = oprd("demo", "--output-dir", str(tmp_path))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "holds something that no demo wrote" in result.stderr
     assert (tmp_path / "thesis.tex").exists()
 

@@ -141,7 +141,6 @@ def test_a_run_killed_while_saving(whole_run, tmp_path):
     trainer.checkpoints.parts.append(KilledAtStep4())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert (folder / ".staging" / "checkpoint-4" / "model.safetensors").is_file()
     assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     trainer_in(folder).train(resume_from_checkpoint=True)
     assert not (folder / ".staging").exists()

@@ -257,18 +257,6 @@ def test_activation_checkpointing_changes_nothing(tmp_path, family):
     assert_same(*results, atol=1e-7)
 
 
-def test_a_nan_loss_stops_the_run_before_anything_is_saved(tmp_path):
-    teacher = tiny_model(seed=1)
-    teacher.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
-    student = tiny_model()
-    before = weights(student)
-    trainer = tiny_trainer(tmp_path, student, teacher, scripted=True, save_strategy="steps", save_steps=1, max_steps=2)
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
-        trainer.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
-    assert all(torch.equal(value, before[name]) for name, value in weights(student).items())
-
-
 def test_metrics_are_what_happened(tmp_path):
     rows = [{"prompt": p, "answer": str(i)} for i, p in enumerate(PROMPTS[:3])] + [{"prompt": PROMPTS[3]}]
     trainer = tiny_trainer(
@@ -548,7 +536,7 @@ def test_a_folder_in_use_by_the_same_process_is_refused(tmp_path):
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     tiny_trainer(tmp_path, scripted=True).train()
-    with pytest.raises(ValueError, match="already holds a run; continue it with resume_from_checkpoint=true"):
+    with pytest.raises(ValueError, match="already holds a run; go on with it by resume_from_checkpoint=true"):
         tiny_trainer(tmp_path, scripted=True).train()
     with pytest.raises(ValueError, match="resume_from_checkpoint: there is no checkpoint in"):
         tiny_trainer(tmp_path, scripted=True).train(resume_from_checkpoint=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -48,12 +48,19 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def first_not_finite_in(folder: Path) -> str | None:
-    """`file: tensor` of the first tensor in a folder's safetensors files that is not finite; None if all are finite."""
+    """`file: tensor` of the first tensor in a folder's safetensors files that is not finite; None if all are finite.
+
+    Raises:
+        ValueError: a file is not safetensors.
+    """
     return first_not_finite(_tensors_in(folder))
 
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a dict
-                yield f"{file.name}: {name}", tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # not a dict
+                    yield f"{file.name}: {name}", tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file: {error}") from error
