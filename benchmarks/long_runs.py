@@ -2,9 +2,9 @@
 
     python benchmarks/long_runs.py [--lines 10000 100000] [--rows 1000000] [--overlap-rows 100000] [--json FILE]
 
-Each case runs in a fresh process on files generated from a fixed seed. Seconds are of CPU time; memory is the peak resident memory of
-the process (Linux `VmHWM`) minus the resident memory before the files are read. The process that reads also prints a digest of what
-it read, to compare two versions: PYTHONPATH=<another checkout>/src.
+Each case runs in a fresh process on files generated from a fixed seed. Seconds are of CPU time; memory is the peak resident memory
+of the process (Linux `VmHWM`) minus the resident memory before the files are read. The digest of what was read compares two
+versions: PYTHONPATH=<another checkout>/src.
 """
 
 from __future__ import annotations

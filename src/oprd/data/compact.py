@@ -59,7 +59,7 @@ class JsonColumn:
         self._ends.append(len(self._text))
 
     def __getitem__(self, index: int) -> Any:
-        return json.loads(self._text[self._ends[index] : self._ends[index + 1]])
+        return json.loads(self._text[self._ends[index] : self._ends[index + 1]].decode())
 
     def __len__(self) -> int:
         return len(self._ends) - 1
