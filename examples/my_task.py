@@ -41,7 +41,7 @@ def problems(n: int, seed: int, split: str) -> list[PromptRow]:
 partial_credit = Task(
     name="partial_credit",
     description="five-digit addition, rewarded digit by digit",
-    # To hold processes, write a class with grade, stats, __enter__ and __exit__.
+    # To hold processes, write a class with grade, __enter__ and __exit__.
     grader=lambda: FunctionGrader(share_of_digits),
     problems=problems,
 )

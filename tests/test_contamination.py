@@ -363,7 +363,7 @@ def test_the_command_reads_generated_problems(oprd):
     assert "0 of 50 problems are also among the 200 training prompts" in shown
     assert oprd(*words, "--test-limit", "50", "--test-split", "train")[0] == 1
     code, _, error = oprd(*words)
-    assert code == 1
+    assert code == 2
     assert "generated:addition: say how many problems with --test-limit" in error
 
 
@@ -378,5 +378,5 @@ def test_bad_input_stops_with_a_message(oprd, tmp_path, monkeypatch, words, mess
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "set.jsonl", "a")
     code, _, error = oprd("data", "check", *words)
-    assert code == 1
+    assert code == 2
     assert message in error

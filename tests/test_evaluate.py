@@ -12,7 +12,15 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
-from oprd.tasks.evaluation import Evaluation, Grading, evaluate, grade_rollouts, join_ranks, summarize_rollouts
+from oprd.tasks.evaluation import (
+    Evaluation,
+    Grading,
+    describe_accuracy,
+    evaluate,
+    grade_rollouts,
+    join_ranks,
+    summarize_rollouts,
+)
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_tokenizer, tiny_trainer
@@ -111,6 +119,45 @@ def test_rows_without_an_answer_are_not_graded():
     assert result.summary["avg_at_k"] == pytest.approx((0.5 + 1) / 2)
     assert (result.summary["ungraded"], result.summary["problems"]) == (4, 4)
     assert result.summary["mean_length"] == pytest.approx(23 / 8)  # over all, graded or not
+
+
+class Slow:
+    """Has no `stats` in one case, and counts in the other."""
+
+    def __init__(self, *, counts):
+        if counts:
+            self.stats = Counter(timed_out=5)
+
+    def grade(self, responses, answers):
+        if hasattr(self, "stats"):
+            self.stats["timed_out"] += 3
+        return [False] * len(responses)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize(("counts", "timeouts"), [(True, 3), (False, 0)])
+def test_answers_that_took_too_long_are_in_the_summary(counts, timeouts):
+    result, _ = run("a", "b", grader=Slow(counts=counts))
+    assert result.summary["grader_timeouts"] == timeouts
+    assert result.correct == [False] * 4
+    assert ("3 took too long to grade" in describe_accuracy(result.summary)) == counts
+    joined = join_ranks([result, result], num_problems=4, k=2)
+    assert joined.summary["grader_timeouts"] == 2 * timeouts
+    # a rank without a problem has repeated one
+    assert join_ranks([result, result], num_problems=1, k=2).summary["grader_timeouts"] == timeouts
+
+
+@pytest.mark.parametrize(("counts", "timeouts"), [(True, 3), (False, 0)])
+def test_answers_that_took_too_long_are_in_the_metrics_of_their_step(tmp_path, counts, timeouts):
+    trainer = tiny_trainer(tmp_path, rows=[{"prompt": "1+2=", "answer": "3"}], scripted=True, max_steps=2)
+    trainer.grading.task = Task("slow", "", lambda: Slow(counts=counts))
+    trainer.train()
+    assert [row["grader_timeouts"] for row in trainer.run_folder.read_metrics()] == [timeouts] * 2
 
 
 def test_nothing_to_grade():

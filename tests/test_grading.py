@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.data.rows import PromptRow, load_prompts
-from oprd.tasks.grading import MathGrader, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, decide, last_boxed, normalize_answer, parse_number
 from oprd.tasks.task import get_task, with_instruction
+from processes import descendants, wait_until
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -252,7 +253,7 @@ def test_a_missing_box_is_wrong_and_a_bad_truth_an_error(grader):
             grader.grade([(r"\boxed{1}", "1"), (r"\boxed{1}", truth)])
 
 
-@pytest.mark.parametrize("option", ["workers", "timeout_s", "max_answer_chars"])
+@pytest.mark.parametrize("option", ["workers", "timeout_s", "batch_timeout_s", "max_answer_chars"])
 def test_options_must_be_positive(option):
     with pytest.raises(ValueError, match=f"{option} is 0"):
         MathGrader(**{option: 0})
@@ -422,6 +423,132 @@ def test_survives_killed_workers_and_serves_threads(grader):
     assert results == [[True, False] * 10] * 4
 
 
+def workers() -> set[int]:
+    return {w.pid for w in multiprocessing.active_children() if w.name == "pebble_pool_worker"}
+
+
+@pytest.fixture
+def no_worker(grader):
+    """The grader of the other tests has no worker here."""
+    grader.close()
+    assert workers() == set()
+
+
+def hostile(number):
+    return rf"\boxed{{{number}^{{9^{{9^9}}}}}}", r"\pi"
+
+
+SUM = (r"\boxed{x+1}", "1+x")
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_a_pair_is_checked_once_however_it_ended(caplog):
+    pairs = [hostile(9), SUM, (r"\boxed{x+2}", "1+x"), (r"\boxed{\frac}", "1+x"), hostile(9)]
+    with MathGrader(1, timeout_s=0.5) as first:
+        assert first.grade(pairs) == [False, True, False, False, False]
+        assert first.stats == {"timed_out": 2, "verified": 2, "failed": 1}
+    with MathGrader(1, timeout_s=0.5, cache=first.cache) as grader:
+        assert grader.grade([*pairs, (r"\boxed{1}", "1")]) == [False, True, False, False, False, True]
+        assert grader.stats == {"timed_out": 2, "verified": 2, "failed": 1, "exact": 1}
+        assert workers() == set()
+        assert grader.grade([(r"\boxed{x+1}", "1+2x")]) == [False]  # another truth is another pair
+        assert workers() != set()
+        grader.timeout_s = 0.6  # another limit, too
+        start = time.monotonic()
+        assert grader.grade(pairs[:1]) == [False]
+        assert time.monotonic() - start >= 0.6
+    warnings = [record.getMessage() for record in caplog.records if record.name == "oprd"]
+    assert len(warnings) == 2  # one a grader
+    assert "for example '9^{9^{9^9}}' (0.5 s an answer, 20 s a batch)" in warnings[0]
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_the_graders_of_the_task_share_their_verdicts():
+    for _ in range(2):
+        with get_task("math").grader() as grader:
+            assert grader.grade([r"\boxed{x+17}"], ["17+x"]) == [True]
+            assert grader.stats == {"verified": 1}
+            started = workers()
+    assert started == set()
+
+
+def test_the_cache_keeps_what_was_used_last():
+    cache = VerdictCache(2)
+    for key in "ab":
+        cache.put(key, Verdict(True, key))
+    assert cache.get("a") == Verdict(True, "a")
+    cache.put("c", Verdict(False, "c"))
+    assert [cache.get(key) for key in "abc"] == [Verdict(True, "a"), None, Verdict(False, "c")]
+
+
+def test_a_batch_of_hostile_answers_is_bounded_and_what_it_does_not_reach_is_checked_later():
+    """Which it reaches does not depend on which worker is faster: one decides the last while the other is at the first."""
+    behind = (r"\boxed{x+2}", "2+x")
+    with MathGrader(2, timeout_s=0.5, batch_timeout_s=0.5) as grader:
+        assert grader.grade([SUM, hostile(9), behind, *map(hostile, range(11, 31))]) == [True] + [False] * 22
+        assert grader.stats == {"verified": 1, "timed_out": 22}
+        assert grader.grade([hostile(9), behind]) == [False, True]
+
+
+@pytest.mark.further
+def test_larger_batches_have_a_larger_limit():
+    """Here one answer may time out among 256, and two among 257."""
+    for count, timed_out in ((256, [11]), (257, [11, 12])):
+        with MathGrader(1, timeout_s=0.5, batch_timeout_s=0.5) as grader:
+            grader.grade([*map(hostile, range(11, 31)), *[("no box", "1")] * (count - 20)])
+            assert grader.stats == {"timed_out": 20, "missing": count - 20}
+            known = [i for i in range(11, 31) if grader.cache.get((hostile(i)[0][7:-1], r"\pi", 0.5, 2**30))]
+            assert known == timed_out
+
+
+def test_ordinary_answers_do_not_use_up_the_limit_of_a_batch(grader, monkeypatch):
+    monkeypatch.setattr(grader, "batch_timeout_s", 1e-6)
+    assert grader.grade([(r"\boxed{x+1}", f"1+x+{i}-{i}") for i in range(20)]) == [True] * 20
+
+
+@pytest.mark.further
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_pair_whose_worker_is_killed_is_checked_again_once():
+    found = []
+    others = workers()
+
+    def working(ticks: int):
+        """The worker of this test, once it has used so much CPU time."""
+        return [p.pid for p, used in descendants(os.getpid()).items() if p.pid in workers() - others and used > ticks]
+
+    with MathGrader(1, timeout_s=600, batch_timeout_s=10_000) as grader:
+        thread = threading.Thread(target=lambda: found.append(grader.grade([hostile(9), (r"\boxed{x+3}", "3+x")])))
+        thread.start()
+        for _ in range(2):
+            wait_until(lambda: working(ticks=300))  # its imports take less
+            (pid,) = working(ticks=300)
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: pid not in workers())  # noqa: B023
+        thread.join()
+        assert found == [[False, True]]
+        assert grader.stats == {"verified": 1, "failed": 1}
+
+
+def test_a_worker_outlives_the_thread_that_started_it():
+    """Linux' PR_SET_PDEATHSIG would kill it."""
+    with MathGrader(1) as grader:
+        before, found = workers(), []
+        thread = threading.Thread(target=lambda: found.append(grader.grade([SUM])))
+        thread.start()
+        thread.join()
+        started = workers() - before
+        assert (len(started), found) == (1, [[True]])
+        time.sleep(0.5)
+        assert grader.grade([(r"\boxed{x+2}", "2+x")]) == [True]
+        assert workers() - before == started
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no timers for processes")
+def test_a_worker_whose_pool_is_gone_ends_itself():
+    program = r"from oprd.tasks.grading_worker import *; start_worker(2**30); check('9^{9^{9^9}}', r'\pi', 0.1)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGALRM
+
+
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 print("script runs", flush=True)
@@ -430,8 +557,6 @@ grader = MathGrader(timeout_s=60)
 assert grader.grade([(r"\\boxed{x+1}", "1+x")]) == [True]
 print(multiprocessing.active_children()[0].pid, flush=True)
 with grader:
-    if sys.argv[1] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "interrupt":
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -449,7 +574,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("ending", ["kill", "interrupt", "unclosed"])
+@pytest.mark.parametrize("ending", ["interrupt", "unclosed"])  # killed: test_children.py
 def test_no_orphans_and_the_script_is_not_run_again(tmp_path, ending):
     script = tmp_path / "script.py"  # without `if __name__ == "__main__":`, on purpose
     script.write_text(SCRIPT)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from oprd.config import OPRDConfig
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import Sampling, cut_at_stop, derive_seed
-from oprd.rollouts.transformers_engine import TransformersEngine, drawing_processors
+from oprd.rollouts.transformers_engine import Draw, TransformersEngine, drawing_processors
 from oprd.rollouts.vllm.server import VLLMServerEngine
 from tiny import PROMPTS, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
@@ -285,7 +285,7 @@ def test_own_randomness_draws_what_generate_draws_from_the_processs(sampling):
         prompt, **common, **({"do_sample": True, **drawing} if sampling.temperature else {"do_sample": False})
     )
     state = torch.get_rng_state()
-    processors = drawing_processors(sampling, torch.Generator().manual_seed(5))
+    processors = drawing_processors(sampling, Draw(torch.Generator().manual_seed(5)))
     ours = model.generate(prompt, **common, do_sample=False, logits_processor=processors)
     assert torch.equal(ours, theirs)
     assert torch.equal(torch.get_rng_state(), state)

@@ -76,7 +76,7 @@ def test_each_generate_sends_the_weights_first_and_asks_for_every_completion(fak
     with torch.no_grad():
         model.lm_head.weight.add_(0.5)
     assert sample(engine, model) != first
-    assert engine.pushes == 4
+    assert engine.requests.pushes == 4
     sampled = engine.generate(model, PROMPTS, num_generations=2, sampling=Sampling(6), seed=0, want_log_probs=True)
     assert sampled.log_probs == [[-0.5 * i for i in ids] for ids in sampled.rollouts.completion_ids]
     assert [p.name for p in tmp_path.iterdir()] == ["start"]  # only what a server starts from is kept
@@ -87,7 +87,7 @@ def test_a_restarted_server_is_sent_the_weights_again(fake, tmp_path):
     expected = sample(engine, model)
     fake.die_after = 4  # in the middle of a set: the connection breaks, and the weights are gone
     assert sample(engine, model) == expected
-    assert engine.pushes == 3
+    assert engine.requests.pushes == 3
 
 
 def test_completions_of_other_weights_are_thrown_away(fake, tmp_path):
@@ -103,13 +103,15 @@ def test_completions_of_other_weights_are_thrown_away(fake, tmp_path):
 
     fake.fail["/inference/v1/generate"] = other_trainer
     assert sample(engine, model) == expected
-    assert engine.pushes == 3
+    assert engine.requests.pushes == 3
 
 
 def test_a_server_that_stays_down_is_an_error_after_a_bounded_wait(fake, tmp_path):
     engine = engine_for(fake, tmp_path, wait=0.6)
     fake.stop()
-    with pytest.raises(ConnectionError, match=r"within 0\.6 s .*refused.*--model .*start --dtype float32") as caught:
+    with pytest.raises(
+        ConnectionError, match=r"within 0\.6 s .*ConnectError.*--model .*start --dtype float32"
+    ) as caught:
         sample(engine, model_with())
     command = str(caught.value).split("Start one with: ")[1]
     assert shlex.split(command)[:3] == ["VLLM_SERVER_DEV_MODE=1", "python", "-m"]
@@ -135,8 +137,8 @@ def test_a_server_that_comes_later_is_waited_for(tmp_path):
 
 def test_a_server_that_fails_again_and_again_is_an_error(fake, tmp_path):
     fake.fail["/inference/v1/generate"] = (500, {"error": "engine\x1b[31m dead"})
-    with pytest.raises(ConnectionError, match=r"lost 3 times.*500") as caught:
-        sample(engine_for(fake, tmp_path, retries=2), model_with())
+    with pytest.raises(ConnectionError, match=r"no request within 0\.3 s .*500") as caught:
+        sample(engine_for(fake, tmp_path, wait=0.3), model_with())
     assert "\x1b" not in str(caught.value)
     fake.keeps_labels = False
     with pytest.raises(ConnectionError, match="does not keep the version"):
@@ -164,7 +166,15 @@ def hostile(fake, **changes):
         ({"token_ids": [4] * 7}, "1 to 6 ids"),
         ({"token_ids": [], "logprobs": {"content": []}}, "1 to 6 ids"),
         ({"logprobs": {"content": [{"logprob": float("nan")}] * 6}}, "not a finite number"),
-        ({"logprobs": None}, "the answer lacks"),
+        ({"logprobs": {"content": [{"logprob": 10**400}] * 6}}, "not a finite number"),
+        ({"logprobs": {"content": [{"logprob": -(10**400)}] * 6}}, "not a finite number"),
+        ({"logprobs": {"content": [{"logprob": False}] * 6}}, "not a finite number"),
+        ({"logprobs": {"content": [{"logprob": -1.0}] * 5}}, "with a log-probability each"),
+        ({"token_ids": [4, 5, 6, 7, 8, 10**400]}, "ids below 64"),
+        ({"logprobs": {"content": [{}] * 6}}, "the answer lacks 'logprob'"),
+        ({"logprobs": None}, "has another form than vLLM's"),
+        ({"weight_versions": [{"version": ["a"]}]}, "has another form than vLLM's"),
+        ({"weight_versions": 3}, "has another form than vLLM's"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(fake, tmp_path, changes, message):
@@ -174,10 +184,11 @@ def test_an_answer_that_is_none_is_refused(fake, tmp_path, changes, message):
 
 
 def test_answers_without_a_label_or_cut_short_are_not_used(fake, tmp_path):
-    for changes in ({"weight_versions": None}, {"finish_reason": "abort"}):
+    cases = (({"weight_versions": None}, "more than 0 times"), ({"finish_reason": "abort"}, "ended with abort"))
+    for changes, message in cases:
         fake.fail["/inference/v1/generate"] = hostile(fake, **changes)
-        with pytest.raises(ConnectionError, match="lost 1 times"):
-            sample(engine_for(fake, tmp_path, retries=0), model_with())
+        with pytest.raises(ConnectionError, match=message):
+            sample(engine_for(fake, tmp_path, retries=0, wait=0.3), model_with())
 
 
 @pytest.mark.parametrize("first", ["former", "current"])
@@ -192,7 +203,7 @@ def test_a_completion_that_two_sets_of_weights_drew_is_not_used(fake, tmp_path, 
         return 200, answer
 
     fake.fail["/inference/v1/generate"] = respond
-    with pytest.raises(ConnectionError, match=r"lost 1 times.*other weights than"):
+    with pytest.raises(ConnectionError, match=r"more than 0 times.*other weights than"):
         sample(engine_for(fake, tmp_path, retries=0), model_with())
 
 
@@ -215,11 +226,16 @@ def test_what_is_not_allowed_is_named(tmp_path):
     def build(**settings):
         VLLMServerEngine(tiny_tokenizer(), STOPS, **{"weights_dir": str(tmp_path), **settings})
 
-    for url in ("file:///etc/passwd", "127.0.0.1:8000", "http://", "http://host/?a=b"):
+    for url in ("file:///etc/passwd", "127.0.0.1:8000", "http://", "http://host/?a=b", "http://[::1", "http://a:b"):
         with pytest.raises(ValueError, match="base_url"):
             build(base_url=url)
+    for url in ("http://user:hunter2@host", "ftp://user:hunter2@host", "user:hunter2@host:80"):
+        with pytest.raises(ValueError, match="base_url: user names and passwords") as caught:
+            build(base_url=url)
+        assert "hunter2" not in str(caught.value)
     for settings, name in (({"batch_size": 0}, "generation_batch_size"), ({"weights_dir": None}, "weights_dir"),
-                           ({"timeout": 0}, "timeout"), ({"wait": -1}, "wait"), ({"dtype": "int8"}, "dtype")):  # fmt: skip
+                           ({"timeout": 0}, "timeout"),
+                           ({"deadline": 0}, "deadline"), ({"wait": -1}, "wait"), ({"dtype": "int8"}, "dtype")):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             build(**settings)
 
@@ -386,14 +402,14 @@ def test_a_real_server_follows_the_weights_and_survives_being_killed(served, tie
     assert parity(model, sampled).max() < 1e-3
     served.kill()
     impatient = real_engine(served, tiny_tokenizer(), STOPS, f"tied-{tied}")
-    impatient.wait = 1
+    impatient.requests.wait = 1
     with pytest.raises(ConnectionError, match="no vLLM server has loaded the weights within 1 s"):
         greedy(impatient, model)
     served.start(engine.start_command())
-    pushes = engine.pushes
+    pushes = engine.requests.pushes
     again = engine.generate(model, PROMPTS, **how)
     assert again.rollouts == sampled.rollouts
-    assert engine.pushes == pushes + 1
+    assert engine.requests.pushes == pushes + 1
 
 
 @needs_vllm

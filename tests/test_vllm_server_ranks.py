@@ -145,7 +145,7 @@ def test_a_server_that_one_rank_loses_is_healed_for_both(ran, alone, tmp_path, n
     ("name", "kind", "of_rank", "message"),
     [
         ("bad", "ValueError", 1, "vllm_server: a completion is not 1 to 6 ids below 64"),
-        ("fails", "ConnectionError", None, "rollout_engine: vllm_server was lost 2 times"),
+        ("fails", "ConnectionError", 1, "rollout_engine: vllm_server has completed no request within 0.3 s"),
         ("long", "ValueError", 0, "max_completion_length: prompt and completion may take 11 tokens"),
         ("absent", "ConnectionError", 0, "rollout_engine: no vLLM server has loaded the weights within 0.3 s"),
     ],

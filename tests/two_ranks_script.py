@@ -1,8 +1,8 @@
-"""Run by test_distributed.py on two processes: the scenarios of ddp_script.py, then those of fsdp_script.py.
+"""Run by test_distributed.py on two processes: the scenarios of ddp_script.py, fsdp_script.py, memory_ranks_script.py.
 
     RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python two_ranks_script.py FOLDER
 
-One launch for both, because two processes that import torch and transformers take longer than many of the scenarios. Guards
+One launch for all, because two processes that import torch and transformers take longer than many of the scenarios. Guards
 against hanging, and the way it ends, are in rank_process.py, which says why.
 """
 
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import ddp_script
 import fsdp_script
+import memory_ranks_script
 from rank_process import join, run_and_leave
 
 
 def main(out: Path) -> None:
     rank = join(out)
-    for name, script in (("ddp", ddp_script), ("fsdp", fsdp_script)):
+    for name, script in (("ddp", ddp_script), ("fsdp", fsdp_script), ("memory", memory_ranks_script)):
         (out / name).mkdir(exist_ok=True)
         script.train_all(out / name, rank)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fake_vllm import total_of_weights
 from oprd.models.sharding import shard_model, whole
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.vllm.server import VLLMServerEngine
@@ -42,7 +43,7 @@ def update(model) -> None:
 
 def total_of(model) -> int:
     """What FakeVLLM keeps of the weights that it was sent."""
-    return sum(int(1000 * whole(tensor.detach()).double().abs().sum()) for tensor in model.state_dict().values())
+    return total_of_weights(whole(tensor.detach()).numpy() for tensor in model.state_dict().values())
 
 
 def steps(engine, model, rank: int) -> dict:
@@ -52,7 +53,7 @@ def steps(engine, model, rank: int) -> dict:
         completions.append(sample(engine, model, rank))
         totals.append(total_of(model))
         update(model)
-    return {"completions": completions, "totals": totals, "pushes": engine.pushes}
+    return {"completions": completions, "totals": totals, "pushes": engine.requests.pushes}
 
 
 def trained(url: str, out: Path) -> dict:
@@ -82,7 +83,7 @@ def trained(url: str, out: Path) -> dict:
 def scenario(name: str, url: str, out: Path, rank: int) -> dict:
     if name == "trained":
         return trained(url, out)
-    settings = {"absent": {"wait": 0.3}, "real": {"timeout": 60}}.get(name, {"retries": 1})
+    settings = {"absent": {"wait": 0.3}, "fails": {"wait": 0.3}, "real": {"timeout": 60}}.get(name, {"retries": 1})
     engine = engine_for(url, out / f"weights-{name}", **settings)
     model = tiny_model(tie_word_embeddings=name == "sharded")
     if name == "sharded":
@@ -92,7 +93,7 @@ def scenario(name: str, url: str, out: Path, rank: int) -> dict:
     if name in ("steps", "sharded", "real"):
         return steps(engine, model, rank)
     try:
-        return {"completions": [sample(engine, model, rank)], "pushes": engine.pushes}
+        return {"completions": [sample(engine, model, rank)], "pushes": engine.requests.pushes}
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 

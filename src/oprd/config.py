@@ -208,6 +208,14 @@ class OPRDConfig(TrainingArguments):
         metadata=_help("Warn when cosine rises while accuracy or KL worsens over this many steps; 0: never."),
     )
 
+    max_useless_steps: int = field(
+        default=0,
+        metadata=_help(
+            "End after this many steps in a row whose completions are all empty, all cut off, or (policy gradient) rewarded "
+            "alike; 0: never."
+        ),
+    )
+
     save_seconds: float | None = field(
         default=None, metadata=_help("Save a checkpoint when this long has passed since the last, besides save_steps.")
     )
@@ -374,7 +382,7 @@ def _check_objective(config: Any) -> None:
         raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")
     for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations", "bridge_rank"):
         _check_at_least_one(config, name)
-    for name in ("diagnostic_steps", "alarm_window"):
+    for name in ("diagnostic_steps", "alarm_window", "max_useless_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name}: {getattr(config, name)} is not allowed; 0 (never) or more")
     for name in ("representation_weight", "output_weight", "policy_gradient_weight"):

@@ -20,6 +20,7 @@ from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import num_layers
 from oprd.models.fingerprint import fingerprint
+from oprd.models.memory import say_what_to_lower
 from oprd.rollouts.engine import Sampling, derive_seed
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.states.capture import gather_states, read_states
@@ -66,6 +67,7 @@ def fit_bridge(
 
     Raises:
         ValueError: layers or prompts that do not fit, an argument that is not allowed, or too few rollouts for the share held out.
+        RunStopped: memory ran out.
     """
     check_fitting(len(rows), held_out, **fitting)
     models, (student, teacher) = pair.models, pair.infos
@@ -92,14 +94,15 @@ def fit_bridge(
         pairs, stats = pair.align(rollouts, {p.index: p.row for p in part}, heads=False)
         if stats is not None:
             logger.info("%.1f %% of %d student positions have a partner", 100 * stats.share, stats.positions)
-        if phi is None:
-            cka_ST = similarity(models, rollouts, pairs, micro_batch_tokens)
-            phi = layer_map(maps, *depths, cka_ST=cka_ST)
-        for statistics, judging in ((fit_on, False), (judged_on, True)):
-            mine = [i for i in range(len(rollouts)) if (start + i in held) is judging]
-            if mine:
-                theirs = None if pairs is None else pairs.select(mine)
-                read_pairs(models, rollouts.select(mine), statistics, phi, micro_batch_tokens, pairing=theirs)
+        with say_what_to_lower("reading both models", f"lower --micro-batch-tokens ({micro_batch_tokens})"):
+            if phi is None:
+                cka_ST = similarity(models, rollouts, pairs, micro_batch_tokens)
+                phi = layer_map(maps, *depths, cka_ST=cka_ST)
+            for statistics, judging in ((fit_on, False), (judged_on, True)):
+                mine = [i for i in range(len(rollouts)) if (start + i in held) is judging]
+                if mine:
+                    theirs = None if pairs is None else pairs.select(mine)
+                    read_pairs(models, rollouts.select(mine), statistics, phi, micro_batch_tokens, pairing=theirs)
         if on_rollouts is not None:
             on_rollouts(start + len(part), len(prompts))
     assert phi is not None, "prompts are never empty"

@@ -131,6 +131,11 @@ class StepObjective:
     measuring: bool
     on_policy: bool = True
 
+    def weigh(self, kind: type) -> bool:
+        """Whether a term of this kind has a weight at this step."""
+        terms = self.objective.terms
+        return any(isinstance(term.objective, kind) and self.weights[name] != 0 for name, term in terms.items())
+
     @property
     def needs_layers(self) -> bool:
         """Whether states of the compared layers are read."""

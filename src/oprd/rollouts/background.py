@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,20 +93,30 @@ class BackgroundSampler:
         Raises:
             Exception: what the sampling raised.
         """
-        pending, self._pending = self._pending, None
-        found = pending.result() if pending is not None else None
-        return found if found is not None and found.step == step and found.rows() == rows else None
+        pending = self._pending
+        if pending is None:
+            return None
+        wait([pending])  # interrupted here, it is still to be cleared
+        self._pending = None
+        found = pending.result()
+        return found if found.step == step and found.rows() == rows else None
 
     def wait(self) -> None:
         """Wait for the sampling to end, so that others may use the engine. Raises what the sampling raised."""
         if self._pending is not None:
             self._pending.result()
 
-    def clear(self) -> None:
-        """Wait for the sampling to end and drop its rollouts, or its error."""
+    def clear(self, interrupt: Callable[[], None] | None = None) -> None:
+        """Wait for the sampling to end and drop its rollouts, or its error.
+
+        Args:
+            interrupt: called until the sampling has ended, which may be between two calls of the engine; None: it takes its time.
+        """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.exception()
+        while pending is not None and not pending.done():
+            if interrupt is not None:
+                interrupt()
+            wait([pending], timeout=None if interrupt is None else 0.1)
 
     def save(self, file: Path) -> None:
         """Wait for the next step's rollouts and write them; write nothing where there are none."""

@@ -109,6 +109,20 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class CanInterrupt(Protocol):
+    """An engine that waits for another process."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether a running `generate` may never end: the other process has failed since it last gave something."""
+        ...
+
+    def interrupt(self) -> None:
+        """Make a running `generate` raise a KeyboardInterrupt soon; do nothing where none runs."""
+        ...
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
     """The id that an engine pads with. Any id will do: padding is masked in the prompt and cut off after the end."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oprd.models.lm_head import lm_head_of, log_probs
+from oprd.models.memory import say_what_to_lower
 from oprd.rollouts.engine import Sampled
 from oprd.states.capture import gather_states
 from oprd.states.requests import plan_micro_batches, request_states
@@ -74,7 +75,8 @@ class ParityWatch:
             return {}
         training = model.training
         model.eval()
-        gap = float(log_prob_gap(model, sampled.rollouts, sampled.log_probs, token_budget).mean())
+        with say_what_to_lower("reading the student's log-probabilities", f"lower micro_batch_tokens ({token_budget})"):
+            gap = float(log_prob_gap(model, sampled.rollouts, sampled.log_probs, token_budget).mean())
         model.train(training)
         if gap > PARITY_BOUND and not self._warned:
             self._warned = True

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models.architecture import causal_lm
+from oprd.models.memory import HalvedSize
 from oprd.models.sharding import is_sharded
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling, padding_id, repeat_prompts, to_rollouts
+from oprd.rollouts.transformers_engine import LOWER_LENGTH, SAMPLING
 
 _ADVICE = "set rollout_engine: transformers"
 # Settings of ContinuousBatchingConfig that this engine sets itself, to keep the contract of `RolloutEngine`.
@@ -27,7 +29,8 @@ class TransformersContinuousEngine:
     """Samples with transformers' `ContinuousBatchingManager`: a paged cache, and one row of tokens for all running completions.
 
     The manager, its thread and its cache exist during one `generate`, so the weights are current and the update has the memory.
-    All requests are queued before the thread starts, so that batches do not depend on timing.
+    All requests are queued before the thread starts, so that batches do not depend on timing. Where memory runs out, the whole
+    `generate` runs again with half as many completions at the same time, and with the cache that they need.
 
     Tested on CPU with transformers 5.23. Not tested: GPUs, tensor parallelism.
 
@@ -42,6 +45,7 @@ class TransformersContinuousEngine:
         batching_kwargs: further fields of transformers' `ContinuousBatchingConfig`.
 
     Attributes:
+        at_once: completions generated at the same time; at first `batch_size`.
         on_batch: called after each completion with (completions done, completions in all), for a progress display.
 
     Raises:
@@ -73,6 +77,7 @@ class TransformersContinuousEngine:
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.batch_size = batch_size
+        self.at_once = HalvedSize("generation_batch_size", batch_size)
         self.page_size = page_size
         self.num_blocks = num_blocks
         self.max_batch_tokens = max_batch_tokens
@@ -101,13 +106,23 @@ class TransformersContinuousEngine:
         Raises:
             ValueError: `num_generations` < 1, a model that continuous batching does not support, or a cache too small.
             RuntimeError: the generation failed; the message gives the cause.
+            RunStopped: memory does not hold one completion.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         check_supported(model)
         lm = causal_lm(model)
-        settings = {**self.batching_kwargs, **self.sizes(prompts, sampling), "seed": seed}
-        with _state_restored(model, lm), _cast_to_cache_dtype():
-            completions = self._complete(lm, prompts, sampling, settings)
+        completions: list[list[int]] = []
+        while not completions:
+            sizes = self.sizes(prompts, sampling)
+            advice = (
+                LOWER_LENGTH if self.num_blocks is None else f"lower num_blocks ({self.num_blocks}), or {LOWER_LENGTH}"
+            )
+            with (
+                self.at_once.or_halve(sizes["max_requests_per_batch"], SAMPLING, advice),
+                _state_restored(model, lm),
+                _cast_to_cache_dtype(),
+            ):
+                completions = self._complete(lm, prompts, sampling, {**self.batching_kwargs, **sizes, "seed": seed})
         return Sampled(to_rollouts(prompts, completions, owners, self.tokenizer, self.stop_token_ids))
 
     def sizes(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> dict[str, int]:
@@ -118,7 +133,7 @@ class TransformersContinuousEngine:
         Raises:
             ValueError: `num_blocks` holds less than the longest prompt with its completion.
         """
-        running = min(self.batch_size, len(prompts))
+        running = min(self.at_once.value, len(prompts))
         longest = max(len(prompt) for prompt in prompts) + sampling.max_completion_length
         pages = -(-longest // self.page_size)
         if self.num_blocks is not None and self.num_blocks < pages:

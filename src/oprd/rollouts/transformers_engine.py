@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from oprd.models.architecture import causal_lm
+from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.sharding import is_sharded, most_of_ranks
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import (
@@ -30,9 +31,15 @@ from oprd.rollouts.engine import (
     to_rollouts,
 )
 
+SAMPLING = "sampling"
+LOWER_LENGTH = "lower max_completion_length, load the models in bfloat16, or sample with another rollout_engine"
+
 
 class TransformersEngine:
     """Samples with `model.generate` in batches of similar prompt length.
+
+    Where memory runs out, batches are generated in smaller parts from then on. The completions stay the same: each row draws the
+    random numbers that it draws in the whole batch (its logits may differ by rounding, as with any other batch size).
 
     Args:
         tokenizer: decodes completions.
@@ -40,6 +47,7 @@ class TransformersEngine:
         batch_size: completions generated together.
 
     Attributes:
+        at_once: rows of a batch that run through the model together.
         on_batch: called after each batch with (completions done, completions in all), for a progress display.
 
     Raises:
@@ -54,6 +62,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.stop_token_ids = list(stop_token_ids)
         self.batch_size = batch_size
+        self.at_once = HalvedSize("generation_batch_size", batch_size)
         self.vocab_size = vocabulary_size(tokenizer)
         self.on_batch: Callable[[int, int], None] | None = None
         self.pad_token_id = padding_id(tokenizer, self.stop_token_ids)
@@ -73,6 +82,7 @@ class TransformersEngine:
 
         Raises:
             ValueError: `num_generations` < 1.
+            RunStopped: memory does not hold one completion, or a batch of a sharded model.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
         completions: dict[int, list[int]] = {}
@@ -97,9 +107,30 @@ class TransformersEngine:
             batches = most_of_ranks(batches, next(model.parameters()).device)
         return range(0, batches * self.batch_size, self.batch_size)
 
-    @torch.no_grad()
     def _generate_batch(
         self, model: nn.Module, prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
+    ) -> list[list[int]]:
+        """The completions of one batch, in parts where memory does not hold it at once."""
+        if is_sharded(model):
+            advice = f"lower generation_batch_size ({self.batch_size}); it is not halved with a sharded model"
+            with say_what_to_lower(SAMPLING, advice):
+                return self._generate_rows(model, prompts, sampling, Draw(generator))
+        before, after, most = generator.get_state(), generator.get_state(), 0
+        completions: list[list[int]] = []
+        while len(completions) < len(prompts):
+            part = prompts[len(completions) :][: self.at_once.value]
+            with self.at_once.or_halve(len(part), SAMPLING, LOWER_LENGTH):
+                generator.set_state(before)
+                draw = Draw(generator, first=len(completions), batch=len(prompts))
+                completions += self._generate_rows(model, part, sampling, draw)
+                if draw.count > most:  # the whole batch draws until its longest completion ends
+                    after, most = generator.get_state(), draw.count
+        generator.set_state(after)
+        return completions
+
+    @torch.no_grad()
+    def _generate_rows(
+        self, model: nn.Module, prompts: list[list[int]], sampling: Sampling, draw: Draw
     ) -> list[list[int]]:
         lm = causal_lm(model)
         width = max(len(p) for p in prompts)
@@ -112,7 +143,7 @@ class TransformersEngine:
             together = {"synced_gpus": True} if is_sharded(model) else {}
             output = generate(
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
-                logits_processor=drawing_processors(sampling, generator), **together,
+                logits_processor=drawing_processors(sampling, draw), **together,
             )  # fmt: skip
         return [cut_at_stop(row, self.stop_token_ids) for row in output[:, width:].tolist()]
 
@@ -128,26 +159,45 @@ class TransformersEngine:
         )
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Draws one token a row from `generator` and masks all others.
 
     `generate` itself would draw from the global random state, which training in another thread uses too.
+
+    Args:
+        generator: source of randomness, on the device of the logits `[rows, vocabulary]`.
+        first: place of the first row in the batch that it is a part of.
+        batch: rows of that batch; None for as many as there are. The part draws the whole batch's random numbers.
+
+    Attributes:
+        count: tokens drawn of each row.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, first: int = 0, batch: int | None = None) -> None:
+        self.generator, self.first, self.batch, self.count = generator, first, batch, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn_B1 = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator)
+        """The scores `[rows, vocabulary]`, −inf but for the drawn token."""
+        self.count += 1
+        drawn_B1 = self._draw(scores.softmax(-1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)
 
+    def _draw(self, weights_BV: Tensor) -> Tensor:
+        rows = len(weights_BV)
+        if self.batch in (None, rows):
+            return torch.multinomial(weights_BV, num_samples=1, generator=self.generator)
+        batch_BV = weights_BV.new_ones(self.batch, weights_BV.shape[1])
+        mine = slice(self.first, self.first + rows)
+        batch_BV[mine] = weights_BV
+        return torch.multinomial(batch_BV, num_samples=1, generator=self.generator)[mine]
 
-def drawing_processors(sampling: Sampling, generator: torch.Generator) -> LogitsProcessorList:
+
+def drawing_processors(sampling: Sampling, draw: Draw) -> LogitsProcessorList:
     """The processors of `generate(do_sample=True)` in its order, and the draw itself; none for greedy decoding.
 
     Args:
         sampling: how completions are drawn.
-        generator: source of randomness, on the device of the logits `[batch, vocab]`.
+        draw: draws the tokens.
     """
     if sampling.temperature == 0:
         return LogitsProcessorList()
@@ -158,7 +208,7 @@ def drawing_processors(sampling: Sampling, generator: torch.Generator) -> Logits
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([*warpers, _Draw(generator)])
+    return LogitsProcessorList([*warpers, draw])
 
 
 @contextmanager

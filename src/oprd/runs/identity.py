@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from oprd.tasks.task import TASKS, Task
 
 logger = logging.getLogger("oprd")
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 _OBJECTS = (
     "model",
     "teacher_model",
@@ -158,5 +160,5 @@ def _diff(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = value[:12] if isinstance(value, str) and _DIGEST.fullmatch(value) else repr(value)
     return text if len(text) <= 60 else f"{text[:24]}…{text[-8:]}"

@@ -15,7 +15,7 @@ from torch import nn
 from oprd.data.prompts import Prompt
 from oprd.rollouts.engine import RolloutEngine, Sampling
 from oprd.tasks.measures import Sample, summarize
-from oprd.tasks.task import Grader, Task
+from oprd.tasks.task import Grader, Task, decided_by
 from oprd.types import Rollouts
 
 
@@ -24,7 +24,7 @@ class Evaluation:
     """Result of `evaluate`.
 
     Args:
-        summary: measures, ready for JSON: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, ….
+        summary: measures, ready for JSON: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, …, grader_timeouts.
         rollouts: the completions, k consecutive ones per problem.
         correct: reward (a verdict or a number) of each completion; None if its row has no answer or there is no grader.
     """
@@ -135,17 +135,22 @@ def evaluate(
     rollouts = engine.generate(
         model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
     ).rollouts
+    before = decided_by(grader)["timed_out"]
     correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader, lambda row: prompts[row].name)
-    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+    timeouts = decided_by(grader)["timed_out"] - before
+    return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts), rollouts, correct)
 
 
-def summarize_rollouts(rollouts: Rollouts, correct: Sequence[bool | float | None], k: int) -> dict[str, Any]:
-    """The measures of rollouts ordered as k consecutive ones per problem."""
+def summarize_rollouts(
+    rollouts: Rollouts, correct: Sequence[bool | float | None], k: int, grader_timeouts: int = 0
+) -> dict[str, Any]:
+    """The measures of rollouts ordered as k consecutive ones per problem, and how many took too long to grade."""
     samples = [
         Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))
         for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
     ]
-    return summarize([samples[start : start + k] for start in range(0, len(samples), k)])
+    measures = summarize([samples[start : start + k] for start in range(0, len(samples), k)])
+    return {**measures, "grader_timeouts": grader_timeouts}
 
 
 def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
@@ -159,7 +164,8 @@ def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evalua
     correct = [verdicts[i] for i in order]
     rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
     rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
-    return Evaluation(summarize_rollouts(rollouts, correct, k), rollouts, correct)
+    timeouts = sum(part.summary.get("grader_timeouts", 0) for part in parts[:num_problems])
+    return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts), rollouts, correct)
 
 
 def describe_accuracy(summary: dict[str, Any]) -> str:
@@ -173,4 +179,6 @@ def describe_accuracy(summary: dict[str, Any]) -> str:
     parts.append(f"finished {summary['finished']:.0%}")
     if summary["ungraded"]:
         parts.append(f"{summary['ungraded']} samples ungraded")
+    if summary.get("grader_timeouts"):
+        parts.append(f"{summary['grader_timeouts']} took too long to grade")
     return "  ".join(parts)

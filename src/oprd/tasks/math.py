@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from oprd.tasks.grading import MathGrader
+from oprd.tasks.grading import MathGrader, VerdictCache
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """The instruction that published evaluations append to a problem."""
 
 
-class BoxedGrader:
-    """A `Grader` that grades the last box with a `MathGrader`. The `with` block ends its worker processes."""
+_VERDICTS = VerdictCache()  # of this task, whatever part of a run asks
 
-    def __init__(self, workers: int = 1, timeout_s: float = 5.0) -> None:
-        self._math = MathGrader(workers=workers, timeout_s=timeout_s)
+
+class BoxedGrader:
+    """A `Grader` that grades the last box with a `MathGrader`. The `with` block ends its worker processes.
+
+    All graders of a process share the verdicts that workers have found.
+
+    Args:
+        workers: see `MathGrader`.
+        timeout_s: likewise.
+        batch_timeout_s: likewise.
+    """
+
+    def __init__(self, workers: int | None = None, timeout_s: float = 5.0, batch_timeout_s: float = 20.0) -> None:
+        self._math = MathGrader(workers, timeout_s, batch_timeout_s=batch_timeout_s, cache=_VERDICTS)
 
     @property
     def stats(self) -> Counter[str]:

@@ -23,15 +23,18 @@ from oprd.tasks.math import INSTRUCTION, BoxedGrader
 class Grader(AbstractContextManager["Grader"], Protocol):
     """Grades batches inside a `with` block, where it may hold processes.
 
-    A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1.
+    A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1. A grader may also
+    have `stats`, a Counter of the graded pairs by how they were decided ("exact", "verified", …). Those that took too long,
+    "timed_out", are the metric `grader_timeouts`.
     """
-
-    @property
-    def stats(self) -> Counter[str]:
-        """Number of graded pairs by how they were decided ("exact", "verified", …)."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:
         """Return the reward of each response; ValueError if there are not as many answers."""
+
+
+def decided_by(grader: Grader | None) -> Counter[str]:
+    """The grader's `stats`; empty if it has none."""
+    return Counter(getattr(grader, "stats", {}))
 
 
 class FunctionGrader:

@@ -20,7 +20,7 @@ from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import get_task, with_instruction
+from oprd.tasks.task import decided_by, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     started = time.perf_counter()
     with grading.grader() as grader:
         result = evaluate(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
-        stats = dict(grader.stats)
+        stats = dict(decided_by(grader))
     settings = {
         "model": model,
         "dataset": dataset,

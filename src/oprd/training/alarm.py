@@ -1,4 +1,4 @@
-"""The alarm for states that come closer while the model gets worse (all-layer matching of unrelated models, a fooled ruler)."""
+"""Alarms: states come closer while the model gets worse (all-layer matching of unrelated models), and steps teach nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from oprd.config import OPRDConfig
+from oprd.faults import RunStopped
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
@@ -46,6 +49,61 @@ class AlarmWatch:
         if alarm:
             self._rows.clear()
         return alarm
+
+
+class UselessSteps:
+    """Counts the steps in a row from which there may be nothing to learn, on all ranks alike.
+
+    A step counts if every completion is empty (its first token ends it), or every completion was cut off by the length limit, or,
+    with a policy-gradient term that has a weight, all rewards of each prompt are equal. A representation or output-space loss still
+    learns from completions that were cut off, and beside a policy gradient of 0; whether that is useless is for
+    `max_useless_steps` to say, which is off by default.
+
+    Args:
+        args: the run's settings: the limit is `max_useless_steps`, the alarm rings after `alarm_window` steps.
+        before: steps counted before the run was resumed.
+    """
+
+    def __init__(self, args: OPRDConfig, before: int = 0) -> None:
+        self.args, self._in_a_row, self._reason = args, before, ""
+
+    def count(self, totals: Mapping[str, float]) -> int:
+        """Take a step's counts of rollouts (all, `empty`, `finished`, `alike`) over all ranks; how many steps in a row count."""
+        rollouts, length = totals["rollouts"], self.args.max_completion_length
+        if totals["empty"] == rollouts:
+            self._reason = "every completion was empty; check prompts, chat template and stop tokens"
+        elif totals["finished"] == 0:
+            self._reason = (
+                f"every completion was cut off at max_completion_length={length}; raise it, or check the stop tokens (a "
+                "representation loss learns from such completions, rewards do not)"
+            )
+        elif totals["alike"] == rollouts:
+            self._reason = (
+                "the rewards of each prompt were all equal, so that the policy gradient was 0; check the task and its answers, "
+                "take prompts that the student solves sometimes, or raise num_generations"
+            )
+        else:
+            self._reason = ""
+        self._in_a_row = self._in_a_row + 1 if self._reason else 0
+        return self._in_a_row
+
+    def alarm(self) -> str | None:
+        """A sentence once the count reaches `alarm_window`."""
+        if self._in_a_row and self._in_a_row == self.args.alarm_window:
+            return f"{self._in_a_row} steps in a row may have taught nothing: in the last one {self._reason}"
+        return None
+
+    def check(self, step: int) -> None:
+        """End the run at the limit.
+
+        Raises:
+            RunStopped: gives the reason.
+        """
+        if 0 < self.args.max_useless_steps <= self._in_a_row:
+            raise RunStopped(
+                f"{self._in_a_row} steps in a row taught nothing (max_useless_steps={self.args.max_useless_steps}): in step "
+                f"{step} {self._reason}"
+            )
 
 
 def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
-_TOTALS = ("rollouts", "tokens", "finished", "correct", "correct_square", "graded")
+_TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
+_COUNTS = ("grader_timeouts",)  # likewise; reported as they are, by steps that have them
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:
@@ -25,6 +26,10 @@ def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) 
         "rollouts": len(rollouts),
         "tokens": sum(rollouts.completion_lengths),
         "finished": sum(reason == "stop" for reason in rollouts.finish_reasons),
+        "empty": sum(
+            reason == "stop" and length == 1
+            for reason, length in zip(rollouts.finish_reasons, rollouts.completion_lengths, strict=True)
+        ),
         "correct": sum(graded),
         "correct_square": sum(reward * reward for reward in graded),
         "graded": len(graded),
@@ -32,11 +37,18 @@ def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) 
 
 
 class StepMetrics:
-    """Sums of the running step, and the closed steps since the last report."""
+    """Sums of the running step, and the closed steps since the last report.
+
+    Attributes:
+        interrupted: name of the timed part that an error ended last.
+        totals: counts of the step that was closed last, over all ranks.
+    """
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float | Tensor] = defaultdict(float)
         self._closed: list[dict[str, float]] = []
+        self.interrupted = ""
+        self.totals: dict[str, float] = {}
 
     @property
     def pending(self) -> bool:
@@ -48,6 +60,10 @@ class StepMetrics:
         for name, value in values.items():
             self._sums[name] += value
 
+    def set(self, **values: float) -> None:
+        """Give the running step values that are not sums; the mean over ranks is recorded."""
+        self._sums.update(values)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to `time/<name>`."""
@@ -55,6 +71,9 @@ class StepMetrics:
         start = time.perf_counter()
         try:
             yield
+        except Exception:
+            self.interrupted = name
+            raise
         finally:
             _synchronize()
             self._sums[f"time/{name}"] += time.perf_counter() - start
@@ -77,9 +96,10 @@ class StepMetrics:
         names = sorted(self._sums)
         values = torch.tensor([float(self._sums[n]) for n in names], dtype=torch.float64)
         sums = dict(zip(names, sum_over_ranks(values).tolist(), strict=True))
-        totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
+        totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
-        row = {n: v / ranks for n, v in sums.items()}
+        counts = {name: sums.pop(name) for name in _COUNTS if name in sums}
+        row = {n: v / ranks for n, v in sums.items()} | counts
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from oprd.config import OPRDConfig
 from oprd.models.lm_head import embedding_gradient_by_rows
@@ -148,7 +149,19 @@ class Parallel:
             stack.enter_context(local_gradients(model, self.accelerator, last=part.last))
             if self.in_place:
                 stack.enter_context(embedding_gradient_by_rows(self.student))
-            yield
+            try:
+                yield
+            except Exception:
+                if isinstance(model, DistributedDataParallel):
+                    # DDP's forward began with the exchange of buffers, once a step; another rank would not join a second one.
+                    model.require_forward_param_sync = False
+                raise
+
+    def may_run_again(self, part: MicroBatch) -> bool:
+        """Whether this process alone may run a micro-batch again whose pass failed: no other process took part in it."""
+        if self.sharded or self.fsdp or self.deepspeed:
+            return False
+        return self.args.world_size == 1 or not part.last
 
     def backward(self, loss: Tensor, part: MicroBatch) -> None:
         """Add the gradients of a micro-batch's loss; an idle one adds zeros."""

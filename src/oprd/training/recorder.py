@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from oprd.config import OPRDConfig
@@ -17,7 +18,7 @@ from oprd.objectives.composite import StepObjective
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
-from oprd.training.alarm import AlarmWatch
+from oprd.training.alarm import AlarmWatch, UselessSteps
 from oprd.training.metrics import StepMetrics, rollout_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 
@@ -38,6 +39,7 @@ class Recorder:
         self.main = args.process_index == 0
         self._metrics = StepMetrics()
         self._alarms = AlarmWatch(0)
+        self._useless = UselessSteps(args)
         self._last_backward = 0.0
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -47,7 +49,18 @@ class Recorder:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
         """
         self._metrics = StepMetrics()
-        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, earlier)
+        useless = 0.0
+
+        def lines() -> Iterator[Mapping[str, Any]]:
+            nonlocal useless
+            for row in earlier:
+                if "loss" in row:
+                    useless = row.get("useless_steps", 0.0)
+                yield row
+
+        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
+        before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
+        self._useless = UselessSteps(self.args, int(before))
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds spent inside to `time/<name>` of the running step."""
@@ -56,6 +69,15 @@ class Recorder:
     def observe(self, **values: float | Tensor) -> None:
         """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize."""
         self._metrics.add(**values)
+
+    def set(self, **values: float) -> None:
+        """Give the running step values that are not sums over its parts."""
+        self._metrics.set(**values)
+
+    @property
+    def interrupted(self) -> str:
+        """Name of the timed part that an error ended last."""
+        return self._metrics.interrupted
 
     def batch(
         self, batch: Batch, parts: Sequence[MicroBatch], terms: StepObjective, loss: Tensor, share: float
@@ -81,6 +103,8 @@ class Recorder:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
             self.observe(frac_reward_zero_std=share * batch.zero_advantage_share)
+            if terms.weigh(PolicyTerm):
+                self.observe(alike=sum(a == 0 for a in batch.advantages))
         self._last_backward = time.perf_counter()
 
     def completions(self, step: int, prompts: Sequence[Prompt], batch: Batch) -> None:
@@ -92,16 +116,25 @@ class Recorder:
             self.folder.append_completions(step, [texts[row] for row in shown.rows], shown, batch.rewards)
 
     def close_step(self, step: int, grad_norm: Any, learning_rate: float | None) -> None:
-        """Write the metrics of the step that was just taken. Does nothing if no step ran since the last call."""
+        """Write the metrics of the step that was just taken. Does nothing if no step ran since the last call.
+
+        Raises:
+            RunStopped: on every rank, `max_useless_steps` steps in a row have taught nothing.
+        """
         if not self._metrics.pending:
             return
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})
         row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
+        if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
+            del row["micro_batch_tokens"]  # shown where memory ran out
+        if useless := self._useless.count(self._metrics.totals):
+            row["useless_steps"] = float(useless)
         if self.main:
-            if alarm := self._alarms.watch({"step": step, **row}):
+            for alarm in filter(None, (self._alarms.watch({"step": step, **row}), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
             self.folder.append(METRICS, {"step": step, **row})
+        self._useless.check(step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the measures of an evaluation during training."""

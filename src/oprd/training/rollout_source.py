@@ -21,10 +21,11 @@ from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective
 from oprd.objectives.terms import PolicyTerm
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
-from oprd.rollouts.engine import RolloutEngine, Sampled, derive_seed
+from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
 from oprd.states.teachers import CanSample
 from oprd.tasks.evaluation import Grading, grade_rollouts
+from oprd.tasks.task import decided_by
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.types import Rollouts
@@ -71,15 +72,26 @@ class RolloutSource:
         self._last_step = False
         self._drawn: list[Rollouts] = []
 
+    @property
+    def batch_of_step(self) -> int:
+        """Which batch of the running step was taken last, counted from 1."""
+        return self._batch_of_step
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end."""
+        """Context of a training run. It starts with a new epoch, and waits for background sampling at its end.
+
+        After an error or Ctrl-C, it interrupts the sampling where the engine can be interrupted.
+        """
         self._epoch = None
         try:
             yield
-        finally:
+        except BaseException:
             if self.background is not None:
-                self.background.clear()
+                self.background.clear(self.engine.interrupt if isinstance(self.engine, CanInterrupt) else None)
+            raise
+        if self.background is not None:
+            self.background.clear()
 
     def next_step(
         self, epoch: Iterator[list[Prompt]], num_batches: int, *, last_step: bool = False
@@ -127,8 +139,10 @@ class RolloutSource:
             gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self.recorder.observe(**{name: share * value for name, value in gap.items()})
         with self.recorder.timed("grade"), self.grading.open() as grader:
-            of_row = {p.index: p for p in prompts}
+            of_row, before = {p.index: p for p in prompts}, decided_by(grader)["timed_out"]
             rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
+            if grader is not None:
+                self.recorder.observe(grader_timeouts=decided_by(grader)["timed_out"] - before)
         with self.recorder.timed("teacher"):
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
@@ -150,11 +164,17 @@ class RolloutSource:
             self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
 
     @contextmanager
-    def dropout_seed(self, terms: StepObjective, part: MicroBatch) -> Iterator[None]:
-        """Reseed dropout per micro-batch, so that extra layers run for diagnostics do not shift later masks."""
+    def dropout_seed(self, terms: StepObjective, batch_of_step: int, part: MicroBatch) -> Iterator[None]:
+        """Reseed dropout per micro-batch, so that extra layers run for diagnostics do not shift later masks.
+
+        Args:
+            terms: the step's objective.
+            batch_of_step: which batch of the step it is, counted from 1.
+            part: the micro-batch.
+        """
         device = self.args.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed(terms.step, self._batch_of_step - 1, part.number))
+            torch.manual_seed(self._seed(terms.step, batch_of_step - 1, part.number))
             yield
 
     def wait(self) -> None:

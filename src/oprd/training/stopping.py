@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -55,11 +55,15 @@ class StopSignals:
     During a training step, the first signal is only remembered (`received`); outside of one it raises `StoppedBySignal`. The second
     ends the process at once, as without a handler.
 
+    Args:
+        stuck: whether the running step may never end; the first signal then raises as well.
+
     Attributes:
         received: number of the first signal; 0 without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stuck: Callable[[], bool] = lambda: False) -> None:
+        self.stuck = stuck
         self.received = 0
         self._in_steps = False
         self._depth = 0
@@ -98,7 +102,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
             return
         self.received = number
-        if not self._in_steps:
+        if not self._in_steps or self.stuck():
             raise StoppedBySignal(number)
         logger.warning(
             "%s: the step is finished, then a checkpoint is saved; a second signal ends the run at once",

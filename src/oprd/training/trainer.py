@@ -2,15 +2,15 @@
 
 `training_step` is the paper's Algorithm 1. What it calls is in the trainer's collaborators: `pair` (what both models read),
 `objective` (the loss), `rollouts` (sampling and grading), `parallel` (processes), `recorder` (metrics), `checkpoints` (saving),
-`evaluator`, and the callbacks `guard` (values that are not finite) and `stopping` (signals). `oprd.resolve` makes them out of a
-configuration.
+`evaluator`, `memory` (smaller micro-batches where memory runs out), and the callbacks `guard` (values that are not finite) and
+`stopping` (signals). `oprd.resolve` makes them out of a configuration.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from oprd.config import OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.memory import HalvedSize
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
+from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
 from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
-from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.engine import CanInterrupt, RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.runs.checkpoints import (
     CheckpointStore,
@@ -49,7 +51,8 @@ from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
-from oprd.training.parallel import Parallel
+from oprd.training.memory import LoweredSizes, MemoryGuard
+from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
@@ -178,8 +181,12 @@ class OPRDTrainer(Trainer):
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
-        self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts]
-        self.signals = StopSignals()
+        self.memory = MemoryGuard(args, self.parallel, self.recorder)
+        sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
+        lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
+        self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
+        engine = self.engine
+        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
@@ -206,9 +213,27 @@ class OPRDTrainer(Trainer):
         # The student samples; the rollouts are graded and aligned.
         batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
         totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.pairs), share)
-        parts = self.parallel.micro_batches(batch, self.args.micro_batch_tokens, model)
-        heads = partial(self.pair.heads, in_place=self.parallel.in_place)
         model.train()
+        # Both models read them, micro-batch after micro-batch.
+        learn = partial(self._learn, model, terms, totals, self.rollouts.batch_of_step)
+        parts, (loss, log_probs) = self.memory.run(batch, learn, model, terms.step)
+        self.rollouts.keep(batch, log_probs)
+        self.guard.watch(batch, terms, loss)
+        self.recorder.batch(batch, parts, terms, loss, share)
+        self.recorder.completions(terms.step + 1, inputs, batch)
+        return loss
+
+    def _learn(
+        self,
+        model: nn.Module,
+        terms: StepObjective,
+        totals: StepTotals,
+        batch_of_step: int,
+        parts: Iterable[MicroBatch],
+        observe: Callable[..., None],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The loss of a batch's micro-batches, whose gradients are added, and log-probabilities by place of the rollout."""
+        heads = partial(self.pair.heads, in_place=self.parallel.in_place)
         loss = torch.zeros((), device=self.args.device)
         log_probs: dict[int, Tensor] = {}
         for part in parts:
@@ -220,25 +245,21 @@ class OPRDTrainer(Trainer):
             request, teacher_request = self.pair.requests(part.batch.rollouts, part.batch.pairs, **wanted)
             with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
+            seen = unobserved if part.idle else observe
+            losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=seen)
+            del teacher  # `losses` frees it layer by layer
             with (
                 self.recorder.timed("update"),
                 self.parallel.accumulate(model, part),
-                self.rollouts.dropout_seed(terms, part),
+                self.rollouts.dropout_seed(terms, batch_of_step, part),
             ):
-                observe = unobserved if part.idle else self.recorder.observe
-                losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=observe)
-                del teacher  # `losses` frees it layer by layer
                 # The student reads them; each layer's states go straight into the loss.
                 part_loss = torch.stack(read_through_forward(model, request, losses.read)).sum()
                 self.parallel.backward(part_loss, part)
             if not part.idle:
                 loss += part_loss.detach()
                 log_probs |= zip(part.indices, losses.log_probs(), strict=False)
-        self.rollouts.keep(batch, log_probs)
-        self.guard.watch(batch, terms, loss)
-        self.recorder.batch(batch, parts, terms, loss, share)
-        self.recorder.completions(terms.step + 1, inputs, batch)
-        return loss
+        return loss, log_probs
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *, accept_changes: Sequence[str] = (), **kwargs: Any

@@ -1,5 +1,6 @@
 """vLLM engines: in the training process (`engine.py`), or with a `vllm serve` process (`server.py`, `http.py`).
 
 Imported by `rollouts/engines.py` and the benchmarks only; vLLM itself is imported at first use, so it need not be installed.
-Start reading at `engine.py`; `weights.py` collects the student's weights and `weights_folder.py` writes them for a server.
+Start reading at `engine.py`; `weights.py` collects the student's weights. For a server, `weights_folder.py` writes them into a
+`held_folder.py`, and `requests.py` sends them and asks for rollouts, as long as `patience.py` says.
 """

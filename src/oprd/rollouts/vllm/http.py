@@ -1,23 +1,42 @@
-"""HTTP client of a `vllm serve` process, on vLLM's own interface and the standard library.
+"""HTTP client of a `vllm serve` process, on vLLM's own interface and httpx2.
 
-It does not trust the server: http and https only, no redirects, bounded answers, every value checked before use.
+It does not trust the server: http and https only, no redirects, no proxy, bounded answers, every value checked before use.
 """
 
 from __future__ import annotations
 
+import email.utils
 import json
-import math
-import urllib.error
-import urllib.request
+import os
+import re
+import ssl
+import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+
+import anyio
+import httpx2
 
 _LARGEST_ANSWER = 64 * 2**20  # bytes
+_LARGEST_ERROR = 2000  # bytes
+_CONNECT_SECONDS = 10.0
+_BUSY = 429
 
 
 class ServerLost(ConnectionError):
-    """The server does not answer, fails, or lost its weights; the caller may try again."""
+    """The server does not answer, or fails; the caller may repeat the request.
+
+    Attributes:
+        pause: seconds that the server asks to wait first (Retry-After); None where it does not ask.
+    """
+
+    def __init__(self, message: str, pause: float | None = None) -> None:
+        super().__init__(message)
+        self.pause = pause
+
+
+class WeightsLost(ConnectionError):
+    """The server has other weights than it was sent; the caller may send them again."""
 
 
 @dataclass(frozen=True)
@@ -28,59 +47,80 @@ class Completion:
     log_probs: list[float]
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        return None  # urllib then raises the redirect as an HTTPError
-
-
 class VLLMClient:
-    """Client of one server.
+    """Client of one server. The environment variable VLLM_API_KEY, which `vllm serve` reads too, is sent as its key.
 
     Args:
         base_url: such as http://127.0.0.1:8000.
-        timeout: seconds before a request fails.
+        timeout: seconds from the start of a request to the last byte of its answer.
 
     Raises:
-        ValueError: `base_url` is not an http or https address of a host, or `timeout` is not positive.
+        ValueError: `base_url` is no http or https address of a host, or holds a password; `timeout` is not positive; no header can
+            hold the key.
     """
 
     def __init__(self, base_url: str, timeout: float) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"base_url: {base_url!r} is not allowed; http://HOST:PORT or https://HOST:PORT")
         if not timeout > 0:
             raise ValueError(f"timeout: {timeout} is not allowed; more than 0 seconds")
-        self.base_url, self.timeout = base_url.rstrip("/"), timeout
-        # No redirects and no proxy: requests go to the given address only.
-        self._opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+        self.base_url, self.timeout = _checked(base_url), timeout
+        self._key = os.environ.get("VLLM_API_KEY", "")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("VLLM_API_KEY: the environment variable holds characters other than printable ASCII")
+        # httpx2 would decompress an answer of any size, and keep a connection that may have died with the server.
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
+        if self._key:
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        # Made once: it takes httpx2 longer than the rest of a request, for http too.
+        secure = self.base_url.startswith("https")
+        self._trust = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to a POST of `body`, or to a GET without a body; None where the answer is empty.
 
         Raises:
-            ServerLost: no connection, no answer in time, a server error (5xx), or an answer that is not JSON.
-            ValueError: the server refuses the request (4xx, a redirect) or answers with more than 64 MiB.
+            ServerLost: no connection, no whole answer within `timeout`, an answer 429 or 5xx, or one that is not JSON.
+            ValueError: the server refuses the request (another 4xx, a redirect), or its answer is too large or too deep to read.
         """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base_url + path, data, {"Content-Type": "application/json"})
+        where = self.base_url + path
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                text = response.read(_LARGEST_ANSWER + 1)
-        except urllib.error.HTTPError as error:
-            message = f"{self.base_url}{path} answers {error.code}: {_beginning(error.read(2000))}"
-            raise (ServerLost if error.code >= 500 else ValueError)(message) from error
-        except (OSError, ValueError, urllib.error.URLError) as error:
-            raise ServerLost(f"{self.base_url}{path}: {getattr(error, 'reason', error)}") from error
-        except Exception as error:  # errors of http.client, such as an incomplete answer
-            raise ServerLost(f"{self.base_url}{path}: {type(error).__name__}") from error
-        if len(text) > _LARGEST_ANSWER:
-            raise ValueError(f"{self.base_url}{path} answers with more than {_LARGEST_ANSWER} bytes")
+            with anyio.fail_after(self.timeout):
+                status, headers, content = await self._exchange(where, body)
+        except TimeoutError:
+            raise ServerLost(f"{where}: no whole answer within {self.timeout:g} s (timeout)") from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise ServerLost(f"{where}: {type(error).__name__}: {self._beginning(str(error))}") from error
+        if not 200 <= status < 300:
+            message = f"{where} answers {status}: {self._beginning(content)}"
+            if status != _BUSY and status < 500:
+                raise ValueError(message)
+            pause = _requested_pause(headers.get("Retry-After", ""))
+            asks = "" if pause is None else f" (it asks for a pause of {pause:.0f} s)"
+            raise ServerLost(message + asks, pause)
         try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise ServerLost(f"{self.base_url}{path} answers without JSON: {_beginning(text)}") from error
+            return json.loads(content) if content else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ServerLost(f"{where} answers without JSON: {self._beginning(content)}") from None
+        except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+            raise ValueError(f"{where} answers with JSON that cannot be read: {self._beginning(content)}") from None
 
-    def served_version(self) -> str:
+    async def _exchange(self, url: str, body: dict[str, Any] | None) -> tuple[int, httpx2.Headers, bytes]:
+        """Status, headers and content of an answer; of an error, the beginning of its content."""
+        data = None if body is None else json.dumps(body).encode()
+        method, received = "GET" if data is None else "POST", bytearray()
+        timeout = httpx2.Timeout(None, connect=_CONNECT_SECONDS)
+        async with (
+            httpx2.AsyncClient(verify=self._trust, trust_env=False, timeout=timeout, headers=self._headers) as client,
+            client.stream(method, url, content=data, follow_redirects=False) as response,
+        ):
+            async for part in response.aiter_raw():
+                received += part
+                if not response.is_success and len(received) > _LARGEST_ERROR:
+                    break
+                if len(received) > _LARGEST_ANSWER:
+                    raise ValueError(f"{url} answers with more than {_LARGEST_ANSWER} bytes")
+            return response.status_code, response.headers, bytes(received)
+
+    async def served_version(self) -> str:
         """The version label of the weights in use; "default" after a start of the server.
 
         Raises:
@@ -88,7 +128,7 @@ class VLLMClient:
             ValueError: the server lacks vLLM's interface for new weights.
         """
         try:
-            answer = self.ask("/weight_info")
+            answer = await self.ask("/weight_info")
         except ValueError as error:
             raise ValueError(
                 f"rollout_engine: vllm_server: {error}. Start vLLM (0.32 or newer) with VLLM_SERVER_DEV_MODE=1 (docs/rollouts.md)"
@@ -98,15 +138,15 @@ class VLLMClient:
             raise ServerLost(f"{self.base_url}/weight_info answers without a version")
         return version
 
-    def longest_sequence(self) -> int | None:
+    async def longest_sequence(self) -> int | None:
         """Most tokens of prompt and completion together; None where the server does not report it."""
-        answer = self.ask("/v1/models")
+        answer = await self.ask("/v1/models")
         cards = answer.get("data") if isinstance(answer, dict) else None
         card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
         length = card.get("max_model_len")
-        return length if isinstance(length, int) else None
+        return length if type(length) is int and length > 0 else None
 
-    def load(self, folder: str, version: str) -> None:
+    async def load(self, folder: str, version: str) -> None:
         """Make the server load the weights in `folder` and label them `version`.
 
         The label is set last, so a server that fails before keeps its former label.
@@ -119,13 +159,13 @@ class VLLMClient:
             ServerLost: the server failed.
             ValueError: the server refuses.
         """
-        self.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        answer = self.ask("/reset_prefix_cache", {})  # its keys and values come from earlier weights
+        await self.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        answer = await self.ask("/reset_prefix_cache", {})  # its keys and values come from earlier weights
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerLost(f"{self.base_url}/reset_prefix_cache: the cache of the former weights is still in use")
-        self.ask("/update_weight_version", {"new_version": version})
+        await self.ask("/update_weight_version", {"new_version": version})
 
-    def complete(self, prompt: list[int], sampling: dict[str, Any], version: str, vocab_size: int) -> Completion:
+    async def complete(self, prompt: list[int], sampling: dict[str, Any], version: str, vocab_size: int) -> Completion:
         """One completion, all of it drawn with weights `version`.
 
         Args:
@@ -135,23 +175,62 @@ class VLLMClient:
             vocab_size: ids lie below it.
 
         Raises:
-            ServerLost: see `ask`; or other weights than `version` drew the completion.
+            ServerLost: see `ask`; or the server did not complete it.
+            WeightsLost: other weights than `version` drew the completion.
             ValueError: the server refuses, or its answer is not valid.
         """
-        answer = self.ask("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling, "stream": False})
+        body = {"token_ids": prompt, "sampling_params": sampling, "stream": False}
+        answer = await self.ask("/inference/v1/generate", body)
         try:
             choice = answer["choices"][0]
-            ids, spans = choice["token_ids"], choice["weight_versions"]
+            ids, spans, reason = choice["token_ids"], choice["weight_versions"], choice["finish_reason"]
             log_probs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
             drawn_by = {span["version"] for span in spans or ()}
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(f"{self.base_url}: the answer lacks {error}; vLLM 0.32 or newer is needed") from error
-        if choice.get("finish_reason") not in ("stop", "length"):
-            raise ServerLost(f"{self.base_url}: a completion ended with {_beginning(str(choice.get('finish_reason')))}")
+        except (TypeError, KeyError, IndexError) as error:
+            lacks = f"lacks {error}" if isinstance(error, KeyError) else "has another form than vLLM's"
+            raise ValueError(f"{self.base_url}: the answer {lacks}; vLLM 0.32 or newer is needed") from error
+        if reason not in ("stop", "length"):
+            raise ServerLost(f"{self.base_url}: a completion ended with {self._beginning(str(reason))}")
         if drawn_by != {version}:
-            raise ServerLost(f"{self.base_url}: other weights than {version} drew a completion")
+            raise WeightsLost(f"{self.base_url}: other weights than {version} drew a completion")
         _check_tokens(ids, log_probs, sampling["max_tokens"], vocab_size)
         return Completion(ids, [float(p) for p in log_probs])
+
+    def _beginning(self, text: str | bytes) -> str:
+        """The first 300 characters on one line, without control characters and without the key."""
+        shown = text[:_LARGEST_ERROR].decode(errors="replace") if isinstance(text, bytes) else text
+        shown = shown.replace(self._key, "***") if self._key else shown
+        return "".join(c if c.isprintable() else " " for c in shown[:300])
+
+
+def _checked(base_url: str) -> str:
+    """`base_url` without a slash at its end.
+
+    Raises:
+        ValueError: it is not an http or https address of a host, or holds a user name or password.
+    """
+    if "@" in str(base_url):
+        raise ValueError(
+            "base_url: user names and passwords are not allowed in an address, since addresses are logged; remove what stands "
+            "before the @ (a server started with --api-key takes its key from the environment variable VLLM_API_KEY)"
+        )
+    try:
+        url = httpx2.URL(base_url)
+    except (TypeError, httpx2.InvalidURL):
+        url = httpx2.URL()
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise ValueError(f"base_url: {base_url!r} is not allowed; http://HOST:PORT or https://HOST:PORT")
+    return base_url.rstrip("/")
+
+
+def _requested_pause(retry_after: str) -> float | None:
+    """Seconds to wait by a header Retry-After (seconds, or an HTTP date); None without a valid one."""
+    if re.fullmatch(r"[0-9]{1,9}", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _check_tokens(ids: Any, log_probs: list[Any], limit: int, vocab_size: int) -> None:
@@ -160,11 +239,5 @@ def _check_tokens(ids: Any, log_probs: list[Any], limit: int, vocab_size: int) -
         raise ValueError(
             f"vllm_server: a completion is not 1 to {limit} ids below {vocab_size} with a log-probability each"
         )
-    if not all(isinstance(p, (int, float)) and math.isfinite(p) and p <= 1e-3 for p in log_probs):
+    if not all(type(p) in (int, float) and -1e30 < p <= 1e-3 for p in log_probs):
         raise ValueError("vllm_server: a log-probability is not a finite number of 0 or less")
-
-
-def _beginning(text: str | bytes) -> str:
-    """The first 300 characters on one line, without control characters."""
-    shown = text.decode(errors="replace") if isinstance(text, bytes) else text
-    return "".join(c if c.isprintable() else " " for c in shown[:300])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from oprd.files import fsync
+from oprd.files import writing_folder
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.vllm.weights import live_weights
 
@@ -58,11 +58,12 @@ def write_folder(
         lm: the model, for its config.
         weights: see `gather_weights`.
         weights_dir: made if missing.
-        version: name of the folder.
+        version: name of the folder, perhaps below another.
         dtype: of the weights; None for the model's.
 
     Raises:
         ValueError: `weights_dir/start` holds another model.
+        DiskFullError: the disk is full.
     """
     config = copy.deepcopy(lm.config)
     if config.get_text_config().tie_word_embeddings:
@@ -73,12 +74,15 @@ def write_folder(
     config.architectures = [next(c.__name__ for c in type(lm).__mro__ if not issubclass(c, FSDPModule))]
 
     def write(folder: Path) -> None:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
+        with writing_folder(folder) as staged:
+            save_file(weights, staged / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(staged)
 
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    _write_start(weights_dir / "start", config, write)
-    _write_whole(weights_dir / version, write)
+    folder, start = weights_dir / version, weights_dir / "start"
+    if not start.exists():
+        _write_start(start, folder.parent / "start", write)
+    _check_start(start, config)
+    write(folder)
 
 
 def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: torch.dtype | None) -> Path:
@@ -91,32 +95,32 @@ def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: t
     return weights_dir / version
 
 
-def _write_start(start: Path, config: PreTrainedConfig, write: Callable[[Path], None]) -> None:
+def _write_start(start: Path, staged: Path, write: Callable[[Path], None]) -> None:
     """Write the folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
-    if not start.exists():
-        _write_whole(start, write)
-        return
-    there, wanted = json.loads((start / "config.json").read_text()), json.loads(config.to_json_string(use_diff=True))
+    write(staged)
+    if staged != start:
+        try:
+            os.rename(staged, start)
+        except OSError:
+            if not start.exists():  # else another run was faster
+                raise
+            shutil.rmtree(staged)
+
+
+def _check_start(start: Path, config: PreTrainedConfig) -> None:
+    """Check that a server which starts from this folder has the student's architecture.
+
+    Raises:
+        ValueError: it has not, or the folder cannot be read.
+    """
+    remedy = "stop its server and remove the folder, or choose another weights_dir"
+    try:
+        there = dict(json.loads((start / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"weights_dir: {start} holds no config.json that can be read ({error}); {remedy}") from error
+    wanted = json.loads(config.to_json_string(use_diff=True))
     differing = sorted(
         k for k in there.keys() | wanted.keys() if k not in _INCIDENTAL and there.get(k) != wanted.get(k)
     )
     if differing:
-        raise ValueError(
-            f"weights_dir: {start} holds another model (config: {', '.join(differing)}); stop its server and remove the folder, or "
-            "choose another weights_dir"
-        )
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write to a temporary folder beside `folder`, flush it to disk, and rename it."""
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        write(partial)
-        for path in partial.iterdir():
-            fsync(path)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync(folder.parent)
+        raise ValueError(f"weights_dir: {start} holds another model (config: {', '.join(differing)}); {remedy}")

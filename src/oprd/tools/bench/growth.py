@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from oprd import children
 from oprd.tools.bench.common import describe_machine, machine_line, quiet_environment, spread
 from oprd.tools.bench.memory import MEMORY_ENVIRONMENT, resident_bytes, settle_memory
 from oprd.tools.bench.points import Point, build
@@ -173,7 +173,8 @@ def to_rows(
 def _memory_in_a_process(name: str, quick: bool, threads: int) -> list[dict[str, int]]:
     environment = quiet_environment(threads) | MEMORY_ENVIRONMENT
     command = [sys.executable, "-m", "oprd.tools.bench.growth", name, "quick" if quick else "whole", str(threads)]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    done = children.run(command, env=environment)
+    done.check_returncode()
     found: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 

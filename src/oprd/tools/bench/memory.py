@@ -7,7 +7,10 @@ import gc
 import os
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Pipe
 from pathlib import Path
+
+from oprd.children import end_with_parent
 
 # Freed large blocks return to the system, so that resident memory follows live memory. This slows the process: do not time it.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -34,10 +37,13 @@ def in_a_fork(measure: Callable[[], int]) -> int:
         RuntimeError: the fork failed; its error is on stderr.
     """
     reading, writing = os.pipe()
+    lifeline, held = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            held.close()
+            end_with_parent(lifeline)
             os.write(writing, str(measure()).encode())
             code = 0
         except BaseException:
@@ -47,6 +53,8 @@ def in_a_fork(measure: Callable[[], int]) -> int:
     os.close(writing)
     with os.fdopen(reading) as pipe:
         output = pipe.read()
+    held.close()
+    lifeline.close()
     if os.waitpid(child, 0)[1] or not output:
         raise RuntimeError("a measuring process failed; its error is above")
     return int(output)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from oprd import children
 from oprd.tools.bench.common import describe_machine, machine_line, quiet_environment, spread
 from oprd.tools.bench.memory import MEMORY_ENVIRONMENT
 from oprd.tools.bench.trainers import TITLES, Setup, installed_trainers, require_trl
@@ -134,7 +135,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _in_a_process(name: str, setup: Setup, what: str, threads: int) -> dict[str, Any]:
     environment = quiet_environment(threads) | (MEMORY_ENVIRONMENT if what == "memory" else {})
     command = [sys.executable, "-m", "oprd.tools.bench.trainers", name, json.dumps(asdict(setup)), what, str(threads)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = children.run(command, env=environment, stderr=subprocess.PIPE)
     if done.returncode:
         raise ValueError(f"{TITLES[name]} stopped with an error:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oprd import children
 from oprd.tools.bench.memory import MEMORY_ENVIRONMENT, in_a_fork, resident_bytes, settle_memory
 from oprd.tools.bench.ways import TITLES, WAYS, Pair, installed_ways
 from oprd.types import Rollouts
@@ -251,8 +251,9 @@ def _in_a_process(shape: str, size: Size, ways: Sequence[str], threads: int) -> 
         ",".join(ways),
         str(threads),
     ]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, int] = json.loads(output.splitlines()[-1])
+    done = children.run(command, env=environment)
+    done.check_returncode()
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

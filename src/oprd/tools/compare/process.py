@@ -9,7 +9,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+
+from oprd import children
 
 _PRELOADED = ["oprd.cli.console", "oprd.training.run", "matplotlib.backends.backend_agg"]
 
@@ -18,7 +21,8 @@ class ForkedProcess:
     """`python -m oprd.cli ARGUMENTS` in a fork of a server that has imported torch, transformers and oprd once.
 
     The server only imports, so forks inherit no threads, random state or devices. Like `subprocess.Popen`, the object has `pid`,
-    `returncode` and `poll`. The process leads its own session, so that a signal to its group reaches all its children.
+    `returncode` and `poll`. The process leads its own session, so that a signal to its group reaches all its children. It is
+    killed with its group when this process ends.
 
     Args:
         arguments: command-line arguments.
@@ -30,12 +34,16 @@ class ForkedProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._process = context.Process(target=_run_fork, args=(list(arguments), str(output), threads, environment))
+        lifeline, self._lifeline = Pipe(duplex=False)
+        self._process = context.Process(
+            target=_run_fork, args=(lifeline, list(arguments), str(output), threads, environment)
+        )
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the server, which the first call starts
         try:
             self._process.start()
         finally:
+            lifeline.close()
             del os.environ["OMP_NUM_THREADS"]
             if before is not None:
                 os.environ["OMP_NUM_THREADS"] = before
@@ -57,21 +65,27 @@ def forks() -> bool:
 
 
 def start_program(command: Sequence[str], output: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Start a program in its own session. Ctrl-C then reaches only the parent, which stops the program and its children."""
+    """Start a program in its own session. Ctrl-C then reaches only the parent, which stops the program and its children.
+
+    It is killed with its group when this process ends.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with output.open("wb") as file:
-        return subprocess.Popen(
+        return children.start(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
         )  # fmt: skip
 
 
-def _run_fork(arguments: list[str], output: str, threads: int, environment: Mapping[str, str]) -> None:
+def _run_fork(
+    lifeline: Connection, arguments: list[str], output: str, threads: int, environment: Mapping[str, str]
+) -> None:
     """The body of a forked process."""
     import torch
 
     with suppress(PermissionError):  # already a session leader
         os.setsid()
+    children.end_with_parent(lifeline, group=True)
     with open(output, "wb") as file:
         sys.stdout.flush()
         for number in (1, 2):

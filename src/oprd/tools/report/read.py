@@ -121,7 +121,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
     if alarms:
         notes.append(
             f"the alarm was raised at step {', '.join(map(str, alarms[:8]))}{' …' if len(alarms) > 8 else ''}: cosine rose while "
-            "accuracy fell or the KL grew"
+            "accuracy fell or the KL grew, or many steps in a row may have taught nothing (useless_steps)"
         )
     return RunRecord(folder, name, config, config_text, summary, steps, evaluations, completions, notes)
 
