@@ -675,6 +675,26 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "run_config.py": [
         ("a limit of 0 is accepted", "and value < 1:", "and value < 0:", "test_recipe.py::test_bad_settings_are_refused"),
     ],
+    "data/control_tokens.py": [
+        ("a message writes control tokens", 'lambda match: f"{_BEGIN}{match[0]}{_END}"', "lambda match: match[0]",
+         "test_control_tokens.py::test_only_the_template_writes_control_tokens"),
+        ("a template that depends on the text is not noticed", 'replace(_END, "") != self._render(row.prompt):',
+         'replace(_END, "") is None:', "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
+        ("a Unigram vocabulary keeps the names", "[[names.get(word, word), score] for", "[[word, score] for",
+         "test_control_tokens.py::test_a_token_of_a_unigram_vocabulary_is_not_found_in_text"),
+        ("only special tokens are control tokens", "{name for name in others - words if name in written}", "set()",
+         "test_control_tokens.py::test_which_added_tokens_are_control_tokens"),
+        ("private characters of a text are control tokens", "if found := _PRIVATE.search(text):", "if found := None:",
+         "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
+    ],
+    "data/prompts.py": [
+        ("plain prompts always write control tokens", "if self.split_special_tokens and self.control.find(text) is not None:",
+         "if False:", "test_control_tokens.py::test_a_plain_prompt_keeps_the_start_that_its_tokenizer_writes"),
+    ],
+    "alignment/token_bytes.py": [
+        ("a student writes the marks of a turn", "unwritten = special | {*control_token_ids(tokenizer).values()}",
+         "unwritten = special", "test_control_tokens.py::test_marks_of_a_turn_that_are_not_special_are_not_written_by_a_student"),
+    ],
     "data/order.py": [
         ("neighbouring seeds share epochs", "self.seed * 1_000_003 + self.epoch", "self.seed + self.epoch",
          "test_prompt_order.py::test_each_epoch_and_each_seed_has_an_order_of_its_own"),

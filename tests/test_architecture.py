@@ -205,7 +205,7 @@ def test_the_settings():
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
         "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "save_seconds", "scale_rewards",
-        "special_token_map", "task",
+        "special_token_map", "split_special_tokens", "task",
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip

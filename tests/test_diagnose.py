@@ -349,7 +349,10 @@ def test_the_bridge_command_keeps_the_chat_options(wider):
     report = copy.deepcopy(wider)
     report["prompts"] = "my prompts.jsonl"
     report["settings"]["teacher_chat_template_kwargs"] = {"enable_thinking": True}
+    assert "split" not in bridge_command(report)
+    report["settings"]["split_special_tokens"] = False
     words = bridge_command(report)
+    assert words.endswith("--no-split-special-tokens")
     assert "--prompts 'my prompts.jsonl'" in words
     assert """--teacher-chat-template-kwargs '{"enable_thinking": true}'""" in words
 

@@ -488,6 +488,8 @@ def test_a_batch_of_hostile_answers_is_bounded_and_what_it_does_not_reach_is_che
         assert grader.grade([SUM, hostile(9), behind, *map(hostile, range(11, 31))]) == [True] + [False] * 22
         assert grader.stats == {"verified": 1, "timed_out": 22}
         assert grader.grade([hostile(9), behind]) == [False, True]
+        grader.batch_timeout_s = 1e-9  # nothing is reached, but these two are known
+        assert grader.grade([hostile(8), hostile(9), SUM]) == [False, False, True]
 
 
 @pytest.mark.further

@@ -859,7 +859,7 @@ def test_the_command_line(oprd, trained, make_run, tmp_path):
     assert "oprd train --config run/config.yaml --output_dir run-again" in page.text
     assert (run / "config.yaml").read_text() in page.text
     code, printed = oprd(tmp_path / "nowhere", "--output", output)
-    assert code == 1
+    assert code == 2
     assert "there is no folder" in printed.err
     assert "Traceback" not in printed.err
 

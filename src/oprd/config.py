@@ -94,6 +94,10 @@ class OPRDConfig(TrainingArguments):
         default=None,
         metadata=_help("Student's special tokens and the teacher's of the same meaning, without end tokens."),
     )
+    split_special_tokens: bool = field(
+        default=True,
+        metadata=_help("Read control tokens in plain prompts as text; false for prompts that are rendered already."),
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata=_help("Leave out (and count) prompts with more tokens. None: too long a prompt is an error."),

@@ -107,6 +107,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )
     if aligner is not None:
         _check_own_text(args, pair)
+    _say_ends(pair)
     objective = _objective(args, terms, pair)
     if given.rollout_engine is None:
         engine = make_engine(args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs)
@@ -192,9 +193,11 @@ def load_pair(
     )
     rendering = rendering or TeacherPromptSettings()
     aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)
-    return ModelPair(
+    pair = ModelPair(
         own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering
     )
+    _say_ends(pair)
+    return pair
 
 
 def prepare(
@@ -517,6 +520,19 @@ def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
         "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
         len(pair.shared_vocabulary.ids[0]), len(pair.tokenizer), len(pair.aligner.teacher_tokenizer),
     )  # fmt: skip
+
+
+def _say_ends(pair: ModelPair) -> None:
+    """Log which tokens end a rollout although only the teacher names them."""
+    if pair.teacher_stop_ids:
+        names = [
+            f"{token!r} ({i})" for i in pair.teacher_stop_ids for token in pair.tokenizer.convert_ids_to_tokens([i])
+        ]
+        logger.warning(
+            "rollouts end at %s too, which only the teacher names as an end (the student: %s). In training, "
+            "completions/teacher_stop_ratio counts them, and end_of_turn: by_id ends rollouts at the student's alone",
+            ", ".join(names), ", ".join(map(str, pair.student.info.stop_token_ids)),
+        )  # fmt: skip
 
 
 def _require_full_precision(student: nn.Module) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.boundaries import Alignment, DropReason, TokenizerPair, align_completion
 from oprd.alignment.token_bytes import TokenBytes
-from oprd.data.prompts import render
+from oprd.data.prompts import PromptRenderer, render
 from oprd.data.rows import PromptRow
 from oprd.types import FinishReason, Rollouts
 
@@ -138,6 +138,7 @@ class Aligner:
         chat_template_kwargs: arguments of the student's chat template.
         teacher_chat_template_kwargs: arguments of the teacher's chat template.
         teacher_system_prompt: system prompt for the teacher; None keeps the row's.
+        split_special_tokens: read control tokens that a plain prompt writes as text.
 
     Raises:
         ValueError: the bytes of a tokenizer's tokens cannot be determined, or the teacher lacks an end or mapped id.
@@ -154,6 +155,7 @@ class Aligner:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
         teacher_system_prompt: str | None = None,
+        split_special_tokens: bool = True,
     ) -> None:
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
         teacher = TokenBytes.of(teacher_tokenizer, "teacher's tokenizer")
@@ -175,6 +177,7 @@ class Aligner:
         self.same_ids = self.pair.same_ids()
         self.student_kwargs, self.teacher_kwargs = chat_template_kwargs, teacher_chat_template_kwargs
         self.system_prompt = teacher_system_prompt
+        self.teacher_renderer = PromptRenderer(teacher_tokenizer, teacher_chat_template_kwargs, split_special_tokens)
 
     def align(
         self, rollouts: Rollouts, rows: Sequence[PromptRow] | Mapping[int, PromptRow]
@@ -232,7 +235,7 @@ class Aligner:
     def _render(self, row: PromptRow) -> tuple[list[int], str, str]:
         theirs = with_system(row, self.system_prompt)
         return (
-            render(theirs, self.teacher_tokenizer, self.teacher_kwargs),
+            self.teacher_renderer.render(theirs),
             template_space(row, self.student_tokenizer, self.student_kwargs),
             template_space(theirs, self.teacher_tokenizer, self.teacher_kwargs),
         )

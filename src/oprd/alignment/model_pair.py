@@ -140,8 +140,13 @@ class ModelPair:
     @cached_property
     def stop_token_ids(self) -> list[int]:
         """Ids that end a rollout: the student's, and the teacher's if it reads the same ids and end tokens are merged."""
+        return sorted({*self.student.info.stop_token_ids, *self.teacher_stop_ids})
+
+    @cached_property
+    def teacher_stop_ids(self) -> list[int]:
+        """Ids that end a rollout although only the teacher names them as an end; they are in `stop_token_ids`."""
         merged = self.aligner is None and self.compared.end_of_turn != "by_id"
-        return sorted({*self.student.info.stop_token_ids, *(self.teacher.info.stop_token_ids if merged else ())})
+        return sorted({*(self.teacher.info.stop_token_ids if merged else ())} - {*self.student.info.stop_token_ids})
 
     @property
     def pad_token_id(self) -> int:
@@ -170,6 +175,7 @@ class ModelPair:
             rows, self.tokenizer, name=name, max_completion_length=max_completion_length,
             context_length=self.context_length, max_prompt_length=max_prompt_length,
             chat_template_kwargs=self.rendering.chat_template_kwargs,
+            split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
 
     def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> Sequence[Prompt]:
@@ -185,10 +191,11 @@ class ModelPair:
             return prepare_prompts(
                 OnAccess(lambda i: with_system(prompts[i].row, aligner.system_prompt), range(len(prompts))),
                 aligner.teacher_tokenizer,
-                name=name,
+                name=f"the teacher's {name}",
                 max_completion_length=max_completion_length,
                 context_length=self.teacher.info.context_length,
                 chat_template_kwargs=aligner.teacher_kwargs,
+                split_special_tokens=self.rendering.split_special_tokens,
             )
         except ValueError as error:
             raise ValueError(f"the teacher's prompts: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,19 +17,23 @@ logger = logging.getLogger("oprd")
 
 @dataclass(frozen=True)
 class TeacherPromptSettings:
-    """Settings that render the prompts of student and teacher. Each of the last three gives the teacher its own prompts.
+    """Settings that render the prompts of student and teacher. Each in `OF_TEACHER` gives the teacher its own prompts.
 
     Args:
         chat_template_kwargs: arguments of the student's chat template.
         teacher_chat_template_kwargs: arguments of the teacher's chat template; {} for the template as it is.
         teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
         special_token_map: special token of the student → the teacher's with the same meaning; end tokens need no entry.
+        split_special_tokens: read control tokens that a plain prompt writes as text; False where prompts are rendered already.
     """
+
+    OF_TEACHER: ClassVar = ("teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
 
     chat_template_kwargs: Mapping[str, Any] | None = None
     teacher_chat_template_kwargs: Mapping[str, Any] | None = None
     teacher_system_prompt: str | None = None
     special_token_map: Mapping[str, str] | None = None
+    split_special_tokens: bool = True
 
     @classmethod
     def of(cls, settings: Any) -> TeacherPromptSettings:
@@ -39,7 +43,7 @@ class TeacherPromptSettings:
     @property
     def of_teacher(self) -> list[str]:
         """Names of the settings that are set and give the teacher its own prompts."""
-        return [f.name for f in fields(self)[1:] if getattr(self, f.name) is not None]
+        return [name for name in self.OF_TEACHER if getattr(self, name) is not None]
 
     def aligner(
         self,
@@ -87,6 +91,7 @@ class TeacherPromptSettings:
             chat_template_kwargs=self.chat_template_kwargs,
             teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
             teacher_system_prompt=self.teacher_system_prompt,
+            split_special_tokens=self.split_special_tokens,
         )
 
 

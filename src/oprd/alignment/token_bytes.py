@@ -16,6 +16,8 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.control_tokens import control_token_ids
+
 OpeningRule = Literal["never", "first", "segment", "always"]
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -37,7 +39,7 @@ class TokenBytes:
         opening_rule: where the tokenizer inserts a space before a text: nowhere ("never"), at the start ("first"), also after
             every added token ("segment"), or before any token ("always": words joined by spaces).
         encoder: the tokenizer without the steps that change a text: Unicode normalisation, inserted space, dropout, and
-            recognising special tokens in plain text.
+            recognising control tokens (`oprd.data.control_tokens`) in plain text.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TokenBytes:
         added = {token["id"]: token for token in description["added_tokens"]}
         special = {i for i, token in added.items() if token["special"]} | set(tokenizer.all_special_ids)
         special |= _unknown_ids(description["model"], vocabulary)
+        unwritten = special | {*control_token_ids(tokenizer).values()}
         words = {**{i: word for word, i in vocabulary.items()}, **{i: token["content"] for i, token in added.items()}}
         read = _piece_reader(description, name)
         # Added tokens are plain text: the byte-level decoder would misread their accented letters as byte stand-ins.
@@ -76,13 +79,13 @@ class TokenBytes:
             control={i: words.get(i, "") for i in special} | {i: words[i] for i, piece in pieces.items() if not piece},
             added=frozenset(added),
             opening_rule=_opening_rule(description),
-            encoder=_exact_encoder(description, special, name),
+            encoder=_exact_encoder(description, unwritten, name),
         )
         _check_against_decoder(table, backend, description)
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Encode `text` exactly: no start token, no inserted space, names of special tokens as plain text.
+        """Encode `text` exactly: no start token, no inserted space, names of control tokens as plain text.
 
         Some tokenizers cannot encode every text: compare the bytes of the ids with those of the text.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.cli.options import SpecialMap, SplitSpecial, TeacherSystem, TeacherTemplate, Template, prompt_settings
 from oprd.files import write_json
 
 app = typer.Typer(help="Fit and inspect a bridge to a teacher of another shape.", no_args_is_help=True)
@@ -49,6 +49,7 @@ def fit(
     teacher_chat_template_kwargs: TeacherTemplate = None,
     teacher_system_prompt: TeacherSystem = None,
     special_token_map: SpecialMap = None,
+    split_special_tokens: SplitSpecial = True,
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
@@ -62,7 +63,13 @@ def fit(
     from oprd.tasks.problems import load_rows
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
-    text = prompt_settings(chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map)
+    text = prompt_settings(
+        chat_template_kwargs,
+        teacher_chat_template_kwargs,
+        teacher_system_prompt,
+        special_token_map,
+        split_special_tokens,
+    )
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed)
     fitting: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli.options import SpecialMap, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.cli.options import SpecialMap, SplitSpecial, TeacherSystem, TeacherTemplate, Template, prompt_settings
 from oprd.files import write_json, write_text
 
 
@@ -32,6 +32,7 @@ def diagnose(
     teacher_chat_template_kwargs: TeacherTemplate = None,
     teacher_system_prompt: TeacherSystem = None,
     special_token_map: SpecialMap = None,
+    split_special_tokens: SplitSpecial = True,
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
@@ -44,7 +45,13 @@ def diagnose(
     from oprd.tasks.task import get_task
     from oprd.tools.diagnose import diagnose_pair
 
-    text = prompt_settings(chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map)
+    text = prompt_settings(
+        chat_template_kwargs,
+        teacher_chat_template_kwargs,
+        teacher_system_prompt,
+        special_token_map,
+        split_special_tokens,
+    )
     for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")

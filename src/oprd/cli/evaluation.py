@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from oprd.cli.options import SplitSpecial
+
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder (also of an adapter), hub name, or embedded:tiny/student.")],
@@ -27,6 +29,7 @@ def evaluate(
     instruction: Annotated[
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
+    split_special_tokens: SplitSpecial = True,
     output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and eval_completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -58,6 +61,7 @@ def evaluate(
         dtype=dtype,
         seed=seed,
         instruction=instruction,
+        split_special_tokens=split_special_tokens,
         output_dir=output_dir,
         trust_remote_code=trust_remote_code,
     )

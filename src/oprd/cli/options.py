@@ -19,9 +19,18 @@ SpecialMap = Annotated[
     str | None, typer.Option(help="Student's special tokens and the teacher's of the same meaning (JSON).")
 ]
 
+SplitSpecial = Annotated[
+    bool,
+    typer.Option(help="Read control tokens in plain prompts as text; not so for prompts that are rendered already."),
+]
+
 
 def prompt_settings(
-    template: str | None, teacher_template: str | None, teacher_system: str | None, special_map: str | None
+    template: str | None,
+    teacher_template: str | None,
+    teacher_system: str | None,
+    special_map: str | None,
+    split_special_tokens: bool,
 ) -> TeacherPromptSettings:
     """How both models' prompts are rendered, from the options above.
 
@@ -35,6 +44,7 @@ def prompt_settings(
         teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_template),
         teacher_system_prompt=teacher_system,
         special_token_map=_mapping("special_token_map", special_map),
+        split_special_tokens=split_special_tokens,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.compact import IdsColumn, OnAccess
+from oprd.data.control_tokens import ControlTokens
 from oprd.data.rows import PromptRow
 
 logger = logging.getLogger("oprd")
@@ -36,27 +38,98 @@ class Prompt:
         return self.row.source or f"row {self.index}"
 
 
-def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
-    """Token ids of a prompt. Messages go through the chat template with its generation prompt; plain text is tokenised as it is.
+@dataclass(frozen=True)
+class PromptRenderer:
+    """Renders rows to token ids: messages through the chat template with its generation prompt, plain text as it is.
 
-    Raises:
-        ValueError: messages without a chat template, or a prompt that renders to no token; the message names the row.
+    Control tokens (`control_token_ids`) that a message writes are read as text. Prompts without them are tokenised as
+    transformers does it.
+
+    Args:
+        tokenizer: of the model that reads the prompts.
+        template_kwargs: arguments of its chat template.
+        split_special_tokens: read control tokens that a plain prompt writes as text, too; False for prompts that are rendered
+            already.
     """
-    if isinstance(row.prompt, str):
-        starts = bool(tokenizer.bos_token) and row.prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(row.prompt, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
-    else:
-        if tokenizer.chat_template is None:
+
+    tokenizer: PreTrainedTokenizerBase
+    template_kwargs: Mapping[str, Any] | None = None
+    split_special_tokens: bool = True
+
+    def render(self, row: PromptRow) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: messages without a chat template, a prompt that renders to no token, or a control token that cannot be read
+                as text; the message names the row.
+        """
+        if isinstance(row.prompt, str):
+            ids = self._plain(row.prompt, row.source)
+        elif self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
                 "give the prompt as plain text or set tokenizer.chat_template"
             )
-        ids = tokenizer.apply_chat_template(
-            row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(template_kwargs or {})
-        )["input_ids"]
-    if not ids:
-        raise ValueError(f"{row.source}: the prompt has no token")
-    return list(ids)
+        elif self.control.find(row) is not None:
+            ids = self.control.encode_chat(row)
+        else:
+            ids = self.tokenizer.apply_chat_template(
+                row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(self.template_kwargs or {})
+            )["input_ids"]
+        if not ids:
+            raise ValueError(f"{row.source}: the prompt has no token")
+        return list(ids)
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Token ids of a completion's text, without control tokens of any kind.
+
+        Raises:
+            ValueError: it writes a control token that cannot be read as text.
+        """
+        if self.control.find(text) is not None:
+            return self.control.encode(text, add_special_tokens=False)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def warn_of_control_tokens(self, rows: Sequence[PromptRow], name: str) -> None:
+        """Log how many rows write control tokens, with the first of them, and how they are read.
+
+        Args:
+            rows: of the dataset.
+            name: of the dataset.
+        """
+        tokens = ((i, self.control.find(row)) for i, row in enumerate(rows))
+        found = [(i, token) for i, token in tokens if token is not None]
+        for plain in (True, False):
+            kind = [(i, token) for i, token in found if isinstance(rows[i].prompt, str) is plain]
+            if not kind:
+                continue
+            first, token = kind[0]
+            how = "text, not as control tokens"
+            if plain:
+                how = f"{how}; for prompts that are rendered already, set split_special_tokens: false or give messages"
+            if plain and not self.split_special_tokens:
+                how = "control tokens (split_special_tokens: false)"
+            logger.warning(
+                "%s: %d of %d prompts write control tokens in %s, the first %r in %s; they are read as %s",
+                name, len(kind), len(rows), "plain text" if plain else "messages", token,
+                rows[first].source or f"row {first}", how,
+            )  # fmt: skip
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens.of(self.tokenizer, self.template_kwargs)
+
+    def _plain(self, text: str, source: str) -> list[int]:
+        if self.split_special_tokens and self.control.find(text) is not None:
+            return self.control.encode(text, source=source)
+        starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
+
+
+def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Token ids of one prompt (`PromptRenderer.render`)."""
+    return PromptRenderer(tokenizer, template_kwargs).render(row)
 
 
 def prepare_prompts(
@@ -68,6 +141,7 @@ def prepare_prompts(
     context_length: int | None = None,
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    split_special_tokens: bool = True,
 ) -> Sequence[Prompt]:
     """Render all rows and check that each leaves room for its completion.
 
@@ -81,15 +155,17 @@ def prepare_prompts(
         context_length: the model's context in tokens; None if unknown.
         max_prompt_length: drop longer prompts and log how many; None keeps all.
         chat_template_kwargs: arguments of the chat template.
+        split_special_tokens: read control tokens in plain prompts as text (`PromptRenderer`).
 
     Raises:
         ValueError: the dataset is empty, no prompt is left, or a prompt does not fit the context; the message names the row.
     """
     if not rows:
         raise ValueError(f"{name}: the dataset is empty")
-    ids = IdsColumn()
+    renderer, ids = PromptRenderer(tokenizer, chat_template_kwargs, split_special_tokens), IdsColumn()
     for row in rows:
-        ids.append(render(row, tokenizer, chat_template_kwargs))
+        ids.append(renderer.render(row))
+    renderer.warn_of_control_tokens(rows, name)
     places = _kept(ids.lengths, max_prompt_length, name)
     if context_length is not None:
         room = context_length - max_completion_length

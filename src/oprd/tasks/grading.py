@@ -377,10 +377,9 @@ class MathGrader:
 
     def _check_all(self, pairs: Sequence[_Pair], limit_s: float) -> dict[_Pair, Verdict]:
         """Verdicts from the cache or from workers. Pairs lost with a worker that died are checked once more."""
-        batch = _Batch(pairs, limit_s)
-        for pair in pairs:
-            if (known := self.cache.get(self._key(pair))) is not None:
-                batch.add(pair, known, 0.0)
+        found = {pair: self.cache.get(self._key(pair)) for pair in pairs}
+        known = {pair: verdict for pair, verdict in found.items() if verdict is not None}
+        batch = _Batch([pair for pair in pairs if pair not in known], limit_s)
         problem: BaseException | None = None
         for last in (False, True):
             if not batch.open:
@@ -395,7 +394,7 @@ class MathGrader:
             raise RuntimeError(f"the processes that check answers do not run: {problem}") from problem
         for pair, verdict in batch.verdicts.items():
             self.cache.put(self._key(pair), verdict)
-        return dict.fromkeys(pairs, _TIMED_OUT) | batch.verdicts
+        return dict.fromkeys(pairs, _TIMED_OUT) | known | batch.verdicts
 
     def _key(self, pair: _Pair) -> tuple[Any, ...]:
         return (*pair, self.timeout_s, self.memory_bytes)

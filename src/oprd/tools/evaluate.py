@@ -40,6 +40,7 @@ def evaluate_checkpoint(
     dtype: str = "auto",
     seed: int = 0,
     instruction: bool = True,
+    split_special_tokens: bool = True,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def evaluate_checkpoint(
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
+        split_special_tokens: read control tokens in plain prompts as text (`OPRDConfig.split_special_tokens`).
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
 
@@ -80,7 +82,7 @@ def evaluate_checkpoint(
     assert loaded.tokenizer is not None, "it was loaded with the model"
     prompts = prepare_prompts(
         rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
-        context_length=loaded.info.context_length,
+        context_length=loaded.info.context_length, split_special_tokens=split_special_tokens,
     )  # fmt: skip
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)

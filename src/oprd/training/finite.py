@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
 from oprd.files import write_json
 from oprd.models.finite import count_not_finite, first_not_finite
+from oprd.models.memory import HalvedSize
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective
 from oprd.states.capture import read_through_forward
@@ -45,7 +46,9 @@ class FiniteGuard(TrainerCallback):
         pair: student and teacher, to search for the tensor.
         args: the run's settings.
         parallel: the training processes.
+        token_budget: most padded tokens of a micro-batch, for that search.
         observe: takes the metric `skipped_steps`.
+        callbacks: all callbacks of the trainer.
 
     Attributes:
         gradient_norm: of the running step; the trainer sets it.
@@ -56,10 +59,13 @@ class FiniteGuard(TrainerCallback):
         pair: ModelPair,
         args: OPRDConfig,
         parallel: Parallel,
+        *,
+        token_budget: HalvedSize,
         observe: Callable[..., None],
-        others: Callable[[], Any],
+        callbacks: Callable[[], Sequence[TrainerCallback]],
     ) -> None:
-        self.pair, self.args, self.parallel, self._observe, self._others = pair, args, parallel, observe, others
+        self.pair, self.args, self.parallel, self.token_budget = pair, args, parallel, token_budget
+        self._observe, self._callbacks = observe, callbacks
         self.gradient_norm: float | Tensor | None = None
         self._batches: list[tuple[Batch, StepObjective, Tensor]] = []
         self._skipped_in_a_row = 0
@@ -102,7 +108,7 @@ class FiniteGuard(TrainerCallback):
         return bool(self.parallel.sum_over_ranks(torch.tensor([float(bad)]))[0])
 
     def _gradients_may_have_changed(self) -> bool:
-        theirs = (type(other).on_pre_optimizer_step for other in self._others() if other is not self)
+        theirs = (type(other).on_pre_optimizer_step for other in self._callbacks() if other is not self)
         return any(method is not TrainerCallback.on_pre_optimizer_step for method in theirs)
 
     def _first_bad(self, batches: list[tuple[Batch, StepObjective, Tensor]], model: nn.Module) -> str | None:
@@ -125,7 +131,7 @@ class FiniteGuard(TrainerCallback):
     def _first_bad_state(self, batch: Batch, terms: StepObjective, model: nn.Module) -> str | None:
         """Run both models once more and look at the states that the loss reads."""
         student, found = self.parallel.unwrap(model), None
-        for part in self.parallel.micro_batches(batch, self.args.micro_batch_tokens, model):
+        for part in self.parallel.micro_batches(batch, self.token_budget.value, model):
             request, theirs = self.pair.requests(
                 part.batch.rollouts, part.batch.pairs,
                 layers=terms.needs_layers, head=terms.needs_head, device=self.args.device,

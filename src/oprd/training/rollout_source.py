@@ -147,6 +147,9 @@ class RolloutSource:
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
             self.recorder.observe(**stats.counts())
+        if ends := self.pair.teacher_stop_ids:
+            count = sum(completion[-1] in ends for completion in rollouts.completion_ids)
+            self.recorder.observe(**{"completions/teacher_stop_ratio": share * count / len(rollouts)})
         batch = Batch(rollouts, rewards, pairs=pairs)
         if not self.objective.uses(PolicyTerm):
             return batch

@@ -190,8 +190,9 @@ class OPRDTrainer(Trainer):
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
-            pair, args, self.parallel, self.recorder.observe, lambda: self.callback_handler.callbacks
-        )
+            pair, args, self.parallel, token_budget=self.memory.token_budget,
+            observe=self.recorder.observe, callbacks=lambda: self.callback_handler.callbacks,
+        )  # fmt: skip
         self.add_callback(self.guard)
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
 

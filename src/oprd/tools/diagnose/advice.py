@@ -232,6 +232,8 @@ def bridge_command(report: Report) -> str:
         if settings[key] is not None:
             value = settings[key] if isinstance(settings[key], str) else json.dumps(settings[key])
             words += ["--" + key.replace("_", "-"), value]
+    if not settings.get("split_special_tokens", True):
+        words.append("--no-split-special-tokens")
     return shlex.join(words)
 
 
@@ -242,4 +244,5 @@ def printable(text: object) -> str:
 
 def _text(report: Report) -> dict[str, Any]:
     keys = ("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
-    return {key: report["settings"][key] for key in keys if report["settings"][key] is not None}
+    rendered = {} if report["settings"].get("split_special_tokens", True) else {"split_special_tokens": False}
+    return {key: report["settings"][key] for key in keys if report["settings"][key] is not None} | rendered

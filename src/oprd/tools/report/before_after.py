@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
-from oprd.data.prompts import Prompt, prepare_prompts, render
+from oprd.data.prompts import Prompt, PromptRenderer, prepare_prompts
 from oprd.data.rows import PromptRow, parse_row
 from oprd.models.loading import LoadedModel
 from oprd.resolve import load
@@ -118,7 +118,9 @@ class _Reader:
         )
         self.engine = TransformersEngine(tokenizer, stops)
         self.task = get_task(config["task"]) if config.get("task") else None
-        self.template_kwargs = config.get("chat_template_kwargs")
+        self.renderer = PromptRenderer(
+            tokenizer, config.get("chat_template_kwargs"), config.get("split_special_tokens", True)
+        )
 
     def describe_sampling(self) -> str:
         drawn = self.sampling
@@ -146,7 +148,8 @@ class _Reader:
         length = self.sampling.max_completion_length
         return prepare_prompts(
             rows[:count], self.tokenizer, name=name, max_completion_length=length,
-            chat_template_kwargs=self.template_kwargs,
+            chat_template_kwargs=self.renderer.template_kwargs,
+            split_special_tokens=self.renderer.split_special_tokens,
         )  # fmt: skip
 
     def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[Side]:
@@ -176,7 +179,7 @@ class _Reader:
         places, prompts, completions, sides = [], [], [], []
         resplit = 0
         for place, row in enumerate(rows):
-            ids = self.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            ids = self.renderer.completion_ids(row["completion"])
             end = [self.engine.stop_token_ids[0]] if row.get("finish_reason") == "stop" else []
             if self.tokenizer.eos_token_id in self.engine.stop_token_ids:
                 end = [self.tokenizer.eos_token_id] * len(end)
@@ -185,7 +188,7 @@ class _Reader:
                 continue
             resplit += len(ids + end) != row.get("tokens")
             places.append(place)
-            prompts.append(render(prompt, self.tokenizer, self.template_kwargs))
+            prompts.append(self.renderer.render(prompt))
             completions.append((ids + end)[: self.longest])
             sides.append(as_side(row))
         if resplit:
