@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.tasks.task import FunctionGrader, Task
+from oprd.training import alarm
 from oprd.training.alarm import AlarmWatch, find_alarm
 from tiny import PROMPTS, tiny_trainer
 
@@ -146,18 +147,32 @@ def test_it_looks_at_the_last_window_alone():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans()), max_size=60),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans()), max_size=60),
     st.integers(0, 60),
     st.integers(2, 9),
 )
 def test_a_resumed_run_rings_where_the_uninterrupted_one_does(values, cut, window):
     rows = []
-    for step, (cosine, accuracy, measured) in enumerate(values, 1):
+    for step, (cosine, accuracy, measured, _) in enumerate(values, 1):
         kl = {"reverse_kl": accuracy * cosine, "reverse_kl_std": 0.01, "tokens": 50.0} if measured else {}
         rows.append({"step": step, "loss": 1.0, "rollouts": 16.0, "cosine": cosine, "accuracy": accuracy, **kl})
-    logged = [line for row in rows[:cut] for line in (row, {"step": row["step"], "eval_avg_at_k": 0.5})]
-    expected = [step for step in rung(AlarmWatch(window), rows) if step > cut]
+    told = rung(AlarmWatch(window), rows)
+    logged = []
+    for row, (*_, another) in zip(rows[:cut], values, strict=False):  # another alarm marks its step, too
+        marked = {"alarm": 1.0} if another or row["step"] in told else {}
+        logged += [{**row, **marked}, {"step": row["step"], "eval_avg_at_k": 0.5}]
+    expected = [step for step in told if step > cut]
     assert rung(AlarmWatch(window, logged), rows[cut:]) == expected
+
+
+def test_a_log_of_any_length_is_read_once_and_a_window_of_it_is_kept(monkeypatch):
+    compared = []
+    monkeypatch.setattr(alarm, "find_alarm", lambda rows: compared.append([row["step"] for row in rows]))
+    log = ({"step": step, "loss": 1.0} for step in range(1, 50_001))  # can be looped over once
+    watch = AlarmWatch(4, log)
+    assert compared == []
+    watch.watch({"step": 50_001, "loss": 1.0})
+    assert compared == [[49_998, 49_999, 50_000, 50_001]]
 
 
 def test_an_evaluation_or_a_null_in_the_log_is_no_step():

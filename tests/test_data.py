@@ -60,6 +60,82 @@ def test_bad_rows_are_refused_by_name(row):
         parse_row(row, "file.jsonl:7")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "ab\ud800c"},
+            r"column 'prompt' is 'ab\\ud800c': character 3 is '\\ud800', half of a surrogate pair",
+        ),
+        ({"question": "\udfff"}, r"column 'question' is '\\udfff': character 1"),
+        (
+            {"prompt": [*USER, {"role": "user", "content": "\udc80"}]},
+            r"'content' of message 1 of the prompt is '\\udc80'",
+        ),
+        ({"prompt": [{"role": "us\ud800er", "content": "a"}]}, r"'role' of message 0 of the prompt is"),
+        ({"prompt": "a", "answer": "\ud83d"}, r"the answer is '\\ud83d'"),
+        ({"prompt": "a", "reward_model": {"ground_truth": "\ud83d"}}, r"the answer is '\\ud83d'"),
+        ({"prompt": "\x1b[2J\ud800" + "x" * 900}, r"column 'prompt' is '\\x1b\[2J\\ud800x+\.\.\.: character 5"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name(tmp_path, row, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{json.dumps(row)}\n')  # JSON can write it: "\\ud800"
+    for read, where in (
+        (lambda: load_prompts(str(path)), f"{path}:2: "),
+        (lambda: as_prompt_rows([{"prompt": "a"}, row], "train_dataset"), "train_dataset row 1: "),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            read()
+        assert str(error.value).startswith(where)
+        assert str(error.value).endswith("Write the whole character, or remove it")
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "row", [PromptRow("\ud800"), PromptRow([{"role": "user", "content": "\ud800"}]), PromptRow("a", "\ud800")]
+)
+def test_half_a_surrogate_pair_in_a_given_row_is_refused(row):
+    with pytest.raises(ValueError, match=r"^train_dataset row 1: the (prompt|answer) is '\\ud800'"):
+        as_prompt_rows([PromptRow("a"), row], "train_dataset")
+
+
+def test_a_whole_pair_is_a_character(tmp_path):
+    path = write(tmp_path / "p.jsonl", r'{"prompt": "\ud834\udd1e", "answer": "\ud83d\ude00"}')
+    assert load_prompts(path)[0] == PromptRow("𝄞", "😀", f"{path}:1")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb.jsonl", "a\nb.jsonl", "a\u202eb.jsonl", "a\udcffb.jsonl"])
+def test_control_characters_of_a_path_are_escaped(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"prompt": "a"}\n{"prompt": "\x7f"}\n{"prompt": 3}\n')
+    shown = f"{tmp_path}/{repr(name)[1:-1]}"
+    assert load_prompts(str(path), limit=1)[0].source == f"{shown}:1"
+    path.with_suffix(".parquet").write_text("no")
+    path.with_suffix(".json").write_text("{}")
+    for other, start in ((path, f"{shown}:3: "), (path.with_suffix(".parquet"), ""), (path.with_suffix(".json"), "")):
+        with pytest.raises(ValueError, match=r"jsonl:3|not a parquet file|must be a list") as error:
+            load_prompts(str(other))
+        assert str(error.value).startswith(start or shown.removesuffix("jsonl"))
+        assert str(error.value).isprintable()
+    with pytest.raises(ValueError, match="no such file") as error:
+        load_prompts(f"{tmp_path}/x{name}")
+    assert str(error.value).isprintable()
+
+
+def test_text_in_a_parquet_file_that_is_not_utf8_names_the_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array([b"a"] * 1500 + [b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "p.parquet")
+    assert len(load_prompts(str(tmp_path / "p.parquet"), limit=1024)) == 1024
+    with pytest.raises(
+        ValueError, match=r"p\.parquet:row 1024: this row, or one of the next 1023, cannot be read: .*utf-8"
+    ):
+        load_prompts(str(tmp_path / "p.parquet"))
+
+
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)

@@ -21,6 +21,7 @@ from PIL import Image
 from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.loading import LoadedModel, ModelInfo
+from oprd.runs.columns import MOST_POINTS
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.report import curves, draw
 from oprd.tools.report.distances import token_distances
@@ -279,6 +280,30 @@ def test_a_running_mean_is_centred_and_keeps_straight_lines():
     assert curves.running_mean(peak)[47:54] == [0, 1, 1, 1, 1, 1, 0]
 
 
+def test_a_running_mean_is_computed_only_where_it_is_drawn():
+    values = [float(i % 7) for i in range(1000)]
+    assert curves.running_mean(values, [0, 500, 999]) == [curves.running_mean(values)[i] for i in (0, 500, 999)]
+
+
+def test_a_long_run_is_drawn_with_few_points_and_keeps_its_numbers(make_run):
+    lines = [{"step": s, "loss": 1.0 + s % 10, "cosine/layer_01": 1 / s} for s in range(1, 20_001)]
+    lines[7776]["loss"], lines[12_344]["loss"] = 50.0, 0.5
+    run = make_run(metrics=lines)
+    record = read_runs([run])[0]
+    (curve,) = curves.curves([record], curves.Panel("Loss", ("loss",)))
+    assert len(curve.steps) == len(curve.values) == len(curve.smooth) <= MOST_POINTS
+    assert curves.extent(curve) == (2.0, 1.0, 0.5, 50.0)
+    whole = curves.running_mean([line["loss"] for line in lines])
+    assert curve.smooth == [whole[int(step) - 1] for step in curve.steps]
+    heat = curves.heat(record)
+    assert len(heat.steps) == len(heat.values[0]) == MOST_POINTS
+    assert (heat.steps[0], heat.steps[-1], heat.measured) == (1, 20_000, 20_000)
+    assert heat.values[0] == [1 / step for step in heat.steps]
+    page = Page(report(run))
+    assert page.row("loss", "Arun")[1] == [2.0, 1.0, 0.5, 50.0]
+    assert f"1 layers, {MOST_POINTS} steps of 20000 measured" in page.text
+
+
 def test_a_panel_is_there_for_what_any_run_measured(make_run):
     plain = [{"step": s, "loss": 1.0 / s, "loss/representation": 1.0 / s} for s in (1, 2)]
     page = report(make_run("plain", metrics=plain, completions=[rollout_line(1)], config={"output_space": None}))
@@ -436,11 +461,11 @@ def test_a_killed_run_is_reported_with_what_is_missing(make_run):
         file.write('not json\n[1]\n{"step": 38, "loss": NaN, "accuracy": 1e999}\n{"step": 39, "lo')
     (run / "completions.jsonl").unlink()
     record = read_runs([run])[0]
-    assert record.steps[-1]["step"] == 38
+    assert record.steps.last_step == 38
     page = assert_inert(report(run))
     for note in (
         "no summary.json: the run was stopped before it could write one, or is still at work",
-        "metrics.jsonl: 2 of 40 lines cannot be read and are left out (the first is line 38)",
+        "metrics.jsonl:38: no JSON object; 2 of 40 lines cannot be read and are left out",
         "metrics.jsonl:41 was cut off by a kill and is left out",
         "no completions.jsonl: no rollout can be shown",
     ):
@@ -520,6 +545,35 @@ def test_the_same_prompt_is_paired_across_steps():
     assert [(p.early.prompt, p.late.prompt, p.same_prompt) for p in pairs] == [("a", "d", False), ("b", "e", False)]
     assert logged_pairs([rollout_line(1)], 9) == []
     assert logged_pairs([], 9) == []
+
+
+class Rows:
+    """Rows that can be looped over and not held."""
+
+    def __init__(self, rows):
+        self.rows, self.loops = rows, 0
+
+    def __iter__(self):
+        self.loops += 1
+        return iter(self.rows)
+
+
+def test_rollouts_are_paired_in_a_few_loops_over_the_file():
+    rows = Rows([rollout_line(step, f"question {step % 500}") for step in range(1, 2001)])
+    pairs = logged_pairs(rows, 3)
+    assert [(e["step"], l["step"]) for e, l in pairs] == [(1, 1501), (2, 1502), (3, 1503)]
+    assert rows.loops == 2
+
+
+def test_logged_rollouts_are_read_from_the_file_in_each_loop(make_run):
+    run = make_run(completions=[rollout_line(1), {"step": 2}, {"completion": "a"}, rollout_line(3)])
+    with (run / "completions.jsonl").open("a") as file:
+        file.write('no\n{"step": 4, "compl')
+    record = read_runs([run])[0]
+    assert [row["step"] for row in record.completions] == [1, 3]
+    assert [row["step"] for row in record.completions] == [1, 3]
+    assert "completions.jsonl:5: no JSON object; 1 of 5 lines cannot be read and are left out" in record.notes
+    assert "completions.jsonl:6 was cut off by a kill and is left out" in record.notes
 
 
 def side(correct, *distances) -> Side:

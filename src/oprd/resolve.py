@@ -74,8 +74,8 @@ class ResolvedRun:
     objective: CompositeObjective
     engine: RolloutEngine
     task: Task | None
-    train_prompts: list[Prompt] | None
-    eval_prompts: list[Prompt] | None
+    train_prompts: Sequence[Prompt] | None
+    eval_prompts: Sequence[Prompt] | None
 
 
 def resolve(run: RunConfig) -> ResolvedRun:
@@ -202,7 +202,7 @@ def load_pair(
 
 def prepare(
     pair: ModelPair, args: OPRDConfig, task: Task | None, rows: Sequence[PromptRow] | None, name: str
-) -> list[Prompt] | None:
+) -> Sequence[Prompt] | None:
     """The prompts of a dataset as the student reads them; None without rows.
 
     Args:
@@ -279,7 +279,7 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
     return objective
 
 
-def _rows(run: RunConfig, kind: str) -> list[PromptRow] | None:
+def _rows(run: RunConfig, kind: str) -> Sequence[PromptRow] | None:
     """Rows of the train or eval dataset, by name or as given."""
     dataset = getattr(run, f"{kind}_dataset")
     if dataset is None or (isinstance(dataset, str) and not dataset):

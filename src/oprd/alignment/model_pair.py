@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
 from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
+from oprd.data.compact import OnAccess
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
@@ -164,7 +165,7 @@ class ModelPair:
 
     def prompts(
         self, rows: Sequence[PromptRow], *, name: str, max_completion_length: int, max_prompt_length: int | None = None
-    ) -> list[Prompt]:
+    ) -> Sequence[Prompt]:
         """The prompts as the student reads them.
 
         Raises:
@@ -177,22 +178,23 @@ class ModelPair:
             split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
 
-    def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> list[Prompt]:
+    def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> Sequence[Prompt]:
         """The same prompts as the teacher reads them.
 
         Raises:
             ValueError: a prompt that its template cannot render, or that leaves no room for a completion; names the row.
         """
-        if self.aligner is None:
-            return list(prompts)
+        aligner = self.aligner
+        if aligner is None:
+            return prompts
         try:
             return prepare_prompts(
-                [with_system(p.row, self.aligner.system_prompt) for p in prompts],
-                self.aligner.teacher_tokenizer,
+                OnAccess(lambda i: with_system(prompts[i].row, aligner.system_prompt), range(len(prompts))),
+                aligner.teacher_tokenizer,
                 name=f"the teacher's {name}",
                 max_completion_length=max_completion_length,
                 context_length=self.teacher.info.context_length,
-                chat_template_kwargs=self.aligner.teacher_kwargs,
+                chat_template_kwargs=aligner.teacher_kwargs,
                 split_special_tokens=self.rendering.split_special_tokens,
             )
         except ValueError as error:

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshol
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: {threshold} is not allowed; above 0 and up to 1 (0.5: half of the shorter text)")
-    train, test = list(train), list(test)
+    train, test = (rows if isinstance(rows, Sequence) else list(rows) for rows in (train, test))
     sides = distinct_problems(train), distinct_problems(test)
     found = []
     for problem, candidates in zip(sides[1], _similar(*sides, threshold), strict=True):
@@ -246,13 +247,19 @@ def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float
     1 - log(problems with it) / log(all problems + 10), so 1 if only one problem has it. The smaller weight of the two sets counts.
     """
     (rows, hashes), (test_rows, test_hashes) = _hashed_shingles(train), _hashed_shingles(test)
-    distinct, ids = np.unique(np.concatenate([hashes, test_hashes]), return_inverse=True)
+    # Only training problems with a shingle of the benchmark can match. All others are needed for its rarity alone.
+    candidates = np.unique(rows[_among(hashes, np.unique(test_hashes))])
+    kept = _among(rows, candidates)
+    rows, of_candidates = np.searchsorted(candidates, rows[kept]), hashes[kept]
+    hashes.sort()
+    distinct, ids = np.unique(np.concatenate([of_candidates, test_hashes]), return_inverse=True)
     ids, test_ids = ids[: len(rows)], ids[len(rows) :]
+    having_it = np.searchsorted(hashes, distinct, side="right") - np.searchsorted(hashes, distinct)
     weight = np.minimum(
-        _rarity(np.bincount(ids, minlength=len(distinct)), len(train)),
+        _rarity(having_it, len(train)),
         _rarity(np.bincount(test_ids, minlength=len(distinct)), len(test)),
     )
-    train_weight = np.bincount(rows, weights=weight[ids], minlength=len(train))
+    train_weight = np.bincount(rows, weights=weight[ids], minlength=len(candidates))
     # Inverted index: training problems sorted by shingle, so that the problems with a given shingle are one slice.
     having = rows[np.argsort(ids, kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=len(distinct)))])
@@ -260,17 +267,28 @@ def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float
         own = test_ids[np.searchsorted(test_rows, row) : np.searchsorted(test_rows, row, side="right")]
         sharing = np.concatenate([having[starts[i] : starts[i + 1]] for i in own])
         weights = np.repeat(weight[own], starts[own + 1] - starts[own])
-        shared = np.bincount(sharing, weights=weights, minlength=len(train))
+        shared = np.bincount(sharing, weights=weights, minlength=len(candidates))
         similarity = shared / np.minimum(train_weight, weight[own].sum())
         # Tolerance: the two sums run in different orders, so an exact half may come out slightly smaller.
-        yield [(int(i), min(1.0, float(similarity[i]))) for i in np.flatnonzero(similarity > threshold - 1e-9)]
+        found = np.flatnonzero(similarity > threshold - 1e-9)
+        yield [(int(candidates[i]), min(1.0, float(similarity[i]))) for i in found]
 
 
 def _hashed_shingles(problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
     """Row and 64-bit hash of each shingle. The words themselves would take gigabytes for a million prompts."""
-    hashes = [np.fromiter(map(hash, shingles(problem.words)), np.int64) for problem in problems]
-    rows = np.repeat(np.arange(len(problems)), [len(part) for part in hashes])
-    return rows, np.concatenate([*hashes, np.zeros(0, np.int64)])
+    hashes, counts = array("q"), array("q")
+    for problem in problems:
+        start = len(hashes)
+        hashes.extend(map(hash, shingles(problem.words)))
+        counts.append(len(hashes) - start)
+    return np.repeat(np.arange(len(problems), dtype=np.int32), np.asarray(counts)), np.asarray(hashes)
+
+
+def _among(values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Whether each value is in `allowed`, which is sorted."""
+    if not len(allowed):
+        return np.zeros(len(values), bool)
+    return allowed[np.minimum(np.searchsorted(allowed, values), len(allowed) - 1)] == values
 
 
 def _rarity(problems_with: np.ndarray, problems: int) -> np.ndarray:

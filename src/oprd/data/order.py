@@ -42,7 +42,7 @@ class RepeatedSteps(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # Not seed + epoch: neighbouring seeds would then share epochs.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        order = torch.randperm(self.num_prompts, generator=generator)
         for start in range(0, len(order) - self.prompts_a_step + 1, self.prompts_a_step):
             for _ in range(self.repeats):
-                yield from order[start : start + self.prompts_a_step]
+                yield from order[start : start + self.prompts_a_step].tolist()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens
 from oprd.data.rows import PromptRow
 
@@ -140,8 +142,10 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     split_special_tokens: bool = True,
-) -> list[Prompt]:
+) -> Sequence[Prompt]:
     """Render all rows and check that each leaves room for its completion.
+
+    The token ids are held in one block; a `Prompt` is made on each access.
 
     Args:
         rows: dataset rows.
@@ -158,28 +162,46 @@ def prepare_prompts(
     """
     if not rows:
         raise ValueError(f"{name}: the dataset is empty")
-    renderer = PromptRenderer(tokenizer, chat_template_kwargs, split_special_tokens)
-    prompts = [Prompt(i, renderer.render(row), row) for i, row in enumerate(rows)]
+    renderer, ids = PromptRenderer(tokenizer, chat_template_kwargs, split_special_tokens), IdsColumn()
+    for row in rows:
+        ids.append(renderer.render(row))
     renderer.warn_of_control_tokens(rows, name)
-    if max_prompt_length is not None:
-        kept = [p for p in prompts if len(p.ids) <= max_prompt_length]
-        if len(kept) < len(prompts):
-            logger.warning(
-                "%s: left out %d of %d prompts, longer than max_prompt_length=%d tokens",
-                name, len(prompts) - len(kept), len(prompts), max_prompt_length,
-            )  # fmt: skip
-        if not kept:
-            shortest = min(len(p.ids) for p in prompts)
-            raise ValueError(
-                f"max_prompt_length: {max_prompt_length} leaves no prompt of {name}; the shortest has {shortest} tokens"
-            )
-        prompts = kept
-    for prompt in prompts:
-        if context_length is not None and len(prompt.ids) + max_completion_length > context_length:
-            room = context_length - max_completion_length
+    places = _kept(ids.lengths, max_prompt_length, name)
+    if context_length is not None:
+        room = context_length - max_completion_length
+        for place in places[ids.lengths[places] > room][:1]:
             remedy = f", or leave such prompts out with max_prompt_length={room}" if room > 0 else ""
             raise ValueError(
-                f"{prompt.row.source}: the prompt has {len(prompt.ids)} tokens, which with max_completion_length="
+                f"{rows[int(place)].source}: the prompt has {ids.lengths[place]} tokens, which with max_completion_length="
                 f"{max_completion_length} exceeds the model's context of {context_length}; shorten max_completion_length{remedy}"
             )
-    return prompts
+    return OnAccess(_Prompts(rows, ids).prompt, places)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Rows and their token ids."""
+
+    rows: Sequence[PromptRow]
+    ids: IdsColumn
+
+    def prompt(self, place: int) -> Prompt:
+        return Prompt(place, self.ids[place], self.rows[place])
+
+
+def _kept(lengths: np.ndarray, max_prompt_length: int | None, name: str) -> np.ndarray:
+    """Places of the prompts that are not longer; logs how many are left out."""
+    places = np.arange(len(lengths))
+    if max_prompt_length is None:
+        return places
+    kept = places[lengths <= max_prompt_length]
+    if len(kept) < len(places):
+        logger.warning(
+            "%s: left out %d of %d prompts, longer than max_prompt_length=%d tokens",
+            name, len(places) - len(kept), len(places), max_prompt_length,
+        )  # fmt: skip
+    if not len(kept):
+        raise ValueError(
+            f"max_prompt_length: {max_prompt_length} leaves no prompt of {name}; the shortest has {lengths.min()} tokens"
+        )
+    return kept

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from oprd.files import writing
-from oprd.runs.folder import RunFolder
+from oprd.runs.columns import Columns, drawn, number
+from oprd.runs.folder import METRICS
+from oprd.runs.jsonl import read_lines
 
 # Colours that colour-blind readers can distinguish, also in greyscale (Okabe and Ito).
 STUDENT, TEACHER, BEFORE, QUIET = "#0072B2", "#009E73", "#D55E00", "#999999"
@@ -23,37 +25,36 @@ def plot_run(folder: Path, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = RunFolder(folder).read_metrics()
-    steps = [line for line in lines if "loss" in line]
-    if not steps:
+    steps, evals = Columns(), Columns()
+    for line in read_lines(folder / METRICS):
+        for key, rows in (("loss", steps), ("eval_avg_at_k", evals)):
+            if key in line.row and number(line.row, "step") is not None:
+                rows.add(line.row)
+    if not len(steps):
         raise ValueError(f"{folder} has no metrics to draw")
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     (accuracy, loss), (cosine, length) = figure.subplots(2, 2)
-    _draw_accuracy(accuracy, steps, [line for line in lines if "eval_avg_at_k" in line], summary)
-    loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=STUDENT)
-    alone = all(s["loss"] == s.get("loss/representation") for s in steps)
+    _draw_accuracy(accuracy, steps, evals, summary)
+    _plot(loss, steps, "loss", color=STUDENT)
+    values = steps.series("loss")[1]
+    alone = values == steps.series("loss/representation")[1]
     loss.set(title="Representation loss (Eq. 6)" if alone else "Loss", xlabel="step")
-    if all(s["loss"] > 0 for s in steps):
+    if all(value > 0 for value in values):
         loss.set_yscale("log")
-    measured = [
-        s for s in steps if "cosine" in s
-    ]  # without a representation loss, cosines are measured only in diagnostic steps
-    layers = sorted({key for s in measured for key in s if key.startswith("cosine/layer_")}, key=_layer_of)
+    layers = sorted((key for key in steps.keys if key.startswith("cosine/layer_")), key=_layer_of)
     for index, key in enumerate(layers):
         last = index == len(layers) - 1
-        cosine.plot(
-            [s["step"] for s in measured], [s[key] for s in measured],
-            color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=f"layer {_layer_of(key)}" if last else None,
-        )  # fmt: skip
+        label = f"layer {_layer_of(key)}" if last else None
+        _plot(cosine, steps, key, color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=label)
     cosine.set(title="Cosine to the teacher's states (grey: lower layers)", xlabel="step")
     if layers:
         cosine.legend(loc="lower right", frameon=False)
-    length.plot([s["step"] for s in steps], [s["completions/mean_length"] for s in steps], color=STUDENT)
+    _plot(length, steps, "completions/mean_length", color=STUDENT)
     clipped = length.twinx()
-    clipped.plot([s["step"] for s in steps], [s["completions/clipped_ratio"] for s in steps], color=BEFORE, lw=0.8)
+    _plot(clipped, steps, "completions/clipped_ratio", color=BEFORE, lw=0.8)
     clipped.set(ylim=(0, 1.02))
     clipped.set_ylabel("share cut off by the limit", color=BEFORE)
     length.set(title="Rollout length (tokens)", xlabel="step")
@@ -64,24 +65,22 @@ def plot_run(folder: Path, file: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def _draw_accuracy(
-    axis: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
+def _plot(axis: Any, rows: Columns, key: str, style: str = "-", **look: Any) -> None:
+    steps, values = rows.series(key)
+    chosen = drawn(values)
+    axis.plot([steps[i] for i in chosen], [values[i] for i in chosen], style, **look)
+
+
+def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: dict[str, Any]) -> None:
     axis.set(title="Accuracy", xlabel="step")
-    graded = [s for s in steps if "accuracy" in s]
-    if graded:
-        axis.plot(
-            [s["step"] for s in graded], [s["accuracy"] for s in graded], color=STUDENT, lw=0.8, alpha=0.6,
-            label="rollouts in training",
-        )  # fmt: skip
-    if evals:
-        axis.plot(
-            [e["step"] for e in evals], [e["eval_avg_at_k"] for e in evals], "o-", color=STUDENT, label="evaluation"
-        )
+    if "accuracy" in steps.keys:
+        _plot(axis, steps, "accuracy", color=STUDENT, lw=0.8, alpha=0.6, label="rollouts in training")
+    if len(evals):
+        _plot(axis, evals, "eval_avg_at_k", "o-", color=STUDENT, label="evaluation")
     teacher = (summary.get("teacher") or {}).get("avg_at_k")
     if teacher is not None:
         axis.axhline(teacher, color=TEACHER, ls="--", label=f"teacher {teacher:.0%}")
-    points = (("student_before", 0, BEFORE, "before"), ("student_after", steps[-1]["step"], STUDENT, "after"))
+    points = (("student_before", 0, BEFORE, "before"), ("student_after", steps.last_step, STUDENT, "after"))
     for name, step, colour, label in points:
         measured = summary.get(name)
         if measured and measured["avg_at_k"] is not None:

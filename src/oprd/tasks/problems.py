@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from oprd.data.rows import PromptRow, load_prompts
 from oprd.tasks.task import TASKS, get_task
 
 GENERATED = "generated:"
 
 
-def load_rows(dataset: str, split: str, limit: int | None, seed: int) -> list[PromptRow]:
+def load_rows(dataset: str, split: str, limit: int | None, seed: int) -> Sequence[PromptRow]:
     """Rows of a dataset given by path, hub name or `generated:<task>` (which needs a limit).
 
     Raises:

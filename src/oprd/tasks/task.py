@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+from oprd.data.compact import OnAccess
 from oprd.data.rows import PromptRow
 from oprd.registry import arguments_problem, resolve_object
 from oprd.tasks import addition, reasoning
@@ -141,19 +142,24 @@ def check_task(task: Any, name: str = "it") -> Task:
     return task
 
 
-def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[list[PromptRow], int]:
+def with_instruction(task: Task, rows: Sequence[PromptRow]) -> tuple[Sequence[PromptRow], int]:
     """Append the task's instruction to the prompts that do not say how to answer, as published evaluations do.
 
     Returns:
         The rows, and how many of them were changed.
     """
-    changed = [_instructed(task, row) for row in rows]
-    return changed, sum(new is not old for new, old in zip(changed, rows, strict=True))
+    if task.instruction is None:
+        return rows, 0
+    return OnAccess(lambda i: _instructed(task, rows[i]), range(len(rows))), sum(_lacks(task, row) for row in rows)
+
+
+def _lacks(task: Task, row: PromptRow) -> bool:
+    text = row.prompt if isinstance(row.prompt, str) else " ".join(message["content"] for message in row.prompt)
+    return task.instruction_mark not in text
 
 
 def _instructed(task: Task, row: PromptRow) -> PromptRow:
-    text = row.prompt if isinstance(row.prompt, str) else " ".join(message["content"] for message in row.prompt)
-    if task.instruction is None or task.instruction_mark in text:
+    if not _lacks(task, row):
         return row
     if isinstance(row.prompt, str):
         return replace(row, prompt=f"{row.prompt} {task.instruction}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,26 +22,32 @@ class AlarmWatch:
 
     Args:
         window: steps looked at; 0: never.
-        earlier: rows of steps before, when a run is resumed.
+        earlier: rows of steps before, when a run is resumed. Read once; only those with `alarm` can have ended a window.
     """
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
-        self._rows: list[Mapping[str, Any]] = []
-        for row in earlier:
-            if "loss" in row:
-                self.watch(row)
+        self._rows: deque[Mapping[str, Any]] = deque(maxlen=window)
+        for row in earlier if window else ():
+            if "loss" not in row:
+                continue
+            self._rows.append(row)
+            if row.get("alarm"):  # another alarm may have been told there
+                self._judge()
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""
         if not self.window:
             return None
-        self._rows = [*self._rows, row][-self.window :]
+        self._rows.append(row)
+        return self._judge()
+
+    def _judge(self) -> str | None:
         if len(self._rows) < self.window:
             return None
-        alarm = find_alarm(self._rows)
+        alarm = find_alarm(list(self._rows))
         if alarm:
-            self._rows = []
+            self._rows.clear()
         return alarm
 
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.folder import METRICS, RunFolder
+from oprd.runs.folder import METRICS
+from oprd.runs.jsonl import read_lines
 from oprd.tools.compare.interval import mean_and_interval
 
 SUMMARY = "summary.json"
@@ -90,11 +91,11 @@ def read_result(run: Run, before: float | None) -> Result:
     summary = summary_of(run)
     seconds = 0.0
     points = [] if before is None else [Point(0, 0.0, before)]
-    for line in RunFolder(run.folder).read_metrics():
-        if "eval_avg_at_k" in line:
-            points.append(Point(line["step"], seconds, line["eval_avg_at_k"]))
+    for line in read_lines(run.folder / METRICS):
+        if "eval_avg_at_k" in line.row:
+            points.append(Point(line.row["step"], seconds, line.row["eval_avg_at_k"]))
         else:  # a training step; its times do not include evaluation
-            seconds += sum(value for key, value in line.items() if key.startswith("time/"))
+            seconds += sum(value for key, value in line.row.items() if key.startswith("time/"))
     after = (summary.get("student_after") or {}).get("avg_at_k")
     if after is not None and (not points or points[-1].step != summary["steps"]):
         points.append(Point(summary["steps"], seconds, after))

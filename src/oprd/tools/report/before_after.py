@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -132,7 +132,7 @@ class _Reader:
         )
         return f"{how}, at most {drawn.max_completion_length} tokens"
 
-    def prompts(self, completions: Sequence[Row], count: int, notes: list[str]) -> list[Prompt]:
+    def prompts(self, completions: Iterable[Row], count: int, notes: list[str]) -> Sequence[Prompt]:
         """The first problems of the evaluation set (without one, of the training set), or logged prompts if it cannot be read."""
         kind = "eval" if self.config.get("eval_dataset") else "train"
         name = f"{kind}_dataset"
@@ -145,7 +145,7 @@ class _Reader:
                 rows, _ = with_instruction(self.task, rows[:count])
         except (ValueError, OSError, KeyError) as error:
             notes.append(f"the prompts are logged ones, without answers: {name} cannot be read from here ({error})")
-            rows, name = _logged_rows(completions), "completions.jsonl"
+            rows, name = _logged_rows(completions, count), "completions.jsonl"
         length = self.sampling.max_completion_length
         return prepare_prompts(
             rows[:count], self.tokenizer, name=name, max_completion_length=length,
@@ -240,11 +240,13 @@ def _parsed(row: Row) -> PromptRow | None:
         return None
 
 
-def _logged_rows(completions: Sequence[Row]) -> list[PromptRow]:
-    """The distinct prompts of logged rollouts, in order."""
+def _logged_rows(completions: Iterable[Row], count: int) -> list[PromptRow]:
+    """The first `count` distinct prompts of logged rollouts."""
     distinct: dict[str, PromptRow] = {}
     for row in completions:
         parsed = _parsed(row)
         if parsed is not None:
             distinct.setdefault(prompt_text(parsed.prompt), parsed)
+            if len(distinct) == count:
+                break
     return list(distinct.values())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from oprd.tools.report.read import RunRecord, interval, measured, number, series
+from oprd.runs.columns import MOST_POINTS, drawn, number
+from oprd.tools.report.read import RunRecord, interval, measured
 
 PHASES = ("rollout", "grade", "teacher", "update", "optimizer")
 _LAYER = "cosine/layer_"
@@ -43,7 +43,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one run. `run` is the run's index in the report, `smooth` a running mean of `values`."""
+    """One metric of one run. `run` is the run's index in the report, `smooth` a running mean of all its values.
+
+    Of a long run it has the points that a picture needs, among them the first, the last, the smallest and the largest.
+    """
 
     run: int
     key: str
@@ -64,11 +67,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Heat:
-    """Cosine by layer and step: `values[layer][step]`, NaN if not measured."""
+    """Cosine by layer and step: `values[layer][step]`, NaN if not measured. Of many measured steps, some at equal distances."""
 
     layers: list[int]
     steps: list[float]
     values: list[list[float]]
+    measured: int
+    """Number of steps with a measurement."""
 
 
 ACCURACY = Panel("Accuracy", ("accuracy",), "share of right answers", share=True)
@@ -91,7 +96,7 @@ def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
 
     If a run has several loss terms, their panels follow that of the loss.
     """
-    of_run = [{key for row in record.steps for key in row if key.startswith(_LOSS)} for record in records]
+    of_run = [{key for key in record.steps.keys if key.startswith(_LOSS)} for record in records]
     terms = sorted(set().union(*of_run))[:_MOST_TERMS]
     several = any(len(keys) > 1 for keys in of_run)
     wanted = []
@@ -101,7 +106,7 @@ def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
             wanted += [
                 Panel(f"Loss term: {key.removeprefix(_LOSS)}", (key,), "before its weight", log=True) for key in terms
             ]
-    there = [panel for panel in wanted if curves(records, panel)]
+    there = [panel for panel in wanted if any(r.steps.series(key)[1] for r in records for key in panel.keys)]
     return there, [panel.title for panel in wanted if panel not in there]
 
 
@@ -110,18 +115,25 @@ def curves(records: Sequence[RunRecord], panel: Panel) -> list[Curve]:
     found = []
     for run, record in enumerate(records):
         for key in panel.keys:
-            steps, values = series(record.steps, key)
+            steps, values = record.steps.series(key)
             if values:
-                smooth = values if panel.exact else running_mean(values)
-                found.append(Curve(run, key, steps, values, smooth))
+                chosen = drawn(values)
+                shown = [values[i] for i in chosen]
+                smooth = shown if panel.exact else running_mean(values, chosen)
+                found.append(Curve(run, key, [steps[i] for i in chosen], shown, smooth))
     return found
 
 
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Centred running mean over `window(len(values))` values; near the ends over fewer, still centred."""
+def running_mean(values: Sequence[float], places: Iterable[int] | None = None) -> list[float]:
+    """Centred running mean over `window(len(values))` values; near the ends over fewer, still centred.
+
+    Args:
+        values: all values.
+        places: indices to compute it at; None: at all.
+    """
     half = window(len(values)) // 2
     means = []
-    for i in range(len(values)):
+    for i in range(len(values)) if places is None else places:
         reach = min(half, i, len(values) - 1 - i)
         near = values[i - reach : i + reach + 1]
         means.append(math.fsum(near) / len(near))
@@ -163,22 +175,26 @@ def teacher_accuracy(record: RunRecord) -> float | None:
 
 def heat(record: RunRecord) -> Heat | None:
     """The cosine of each layer at each step with a measurement; None without any."""
-    rows = [row for row in record.steps if any(key.startswith(_LAYER) for key in row)]
-    names = {key for row in rows for key in row if _NAMES_LAYER.fullmatch(key)}
+    names = [key for key in record.steps.keys if _NAMES_LAYER.fullmatch(key)]
     keys = sorted(names, key=lambda key: int(key.removeprefix(_LAYER)))
-    if not keys:
-        return None
-    values = [[_or_nan(row, key) for row in rows] for key in keys]
+    steps, values = record.steps.table(keys)
     if not any(math.isfinite(value) for line in values for value in line):
         return None
-    return Heat([int(key.removeprefix(_LAYER)) for key in keys], [float(row["step"]) for row in rows], values)
+    chosen = _spaced(len(steps), MOST_POINTS)
+    layers = [int(key.removeprefix(_LAYER)) for key in keys]
+    return Heat(layers, [steps[i] for i in chosen], [[line[i] for i in chosen] for line in values], len(steps))
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices at equal distances, with the first and the last."""
+    return list(range(count)) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 
 def time_split(record: RunRecord) -> dict[str, float]:
     """Mean seconds per step of each phase; empty if times were not recorded."""
     found = {}
     for phase in PHASES:
-        _, seconds = series(record.steps, f"time/{phase}")
+        _, seconds = record.steps.series(f"time/{phase}")
         if seconds:
             found[phase] = math.fsum(seconds) / len(record.steps)
     return found
@@ -186,15 +202,10 @@ def time_split(record: RunRecord) -> dict[str, float]:
 
 def peak_memory(record: RunRecord) -> float | None:
     """Peak GPU memory in GiB; None if not recorded (on a CPU)."""
-    _, values = series(record.steps, "memory/peak_gib")
+    _, values = record.steps.series("memory/peak_gib")
     return max(values, default=None)
 
 
 def extent(curve: Curve) -> tuple[float, float, float, float]:
     """First, last, smallest and largest value."""
     return curve.values[0], curve.values[-1], min(curve.values), max(curve.values)
-
-
-def _or_nan(row: Mapping[str, Any], key: str) -> float:
-    value = number(row, key)
-    return math.nan if value is None else value

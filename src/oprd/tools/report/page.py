@@ -6,7 +6,7 @@ import base64
 import hashlib
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,9 @@ class Section:
 def render(records: Sequence[RunRecord]) -> str:
     """The page about these runs. It depends on their files alone."""
     sections = [_section(run, record) for run, record in enumerate(records)]
-    pictures, missing = _pictures(records)
+    panels, unmeasured = curves.panels(records)
+    of_panel = {panel.title: curves.curves(records, panel) for panel in (curves.ACCURACY, *panels)}
+    pictures, missing = _pictures(records, panels, of_panel)
     style = (Path(__file__).parent / _STYLE).read_text(encoding="utf-8")
     colours = "".join(f".run{run}{{color:{draw.colour(run)}}}" for run in range(len(records)))
     style = f"\n{style}{colours}\n"
@@ -82,7 +84,7 @@ def render(records: Sequence[RunRecord]) -> str:
     }
     environment.globals |= {
         "level": lambda distance: min(int(_LEVELS * distance / top), _LEVELS - 1) if top else 0,
-        "numbers": lambda panel: [(c, curves.extent(c)) for c in curves.curves(records, panel)],
+        "numbers": lambda panel: [(c, curves.extent(c)) for c in of_panel[panel.title]],
         "max_tokens": _SHOWN_TOKENS,
     }
     return environment.get_template(_TEMPLATE).render(
@@ -93,8 +95,8 @@ def render(records: Sequence[RunRecord]) -> str:
         sections=sections,
         rows=table(records),
         pictures=pictures,
-        panels=[curves.ACCURACY, *curves.panels(records)[0]],
-        missing=missing,
+        panels=[curves.ACCURACY, *panels],
+        missing=[*missing, *unmeasured],
         heats=_heats(records),
         times=_times(splits, [record.name for record in records]),
         phases=curves.PHASES,
@@ -125,12 +127,14 @@ def _policy(style: str) -> str:
     return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
-def _pictures(records: Sequence[RunRecord]) -> tuple[list[Picture], list[str]]:
-    """Pictures of accuracy and of every panel with values in some run; and the titles of panels without values."""
-    panels, missing = curves.panels(records)
+def _pictures(
+    records: Sequence[RunRecord], panels: Sequence[curves.Panel], of_panel: Mapping[str, list[curves.Curve]]
+) -> tuple[list[Picture], list[str]]:
+    """Pictures of accuracy and of the panels; and the title of accuracy where it was not measured."""
+    missing = []
     evaluated = {run: points for run, record in enumerate(records) if (points := curves.evaluations(record))}
     teachers = {run: v for run, record in enumerate(records) if (v := curves.teacher_accuracy(record)) is not None}
-    rollouts = curves.curves(records, curves.ACCURACY)
+    rollouts = of_panel[curves.ACCURACY.title]
     pictures = []
     if rollouts or evaluated or teachers:
         ends = [
@@ -148,9 +152,9 @@ def _pictures(records: Sequence[RunRecord]) -> tuple[list[Picture], list[str]]:
             )
         )
     else:
-        missing = [curves.ACCURACY.title, *missing]
+        missing.append(curves.ACCURACY.title)
     for panel in panels:
-        found = curves.curves(records, panel)
+        found = of_panel[panel.title]
         ends = [f"{draw.letter(c.run)} {c.key}: {c.values[0]:.4g} at first, {c.values[-1]:.4g} at last" for c in found]
         scale = "Logarithmic axis." if curves.is_log(panel, found) else ""
         pictures.append(
@@ -174,7 +178,8 @@ def _heats(records: Sequence[RunRecord]) -> list[tuple[int, Picture | None]]:
         ends = [f"layer {heat.layers[i]} from {heat.values[i][0]:.3f} to {heat.values[i][-1]:.3f}" for i in (0, -1)]
         alt = f"Cosine of {len(heat.layers)} layers at {len(heat.steps)} steps: {'; '.join(ends)}."
         uri = draw.draw_heat(heat, min(values), max(values))
-        pictures.append((run, Picture(uri, alt, f"{len(heat.layers)} layers, {len(heat.steps)} steps", "")))
+        of = "" if len(heat.steps) == heat.measured else f" of {heat.measured} measured"
+        pictures.append((run, Picture(uri, alt, f"{len(heat.layers)} layers, {len(heat.steps)} steps{of}", "")))
     return pictures
 
 

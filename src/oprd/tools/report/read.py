@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from oprd.runs.columns import Columns, number
 from oprd.runs.folder import COMPLETIONS, METRICS
+from oprd.runs.jsonl import Damage, read_lines
 from oprd.sanitize import redacted
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 _A_RUN_HAS = (CONFIG, METRICS, SUMMARY)
-_LARGEST_NUMBER = 1e100  # far above float32, far below the overflow of sums in float64
-_LARGEST = 512 * 2**20  # maximum bytes of a file; a run of a week stays far below
+_LARGEST = 16 * 2**20  # maximum bytes of a config or summary, which are read whole
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class RunRecord:
         config: `config.yaml`; empty without one.
         config_text: the text of the same file, without secrets.
         summary: `summary.json`; empty without one.
-        steps: training steps in `metrics.jsonl`, ascending.
+        steps: training steps in `metrics.jsonl`.
         evaluations: evaluations in `metrics.jsonl`, ascending.
-        completions: logged rollouts, in the order of the file.
+        completions: logged rollouts, in the order of the file, read from it anew by each loop.
         notes: missing or damaged content, one sentence each.
     """
 
@@ -41,10 +42,32 @@ class RunRecord:
     config: Mapping[str, Any]
     config_text: str
     summary: Mapping[str, Any]
-    steps: Sequence[Mapping[str, Any]]
+    steps: Columns
     evaluations: Sequence[Mapping[str, Any]]
-    completions: Sequence[Mapping[str, Any]]
+    completions: Iterable[Mapping[str, Any]]
     notes: Sequence[str]
+
+
+class LoggedRollouts:
+    """The rollouts of a `completions.jsonl`. Each loop reads the file: a long run logs more than fits into memory."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return self._read(Damage())
+
+    def damage(self) -> Damage:
+        """What a loop leaves out, beside rows without a step or a completion. Reads the file."""
+        found = Damage()
+        for _ in self._read(found):
+            pass
+        return found
+
+    def _read(self, damage: Damage) -> Iterator[Mapping[str, Any]]:
+        for line in read_lines(self.file, damage):
+            if number(line.row, "step") is not None and isinstance(line.row.get("completion"), str):
+                yield line.row
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -90,40 +113,18 @@ def read_run(folder: Path, name: str) -> RunRecord:
     notes: list[str] = []
     config_text, config = _read_config(folder / CONFIG, notes)
     summary = _read_summary(folder / SUMMARY, notes)
-    lines = [line for line in _read_lines(folder / METRICS, notes) if number(line, "step") is not None]
-    steps = _by_step([line for line in lines if "loss" in line])
-    evaluations = _by_step([line for line in lines if number(line, "eval_avg_at_k") is not None])
-    completions = [
-        row for row in _read_lines(folder / COMPLETIONS, notes, "no rollout can be shown")
-        if number(row, "step") is not None and isinstance(row.get("completion"), str)
-    ]  # fmt: skip
+    steps, evaluations = _read_metrics(folder / METRICS, notes)
+    completions = LoggedRollouts(folder / COMPLETIONS)
+    _note_damage(completions.file, completions.damage(), notes, "no rollout can be shown")
     if summary and "steps" not in summary:
         notes.append(f"{SUMMARY} is incomplete: the run was stopped, or is still at work")
-    alarms = [int(line["step"]) for line in steps if number(line, "alarm")]
+    alarms = [int(step) for step, alarm in zip(*steps.series("alarm"), strict=True) if alarm]
     if alarms:
         notes.append(
             f"the alarm was raised at step {', '.join(map(str, alarms[:8]))}{' …' if len(alarms) > 8 else ''}: cosine rose while "
             "accuracy fell or the KL grew, or many steps in a row may have taught nothing (useless_steps)"
         )
     return RunRecord(folder, name, config, config_text, summary, steps, evaluations, completions, notes)
-
-
-def number(row: Mapping[str, Any], key: str) -> float | None:
-    """The number under `key`; None if there is none, or if it is not finite or beyond 1e100."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if abs(found) <= _LARGEST_NUMBER else None
-
-
-def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps at which `key` was logged, and its values."""
-    pairs = [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
-    return [float(step) for step, _ in pairs], [value for _, value in pairs]
 
 
 def measured(record: RunRecord, who: str) -> Mapping[str, Any]:
@@ -205,30 +206,28 @@ def _read_summary(file: Path, notes: list[str]) -> dict[str, Any]:
     return content
 
 
-def _read_lines(file: Path, notes: list[str], without: str = "there are no curves") -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file, one per line. Damaged lines and a last line without its end are noted by number."""
+def _read_metrics(file: Path, notes: list[str]) -> tuple[Columns, list[Mapping[str, Any]]]:
+    """Training steps and evaluations."""
+    steps, damage = Columns(), Damage()
+    evaluations: list[Mapping[str, Any]] = []
+    for line in read_lines(file, damage):
+        if number(line.row, "step") is None:
+            continue
+        if "loss" in line.row:
+            steps.add(line.row)
+        if number(line.row, "eval_avg_at_k") is not None:
+            evaluations.append(line.row)
+    _note_damage(file, damage, notes, "there are no curves")
+    return steps, sorted(evaluations, key=lambda row: float(row["step"]))
+
+
+def _note_damage(file: Path, damage: Damage, notes: list[str], without: str) -> None:
+    """Note a file that is missing, empty or damaged."""
     if not file.is_file():
         notes.append(f"no {file.name}: {without}")
         return
-    *whole, rest = _text(file).split("\n")
-    bad = []
-    for index, line in enumerate(whole, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            bad.append(index)
-            continue
-        if isinstance(row, dict):
-            yield row
-        else:
-            bad.append(index)
-    if bad:
-        notes.append(
-            f"{file.name}: {len(bad)} of {len(whole)} lines cannot be read and are left out (the first is line {bad[0]})"
-        )
-    if rest:
-        notes.append(f"{file.name}:{len(whole) + 1} was cut off by a kill and is left out")
-    if not whole:
+    notes += damage.describe(file.name)
+    if not damage.whole:
         notes.append(f"{file.name} has no line: {without}")
 
 
@@ -242,7 +241,3 @@ def _text(file: Path) -> str:
     if size > _LARGEST:
         raise ValueError(f"{file}: {size} bytes; no run writes more than {_LARGEST} into it, so it is not read")
     return file.read_bytes().decode(errors="replace")
-
-
-def _by_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(rows, key=lambda row: float(row["step"]))

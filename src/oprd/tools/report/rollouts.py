@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,29 +135,41 @@ def read_distances(folder: Path, steps: Any) -> tuple[Distances | None, str | No
 
 
 def logged_pairs(
-    completions: Sequence[Mapping[str, Any]], most: int
+    completions: Iterable[Mapping[str, Any]], most: int
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Pair early with late logged rollouts (lines of `completions.jsonl`).
 
     Takes the first and the last rollout of each prompt, those with the most steps between them first. If no prompt was logged at
     two steps, pairs the rollouts of the first logged step with those of the last, in order.
+
+    Args:
+        completions: is looped over twice or more, so that no more than the chosen rows are held.
+        most: maximum number of pairs.
     """
-    first: dict[str, Mapping[str, Any]] = {}
-    last: dict[str, Mapping[str, Any]] = {}
-    for row in completions:
-        key = json.dumps(row.get("prompt"), sort_keys=True)
-        if key not in first:
-            first[key] = row
-        if key not in last or row["step"] > last[key]["step"]:
-            last[key] = row
-    pairs = [(first[key], last[key]) for key in first if last[key]["step"] > first[key]["step"]]
-    if pairs:
-        return sorted(pairs, key=lambda pair: pair[0]["step"] - pair[1]["step"])[:most]
-    steps = [row["step"] for row in completions]
-    if not steps or min(steps) == max(steps):
+    first: dict[bytes, tuple[float, int]] = {}  # digest of the prompt -> step and index of the row
+    last: dict[bytes, tuple[float, int]] = {}
+    steps: list[float] = []  # the first logged step and the last
+    for index, row in enumerate(completions):
+        step = row["step"]
+        steps = [min(steps[0], step), max(steps[1], step)] if steps else [step, step]
+        key = blake2b(json.dumps(row.get("prompt"), sort_keys=True).encode(), digest_size=16).digest()
+        first.setdefault(key, (step, index))
+        if key not in last or step > last[key][0]:
+            last[key] = (step, index)
+    apart = [(first[key], last[key]) for key in first if last[key][0] > first[key][0]]
+    if apart:
+        apart = sorted(apart, key=lambda pair: pair[0][0] - pair[1][0])[:most]
+        wanted = {index for pair in apart for _, index in pair}
+        rows = {index: row for index, row in enumerate(completions) if index in wanted}
+        return [(rows[early], rows[late]) for (_, early), (_, late) in apart if early in rows and late in rows]
+    if not steps or steps[0] == steps[1]:
         return []
-    early, late = ([row for row in completions if row["step"] == end] for end in (min(steps), max(steps)))
-    return list(zip(early, late, strict=False))[:most]
+    early_rows, late_rows = ([*islice(_of_step(completions, end), most)] for end in steps)
+    return list(zip(early_rows, late_rows, strict=False))
+
+
+def _of_step(completions: Iterable[Mapping[str, Any]], step: float) -> Iterator[Mapping[str, Any]]:
+    return (row for row in completions if row["step"] == step)
 
 
 def as_side(row: Mapping[str, Any]) -> Side:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from oprd.runs.columns import number
 from oprd.tools.report.curves import peak_memory
-from oprd.tools.report.read import RunRecord, interval, measured, number, objective_of, series
+from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
 NOTHING = "–"
 _FEW = 3
@@ -95,7 +96,7 @@ def _steps(record: RunRecord) -> Cell:
         return Cell(f"{done:.0f}", done)
     if not record.steps:
         return Cell(NOTHING)
-    last = float(record.steps[-1]["step"])
+    last = record.steps.last_step
     planned = number(record.config, "max_steps")
     return Cell(f"{last:.0f}{f' of {planned:.0f}' if planned and planned > 0 else ''}, not ended", last)
 
@@ -140,7 +141,7 @@ def _of_summary(key: str, words: Callable[[float | None], str]) -> Callable[[Run
 
 def _last_rollouts(key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
     def cell(record: RunRecord) -> Cell:
-        _, values = series(record.steps, key)
+        _, values = record.steps.series(key)
         return Cell(words(values[-1]), values[-1]) if values else Cell(NOTHING)
 
     return cell
