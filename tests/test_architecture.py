@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # Each name may import those before it, and itself.
 ORDER = [
-    "types", "faults", "registry", "files", "children", "data", "models", "states", "alignment", "rollouts", "tasks",
+    "types", "faults", "sanitize", "registry", "files", "children", "data", "models", "states", "alignment", "rollouts", "tasks",
     "objectives", "bridge",
     "config", "run_config", "runs", "resolve", "training", "tools", "cli",
 ]  # fmt: skip

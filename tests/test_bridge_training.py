@@ -680,7 +680,7 @@ def test_a_fit_that_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path,
 
     monkeypatch.setattr(oprd.resolve, "load", load)
     result = run(*fit_words(*EMBEDDED, **{"out": "bridge", **options}))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "bridge").exists()
 
@@ -701,7 +701,7 @@ def test_a_fit_that_the_models_do_not_allow_is_refused_before_anything_is_sample
 ):
     monkeypatch.setattr(oprd.bridge.collect.TransformersEngine, "generate", lambda *a, **k: 1 / 0)
     result = run(*fit_words(*EMBEDDED, tmp_path / "bridge", **options))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
 
 
@@ -746,7 +746,7 @@ def test_fit_inspect_and_train_from_the_command_line(run, tmp_path):
     shutil.rmtree(out)
     bridge.with_rank(4).save(out)
     resumed = run(*words, "--max_steps", "3", "--resume-from-checkpoint", "true")
-    assert resumed.returncode == 1
+    assert resumed.returncode == 2
     assert "checkpoint-2 was trained with a bridge of digest" in resumed.stderr
     assert str(out) in resumed.stderr
 
@@ -767,7 +767,7 @@ def test_dry_run_checks_what_it_can_of_a_bridge(run, tmp_path):
         "--dry-run",
     )
     plain = run(*words)
-    assert plain.returncode == 1
+    assert plain.returncode == 2
     assert "oprd bridge fit" in plain.stderr
     assert run(*fit_words(EMBEDDED[0], other, out, rank=5)).returncode == 0
     planned = run(*words, "--bridge", str(out), "--bridge_rank", "4")
@@ -781,7 +781,7 @@ def test_dry_run_checks_what_it_can_of_a_bridge(run, tmp_path):
         (("--bridge", str(out), "--teacher_model", EMBEDDED[1]), "2 layers of width 64, this teacher has 4 of 128"),
     ):
         refused = run(*words, *more)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert message in refused.stderr
     alone = tmp_path / "alone.yaml"
     alone.write_text(yaml.safe_dump({

@@ -400,7 +400,7 @@ def test_bad_input_stops_with_one_message(oprd, words, message):
     given = {"--student": STUDENT, "--teacher": TEACHER, "--prompts": "generated:addition", "--limit": "4"}
     given |= dict(zip(words[::2], words[1::2], strict=True))
     code, _, err = oprd("diagnose", *(word for pair in given.items() for word in pair))
-    assert code == 1
+    assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
 

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from oprd.config import OPRDConfig
 from oprd.files import write_manifest
 from oprd.models.finite import count_not_finite, first_not_finite
+from oprd.objectives.composite import Term
+from oprd.objectives.terms import LayerError
 from oprd.runs.checkpoints import list_checkpoints
-from tiny import tiny_model, tiny_trainer, weights
+from oprd.training.trainer import OPRDTrainer
+from tiny import prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
 
@@ -110,6 +114,29 @@ def test_a_gradient_of_the_backward_pass_is_named(tmp_path, value, max_grad_norm
     parameter(student).register_hook(poisoned)
     trainer = trainer_with(tmp_path, student=student, max_grad_norm=max_grad_norm)
     refused(trainer, rf"step 2, rank 0: the gradient of {DOWN}")
+
+
+def test_a_loss_alone_stops_the_run(tmp_path):
+    """The gradients are finite, and the loss is not: a part of a term has no gradient."""
+
+    def huber(student_ND, teacher_ND):
+        error_N = (student_ND - teacher_ND).square().mean(-1)
+        return error_N + torch.where(error_N.detach() > -1, torch.inf, 0.0)
+
+    args = OPRDConfig(
+        str(tmp_path),
+        representation_weight=0.0,
+        max_completion_length=5,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **SAVING,
+    )
+    trainer = OPRDTrainer(
+        tiny_model(), tiny_model(seed=1), args, prompt_rows(), processing_class=tiny_tokenizer(),
+        objectives={"huber": Term(LayerError(huber))},
+    )  # fmt: skip
+    refused(trainer, r"step 1, rank 0: the loss is not finite .*a term of the loss overflows")
 
 
 def test_a_weight_of_the_teacher(tmp_path):

@@ -59,6 +59,12 @@ def teacher_memory(tokens: int, **how):
     return lambda trainer: Memory(trainer.pair.teacher.modules[0], tokens, **how)
 
 
+def third_batch_memory(tokens: int):
+    return lambda trainer: Memory(
+        trainer.model, tokens, backward=True, scarce=lambda: trainer.rollouts.batch_of_step == 3
+    )
+
+
 def assert_gradients(found, wanted, atol: float) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -79,7 +85,7 @@ REWARDS = {"representation_weight": 0.0, "policy_gradient_weight": 1.0, "task": 
         pytest.param(student_memory(50, backward=True), {}, id="backward"),
         pytest.param(teacher_memory(50), {}, id="teacher"),
         pytest.param(
-            student_memory(30, backward=True),
+            third_batch_memory(30),  # the first two are learned again
             {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}, id="accumulated",
         ),
         pytest.param(
@@ -195,6 +201,16 @@ def test_one_rollout_that_does_not_fit_ends_the_run_with_what_to_lower(tmp_path)
         trained(tmp_path / "teacher", limits=[teacher_memory(1)])
 
 
+def test_an_optimizer_that_does_not_fit_ends_the_run_with_what_to_do(tmp_path):
+    class Large(torch.optim.SGD):
+        def step(self, closure=None):
+            raise torch.OutOfMemoryError(CUDA_TEXT)
+
+    model = tiny_model()
+    with pytest.raises(RunStopped, match=r"out of memory in the optimizer or elsewhere .*: train an adapter"):
+        trained(tmp_path, student=model, optimizers=(Large(model.parameters(), lr=0.1), None))
+
+
 def test_another_error_is_not_taken_for_it(tmp_path):
     with pytest.raises(RuntimeError, match="device-side assert"):
         trained(tmp_path, limits=[student_memory(50, error=(RuntimeError, "CUDA error: device-side assert triggered"))])
@@ -292,6 +308,10 @@ def test_halved_generation_gives_the_same_tokens(rows, temperature, batch_size, 
 
     wanted, _, _ = sample(None)
     assert len({tuple(c) for c in wanted[0].completion_ids}) > 5
+    same = TransformersEngine(tiny_tokenizer(), [2], 2).generate(
+        peaky_model(), [[5, 6]], num_generations=4, sampling=Sampling(8), seed=1
+    )
+    assert same.rollouts.completion_ids[:2] != same.rollouts.completion_ids[2:]  # each batch has draws of its own
     assert len(set(wanted[0].completion_lengths)) > 1
     with caplog.at_level(logging.WARNING, logger="oprd"):
         found, engine, sizes = sample(rows)

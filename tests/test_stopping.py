@@ -16,6 +16,7 @@ import yaml
 from transformers import TrainerCallback
 
 from oprd.cli.resume import resume_command
+from oprd.models.fingerprint import weights_checksum
 from oprd.runs.checkpoints import list_checkpoints
 from oprd.runs.folder import RunFolder, restore_config
 from tiny import tiny_trainer, weights, without_times
@@ -229,6 +230,23 @@ def test_other_inputs_are_shown_and_refused(tmp_path, caplog):
     trainer_in(tmp_path, **both).train(resume_from_checkpoint=True, accept_changes=["prompts", "top_k"])
     assert "resumed with changes:\n  prompts:" in caplog.text
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["top_k"] == 3
+
+
+def test_other_answers_are_other_prompts(tmp_path):
+    def digest(answer: str) -> str:
+        trainer = trainer_in(tmp_path, rows=[{"prompt": "ab", "answer": answer}])
+        return trainer.identity.digests["prompts"]
+
+    assert digest("1") == digest("1") != digest("2")
+
+
+def test_one_changed_value_changes_the_checksum():
+    weights = torch.randn(64, 64)
+    before = weights_checksum([("a", weights)])
+    assert weights_checksum([("a", weights.clone())]) == before != weights_checksum([("b", weights)])
+    weights[17, 31] += 1e-3
+    assert weights_checksum([("a", weights)]) != before
+    assert weights_checksum([("a", weights.bfloat16())]) != weights_checksum([("a", weights)])
 
 
 def test_a_checkpoint_knows_its_run_though_the_folder_forgot(tmp_path):

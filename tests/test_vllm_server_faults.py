@@ -22,6 +22,7 @@ from test_vllm_engine import PROMPTS, STOPS, model_with
 from tiny import prompt_rows, tiny_tokenizer, tiny_trainer
 
 HERE = Path(__file__).parent
+SHORT = {"timeout": 1, "deadline": 60}
 HANG = 100  # seconds: whatever takes longer hangs
 
 
@@ -67,11 +68,11 @@ def busy(**headers) -> dict:
         ({GENERATE: [{"status": 500}, {"status": 502}, {"status": 503}, {"status": 504}, busy(), None, {"kind": "half"}]}, {}),
         ({GENERATE: [{"status": 200, "body": "<html>"}, {"status": 200, "body": '{"choices'}]}, {}),
         ({GENERATE: [busy(Retry_After="soon"), busy(Retry_After="0"), busy(Retry_After="-1"), busy(Retry_After="9" * 5000)]}, {}),
-        ({GENERATE: [{"kind": "hang"}, None, {"kind": "hang"}]}, {"timeout": 1}),
-        ({GENERATE: [{"kind": "trickle", "pause": 0.05}, {"kind": "trickle", "pause": 0.05, "head": False}]}, {"timeout": 1}),
+        ({GENERATE: [{"kind": "hang"}, None, {"kind": "hang"}]}, SHORT),
+        ({GENERATE: [{"kind": "trickle", "pause": 0.05}, {"kind": "trickle", "pause": 0.05, "head": False}]}, SHORT),
         ({"/weight_info": [{"status": 503}, {"kind": "half"}], "/collective_rpc": [{"status": 500}],
           "/v1/models": [busy()], "/update_weight_version": [{"status": 200, "body": "{"}]}, {}),
-        ({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, {"timeout": 1}),
+        ({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, SHORT),
     ],
     ids=["failures", "no-json", "odd-pauses", "hangs", "trickles", "loading", "loading-slowly"],
 )  # fmt: skip

@@ -9,7 +9,10 @@ Functions for your own loop: `capture_states`, `representation_loss`, `full_voca
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+from oprd.sanitize import RedactingFilter
 
 if TYPE_CHECKING:
     from oprd.config import OPRDConfig
@@ -54,6 +57,8 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
+
+logging.getLogger("oprd").addFilter(RedactingFilter())
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from oprd.objectives.schedules import check_weight, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, engine_abilities
+from oprd.sanitize import redacted
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.tasks.task import TASKS, get_task
@@ -29,7 +30,7 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-@dataclass
+@dataclass(repr=False)
 class OPRDConfig(TrainingArguments):
     """Settings of `OPRDTrainer`, on top of transformers' `TrainingArguments`.
 
@@ -303,6 +304,15 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(
                 "activation_checkpointing: needs transformers 5.23 or newer; before, it recomputed the hooks that read the states"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers and `training_args.json` receive them, without secrets."""
+        return redacted(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_json_string()})"
+
+    __str__ = __repr__
 
     @property
     def output_term(self) -> OutputTerm | None:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
+from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
 _PACKAGE = Path(__file__).parent
 RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent.parent / "recipes")
@@ -42,7 +43,7 @@ class GivenObjects:
     task: Any = None
 
 
-@dataclass
+@dataclass(repr=False)
 class RunConfig:
     """Models, datasets and settings of a run. In a recipe, the keys of `args` are on the same level as the others.
 
@@ -114,14 +115,16 @@ class RunConfig:
         """
         types = typing.get_type_hints(OPRDConfig) | {key: _RECIPE_TYPES[key] for key in recipe_keys()}
         _check_keys(values, where)
+        refuse_redacted(values, where)
         typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
         _check_needed(typed, where)
         own = {key: typed.pop(key) for key in recipe_keys() if key in typed}
         return cls(args=OPRDConfig(**typed), **own)
 
     def settings(self) -> dict[str, Any]:
-        """The settings to record, as a valid recipe: all keys of oprd, some of Trainer's, and others that are not at their default.
+        """The settings to record, as a recipe: all keys of oprd, some of Trainer's, and others that are not at their default.
 
+        `<redacted>` stands for each secret; `parse` refuses it.
         Defaults come from the fields, because a second `OPRDConfig` to compare with would reset accelerate's shared state.
         """
         base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
@@ -133,7 +136,10 @@ class RunConfig:
             hidden = name in _NEVER_SHOWN or name in _NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
             if not hidden and (ours or values[name] != setting.default):
                 shown[name] = values[name]
-        return {**{key: getattr(self, key) for key in recipe_keys()}, **shown}
+        return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings()})"
 
 
 def recipe_keys() -> list[str]:
@@ -156,10 +162,31 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not a YAML file: {error}") from error
+        raise ValueError(f"{file}: not a YAML file: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected one key: value a line, found {type(content).__name__}")
     return content
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself, which may hold a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return redacted_text(str(error))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def refuse_redacted(values: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of a file that a run has written, in which a secret is left out.
+
+    Raises:
+        ValueError: names the keys.
+    """
+    if keys := list(redacted_keys(values)):
+        raise ValueError(
+            f"{where}: {', '.join(keys)}: {REDACTED!r} stands for a secret, which is not written to files; write the secret there, "
+            "or take the key out and set an environment variable (HF_TOKEN for the hub, VLLM_API_KEY for a rollout server)"
+        )
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -231,7 +258,8 @@ def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
         if isinstance(value, bool):  # YAML reads a bare `no` as false; save_strategy, among others, expects the word
             with suppress(ValidationError):
                 return adapter.validate_python("yes" if value else "no")
-        raise ValueError(f"{where}: {key}: {value!r} is not allowed: {error.errors()[0]['msg']}") from None
+        shown = redacted({key: value})[key]
+        raise ValueError(f"{where}: {key}: {shown!r} is not allowed: {error.errors()[0]['msg']}") from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -252,7 +280,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             overrides[key.replace("-", "_")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"--{key}: {text!r} cannot be read: {error}") from error
+            shown = redacted_text(text)
+            raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error
     return overrides
 
 
@@ -275,7 +304,7 @@ _SHOWN_IF_SET = ("objectives",)
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
-    "nan_policy", "max_skipped_steps",
+    "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",
@@ -295,6 +324,8 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
     A key that one side lacks is at its default there.
 
+    Secrets are not compared: they change nothing that a run computes.
+
     Args:
         stored: settings that the run began with.
         now: those of this call.
@@ -302,6 +333,7 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
     Returns:
         Key → (before, now).
     """
+    stored, now = ({key: without_redacted(v) for key, v in redacted(side).items()} for side in (stored, now))
     defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
     changed = {}
     for key in sorted({*stored, *now}):

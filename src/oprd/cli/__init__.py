@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
+from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ def main() -> None:
     128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or OPRD_TRACEBACK=1 adds where it was raised.
     A bug of oprd shows its traceback.
     """
+    guard_output()
     wanted = os.environ.get("OPRD_TRACEBACK", "0") not in ("", "0") or "--traceback" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--traceback"]
     try:

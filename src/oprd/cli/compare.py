@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from oprd.faults import RunStopped
+
 
 def compare(
     config: Annotated[str, typer.Option(help="Comparison: a YAML file, or the name of a shipped one (tiny).")],
@@ -50,17 +52,17 @@ def compare(
     _show(report)
     say(f"written to {folder} ({', '.join(NAMES)}; each run under runs/)")
     if failed:
-        raise ValueError(
+        raise RunStopped(
             f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again"
         )
 
 
 def _show(report: dict[str, Any]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from oprd.cli.console import console, say
+    from oprd.cli.terminal import SafeConsole
     from oprd.tools.compare.report import notes, table
 
     header, rows = table(report)
@@ -68,6 +70,6 @@ def _show(report: dict[str, Any]) -> None:
     for best, cells in rows:
         marked = [cells[0], f"{cells[1]} *" if best else cells[1], *cells[2:]]
         shown.add_row(*marked, style="bold" if best else None)
-    (console if console.is_terminal else Console(width=140)).print(shown)  # a file or a pipe has no width
+    (console if console.is_terminal else SafeConsole(width=140)).print(shown)  # a file or a pipe has no width
     for note in notes(report):
         say(note)

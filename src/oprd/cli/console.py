@@ -1,4 +1,7 @@
-"""Terminal output: a progress bar with how the step's time is split, plain lines where there is no terminal."""
+"""Terminal output: a progress bar with how the step's time is split, plain lines where there is no terminal.
+
+What it prints passes `terminal.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-console = Console(highlight=False)
+from oprd.cli.terminal import SafeConsole
+from oprd.sanitize import RedactingFilter, redacted_text
+
+console = SafeConsole()
 
 
 def say(line: str) -> None:
     """Print one line without markup: names of models and files may hold brackets. Of several processes, the first prints."""
     if os.environ.get("RANK", "0") == "0":
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(redacted_text(line), markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -28,7 +33,9 @@ def quiet_libraries() -> None:
     import transformers
     from datasets.utils.logging import disable_progress_bar
 
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False, show_time=False)])
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    handler.addFilter(RedactingFilter())
+    logging.basicConfig(format="%(message)s", handlers=[handler])
     logging.getLogger("oprd").setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oprd.files import write_json
+from oprd.sanitize import printable, redacted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -62,7 +63,7 @@ def check(
     say(f"{train}, {test}: {overlap}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, {"train": train, "test": test, **overlap.report()})
+        write_json(json_file, {**redacted({"train": train, "test": test}), **overlap.report()})
         say(f"{len(overlap.matches)} pair(s) written to {json_file}")
     if fail and overlap.overlapping:
         raise typer.Exit(1)
@@ -71,10 +72,10 @@ def check(
 def _show(overlap: Overlap, limit: int) -> None:
     """Print the best match of each benchmark problem, most similar first; `--json` writes all matches."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from oprd.cli.console import console, say
+    from oprd.cli.terminal import SafeConsole
 
     best = sorted(overlap.best, key=lambda match: (not match.exact, -match.similarity))
     if not best[:limit]:
@@ -83,7 +84,7 @@ def _show(overlap: Overlap, limit: int) -> None:
     for match in best[:limit]:
         degree = "same" if match.exact else f"{match.similarity:.2f}"
         table.add_row(degree, _cell(match.test), _cell(match.train))
-    (console if console.is_terminal else Console(width=140)).print(table)  # a file or a pipe has no width
+    (console if console.is_terminal else SafeConsole(width=140)).print(table)  # a file or a pipe has no width
     if len(best) > limit:
         say(f"… and {len(best) - limit} more: --show {len(best)}, or --json FILE for every pair")
 
@@ -95,8 +96,4 @@ def _cell(problem: Problem, longest: int = 240) -> Text:
     more = f" (and {len(problem.sources) - 1} more)" if len(problem.sources) > 1 else ""
     text = " ".join(problem.text.split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    return Text.assemble((_printable(problem.sources[0] + more), "dim"), "\n", _printable(text))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return Text.assemble((printable(problem.sources[0] + more), "dim"), "\n", printable(text))

@@ -9,6 +9,7 @@ import typer
 
 from oprd.cli.options import SpecialMap, SplitSpecial, TeacherSystem, TeacherTemplate, Template, prompt_settings
 from oprd.files import write_json, write_text
+from oprd.sanitize import redacted, redacted_text
 
 
 def diagnose(
@@ -77,21 +78,21 @@ def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Pa
             file.parent.mkdir(parents=True, exist_ok=True)
             say(f"written to {file}")
     if json_file is not None:
-        write_json(json_file, report)
+        write_json(json_file, redacted(report, by_name=False))
     if figure is not None:
         plot_report(report, figure)
     if recipe is not None:
-        write_text(recipe, report["recipe"])
+        write_text(recipe, redacted_text(report["recipe"]))
 
 
 def _show(report: dict) -> None:
-    from rich.console import Console
 
     from oprd.cli.console import console, say
-    from oprd.tools.diagnose.advice import printable
+    from oprd.cli.terminal import SafeConsole
+    from oprd.sanitize import printable
     from oprd.tools.diagnose.show import tables
 
-    wide = console if console.is_terminal else Console(width=130)  # a file or a pipe has no width
+    wide = console if console.is_terminal else SafeConsole(width=130)  # a file or a pipe has no width
     for title, table in tables(report):
         say(title)
         wide.print(table)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from oprd.files import write_json
+from oprd.sanitize import redacted
 
 
 def doctor(
@@ -65,7 +66,7 @@ def doctor(
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
     if json_file is not None:
-        write_json(json_file, found)
+        write_json(json_file, redacted(found, by_name=False))
         say(f"written to {json_file}")
 
 

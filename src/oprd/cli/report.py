@@ -26,6 +26,7 @@ def report(
 ) -> None:
     """Compare runs on one HTML page without scripts: table, curves, cosine by layer, time, rollouts side by side."""
     from oprd.cli.console import quiet_libraries, say
+    from oprd.sanitize import printable
 
     quiet_libraries()
     from oprd.tools.report.page import render, write_page
@@ -47,6 +48,6 @@ def report(
             say(f"{record.name}: {news}")
     for record in records:
         for note in record.notes:
-            say("".join(c if c.isprintable() else " " for c in f"{record.name}: {note}"))  # a note may quote a file
+            say(printable(f"{record.name}: {note}"))  # a note may quote a file
     write_page(output, render(records))
     say(f"written to {output}")

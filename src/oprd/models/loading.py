@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -159,9 +160,10 @@ def load_model(
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_name(name), **kwargs)
-    except (OSError, ValueError, TypeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {first_line}") from error
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
     blocks(model)  # raises now, with the class's name, if the layers cannot be found
@@ -177,9 +179,22 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     try:
         return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {first_line}") from error
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
+
+
+def _reason(error: Exception) -> str | None:
+    """What is wrong with the files of a model, in one line; None if the error is not about them."""
+    if (
+        type(error).__name__ == "UnpicklingError"
+    ):  # torch reads tensors alone out of a pickle, and this one holds other objects
+        return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
+    of_files = isinstance(error, (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, RuntimeError))
+    if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
+        return None
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -76,10 +76,14 @@ class RunFolder:
         Raises:
             ValueError: the folder contains a run.
         """
-        if (self.path / METRICS).exists() or any(self.path.glob("checkpoint-*")):
+        if any(self.path.glob("checkpoint-*")):
             raise ValueError(
                 f"output_dir: {self.path} already holds a run; go on with it by resume_from_checkpoint=true (--resume auto), or "
                 "choose another folder"
+            )
+        if (self.path / METRICS).exists():
+            raise ValueError(
+                f"output_dir: {self.path} already holds a run, which has no checkpoint to go on from; choose another folder"
             )
 
     def make_free(self) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.files import write_text
+from oprd.sanitize import printable, redacted
 
 CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
@@ -31,6 +32,7 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         summary: the run's `summary.json`.
         settings: the run's `config.yaml`.
     """
+    summary, settings = redacted(summary, by_name=False), redacted(settings)
     adapter = settings.get("lora") is not None
     student, train = settings["model"], settings["train_dataset"]
     data = ModelCardData(
@@ -201,7 +203,7 @@ def _on_hub(name: str) -> bool:
 
 def _code(value: Any) -> str:
     """`value` as inline code, where Markdown interprets neither markup nor HTML."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    text = printable(value)
     fence = _fence(text, 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"

@@ -273,7 +273,7 @@ def default_workers() -> int:
     about 100 MB: more than 4 do not pay.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(4, cpus // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 class MathGrader:

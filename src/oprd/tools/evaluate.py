@@ -18,6 +18,7 @@ from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
+from oprd.sanitize import redacted
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import decided_by, get_task, with_instruction
@@ -106,5 +107,5 @@ def evaluate_checkpoint(
         shown = [prompts[row].row.prompt for row in result.rollouts.rows]
         with folder.hold():
             folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
-            write_json(folder.path / "eval.json", summary)
+            write_json(folder.path / "eval.json", redacted(summary, by_name=False))
     return summary

@@ -108,7 +108,7 @@ class FiniteGuard(TrainerCallback):
         return bool(self.parallel.sum_over_ranks(torch.tensor([float(bad)]))[0])
 
     def _gradients_may_have_changed(self) -> bool:
-        theirs = (type(other).on_pre_optimizer_step for other in self._callbacks() if other is not self)
+        theirs = (other.__class__.on_pre_optimizer_step for other in self._callbacks() if other is not self)
         return any(method is not TrainerCallback.on_pre_optimizer_step for method in theirs)
 
     def _first_bad(self, batches: list[tuple[Batch, StepObjective, Tensor]], model: nn.Module) -> str | None:

@@ -26,7 +26,7 @@ from oprd.config import OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
-from oprd.models.memory import HalvedSize
+from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
@@ -56,10 +56,13 @@ from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
+from oprd.training.trackers import guarded, make_trackers
 
 logger = logging.getLogger("oprd")
 
 Dataset = Sequence[Mapping[str, Any]] | Sequence[PromptRow]
+
+_LOWER_REST = "train an adapter (lora), take an optim with a smaller state, or set fully_shard: true on several GPUs"
 
 # Attributes of 0.1; their names are in the error for one release.
 _MOVED = {"teacher": "pair.teacher", "layers": "pair.layers", "reader": "pair"}
@@ -144,6 +147,8 @@ class OPRDTrainer(Trainer):
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
             identity=self.identity.as_json(),
         )
+        trackers = make_trackers(args.report_to, warn=args.process_index == 0)
+        args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
             model=student,
             args=args,
@@ -151,9 +156,10 @@ class OPRDTrainer(Trainer):
             train_dataset=resolved.train_prompts,
             eval_dataset=resolved.eval_prompts,
             processing_class=pair.tokenizer,
-            callbacks=callbacks,
+            callbacks=[*trackers, *map(guarded, callbacks or [])],
             optimizers=optimizers,
         )
+        args.report_to = [tracker.name for tracker in trackers]
         self._connect(resolved)
 
     def __getattr__(self, name: str) -> Any:
@@ -278,6 +284,7 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
+            RunStopped: memory does not hold the smallest batch, or `max_useless_steps`.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
         if not self.train_dataset:
@@ -291,6 +298,9 @@ class OPRDTrainer(Trainer):
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 output = self._restore_finished(checkpoint)
             else:
+                stack.enter_context(
+                    say_what_to_lower("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
+                )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
                 self.remove_callback(self.guard)
@@ -349,7 +359,7 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: no dataset.
         """
-        prompts: list[Prompt] | None = self.eval_dataset
+        prompts: Sequence[Prompt] | None = self.eval_dataset
         if eval_dataset is not None:
             rows = as_prompt_rows(eval_dataset, "eval_dataset")
             prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
@@ -387,6 +397,10 @@ class OPRDTrainer(Trainer):
         """The verified checkpoint that `train` would go on from; see `oprd.runs.checkpoints.find_checkpoint`."""
         digest = self.checkpoints.bridge_digest
         return find_checkpoint(self.run_folder, resume_from_checkpoint, self.args.bridge, digest)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; one of transformers' trackers as a `Tracker`, so that it cannot end the run."""
+        super().add_callback(guarded(callback))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report `logs`, and with a training loss also the mean of every metric since the last report."""

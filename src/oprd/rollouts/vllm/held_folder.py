@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from oprd.files import write_text
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("oprd")
 
 _RUN, _LOCK, _HOST = "run-", "lock", "host"  # a run's folder, and what it holds beside weights
 

@@ -10,7 +10,7 @@ import anyio
 
 from oprd.rollouts.vllm.http import ServerLost
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("oprd")
 
 _FIRST, _LONGEST = 0.25, 10.0  # seconds
 _jitter = random.SystemRandom()  # the global random state is the run's

@@ -24,7 +24,7 @@ from oprd.rollouts.vllm.requests import RolloutRequests, WantedSet
 from oprd.rollouts.vllm.weights import check_servable
 from oprd.rollouts.vllm.weights_folder import gather_weights, write_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("oprd")
 
 
 class VLLMServerEngine:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from oprd.config import OPRDConfig
 from oprd.resolve import plan
 from oprd.run_config import RunConfig, read_yaml, recipe_keys
+from oprd.sanitize import redacted_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
 from oprd.tools.compare.results import Run
 
@@ -228,6 +229,11 @@ def _checked(recipe: str, values: Mapping[str, Any], where: str, planned: bool) 
         if run.args.load_best_model_at_end:
             raise ValueError(
                 f"load_best_model_at_end: True is not allowed: {_SET_BY_COMPARISON['load_best_model_at_end']}"
+            )
+        if secrets := list(redacted_keys(run.settings())):
+            raise ValueError(
+                f"{', '.join(secrets)}: a comparison hands settings to its runs in files, which hold no secrets; take it out and "
+                "set an environment variable (HF_TOKEN for the hub, VLLM_API_KEY for a rollout server), which the runs inherit"
             )
         bridge = run.args.bridge
         if bridge is not None and not Path(bridge).is_dir():

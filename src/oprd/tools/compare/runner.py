@@ -19,6 +19,7 @@ import yaml
 from oprd.config import OPRDConfig
 from oprd.files import write_json, write_text
 from oprd.runs.folder import LOCK, RunFolder
+from oprd.sanitize import printable
 from oprd.tools.compare.process import ForkedProcess, Process, forks, start_program
 from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summary_of
 
@@ -179,7 +180,7 @@ def _show_last_lines(run: Run, code: int, say: Say) -> None:
     how = f"exit code {code}" if code else "no complete summary"
     say(f"    {how}; the end of {file}:")
     for line in lines[-_SHOWN_LINES:]:
-        say("    | " + "".join(c if c.isprintable() else " " for c in line))
+        say(f"    | {printable(line)}")
 
 
 def _duration(seconds: float) -> str:

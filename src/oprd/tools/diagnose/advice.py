@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+from oprd.sanitize import printable
 from oprd.tools.diagnose.verdict import agreeing, spread
 
 Report = Mapping[str, Any]
@@ -235,11 +236,6 @@ def bridge_command(report: Report) -> str:
     if not settings.get("split_special_tokens", True):
         words.append("--no-split-special-tokens")
     return shlex.join(words)
-
-
-def printable(text: object) -> str:
-    r"""Text of a model or a file on one line, with control characters escaped: `\x1b`, `\n`."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def _text(report: Report) -> dict[str, Any]:

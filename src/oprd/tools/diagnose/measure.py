@@ -16,6 +16,7 @@ from oprd.models.tokens import different_tokens, vocabulary_size
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.sanitize import redacted
 from oprd.states.layer_maps import layer_map
 from oprd.states.similarity import position_curve
 from oprd.tasks.evaluation import evaluate, grade_rollouts, summarize_rollouts
@@ -83,10 +84,10 @@ def diagnose_pair(
         "student": pair.student.info.name,
         "teacher": pair.teacher.info.name,
         "prompts": prompts_name,
-        "settings": {
+        "settings": redacted({
             "max_completion_length": max_completion_length, "seed": seed, "task": task, "sample": sample,
             "teacher_dtype": teacher_dtype, **asdict(pair.rendering),
-        },
+        }),
         "models": dict(zip(SIDES, (_shape(pair, side) for side in (0, 1)), strict=True)),
         "tokens": _tokens(pair, stats),
         "rollouts": _rollouts(rollouts, max_completion_length),

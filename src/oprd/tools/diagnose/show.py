@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oprd.files import writing
-from oprd.tools.diagnose.advice import printable
+from oprd.sanitize import printable
 
 Report = Mapping[str, Any]
 

@@ -16,6 +16,7 @@ from oprd.models.loading import LoadedModel
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.sanitize import redacted, without_redacted
 from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
@@ -227,8 +228,9 @@ def _model_names(record: RunRecord) -> tuple[str, str, str]:
 
 
 def _init_kwargs(config: Row, key: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`; a config may not turn remote code on."""
-    return {k: v for k, v in (config.get(key) or {}).items() if k != "trust_remote_code"}
+    """Arguments of `from_pretrained`, without secrets; a config may not turn remote code on."""
+    given = without_redacted(redacted(config.get(key))) or {}
+    return {k: v for k, v in given.items() if k != "trust_remote_code"}
 
 
 def _parsed(row: Row) -> PromptRow | None:

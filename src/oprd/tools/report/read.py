@@ -13,6 +13,7 @@ import yaml
 from oprd.runs.columns import Columns, number
 from oprd.runs.folder import COMPLETIONS, METRICS
 from oprd.runs.jsonl import Damage, read_lines
+from oprd.sanitize import redacted
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
@@ -28,7 +29,7 @@ class RunRecord:
         folder: its path.
         name: the shortest end of its path that is unique in the report.
         config: `config.yaml`; empty without one.
-        config_text: the text of the same file.
+        config_text: the text of the same file, without secrets.
         summary: `summary.json`; empty without one.
         steps: training steps in `metrics.jsonl`.
         evaluations: evaluations in `metrics.jsonl`, ascending.
@@ -182,11 +183,12 @@ def _read_config(file: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         notes.append(f"{CONFIG} cannot be read: {str(error).splitlines()[0]}")
-        return text, {}
+        return redacted(text), {}
     if not isinstance(content, dict):
         notes.append(f"{CONFIG} holds no settings")
         return text, {}
-    return text, content
+    safe = redacted(content)
+    return (text if safe == content else yaml.safe_dump(safe, sort_keys=False)), safe
 
 
 def _read_summary(file: Path, notes: list[str]) -> dict[str, Any]:
