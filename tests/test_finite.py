@@ -185,6 +185,53 @@ def test_a_weight_after_the_step_is_not_saved(tmp_path):
     assert not list((tmp_path / "exported").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("event", ["on_step_begin", "on_optimizer_step"])
+def test_a_weight_between_saves_is_named_though_sampling_meets_it_first(tmp_path, event):
+    class Poison(TrainerCallback):
+        pass
+
+    def poison(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            parameter(model).data[:] = torch.nan
+
+    setattr(Poison, event, poison)
+    trainer = trainer_with(tmp_path, Poison(), scripted=False, save_strategy="no", max_completion_length=5)
+    step = 2 if event == "on_step_begin" else 3
+    with pytest.raises(FloatingPointError, match=rf"step {step}, rank 0: the weight of the student {DOWN}"):
+        trainer.train()
+    assert (tmp_path / f"failed_step_{step}" / "rank_0.json").is_file()
+
+
+def test_a_frozen_weight_is_not_saved_either(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                parameter(model).data[0, 0] = torch.nan
+
+    trainer = trainer_with(tmp_path, Poison(), layers=[1], save_steps=5)
+    with pytest.raises(FloatingPointError, match=rf"the weight {DOWN} is not finite"):
+        trainer.train()
+    assert not list_checkpoints(tmp_path)
+
+
+def test_a_norm_that_overflows_is_named(tmp_path):
+    student = tiny_model()
+    parameter(student).register_hook(lambda gradient: gradient * 0 + 1e30)
+    refused(
+        trainer_with(tmp_path, student=student),
+        "step 1, rank 0: the norm of the gradients is not finite .*norm overflows",
+    )
+
+
+def test_a_callback_that_is_added_late_is_checked_too(tmp_path):
+    class Adds(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.add_callback(BeforeStep(2, poison_gradient))
+
+    trainer = trainer_with(tmp_path, Adds())
+    refused(trainer, rf"step 2, rank 0: the gradient of {DOWN}")
+
+
 def test_the_optimizer_state_is_not_saved_either(tmp_path):
     class Poison(TrainerCallback):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

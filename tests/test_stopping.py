@@ -268,9 +268,44 @@ def test_an_emptied_recipe_is_written_anew(tmp_path, caplog):
     restore_config(file)
     assert yaml.safe_load(file.read_text()) == settings
     assert "config.yaml is damaged and was renamed to config.yaml.damaged" in caplog.text
-    file.write_text("model: b\n")
+    for edited in ("model: b\nlearning_rate: 0.5\n", "learning_rate: 0.5\n"):
+        file.write_text(edited)
+        restore_config(file)
+        assert file.read_text() == edited
+
+
+def test_a_recipe_that_was_cut_is_written_anew(tmp_path):
+    settings = {"model": "a", "learning_rate": 1e-3, "eval_top_p": 0.95}
+    RunFolder(tmp_path).begin_run({"settings": settings, "digests": {}})
+    file, whole = tmp_path / "config.yaml", yaml.safe_dump(settings, sort_keys=False)
+    for cut in range(len(whole)):
+        file.write_text(whole[:cut])
+        restore_config(file)
+        assert yaml.safe_load(file.read_text()) == settings, cut
+    (tmp_path / "run.json").write_text("{}")
+    file.write_text("")
     restore_config(file)
-    assert file.read_text() == "model: b\n"
+    assert file.read_text() == ""
+
+
+def test_folders_in_the_place_of_files_are_set_aside(tmp_path):
+    killed_run(tmp_path, save_strategy="steps", save_steps=2)
+    for name in ("metrics.jsonl", "run.json", "summary.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).mkdir()
+    trainer_in(tmp_path).train(resume_from_checkpoint="auto")
+    assert (tmp_path / "metrics.jsonl.damaged").is_dir()
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    for key, value in {
+        "learning_rate": float("nan"),
+        "temperature": float("inf"),
+        "weight_decay": float("nan"),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{key}: "):
+            trainer_in(tmp_path, **{key: value})
 
 
 def test_a_damaged_summary_is_set_aside(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from transformers import TrainingArguments
@@ -246,6 +247,7 @@ class OPRDConfig(TrainingArguments):
     num_completions_to_log: int = field(default=4, metadata=_help("Completions to write per logged step."))
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         _check_objective(self)
         self._check_rollouts()
         self._take_older_spelling()
@@ -275,6 +277,15 @@ class OPRDConfig(TrainingArguments):
             self.activation_checkpointing = bool(self.gradient_checkpointing)
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+
+    def _check_numbers(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name, None)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{setting.name}: {value} is not allowed; a number")
+        for name in ("learning_rate", "temperature", "eval_temperature"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; a finite number")
 
     def _check_training(self) -> None:
         if self.nan_policy not in NAN_POLICIES:

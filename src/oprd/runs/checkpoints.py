@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -155,13 +156,14 @@ def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> No
 
 
 def refuse_not_finite(model: nn.Module) -> None:
-    """Refuse to write weights that are not finite. Frozen ones are not read: they are as they were loaded.
+    """Refuse to write weights that are not finite. Of an adapter, its own are read; the base's are not written.
 
     Raises:
         FloatingPointError: names the first such weight.
     """
-    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    if name := first_not_finite(trained):
+    adapter = hasattr(model, "peft_config")
+    weights = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad or not adapter)
+    if name := first_not_finite(chain(weights, () if adapter else model.named_buffers())):
         raise FloatingPointError(
             f"the weight {name} is not finite (NaN or infinity), so nothing is saved; resume from the last checkpoint with a lower "
             "learning_rate"

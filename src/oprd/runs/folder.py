@@ -66,9 +66,17 @@ class RunFolder:
         try:
             if self._lock.lock_counter == 1:
                 remove_leftovers(self.path)
+                self._set_folders_aside()
             yield
         finally:
             self._lock.release()
+
+    def _set_folders_aside(self) -> None:
+        for path in (self.path / name for name in _OF_AN_ATTEMPT):
+            if path.is_dir():
+                logger.warning(
+                    "%s is a folder and was renamed to %s; a file is written there", path, set_aside(path).name
+                )
 
     def refuse_used(self) -> None:
         """Check that the folder is free for a new run.
@@ -153,7 +161,8 @@ class RunFolder:
             if path.exists():
                 with writing(path) as shorter, shorter.open("wb") as kept:
                     for line in read_lines(path):
-                        if line.row.get("step", step + 1) <= step:
+                        at = line.row.get("step")
+                        if isinstance(at, int | float) and at <= step:
                             kept.write(_as_line(line.row))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -190,27 +199,42 @@ class RunFolder:
 def restore_config(file: Path) -> None:
     """Write a run's `config.yaml` anew from the record beside it, where the file is damaged. The damaged one is set aside.
 
+    A file that was cut, so that it holds only the first keys of the record, counts as damaged.
+
     Args:
         file: a recipe of any name. One without a run's record beside it stays as it is.
     """
-    records = [file.parent / RUN, *sorted(file.parent.glob(f"checkpoint-*/{RUN}"))]
-    if not file.is_file() or _is_mapping(file.read_text(errors="replace"), yaml.safe_load):
-        return
-    for record in records:
-        if record.is_file() and _is_mapping(text := record.read_text(errors="replace"), json.loads):
-            damaged = set_aside(file)
-            write_text(file, yaml.safe_dump(json.loads(text)["settings"], sort_keys=False))
-            logger.warning(
-                "%s is damaged and was renamed to %s; it is written anew from %s", file, damaged.name, record
-            )
+    for record in (file.parent / RUN, *sorted(file.parent.glob(f"checkpoint-*/{RUN}"))):
+        settings = (_mapping(record, json.loads) or {}).get("settings")
+        if not isinstance(settings, dict) or not settings or not file.exists():
+            continue
+        if _is_whole_recipe(file, settings):
             return
+        damaged = set_aside(file)
+        write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        logger.warning("%s is damaged and was renamed to %s; it is written anew from %s", file, damaged.name, record)
+        return
 
 
-def _is_mapping(text: str, read: Callable[[str], Any]) -> bool:
-    try:
-        return isinstance(read(text), dict)
-    except (ValueError, RecursionError, yaml.YAMLError):
+def _is_whole_recipe(file: Path, recorded: Mapping[str, Any]) -> bool:
+    """Whether a file is a recipe, and not the recorded one cut at some place. Changed values are the user's."""
+    found = _mapping(file, yaml.safe_load)
+    if not found:
         return False
+    if file.name != CONFIG or list(found) != list(recorded)[: len(found)]:
+        return True
+    same = all(found[key] == recorded[key] for key in list(found)[:-1])
+    ended = len(found) == len(recorded) and file.read_text(errors="replace").endswith("\n")
+    return ended or not same
+
+
+def _mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The mapping in a file; None where there is no such file or no mapping in it."""
+    try:
+        content = read(file.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _as_line(row: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ _CAUSES = {
     "state of the teacher": "the teacher overflows in its dtype: load it in float32 or bfloat16 (teacher_model_init_kwargs)",
     "state of the student": "the student's weights have grown too large: lower learning_rate or max_grad_norm",
     "loss": "a term of the loss overflows or divides by zero: look at loss/* in metrics.jsonl",
+    "norm of the gradients": "the gradients are finite, but so large that their norm overflows: lower the weight of the loss",
     "gradient": "an update before was too large (lower learning_rate), or a callback or hook has changed the gradient",
 }
 
@@ -85,7 +87,9 @@ class FiniteGuard(TrainerCallback):
             self._skipped_in_a_row = 0
             return
         step = state.global_step + 1
-        what = self._first_bad(batches, model) or "loss or gradient of another rank"
+        norm_overflows = self.gradient_norm is not None and not _finite(self.gradient_norm)
+        what = self._first_bad(batches, model)
+        what = what or ("norm of the gradients" if norm_overflows else "loss or gradient of another rank")
         message = self._describe(what, step)
         self._write(batches, step, what, message)
         for parameter in model.parameters():
@@ -97,6 +101,27 @@ class FiniteGuard(TrainerCallback):
             raise FloatingPointError(f"{message}; {self._skipped_in_a_row} steps in a row (max_skipped_steps)")
         logger.warning("%s; the step is skipped", message)
         self._observe(skipped_steps=1.0)
+
+    @contextmanager
+    def explaining(self, step: int) -> Iterator[None]:
+        """Where a pass fails because the student's weights are not finite, as after too large an update, say so.
+
+        Args:
+            step: that is running, counted from 1.
+
+        Raises:
+            FloatingPointError: names the first such weight.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            name = first_not_finite(self.parallel.student.named_parameters())
+            if name is None:
+                raise
+            what = f"weight of the student {name}"
+            message = self._describe(what, step)
+            self._write(self._batches, step, what, message)
+            raise FloatingPointError(message) from error
 
     def _anything_bad(self, batches: list[tuple[Batch, StepObjective, Tensor]], model: nn.Module) -> bool:
         """Whether any rank has a loss or gradient that is not finite. All ranks get the same answer."""

@@ -160,7 +160,8 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
 def _measured_before(folder: RunFolder) -> dict[str, Any]:
     """What an earlier part of this run measured before it trained."""
     earlier = folder.read_json(SUMMARY)
-    return {name: earlier.get(name) for name in ("student_before", "teacher")}
+    measured = {name: earlier.get(name) for name in ("student_before", "teacher")}
+    return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
 
 
 def gap_closed(summary: dict[str, Any]) -> float | None:

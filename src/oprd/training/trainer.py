@@ -200,6 +200,7 @@ class OPRDTrainer(Trainer):
             observe=self.recorder.observe, callbacks=lambda: self.callback_handler.callbacks,
         )  # fmt: skip
         self.add_callback(self.guard)
+        self._begun: tuple[Path | None] | None = None  # what `begin_run` was called with, until `train` goes on from it
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
 
     def training_step(
@@ -218,7 +219,8 @@ class OPRDTrainer(Trainer):
         share = len(inputs) / int(num_items_in_batch or len(inputs))
         terms = self.objective.at(self.state.global_step)
         # The student samples; the rollouts are graded and aligned.
-        batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
+        with self.guard.explaining(terms.step + 1):
+            batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
         totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.pairs), share)
         model.train()
         # Both models read them, micro-batch after micro-batch.
@@ -295,6 +297,7 @@ class OPRDTrainer(Trainer):
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
             self.begin_run(checkpoint, accept_changes)
+            self._begun = None
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 output = self._restore_finished(checkpoint)
             else:
@@ -303,8 +306,6 @@ class OPRDTrainer(Trainer):
                 )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
-                self.remove_callback(self.guard)
-                self.add_callback(self.guard)  # the last one: a callback of the user's may change gradients
                 with self.signals.in_steps():
                     output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
@@ -322,13 +323,14 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: the folder holds another run, or the run is not the one that the checkpoint belongs to.
         """
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self._begun != (checkpoint,):
             if checkpoint:
                 self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
                 self.run_folder.cut_back(step_of(checkpoint))
             else:
                 self.run_folder.make_free()
             self.run_folder.begin_run(self.identity.as_json())
+        self._begun = (checkpoint,)
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
 
     def _stop_if_asked(self) -> None:
@@ -401,6 +403,9 @@ class OPRDTrainer(Trainer):
     def add_callback(self, callback: Any) -> None:
         """Add a callback; one of transformers' trackers as a `Tracker`, so that it cannot end the run."""
         super().add_callback(guarded(callback))
+        if "guard" in vars(self) and callback is not self.guard:
+            self.remove_callback(self.guard)
+            super().add_callback(self.guard)  # the last one: a callback of the user's may change gradients
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report `logs`, and with a training loss also the mean of every metric since the last report."""
