@@ -176,7 +176,7 @@ def test_trackers_given_as_callbacks_are_guarded_and_found(tmp_path, monkeypatch
     trainer.remove_callback(TensorBoardCallback)
     assert tracker not in trainer.callback_handler.callbacks
     trainer.add_callback(TensorBoardCallback)
-    assert type(trainer.callback_handler.callbacks[-1]) is Tracker
+    assert type(trainer.callback_handler.callbacks[-2]) is Tracker  # the guard is the last
     own = TrainerCallback()
     assert guarded(own) is own
     assert guarded(TrainerCallback) is TrainerCallback

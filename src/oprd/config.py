@@ -247,8 +247,8 @@ class OPRDConfig(TrainingArguments):
     num_completions_to_log: int = field(default=4, metadata=_help("Completions to write per logged step."))
 
     def __post_init__(self) -> None:
-        self._check_numbers()
         _check_objective(self)
+        self._check_numbers()
         self._check_rollouts()
         self._take_older_spelling()
         self._check_training()
@@ -279,6 +279,7 @@ class OPRDConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
 
     def _check_numbers(self) -> None:
+        """Refuse NaN in any setting, after the checks of single settings, and infinity where a step would multiply by it."""
         for setting in fields(self):
             value = getattr(self, setting.name, None)
             if isinstance(value, float) and math.isnan(value):
