@@ -738,7 +738,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
     ],
     "data/prompts.py": [
-        ("plain prompts always write control tokens", "if self.split_special_tokens and self.control.find(text) is not None:",
+        ("plain prompts always write control tokens", "if self.split_special_tokens and control_token is not None:",
          "if False:", "test_control_tokens.py::test_a_plain_prompt_keeps_the_start_that_its_tokenizer_writes"),
     ],
     "alignment/token_bytes.py": [

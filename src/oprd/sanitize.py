@@ -1,4 +1,4 @@
-"""What leaves the program: secrets are replaced by `<redacted>`, and control characters are shown rather than obeyed.
+"""Cleans text and settings before they are written or shown: `<redacted>` replaces secrets, escapes replace control characters.
 
 A secret is known by the name of its key (`token`, `api_key`, `password`, …) or by its shape (`hf_…`, `sk-…`, user info of a URL).
 """

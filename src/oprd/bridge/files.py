@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oprd.files import MANIFEST, file_digest, verify, write_manifest
+from oprd.files import MANIFEST, file_digest, verify, write_manifest, write_text, writing_folder
 
 TENSORS, REST = "bridge.safetensors", "bridge.json"
 
@@ -28,22 +26,16 @@ def refuse_existing(folder: Path) -> None:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Write `tensors`, `rest` and a manifest of digests to a staging folder, then rename it to `folder`.
+    """Write `tensors`, `rest` and a manifest of digests, whole or not at all.
 
     Raises:
         ValueError: `folder` exists and is not an empty folder, or `rest` has numbers that are not finite.
     """
     refuse_existing(folder)
-    staging = folder.parent / f".{folder.name}.{os.getpid()}.staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, staging / TENSORS)
-        (staging / REST).write_text(json.dumps(rest, indent=1, allow_nan=False) + "\n")
-        write_manifest(staging)
-        os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with writing_folder(folder) as staged:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, staged / TENSORS)
+        write_text(staged / REST, json.dumps(rest, indent=1, allow_nan=False) + "\n")
+        write_manifest(staged)
 
 
 def folder_digest(folder: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import NoReturn
 
 import typer
 
@@ -54,14 +53,13 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--traceback"]
     try:
         app()
-    except KeyboardInterrupt:
-        _end("stopped by SIGINT", 130)
     except (ValueError, OSError, FloatingPointError, ImportError, RunStopped) as error:
         if not is_expected(error):
             raise
         if wanted:
             traceback.print_exception(error)
-        _end(str(error), 2 if isinstance(error, ValueError) else 1)
+        sys.stderr.write(f"oprd: error: {error}\n")
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def is_expected(error: BaseException) -> bool:
@@ -74,8 +72,3 @@ def is_expected(error: BaseException) -> bool:
     files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
     reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/resolve.py", "/oprd/data/rows.py")
     return "/oprd/" in files[-1] or any(file.endswith(reading) for file in files)
-
-
-def _end(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"oprd: error: {message}\n")
-    sys.exit(code)

@@ -1,4 +1,4 @@
-"""The way of all text to the terminal: control characters are shown as escapes, secrets are redacted.
+"""Text for the terminal: control characters are shown as escapes, secrets are redacted.
 
 `SafeConsole` is for what rich draws, `guard_output` for everything else: messages of errors and libraries, tracebacks, `print`.
 """

@@ -63,22 +63,28 @@ class PromptRenderer:
             ValueError: messages without a chat template, a prompt that renders to no token, or a control token that cannot be read
                 as text; the message names the row.
         """
-        if isinstance(row.prompt, str):
-            ids = self._plain(row.prompt, row.source)
-        elif self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
-                "give the prompt as plain text or set tokenizer.chat_template"
-            )
-        elif self.control.find(row) is not None:
-            ids = self.control.encode_chat(row)
-        else:
-            ids = self.tokenizer.apply_chat_template(
-                row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(self.template_kwargs or {})
-            )["input_ids"]
-        if not ids:
-            raise ValueError(f"{row.source}: the prompt has no token")
-        return list(ids)
+        return self._render(row, self.control.find(row))
+
+    def render_all(self, rows: Sequence[PromptRow], name: str) -> IdsColumn:
+        """Token ids of all prompts. Logs how many of them write control tokens, with the first, and how they are read.
+
+        Args:
+            rows: of the dataset.
+            name: of the dataset.
+
+        Raises:
+            ValueError: as `render`.
+        """
+        ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
+        for place, row in enumerate(rows):
+            token = self.control.find(row)
+            ids.append(self._render(row, token))
+            if token is not None:
+                written[isinstance(row.prompt, str)].add(token, row.source or f"row {place}")
+        for plain, found in written.items():
+            if found.count:
+                self._warn(found, len(rows), name, plain=plain)
+        return ids
 
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of a completion's text, without control tokens of any kind.
@@ -90,41 +96,59 @@ class PromptRenderer:
             return self.control.encode(text, add_special_tokens=False)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def warn_of_control_tokens(self, rows: Sequence[PromptRow], name: str) -> None:
-        """Log how many rows write control tokens, with the first of them, and how they are read.
-
-        Args:
-            rows: of the dataset.
-            name: of the dataset.
-        """
-        tokens = ((i, self.control.find(row)) for i, row in enumerate(rows))
-        found = [(i, token) for i, token in tokens if token is not None]
-        for plain in (True, False):
-            kind = [(i, token) for i, token in found if isinstance(rows[i].prompt, str) is plain]
-            if not kind:
-                continue
-            first, token = kind[0]
-            how = "text, not as control tokens"
-            if plain:
-                how = f"{how}; for prompts that are rendered already, set split_special_tokens: false or give messages"
-            if plain and not self.split_special_tokens:
-                how = "control tokens (split_special_tokens: false)"
-            logger.warning(
-                "%s: %d of %d prompts write control tokens in %s, the first %r in %s; they are read as %s",
-                name, len(kind), len(rows), "plain text" if plain else "messages", token,
-                rows[first].source or f"row {first}", how,
-            )  # fmt: skip
-
     @cached_property
     def control(self) -> ControlTokens:
         """The tokenizer's control tokens."""
         return ControlTokens.of(self.tokenizer, self.template_kwargs)
 
-    def _plain(self, text: str, source: str) -> list[int]:
-        if self.split_special_tokens and self.control.find(text) is not None:
+    def _render(self, row: PromptRow, control_token: str | None) -> list[int]:
+        if isinstance(row.prompt, str):
+            ids = self._plain(row.prompt, row.source, control_token)
+        elif self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
+                "give the prompt as plain text or set tokenizer.chat_template"
+            )
+        elif control_token is not None:
+            ids = self.control.encode_chat(row)
+        else:
+            ids = self.tokenizer.apply_chat_template(
+                row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(self.template_kwargs or {})
+            )["input_ids"]
+        if not ids:
+            raise ValueError(f"{row.source}: the prompt has no token")
+        return list(ids)
+
+    def _plain(self, text: str, source: str, control_token: str | None) -> list[int]:
+        if self.split_special_tokens and control_token is not None:
             return self.control.encode(text, source=source)
         starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         return self.tokenizer(text, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
+
+    def _warn(self, found: _Written, prompts: int, name: str, *, plain: bool) -> None:
+        how = "text, not as control tokens"
+        if plain:
+            how = f"{how}; for prompts that are rendered already, set split_special_tokens: false or give messages"
+        if plain and not self.split_special_tokens:
+            how = "control tokens (split_special_tokens: false)"
+        logger.warning(
+            "%s: %d of %d prompts write control tokens in %s, the first %r in %s; they are read as %s",
+            name, found.count, prompts, "plain text" if plain else "messages", found.token, found.source, how,
+        )  # fmt: skip
+
+
+@dataclass
+class _Written:
+    """How many prompts write control tokens; the first token and its row."""
+
+    count: int = 0
+    token: str = ""
+    source: str = ""
+
+    def add(self, token: str, source: str) -> None:
+        if not self.count:
+            self.token, self.source = token, source
+        self.count += 1
 
 
 def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
@@ -162,10 +186,7 @@ def prepare_prompts(
     """
     if not rows:
         raise ValueError(f"{name}: the dataset is empty")
-    renderer, ids = PromptRenderer(tokenizer, chat_template_kwargs, split_special_tokens), IdsColumn()
-    for row in rows:
-        ids.append(renderer.render(row))
-    renderer.warn_of_control_tokens(rows, name)
+    ids = PromptRenderer(tokenizer, chat_template_kwargs, split_special_tokens).render_all(rows, name)
     places = _kept(ids.lengths, max_prompt_length, name)
     if context_length is not None:
         room = context_length - max_completion_length

@@ -77,10 +77,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Checksum of weights by name, at the speed of reading them: any one changed value changes it.
+    """Checksum of weights by name. It reads each weight once, and any single changed value changes it.
 
-    Of each tensor, name, shape and dtype, the sum of its bits as integers, and 1,024 values at equal distances are hashed. The
-    values notice what a sum does not, such as an exchange of two halves.
+    It hashes name, shape and dtype of each tensor, the sum of its bits as integers, and 1,024 values at equal distances. Those
+    values differ where the sum does not, as when two halves of a tensor are exchanged.
     """
     found = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):

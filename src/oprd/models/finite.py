@@ -26,7 +26,7 @@ def count_not_finite(tensor: Tensor) -> int:
         return 0
     if values.element_size() == 1:
         values = values.float()  # torch cannot add 8-bit floats
-    # A sum is read at the speed of memory and needs none; it is not finite if a value is not.
+    # A sum reads each value once and allocates nothing. It is finite only if all values are; it may also overflow.
     if torch.isfinite(values.sum(dtype=torch.float32)):
         return 0
     return int((~torch.isfinite(values)).sum())

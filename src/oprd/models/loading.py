@@ -189,7 +189,7 @@ def _reason(error: Exception) -> str | None:
     """What is wrong with the files of a model, in one line; None if the error is not about them."""
     if (
         type(error).__name__ == "UnpicklingError"
-    ):  # torch reads tensors alone out of a pickle, and this one holds other objects
+    ):  # torch reads only tensors from a pickle; this one holds other objects
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
     of_files = isinstance(error, (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, RuntimeError))
     if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):

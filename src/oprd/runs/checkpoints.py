@@ -28,13 +28,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from oprd.files import check_room, explaining_full_disk, fsync, is_whole, verify, write_json, write_manifest, write_text
 from oprd.models.finite import first_not_finite, first_not_finite_in
 from oprd.models.sharding import load_whole_weights, sharded_state, whole_state
-from oprd.runs.folder import RunFolder
+from oprd.runs.folder import RUN, RunFolder
 
 logger = logging.getLogger("oprd")
 
 STAGING = ".staging"
 BRIDGE = "bridge_digest.json"
-IDENTITY = "run.json"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -130,7 +129,7 @@ def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> 
 
 def read_identity(checkpoint: Path, folder: RunFolder) -> dict[str, Any]:
     """What a checkpoint's run was (`oprd.runs.identity`), from the checkpoint, else from the run folder; empty without a record."""
-    file = checkpoint / IDENTITY
+    file = checkpoint / RUN
     return json.loads(file.read_text()) if file.is_file() else folder.read_run()
 
 
@@ -161,9 +160,7 @@ def refuse_not_finite(model: nn.Module) -> None:
     Raises:
         FloatingPointError: names the first such weight.
     """
-    adapter = hasattr(model, "peft_config")
-    weights = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad or not adapter)
-    if name := first_not_finite(chain(weights, () if adapter else model.named_buffers())):
+    if name := first_not_finite(_saved_weights(model)):
         raise FloatingPointError(
             f"the weight {name} is not finite (NaN or infinity), so nothing is saved; resume from the last checkpoint with a lower "
             "learning_rate"
@@ -172,10 +169,16 @@ def refuse_not_finite(model: nn.Module) -> None:
 
 def saved_bytes(model: nn.Module, optimizer: Any) -> int:
     """About how many bytes a checkpoint takes: the saved weights (of an adapter only its own) and the optimizer's state."""
-    adapter = hasattr(model, "peft_config")
-    weights = [weight for weight in model.parameters() if weight.requires_grad or not adapter]
+    weights = [weight for _, weight in _saved_weights(model)]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*weights, *state))
+
+
+def _saved_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of the parameters and buffers that are saved: of an adapter its own, else all."""
+    if hasattr(model, "peft_config"):
+        return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
@@ -417,14 +420,13 @@ class CheckpointStore:
         if self.bridge_digest is not None:
             write_json(staged / BRIDGE, {"sha256": self.bridge_digest})
         if self.identity is not None:
-            write_json(staged / IDENTITY, self.identity)
+            write_json(staged / RUN, self.identity)
         write_manifest(staged)
         if final.exists() and not is_whole(final):
             shutil.rmtree(final)
         if not final.exists():  # otherwise this step was saved before, with the same content
             os.replace(staged, final)
         fsync(self.run_folder)
-        shutil.rmtree(self.run_folder / STAGING, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(self.run_folder),
             save_total_limit=self.save_total_limit,

@@ -8,7 +8,7 @@ from typing import Any
 
 from oprd.files import writing
 from oprd.runs.columns import Columns, drawn, number
-from oprd.runs.folder import METRICS
+from oprd.runs.folder import METRICS, SUMMARY
 from oprd.runs.jsonl import read_lines
 
 # Colours that colour-blind readers can distinguish, also in greyscale (Okabe and Ito).
@@ -32,7 +32,7 @@ def plot_run(folder: Path, file: Path) -> None:
                 rows.add(line.row)
     if not len(steps):
         raise ValueError(f"{folder} has no metrics to draw")
-    summary_file = folder / "summary.json"
+    summary_file = folder / SUMMARY
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -135,11 +135,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return {}
-        try:
-            content = json.loads(path.read_text())
-        except (ValueError, RecursionError):
-            content = None
-        if isinstance(content, dict):
+        if (content := _mapping(path, json.loads)) is not None:
             return content
         with suppress(FileNotFoundError):  # another process of the run may have renamed it
             logger.warning("%s is damaged and was renamed to %s; it is written anew", path, set_aside(path).name)

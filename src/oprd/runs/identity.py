@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
+from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings
@@ -39,8 +40,8 @@ class RunIdentity:
 
     Args:
         settings: key → value, as in `config.yaml`.
-        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, task, and with an
-            adapter base_model.
+        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, bridge_content,
+            task, and with an adapter base_model.
     """
 
     settings: Mapping[str, Any]
@@ -116,6 +117,8 @@ def identify(
     if hasattr(student, "peft_config") or not teacher.modules:
         frozen = ((name, weight) for name, weight in student.named_parameters() if not weight.requires_grad)
         digests["base_model"] = weights_checksum(frozen)
+    if isinstance(teacher, BridgedTeacher) and teacher.digest is not None:
+        digests["bridge_content"] = teacher.digest
     for name, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):
         if prompts is not None:
             digests[name] = _of_prompts(prompts)

@@ -98,7 +98,7 @@ def train_and_evaluate(
         if run.eval_dataset:
             _evaluate_before(run, trainer, summary, say)
         train_started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, accept_changes=accept_changes)
+        trainer.train()
         summary |= {"train_seconds": round(time.perf_counter() - train_started, 2)} | _about(trainer)
         _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
         if run.eval_dataset:

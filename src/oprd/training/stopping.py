@@ -66,24 +66,24 @@ class StopSignals:
         self.stuck = stuck
         self.received = 0
         self._in_steps = False
-        self._depth = 0
+        self._listening = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals within this context, which may be nested. Only a program's main thread can."""
-        if self._depth or threading.current_thread() is not threading.main_thread():
+        if self._listening or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
         if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup, a closed terminal does not end the run
             del before[signal.SIGHUP]
-        self.received, self._depth = 0, 1
+        self.received, self._listening = 0, True
         for number in before:
             signal.signal(number, self._handle)
         try:
             yield
         finally:
-            self._depth = 0
+            self._listening = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -44,7 +44,7 @@ from oprd.runs.checkpoints import (
     step_of,
 )
 from oprd.runs.folder import RunFolder
-from oprd.runs.identity import identify
+from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
 from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import Evaluation, Grading
@@ -135,7 +135,9 @@ class OPRDTrainer(Trainer):
             resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
-        self.identity = identify(resolved.run, pair, resolved.train_prompts, resolved.eval_prompts, resolved.task)
+        self.identity: RunIdentity | None = None
+        if args.should_save:  # it reads the teacher's weights and all prompts
+            self.identity = identify(resolved.run, pair, resolved.train_prompts, resolved.eval_prompts, resolved.task)
         if args.fully_shard:
             shard_models((student, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
@@ -145,7 +147,7 @@ class OPRDTrainer(Trainer):
             writes=args.should_save,
             save_total_limit=args.save_total_limit,
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
-            identity=self.identity.as_json(),
+            identity=self.identity.as_json() if self.identity else None,
         )
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
@@ -200,7 +202,8 @@ class OPRDTrainer(Trainer):
             observe=self.recorder.observe, callbacks=lambda: self.callback_handler.callbacks,
         )  # fmt: skip
         self.add_callback(self.guard)
-        self._begun: tuple[Path | None] | None = None  # what `begin_run` was called with, until `train` goes on from it
+        self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
+        self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
 
     def training_step(
@@ -291,13 +294,13 @@ class OPRDTrainer(Trainer):
         """
         if not self.train_dataset:
             raise ValueError("train_dataset: there is none")
-        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         with ExitStack() as stack:
             stack.enter_context(self.signals.listening())
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
-            self.begin_run(checkpoint, accept_changes)
-            self._begun = None
+            if not self._begun:
+                self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
+            checkpoint, self._begun = self._checkpoint, False
             if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
                 output = self._restore_finished(checkpoint)
             else:
@@ -314,23 +317,24 @@ class OPRDTrainer(Trainer):
         return output
 
     def begin_run(self, checkpoint: Path | None, accept_changes: Sequence[str] = ()) -> None:
-        """Make the run folder ready and record there what the run is; a second call changes nothing.
+        """Make the run folder ready and record there what the run is. The next `train` goes on from here.
 
         Args:
-            checkpoint: to go on from; None for a fresh start.
+            checkpoint: to go on from, verified; None for a fresh start.
             accept_changes: as in `train`.
 
         Raises:
             ValueError: the folder holds another run, or the run is not the one that the checkpoint belongs to.
         """
-        if self.is_world_process_zero() and self._begun != (checkpoint,):
+        if self.is_world_process_zero():
+            assert self.identity is not None, "the first process saves"
             if checkpoint:
                 self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
                 self.run_folder.cut_back(step_of(checkpoint))
             else:
                 self.run_folder.make_free()
             self.run_folder.begin_run(self.identity.as_json())
-        self._begun = (checkpoint,)
+        self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
 
     def _stop_if_asked(self) -> None:

@@ -9,11 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.folder import METRICS
+from oprd.runs.folder import METRICS, SUMMARY
 from oprd.runs.jsonl import read_lines
 from oprd.tools.compare.interval import mean_and_interval
 
-SUMMARY = "summary.json"
 MACHINE = "machine.json"
 FAILED = "failed"  # file that marks a run whose process ended with an error
 

@@ -11,12 +11,10 @@ from typing import Any
 import yaml
 
 from oprd.runs.columns import Columns, number
-from oprd.runs.folder import COMPLETIONS, METRICS
+from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
 from oprd.sanitize import redacted
 
-SUMMARY = "summary.json"
-CONFIG = "config.yaml"
 _A_RUN_HAS = (CONFIG, METRICS, SUMMARY)
 _LARGEST = 16 * 2**20  # maximum bytes of a config or summary, which are read whole
 
