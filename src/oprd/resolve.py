@@ -24,6 +24,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_default_ends
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
@@ -86,6 +87,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     """
     args, given = run.args, run.given
     terms = build_terms(run)
+    _check_one_adapter(run)
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     check_teacher(run, terms, teacher)
@@ -292,8 +294,8 @@ def _rows(run: RunConfig, kind: str) -> Sequence[PromptRow] | None:
 def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
     """The student, ready to train, and with a bridge its fingerprint, taken before an adapter is added.
 
-    A student given by name is loaded in float32. An adapter is added if there are settings for one. Parameters that the loss does
-    not reach are frozen.
+    A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
+    one. Parameters that the loss does not reach are frozen.
     """
     args, given = run.args, run.given
     peft_config = given.peft_config if given.peft_config is not None else _peft_config(run.lora)
@@ -306,7 +308,8 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
         set_seed(args.seed)  # the adapter's initial weights depend on the seed alone
-        model = get_peft_model(model, peft_config)
+        # A saved adapter names its base model's revision, with which PEFT loads it.
+        model = get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
     frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
@@ -315,12 +318,32 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     return replace(loaded, model=model), own_print
 
 
+def _check_one_adapter(run: RunConfig) -> None:
+    """Refuse settings for an adapter where the student is one already: what is saved would not load on its base model.
+
+    Raises:
+        ValueError: says what to leave out.
+    """
+    if run.lora is None and run.given.peft_config is None:
+        return
+    key = "lora" if run.lora is not None else "peft_config"
+    adapted = isinstance(run.model, nn.Module) and hasattr(run.model, "peft_config")
+    if isinstance(run.model, str):
+        adapted = find_adapter(resolve_name(run.model), run.args.model_init_kwargs) is not None
+    if adapted:
+        name = f"{run.model!r}" if isinstance(run.model, str) else "the given model"
+        raise ValueError(
+            f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or merge it "
+            "into its base model first (merge_and_unload) and name the merged model"
+        )
+
+
 def _load_student(run: RunConfig) -> LoadedModel:
     args, tokenizer = run.args, run.given.processing_class
     if isinstance(run.model, str):
         return load(
             run.model, dtype=torch.float32, init_kwargs=args.model_init_kwargs,
-            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
+            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer, trainable=True,
         )  # fmt: skip
     if run.model is None:
         raise ValueError("model: there is none; give the student, by name or as a model")
@@ -625,6 +648,7 @@ def plan(run: RunConfig) -> PlannedRun:
         ValueError: as `resolve`, for what needs no weights.
     """
     args = run.args
+    _check_one_adapter(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
         for name in (run.model, run.teacher_model)
