@@ -82,20 +82,20 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
     if missing:
         total = len(model.state_dict())
         problems.append(
-            f"{_count(missing, 'weight')} of {total} {_are(missing)} in none of its files ({_first(missing)})"
+            f"{_count(missing, 'weight')} of {total} {_are(missing)} in none of its files ({first_names(missing)})"
         )
     if unexpected:
-        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place in it ({_first(unexpected)})")
+        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place in it ({first_names(unexpected)})")
     if mismatched:
         shapes = [f"{key}: {list(stored)} in the file, {list(wanted)} in the model" for key, stored, wanted in mismatched]
-        problems.append(f"{_count(mismatched, 'weight')} {_have(mismatched)} another shape ({_first(shapes, '; ')})")
+        problems.append(f"{_count(mismatched, 'weight')} {_have(mismatched)} another shape ({first_names(shapes, '; ')})")
     if problems:
         cause = _cause(model, missing, unexpected, mismatched)
         raise ValueError(f"model: {name!r} is not what its files say: {', and '.join(problems)}; {cause}")
     _check_ties(name, model)
     if left_out := {key for key in left_out if _UNUSED.search(key)}:
         found = sorted(left_out, key=_natural)
-        logger.info("%s: left out %s that a causal LM does not use (%s)", name, _count(found, "weight"), _first(found))
+        logger.info("%s: left out %s that a causal LM does not use (%s)", name, _count(found, "weight"), first_names(found))
 
 
 def refuse_adapter(name: str, base: str, missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -114,15 +114,20 @@ def refuse_adapter(name: str, base: str, missing: Collection[str], unexpected: C
     missing = sorted(missing, key=_natural)
     problems = []
     if missing:
-        problems.append(f"{_count(missing, 'weight')} of the adapter {_are(missing)} in none of its files ({_first(missing)})")
+        problems.append(f"{_count(missing, 'weight')} of the adapter {_are(missing)} in none of its files ({first_names(missing)})")
     if unexpected:
-        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place on {base!r} ({_first(unexpected)})")
+        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place on {base!r} ({first_names(unexpected)})")
     if problems:
         raise ValueError(
             f"model: the adapter {name!r} is not what its files say: {', and '.join(problems)}; it was trained on another base "
             "(base_model_name_or_path, revision), adapter_config.json was changed (r, target_modules, use_dora, modules_to_save), or "
             "the copy was interrupted"
         )
+
+
+def first_names(names: Sequence[str], between: str = ", ") -> str:
+    """The first three of some names, with … for the rest."""
+    return between.join(names[:3]) + (f"{between}…" if len(names) > 3 else "")
 
 
 def _check_ties(name: str, model: PreTrainedModel) -> None:
@@ -198,10 +203,6 @@ def _layers(keys: Sequence[str]) -> set[int]:
 def _natural(key: str) -> list[Any]:
     """A key that sorts layer 9 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
-
-
-def _first(names: Sequence[str], between: str = ", ") -> str:
-    return between.join(names[:3]) + (f"{between}…" if len(names) > 3 else "")
 
 
 def _count(items: Sequence[Any], noun: str) -> str:
