@@ -333,8 +333,8 @@ def _check_one_adapter(run: RunConfig) -> None:
     if adapted:
         name = f"{run.model!r}" if isinstance(run.model, str) else "the given model"
         raise ValueError(
-            f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or merge it "
-            "into its base model first (merge_and_unload) and name the merged model"
+            f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or "
+            "merge it into its base model first (merge_and_unload) and name the merged model"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from oprd.models.load_report import reason_of, refuse_adapter
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# PEFT saves a trained copy of a layer also under these names, where the embedding was resized.
+_TWICE = re.compile(r"\.(?:modules_to_save(?:\.default)+|original_module)\.")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -66,7 +69,9 @@ def find_adapter(name: str, init_kwargs: Mapping[str, Any] | None = None) -> Ada
         config = json.loads(Path(file).read_text())
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"model: {name!r} cannot be loaded as an adapter: {CONFIG} cannot be read ({error})") from error
+        raise ValueError(
+            f"model: {name!r} cannot be loaded as an adapter: {CONFIG} cannot be read ({error})"
+        ) from error
     if whole := next((weights for weights in _WEIGHTS if (folder / weights).is_file()), None):
         raise ValueError(
             f"model: {name!r} holds a whole model ({whole}) and an adapter ({CONFIG}): remove one of them; where the adapter is "
@@ -118,8 +123,12 @@ def attach(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> Any:
         raise ValueError(
             f"model: the adapter {adapter.name!r} cannot be loaded on its base model {adapter.base!r}: {reason}"
         ) from error
-    missing = [key for key in report.missing_keys if "default" in key.split(".")]
-    refuse_adapter(adapter.name, adapter.base, missing, report.unexpected_keys)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    absent = {key for key in report.missing_keys if "default" in key.split(".")}
+    loaded = {id(parameter) for key, parameter in parameters.items() if key not in absent}
+    missing = [key for key in absent if id(parameters.get(key)) not in loaded]  # not those tied to one that is there
+    unexpected = [key for key in report.unexpected_keys if _TWICE.sub(".", key) not in weights]
+    refuse_adapter(adapter.name, adapter.base, missing, unexpected)
     return model
 
 

@@ -102,7 +102,9 @@ def compare_files(lm: PreTrainedModel, folder: Path, live: Mapping[str, Tensor])
         saved, own = (_settings(config) for config in (AutoConfig.from_pretrained(folder), lm.config))
         if keys := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
             return ExportCheck(False, f"its config.json has another {keys[0]}")
-    return ExportCheck(True, f"its {len(stored)} tensors are the trained model's (it was not loaded again: large or sharded)")
+    return ExportCheck(
+        True, f"its {len(stored)} tensors are the trained model's (it was not loaded again: large or sharded)"
+    )
 
 
 def _compare_loaded(
@@ -130,9 +132,12 @@ def _compare_loaded(
     computed = autocast or causal_lm(model).dtype
     if not difference <= _TOLERANCE.get(computed, _TOLERANCE_16_BITS) * scale:
         return ExportCheck(
-            False, f"loaded again, its logits differ from the trained model's by up to {difference:.2g} (largest logit {scale:.2g})"
+            False,
+            f"loaded again, its logits differ from the trained model's by up to {difference:.2g} (largest logit {scale:.2g})",
         )
-    return ExportCheck(True, f"loaded again, its logits are the trained model's, to {difference:.1g}, on {probe.numel()} tokens")
+    return ExportCheck(
+        True, f"loaded again, its logits are the trained model's, to {difference:.1g}, on {probe.numel()} tokens"
+    )
 
 
 def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -> nn.Module:

@@ -85,17 +85,25 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
             f"{_count(missing, 'weight')} of {total} {_are(missing)} in none of its files ({first_names(missing)})"
         )
     if unexpected:
-        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place in it ({first_names(unexpected)})")
+        problems.append(
+            f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place in it ({first_names(unexpected)})"
+        )
     if mismatched:
-        shapes = [f"{key}: {list(stored)} in the file, {list(wanted)} in the model" for key, stored, wanted in mismatched]
-        problems.append(f"{_count(mismatched, 'weight')} {_have(mismatched)} another shape ({first_names(shapes, '; ')})")
+        shapes = [
+            f"{key}: {list(stored)} in the file, {list(wanted)} in the model" for key, stored, wanted in mismatched
+        ]
+        problems.append(
+            f"{_count(mismatched, 'weight')} {_have(mismatched)} another shape ({first_names(shapes, '; ')})"
+        )
     if problems:
         cause = _cause(model, missing, unexpected, mismatched)
         raise ValueError(f"model: {name!r} is not what its files say: {', and '.join(problems)}; {cause}")
     _check_ties(name, model)
     if left_out := {key for key in left_out if _UNUSED.search(key)}:
         found = sorted(left_out, key=_natural)
-        logger.info("%s: left out %s that a causal LM does not use (%s)", name, _count(found, "weight"), first_names(found))
+        logger.info(
+            "%s: left out %s that a causal LM does not use (%s)", name, _count(found, "weight"), first_names(found)
+        )
 
 
 def refuse_adapter(name: str, base: str, missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -114,14 +122,16 @@ def refuse_adapter(name: str, base: str, missing: Collection[str], unexpected: C
     missing = sorted(missing, key=_natural)
     problems = []
     if missing:
-        problems.append(f"{_count(missing, 'weight')} of the adapter {_are(missing)} in none of its files ({first_names(missing)})")
+        lacks = f"{_count(missing, 'weight')} of the adapter {_are(missing)}"
+        problems.append(f"{lacks} in none of its files ({first_names(missing)})")
     if unexpected:
-        problems.append(f"{_count(unexpected, 'weight')} of its files {_have(unexpected)} no place on {base!r} ({first_names(unexpected)})")
+        has = f"{_count(unexpected, 'weight')} of its files {_have(unexpected)}"
+        problems.append(f"{has} no place on {base!r} ({first_names(unexpected)})")
     if problems:
         raise ValueError(
             f"model: the adapter {name!r} is not what its files say: {', and '.join(problems)}; it was trained on another base "
-            "(base_model_name_or_path, revision), adapter_config.json was changed (r, target_modules, use_dora, modules_to_save), or "
-            "the copy was interrupted"
+            "(base_model_name_or_path, revision), its adapter_config.json was changed (r, target_modules, use_dora), or the copy "
+            "was interrupted"
         )
 
 
@@ -154,15 +164,15 @@ def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[
     """The usual cause of what a report lists, and the mend."""
     if prefix := _prefix(missing, unexpected):
         return (
-            f"their names begin with {prefix!r}, as where the state dict of a wrapper (torch.compile, DDP, another module) was saved: "
-            "strip it with {name.replace('" + prefix + "', ''): weight for name, weight in weights.items()} and save again"
+            f"their names hold {prefix!r}, as where the state dict of a wrapper (torch.compile, DDP, another module) was saved: "
+            "strip it, {name.replace('"
+            + prefix
+            + "', '', 1): weight for name, weight in weights.items()}, and save again"
         )
     if any(".lora_" in key or ".base_layer." in key for key in unexpected):
-        return (
-            "an adapter was saved inside the model: merge it before saving (merge_and_unload), or save it alone and name its folder"
-        )
+        return "an adapter was saved inside the model: merge it first (merge_and_unload), or save it alone and name its folder"
     if any(map(_QUANTISED.search, unexpected)):
-        return "the weights are quantised and config.json has no quantization_config: restore that entry, or load the unquantised model"
+        return "the weights are quantised, and config.json has no quantization_config: restore it, or take unquantised weights"
     if missing and {*missing} <= _heads(model):
         return (
             "the model was saved with its LM head tied to the embedding, or without a head: set tie_word_embeddings: true in "

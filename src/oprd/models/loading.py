@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
 from oprd.models.finite import check_finite
-from oprd.models.load_report import check_loaded, conversion_failures, reason_of
+from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.tokens import stop_token_ids
 
 EMBEDDED = "embedded:"
@@ -175,7 +175,9 @@ def load_model(
         model = _load_whole(name, resolved, kwargs)
     else:
         base = _base_of(adapter)
-        of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {"revision": adapter.base_revision}
+        of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
+            "revision": adapter.base_revision
+        }
         model = attach(_load_whole(base, base, of_base), adapter, trainable=trainable)
         if not trainable:
             model = model.get_base_model().eval()
@@ -186,15 +188,15 @@ def load_model(
 def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """Load a model that is no adapter."""
     # Weights of another shape are reported, with their names, and then refused.
-    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with conversion_failures() as failed:
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(resolved, **kwargs | reporting)
+            model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
         except Exception as error:
             if (reason := reason_of(error)) is None:
                 raise
             if failed:
-                reason = f"{len(failed)} of its weights cannot be converted ({', '.join(failed[:3])}): one of their parts is missing"
+                reason = f"{len(failed)} of its weights cannot be converted ({first_names(failed)}): a part is missing"
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
@@ -218,8 +220,8 @@ def _base_of(adapter: Adapter) -> str:
         ) from error
     if find_adapter(base) is not None:
         raise ValueError(
-            f"model: the base model {base!r} of the adapter {adapter.name!r} is an adapter too, and adapters are not stacked: merge "
-            "it first (merge_and_unload), and name the merged model in base_model_name_or_path"
+            f"model: the base model {base!r} of the adapter {adapter.name!r} is an adapter too, and adapters are not stacked: "
+            "merge it first (merge_and_unload), and name the merged model in base_model_name_or_path"
         )
     return base
 
