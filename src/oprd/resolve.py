@@ -29,6 +29,7 @@ from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
+from oprd.models.tokens import say_ends
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
@@ -353,6 +354,7 @@ def _load_student(run: RunConfig) -> LoadedModel:
         if not name:
             raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    say_ends(run.model, tokenizer, name)
     return LoadedModel(run.model, tokenizer, ModelInfo.of(run.model, name, tokenizer))
 
 
@@ -407,6 +409,8 @@ def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
         logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
+    else:
+        say_ends(model, tokenizer, name or "the given teacher_model")
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer or student.tokenizer))
 
 

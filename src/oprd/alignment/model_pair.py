@@ -18,7 +18,7 @@ from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import LoadedModel, ModelInfo
-from oprd.models.tokens import vocabulary_size
+from oprd.models.tokens import turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher
@@ -147,6 +147,16 @@ class ModelPair:
         """Ids that end a rollout although only the teacher names them as an end; they are in `stop_token_ids`."""
         merged = self.aligner is None and self.compared.end_of_turn != "by_id"
         return sorted({*(self.teacher.info.stop_token_ids if merged else ())} - {*self.student.info.stop_token_ids})
+
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """The token that the student's chat template writes after an assistant's turn; empty if it writes none."""
+        return turn_end_ids(self.tokenizer, self.rendering.chat_template_kwargs)
+
+    @cached_property
+    def off_template_stop_ids(self) -> list[int]:
+        """Ids that end a rollout although the student's chat template ends a turn with another; empty if that is unknown."""
+        return sorted({*self.stop_token_ids} - {*self.turn_end_ids}) if self.turn_end_ids else []
 
     @property
     def pad_token_id(self) -> int:

@@ -24,6 +24,7 @@ _RECOMPUTED = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|masked_bias|position_
 _WRAPPERS = re.compile(r"(?:_orig_mod|module)\.")
 _QUANTISED = re.compile(r"\.(?:qweight|qzeros|scales|weight_scale|weight_scale_inv|SCB|absmax|quant_map)$")
 _LAYER = re.compile(r"\.(\d+)\.")
+_ITS_CONFIG = "take the one that was saved with these weights"
 _COPY = "the copy was interrupted or a shard is left out of the index: copy the whole folder again"
 
 
@@ -49,7 +50,7 @@ def conversion_failures() -> Iterator[list[str]]:
 
     def read(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        names.extend(re.findall(r"^(\S+)\s*\|\s*CONVERSION\b", re.sub(r"\x1b\[\d+m", "", text), re.MULTILINE))
+        names.extend(re.findall(r"^(\S.*?)\s*\|\s*CONVERSION\b", re.sub(r"\x1b\[\d+m", "", text), re.MULTILINE))
         return record.levelno >= level and "LOAD REPORT" not in text
 
     own_level = source.level
@@ -187,8 +188,8 @@ def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[
     if _layers(missing) and not unexpected and not mismatched:
         return f"{_COPY}, or correct num_hidden_layers in config.json (it says {depth})"
     if mismatched:
-        return "config.json belongs to another size or vocabulary: take the one that was saved with these weights"
-    return f"config.json belongs to another model, or {_COPY}"
+        return f"config.json belongs to another size or vocabulary: {_ITS_CONFIG}"
+    return "config.json belongs to another model" + (f", or {_COPY}" if missing else f": {_ITS_CONFIG}")
 
 
 def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:

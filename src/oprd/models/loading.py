@@ -15,7 +15,7 @@ from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
 from oprd.models.finite import check_finite
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
-from oprd.models.tokens import stop_token_ids
+from oprd.models.tokens import say_ends, stop_token_ids
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parent / "assets"
@@ -119,6 +119,7 @@ def load(
         model.to(device).eval().requires_grad_(False)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    say_ends(model, tokenizer, name)
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
 
@@ -196,7 +197,10 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
             if (reason := reason_of(error)) is None:
                 raise
             if failed:
-                reason = f"{len(failed)} of its weights cannot be converted ({first_names(failed)}): a part is missing"
+                reason = (
+                    f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
+                    "another shape: copy the whole folder again"
+                )
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
