@@ -29,7 +29,7 @@ from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
-from oprd.models.tokens import say_ends
+from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
@@ -110,6 +110,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )
     if aligner is not None:
         _check_own_text(args, pair)
+    _check_readable(pair)
     _say_ends(pair)
     objective = _objective(args, terms, pair)
     if given.rollout_engine is None:
@@ -547,6 +548,20 @@ def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
         "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
         len(pair.shared_vocabulary.ids[0]), len(pair.tokenizer), len(pair.aligner.teacher_tokenizer),
     )  # fmt: skip
+
+
+def _check_readable(pair: ModelPair) -> None:
+    """Refuse a student that can write a token id which its teacher, reading the same ids, has no embedding for."""
+    rows, own = pair.teacher.info.embedding_rows, pair.student.info.embedding_rows
+    if pair.aligner is not None or rows is None or own is None:
+        return
+    written = min(vocabulary_size(pair.tokenizer), own)
+    if written > rows:
+        first = pair.tokenizer.convert_ids_to_tokens(rows)
+        raise ValueError(
+            f"teacher_model: its embedding has {rows} rows, and the student can write {first!r} (id {rows}) and more up to id "
+            f"{written - 1}: take a teacher with the student's vocabulary, or resize it (resize_token_embeddings) and save it"
+        )
 
 
 def _say_ends(pair: ModelPair) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models.adapters import Adapter, attach, find_adapter
-from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
+from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.tokens import say_ends, stop_token_ids
@@ -31,6 +31,7 @@ class ModelInfo:
         width: dimensions of a hidden state.
         context_length: maximum tokens that the model can read; None if its config has no limit.
         stop_token_ids: ids that end a completion.
+        embedding_rows: number of token ids that the model can read; None: not known.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelInfo:
     width: int
     context_length: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    embedding_rows: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "", tokenizer: PreTrainedTokenizerBase | None = None) -> ModelInfo:
@@ -47,7 +49,7 @@ class ModelInfo:
             ValueError: an architecture that is not supported, or no end token in model and tokenizer.
         """
         stops = () if tokenizer is None else tuple(stop_token_ids(model, tokenizer))
-        return cls(name, num_layers(model), hidden_size(model), context_length(model), stops)
+        return cls(name, num_layers(model), hidden_size(model), context_length(model), stops, embedding_rows(model))
 
     @classmethod
     def from_config(cls, name: str, *, trust_remote_code: bool = False) -> ModelInfo | None:
