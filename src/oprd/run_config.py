@@ -50,7 +50,7 @@ class RunConfig:
 
     Args:
         args: all other settings.
-        model: student: folder, hub name, `embedded:tiny/student`, or a model. An adapter of PEFT continues its training.
+        model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
         teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
             it.
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
