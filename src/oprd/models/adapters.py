@@ -18,7 +18,7 @@ from oprd.models.load_report import reason_of, refuse_adapter
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # PEFT saves a trained copy of a layer also under these names, where the embedding was resized.
-_TWICE = re.compile(r"\.(?:modules_to_save(?:\.default)+|original_module)\.")
+_TWICE = re.compile(r"\.(?:modules_to_save(?:\.default)*|original_module)\.")
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -120,6 +120,8 @@ def attach(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> Any:
     except Exception as error:
         if (reason := reason_of(error)) is None:
             raise
+        if isinstance(error, KeyError):  # PEFT looks trained copies of layers up by their names
+            reason = f"its file has no weight {error.args[0]}"
         raise ValueError(
             f"model: the adapter {adapter.name!r} cannot be loaded on its base model {adapter.base!r}: {reason}"
         ) from error
@@ -127,7 +129,7 @@ def attach(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> Any:
     absent = {key for key in report.missing_keys if "default" in key.split(".")}
     loaded = {id(parameter) for key, parameter in parameters.items() if key not in absent}
     missing = [key for key in absent if id(parameters.get(key)) not in loaded]  # not those tied to one that is there
-    unexpected = [key for key in report.unexpected_keys if _TWICE.sub(".", key) not in weights]
+    unexpected = [key for key in report.unexpected_keys if not _TWICE.search(key) or _TWICE.sub(".", key) not in weights]
     refuse_adapter(adapter.name, adapter.base, missing, unexpected)
     return model
 

@@ -224,7 +224,7 @@ def _base_of(adapter: Adapter) -> str:
             f"model: the base model of the adapter {adapter.name!r} is not there ({error}); correct base_model_name_or_path in its "
             "adapter_config.json"
         ) from error
-    if find_adapter(base) is not None:
+    if find_adapter(base, {**adapter.hub, "revision": adapter.base_revision, "subfolder": None}) is not None:
         raise ValueError(
             f"model: the base model {base!r} of the adapter {adapter.name!r} is an adapter too, and adapters are not stacked: "
             "merge it first (merge_and_unload), and name the merged model in base_model_name_or_path"
