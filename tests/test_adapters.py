@@ -128,7 +128,11 @@ def test_a_run_continues_it_and_saves_what_was_trained(base, tmp_path):
 
 def test_without_a_teacher_its_base_is_the_teacher(base, tmp_path):
     adapted(base, tmp_path / "adapter")
-    keys = {"model": str(tmp_path / "adapter"), "train_dataset": "generated:addition", "output_dir": str(tmp_path / "run")}
+    keys = {
+        "model": str(tmp_path / "adapter"),
+        "train_dataset": "generated:addition",
+        "output_dir": str(tmp_path / "run"),
+    }
     run = RunConfig.parse({**keys, "use_cpu": True})
     assert run.teacher_model is None
     with pytest.raises(ValueError, match="or an adapter as 'model'"):
@@ -142,10 +146,12 @@ def test_without_a_teacher_its_base_is_the_teacher(base, tmp_path):
 def test_a_second_adapter_is_refused_before_a_model_is_loaded(base, tmp_path, key):
     adapted(base, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()  # nothing could be loaded
-    settings = {key: dict(r=4) if key == "lora" else LoraConfig(**LORA)}
+    settings = {key: {"r": 4} if key == "lora" else LoraConfig(**LORA)}
     run = run_config(tmp_path / "run", str(tmp_path / "adapter"), str(base), **settings)
     for refusing in (plan, resolve):
-        with pytest.raises(ValueError, match=rf"^{key}: '.*/adapter' is an adapter already.*leave {key} out to continue"):
+        with pytest.raises(
+            ValueError, match=rf"^{key}: '.*/adapter' is an adapter already.*leave {key} out to continue"
+        ):
             refusing(run)
     given = get_peft_model(tiny_model("llama"), LoraConfig(**LORA))
     with pytest.raises(ValueError, match=f"^{key}: the given model is an adapter already"):
@@ -208,11 +214,11 @@ def taken(folder: Path, part: str) -> None:
 
 BROKEN = {
     "a layer is missing": (lambda f: taken(f, "layers.1."), r"14 weights of the adapter are in none of its files \(.*layers\.1\."),
-    "the copies are missing": (lambda f: taken(f, "lm_head"), r"cannot be loaded on .*its file has no weight base_model\.model\.lm_head\.weight"),
+    "the copies are missing": (lambda f: taken(f, "lm_head"), r"its file has no weight base_model\.model\.lm_head\.weight"),
     "fewer layers are adapted": (
         lambda f: changed(f, target_modules=["q_proj"]), r"36 weights of its files have no place on '.*/base' \(.*down_proj\.lora_A"
     ),
-    "another rank": (lambda f: changed(f, r=8), r"cannot be loaded on its base model .*: Error\(s\) in loading .* size mismatch for"),
+    "another rank": (lambda f: changed(f, r=8), r"cannot be loaded on its base .*: Error\(s\) in .* size mismatch for"),
     "no base": (lambda f: changed(f, base_model_name_or_path=None), r"does not say which model it belongs to: set base_model_name"),
     "a base that is not there": (
         lambda f: changed(f, base_model_name_or_path="/no/where"),
@@ -244,7 +250,9 @@ def test_an_adapter_of_a_deeper_model_is_refused(base, tmp_path):
     tiny_model("llama", num_hidden_layers=5).save_pretrained(deep)
     adapted(deep, tmp_path / "adapter")
     changed(tmp_path / "adapter", base_model_name_or_path=str(base))
-    with pytest.raises(ValueError, match=r"28 weights of its files have no place on '.*/base' \(.*layers\.3\..* another base"):
+    with pytest.raises(
+        ValueError, match=r"28 weights of its files have no place on '.*/base' \(.*layers\.3\..* another base"
+    ):
         load_model(str(tmp_path / "adapter"), dtype=torch.float32)
 
 

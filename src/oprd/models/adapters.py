@@ -129,7 +129,9 @@ def attach(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> Any:
     absent = {key for key in report.missing_keys if "default" in key.split(".")}
     loaded = {id(parameter) for key, parameter in parameters.items() if key not in absent}
     missing = [key for key in absent if id(parameters.get(key)) not in loaded]  # not those tied to one that is there
-    unexpected = [key for key in report.unexpected_keys if not _TWICE.search(key) or _TWICE.sub(".", key) not in weights]
+    unexpected = [
+        key for key in report.unexpected_keys if not _TWICE.search(key) or _TWICE.sub(".", key) not in weights
+    ]
     refuse_adapter(adapter.name, adapter.base, missing, unexpected)
     return model
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from oprd.models.adapters import CONFIG
 from oprd.models.architecture import causal_lm
+from oprd.models.load_report import check_loaded
 from oprd.models.saved import saved_tensors, weight_files
 from oprd.models.tokens import vocabulary_size
 
@@ -145,9 +146,12 @@ def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not hasattr(model, "peft_config"):
-            return AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=init_kwargs.get("trust_remote_code", False)
-            ).eval()
+            trust = init_kwargs.get("trust_remote_code", False)
+            copy, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=trust, output_loading_info=True
+            )
+            check_loaded(str(folder), copy, report)
+            return copy.eval()
         from peft import AutoPeftModelForCausalLM  # an extra: only users of adapters need it
 
         # The saved config alone says which revision of the base model it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict  # an extra: only users of adapters need it
 
-        return get_peft_model_state_dict(model)
+        with warnings.catch_warnings():  # saving has said it
+            warnings.simplefilter("ignore")
+            return get_peft_model_state_dict(model)
     return revert_weight_conversion(causal_lm(model), model.state_dict())
 
 
