@@ -370,6 +370,7 @@ def test_rollouts_that_do_not_end_as_the_template_does_are_counted_and_said_once
     assert ratios == [0.75, 0.75]
     assert run("half", (2, 2, turn, turn), [*chats, chats[0]]) == ([], [0.5, 0.5])
     assert run("plain", (2, 2, 2, 2), [{"prompt": "1"}] * 4) == ([], [None, None])
+    assert run("mixed", (2, 2, 2, 2), [*chats[:2], {"prompt": "1"}, {"prompt": "2"}]) == ([], [0.5, 0.5])
     tokenizer.eos_token = "<turn>"
     student.generation_config.eos_token_id = teacher.generation_config.eos_token_id = turn
     assert run("as the template", (turn,) * 4, [*chats, chats[0]]) == ([], [None, None])

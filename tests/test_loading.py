@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -16,10 +17,23 @@ from tiny import tiny_model, tiny_tokenizer
 
 MOE = {**tiny.FAMILIES["qwen3"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
+NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]],
+       "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
-def _mixture(monkeypatch):
+def _families(monkeypatch):
     monkeypatch.setitem(tiny.FAMILIES, "qwen3_moe", MOE)
+    monkeypatch.setitem(tiny.FAMILIES, "gpt_neo", NEO)
+
+
+@pytest.fixture
+def as_on_the_command_line():
+    """Transformers is silent there."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity(before)
 
 
 def saved(folder: Path, change=None, config=None, family: str = "llama", **overrides) -> str:
@@ -112,7 +126,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_in_one_sentence(tmp_path, case):
+def test_it_is_refused_in_one_sentence(tmp_path, as_on_the_command_line, case):
     how, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"^model: {str(tmp_path / 'model')!r} .*{message}") as refused:
         load_model(saved(tmp_path / "model", **how), dtype="auto")
@@ -128,7 +142,9 @@ HARMLESS = {
     "a mixture of experts": {"family": "qwen3_moe"},
     "without the backbone's prefix": {"change": renamed("model.", "")},
     "rotary buffers of an older release": {"change": added("model.layers.0.self_attn.rotary_emb.inv_freq", 4)},
-    "causal masks of an older release": {"family": "gpt2", "change": added("transformer.h.0.attn.bias", 1, 1, 8, 8)},
+    "causal masks of an older release": {
+        "family": "gpt_neo", "change": added("transformer.h.0.attn.attention.bias", 1, 1, 128, 128)
+    },
 }  # fmt: skip
 
 
