@@ -169,9 +169,9 @@ def test_it_is_a_teacher(base, tmp_path):
     pair.check_heads()
 
 
-def hub_cache(folder: Path, revisions: dict[str, Path]) -> Path:
+def hub_cache(folder: Path, revisions: dict[str, Path], name: str = "base") -> Path:
     """A cache of the hub in which owner/base has these revisions."""
-    repository = folder / "models--owner--base"
+    repository = folder / f"models--owner--{name}"
     for number, (revision, content) in enumerate(revisions.items()):
         commit = f"{number:040x}"
         shutil.copytree(content, repository / "snapshots" / commit)
@@ -191,6 +191,11 @@ def test_the_revision_of_its_base_is_loaded(base, tmp_path):
     assert torch.equal(logits(found), expected)
     other = load_model(str(tmp_path / "adapter"), dtype=torch.float32, init_kwargs={**given, "revision": "main"})
     assert not torch.equal(logits(other), expected)
+    # On the hub, the revision that is asked for is the adapter's.
+    adapted(tmp_path / "newest", tmp_path / "of another base")
+    hub_cache(tmp_path / "cache", {"main": tmp_path / "of another base", "r1": tmp_path / "adapter"}, "adapter")
+    found = load_model("owner/adapter", dtype=torch.float32, init_kwargs={**given, "revision": "r1"})
+    assert torch.equal(logits(found), expected)
     run = run_config(tmp_path / "run", "owner/base", str(base), lora={"r": 4}, processing_class=tiny_tokenizer(),
                      model_init_kwargs={**given, "revision": "v2"})  # fmt: skip
     assert resolve(run).pair.student.model.peft_config["default"].revision == "v2"
