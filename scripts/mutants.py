@@ -539,6 +539,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_memory.py::test_a_resumed_run_keeps_the_lower_budget"),
     ],
     "training/rollout_source.py": [
+        ("plain prompts count as conversations", "if row in conversations and ids[-1]", "if ids[-1]",
+         "test_control_tokens.py::test_rollouts_that_do_not_end_as_the_template_does_are_counted_and_said_once"),
         ("all ranks draw the same", "derive_seed(self.args.seed, step, batch, self.args.process_index, *parts)",
          "derive_seed(self.args.seed, step, batch, *parts)",
          "test_trainer.py::test_rollouts_of_the_same_step_differ_from_process_to_process"),
@@ -598,6 +600,42 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "models/finite.py": [
         ("finite values whose sum overflows count", "    return int((~torch.isfinite(values)).sum())", "    return 1",
          "test_finite.py::test_counting"),
+    ],
+    "models/load_report.py": [
+        ("unexpected weights are left out", "unexpected = sorted({*report[\"unexpected_keys\"]} - left_out, key=_natural)",
+         "unexpected = []", "test_loading.py::test_it_is_refused_in_one_sentence"),
+        ("any two heads pass", "sorted({*wanted} - {*model.all_tied_weights_keys})", "[]",
+         "test_loading.py::test_it_is_refused_in_one_sentence"),
+        ("what transformers cannot convert is not named", "source.setLevel(min(level, logging.WARNING))", "pass",
+         "test_loading.py::test_transformers_own_report_is_not_printed_beside_ours_and_its_level_stays "
+         "test_loading.py::test_it_is_refused_in_one_sentence"),
+        ("buffers of older releases are refused", " or names & {*buffers})", ")",
+         "test_loading.py::test_what_changes_nothing_is_loaded_without_a_word"),
+    ],
+    "models/adapters.py": [
+        ("what an adapter lacks is random", "refuse_adapter(adapter.name, adapter.base, missing, unexpected)",
+         "refuse_adapter(adapter.name, adapter.base, [], unexpected)", "test_adapters.py::test_it_is_refused_in_one_sentence"),
+        ("the newest base model is taken", "asked or revision, hub", "asked, hub",
+         "test_adapters.py::test_the_revision_of_its_base_is_loaded"),
+        ("a continued adapter is frozen", "config.inference_mode = not trainable", "config.inference_mode = True",
+         "test_adapters.py::test_it_is_loaded_as_peft_loads_it_and_goes_on"),
+    ],
+    "models/export_check.py": [
+        ("logits are not compared", "if not difference <=", "if False and difference <=",
+         "test_export_check.py::test_an_adapter_that_is_another_is_not_verified"),
+        ("the config is not compared", "saved.get(key) != own.get(key)", "False",
+         "test_export_check.py::test_a_whole_model_that_is_another_is_not_verified"),
+        ("dropout stays on", "            model.eval()\n            yield", "            yield",
+         "test_export_check.py::test_the_check_leaves_model_and_random_numbers_as_they_are"),
+    ],
+    "models/saved.py": [
+        ("a mixture resumes without its experts", "return {*revert_weight_conversion(causal_lm(model), names)} != {*names}",
+         "return False", "test_export_check.py::test_a_mixture_of_experts_resumes_from_its_experts"),
+    ],
+    "models/tokens.py": [
+        ("a stale end of the model config counts", "*named.get(GENERATION, named.get(MODEL, ()))",
+         "*named.get(GENERATION, ()), *named.get(MODEL, ())",
+         "test_models.py::test_the_generation_config_and_the_tokenizer_say_what_ends_a_text"),
     ],
     "training/metrics.py": [
         ("accuracy counts ungraded rollouts", 'totals["correct"] / totals["graded"]',

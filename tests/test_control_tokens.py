@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -334,6 +335,45 @@ def test_ends_that_only_the_teacher_names_are_said_and_counted(tmp_path, caplog)
     trainer.train()
     assert "rollouts end at" not in caplog.text
     assert "teacher_stop_ratio" not in (tmp_path / "b" / "metrics.jsonl").read_text()
+
+
+def test_rollouts_that_do_not_end_as_the_template_does_are_counted_and_said_once(tmp_path, caplog):
+    tokenizer = tiny_tokenizer(extra="<>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    student, teacher = tiny_model(), tiny_model(seed=1)
+    student.generation_config.eos_token_id = [2, turn]
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in ("1", "2", "3")]
+
+    def run(name, ends, rows):
+        caplog.clear()
+        trainer = tiny_trainer(tmp_path / name, student, teacher, rows=rows, processing_class=tokenizer, max_steps=2)
+
+        def generate(model, prompt_ids, **settings):
+            rollouts = scripted_generate(model, prompt_ids, **settings).rollouts
+            return Sampled(
+                replace(rollouts, completion_ids=[[5, end] for end in ends], finish_reasons=["stop"] * len(ends))
+            )
+
+        trainer.engine.generate = generate
+        with caplog.at_level(logging.WARNING, logger="oprd"):
+            trainer.train()
+        lines = [line for line in caplog.messages if "off_template" in line]
+        return lines, [row.get("completions/off_template_stop_ratio") for row in trainer.run_folder.read_metrics()]
+
+    said, ratios = run("mostly", (2, 2, 2, turn), [*chats, chats[0]])
+    assert said == [
+        "3 of 4 rollouts end by '<eos>', and the chat template ends a turn with '<turn>': the student may be a base model, or was "
+        "trained with another template (completions/off_template_stop_ratio)"
+    ]
+    assert ratios == [0.75, 0.75]
+    assert run("half", (2, 2, turn, turn), [*chats, chats[0]]) == ([], [0.5, 0.5])
+    assert run("plain", (2, 2, 2, 2), [{"prompt": "1"}] * 4) == ([], [None, None])
+    assert run("mixed", (2, 2, 2, 2), [*chats[:2], {"prompt": "1"}, {"prompt": "2"}]) == ([], [0.5, 0.5])
+    tokenizer.eos_token = "<turn>"
+    student.generation_config.eos_token_id = teacher.generation_config.eos_token_id = turn
+    assert run("as the template", (turn,) * 4, [*chats, chats[0]]) == ([], [None, None])
 
 
 def ends_by_turns(model, prompt_ids, **settings) -> Sampled:

@@ -22,7 +22,7 @@ from oprd.models.architecture import (
     num_layers,
 )
 from oprd.models.loading import ModelInfo, check_same_shape, load_model, load_tokenizer, parse_dtype, resolve_name
-from oprd.models.tokens import check_same_tokens, stop_token_ids
+from oprd.models.tokens import check_same_tokens, stop_token_ids, turn_end_ids
 from oprd.resolve import resolve
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
@@ -114,15 +114,40 @@ def test_adapters_above_the_top_layer_are_frozen():
     assert sum(p.requires_grad for p in model.parameters()) == 8
 
 
-def test_stop_tokens_are_the_union_of_all_sources():
+def test_the_generation_config_and_the_tokenizer_say_what_ends_a_text():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.generation_config = GenerationConfig(eos_token_id=[7, 2])
+    model.generation_config = GenerationConfig(eos_token_id=[7, 9])
     model.config.eos_token_id = 5
-    assert stop_token_ids(model, tokenizer) == [2, 5, 7]
-    assert stop_token_ids(lora(model), tokenizer) == [2, 5, 7]
-    model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token = None, None, None
+    assert stop_token_ids(model, tokenizer) == [2, 7, 9]
+    assert stop_token_ids(lora(model), tokenizer) == [2, 7, 9]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [2, 5]
+    model.config.eos_token_id, tokenizer.eos_token = None, None
     with pytest.raises(ValueError, match=r"end-of-sequence token; set tokenizer\.eos_token"):
         stop_token_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}", ["<end>"]),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }} </s>\n{% endfor %}<end>", ["</s>"]),
+        (
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ mark }}{% endif %}{% endfor %}",
+            ["<end>"],
+        ),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", []),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<end>{% endif %}{% endfor %}", []),
+        ("{{ raise_exception('only users') }}", []),
+        (None, []),
+    ],
+)
+def test_the_token_that_a_template_ends_a_turn_with(template, ends):
+    tokenizer = tiny_tokenizer(extra="<>/:")
+    tokenizer.add_tokens(["<end>", "</s>", "<s>", " "])
+    tokenizer.chat_template = template
+    found = turn_end_ids(tokenizer, {"mark": "<end>"})
+    assert tokenizer.convert_ids_to_tokens(list(found)) == ends
 
 
 def test_another_shape_is_refused_with_both_sides():
@@ -148,6 +173,17 @@ def test_another_token_map_is_refused_and_another_size_is_not():
     assert resolved_pair(tiny_model(), padded, tiny_tokenizer(), tiny_tokenizer()).aligner is None
     with pytest.raises(ValueError, match="token ids are other tokens in the teacher's tokenizer"):
         resolved_pair(tiny_model(), None, tiny_tokenizer(extra="X"), tiny_tokenizer(extra="Y"))
+
+
+def test_a_teacher_without_an_embedding_for_what_the_student_writes_is_refused():
+    both = tiny_tokenizer(extra="XYZ")
+    wide, narrow = tiny_model(), tiny_model(vocab_size=46)
+    with pytest.raises(
+        ValueError, match=r"^teacher_model: its embedding has 46 rows, .* write 'Y' \(id 46\) and more up to id 47"
+    ):
+        resolved_pair(wide, narrow, both, both)
+    assert resolved_pair(narrow, wide, both, both).aligner is None
+    assert resolved_pair(wide, tiny_model(vocab_size=48), both, both).aligner is None
 
 
 def test_prompt_learning_is_refused():

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from oprd.data.prompts import prepare_prompts, render
+from oprd.data.prompts import check_token_ids, prepare_prompts, render
 from oprd.data.rows import PromptRow, as_prompt_rows
 from tiny import tiny_tokenizer
 
@@ -93,3 +93,32 @@ def test_an_empty_dataset_is_refused():
         prepare([])
     with pytest.raises(ValueError, match="train_dataset"):
         as_prompt_rows([], "train_dataset")
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_embedding_for_is_refused():
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    assert len(tokenizer) == 46
+    written = [
+        PromptRow("1<think>2", source="p.jsonl:1"),
+        PromptRow([{"role": "user", "content": "<think>"}], source="p.jsonl:2"),
+        PromptRow("12", source="p.jsonl:3"),
+    ]
+    for split in (True, False):
+        prompts = prepare_prompts(written, tokenizer, name="x", max_completion_length=4, split_special_tokens=split)
+        check_token_ids(prompts, tokenizer, 46, "student")
+        check_token_ids(prompts, tokenizer, None, "teacher")
+        check_token_ids(prompts[2:], tokenizer, 45, "student")  # the tokenizer may be larger, if nobody uses it
+        for prompt in prompts[:2]:
+            message = rf"^{prompt.row.source}: the prompt has the token '<think>' \(id 45\), and the embedding of the student has "
+            with pytest.raises(ValueError, match=message):
+                check_token_ids([prompts[2], prompt], tokenizer, 45, "student")
+    with pytest.raises(
+        ValueError, match=r"the prompt has the token '2' \(id 5\), and the embedding of the m has 5 rows"
+    ):
+        check_token_ids(prompts[2:], tokenizer, 5, "m")
+    tokenizer.add_special_tokens({"pad_token": "<pad2>"})
+    with pytest.raises(
+        ValueError, match=r"^tokenizer: its pad_token '<pad2>' has the id 46, .*or set pad_token to the end token"
+    ):
+        check_token_ids(prompts[2:], tokenizer, 46, "student")

@@ -24,10 +24,12 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_default_ends
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
+from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
@@ -86,6 +88,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     """
     args, given = run.args, run.given
     terms = build_terms(run)
+    _check_one_adapter(run)
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     check_teacher(run, terms, teacher)
@@ -107,6 +110,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )
     if aligner is not None:
         _check_own_text(args, pair)
+    _check_readable(pair)
     _say_ends(pair)
     objective = _objective(args, terms, pair)
     if given.rollout_engine is None:
@@ -292,8 +296,8 @@ def _rows(run: RunConfig, kind: str) -> Sequence[PromptRow] | None:
 def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
     """The student, ready to train, and with a bridge its fingerprint, taken before an adapter is added.
 
-    A student given by name is loaded in float32. An adapter is added if there are settings for one. Parameters that the loss does
-    not reach are frozen.
+    A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
+    one. Parameters that the loss does not reach are frozen.
     """
     args, given = run.args, run.given
     peft_config = given.peft_config if given.peft_config is not None else _peft_config(run.lora)
@@ -306,7 +310,8 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
         set_seed(args.seed)  # the adapter's initial weights depend on the seed alone
-        model = get_peft_model(model, peft_config)
+        # A saved adapter names its base model's revision, with which PEFT loads it.
+        model = get_peft_model(model, peft_config, revision=(args.model_init_kwargs or {}).get("revision"))
     frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
@@ -315,12 +320,32 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     return replace(loaded, model=model), own_print
 
 
+def _check_one_adapter(run: RunConfig) -> None:
+    """Refuse settings for an adapter where the student is one already: what is saved would not load on its base model.
+
+    Raises:
+        ValueError: says what to leave out.
+    """
+    if run.lora is None and run.given.peft_config is None:
+        return
+    key = "lora" if run.lora is not None else "peft_config"
+    adapted = isinstance(run.model, nn.Module) and hasattr(run.model, "peft_config")
+    if isinstance(run.model, str):
+        adapted = find_adapter(resolve_name(run.model), run.args.model_init_kwargs) is not None
+    if adapted:
+        name = f"{run.model!r}" if isinstance(run.model, str) else "the given model"
+        raise ValueError(
+            f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or "
+            "merge it into its base model first (merge_and_unload) and name the merged model"
+        )
+
+
 def _load_student(run: RunConfig) -> LoadedModel:
     args, tokenizer = run.args, run.given.processing_class
     if isinstance(run.model, str):
         return load(
             run.model, dtype=torch.float32, init_kwargs=args.model_init_kwargs,
-            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
+            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer, trainable=True,
         )  # fmt: skip
     if run.model is None:
         raise ValueError("model: there is none; give the student, by name or as a model")
@@ -330,6 +355,7 @@ def _load_student(run: RunConfig) -> LoadedModel:
         if not name:
             raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    say_ends(run.model, tokenizer, name)
     return LoadedModel(run.model, tokenizer, ModelInfo.of(run.model, name, tokenizer))
 
 
@@ -384,6 +410,8 @@ def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
         logger.warning("teacher_model was not loaded by name: its tokenizer cannot be compared with the student's")
+    else:
+        say_ends(model, tokenizer, name or "the given teacher_model")
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer or student.tokenizer))
 
 
@@ -522,6 +550,20 @@ def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
     )  # fmt: skip
 
 
+def _check_readable(pair: ModelPair) -> None:
+    """Refuse a student that can write a token id which its teacher, reading the same ids, has no embedding for."""
+    rows, own = pair.teacher.info.embedding_rows, pair.student.info.embedding_rows
+    if pair.aligner is not None or rows is None or own is None:
+        return
+    written = min(vocabulary_size(pair.tokenizer), own)
+    if written > rows:
+        first = pair.tokenizer.convert_ids_to_tokens(rows)
+        raise ValueError(
+            f"teacher_model: its embedding has {rows} rows, and the student can write {first!r} (id {rows}) and more up to id "
+            f"{written - 1}: take a teacher with the student's vocabulary, or resize it (resize_token_embeddings) and save it"
+        )
+
+
 def _say_ends(pair: ModelPair) -> None:
     """Log which tokens end a rollout although only the teacher names them."""
     if pair.teacher_stop_ids:
@@ -625,6 +667,7 @@ def plan(run: RunConfig) -> PlannedRun:
         ValueError: as `resolve`, for what needs no weights.
     """
     args = run.args
+    _check_one_adapter(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
         for name in (run.model, run.teacher_model)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
+from oprd.models.adapters import is_adapter_folder
 from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
 _PACKAGE = Path(__file__).parent
@@ -49,7 +50,7 @@ class RunConfig:
 
     Args:
         args: all other settings.
-        model: student: folder, hub name, `embedded:tiny/student`, or a model.
+        model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
         teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
             it.
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
@@ -236,9 +237,10 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
     for key in ("model", "train_dataset"):
         if not values.get(key):
             raise ValueError(f"{where}: the key {key!r} is missing; see recipes/ for complete files")
-    if values.get("teacher_model") is None and values.get("lora") is None:
+    if values.get("teacher_model") is None and values.get("lora") is None and not is_adapter_folder(values["model"]):
         raise ValueError(
-            f"{where}: the key 'teacher_model' is missing (only with 'lora' the base model can be the teacher)"
+            f"{where}: the key 'teacher_model' is missing (only with 'lora', or an adapter as 'model', the base model can be the "
+            "teacher)"
         )
     if values.get("eval_dataset") and not values.get("task"):
         raise ValueError(f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded")

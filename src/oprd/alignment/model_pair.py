@@ -14,11 +14,11 @@ from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
 from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
-from oprd.data.prompts import Prompt, prepare_prompts
+from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import LoadedModel, ModelInfo
-from oprd.models.tokens import vocabulary_size
+from oprd.models.tokens import turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher
@@ -148,6 +148,16 @@ class ModelPair:
         merged = self.aligner is None and self.compared.end_of_turn != "by_id"
         return sorted({*(self.teacher.info.stop_token_ids if merged else ())} - {*self.student.info.stop_token_ids})
 
+    @cached_property
+    def turn_end_ids(self) -> tuple[int, ...]:
+        """The token that the student's chat template writes after an assistant's turn; empty if it writes none."""
+        return turn_end_ids(self.tokenizer, self.rendering.chat_template_kwargs)
+
+    @cached_property
+    def off_template_stop_ids(self) -> list[int]:
+        """Ids that end a rollout although the student's chat template ends a turn with another; empty if that is unknown."""
+        return sorted({*self.stop_token_ids} - {*self.turn_end_ids}) if self.turn_end_ids else []
+
     @property
     def pad_token_id(self) -> int:
         """A token id that both models have. Padded positions are masked."""
@@ -169,14 +179,18 @@ class ModelPair:
         """The prompts as the student reads them.
 
         Raises:
-            ValueError: as `oprd.data.prompts.prepare_prompts`.
+            ValueError: as `oprd.data.prompts.prepare_prompts`, or a token id that a model which reads it has no embedding for.
         """
-        return prepare_prompts(
+        prompts = prepare_prompts(
             rows, self.tokenizer, name=name, max_completion_length=max_completion_length,
             context_length=self.context_length, max_prompt_length=max_prompt_length,
             chat_template_kwargs=self.rendering.chat_template_kwargs,
             split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
+        check_token_ids(prompts, self.tokenizer, self.student.info.embedding_rows, "student")
+        if self.aligner is None:
+            check_token_ids(prompts, self.tokenizer, self.teacher.info.embedding_rows, "teacher")
+        return prompts
 
     def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> Sequence[Prompt]:
         """The same prompts as the teacher reads them.
@@ -188,7 +202,7 @@ class ModelPair:
         if aligner is None:
             return prompts
         try:
-            return prepare_prompts(
+            theirs = prepare_prompts(
                 OnAccess(lambda i: with_system(prompts[i].row, aligner.system_prompt), range(len(prompts))),
                 aligner.teacher_tokenizer,
                 name=f"the teacher's {name}",
@@ -197,6 +211,8 @@ class ModelPair:
                 chat_template_kwargs=aligner.teacher_kwargs,
                 split_special_tokens=self.rendering.split_special_tokens,
             )
+            check_token_ids(theirs, aligner.teacher_tokenizer, self.teacher.info.embedding_rows, "teacher")
+            return theirs
         except ValueError as error:
             raise ValueError(f"the teacher's prompts: {error}") from error
 

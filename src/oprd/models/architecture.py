@@ -62,6 +62,11 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """Number of token ids that the model can read: the rows of its input embedding."""
+    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+
+
 def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> list[str]:
     """Freeze the parameters that the loss does not reach, and return their names.
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.models.architecture import blocks, context_length, hidden_size, num_layers
+from oprd.models.adapters import Adapter, attach, find_adapter
+from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
-from oprd.models.tokens import stop_token_ids
+from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
+from oprd.models.tokens import say_ends, stop_token_ids
 
 EMBEDDED = "embedded:"
 ASSETS = Path(__file__).parent / "assets"
@@ -30,6 +31,7 @@ class ModelInfo:
         width: dimensions of a hidden state.
         context_length: maximum tokens that the model can read; None if its config has no limit.
         stop_token_ids: ids that end a completion.
+        embedding_rows: number of token ids that the model can read; None: not known.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ModelInfo:
     width: int
     context_length: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    embedding_rows: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "", tokenizer: PreTrainedTokenizerBase | None = None) -> ModelInfo:
@@ -46,7 +49,7 @@ class ModelInfo:
             ValueError: an architecture that is not supported, or no end token in model and tokenizer.
         """
         stops = () if tokenizer is None else tuple(stop_token_ids(model, tokenizer))
-        return cls(name, num_layers(model), hidden_size(model), context_length(model), stops)
+        return cls(name, num_layers(model), hidden_size(model), context_length(model), stops, embedding_rows(model))
 
     @classmethod
     def from_config(cls, name: str, *, trust_remote_code: bool = False) -> ModelInfo | None:
@@ -56,7 +59,7 @@ class ModelInfo:
             ValueError: a name that is neither a folder nor a hub name.
         """
         try:
-            config = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+            config = load_config(name, trust_remote_code=trust_remote_code)
         except OSError:
             return None
         text = config.get_text_config()
@@ -95,6 +98,7 @@ def load(
     trust_remote_code: bool = False,
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trainable: bool = False,
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
@@ -105,15 +109,19 @@ def load(
         trust_remote_code: run code that comes with the model.
         device: move the model there, in eval mode and without gradients. None: leave it as loaded, to train it.
         tokenizer: tokenizer to use; None: load the model's.
+        trainable: an adapter continues its training, as a `peft.PeftModel`.
 
     Raises:
-        ValueError: no such model, not a decoder-only model, or no tokenizer.
+        ValueError: as `load_model`, or no tokenizer.
     """
-    model = load_model(name, dtype=dtype, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
+    model = load_model(
+        name, dtype=dtype, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code, trainable=trainable
+    )
     if device is not None:
         model.to(device).eval().requires_grad_(False)
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    say_ends(model, tokenizer, name)
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
 
@@ -143,58 +151,115 @@ def load_model(
     dtype: torch.dtype | str,
     init_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a decoder-only causal LM.
+    trainable: bool = False,
+) -> Any:
+    """Load a decoder-only causal LM, or an adapter on its base model. Every weight is one of its files.
 
     Args:
-        name: folder, hub name or `embedded:…`.
+        name: folder, hub name or `embedded:…`; an adapter's too.
         dtype: dtype of the weights unless `init_kwargs` has one; "auto" keeps the checkpoint's.
         init_kwargs: further arguments of `from_pretrained`.
         trust_remote_code: run code that comes with the model.
+        trainable: an adapter continues its training.
+
+    Returns:
+        The `PreTrainedModel`; its layers hold an adapter that is not merged. With `trainable`, an adapter's `peft.PeftModel`.
 
     Raises:
-        ValueError: no such model, not a decoder-only model, or a weight that is not finite.
+        ValueError: no such model, not a decoder-only model, weights that are missing, unexpected or of another shape, or a weight
+            that is not finite.
     """
     kwargs = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
-    try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_name(name), **kwargs)
-    except Exception as error:
-        if (reason := _reason(error)) is None:
-            raise
-        raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
-    blocks(model)  # raises now, with the class's name, if the layers cannot be found
+    resolved = resolve_name(name)
+    adapter = find_adapter(resolved, init_kwargs)
+    if adapter is None:
+        model = _load_whole(name, resolved, kwargs)
+    else:
+        base = _base_of(adapter)
+        of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
+            "revision": adapter.base_revision
+        }
+        model = attach(_load_whole(base, base, of_base), adapter, trainable=trainable)
+        if not trainable:
+            model = model.get_base_model().eval()
     check_finite(model, name)
     return model
 
 
+def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a model that is no adapter."""
+    # Weights of another shape are reported, with their names, and then refused.
+    arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with conversion_failures() as failed:
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
+        except Exception as error:
+            if (reason := reason_of(error)) is None:
+                raise
+            if failed:
+                reason = (
+                    f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
+                    "another shape: copy the whole folder again"
+                )
+            raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
+    blocks(model)  # raises now, with the class's name, if the layers cannot be found
+    check_loaded(name, model, report)
+    return model
+
+
+def _base_of(adapter: Adapter) -> str:
+    """The base model of an adapter, as transformers accepts it.
+
+    Raises:
+        ValueError: there is no such folder, or it is an adapter too.
+    """
+    try:
+        base = resolve_name(adapter.base)
+    except ValueError as error:
+        raise ValueError(
+            f"model: the base model of the adapter {adapter.name!r} is not there ({error}); correct base_model_name_or_path in its "
+            "adapter_config.json"
+        ) from error
+    if find_adapter(base, {**adapter.hub, "revision": adapter.base_revision, "subfolder": None}) is not None:
+        raise ValueError(
+            f"model: the base model {base!r} of the adapter {adapter.name!r} is an adapter too, and adapters are not stacked: "
+            "merge it first (merge_and_unload), and name the merged model in base_model_name_or_path"
+        )
+    return base
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a folder, hub name or `embedded:…`; of an adapter, its base model's.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: a name that is neither a folder nor a hub name.
+    """
+    resolved, revision = resolve_name(name), None
+    if (adapter := find_adapter(resolved)) is not None:
+        resolved, revision = _base_of(adapter), adapter.base_revision
+    return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, hub name or `embedded:…`.
+    """Load the tokenizer of a folder, hub name or `embedded:…`; of an adapter without one, its base model's.
 
     Raises:
         ValueError: no tokenizer can be loaded.
     """
+    resolved, revision = resolve_name(name), None
+    if (adapter := find_adapter(resolved)) is not None and not adapter.has_tokenizer:
+        resolved, revision = _base_of(adapter), adapter.base_revision
     try:
-        return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        if (reason := _reason(error)) is None:
+        if (reason := reason_of(error)) is None:
             raise
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
-
-
-def _reason(error: Exception) -> str | None:
-    """What is wrong with the files of a model, in one line; None if the error is not about them."""
-    if (
-        type(error).__name__ == "UnpicklingError"
-    ):  # torch reads only tensors from a pickle; this one holds other objects
-        return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
-    of_files = isinstance(error, (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, RuntimeError))
-    if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
-        return None
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def parse_dtype(name: str) -> torch.dtype:

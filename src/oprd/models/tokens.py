@@ -1,25 +1,96 @@
-"""Token ids of a tokenizer: stop ids, vocabulary size, and comparison of two tokenizers."""
+"""Token ids of a tokenizer: stop ids and who names them, vocabulary size, and comparison of two tokenizers."""
 
 from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.models.architecture import causal_lm
 
+logger = logging.getLogger("oprd")
+
+
+GENERATION, MODEL, TOKENIZER, TEMPLATE = "generation_config.json", "config.json", "the tokenizer", "the chat template"
+_CONTENT = "zq"  # a turn's content that no template writes
+
+
+def named_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
+    """Source → ids that it names as the end of a text or turn; sources that name none are left out."""
+    lm = causal_lm(model)
+    of_config = getattr(lm.config, "eos_token_id", None)
+    if of_config is None:
+        of_config = getattr(lm.config.get_text_config(), "eos_token_id", None)
+    found = {
+        GENERATION: _ids(getattr(lm.generation_config, "eos_token_id", None)),
+        MODEL: _ids(of_config),
+        TOKENIZER: _ids(tokenizer.eos_token_id),
+        TEMPLATE: turn_end_ids(tokenizer),
+    }
+    return {source: ids for source, ids in found.items() if ids}
+
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a completion: the union of those in the tokenizer, the generation config and the model config.
+    """Ids that end a completion: the tokenizer's and the generation config's; the model config's if the latter names none.
 
     Raises:
         ValueError: there is none, so no completion could finish.
     """
-    lm = causal_lm(model)
-    sources = (tokenizer.eos_token_id, getattr(lm.generation_config, "eos_token_id", None), lm.config.eos_token_id)
-    ids = {i for source in sources if source is not None for i in (source if isinstance(source, list) else [source])}
+    named = named_ends(model, tokenizer)
+    ids = {*named.get(TOKENIZER, ()), *named.get(GENERATION, named.get(MODEL, ()))}
     if not ids:
         raise ValueError("tokenizer: neither it nor the model names an end-of-sequence token; set tokenizer.eos_token")
     return sorted(ids)
+
+
+def say_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Log, in one line, the ids that not every source names as an end; nothing where all agree."""
+    named, stops = named_ends(model, tokenizer), stop_token_ids(model, tokenizer)
+    parts = []
+    for i in sorted({*chain.from_iterable(named.values())}):
+        sources = [source for source, ids in named.items() if i in ids]
+        if len(sources) < len(named):
+            alone = " alone" if len(sources) == 1 else ""
+            effect = "ends a text" if i in stops else "ends none"
+            parts.append(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
+    unused = {*chain.from_iterable(named.values())} - {*stops}
+    if parts:
+        level = logging.WARNING if unused else logging.INFO
+        logger.log(level, "%s: its files name different ends (eos_token_id): %s", name or "the model", "; ".join(parts))
+
+
+def turn_end_ids(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """The token that a chat template writes after an assistant's turn; empty without a template, or if it writes no token there.
+
+    Args:
+        tokenizer: any.
+        template_kwargs: arguments of its chat template.
+    """
+    if tokenizer.chat_template is None:
+        return ()
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _CONTENT}]
+    settings = {**(template_kwargs or {}), "add_generation_prompt": False, "tokenize": False}
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, **settings))
+    except Exception:  # the template refuses this conversation; its errors share no base class
+        return ()
+    _, found, rest = rendered.rpartition(_CONTENT)
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    match = re.search("|".join(map(re.escape, sorted(added, key=len, reverse=True))), rest) if found and added else None
+    return (added[match[0]],) if match else ()
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from oprd.files import check_room, explaining_full_disk, fsync, is_whole, verify, write_json, write_manifest, write_text
 from oprd.models.finite import first_not_finite, first_not_finite_in
+from oprd.models.saved import read_weights
 from oprd.models.sharding import load_whole_weights, sharded_state, whole_state
 from oprd.runs.folder import RUN, RunFolder
 
@@ -381,17 +382,17 @@ class CheckpointStore:
         optimizer.load_state_dict(saved)
         scheduler.load_state_dict(json.loads((Path(folder) / "scheduler.json").read_text()))
 
-    def load_sharded_weights(self, model: nn.Module, folder: str) -> None:
-        """Load whole weights into a sharded model; each process keeps its shard.
+    def load_weights(self, model: nn.Module, folder: str, *, sharded: bool) -> None:
+        """Load a checkpoint's weights; each process keeps its shard of a sharded model.
 
         Raises:
-            ValueError: the checkpoint holds no weights.
+            ValueError: the checkpoint holds no weights, or those of another model.
         """
-        files = sorted(Path(folder).glob("model*.safetensors"))
-        if not files:
-            raise ValueError(f"resume_from_checkpoint: there is no model.safetensors in {folder}")
-        for file in files:
-            load_whole_weights(model, load_file(file))
+        for weights in read_weights(model, Path(folder)):
+            if sharded:
+                load_whole_weights(model, weights)
+            else:
+                model.load_state_dict(weights, strict=False)  # a tied weight may have one name only
 
     def replace_pickle(self, folder: str, settings: str) -> None:
         """Replace the file in which transformers pickles its arguments by a JSON file."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from oprd.data.prompts import prepare_prompts
+from oprd.data.prompts import check_token_ids, prepare_prompts
 from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
@@ -85,6 +85,7 @@ def evaluate_checkpoint(
         rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
         context_length=loaded.info.context_length, split_special_tokens=split_special_tokens,
     )  # fmt: skip
+    check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, model)
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
     if isinstance(sampler, TransformersEngine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from oprd.tasks.task import decided_by
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.types import Rollouts
+
+logger = logging.getLogger("oprd")
 
 
 class RolloutSource:
@@ -71,6 +74,7 @@ class RolloutSource:
         self._next_batches: list[list[Prompt]] = []  # of the step after it, where the epoch has one
         self._last_step = False
         self._drawn: list[Rollouts] = []
+        self._said_off_template = args.process_index != 0
 
     @property
     def batch_of_step(self) -> int:
@@ -147,13 +151,30 @@ class RolloutSource:
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
             self.recorder.observe(**stats.counts())
-        if ends := self.pair.teacher_stop_ids:
-            count = sum(completion[-1] in ends for completion in rollouts.completion_ids)
-            self.recorder.observe(**{"completions/teacher_stop_ratio": share * count / len(rollouts)})
+        self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
         batch = Batch(rollouts, rewards, pairs=pairs)
         if not self.objective.uses(PolicyTerm):
             return batch
         return batch.with_advantages(self.args.num_generations, self.args.scale_rewards)  # type: ignore[arg-type]
+
+    def _observe_ends(self, rollouts: Rollouts, conversations: set[int], share: float) -> None:
+        """Count the rollouts that end by an id which the teacher alone, or not the chat template, names as an end."""
+        if ends := self.pair.teacher_stop_ids:
+            count = sum(completion[-1] in ends for completion in rollouts.completion_ids)
+            self.recorder.observe(**{"completions/teacher_stop_ratio": share * count / len(rollouts)})
+        if not conversations or not (others := self.pair.off_template_stop_ids):
+            return
+        pairs = zip(rollouts.rows, rollouts.completion_ids, strict=True)
+        found = [ids[-1] for row, ids in pairs if row in conversations and ids[-1] in others]
+        self.recorder.observe(**{"completions/off_template_stop_ratio": share * len(found) / len(rollouts)})
+        if 2 * len(found) > len(rollouts) and not self._said_off_template:
+            self._said_off_template = True
+            written = self.pair.tokenizer.convert_ids_to_tokens([max(found, key=found.count), *self.pair.turn_end_ids])
+            logger.warning(
+                "%d of %d rollouts end by %r, and the chat template ends a turn with %r: the student may be a base model, or "
+                "was trained with another template (completions/off_template_stop_ratio)",
+                len(found), len(rollouts), *written,
+            )  # fmt: skip
 
     def keep(self, batch: Batch, log_probs: dict[int, Tensor]) -> None:
         """Keep a batch for the next update on it, with the log-probabilities of the policy that sampled it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.data.compact import OnAccess
@@ -19,6 +22,9 @@ from oprd.data.contamination import say_overlap
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.files import write_json, write_text, writing_folder
+from oprd.models.architecture import causal_lm
+from oprd.models.export_check import ExportCheck, check_export, compare_files
+from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective, resolve
 from oprd.run_config import RunConfig
 from oprd.runs.curves import plot_run
@@ -26,6 +32,8 @@ from oprd.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
 from oprd.tasks.evaluation import Evaluation, describe_accuracy
 from oprd.training.trainer import OPRDTrainer, check_one_device
+
+logger = logging.getLogger("oprd")
 
 Say = Callable[[str], None]
 
@@ -70,7 +78,8 @@ def train_and_evaluate(
 
     Returns:
         The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`,
-        `contamination` (on the first process), `steps`, `seconds`, ….
+        `contamination` (on the first process), `export_verified` (whether `model/`, loaded again, is the trained model; None: not
+        checked), `steps`, `seconds`, ….
 
     Raises:
         ValueError: anything that does not fit, before training starts.
@@ -101,6 +110,7 @@ def train_and_evaluate(
         trainer.train()
         summary |= {"train_seconds": round(time.perf_counter() - train_started, 2)} | _about(trainer)
         _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
+        summary["export_verified"] = _verify_export(trainer, folder / "model")
         if run.eval_dataset:
             summary["student_after"] = trainer.evaluate_now()
             say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
@@ -122,6 +132,29 @@ def _export(trainer: OPRDTrainer, folder: Path, summary: dict[str, Any], setting
     with writing_folder(folder) as staged:
         trainer.save_model(str(staged))
         write_model_card(staged, summary, settings)
+
+
+def _verify_export(trainer: OPRDTrainer, folder: Path) -> bool | None:
+    """Whether the saved model is the trained one; None where it was not checked. All processes of a sharded model take part."""
+    args, model, main = trainer.args, trainer.model, trainer.is_world_process_zero()
+    if trainer.is_deepspeed_enabled:
+        found = ExportCheck(None, "DeepSpeed holds its weights")
+    elif is_sharded(model):
+        weights = whole_weights(model, keep=main)
+        lm = causal_lm(model)
+        found = compare_files(lm, folder, revert_weight_conversion(lm, weights)) if main else ExportCheck(None, "")
+    elif main:
+        given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        found = check_export(model, folder, trainer.pair.tokenizer, init_kwargs=given, autocast=autocast)
+    if not main:
+        return None
+    if found.verified:
+        logger.info("%s is verified: %s", folder, found.text)
+    else:
+        what = "was not verified" if found.verified is None else "is NOT the model that was trained"
+        logger.warning("%s %s: %s", folder, what, found.text)
+    return found.verified
 
 
 def _evaluate_before(run: RunConfig, trainer: OPRDTrainer, summary: dict[str, Any], say: Say) -> None:

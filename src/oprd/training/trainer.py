@@ -27,6 +27,7 @@ from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.memory import HalvedSize, say_what_to_lower
+from oprd.models.saved import check_names, has_own_layout, weight_files
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
@@ -501,13 +502,15 @@ class OPRDTrainer(Trainer):
         self.checkpoints.load_optimizer(self.optimizer, self.lr_scheduler, checkpoint, sharded=self.parallel.sharded)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.parallel.sharded:
-            self.checkpoints.load_sharded_weights(self.model, resume_from_checkpoint)
+        target, folder = self.model if model is None else model, Path(resume_from_checkpoint)
+        if self.parallel.sharded or (weight_files(folder) and has_own_layout(target)):
+            self.checkpoints.load_weights(target, resume_from_checkpoint, sharded=self.parallel.sharded)
         else:
+            check_names(target, folder)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.parallel.sharded and self.state.best_model_checkpoint:
+        if self.state.best_model_checkpoint and (self.parallel.sharded or has_own_layout(self.model)):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

@@ -55,7 +55,8 @@ def check_servable(lm: PreTrainedModel) -> None:
     """Refuse a student whose live weights vLLM cannot load.
 
     Raises:
-        ValueError: a quantised student, one whose layout in memory differs from its checkpoint, or adapters on tied embeddings.
+        ValueError: a quantised student, one whose layout in memory differs from its checkpoint, adapters on tied embeddings, or
+            adapters of single tokens.
     """
     advice = "set rollout_engine: transformers"
     if getattr(lm, "hf_quantizer", None) is not None:
@@ -70,3 +71,9 @@ def check_servable(lm: PreTrainedModel) -> None:
     adapted = any(hasattr(end, "get_base_layer") or hasattr(end, "modules_to_save") for end in ends)
     if adapted and lm.config.get_text_config().tie_word_embeddings:
         raise ValueError(f"rollout_engine: vllm is not supported for adapters on tied embeddings; {advice}")
+    for name, module in lm.named_modules():
+        if hasattr(module, "original_module") and not hasattr(module, "modules_to_save"):
+            raise ValueError(
+                f"rollout_engine: vllm is not supported for the adapter on {name} ({type(module).__name__}: "
+                f"trainable_token_indices), whose merged weights are not sent; {advice}"
+            )

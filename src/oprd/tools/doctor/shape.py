@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oprd.models.architecture import blocks, causal_lm
-from oprd.models.loading import resolve_name
+from oprd.models.loading import load_config
 
 CHECKED = ("llama", "qwen2")
 """Model types for which tests/test_doctor.py and docs/scale.md check the formulas against measurements."""
@@ -92,7 +92,7 @@ def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
         ValueError: the config cannot be read, or the architecture is not a decoder with gated MLP blocks.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+        config = load_config(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"model: the config of {name!r} cannot be read: {first_line}") from error

@@ -1,0 +1,189 @@
+"""Whether a saved model, loaded by transformers or PEFT alone, is the model that was trained."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.models.adapters import CONFIG
+from oprd.models.architecture import causal_lm
+from oprd.models.load_report import check_loaded
+from oprd.models.saved import saved_tensors, weight_files
+from oprd.models.tokens import vocabulary_size
+
+logger = logging.getLogger("oprd")
+
+LARGEST = 8 * 2**30
+"""Bytes of weights up to which the saved model is loaded a second time."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest logit; 16-bit ones round more
+_TOLERANCE_16_BITS = 5e-2
+_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What was found.
+
+    Args:
+        verified: whether the saved model is the trained one; None: not checked.
+        text: how it was checked, or what differs, as the end of a sentence.
+    """
+
+    verified: bool | None
+    text: str
+
+
+def check_export(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    init_kwargs: Mapping[str, Any] | None = None,
+    autocast: torch.dtype | None = None,
+    largest: int = LARGEST,
+) -> ExportCheck:
+    """Load a saved model as its users do, and compare weights and logits with the model in memory.
+
+    A model of more than `largest` bytes, or of more than half of the free memory, is compared tensor by tensor instead. No random
+    number is drawn from the global generators, and the model keeps its mode.
+
+    Args:
+        model: the trained model, whole in this process.
+        folder: where it was saved.
+        tokenizer: tokens of its vocabulary are the probe.
+        init_kwargs: arguments with which its base model was loaded (dtype, quantization_config, …); only for an adapter.
+        autocast: dtype in which its forward computes; None for that of its weights.
+        largest: see above.
+    """
+    started = time.perf_counter()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    try:
+        with _undisturbed(model):
+            if size <= min(largest, psutil.virtual_memory().available // 2):
+                found = _compare_loaded(model, folder, tokenizer, dict(init_kwargs or {}), autocast)
+            else:
+                found = compare_files(causal_lm(model), folder, saved_tensors(model))
+    except Exception as error:  # the run must end with its model, whatever a library raises here
+        found = ExportCheck(False, f"it cannot be loaded: {next(iter(str(error).splitlines()), type(error).__name__)}")
+    return ExportCheck(found.verified, f"{found.text} ({time.perf_counter() - started:.1f} s)")
+
+
+def compare_files(lm: PreTrainedModel, folder: Path, live: Mapping[str, Tensor]) -> ExportCheck:
+    """Compare the tensors of a folder's files with a model's, one by one, and its config with the model's.
+
+    Args:
+        lm: the model of transformers.
+        folder: where it was saved.
+        live: its whole weights under the names of a save (`oprd.models.saved.saved_tensors`).
+    """
+    stored: set[str] = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                if name not in live:
+                    return ExportCheck(False, f"its files hold {name}, which the trained model has not")
+                if not _alike(live[name], tensors.get_tensor(name)):
+                    return ExportCheck(False, f"{name} is another in its files")
+                stored.add(name)
+    if gone := sorted({*live} - stored - {*lm.all_tied_weights_keys}):
+        return ExportCheck(False, f"{gone[0]} is in none of its files")
+    if not (folder / CONFIG).is_file():
+        saved, own = (_settings(config) for config in (AutoConfig.from_pretrained(folder), lm.config))
+        if keys := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
+            return ExportCheck(False, f"its config.json has another {keys[0]}")
+    return ExportCheck(
+        True, f"its {len(stored)} tensors are the trained model's (it was not loaded again: large or sharded)"
+    )
+
+
+def _compare_loaded(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    init_kwargs: dict[str, Any],
+    autocast: torch.dtype | None,
+) -> ExportCheck:
+    copy = _load_plainly(model, folder, init_kwargs)
+    ours, theirs = saved_tensors(model), saved_tensors(copy)
+    if ours.keys() != theirs.keys():
+        name = min(ours.keys() ^ theirs.keys())
+        return ExportCheck(False, f"{name} is {'missing' if name in ours else 'there'} when it is loaded again")
+    for name, tensor in ours.items():
+        if not _alike(tensor, theirs[name]):
+            return ExportCheck(False, f"{name} is another when it is loaded again")
+    device = next(model.parameters()).device
+    rows = causal_lm(model).get_input_embeddings().weight.shape[0]
+    probe = torch.linspace(0, min(vocabulary_size(tokenizer), rows) - 1, 32).long().view(2, 16)
+    logits = _logits(model, probe.to(device), autocast), _logits(copy, probe, autocast)
+    width = min(part.shape[-1] for part in logits)  # PEFT adds rows to the embedding for a larger tokenizer
+    one, other = (part[..., :width] for part in logits)
+    difference, scale = float((one - other).abs().max()), max(float(one.abs().max()), 1.0)
+    computed = autocast or causal_lm(model).dtype
+    if not difference <= _TOLERANCE.get(computed, _TOLERANCE_16_BITS) * scale:
+        return ExportCheck(
+            False,
+            f"loaded again, its logits differ from the trained model's by up to {difference:.2g} (largest logit {scale:.2g})",
+        )
+    return ExportCheck(
+        True, f"loaded again, its logits are the trained model's, to {difference:.1g}, on {probe.numel()} tokens"
+    )
+
+
+def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -> nn.Module:
+    """The saved model as transformers loads it, an adapter as PEFT does, on the CPU and without any code of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not hasattr(model, "peft_config"):
+            trust = init_kwargs.get("trust_remote_code", False)
+            copy, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=trust, output_loading_info=True
+            )
+            check_loaded(str(folder), copy, report)
+            return copy.eval()
+        from peft import AutoPeftModelForCausalLM  # an extra: only users of adapters need it
+
+        # The saved config alone says which revision of the base model it is.
+        loading = {"dtype": causal_lm(model).dtype} | init_kwargs
+        loading = {key: value for key, value in loading.items() if key not in ("revision", "device_map", "subfolder")}
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **loading).eval()
+
+
+def _logits(model: nn.Module, ids: Tensor, autocast: torch.dtype | None) -> Tensor:
+    with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits.float().cpu()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients; afterwards all modules are in the mode, and the random generators in the state, of before."""
+    training = {module for module in model.modules() if module.training}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _alike(live: Tensor, stored: Tensor) -> bool:
+    """Whether a stored tensor has the bits of a live one."""
+    return live.shape == stored.shape and torch.equal(live.detach().to("cpu", stored.dtype), stored)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in _LOADING}
