@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.data.rows import PromptRow, load_prompts
-from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.answers import decide
+from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, last_boxed
+from oprd.tasks.notation import normalize_answer
+from oprd.tasks.quantities import parse_number
 from oprd.tasks.task import get_task, with_instruction
 from processes import descendants, wait_until
 
