@@ -1,7 +1,8 @@
 r"""Algebra on single expressions with math-verify and sympy. Runs in the guarded process of `oprd.tasks.grading_worker`.
 
-math-verify compares numbers by rounding to 6 or 15 decimals, so that all tiny numbers are equal to it, and its simplification misses
-some equal expressions. So its verdict is checked: both expressions are evaluated, at a few points where they have variables.
+math-verify compares numbers by rounding to 6 or 15 decimals, so that all tiny numbers are equal to it, and its simplification
+misses some equal expressions. So both expressions are evaluated exactly enough, at a few points where they have variables;
+math-verify decides about what has no values, such as sets.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from typing import Any
-
-from oprd.tasks.notation import plain
 
 _POINTS = ("37/23", "-41/31", "59/19", "7/43", "-13/47", "83/29", "5/53", "131/61", "211/31", "401/37")
 _NEEDED = 3  # points at which both expressions have a real value
@@ -24,7 +23,7 @@ def readable(text: str) -> str:
     text = re.sub(r"\\text ?\{ ?([^{}]*?) ?\}", r" \1 ", text)
     text = re.sub(r"([A-Za-z]|\})('+)", lambda m: f"{m[1]}_{{{'prime' * len(m[2])}}}", text)
     text = re.sub(r"(?<=\d)[eE](?=[+-]?\d)([+-]?\d+)", r"\\times 10^{\1}", text)
-    return re.sub(r"\\?[%$]", "", text).strip().removeprefix("+")
+    return re.sub(r"\\?\$", "", text).strip().removeprefix("+")
 
 
 @lru_cache(maxsize=256)
@@ -56,7 +55,7 @@ def _both_cases(*texts: str) -> bool:
 
 
 class MathVerify:
-    """The `Algebra` of `oprd.tasks.structures`."""
+    """The `Algebra` of `oprd.tasks.comparison`."""
 
     def same_expression(self, answer: str, truth: str) -> bool | None:
         """Whether two expressions have the same value wherever both are real; None if one cannot be read."""

@@ -1,19 +1,20 @@
-r"""Whether two answers are the same, as far as no algebra is needed (`oprd.tasks.structures` goes on from there)."""
+r"""Whether two answers are the same, as far as no algebra is needed (`oprd.tasks.comparison` goes on from there)."""
 
 from __future__ import annotations
 
 import re
 
 from oprd.tasks.notation import normalize_answer, plain
-from oprd.tasks.quantities import quantity, same_value, value_of
+from oprd.tasks.quantities import quantity, same_value
 from oprd.tasks.words import same_text
 
+_SO = r"(?:therefore|thus|hence|so|then),?"
 _INTRODUCED = re.compile(
-    r"(?:\\text\{ ?)?(?:(?:therefore|thus|hence|so|then),? ?\}? ?)?(?:\\text\{ ?)?(?:(?:the |my )?(?:final |correct )?(?:answer|result|value|total|solution)"
-    r" ?(?:is|are|:|=|equals)[ :]*)\}? ?",
+    rf"(?:\\text\{{ ?)?(?:{_SO} ?\}}? ?)?(?:\\text\{{ ?)?(?:(?:the|my) )?(?:(?:final|correct) )?"
+    r"(?:answer|result|value|total|solution) ?(?:is|are|:|=|equals)[ :]*\}? ?",
     re.IGNORECASE,
 )
-_LABELLED = re.compile(r"\\text\{ ?[A-Za-z ]+: ?\} ?|\\text\{ ?(?:therefore|thus|hence|so|then),? ?\} ?", re.IGNORECASE)
+_LABELLED = re.compile(rf"\\text\{{ ?[A-Za-z ]+: ?\}} ?|\\text\{{ ?{_SO} ?\}} ?", re.IGNORECASE)
 
 
 def stated(answer: str) -> str:
@@ -21,9 +22,10 @@ def stated(answer: str) -> str:
     text = plain(answer)
     for pattern in (_LABELLED, _INTRODUCED):
         if (match := pattern.match(text)) and len(match[0]) < len(text):
-            text = plain(text[match.end() :])
-            if match[0].count("{") > match[0].count("}"):
-                text = plain(text.removesuffix("}"))
+            rest = text[match.end() :]
+            if match[0].count("{") > match[0].count("}"):  # the text goes on: \text{The answer is 36}
+                rest = rest.removesuffix("}")
+            text = plain(rest)
     return text
 
 
@@ -38,17 +40,14 @@ def decide(answer: str, truth: str) -> tuple[bool | None, str]:
     verdict = same_text(answer, truth)
     if verdict is not None:
         return verdict, "exact"
-    a, t = quantity(answer), quantity(truth)
-    values = value_of(a.text), value_of(t.text)
-    if values[0] is not None and values[1] is not None:
-        return same_value(values[0], values[1], a, t), "numeric"
-    return None, ""
+    verdict = same_value(quantity(answer), quantity(truth))
+    return verdict, "" if verdict is None else "numeric"
 
 
-_MEANS = (
-    "frac sqrt pi infty pm mp cup cap in notin times cdot div le ge neq approx sin cos tan cot sec csc ln log exp arcsin arccos arctan "
-    "binom emptyset circ langle rangle ldots alpha beta gamma delta theta lambda omega overline prime mathbb sum prod int lim to"
-).split()
+_MEANING = re.compile(
+    r"[dtc]?frac|sqrt|pi|infty|pm|mp|cup|cap|in|notin|times|cdot|div|le|ge|neq|approx|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp"
+    r"|binom|emptyset|circ|langle|rangle|ldots|alpha|beta|gamma|delta|theta|lambda|omega|phi|overline|mathbb|sum|prod|int|lim|to"
+)
 
 
 def near_miss(answer: str, truth: str) -> bool:
@@ -66,4 +65,4 @@ def _skeleton(answer: str) -> str:
 
 def _unmarked(match: re.Match[str]) -> str:
     """A command as its name and arguments; one that only marks, as its last argument."""
-    return f"{match[1]}{match[2]}" if match[1] in _MEANS else match[2].rpartition("{")[2]
+    return f"{match[1]}{match[2]}" if _MEANING.fullmatch(match[1]) else match[2].rpartition("{")[2]

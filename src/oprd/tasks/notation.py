@@ -9,25 +9,16 @@ import re
 import unicodedata
 from itertools import accumulate
 
-_GREEK = {
-    character: f"\\{name} "
-    for character, name in zip(
-        "αβγδεζηθικλμνξπρστυφχψωϕϵΓΔΘΛΞΠΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega phi "
-        "epsilon Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
-        strict=True,
-    )
-}
 _SIGNS = {
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∗": "*", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ",
-    "⩾": r"\ge ", "≠": r"\neq ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ",
-    "∅": r"\emptyset ", "≈": r"\approx ", "∼": r"\sim ", "°": r"^\circ ", "º": r"^\circ ", "∘": r"\circ ", "∠": r"\angle ", "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ", "⋯": r"\ldots ",
-    "∣": "|", "′": "'", "″": "''", "‴": "'''", "‘": "'", "’": "'", "“": '"', "”": '"', "∶": ":", "⁄": "/", "∕": "/",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∗": "*", "±": r"\pm ", "∓": r"\mp ",
+    "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\neq ", "≈": r"\approx ", "∼": r"\sim ", "∶": ":",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "∅": r"\emptyset ", "∣": "|", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "∘": r"\circ ", "∠": r"\angle ", "…": r"\ldots ", "⋯": r"\ldots ",
+    "′": "'", "″": "''", "‴": "'''", "‘": "'", "’": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/",
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d", "-"),
     **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f", r"\,"),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-    **_GREEK,
 }  # fmt: skip
 _UNICODE = str.maketrans(_SIGNS)
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
@@ -44,7 +35,15 @@ def from_unicode(text: str) -> str:
     text = re.sub("[\uff01-\uff0c\uff0e-\uff5e]", lambda m: chr(ord(m[0]) - 0xFEE0), text)  # fullwidth forms
     text = re.sub(r"([√∛])\s*", lambda m: "sqrt" if m[1] == "√" else r"\sqrt[3]", text)
     text = re.sub(r"\\?sqrt(\[3\])?(\d+|\w)", lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
+    text = re.sub("[Α-ωϕϵ]", _greek, text)
     return text.translate(_UNICODE)
+
+
+def _greek(match: re.Match[str]) -> str:
+    """`π` as ``\\pi``. Capitals that look like Latin letters are these."""
+    _, size, _, name, *_ = unicodedata.name(unicodedata.normalize("NFKC", match[0])).split()
+    name = {"LAMDA": "LAMBDA", "FINAL": "SIGMA"}.get(name, name).lower()
+    return f"\\{name} " if size == "SMALL" else f"\\{name.capitalize()} "
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:
@@ -52,20 +51,21 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 
-_FONTS = (
-    "mathbf mathit mathsf mathtt mathnormal boldsymbol bm pmb underline uline boxed fbox framebox ensuremath mathop mathord "
-    "bf it sf tt rm boldmath displaystyle textstyle scriptstyle scriptscriptstyle limits nolimits large Large LARGE huge Huge small "
-    "tiny normalsize left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm noindent strut "
-    "mathstrut centering"
-).split()
-_TEXT = "textbf textit textrm texttt textsf textnormal textup emph mbox mathrm hbox operatorname".split()
+_FONT = re.compile(
+    r"math(?:bf|it|sf|tt|normal|op|ord)|boldsymbol|bm|pmb|underline|uline|boxed|fbox|framebox|ensuremath|bf|it|sf|tt|rm|boldmath"
+    r"|(?:display|text|script|scriptscript)style|limits|nolimits|large|Large|LARGE|huge|Huge|small|tiny|normalsize|left|right|middle"
+    r"|[bB]igg?[lrm]?|noindent|(?:math)?strut|centering"
+)
+_TEXT = re.compile(r"text(?:bf|it|rm|tt|sf|normal|up)|emph|mbox|hbox|mathrm|operatorname\*?")
 _SAME_COMMAND = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "leq": "le", "leqslant": "le", "geq": "ge",
-    "geqslant": "ge", "ne": "neq", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "varnothing": "emptyset", "infin": "infty",
-    "mid": "vert", "lvert": "vert", "rvert": "vert", "bar": "overline", "dot": "overline", "operatorname*": "text",
-    **dict.fromkeys(_TEXT, "text"),
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "bar": "overline", "dot": "overline",
+    "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "ne": "neq", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots",
+    "varnothing": "emptyset",
 }  # fmt: skip
-_PLAIN_COMMAND = {"lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "vert": "|", "colon": ":", "lt": "<", "gt": ">"}
+_PLAIN_COMMAND = {
+    "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|",
+    "colon": ":", "lt": "<", "gt": ">",
+}  # fmt: skip
 _COMMAND = re.compile(r"\\\\|\\([A-Za-z]+\*?)\s*")
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|max|min|gcd|lcm|det"
 _OPERATOR = re.compile(rf"\\(?:operatorname|mathrm|text|mbox)\*?\s*\{{\s*({_FUNCTIONS})\s*\}}")
@@ -92,13 +92,12 @@ def without_markup(text: str) -> str:
 def _plain_command(match: re.Match[str]) -> str:
     if match[1] is None:
         return match[0]
-    name = _SAME_COMMAND.get(match[1], match[1])
-    if name in _FONTS:
+    if _FONT.fullmatch(match[1]):
         return ""
-    if name in _PLAIN_COMMAND:
-        return _PLAIN_COMMAND[name]
-    space = " " if match[0][-1].isspace() else ""
-    return f"\\{name}{space}"
+    if match[1] in _PLAIN_COMMAND:
+        return _PLAIN_COMMAND[match[1]]
+    name = "text" if _TEXT.fullmatch(match[1]) else _SAME_COMMAND.get(match[1], match[1])
+    return f"\\{name} " if match[0][-1].isspace() else f"\\{name}"
 
 
 def _unquoted(text: str) -> str:
@@ -110,9 +109,13 @@ def _unquoted(text: str) -> str:
     return text
 
 
-_GROUPED = re.compile(rf"(?<![\d.,\\])(\d{{1,3}})((?:(?:{_SPACES}|\{{,\}}|,?\\!\s*)\d{{3}})+)(?!\d|{_SPACES}\d|\{{,\}}\d)")
+_GROUPED = re.compile(
+    rf"(?<![\d.,\\])(\d{{1,3}})((?:(?:{_SPACES}|\{{,\}}|,?\\!\s*)\d{{3}})+)(?!\d|{_SPACES}\d|\{{,\}}\d)"
+)
 _FUNCTION = re.compile(rf"(?<![A-Za-z\\])(sqrt|{_FUNCTIONS})(?=\s*[({{\d\\]|\s+\w)")
 _SIGN = re.compile(r"(?<![A-Za-z\\])(pi|infinity|theta|alpha|beta|gamma|lambda|omega)(?![A-Za-z])")
+_PRIME_OR_DEGREE = re.compile(r"\^\s*(?:\{\s*)?\\(prime|circ)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])")
+_ROOT = re.compile(r"\\sqrt(?:\s+(?=[{\[])|(?=\w))")
 _LAYOUT = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -124,10 +127,8 @@ _LAYOUT = [
         (r">=", r"\\ge "),
         (r"!=", r"\\neq "),
         (r"\.\.\.+", r"\\ldots "),
-        (r"\^\s*(?:\{\s*)?\\(?:prime|circ)\s*(?:\})?|\\degree(?![A-Za-z])", lambda m: "'" if "prime" in m[0] else r"^\circ "),
         (r"\\\{\s*\\\}", r"\\emptyset "),
         (r"(?<!\\)%", r"\\%"),
-        (r"\\sqrt\s+(?=[{\[])|\\sqrt(?=\w)", lambda m: r"\sqrt" if m[0][-1].isspace() else r"\sqrt "),
         (r"\{([^{}]*)\\over(?![A-Za-z])\s*([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\\\\s*\[[^][]*\]", r"\\\\ "),  # a matrix row with its height
     ]
@@ -143,6 +144,8 @@ def plain(answer: str) -> str:
     text = _GROUPED.sub(_joined, text)
     for pattern, replacement in _LAYOUT:
         text = pattern.sub(replacement, text)
+    text = _PRIME_OR_DEGREE.sub(lambda m: "'" if m[1] == "prime" else r"^\circ ", text)
+    text = _ROOT.sub(lambda m: r"\sqrt" if m[0][-1].isspace() else r"\sqrt ", text)
     text = _SIGN.sub(lambda m: r"\infty " if m[1] == "infinity" else f"\\{m[1]} ", text)
     text = _with_rooted_brackets(_FUNCTION.sub(r"\\\1", text))
     text = _without_loose_braces(_without_outer_braces(" ".join(text.split())))
@@ -214,9 +217,5 @@ def compact(text: str) -> str:
 
 
 def normalize_answer(answer: str) -> str:
-    r"""Remove differences in notation and layout; equal results mean equal answers.
-
-    Removed: what `plain` and `compact` remove, dollar signs, a final degree sign. Kept: case, order, units.
-    """
-    text = re.sub(r"\\?\$", "", plain(answer))
-    return compact(_unpunctuated(re.sub(r"\^\\circ\s*\.?\s*$", "", text)))
+    """Remove differences in notation and layout; equal results mean equal answers. Kept: case, order, units."""
+    return compact(plain(answer))

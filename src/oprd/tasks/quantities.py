@@ -40,7 +40,8 @@ def parse_number(normalized: str) -> Fraction | None:
 
 
 _SCIENTIFIC = re.compile(
-    r"(?:([+-]?[\d.,]+)(?:[eE]|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*)|([+-]?)10\s*\^\s*)\{?\s*([+-]?\d{1,4})\s*\}?", re.ASCII
+    r"(?:([+-]?[\d.,]+)(?:[eE]|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*)|([+-]?)10\s*\^\s*)\{?\s*([+-]?\d{1,4})\s*\}?",
+    re.ASCII,
 )
 _LARGEST_EXPONENT = 1_000
 
@@ -64,7 +65,7 @@ def mixed_number(text: str) -> Fraction | None:
         return None
     sign, whole, rest = match.group(1, 2, 3) if match[3] else match.group(4, 5, 6)
     part = parse_number(compact(rest))
-    if part is None or part >= 1:
+    if part is None or part >= 1 or len(whole) > _MAX_DIGITS:
         return None
     return (int(whole) + part) * (-1 if sign == "-" else 1)
 
@@ -86,10 +87,10 @@ def repeating_decimal(text: str) -> Fraction | None:
     return -value if sign == "-" else value
 
 
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
-).split()
+_WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+]  # fmt: skip
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -99,20 +100,23 @@ def number_in_words(text: str) -> Fraction | None:
     if not front and last in _WORDS:
         return Fraction(_WORDS.index(last))
     if len(front) == 1 and last in _SCALES:
-        value = parse_number(front[0]) if front[0] not in _WORDS else Fraction(_WORDS.index(front[0]))
+        value = Fraction(_WORDS.index(front[0])) if front[0] in _WORDS else parse_number(front[0])
         return None if value is None else value * 10 ** _SCALES[last]
     return None
 
 
 def value_of(text: str) -> Fraction | None:
     """The exact value of a plain answer without unit, where it is one number in any notation; else None."""
-    text = text.removeprefix("+").strip()
-    short = re.sub(r"^- (?=\d|\\frac)", "-", text)
-    for read in (parse_number, scientific, mixed_number, repeating_decimal, number_in_words):
-        value = read(compact(short) if read in (parse_number, repeating_decimal) else short)
-        if value is not None:
-            return value
-    return None
+    text = re.sub(r"^- (?=\d|\\frac)", "-", text.removeprefix("+").strip())
+    short = compact(text)
+    readings = (
+        parse_number(short),
+        scientific(text),
+        mixed_number(text),
+        repeating_decimal(short),
+        number_in_words(text),
+    )
+    return next((value for value in readings if value is not None), None)
 
 
 class Unit(NamedTuple):
@@ -129,46 +133,46 @@ class Unit(NamedTuple):
     name: str
 
 
-def _units() -> dict[str, tuple[str, Fraction]]:
-    tables = {
-        "length": "m meter meters metre metres=1 mm millimeter millimeters millimetre millimetres=0.001 cm centimeter centimeters "
-        "centimetre centimetres=0.01 dm=0.1 km kilometer kilometers kilometre kilometres=1000 in inch inches=0.0254 ft foot feet=0.3048 "
-        "yd yard yards=0.9144 mi mile miles=1609.344",
-        "mass": "g gram grams=1 mg milligram milligrams=0.001 kg kilogram kilograms=1000 t ton tons tonne tonnes=1000000 lb lbs=453.59237 "
-        "oz ounce ounces=28.349523125",
-        "time": "s sec secs second seconds=1 ms=0.001 min mins minute minutes=60 h hr hrs hour hours=3600 day days=86400 "
-        "week weeks=604800",
-        "year": "year years yr yrs=12 month months=1",
-        "volume": "l liter liters litre litres=1 ml milliliter milliliters=0.001",
-        "dollar": "dollar dollars usd $=1 cent cents ¢=0.01",
-        "euro": "euro euros eur €=1",
-        "pound": "£ gbp=1",
-        "rupee": "rupee rupees rs rs. ₹=1",
-        "yen": "yen ¥=1",
-        "angle": "degree degrees deg=1",
-        "radian": "radian radians rad=1",
-        "celsius": "celsius=1",
-        "fahrenheit": "fahrenheit=1",
-    }
-    own = "newton newtons joule joules j watt watts w volt volts v ohm ohms hz pa mol kelvin k"
-    found = {}
-    for kind, table in tables.items():
-        for group in re.findall(r"([^=]+)=([\d.]+)", table):
-            found |= {name: (kind, Fraction(group[1])) for name in group[0].split()}
-    return found | {name: (name.removesuffix("s"), Fraction(1)) for name in own.split()}
-
-
-_UNITS = _units()
-_CURRENCIES = r"\\?\$|€|£|₹|¥|¢|USD|EUR|GBP|Rs\.?"
-_NO_UNIT = (
-    "and or to if is are not than when where for with mod pi percent base least most million billion thousand hundred trillion dozen "
-    "sin cos tan cot sec csc ln log exp sqrt max min gcd lcm infinity into is wrong am pm"
-).split()
-_ORDINAL = re.compile(r"(?<=\d) ?\^?\{? ?(?:\\text\{ ?)?(?:st|nd|rd|th) ?\}*$", re.ASCII)
+# A name ends in an s or not; each line is one kind, its factors are relative.
+_KINDS = {
+    "length": "m meter metre=1 mm millimeter millimetre=0.001 cm centimeter centimetre=0.01 dm=0.1 km kilometer kilometre=1000 "
+    "in inch inche=0.0254 ft foot feet=0.3048 yd yard=0.9144 mi mile=1609.344",
+    "mass": "g gram=1 mg milligram=0.001 kg kilogram=1000 t ton tonne=1000000 lb=453.59237 oz ounce=28.349523125",
+    "time": "s sec second=1 ms=0.001 min minute=60 h hr hour=3600 day=86400 week=604800",
+    "year": "month=1 year yr=12",
+    "volume": "l liter litre=1 ml milliliter millilitre=0.001",
+    "dollar": "dollar usd $=1 cent ¢=0.01",
+    "euro": "euro eur €=1",
+    "pound": "£ gbp=1",
+    "rupee": "rupee rs rs. ₹=1",
+    "yen": "yen ¥=1",
+    "angle": "degree deg=1",
+    "radian": "radian rad=1",
+    "celsius": "celsius=1",
+    "fahrenheit": "fahrenheit=1",
+    "force": "n newton=1",
+    "energy": "j joule=1",
+    "power": "w watt=1",
+    "voltage": "v volt=1",
+    "resistance": "ohm=1",
+    "frequency": "hz hertz=1",
+    "pressure": "pa pascal=1",
+    "amount": "mol=1",
+}
+_UNITS = {
+    name: (kind, Fraction(factor))
+    for kind, line in _KINDS.items()
+    for names, factor in re.findall(r"([^=]+)=([\d.]+)", line)
+    for name in names.split()
+}
 _SPEEDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
-_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cu.": 3, "cubed": 3}
-_NUMBER_ENDS = r"(?<=[\d})\]])|(?<=\\pi)|(?<=\\pi )"
+_NO_UNIT = re.compile(  # words after a number that change it, or begin something else
+    r"\b(?:and|or|to|if|is|are|not|than|when|where|for|with|into|wrong|am|pm|base|least|most|hundred|thousand|million|billion|trillion"
+    r"|dozen|plus|minus|times|over|divided|by|factorial|mod|pi|percent|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|max|min|gcd|lcm"
+    r"|infinity)\b",
+    re.IGNORECASE,
+)
 
 
 class Quantity(NamedTuple):
@@ -185,87 +189,116 @@ class Quantity(NamedTuple):
     percent: bool
 
 
+_ORDINAL = re.compile(r"(?<=\d) ?\^?\{? ?(?:\\text\{ ?)?(?:st|nd|rd|th) ?\}*$", re.ASCII)
+_IN_TEXT = re.compile(r"\\text\{ ?(-?[\d.,/]+) ")
+_PERCENT = re.compile(r"(.+?) ?(?:\\%|\\text\{ ?(?:\\%|per ?cent|percentage|pct) ?\}|per ?cent|pct)")
+_CURRENCY = r"(?:\\text\{ ?)?(\\?\$|€|£|₹|¥|¢|USD|EUR|GBP|Rs\.?)(?: ?\})?"
+_BEFORE, _AFTER = re.compile(rf"([+-]?) ?{_CURRENCY} ?(.+)"), re.compile(rf"(.*\d) ?{_CURRENCY}")
+_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_DEGREES = re.compile(r"(.+?) ?\^ ?\\circ ?(?:\\text\{ ?)?([CF]?) ?\}?")
+_TEMPERATURE = {"C": "celsius", "F": "fahrenheit", "": "degrees"}
+
+
 def quantity(text: str) -> Quantity:
     r"""Take a plain answer apart: `24 cm`, ``\$5``, ``25\%``, ``45^\circ``."""
-    text = _ORDINAL.sub("", text)
-    text = re.sub(r"\\text\{ ?(-?[\d.,/]+) ", r"\1 \\text{", text)  # \text{24 cm}
-    if match := re.fullmatch(r"(.+?) ?(?:\\%|\\text\{ ?(?:\\%|per ?cent|percentage|pct) ?\}|per ?cent|pct)(?: ?\\text\{ ?\})?", text):
+    text = _IN_TEXT.sub(r"\1 \\text{", re.sub(r" ?\\text\{ ?\}$", "", _ORDINAL.sub("", text)))
+    if match := _PERCENT.fullmatch(text):
         return Quantity(match[1].strip(), None, True)
-    if match := re.fullmatch(rf"([+-]?) ?(?:\\text\{{ ?)?({_CURRENCIES}) ?\}}? ?(.*)", text):
+    if match := _BEFORE.fullmatch(text):
         inner = quantity(match[1] + match[3])
-        unit = _unit(match[2].removeprefix("\\")) if inner.unit is None or not inner.unit.kind else inner.unit
-        return Quantity(inner.text, unit, inner.percent)
-    if match := re.fullmatch(rf"(.*\d) ?(?:\\text\{{ ?)?({_CURRENCIES})(?: ?\}})?", text):
+        known = inner.unit is not None and inner.unit.kind
+        return inner if known else inner._replace(unit=_unit(match[2].removeprefix("\\")))
+    if match := _AFTER.fullmatch(text):
         return Quantity(match[1].strip(), _unit(match[2].removeprefix("\\")), False)
-    if not _OF_ANGLE.search(text) and (match := re.fullmatch(r"(.+?) ?\^ ?\\circ ?(?:\\text\{ ?)?([CF]?) ?\}?(?: ?\\text\{ ?\})?", text)):
-        return Quantity(match[1].strip(), _unit({"C": "celsius", "F": "fahrenheit"}.get(match[2], "degrees")), False)
-    if found := _written_unit(text):
-        return found
-    return Quantity(text, None, False)
+    if not _OF_ANGLE.search(text) and (match := _DEGREES.fullmatch(text)):
+        return Quantity(match[1].strip(), _unit(_TEMPERATURE[match[2]]), False)
+    return _with_unit_in_text(text) or _with_plain_unit(text) or Quantity(text, None, False)
 
 
-_TEXT_UNIT = re.compile(r"(.*\S) ?((?:\\frac\{ ?\\text\{[^{}]*\} ?\}\{ ?\\text\{[^{}]*\}(?:\^\{?\d\}?)? ?\}|\\text\{[^{}]*\}(?: ?\^ ?\{?-?\d\}?)?(?: ?/? ?\\text\{[^{}]*\}(?: ?\^ ?\{?-?\d\}?)?)*))")
-_PLAIN_UNIT = re.compile(rf"(.*?(?:{_NUMBER_ENDS})) ?([A-Za-z][A-Za-z./ ]*(?:\^ ?\{{?\d\}}?)?)")
+_POWER = r"(?: ?\^ ?\{?-?\d\}?)?"
+_NAME = rf"\\text\{{[^{{}}]*\}}{_POWER}"
+_TEXT_UNIT = re.compile(
+    rf"(.*\S) ?(\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME}(?: ?/? ?{_NAME})*|(?<=\d) ?\\Omega)"
+)
+_PLAIN_UNIT = re.compile(
+    r"(.*?(?:(?<=[\d})\]])|(?<=\\pi)|(?<=\\pi )))( ?)([A-Za-z][A-Za-z./ ]*(?:\^ ?\{?\d\}?)?(?:/[A-Za-z]+)?)"
+)
 
 
-def _written_unit(text: str) -> Quantity | None:
-    if re.search(r"\d ?\\Omega$", text):
-        return Quantity(re.sub(r" ?\\Omega$", "", text), _unit("ohm"), False)
-    if match := _TEXT_UNIT.fullmatch(text):
-        name = re.sub(r"\\frac\{(.*)\}\{(.*)\}", r"\1/\2", match[2])
-        name = re.sub(r"\\text|[{}]", " ", name)
-        if _may_be_unit(name):
-            return Quantity(match[1].strip(), _unit(name), False)
-    if (match := _PLAIN_UNIT.fullmatch(text)) and _may_be_unit(name := re.sub(r"[{}]", "", match[2])):
-        unit, apart = _unit(name), match[0][len(match[1])] == " "
-        long = all(len(word) > 2 for word in re.findall(r"[A-Za-z]+", name))
-        if (unit.kind and len(re.sub(r"[^A-Za-z]", "", name)) > 1) or (apart and long):
-            return Quantity(match[1].strip(), unit, False)
-    return None
+def _with_unit_in_text(text: str) -> Quantity | None:
+    r"""``24 \text{ cm}``: any words may be a unit, but a single letter only if it is known: i is none."""
+    match = _TEXT_UNIT.fullmatch(text)
+    if match is None:
+        return None
+    name = match[2].replace(r"\Omega", "ohm")
+    name = re.sub(r"\\text|[{}]", " ", re.sub(r"\\frac\{(.*)\}\{(.*)\}", r"\1/\2", name))
+    unit = _unit(name)
+    if not _may_be_unit(name) or (len(name.strip()) == 1 and not unit.kind):
+        return None
+    return Quantity(match[1].strip(), unit, False)
+
+
+def _with_plain_unit(text: str) -> Quantity | None:
+    r"""`24 cm`, `24 apples`: here one letter is a variable, and an unknown word has three letters and a space before it."""
+    match = _PLAIN_UNIT.fullmatch(text)
+    if match is None:
+        return None
+    name = re.sub(r"[{}]", "", match[3])
+    unit, letters = _unit(name), re.findall(r"[A-Za-z]+", name)
+    is_known = bool(unit.kind) and len("".join(letters)) > 1
+    is_word = bool(match[2]) and all(len(word) > 2 for word in letters)
+    if not _may_be_unit(name) or not (is_known or is_word):
+        return None
+    return Quantity(match[1].strip(), unit, False)
 
 
 def _may_be_unit(name: str) -> bool:
-    words = re.findall(r"[A-Za-z]+", name.lower())
-    return bool(words or not name.strip()) and not set(words) & set(_NO_UNIT) and not re.search(r"(?<![\^\d-])(?<!\^ )\d", name)
+    words = set(re.findall(r"[A-Za-z]+", name.lower()))
+    other_digits = re.sub(r"\^ ?-?\d", "", name)
+    return bool(words - set(_POWERS)) and not _NO_UNIT.search(name) and not re.search(r"\d", other_digits)
 
 
 def _unit(name: str) -> Unit:
     """The unit of a name such as `cm`, `square feet`, `km / h`; of kind "" if a part is unknown."""
-    kind, factor = [], Fraction(1)
-    name = name.strip().lower()
-    parts = re.split(r"/| per ", _SPEEDS.get(name, name))
-    for place, part in enumerate(parts):
-        power = 1
-        words = []
-        for word in re.sub(r"\^\s*", " ^", part.replace("~", " ")).split():
+    name = " ".join(name.lower().split())
+    kinds, factor = [], Fraction(1)
+    for place, part in enumerate(re.split(r" ?/ ?| per ", _SPEEDS.get(name, name))):
+        power, words = 1, []
+        for word in re.sub(r" ?\^ ?", " ^", part).split():
             if word in _POWERS or re.fullmatch(r"\^\d", word):
                 power = _POWERS.get(word) or int(word[1:])
             else:
                 words.append(word)
-        known = _UNITS.get(" ".join(words)) or _UNITS.get(" ".join(words).rstrip("."))
+        singular = " ".join(words).rstrip(".")
+        known = _UNITS.get(singular) or _UNITS.get(singular.removesuffix("s"))
         if known is None:
-            return Unit("", Fraction(1), " ".join(name.split()))
-        kind.append(f"{'/' * (place > 0)}{known[0]}^{power}")
+            return Unit("", Fraction(1), name)
+        kinds.append(f"{known[0]}^{power}")
         factor *= known[1] ** (power if place == 0 else -power)
-    return Unit(" ".join(kind), factor, name)
+    return Unit("/".join(kinds), factor, name)
 
 
-def same_value(answer: Fraction, truth: Fraction, a: Quantity, t: Quantity) -> bool:
-    """Whether two numbers with their units and percent signs say the same.
+def same_value(answer: Quantity, truth: Quantity) -> bool | None:
+    """Whether two quantities are the same number; None if one is no plain number.
 
     A missing unit is not held against either. A percentage may be written without its sign, or as a fraction.
     """
-    if a.percent != t.percent:
-        share, other, text = (answer, truth, t.text) if a.percent else (truth, answer, a.text)
+    a, t = value_of(answer.text), value_of(truth.text)
+    if a is None or t is None:
+        return None
+    if answer.percent != truth.percent:
+        share, other, text = (a, t, truth.text) if answer.percent else (t, a, answer.text)
         is_share = abs(other) < 1 and ("frac" in text or "/" in text)
         return share == 100 * other or (share == other and not is_share)
-    if a.unit and t.unit and a.unit.kind and t.unit.kind:
-        return a.unit.kind == t.unit.kind and answer * a.unit.factor == truth * t.unit.factor
-    return answer == truth
+    factors = known_factors(answer, truth)
+    if factors is None:
+        return a == t
+    return a * factors[0] == t * factors[1] if factors else False
 
 
-def same_units(a: Quantity, t: Quantity) -> bool:
-    """Whether two quantities are measured in the same unit, where both name a known one."""
-    if not (a.unit and t.unit and a.unit.kind and t.unit.kind):
-        return True
-    return (a.unit.kind, a.unit.factor) == (t.unit.kind, t.unit.factor)
+def known_factors(answer: Quantity, truth: Quantity) -> tuple[Fraction, Fraction] | tuple[()] | None:
+    """Factors that bring two quantities to one unit; () if they measure different things; None if a unit is missing or unknown."""
+    units = answer.unit, truth.unit
+    if units[0] is None or units[1] is None or not units[0].kind or not units[1].kind:
+        return None
+    return (units[0].factor, units[1].factor) if units[0].kind == units[1].kind else ()
