@@ -624,9 +624,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the error of one token", "for n, _, std in measured) / tokens**2))", "for n, _, std in measured) / tokens))",
          "test_alarm.py::test_worse_while_closer_rings"),
         ("the window never moves", "deque(maxlen=window)", "deque()",
-         "test_alarm.py::test_it_looks_at_the_last_window_alone"),
+         "test_alarm.py::test_a_log_of_any_length_is_read_once_and_a_window_of_it_is_kept"),
         ("a resumed run forgets that it has rung", "                self._judge()", "                pass",
-         "test_alarm.py::test_a_resumed_run_rings_where_the_uninterrupted_one_does"),
+         "test_alarm.py::test_a_resumed_run_is_quiet_as_long_as_the_uninterrupted_one"),
     ],
     "training/parallel.py": [
         ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",

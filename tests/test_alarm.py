@@ -165,6 +165,16 @@ def test_a_resumed_run_rings_where_the_uninterrupted_one_does(values, cut, windo
     assert rung(AlarmWatch(window, logged), rows[cut:]) == expected
 
 
+@pytest.mark.parametrize("cut", range(21))
+def test_a_resumed_run_is_quiet_as_long_as_the_uninterrupted_one(cut):
+    rows = falling(20)
+    told = rung(AlarmWatch(6), rows)
+    assert told == [6, 12, 18]
+    # A log marks the steps of every alarm; another kind, at step 4 and 15, ends no window.
+    logged = [{**row, "alarm": 1.0} if row["step"] in (*told, 4, 15) else row for row in rows[:cut]]
+    assert rung(AlarmWatch(6, logged), rows[cut:]) == [step for step in told if step > cut]
+
+
 def test_a_log_of_any_length_is_read_once_and_a_window_of_it_is_kept(monkeypatch):
     compared = []
     monkeypatch.setattr(alarm, "find_alarm", lambda rows: compared.append([row["step"] for row in rows]))

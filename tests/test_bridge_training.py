@@ -712,7 +712,7 @@ def test_fit_inspect_and_train_from_the_command_line(run, tmp_path):
     bridge = Bridge.load(out)
     assert (bridge.student.name, bridge.teacher.name, bridge.rank) == (*EMBEDDED, 5)
     own = {"projector": "least_squares", "ridge": 1e-4, "intercept": True}
-    assert bridge.options == {**own, "text": dict.fromkeys(bridge.options["text"])}
+    assert bridge.options == {**own, "text": dict.fromkeys(bridge.options["text"]) | {"split_special_tokens": True}}
     for line in (
         f"{EMBEDDED[1]} -> {EMBEDDED[0]}, rank 5 of", f"written to {out};", f"rollouts: {bridge.verdict[0]}", "R² at 5",
     ):  # fmt: skip

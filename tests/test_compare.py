@@ -599,7 +599,7 @@ def test_a_forked_process_is_the_command_line_with_its_own_output_and_session(tm
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     first = ForkedProcess(["train", "--config", str(tmp_path / "none.yaml")], tmp_path / "first", threads=1)
     assert os.getpgid(first.pid) in (first.pid, os.getpgid(os.getpid()))  # at once, or as soon as it has begun
-    assert wait_for_end(first) == 1
+    assert wait_for_end(first) == 2
     said = (tmp_path / "first").read_text()
     assert said.startswith("oprd: error: ")
     assert "none.yaml" in said

@@ -219,7 +219,7 @@ def test_another_error_is_not_taken_for_it(tmp_path):
 def test_gradients_from_elsewhere_are_not_dropped(tmp_path):
     trainer = tiny_trainer(tmp_path, scripted=True, num_generations=2)
     Memory(trainer.model, 50)
-    batch = trainer.train_dataset[:4]
+    batch = list(trainer.train_dataset[:4])
     trained_ones = [p for p in trainer.model.parameters() if p.requires_grad]
     for parameter in trained_ones:
         parameter.grad = torch.ones_like(parameter)

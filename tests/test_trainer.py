@@ -537,7 +537,7 @@ def test_a_folder_in_use_by_the_same_process_is_refused(tmp_path):
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     tiny_trainer(tmp_path, scripted=True).train()
-    with pytest.raises(ValueError, match="already holds a run; go on with it by resume_from_checkpoint=true"):
+    with pytest.raises(ValueError, match="already holds a run, which has no checkpoint to go on from"):
         tiny_trainer(tmp_path, scripted=True).train()
     with pytest.raises(ValueError, match="resume_from_checkpoint: there is no checkpoint in"):
         tiny_trainer(tmp_path, scripted=True).train(resume_from_checkpoint=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.data.compact import JsonColumn, OnAccess
+from oprd.sanitize import printable
 
 Messages = list[dict[str, str]]
 
@@ -84,7 +85,7 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
         raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for all rows")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in _FILE_KINDS:
-        name = _printable(path)
+        name = printable(path)
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
         prefix, numbered = f"{name}:" if path.suffix == ".jsonl" else f"{name}:row ", read(path, name)
     elif (source and path.is_dir()) or (_HUB_NAME.fullmatch(source) and not path.exists() and not _is_file_name(path)):
@@ -95,7 +96,7 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
             f"{source!r}: {problem}. Allowed are a path that ends in {', '.join(_FILE_KINDS)}, or the name of a "
             "dataset on the Hugging Face hub such as 'HuggingFaceH4/MATH-500'"
         )
-    return _collect(prefix, islice(numbered, limit), _printable(source))
+    return _collect(prefix, islice(numbered, limit), printable(source))
 
 
 def as_prompt_rows(dataset: Iterable[Any], name: str) -> Sequence[PromptRow]:
@@ -149,7 +150,7 @@ def _checked(row: Any, source: str) -> PromptRow:
     """A row of a list that holds `PromptRow`s: as it is, or read."""
     if not isinstance(row, PromptRow):
         return _as_row(row, source)
-    where = _printable(row.source) or source
+    where = printable(row.source) or source
     messages = [{"prompt": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     texts = [("the prompt", text) for message in messages for text in message.values()]
     for what, text in (*texts, ("the answer", row.answer)):
@@ -217,7 +218,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{name}: not a parquet file: {_printable(error)}. Write it again, or give .jsonl") from error
+        raise ValueError(f"{name}: not a parquet file: {printable(error)}. Write it again, or give .jsonl") from error
     number = 0
     with file:
         batches = file.iter_batches(batch_size=1024)
@@ -228,7 +229,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
                 return
             except (ValueError, OSError) as error:
                 raise ValueError(
-                    f"{name}:row {number}: this row, or one of the next 1023, cannot be read: {_printable(error)}. Write the file "
+                    f"{name}:row {number}: this row, or one of the next 1023, cannot be read: {printable(error)}. Write the file "
                     "again"
                 ) from error
             for row in rows:
@@ -279,8 +280,3 @@ def _is_file_name(path: Path) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _printable(text: object) -> str:
-    """`text` with control characters and undecodable bytes of a file's name shown as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

@@ -14,7 +14,10 @@ import yaml
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from oprd.data.compact import OnAccess
 from oprd.data.contamination import say_overlap
+from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow
 from oprd.files import write_json, write_text, writing_folder
 from oprd.resolve import describe_objective, resolve
 from oprd.run_config import RunConfig
@@ -125,8 +128,7 @@ def _evaluate_before(run: RunConfig, trainer: OPRDTrainer, summary: dict[str, An
     """Evaluate teacher and student before training, unless an earlier part of the run did, and keep each result at once."""
     main, file = trainer.is_world_process_zero(), Path(run.args.output_dir) / SUMMARY
     if main:
-        rows = ([p.row for p in prompts] for prompts in (trainer.train_dataset, trainer.eval_dataset))
-        summary["contamination"] = say_overlap(*rows, say=say)
+        summary["contamination"] = say_overlap(_rows(trainer.train_dataset), _rows(trainer.eval_dataset), say=say)
     wanted = {
         "teacher": (run.eval_teacher, "teacher", trainer.evaluate_teacher),
         "student_before": (run.eval_before, "student before", lambda: trainer.evaluate_model(trainer.model)),
@@ -136,6 +138,10 @@ def _evaluate_before(run: RunConfig, trainer: OPRDTrainer, summary: dict[str, An
             summary[key] = _say_evaluation(name, evaluate(), say)
             if main:
                 write_json(file, summary)
+
+
+def _rows(prompts: Sequence[Prompt]) -> Sequence[PromptRow]:
+    return OnAccess(lambda place: prompts[place].row, range(len(prompts)))
 
 
 def _about(trainer: OPRDTrainer) -> dict[str, Any]:

@@ -359,7 +359,7 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: no dataset.
         """
-        prompts: list[Prompt] | None = self.eval_dataset
+        prompts: Sequence[Prompt] | None = self.eval_dataset
         if eval_dataset is not None:
             rows = as_prompt_rows(eval_dataset, "eval_dataset")
             prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
