@@ -310,7 +310,9 @@ def left_in(folder):
 
 
 def test_no_answer_runs_code(grader, tmp_path):
-    pairs = [(rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi", "x = y", "(3,1)")]
+    pairs = [
+        (rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi", "x = y", "(3,1)")
+    ]
     with MathGrader(max_answer_chars=10_000) as big:
         assert big.grade(pairs) == [False] * len(pairs)
         assert not big.stats["too_long"]

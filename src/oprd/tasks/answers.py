@@ -24,7 +24,7 @@ def stated(answer: str) -> str:
         if (match := pattern.match(text)) and len(match[0]) < len(text):
             rest = text[match.end() :]
             if match[0].count("{") > match[0].count("}"):  # the text goes on: \text{The answer is 36}
-                rest = rest.removesuffix("}")
+                rest = rf"\text{{{rest}"
             text = plain(rest)
     return text
 
@@ -42,27 +42,3 @@ def decide(answer: str, truth: str) -> tuple[bool | None, str]:
         return verdict, "exact"
     verdict = same_value(quantity(answer), quantity(truth))
     return verdict, "" if verdict is None else "numeric"
-
-
-_MEANING = re.compile(
-    r"[dtc]?frac|sqrt|pi|infty|pm|mp|cup|cap|in|notin|times|cdot|div|le|ge|neq|approx|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp"
-    r"|binom|emptyset|circ|langle|rangle|ldots|alpha|beta|gamma|delta|theta|lambda|omega|phi|overline|mathbb|sum|prod|int|lim|to"
-)
-
-
-def near_miss(answer: str, truth: str) -> bool:
-    r"""Whether two answers read the same without markup: what a checker that calls them different may have misread.
-
-    Markup: braces, spaces, quotation marks, Markdown, and all commands but those that mean something, such as ``\frac``.
-    """
-    return _skeleton(answer) == _skeleton(truth) != ""
-
-
-def _skeleton(answer: str) -> str:
-    text = re.sub(r"\\([A-Za-z]+)((?:\{[^{}]*\})*)", _unmarked, plain(answer))
-    return re.sub(r"[\s{}\\$*`\"~]", "", text).lower().rstrip(".,;")
-
-
-def _unmarked(match: re.Match[str]) -> str:
-    """A command as its name and arguments; one that only marks, as its last argument."""
-    return f"{match[1]}{match[2]}" if _MEANING.fullmatch(match[1]) else match[2].rpartition("{")[2]

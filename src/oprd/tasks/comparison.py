@@ -150,18 +150,14 @@ class Comparison:
         return self._in_order(answer.items, truth.items)
 
     def _vector(self, bracket: Part, matrix: Part) -> Verdict:
-        """A column as a tuple."""
-        if (
-            bracket.text != "()"
-            or bracket.name
-            or matrix.text == "|"
-            or any(len(row.items) != 1 for row in matrix.items)
-        ):
+        """A column or row as a tuple."""
+        cells = [cell for row in matrix.items for cell in row.items]
+        if bracket.text != "()" or bracket.name or (len(matrix.items) > 1 and len(cells) > len(matrix.items)):
             return False
-        return self._in_order(bracket.items, [row.items[0] for row in matrix.items])
+        return self._in_order(bracket.items, cells)
 
     def _matrices(self, answer: Part, truth: Part) -> Verdict:
-        if answer.text != truth.text or len(answer.items) != len(truth.items):
+        if len(answer.items) != len(truth.items):
             return False
         return all_of(self._in_order(a.items, t.items) for a, t in zip(answer.items, truth.items, strict=True))
 
@@ -190,9 +186,9 @@ class Comparison:
             return False
         verdict = self.same(answer.items[0], truth)
         has_letters = re.search(r"[A-Za-z|]", re.sub(r"\\(?!text)[A-Za-z]+", "", answer.name))
-        return (
-            self.same(parse(answer.name), truth) if verdict and not has_letters else verdict
-        )  # 2+3 = 5, but not 7 = 5
+        if verdict and not has_letters and not is_name(answer.name):  # 2+3 = 5, but not 7 = 5
+            return self.same(parse(answer.name), truth)
+        return verdict
 
     def _equations(self, answer: Part, truth: Part) -> Verdict:
         names = compact(answer.name), compact(truth.name)

@@ -86,7 +86,7 @@ def without_markup(text: str) -> str:
     text = re.sub(r"\\(?:left|right)\s*\.", "", text)
     text = _COMMAND.sub(_plain_command, text)
     text = re.sub(r"\\text *\{([^{}]*)\\text *\{([^{}]*)\}([^{}]*)\}", r"\\text{\1\2\3}", text)
-    return _unquoted(text.strip())
+    return re.sub(r"(^|(?<=\s))\*\*([^*]+)\*\*(?=$|[\s.,;])", r"\2", _unquoted(text.strip()))
 
 
 def _plain_command(match: re.Match[str]) -> str:
@@ -113,12 +113,13 @@ _GROUPED = re.compile(
     rf"(?<![\d.,\\])(\d{{1,3}})((?:(?:{_SPACES}|\{{,\}}|,?\\!\s*)\d{{3}})+)(?!\d|{_SPACES}\d|\{{,\}}\d)"
 )
 _FUNCTION = re.compile(rf"(?<![A-Za-z\\])(sqrt|{_FUNCTIONS})(?=\s*[({{\d\\]|\s+\w)")
-_SIGN = re.compile(r"(?<![A-Za-z\\])(pi|infinity|theta|alpha|beta|gamma|lambda|omega)(?![A-Za-z])")
+_SIGN = re.compile(r"(?<![A-Za-z\\])(pi|infinity|theta|alpha|beta|gamma|lambda|omega)(?![A-Za-z])", re.IGNORECASE)
 _PRIME_OR_DEGREE = re.compile(r"\^\s*(?:\{\s*)?\\(prime|circ)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])")
 _ROOT = re.compile(r"\\sqrt(?:\s+(?=[{\[])|(?=\w))")
 _LAYOUT = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"\\text *\{ *([:;,]) *\}", r"\1"),
         (r"\\!\s*", ""),
         (r"\{,\}", "."),  # beside digit groups of three, which are joined before: a decimal comma
         (r"\{:\}", ":"),
@@ -130,6 +131,12 @@ _LAYOUT = [
         (r"\\\{\s*\\\}", r"\\emptyset "),
         (r"(?<!\\)%", r"\\%"),
         (r"\{([^{}]*)\\over(?![A-Za-z])\s*([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\{([^{}]*)\\choose(?![A-Za-z])\s*([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
+        (r"\\overline ?\{([A-Z]{2,})\}", r"\1"),  # a segment
+        (r"\*\*", "^"),
+        (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
+        (r"(\\text ?\{[^{}]*)\^ ?\{(-?\d)\}", r"\1^\2"),
         (r"\\\\\s*\[[^][]*\]", r"\\\\ "),  # a matrix row with its height
     ]
 ]
@@ -146,7 +153,7 @@ def plain(answer: str) -> str:
         text = pattern.sub(replacement, text)
     text = _PRIME_OR_DEGREE.sub(lambda m: "'" if m[1] == "prime" else r"^\circ ", text)
     text = _ROOT.sub(lambda m: r"\sqrt" if m[0][-1].isspace() else r"\sqrt ", text)
-    text = _SIGN.sub(lambda m: r"\infty " if m[1] == "infinity" else f"\\{m[1]} ", text)
+    text = _SIGN.sub(lambda m: r"\infty " if m[1].lower() == "infinity" else f"\\{m[1]} ", text)
     text = _with_rooted_brackets(_FUNCTION.sub(r"\\\1", text))
     text = _without_loose_braces(_without_outer_braces(" ".join(text.split())))
     return _unpunctuated(text)
@@ -159,15 +166,16 @@ def _joined(match: re.Match[str]) -> str:
 
 
 def _with_rooted_brackets(text: str) -> str:
-    r"""`\sqrt(2)` as `\sqrt{2}`: LaTeX would draw the root over the bracket alone."""
-    for match in reversed([*re.finditer(r"\\sqrt\s*\(", text)]):
-        depth = 0
-        for end in range(match.end() - 1, len(text)):
-            depth += {"(": 1, ")": -1}.get(text[end], 0)
-            if depth == 0:
-                text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end]}}}{text[end + 1 :]}"
-                break
-    return text
+    r"""``\sqrt(2)`` as ``\sqrt{2}``: LaTeX would draw the root over the bracket alone."""
+    characters, opened = list(text), list[tuple[int, bool]]()
+    for match in re.finditer(r"\\sqrt\s*\(|[()]", text):
+        if match[0] != ")":
+            opened.append((match.end() - 1, match[0] != "("))
+        elif opened:
+            start, is_root = opened.pop()
+            if is_root:
+                characters[start], characters[match.start()] = "{", "}"
+    return "".join(characters)
 
 
 def _unpunctuated(text: str) -> str:

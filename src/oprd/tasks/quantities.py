@@ -6,8 +6,8 @@ Exact rational arithmetic only: nothing here rounds, and nothing evaluates an ex
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
 
 from oprd.tasks.notation import compact
 
@@ -71,6 +71,7 @@ def mixed_number(text: str) -> Fraction | None:
 
 
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)(?:\\overline\{?(\d+)\}?|\((\d+)\))", re.ASCII)
+_DOTTED = re.compile(r"\\overline ?\{(\d)\}(\d*)\\overline ?\{(\d)\}", re.ASCII)  # 0.\dot{1}4285\dot{7}
 _GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4{2,}|(\d{2,6}?)\5+) ?\\ldots", re.ASCII)
 
 
@@ -78,6 +79,7 @@ def repeating_decimal(text: str) -> Fraction | None:
     r"""Value of ``0.1\overline{6}``, `0.1(6)` or `0.1666…`, where a digit stands three times or several digits twice."""
     if len(text) > _MAX_DIGITS:
         return None
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", text)
     match = _REPEATING.fullmatch(text) or _GOES_ON.fullmatch(text)
     if match is None:
         return None
@@ -119,7 +121,8 @@ def value_of(text: str) -> Fraction | None:
     return next((value for value in readings if value is not None), None)
 
 
-class Unit(NamedTuple):
+@dataclass(frozen=True)
+class Unit:
     """What a quantity is measured in.
 
     Args:
@@ -169,13 +172,14 @@ _SPEEDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cu.": 3, "cubed": 3}
 _NO_UNIT = re.compile(  # words after a number that change it, or begin something else
     r"\b(?:and|or|to|if|is|are|not|than|when|where|for|with|into|wrong|am|pm|base|least|most|hundred|thousand|million|billion|trillion"
-    r"|dozen|plus|minus|times|over|divided|by|factorial|mod|pi|percent|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|max|min|gcd|lcm"
-    r"|infinity)\b",
+    r"|dozen|plus|minus|times|over|divided|by|factorial|mod|pi|percent|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|gcd|lcm|infinity"
+    r")\b",
     re.IGNORECASE,
 )
 
 
-class Quantity(NamedTuple):
+@dataclass(frozen=True)
+class Quantity:
     """A plain answer, taken apart.
 
     Args:
@@ -202,12 +206,17 @@ _TEMPERATURE = {"C": "celsius", "F": "fahrenheit", "": "degrees"}
 def quantity(text: str) -> Quantity:
     r"""Take a plain answer apart: `24 cm`, ``\$5``, ``25\%``, ``45^\circ``."""
     text = _IN_TEXT.sub(r"\1 \\text{", re.sub(r" ?\\text\{ ?\}$", "", _ORDINAL.sub("", text)))
+    if match := _BEFORE.fullmatch(text):
+        inner = _measured(match[1] + match[3])
+        known = inner.unit is not None and inner.unit.kind
+        return inner if known else replace(inner, unit=_unit(match[2].removeprefix("\\")))
+    return _measured(text)
+
+
+def _measured(text: str) -> Quantity:
+    """A quantity without a currency before it."""
     if match := _PERCENT.fullmatch(text):
         return Quantity(match[1].strip(), None, True)
-    if match := _BEFORE.fullmatch(text):
-        inner = quantity(match[1] + match[3])
-        known = inner.unit is not None and inner.unit.kind
-        return inner if known else inner._replace(unit=_unit(match[2].removeprefix("\\")))
     if match := _AFTER.fullmatch(text):
         return Quantity(match[1].strip(), _unit(match[2].removeprefix("\\")), False)
     if not _OF_ANGLE.search(text) and (match := _DEGREES.fullmatch(text)):
@@ -218,10 +227,10 @@ def quantity(text: str) -> Quantity:
 _POWER = r"(?: ?\^ ?\{?-?\d\}?)?"
 _NAME = rf"\\text\{{[^{{}}]*\}}{_POWER}"
 _TEXT_UNIT = re.compile(
-    rf"(.*\S) ?(\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME}(?: ?/? ?{_NAME})*|(?<=\d) ?\\Omega)"
+    rf"(.*\S) ?(\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME}(?:(?: ?/ ?| )?{_NAME}){{0,3}}|(?<=\d) ?\\Omega)"
 )
 _PLAIN_UNIT = re.compile(
-    r"(.*?(?:(?<=[\d})\]])|(?<=\\pi)|(?<=\\pi )))( ?)([A-Za-z][A-Za-z./ ]*(?:\^ ?\{?\d\}?)?(?:/[A-Za-z]+)?)"
+    r"(.*?(?:(?<=[\d})\]])|(?<=\\pi)(?! ?hr)|(?<=\\pi )(?!hr)))( ?)([A-Za-z][A-Za-z./ ]*(?:\^ ?\{?\d\}?)?(?:/[A-Za-z]+)?)"
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from oprd.tasks.notation import compact
 from oprd.tasks.quantities import quantity, value_of
@@ -21,7 +22,7 @@ class Part:
     Args:
         kind: "one" expression, "list", "bracket" (a tuple or an interval), "set", "union", "matrix", "ratio", "equation", "about"
             (an approximation).
-        text: of the whole; of a bracket or a matrix what encloses it, such as "(]".
+        text: of the whole; of a bracket what encloses it, such as "(]".
         items: its parts; of an equation or approximation the right side.
         name: of an equation or approximation the left side; of an interval from an inequality its variable.
     """
@@ -108,10 +109,10 @@ def _set_builder(text: str) -> Part | None:
     r"""``\{x \mid 3 \le x < 8\}`` as its condition."""
     if not (text.startswith(r"\{") and text.endswith(r"\}")):
         return None
-    parts = split(text[2:-2], r"\||:")
-    if len(parts) != 2 or not is_name(re.sub(r" ?\\in.*", "", parts[0][1])):
+    match = re.fullmatch(r"([^|:]*?) ?[|:] ?(.+)", text[2:-2].strip())
+    if match is None or not is_name(re.sub(r" ?\\in.*", "", match[1])):
         return None
-    return parse(parts[1][1])
+    return parse(match[2])
 
 
 _AND_OR = re.compile(
@@ -188,7 +189,6 @@ def _relation(text: str) -> Part | None:
 
 def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Part:
     """An inequality as the interval of its variable, or two of them."""
-    low, high = Part("one", r"-\infty"), Part("one", r"\infty")
     if len(signs) == 1:
         name, end, sign = sides[0], sides[1], signs[0]
         if not is_name(name):
@@ -197,11 +197,12 @@ def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Part:
             return Part("one", text)
         limit = parse(end)
         if sign == "!=":
-            halves = Part("bracket", "()", (low, limit), name), Part("bracket", "()", (limit, high), name)
-            return Part("union", text, halves, name)
+            return _without(text, [limit], name)
+        if absolute := re.fullmatch(r"\| ?([a-z]) ?\|", name):
+            return _distance(text, absolute[1], limit, sign)
         if sign[0] == "<":
-            return Part("bracket", "(]" if sign == "<=" else "()", (low, limit), name)
-        return Part("bracket", "[)" if sign == ">=" else "()", (limit, high), name)
+            return Part("bracket", "(]" if sign == "<=" else "()", (_LOW, limit), name)
+        return Part("bracket", "[)" if sign == ">=" else "()", (limit, _HIGH), name)
     if len(signs) == 2 and is_name(sides[1]) and signs[0][0] == signs[1][0] != "!":
         ends, order = [parse(sides[0]), parse(sides[2])], list(signs)
         if signs[0][0] == ">":
@@ -211,11 +212,43 @@ def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Part:
     return Part("one", text)
 
 
+def _distance(text: str, name: str, limit: Part, sign: str) -> Part:
+    """`|x| < a` as (-a, a), and `|x| > a` as what is outside."""
+    negative = Part("one", f"-{limit.text}")
+    if sign[0] == "<":
+        return Part("bracket", "[]" if sign == "<=" else "()", (negative, limit), name)
+    outside = (
+        Part("bracket", "(]" if sign == ">=" else "()", (_LOW, negative), name),
+        Part("bracket", "[)" if sign == ">=" else "()", (limit, _HIGH), name),
+    )
+    return Part("union", text, outside, name)
+
+
+def _without(text: str, points: Sequence[Part], name: str) -> Part:
+    """All real numbers but some, which are in ascending order."""
+    ends = [_LOW, *points, _HIGH]
+    return Part("union", text, tuple(Part("bracket", "()", pair, name) for pair in pairwise(ends)), name)
+
+
+_REALS_WITHOUT = re.compile(r"\\mathbb ?\{R\} ?(?:\\setminus|\\backslash|-) ?\\\{(.*)\\\}")
+
+
 def _union(text: str) -> Part | None:
-    parts = split(text, r"\\cup")
-    return Part("union", text, tuple(parse(part) for _, part in parts)) if len(parts) > 1 else None
+    if match := _REALS_WITHOUT.fullmatch(text):
+        points = [parse(part) for part in _listed(match[1])]
+        values = [value for point in points if (value := value_of(point.text)) is not None]
+        in_order = len(points) == 1 or (len(values) == len(points) and values == sorted(values))
+        return _without(text, points, "") if in_order else Part("one", text)
+    texts = [part for _, part in split(text, r"\\cup")]
+    if len(texts) < 2:
+        return None
+    parts = [parse(part) for part in texts]
+    if all(part.kind == "set" for part in parts):
+        return Part("set", text, tuple(item for part in parts for item in part.items))
+    return Part("union", text, tuple(parts))
 
 
+_LOW, _HIGH = Part("one", r"-\infty"), Part("one", r"\infty")
 _BRACKETS = [
     ("(", ")", "()"), ("[", "]", "[]"), ("(", "]", "(]"), ("[", ")", "[)"), (r"\langle", r"\rangle", "()"), (r"\{", r"\}", "{}"),
 ]  # fmt: skip
@@ -224,7 +257,7 @@ _POINT = re.compile(r"^[A-Z]'? ?(?=\([^()]*,[^()]*\)$)")
 
 def _bracketed(text: str) -> Part | None:
     if compact(text) == r"\mathbb{R}" or words_of(text) == ("all", "real", "numbers"):
-        return Part("bracket", "()", (Part("one", r"-\infty"), Part("one", r"\infty")))
+        return Part("bracket", "()", (_LOW, _HIGH))
     text = _POINT.sub("", text)  # P(2,7)
     for left, right, around in _BRACKETS:
         inner = text.removeprefix(left).removesuffix(right).strip()
@@ -248,9 +281,10 @@ def _matrix(text: str) -> Part | None:
     match = _ENVIRONMENT.fullmatch(text)
     if match is None or r"\begin" in match[3]:
         return None
-    around = "|" if match[2] in ("vmatrix", "Vmatrix") or match[1] == "|" else "("
+    if match[2] in ("vmatrix", "Vmatrix") or match[1] == "|":  # a determinant is a number
+        return Part("one", text)
     rows = [split(row, "&") for _, row in split(match[3], r"\\\\") if row]
-    return Part("matrix", around, tuple(Part("list", "", tuple(parse(cell) for _, cell in row)) for row in rows))
+    return Part("matrix", text, tuple(Part("list", "", tuple(parse(cell) for _, cell in row)) for row in rows))
 
 
 def _ratio(text: str) -> Part | None:

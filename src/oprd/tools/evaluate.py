@@ -20,6 +20,7 @@ from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
 from oprd.tasks.evaluation import evaluate
+from oprd.tasks.near_misses import near_misses
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import decided_by, get_task, with_instruction
 
@@ -66,7 +67,7 @@ def evaluate_checkpoint(
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        The measures, with the settings they were measured under.
+        The measures, with the settings they were measured under; `near_misses` counts and lists verdicts near the edge.
 
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
@@ -101,11 +102,18 @@ def evaluate_checkpoint(
         "instructed": instructed,
         **dataclasses.asdict(sampling),
     }
-    summary = {**result.summary, **settings, "grading": stats, "seconds": round(time.perf_counter() - started, 2)}
+    graded = [prompts[row] for row in result.rollouts.rows]
+    found = near_misses(
+        (prompt.name, text, prompt.row.answer)
+        for prompt, text, correct in zip(graded, result.rollouts.texts, result.correct, strict=True)
+        if correct is False and prompt.row.answer is not None
+    )
+    summary = {**result.summary, **settings, "grading": stats, "near_misses": dataclasses.asdict(found)}
+    summary["seconds"] = round(time.perf_counter() - started, 2)
     if output_dir is not None:
         folder = RunFolder(output_dir)
-        shown = [prompts[row].row.prompt for row in result.rollouts.rows]
+        shown, answers = [prompt.row.prompt for prompt in graded], [prompt.row.answer for prompt in graded]
         with folder.hold():
-            folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
+            folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct, answers)
             write_json(folder.path / "eval.json", redacted(summary, by_name=False))
     return summary
