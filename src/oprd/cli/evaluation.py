@@ -32,10 +32,7 @@ def evaluate(
     ] = True,
     split_special_tokens: SplitSpecial = True,
     show_ungraded: Annotated[
-        bool,
-        typer.Option(
-            "--show-ungraded", help="List answers graded wrong that read the same as the reference without markup."
-        ),
+        bool, typer.Option("--show-ungraded", help="List wrong answers that read like the reference.")
     ] = False,
     output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and eval_completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
@@ -45,10 +42,7 @@ def evaluate(
     """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+    _check_counts(k, limit)
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
     from oprd.tasks.evaluation import describe_accuracy
@@ -76,6 +70,13 @@ def evaluate(
     _say_near_misses(summary["near_misses"], show_ungraded)
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
+
+
+def _check_counts(k: int, limit: int | None) -> None:
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
 
 
 def _say_near_misses(near: Mapping[str, Any], listed: bool) -> None:
