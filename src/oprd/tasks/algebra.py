@@ -68,13 +68,18 @@ class MathVerify:
         agreed = agreement(a, t)
         return bool(math_verify.verify(t, a, timeout_seconds=None)) if agreed is None else agreed
 
-    def same_equation(self, answer: tuple[str, str], truth: tuple[str, str]) -> bool | None:
-        """Whether the differences of the sides are multiples of each other, or math-verify finds the same solutions."""
+    def same_relation(self, answer: tuple[str, str, str], truth: tuple[str, str, str]) -> bool | None:
+        """Whether the differences of the sides are multiples of each other, or math-verify finds the same solutions.
+
+        A negative multiple of an inequality is another one.
+        """
         import math_verify
 
+        if answer[1] != truth[1]:
+            return False
         keep_case = _both_cases(*answer) or _both_cases(*truth)
-        sides = [parsed(side, keep_case) for side in (*answer, *truth)]
-        wholes = [parsed(" = ".join(equation), keep_case) for equation in (answer, truth)]
+        sides = [parsed(side, keep_case) for side in (*answer[::2], *truth[::2])]
+        wholes = [parsed(" ".join(relation), keep_case) for relation in (answer, truth)]
         if None in sides or None in wholes:
             return None
         a, t = difference(sides[0], sides[1]), difference(sides[2], sides[3])
@@ -84,7 +89,7 @@ class MathVerify:
                 return False  # of 0 = 0 everything is a solution
             ratios = [first / second for first, second in values if second]
             if len(ratios) >= _NEEDED and all(abs(ratio - ratios[0]) <= _EQUAL * abs(ratio) for ratio in ratios):
-                return True
+                return truth[1] == "=" or bool(ratios[0] > 0)
         return bool(math_verify.verify(wholes[1], wholes[0], timeout_seconds=None))
 
     def close(self, first: str, second: str) -> bool:

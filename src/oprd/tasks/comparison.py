@@ -13,10 +13,11 @@ from typing import Protocol, runtime_checkable
 from oprd.tasks.answers import decide, stated
 from oprd.tasks.notation import compact
 from oprd.tasks.quantities import known_factors, quantity
-from oprd.tasks.structures import Part, is_name, parse
+from oprd.tasks.structures import Part, is_name, parse, split
 from oprd.tasks.words import words_of
 
 Verdict = bool | None  # None: it cannot be read
+Relation = tuple[str, str, str]  # left side, one of `=`, `<` and `\\le`, right side
 
 
 @runtime_checkable
@@ -26,8 +27,8 @@ class Algebra(Protocol):
     def same_expression(self, answer: str, truth: str) -> Verdict:
         """Whether two expressions have the same value, for all values of their variables."""
 
-    def same_equation(self, answer: tuple[str, str], truth: tuple[str, str]) -> Verdict:
-        """Whether two equations, each a left and a right side, have the same solutions."""
+    def same_relation(self, answer: Relation, truth: Relation) -> Verdict:
+        """Whether two equations or inequalities have the same solutions."""
 
     def close(self, first: str, second: str) -> bool:
         """Whether one number may be an approximation of the other."""
@@ -53,12 +54,33 @@ def any_of(verdicts: Iterable[Verdict]) -> Verdict:
     return found
 
 
+_SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])")
+
+
 def same_answer(answer: str, truth: str, algebra: Algebra) -> Verdict:
     """Whether two answers, as written, are the same; None if that cannot be found out."""
-    a, t = parse(stated(answer)), parse(stated(truth))
+    texts = [_SPACED.sub(lambda m: m[0].replace(" ", ""), stated(text)) for text in (answer, truth)]  # 12 000
+    a, t = (parse(text) for text in texts)
     if (a.kind == "set") != (t.kind == "set"):  # {5} for 5
         a, t = (part.items[0] if part.kind == "set" and len(part.items) == 1 else part for part in (a, t))
-    return Comparison(algebra).same(a, t)
+    verdict = Comparison(algebra).same(a, t)
+    if verdict is not False or "one" not in (a.kind, t.kind):
+        return verdict
+    relations = [split(text, r"<|>|\\le|\\ge") for text in texts]
+    if all(len(relation) == 2 for relation in relations):  # 2x > 6 for x > 3
+        return algebra.same_relation(_relation(*relations[0]), _relation(*relations[1]))
+    if any(map(_OF_STRUCTURES.search, texts)):
+        return algebra.same_expression(texts[0], texts[1])
+    return verdict
+
+
+_OF_STRUCTURES = re.compile(r"\\(?:cap|setminus|backslash)(?![A-Za-z])|\\begin.*\\begin")  # a sum of matrices
+
+
+def _relation(left: tuple[str, str], right: tuple[str, str]) -> Relation:
+    """(smaller side, sign, larger side) of a split inequality."""
+    sign = "<" if right[0] in "<>" else r"\le"
+    return (left[1], sign, right[1]) if right[0] in ("<", r"\le") else (right[1], sign, left[1])
 
 
 _DOTS = r"\ldots"
@@ -111,21 +133,34 @@ class Comparison:
 
     def _in_any_order(self, answer: Part, truth: Part) -> Verdict:
         """Each value as often as in the truth. With dots, or names on one side only, the order matters."""
-        if len(answer.items) != len(truth.items) or not _may_be_one_name(answer, truth):
+        if not _may_be_one_name(answer, truth):
             return False
         has_dots = any(_DOTS in item.text for part in (answer, truth) for item in part.items)
         if has_dots or (_has_names(truth.items) and not _has_names(answer.items)):
             return self._in_order(answer.items, truth.items)
-        rest, unread = list(answer.items), False
+        rest = list(answer.items)
+        if len(rest) > len(truth.items):  # a value that is said twice
+            rest = [item for place, item in enumerate(rest) if not any(self.same(item, one) for one in rest[:place])]
+        if len(rest) != len(truth.items):
+            return False
+        unread = False
         for item in truth.items:
-            verdicts = [self.same(other, item) if _may_be_one_label(other, item) else False for other in rest]
-            if True in verdicts:
-                del rest[verdicts.index(True)]
-            elif None in verdicts:
-                unread = True
-            else:
+            verdict, place = self._found_among(rest, item)
+            if verdict is False:
                 return False
+            unread |= verdict is None
+            if verdict:
+                del rest[place]
         return None if unread else True
+
+    def _found_among(self, answers: Sequence[Part], truth: Part) -> tuple[Verdict, int]:
+        found: Verdict = False
+        for place, item in enumerate(answers):
+            verdict = self.same(item, truth) if _may_be_one_label(item, truth) else False
+            if verdict:
+                return True, place
+            found = None if verdict is None else found
+        return found, 0
 
     def _sets(self, answer: Part, truth: Part) -> Verdict:
         """Each value of one in the other: a set holds no value twice."""
@@ -197,7 +232,8 @@ class Comparison:
             return self.same(answer.items[0], truth.items[0])
         if answer.items[0].kind != "one" or truth.items[0].kind != "one":
             return False
-        return self._algebra.same_equation((answer.name, answer.items[0].text), (truth.name, truth.items[0].text))
+        sides = [(part.name, "=", part.items[0].text) for part in (answer, truth)]
+        return self._algebra.same_relation(sides[0], sides[1])
 
     def _with_approximation(self, answer: Part, truth: Part) -> Verdict:
         r"""``x \approx 2.7`` is 2.7. ``\sqrt{2} \approx 1.41`` says both, if they are close."""

@@ -90,15 +90,20 @@ def parse(text: str) -> Part:
     return next((part for part in parts if part is not None), Part("one", text))
 
 
-def is_name(text: str) -> bool:
-    r"""Whether a left side only names the right one: `x`, `x_1`, `f(x)`, `P(A)`, `AB`, `|S|`, ``\angle ABC``, ``\text{Area}``."""
-    return bool(_NAME.fullmatch(text)) and text not in (r"\pi", r"\infty", "e")
-
-
 _NAME = re.compile(
-    r"\\text ?\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*|[A-Z]{2}|\|[A-Za-z]\||(?:m ?)?\\angle ?[A-Z]{1,3}|\\overline\{[A-Z]+\}"
+    r"\\text ?\{[^{}]*\}|[A-Za-z]{3,}(?: [A-Za-z]+)*|[A-Z]{2}|\| ?(?:[A-Za-z]|[A-Z]{2,3}) ?\||(?:m ?)?\\angle ?[A-Z]{1,3}"
     r"|(?:[A-Za-z]|\\[a-z]+)'*(?:_\{?\w+\}?)?|\\vec ?\{\w\}|[A-Za-z]'*(?:\^\{?-1\}?)? ?\([^()]*\)|\(\w(?:, ?\w)+\)"
 )
+_QUOTIENT = re.compile(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}|([^:/]+)[:/]([^:/]+)")
+
+
+def is_name(text: str) -> bool:
+    r"""Whether a left side only names the right one: `x`, `x_1`, `f(x)`, `AB`, `|S|`, ``\angle ABC``, ``\text{Area}``, `a:b`."""
+    if text in (r"\pi", r"\infty", "e"):
+        return False
+    if match := _QUOTIENT.fullmatch(text):
+        return all(_NAME.fullmatch(part.strip()) for part in match.groups() if part)
+    return bool(_NAME.fullmatch(text))
 
 
 def _empty(text: str) -> Part | None:
@@ -122,7 +127,7 @@ _AND_OR = re.compile(
 
 def _list(text: str) -> Part | None:
     either = {match[1] or match[2] or match[3] for match in _AND_OR.finditer(text)} & {"or", "lor", "vee"}
-    texts = _listed(_AND_OR.sub(" ; ", text))
+    texts = _listed(_AND_OR.sub(" , ", text))
     if len(texts) < 2:
         return parse(texts[0]) if texts and texts[0] != text and either else None
     items = [parse(part) for part in texts]
@@ -131,16 +136,30 @@ def _list(text: str) -> Part | None:
         return Part("equation", text, (Part("list", text, (*first.items, *rest)),), first.name)
     if all(item.kind in ("bracket", "union") and item.name for item in items):
         return _conditions(text, items, bool(either))
-    return Part(
-        "list", text, tuple(inner for item in items for inner in (item.items if item.kind == "list" else (item,)))
-    )
+    return Part("list", text, tuple(value for item in items for value in _values(item)))
+
+
+def _values(item: Part) -> Sequence[Part]:
+    r"""An item of a list; of ``\pm 2`` and ``x = \pm 2`` both."""
+    if r"\pm" not in item.text:
+        return (item,)
+    if item.kind == "equation" and item.items[0].kind == "list":
+        return [replace(item, items=(value,)) for value in item.items[0].items]
+    return item.items if item.kind == "list" else (item,)
 
 
 def _listed(text: str) -> list[str]:
-    """Texts between commas or semicolons. Where commas group digits as well (`1,200, 3,400`), those with a space separate."""
-    if re.search(r"\d,\d{3}(?!\d)", text) and re.search(r", |;", text):
+    """Texts between commas, or between semicolons where there are both (`p=5, q=2; p=7, q=2`).
+
+    Where commas group digits as well (`1,200, 3,400`), those with a space separate.
+    """
+    if re.search(r"\d,\d{3}(?!\d)", text) and ", " in text:
         text = re.sub(r",(?=\d{3}(?!\d))", "\0", text)
-    return [part.replace("\0", ",") for _, part in split(text, r",|;") if part]
+    for separator in (";", ","):
+        parts = [part.replace("\0", ",") for _, part in split(text, separator) if part]
+        if len(parts) > 1:
+            break
+    return parts
 
 
 def _conditions(text: str, items: Sequence[Part], either: bool) -> Part:
@@ -198,7 +217,7 @@ def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Part:
         limit = parse(end)
         if sign == "!=":
             return _without(text, [limit], name)
-        if absolute := re.fullmatch(r"\| ?([a-z]) ?\|", name):
+        if absolute := _ABSOLUTE.fullmatch(name):
             return _distance(text, absolute[1], limit, sign)
         if sign[0] == "<":
             return Part("bracket", "(]" if sign == "<=" else "()", (_LOW, limit), name)
@@ -208,8 +227,21 @@ def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Part:
         if signs[0][0] == ">":
             ends, order = ends[::-1], order[::-1]
         around = ("[" if "=" in order[0] else "(") + ("]" if "=" in order[1] else ")")
-        return Part("bracket", around, tuple(ends), sides[1])
+        between = Part("bracket", around, tuple(ends), sides[1])
+        absolute = _ABSOLUTE.fullmatch(sides[1])
+        return _mirrored(text, between, absolute[1]) if absolute and (value_of(ends[0].text) or 0) > 0 else between
     return Part("one", text)
+
+
+_ABSOLUTE = re.compile(r"\| ?([a-z]) ?\|")
+
+
+def _mirrored(text: str, positive: Part, name: str) -> Part:
+    """`1 < |x| < 2` as (-2, -1) and (1, 2)."""
+    low, high = positive.items
+    around = ("[" if positive.text[1] == "]" else "(") + ("]" if positive.text[0] == "[" else ")")
+    negative = Part("bracket", around, (Part("one", f"-{high.text}"), Part("one", f"-{low.text}")), name)
+    return Part("union", text, (negative, replace(positive, name=name)), name)
 
 
 def _distance(text: str, name: str, limit: Part, sign: str) -> Part:
