@@ -17,7 +17,7 @@ from oprd.tasks.structures import Part, is_name, parse, split
 from oprd.tasks.words import words_of
 
 Verdict = bool | None  # None: it cannot be read
-Relation = tuple[str, str, str]  # left side, one of `=`, `<` and `\\le`, right side
+Relation = tuple[str, str, str]  # left side, one of `=`, `<` and `\le`, right side
 
 
 @runtime_checkable
