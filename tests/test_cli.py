@@ -116,8 +116,56 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     measured = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert (measured["k"], measured["problems"], measured["max_completion_length"]) == (2, 3, 8)
-    assert len((tmp_path / "eval" / "eval_completions.jsonl").read_text().splitlines()) == 6
+    lines = (tmp_path / "eval" / "eval_completions.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert all(json.loads(line)["answer"].isdigit() for line in lines)
+    assert measured["near_misses"] == {"count": 0, "first": []}
     assert "Avg@2" in evaluated.stdout
+    assert "without markup" not in evaluated.stdout
+
+
+@pytest.fixture
+def parrot(tmp_path):
+    """Save a model that says one word, whatever it reads."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def save(word: str) -> str:
+        tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2, word: 3}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        )
+        fast.save_pretrained(tmp_path / "parrot")
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=4, eos_token_id=1, pad_token_id=0, bos_token_id=None, **sizes))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.fill_(0.0 if "proj" in name or "lm_head" in name else 1.0)
+            model.lm_head.weight[3] = 10.0
+        model.save_pretrained(tmp_path / "parrot")
+        return str(tmp_path / "parrot")
+
+    return save
+
+
+def test_eval_lists_answers_that_the_checker_may_have_misread(oprd, parrot, tmp_path):
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "?", "answer": a}) + "\n" for a in ("72", "73", "\\boxed{72}")))
+    words = ("eval", "--model", parrot(r"\boxed{\enclose{circle}{72}}"), "--dataset", str(data), "--k", "11",
+             "--temperature", "0", "--max-completion-length", "1", "--output-dir", str(tmp_path / "eval"))  # fmt: skip
+    quiet, listed = oprd(*words), oprd(*words, "--show-ungraded")
+    assert quiet.returncode == listed.returncode == 0, quiet.stderr + listed.stderr
+    counted = "graded wrong, but equal to the reference without markup: 22"
+    assert f"{counted} (list them with --show-ungraded)\n" in quiet.stdout
+    assert "enclose" not in quiet.stdout
+    assert f"{counted}\n" in listed.stdout
+    line = r"problems.jsonl:{}: answer '\\enclose{{circle}}{{72}}', reference '{}'"
+    assert listed.stdout.count(line.format(1, "72")) == 11
+    assert listed.stdout.count(line.format(3, r"\\boxed{72}")) == 9
+    assert "  and 2 more\n" in listed.stdout
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["near_misses"]["count"] == 22
 
 
 @pytest.mark.parametrize(

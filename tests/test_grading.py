@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.data.rows import PromptRow, load_prompts
-from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, decide, last_boxed, normalize_answer, parse_number
+from oprd.tasks.answers import decide
+from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, last_boxed
+from oprd.tasks.notation import normalize_answer
+from oprd.tasks.quantities import parse_number
 from oprd.tasks.task import get_task, with_instruction
 from processes import descendants, wait_until
 
@@ -168,13 +171,13 @@ def test_parse_number_reads_what_python_writes(value, zeros):
     ("text", "normal"),
     [
         (" $42$. ", "42"),
-        (r"\$32,\!348", "32,348"),
+        (r"\$32,\!348", r"\$32,348"),
         (r"11,\! 111,\! 111,\! 100", "11,111,111,100"),
         (r"10{,}080", "10,080"),
         (r"\dfrac{1}{2}", r"\frac{1}{2}"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}2)".replace("2)", "{2})").replace("{{2}}", "{2}")),
-        (r"90^\circ", "90"),
-        (r"90^{\circ}.", "90"),
+        (r"90^\circ", r"90^\circ"),
+        (r"90^{\circ}.", r"90^\circ"),
         (r"\text{Evelyn}", "Evelyn"),
         (r"5 \text{ cm}", r"5\text{cm}"),
         (r"4210_{5}", "4210_5"),
@@ -298,7 +301,8 @@ def hostile_answers(folder):
     (folder / "there").write_text("as it was")
     (folder / "p").write_text(EACH_MODE.replace("FOLDER", repr(f"{folder}/")))  # read, which is allowed: short answers
     code = "+".join(f"chr({ord(c)})" for c in f"exec(open('{folder / 'p'}').read())")
-    return [text.format(mark=folder / "mark", code=code) for text in HOSTILE]
+    plain = [text.format(mark=folder / "mark", code=code) for text in HOSTILE]
+    return [*(form.format(plain[-1]) for form in ("x = {}", "({}, 1)", "{} \\approx 3", "{}\\%", "{} < x")), *plain]
 
 
 def left_in(folder):
@@ -306,7 +310,9 @@ def left_in(folder):
 
 
 def test_no_answer_runs_code(grader, tmp_path):
-    pairs = [(rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi")]
+    pairs = [
+        (rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi", "x = y", "(3,1)")
+    ]
     with MathGrader(max_answer_chars=10_000) as big:
         assert big.grade(pairs) == [False] * len(pairs)
         assert not big.stats["too_long"]
@@ -315,7 +321,10 @@ def test_no_answer_runs_code(grader, tmp_path):
 
 def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
-    program = "import sys; from oprd.tasks.grading_worker import verify; verify(sys.argv[1], '\\\\pi')"
+    program = (
+        "import sys, math_verify; from oprd.tasks.algebra import parsed; "
+        "math_verify.verify(parsed('\\\\pi', False), parsed(sys.argv[1], False), timeout_seconds=None)"
+    )
     subprocess.run([sys.executable, "-c", program, hostile_answers(tmp_path)[-1]], check=True, timeout=60)
     left = left_in(tmp_path)
     assert set(left.pop("a")) == {"X"}  # once for each time that the code was run
@@ -397,7 +406,18 @@ def test_hostile_answers_are_wrong_counted_and_survived(grader):
     assert not grade(grader, "1" * 1_000_000, "1")
     assert not grade(grader, "{" * 1_000 + "}" * 1_000, "1")
     assert grader.stats["too_long"] == 2
-    for junk in ["\x00\ud800é漢🙂", "1e999999999", r"\frac{1}{0}", "%", r"\\", "^", "_{}", r"\begin{pmatrix}", "'\""]:
+    for junk in [
+        "\x00\ud800é漢🙂",
+        "1e999999999",
+        r"\frac{1}{0}",
+        "%",
+        r"\\",
+        "^",
+        "_{}",
+        r"\begin{pmatrix}",
+        "'\"",
+        "(1," * 300,
+    ]:
         assert not grade(grader, junk, r"\sqrt{2}")
     assert grade(grader, "x+1", "1+x")
 

@@ -864,6 +864,26 @@ def test_the_command_line(oprd, trained, make_run, tmp_path):
     assert "Traceback" not in printed.err
 
 
+def test_verdicts_near_the_edge_are_listed_and_counted(make_run):
+    def line(step, answer, truth, correct=False):
+        return {**rollout_line(step, completion=rf"so \boxed{{{answer}}}", correct=correct), "answer": truth}
+
+    logged = [
+        *(line(step, rf"\enclose{{<b>}}{{{step}}}", str(step)) for step in range(1, 31)),
+        line(31, "6", "5"),
+        line(32, "7", "7", correct=True),
+        line(33, "8", None),
+        rollout_line(34, completion=r"\boxed{1}", correct=False),  # of an older version: without the reference
+    ]
+    html = report(make_run("near", completions=logged), make_run("none"))
+    page = Page(html)
+    assert page.row("step 1") == ([r"\enclose{<b>}{1}", "1"], [])
+    assert sum(cells[:1] == [f"step {step}"] for step in range(40) for cells in page.rows) == 20
+    assert "30 of them; the first 20." in page.text
+    assert "<b>" not in html
+    assert page.text.count("None.") == 1
+
+
 def test_every_row_of_the_table_has_a_cell_a_run(make_run):
     records = read_runs([make_run("a"), make_run("b", summary=None), make_run("c", metrics=[step_line(1)])])
     assert all(len(row.cells) == 3 for row in table(records))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +31,9 @@ def evaluate(
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
     split_special_tokens: SplitSpecial = True,
+    show_ungraded: Annotated[
+        bool, typer.Option("--show-ungraded", help="List wrong answers that read like the reference.")
+    ] = False,
     output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and eval_completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -38,10 +42,7 @@ def evaluate(
     """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+    _check_counts(k, limit)
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
     from oprd.tasks.evaluation import describe_accuracy
@@ -66,5 +67,26 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
+    _say_near_misses(summary["near_misses"], show_ungraded)
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
+
+
+def _check_counts(k: int, limit: int | None) -> None:
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+
+
+def _say_near_misses(near: Mapping[str, Any], listed: bool) -> None:
+    """Say how many answers may have been misread; list the first ones if asked."""
+    from oprd.cli.console import say
+
+    if listed or near["count"]:
+        hint = "" if listed else " (list them with --show-ungraded)"
+        say(f"graded wrong, but equal to the reference without markup: {near['count']}{hint}")
+    for miss in near["first"] if listed else ():
+        say(f"  {miss['where']}: answer {miss['answer']!r}, reference {miss['truth']!r}")
+    if listed and near["count"] > len(near["first"]):
+        say(f"  and {near['count'] - len(near['first'])} more")

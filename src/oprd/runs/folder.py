@@ -169,18 +169,28 @@ class RunFolder:
             file.write(line)
 
     def append_completions(
-        self, step: int, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
+        self,
+        step: int,
+        prompts: Sequence[Any],
+        rollouts: Rollouts,
+        rewards: Sequence[bool | float | None],
+        answers: Sequence[str | None],
     ) -> None:
-        """Append the completions of a step, one JSON line each."""
-        for row in _completion_rows(prompts, rollouts, rewards):
+        """Append the completions of a step, one JSON line each, with their problems' reference answers."""
+        for row in _completion_rows(prompts, rollouts, rewards, answers):
             self.append(COMPLETIONS, {"step": step, **row})
 
     def write_completions(
-        self, name: str, prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
+        self,
+        name: str,
+        prompts: Sequence[Any],
+        rollouts: Rollouts,
+        rewards: Sequence[bool | float | None],
+        answers: Sequence[str | None],
     ) -> None:
         """Write completions to the file `name`, one JSON line each, replacing its content."""
         (self.path / name).unlink(missing_ok=True)
-        for row in _completion_rows(prompts, rollouts, rewards):
+        for row in _completion_rows(prompts, rollouts, rewards, answers):
             self.append(name, row)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
@@ -239,7 +249,10 @@ def _as_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _completion_rows(
-    prompts: Sequence[Any], rollouts: Rollouts, rewards: Sequence[bool | float | None]
+    prompts: Sequence[Any],
+    rollouts: Rollouts,
+    rewards: Sequence[bool | float | None],
+    answers: Sequence[str | None],
 ) -> Iterator[dict[str, Any]]:
     for index, prompt in enumerate(prompts):
         yield {
@@ -248,4 +261,5 @@ def _completion_rows(
             "tokens": len(rollouts.completion_ids[index]),
             "finish_reason": rollouts.finish_reasons[index],
             "correct": rewards[index],
+            "answer": answers[index],
         }

@@ -19,7 +19,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from fractions import Fraction
 from itertools import islice
 from multiprocessing import spawn
 from multiprocessing.connection import Connection, Pipe
@@ -27,6 +26,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
 from oprd.children import end_with_parent
+from oprd.tasks.answers import decide
 from oprd.tasks.grading_worker import check, start_worker
 
 logger = logging.getLogger("oprd")
@@ -53,91 +53,6 @@ def last_boxed(text: str) -> str | None:
             if start is not None and (best is None or start > best[0]):
                 best = (start, token.start())
     return None if best is None else text[best[0] : best[1]]
-
-
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\u2212", "-"),
-        (r"\\\$|\$|\\\(|\\\)|\\!\s*|\\displaystyle(?![a-zA-Z])", ""),
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[,;: ]|~|\\quad(?![a-zA-Z])", " "),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\{,\}", ","),
-        (r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°)\s*\.?\s*$", ""),
-    ]
-]
-_TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm)\s*\{([^{}]*)\}")
-_UNIT = re.compile(r"(?<=.)\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$")
-
-
-def normalize_answer(answer: str) -> str:
-    r"""Remove differences in layout; equal results mean equal answers.
-
-    Removed: dollar signs, spacing, ``\left``/``\right``, ``\dfrac``, a final degree sign or full stop, ``\text{}`` around the
-    whole, braces around one character. Kept: case, order, units, and a space before a digit where it distinguishes `1, 200`
-    from `1,200` and `1 2` from `12`.
-    """
-    for pattern, replacement in _REWRITES:
-        answer = pattern.sub(replacement, answer)
-    answer = " ".join(answer.split())
-    answer = re.sub(r"(?<![\d,]) | (?!\d)", "", answer)
-    answer = answer[:-1] if answer.endswith(".") else answer
-    if whole := _TEXT.fullmatch(answer):
-        answer = whole[1]
-    return re.sub(r"([_^])\{(\w)\}", r"\1\2", answer)
-
-
-_DECIMAL = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?", re.ASCII)
-_RATIO = re.compile(r"([+-]?)(?:\\frac(?:\{([+-]?\d+)\}|(\d)) ?(?:\{([+-]?\d+)\}|(\d))|(\d+)/(\d+))", re.ASCII)
-_MAX_DIGITS = 1_000  # int() of a million digits takes seconds
-
-
-def parse_number(normalized: str) -> Fraction | None:
-    r"""Return the exact value of an integer, a decimal, ``a/b`` or ``\frac{a}{b}``, and None for anything else.
-
-    Commas may group thousands. Exponents are not read: `1e999999999` is a short text, but the number would fill the memory.
-    """
-    if len(normalized) > _MAX_DIGITS:
-        return None
-    if match := _DECIMAL.fullmatch(normalized):
-        sign, whole, decimals = match[1], match[2].replace(",", ""), match[3] or ""
-        if not whole and not decimals:
-            return None
-        value = Fraction(int(whole + decimals), 10 ** len(decimals))
-    elif match := _RATIO.fullmatch(normalized):
-        sign = match[1]
-        top, bottom = (int(next(filter(None, match.group(*groups)))) for groups in ((2, 3, 6), (4, 5, 7)))
-        if bottom == 0:
-            return None
-        value = Fraction(top, bottom)
-    else:
-        return None
-    return -value if sign == "-" else value
-
-
-_IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
-
-
-def _without_units(pair: tuple[str, str]) -> tuple[str, ...]:
-    return tuple(_UNIT.sub("", text.strip()) for text in pair)
-
-
-def decide(answer: str, truth: str) -> tuple[bool | None, str]:
-    """Compare without algebra. Returns (verdict, how): verdict None means undecided, `how` is "exact" or "numeric".
-
-    Numbers are compared exactly, so 0.333 is not 1/3.
-    """
-    answer, truth = normalize_answer(answer), normalize_answer(truth)
-    if answer == truth:
-        return True, "exact"
-    bases = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(truth)
-    if bases[0] and bases[1]:  # math-verify ignores the base and would accept 52_8 for 52_9
-        return bases[0].groups() == bases[1].groups(), "exact"
-    numbers = [parse_number(text) for text in _without_units((answer, truth))]
-    if None not in numbers:
-        return numbers[0] == numbers[1], "numeric"
-    return None, ""
 
 
 _SPAWNING = threading.Lock()
@@ -405,7 +320,7 @@ class MathGrader:
         running: dict[Future[Any], _Pair] = {}
         while not batch.over:
             for pair in islice(waiting, self.workers - len(running)):
-                arguments = (*_without_units(pair), self.timeout_s)
+                arguments = (*pair, self.timeout_s)
                 running[pool.schedule(check, args=arguments, timeout=self.timeout_s)] = pair
             if not running:
                 return

@@ -18,6 +18,9 @@ import sys
 import time
 from typing import Any
 
+from oprd.tasks.algebra import MathVerify
+from oprd.tasks.comparison import same_answer
+
 _FORBIDDEN = ("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess", "socket")
 _PLAIN_NUMBER = re.compile(
     rb"from sympy import \*|[-+]? ?N ?(/ ?N)?".replace(b"N", rb"(?:Integer|Float) ?\('?[-+\d.eE]+'? ?\)")
@@ -70,7 +73,7 @@ def start_worker(memory_bytes: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     sys.dont_write_bytecode = True
     logging.disable(logging.CRITICAL)  # math-verify would log untrusted answers in full
-    for truth in (r"\frac{\sqrt{3}}{2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "x = 3", r"(1, 2] \cup [4, \infty)"):
+    for truth in (r"\frac{\sqrt{3}}{2}", "x + 3", "y = 3 x", r"[3, 4] \cap [1, 2]", r"\sum_{k=1}^3 k", r"\sin 3^\circ"):
         verify(truth.replace("3", "4"), truth)  # triggers the libraries' late imports
 
     if sys.platform == "linux":
@@ -104,20 +107,8 @@ def _kill_after(seconds: float) -> None:
 
 
 def verify(answer: str, truth: str) -> bool | None:
-    """Whether math-verify finds the two LaTeX answers equal; None if it cannot read one of them.
+    """Whether two LaTeX answers are the same; None if one of them cannot be read.
 
     Does not use `math_verify.parse`, which searches the text for something to parse and falls back to string comparison.
     """
-    import math_verify
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy
-    from math_verify.grader import should_treat_as_complex
-
-    # units=False: otherwise math-verify reads the t of 3t as a unit. Its own timeout needs SIGALRM; pebble's is used instead.
-    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    parsed = []
-    for text in (truth, answer):
-        try:
-            parsed.append(latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=config))
-        except Exception:  # the grammar raises a bare Exception
-            return None
-    return bool(math_verify.verify(parsed[0], parsed[1], timeout_seconds=None))
+    return same_answer(answer, truth, MathVerify())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from oprd.data.prompts import check_token_ids, prepare_prompts
+from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
 from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
@@ -19,7 +19,8 @@ from oprd.rollouts.engines import make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
-from oprd.tasks.evaluation import evaluate
+from oprd.tasks.evaluation import Evaluation, evaluate
+from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import decided_by, get_task, with_instruction
 
@@ -66,7 +67,7 @@ def evaluate_checkpoint(
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        The measures, with the settings they were measured under.
+        The measures, with the settings they were measured under; `near_misses` counts and lists verdicts near the edge.
 
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
@@ -102,11 +103,26 @@ def evaluate_checkpoint(
         "instructed": instructed,
         **dataclasses.asdict(sampling),
     }
-    summary = {**result.summary, **settings, "grading": stats, "seconds": round(time.perf_counter() - started, 2)}
+    near = dataclasses.asdict(_near_misses(prompts, result))
+    summary = {**result.summary, **settings, "grading": stats, "near_misses": near}
+    summary["seconds"] = round(time.perf_counter() - started, 2)
     if output_dir is not None:
-        folder = RunFolder(output_dir)
-        shown = [prompts[row].row.prompt for row in result.rollouts.rows]
-        with folder.hold():
-            folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
-            write_json(folder.path / "eval.json", redacted(summary, by_name=False))
+        _write(RunFolder(output_dir), prompts, result, summary)
     return summary
+
+
+def _near_misses(prompts: Sequence[Prompt], result: Evaluation) -> NearMisses:
+    graded = zip(result.rollouts.rows, result.rollouts.texts, result.correct, strict=True)
+    return near_misses(
+        (prompts[row].name, text, answer)
+        for row, text, correct in graded
+        if correct is False and (answer := prompts[row].row.answer) is not None
+    )
+
+
+def _write(folder: RunFolder, prompts: Sequence[Prompt], result: Evaluation, summary: dict[str, Any]) -> None:
+    rows = [prompts[row].row for row in result.rollouts.rows]
+    shown, answers = [row.prompt for row in rows], [row.answer for row in rows]
+    with folder.hold():
+        folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct, answers)
+        write_json(folder.path / "eval.json", redacted(summary, by_name=False))

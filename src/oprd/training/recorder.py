@@ -112,8 +112,9 @@ class Recorder:
         if self.args.log_completions and self.main:
             rollouts = batch.rollouts
             shown = rollouts.select(range(min(self.args.num_completions_to_log, len(rollouts))))
-            texts = {p.index: p.row.prompt for p in prompts}
-            self.folder.append_completions(step, [texts[row] for row in shown.rows], shown, batch.rewards)
+            rows = {p.index: p.row for p in prompts}
+            texts, answers = [rows[row].prompt for row in shown.rows], [rows[row].answer for row in shown.rows]
+            self.folder.append_completions(step, texts, shown, batch.rewards, answers)
 
     def close_step(self, step: int, grad_norm: Any, learning_rate: float | None) -> None:
         """Write the metrics of the step that was just taken. Does nothing if no step ran since the last call.

@@ -14,9 +14,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from oprd.files import write_text
+from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tools.report import curves, draw
 from oprd.tools.report.read import RunRecord
-from oprd.tools.report.rollouts import Distances, Pair, Side, as_side, choose, logged_pairs, read_distances
+from oprd.tools.report.rollouts import (
+    Distances,
+    Pair,
+    Side,
+    as_side,
+    as_wrong,
+    choose,
+    is_wrong,
+    logged_pairs,
+    read_distances,
+)
 from oprd.tools.report.table import duration, table
 from oprd.tools.report.text import plain, shown, shown_token
 
@@ -56,6 +67,7 @@ class Section:
     notes: list[str]
     distances: Distances | None
     rollouts: list[Rollouts]
+    near: NearMisses
     command: str
 
 
@@ -210,7 +222,8 @@ def _section(run: int, record: RunRecord) -> Section:
     groups.append(_group("Rollouts logged in training", "early", "late", logged, choose(logged)))
     name = shlex.quote(record.name)
     command = f"oprd train --config {name}/config.yaml --output_dir {name}-again" if record.config else ""
-    return Section(run, record, notes, distances, [group for group in groups if _all(group)], command)
+    near = near_misses(as_wrong(row) for row in record.completions if is_wrong(row))
+    return Section(run, record, notes, distances, [group for group in groups if _all(group)], near, command)
 
 
 def _group(heading: str, early: str, late: str, pairs: Sequence[Pair], chosen: list[tuple[str, Pair]]) -> Rollouts:

@@ -185,6 +185,16 @@ def as_side(row: Mapping[str, Any]) -> Side:
     )
 
 
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    """Whether a line of `completions.jsonl` was graded wrong against a reference answer that it holds."""
+    return row.get("correct") is False and isinstance(row.get("answer"), str)
+
+
+def as_wrong(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(step, completion, reference answer) of such a line."""
+    return f"step {int(row['step'])}", row["completion"], row["answer"]
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as readable text; messages are preceded by their roles."""
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
