@@ -16,6 +16,7 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
 from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
+from oprd.models.architecture import embedding_rows
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.tokens import vocabulary_size
@@ -163,6 +164,17 @@ class ModelPair:
         limits = [limit for limit in (own, theirs if self.aligner is None else None) if limit is not None]
         return min(limits, default=None)
 
+    @property
+    def embedding_rows(self) -> int | None:
+        """Token ids that each model which reads the student's tokens can embed; None if unknown."""
+        known = (embedding_rows(self.student.model), self._teacher_rows if self.aligner is None else None)
+        return min((size for size in known if size is not None), default=None)
+
+    @property
+    def _teacher_rows(self) -> int | None:
+        sizes = (embedding_rows(module) for module in self.teacher.modules)
+        return min((size for size in sizes if size is not None), default=None)
+
     def prompts(
         self, rows: Sequence[PromptRow], *, name: str, max_completion_length: int, max_prompt_length: int | None = None
     ) -> Sequence[Prompt]:
@@ -175,7 +187,7 @@ class ModelPair:
             rows, self.tokenizer, name=name, max_completion_length=max_completion_length,
             context_length=self.context_length, max_prompt_length=max_prompt_length,
             chat_template_kwargs=self.rendering.chat_template_kwargs,
-            split_special_tokens=self.rendering.split_special_tokens,
+            split_special_tokens=self.rendering.split_special_tokens, embedding_rows=self.embedding_rows,
         )  # fmt: skip
 
     def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> Sequence[Prompt]:
@@ -196,6 +208,7 @@ class ModelPair:
                 context_length=self.teacher.info.context_length,
                 chat_template_kwargs=aligner.teacher_kwargs,
                 split_special_tokens=self.rendering.split_special_tokens,
+                embedding_rows=self._teacher_rows,
             )
         except ValueError as error:
             raise ValueError(f"the teacher's prompts: {error}") from error

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli.options import SplitSpecial
+from oprd.cli.options import (
+    AnswerColumn,
+    AnswerFormat,
+    DatasetConfig,
+    MergeSystem,
+    PromptColumn,
+    SplitSpecial,
+    reading,
+)
 
 
 def evaluate(
@@ -30,6 +38,11 @@ def evaluate(
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
     split_special_tokens: SplitSpecial = True,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    answer_format: AnswerFormat = None,
+    dataset_config: DatasetConfig = None,
+    merge_system_prompt: MergeSystem = False,
     output_dir: Annotated[Path | None, typer.Option(help="Write eval.json and eval_completions.jsonl here.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -62,6 +75,8 @@ def evaluate(
         seed=seed,
         instruction=instruction,
         split_special_tokens=split_special_tokens,
+        reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt),
+        answer_format=answer_format,
         output_dir=output_dir,
         trust_remote_code=trust_remote_code,
     )

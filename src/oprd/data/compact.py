@@ -82,5 +82,10 @@ class IdsColumn:
         """The length of each list."""
         return np.diff(np.asarray(self._ends))
 
+    def with_ids_from(self, size: int) -> np.ndarray:
+        """Places of the lists that hold an id of `size` or more."""
+        beyond = np.flatnonzero(np.asarray(self._ids) >= size)
+        return np.unique(np.searchsorted(np.asarray(self._ends), beyond, side="right") - 1)
+
     def __getitem__(self, index: int) -> list[int]:
         return self._ids[self._ends[index] : self._ends[index + 1]].tolist()

@@ -12,8 +12,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.compact import IdsColumn, OnAccess
-from oprd.data.control_tokens import ControlTokens
+from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
+from oprd.sanitize import printable
 
 logger = logging.getLogger("oprd")
 
@@ -60,11 +61,11 @@ class PromptRenderer:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: messages without a chat template, a prompt that renders to no token, or a control token that cannot be read
-                as text; the message names the row.
+            ValueError: messages without a chat template, messages or text that the template or the tokenizer refuses, a prompt that
+                renders to no token, or a control token that cannot be read as text; the message names the row.
         """
         if isinstance(row.prompt, str):
-            ids = self._plain(row.prompt, row.source)
+            ids = self._plain(row.prompt, row)
         elif self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
@@ -73,9 +74,14 @@ class PromptRenderer:
         elif self.control.find(row) is not None:
             ids = self.control.encode_chat(row)
         else:
-            ids = self.tokenizer.apply_chat_template(
-                row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(self.template_kwargs or {})
-            )["input_ids"]
+            with naming_the_row(self.tokenizer, row, self.template_kwargs):
+                ids = self.tokenizer.apply_chat_template(
+                    row.prompt,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    **(self.template_kwargs or {}),
+                )["input_ids"]
         if not ids:
             raise ValueError(f"{row.source}: the prompt has no token")
         return list(ids)
@@ -120,11 +126,12 @@ class PromptRenderer:
         """The tokenizer's control tokens."""
         return ControlTokens.of(self.tokenizer, self.template_kwargs)
 
-    def _plain(self, text: str, source: str) -> list[int]:
+    def _plain(self, text: str, row: PromptRow) -> list[int]:
         if self.split_special_tokens and self.control.find(text) is not None:
-            return self.control.encode(text, source=source)
+            return self.control.encode(text, source=row.source)
         starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        return self.tokenizer(text, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
+        with naming_the_row(self.tokenizer, row, self.template_kwargs):
+            return list(self.tokenizer(text, add_special_tokens=not starts)["input_ids"])  # avoid a second BOS token
 
 
 def render(row: PromptRow, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> list[int]:
@@ -142,6 +149,7 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     split_special_tokens: bool = True,
+    embedding_rows: int | None = None,
 ) -> Sequence[Prompt]:
     """Render all rows and check that each leaves room for its completion.
 
@@ -156,9 +164,11 @@ def prepare_prompts(
         max_prompt_length: drop longer prompts and log how many; None keeps all.
         chat_template_kwargs: arguments of the chat template.
         split_special_tokens: read control tokens in plain prompts as text (`PromptRenderer`).
+        embedding_rows: token ids that the models which read the prompts can embed; None if unknown.
 
     Raises:
-        ValueError: the dataset is empty, no prompt is left, or a prompt does not fit the context; the message names the row.
+        ValueError: the dataset is empty, no prompt is left, a prompt does not fit the context, or it holds a token that has no
+            row in an embedding; the message names the row.
     """
     if not rows:
         raise ValueError(f"{name}: the dataset is empty")
@@ -167,6 +177,8 @@ def prepare_prompts(
         ids.append(renderer.render(row))
     renderer.warn_of_control_tokens(rows, name)
     places = _kept(ids.lengths, max_prompt_length, name)
+    if embedding_rows is not None:
+        _check_embedded(rows, ids, places, renderer, embedding_rows)
     if context_length is not None:
         room = context_length - max_completion_length
         for place in places[ids.lengths[places] > room][:1]:
@@ -187,6 +199,34 @@ class _Prompts:
 
     def prompt(self, place: int) -> Prompt:
         return Prompt(place, self.ids[place], self.rows[place])
+
+
+def _check_embedded(
+    rows: Sequence[PromptRow], ids: IdsColumn, places: np.ndarray, renderer: PromptRenderer, size: int
+) -> None:
+    """Refuse prompts with a token whose id has no row in the embedding: a CUDA device would stop without naming it.
+
+    Also those that write such a token's name and are read as text: the tokenizer is not the model's.
+    """
+    refused = [int(place) for place in np.intersect1d(ids.with_ids_from(size), places)]
+    names = [name for name, i in renderer.control.ids.items() if i >= size]
+    if names and not refused:
+        refused = [int(place) for place in places if any(name in _text(rows[int(place)]) for name in names)]
+    if not refused:
+        return
+    row, used = rows[refused[0]], [i for i in ids[refused[0]] if i >= size]
+    written = [renderer.control.ids[name] for name in names if name in _text(row)]
+    token_id = (used or written)[0]
+    token = printable(renderer.tokenizer.convert_ids_to_tokens([token_id])[0])
+    raise ValueError(
+        f"{row.source}: the prompt has the tokenizer's token '{token}' with the id {token_id}, and the embedding of a model that "
+        f"reads it has {size} rows, for ids up to {size - 1} ({len(refused)} of {len(places)} prompts). Remove the token from the "
+        "tokenizer or the prompts, or give the model's own tokenizer"
+    )
+
+
+def _text(row: PromptRow) -> str:
+    return row.prompt if isinstance(row.prompt, str) else "\0".join(message["content"] for message in row.prompt)
 
 
 def _kept(lengths: np.ndarray, max_prompt_length: int | None, name: str) -> np.ndarray:

@@ -57,6 +57,22 @@ def hidden_size(model: nn.Module) -> int:
     return causal_lm(model).config.get_text_config().hidden_size
 
 
+def embedding_rows(model: nn.Module) -> int | None:
+    """Number of token ids that the model can embed; None if it has no embedding that says so."""
+    try:
+        return getattr(causal_lm(model).get_input_embeddings(), "num_embeddings", None)
+    except (ValueError, NotImplementedError, AttributeError):  # not a language model of transformers
+        return None
+
+
+def output_rows(model: nn.Module) -> int | None:
+    """Number of token ids that the model's LM head can draw; None if it has no linear head."""
+    try:
+        return getattr(causal_lm(model).get_output_embeddings(), "out_features", None)
+    except (ValueError, NotImplementedError, AttributeError):  # not a language model of transformers
+        return None
+
+
 def context_length(model: nn.Module) -> int | None:
     """Maximum context in tokens, or None if the config does not state it."""
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)

@@ -6,19 +6,23 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from oprd.data.prompts import prepare_prompts
+from oprd.data.rows import Reading
 from oprd.files import write_json
+from oprd.models.architecture import embedding_rows
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
+from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import decided_by, get_task, with_instruction
@@ -42,6 +46,8 @@ def evaluate_checkpoint(
     seed: int = 0,
     instruction: bool = True,
     split_special_tokens: bool = True,
+    reading: Reading | None = None,
+    answer_format: str | None = None,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -62,6 +68,8 @@ def evaluate_checkpoint(
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
         split_special_tokens: read control tokens in plain prompts as text (`OPRDConfig.split_special_tokens`).
+        reading: which columns and subset of the dataset are read.
+        answer_format: how its answers are written (`oprd.tasks.answer_formats.FORMATS`).
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
 
@@ -72,7 +80,8 @@ def evaluate_checkpoint(
         ValueError: a model, dataset, task or setting that does not fit.
     """
     grading = get_task(task)
-    rows = load_rows(dataset, split, limit, seed)
+    rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True))
+    rows = read_answers(rows, grading, answer_format, dataset)
     instructed = 0
     if instruction:
         rows, instructed = with_instruction(grading, rows)
@@ -84,6 +93,7 @@ def evaluate_checkpoint(
     prompts = prepare_prompts(
         rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
         context_length=loaded.info.context_length, split_special_tokens=split_special_tokens,
+        embedding_rows=embedding_rows(loaded.model),
     )  # fmt: skip
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
