@@ -193,17 +193,18 @@ def test_the_settings():
 
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
-        "alarm_window", "bridge", "bridge_rank", "chat_template_kwargs", "crossfade_steps", "diagnostic_steps",
+        "alarm_window", "answer_column", "answer_format", "bridge", "bridge_rank", "chat_template_kwargs", "crossfade_steps", "dataset_config",
+        "diagnostic_steps",
         "end_of_turn",
         "epsilon", "epsilon_high",
         "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
-        "max_skipped_steps", "max_useless_steps", "micro_batch_tokens", "model_init_kwargs", "nan_policy", "normalize",
+        "max_skipped_steps", "max_useless_steps", "merge_system_prompt", "micro_batch_tokens", "model_init_kwargs", "nan_policy", "normalize",
         "num_completions_to_log", "num_generations",
         "num_iterations", "objectives", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
-        "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "reduction",
+        "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "prompt_column", "reduction",
         "representation_weight", "rollout_engine", "rollout_engine_kwargs", "save_seconds", "scale_rewards",
         "special_token_map", "split_special_tokens", "task",
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",

@@ -26,6 +26,10 @@ def test_values_come_back_as_they_were():
     assert [column[i] for i in range(len(column))] == VALUES
     assert [ids[i] for i in range(3)] == [[], [1, 2**31 - 1], [3]]
     assert ids.lengths.tolist() == [0, 2, 1]
+    assert ids.with_ids_from(3).tolist() == [1, 2]
+    assert ids.with_ids_from(4).tolist() == [1]
+    assert ids.with_ids_from(2**31 - 1).tolist() == [1]
+    assert IdsColumn().with_ids_from(0).tolist() == []
 
 
 @pytest.mark.parametrize("places", [range(10), np.arange(10)])

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from oprd.data.prompts import prepare_prompts, render
-from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows
 from tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]
@@ -93,3 +93,87 @@ def test_an_empty_dataset_is_refused():
         prepare([])
     with pytest.raises(ValueError, match="train_dataset"):
         as_prompt_rows([], "train_dataset")
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role\x1b not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}#"
+)
+
+
+def with_template(template: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_that_refuses_the_system_role_names_the_row_and_the_key_that_helps():
+    rows = [PromptRow(MESSAGES[1:], source="f:1"), PromptRow(MESSAGES, source="f:2")]
+    with pytest.raises(ValueError, match=r"^f:2: the chat template cannot render") as error:
+        prepare_prompts(rows, with_template(REFUSES_SYSTEM), name="d", max_completion_length=8)
+    assert str(error.value) == (
+        r"f:2: the chat template cannot render the prompt, whose roles are system, user (TemplateError: System role\x1b not "
+        "supported). Set merge_system_prompt: true, which puts the system message into the user's turn"
+    )
+    merged = as_prompt_rows([{"prompt": MESSAGES}], "d", Reading(merge_system_prompt=True))
+    tokenizer = with_template("{{ messages[0].role }}{{ messages|length }}")
+    assert render(merged[0], tokenizer, None) == ids("user1")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{{ messages[9].content.strip() }}", "UndefinedError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+        ("{% if %}", "TemplateSyntaxError: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+    ],
+)
+def test_whatever_a_template_raises_names_the_row(template, why):
+    with pytest.raises(
+        ValueError, match=r"^f:7: the chat template cannot render the prompt, whose roles are system, user \("
+    ) as error:
+        render(PromptRow(MESSAGES, source="f:7"), with_template(template), None)
+    assert f"({why}" in str(error.value)
+    assert str(error.value).endswith("Change the roles of the row, or give another template with chat_template_kwargs")
+
+
+def test_a_template_that_refuses_a_row_with_a_control_token_names_it():
+    tokenizer = with_template(REFUSES_SYSTEM)
+    token = tokenizer.eos_token
+    rows = PromptRow([MESSAGES[0], {"role": "user", "content": f"1{token}"}], source="f:3")
+    with pytest.raises(ValueError, match=r"^f:3: the chat template cannot render .*Set merge_system_prompt: true"):
+        render(rows, tokenizer, None)
+
+
+def test_text_that_the_tokenizer_refuses_names_the_row():
+    with pytest.raises(
+        ValueError, match=r"^f:3: the tokenizer cannot read the prompt '1\\ud8001' \(.*\)\. Change or remove the row"
+    ):
+        render(PromptRow("1\ud8001", source="f:3"), tiny_tokenizer(), None)
+
+
+def test_a_token_without_a_row_in_the_embedding_names_the_row():
+    tokenizer = tiny_tokenizer(chat=True)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["plus"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+
+    def check(*prompts, **settings):
+        rows = [PromptRow(p, source=f"f:{i + 1}") for i, p in enumerate(prompts)]
+        return prepare_prompts(rows, tokenizer, name="d", max_completion_length=8, embedding_rows=size, **settings)
+
+    with pytest.raises(
+        ValueError,
+        match=rf"^f:2: the prompt has the tokenizer's token 'plus' with the id {size}, and the embedding of a model that reads "
+        rf"it has {size} rows, for ids up to {size - 1} \(2 of 3 prompts\)",
+    ):
+        check("1+1", "1plus1", "1plus2")
+    with pytest.raises(
+        ValueError, match=rf"^f:1: the prompt has the tokenizer's token '<think>' with the id {size + 1}"
+    ):
+        check("<think>1+1")  # is read as text: the tokenizer is still not the model's
+    with pytest.raises(ValueError, match="^f:1: .*'<think>'"):
+        check("<think>1+1", split_special_tokens=False)
+    assert len(check("1+1", "11111plus", max_prompt_length=4)) == 1  # a prompt that is left out does not matter

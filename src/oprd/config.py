@@ -85,28 +85,22 @@ class OPRDConfig(TrainingArguments):
     # Datasets; {train: …, eval: …} where the two differ
     prompt_column: str | dict[str, str] | None = field(
         default=None,
-        metadata=_help(
-            "Column of the prompt (`a.b`: nested); None: prompt, problem, question, messages, conversations."
-        ),
+        metadata=_help("Column of the prompt (`a.b`: nested); None: the usual names."),
     )
     answer_column: str | dict[str, str] | None = field(
         default=None,
-        metadata=_help(
-            "Column of the answer; None: answer, reward_model.ground_truth, final_answer, expected_answer, ground_truth, solution."
-        ),
+        metadata=_help("Column of the answer; None: the usual names."),
     )
     answer_format: str | dict[str, str] | None = field(
         default=None,
         metadata=_help(f"How answers are written: {', '.join(FORMATS)}; None: plain."),
     )
     dataset_config: str | dict[str, str] | None = field(
-        default=None, metadata=_help("Subset of a hub dataset or folder; `name:subset` says the same of one.")
+        default=None, metadata=_help("Subset of a dataset; `name:subset` comes first.")
     )
     merge_system_prompt: bool = field(
         default=False,
-        metadata=_help(
-            "Put a system message at the head of the first user message, for templates that refuse the role."
-        ),
+        metadata=_help("Put system messages into the user's turn, for templates that refuse them."),
     )
 
     # Prompts and rollouts

@@ -564,8 +564,8 @@ def _check_drawn(pair: ModelPair) -> None:
     if drawn > size:
         token = pair.tokenizer.convert_ids_to_tokens([drawn - 1])[0]
         raise ValueError(
-            f"model: it can draw the token {token!r} with the id {drawn - 1}, and the embedding of a model that reads it, student or "
-            f"teacher, has {size} rows, for ids up to {size - 1}; resize that embedding to the tokenizer "
+            f"model: it can draw the token {token!r} with the id {drawn - 1}, and the embedding of a model that reads it ("
+            f"student or teacher) has {size} rows, for ids up to {size - 1}; resize that embedding to the tokenizer "
             "(resize_token_embeddings), or give the model's own tokenizer"
         )
 

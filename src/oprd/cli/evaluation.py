@@ -61,25 +61,12 @@ def evaluate(
     from oprd.tools.evaluate import evaluate_checkpoint
 
     summary = evaluate_checkpoint(
-        model,
-        dataset,
-        task=task,
-        k=k,
-        sampling=Sampling(max_completion_length, temperature, top_p),
-        limit=limit,
-        split=split,
-        batch_size=batch_size,
-        engine=engine,
-        on_batch=count_completions(),
-        dtype=dtype,
-        seed=seed,
-        instruction=instruction,
+        model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
+        batch_size=batch_size, engine=engine, on_batch=count_completions(), dtype=dtype, seed=seed, instruction=instruction,
         split_special_tokens=split_special_tokens,
-        reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt),
-        answer_format=answer_format,
-        output_dir=output_dir,
-        trust_remote_code=trust_remote_code,
-    )
+        reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt), answer_format=answer_format,
+        output_dir=output_dir, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
