@@ -138,8 +138,8 @@ def test_a_run_and_an_evaluation_read_by_the_same_keys(oprd, tmp_path):
     assert f"{data}:1: the answer 'it is #### 79001' must be" in error
     assert "Set answer_format: gsm8k" in error
     train = (
-        "train", "--config", "tiny", "--train_dataset", data, "--eval_dataset", data, "--train_limit", "null", "--eval_limit", "null",
-        "--output_dir", run, "--dry-run",
+        "train", "--config", "tiny", "--train_dataset", data, "--eval_dataset", data, "--train_limit", "null",
+        "--eval_limit", "null", "--output_dir", run, "--dry-run",
     )  # fmt: skip
     assert "4 rows, 4 with an answer" in oprd(*train, *keys)[1]
     code, _, error = oprd(*train)

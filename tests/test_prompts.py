@@ -174,6 +174,6 @@ def test_a_token_without_a_row_in_the_embedding_names_the_row():
         ValueError, match=rf"^f:1: the prompt has the tokenizer's token '<think>' with the id {size + 1}"
     ):
         check("<think>1+1")  # is read as text: the tokenizer is still not the model's
-    with pytest.raises(ValueError, match="^f:1: .*'<think>'"):
+    with pytest.raises(ValueError, match=r"^f:1: .*'<think>'"):
         check("<think>1+1", split_special_tokens=False)
     assert len(check("1+1", "11111plus", max_prompt_length=4)) == 1  # a prompt that is left out does not matter

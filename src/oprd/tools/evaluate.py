@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from oprd.data.prompts import prepare_prompts
-from oprd.data.rows import Reading
+from oprd.data.rows import PromptRow, Reading
 from oprd.files import write_json
 from oprd.models.architecture import embedding_rows
 from oprd.resolve import load
@@ -25,7 +25,7 @@ from oprd.sanitize import redacted
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import decided_by, get_task, with_instruction
+from oprd.tasks.task import Task, decided_by, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -82,11 +82,7 @@ def evaluate_checkpoint(
     grading = get_task(task)
     rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True))
     rows = read_answers(rows, grading, answer_format, dataset)
-    instructed = 0
-    if instruction:
-        rows, instructed = with_instruction(grading, rows)
-        if instructed:
-            logger.info("%s: appended %r to %d of %d prompts", dataset, grading.instruction, instructed, len(rows))
+    rows, instructed = _instructed(grading, rows, dataset) if instruction else (rows, 0)
     loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     assert loaded.tokenizer is not None, "it was loaded with the model"
@@ -119,3 +115,11 @@ def evaluate_checkpoint(
             folder.write_completions(EVAL_COMPLETIONS, shown, result.rollouts, result.correct)
             write_json(folder.path / "eval.json", redacted(summary, by_name=False))
     return summary
+
+
+def _instructed(task: Task, rows: Sequence[PromptRow], name: str) -> tuple[Sequence[PromptRow], int]:
+    """The rows with the task's instruction, and to how many of them it was appended, which is logged."""
+    rows, instructed = with_instruction(task, rows)
+    if instructed:
+        logger.info("%s: appended %r to %d of %d prompts", name, task.instruction, instructed, len(rows))
+    return rows, instructed
