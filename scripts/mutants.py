@@ -706,6 +706,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_checkpoint.py::test_files_are_on_the_disk_before_the_manifest_that_lists_them"),
     ],
     "resolve.py": [
+        ("tokens that no embedding has are drawn", "    if drawn > size:\n", "    if False:\n",
+         "test_models.py::test_a_token_that_can_be_drawn_and_not_embedded_is_refused"),
         ("states of other tokens are compared", "if alike and (aligner is None or aligner.same_ids):", "if alike:",
          "test_cross_tokenizer_training.py::test_states_of_other_tokens_are_not_compared_though_the_shapes_agree"),
         ("each adapter starts elsewhere", "set_seed(args.seed)  # the adapter's", "pass  # the adapter's",

@@ -337,8 +337,9 @@ def test_layouts_of_others(row, prompt, answer):
         ({"conversations": [{"from": 3, "value": "a"}]}, "message 0 of the prompt is"),
         (
             {"question": "a", "choices": ["x", "y"], "answer": 1},
-            "column 'choices' lists choices, which the prompt does not hold",
+            "column 'choices' holds choices, which the prompt does not hold",
         ),
+        ({"question": "a", "A": "x", "B": "y", "answer": 4}, "column 'A' holds choices"),
         ({"text": "a"}, "name the column with prompt_column"),
     ],
 )

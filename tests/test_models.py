@@ -17,9 +17,11 @@ from oprd.models.architecture import (
     blocks,
     causal_lm,
     context_length,
+    embedding_rows,
     freeze_above,
     hidden_size,
     num_layers,
+    output_rows,
 )
 from oprd.models.loading import ModelInfo, check_same_shape, load_model, load_tokenizer, parse_dtype, resolve_name
 from oprd.models.tokens import check_same_tokens, stop_token_ids
@@ -221,3 +223,23 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
         parse_dtype("int8")
     assert parse_dtype("bfloat16") is torch.bfloat16
+
+
+def test_a_token_that_can_be_drawn_and_not_embedded_is_refused():
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    resolved_pair(tiny_model(vocab_size=size), tiny_model(vocab_size=size, seed=1), tokenizer, tokenizer)
+    resolved_pair(tiny_model(), tiny_model(vocab_size=size, seed=1), tokenizer, tokenizer)  # padding rows have no token
+    with pytest.raises(
+        ValueError,
+        match=rf"model: it can draw the token 'z' with the id {size - 1}, .* has {size - 1} rows, for ids up to {size - 2}; ",
+    ):
+        resolved_pair(tiny_model(), tiny_model(vocab_size=size - 1, seed=1), tokenizer, tokenizer)
+
+
+def test_how_many_ids_a_model_embeds_and_draws():
+    model = tiny_model(vocab_size=48)
+    for wrapped in (model, lora(tiny_model(vocab_size=48)), Wrapper(model)):
+        assert (embedding_rows(wrapped), output_rows(wrapped)) == (48, 48)
+    assert embedding_rows(nn.Linear(2, 2)) is None
+    assert output_rows(nn.Linear(2, 2)) is None

@@ -421,9 +421,11 @@ def _parse_answer(row: Mapping[str, Any], source: str, column: str | None) -> tu
 def _check_no_choices(row: Mapping[str, Any], answer: Any, name: str, source: str) -> None:
     """Refuse a number that may be the place of a choice in another column, which no prompt shows."""
     listed = next((c for c in _CHOICE_COLUMNS if isinstance(row.get(c), list | tuple) and row[c]), None)
+    if {"A", "B"} <= {*row}:
+        listed = "A"
     if listed is not None:
         raise ValueError(
-            f"{source}: column {name!r} is {_shown(answer)} and column {listed!r} lists choices, which the prompt does not hold: "
+            f"{source}: column {name!r} is {_shown(answer)} and column {listed!r} holds choices, which the prompt does not hold: "
             f"the number may be the place of one. Write the choices into the prompt and the letter into the answer, or set "
             f"answer_column: {name} if it is the answer itself"
         )
