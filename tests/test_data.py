@@ -345,8 +345,13 @@ def test_layouts_of_others(row, prompt, answer):
 )
 def test_layouts_that_are_refused(row, message):
     with pytest.raises(ValueError, match=message) as error:
-        parse_row(row, "file.jsonl:7")
+        parse_row(row, "file.jsonl:7", Reading(graded=True))
     assert str(error.value).startswith("file.jsonl:7: ")
+
+
+def test_a_number_beside_choices_is_taken_where_nothing_is_graded_or_the_column_is_named():
+    row = {"prompt": "a", "answer": 1, "choices": ["x", "y"]}
+    assert parse_row(row, "").answer == parse_row(row, "", Reading(answer_column="answer", graded=True)).answer == "1"
 
 
 def test_columns_by_key():
@@ -436,11 +441,11 @@ def test_problems_without_any_answer_are_refused_where_a_column_may_hold_it(tmp_
         ValueError,
         match=r"p\.jsonl: no row has an answer to grade by; the columns beside the prompt are 'target', 'level'\. Name",
     ):
-        load_prompts(str(path), reading=Reading(graded=True))
-    assert load_prompts(str(path), reading=Reading(graded=True, answer_column="target"))[0].answer == "1"
+        load_prompts(str(path), reading=Reading(answers_needed=True))
+    assert load_prompts(str(path), reading=Reading(answers_needed=True, answer_column="target"))[0].answer == "1"
     assert load_prompts(str(path))[0].answer is None
     path.write_text('{"prompt": "a", "target": null}\n')  # a dataset of prompts alone
-    assert len(load_prompts(str(path), reading=Reading(graded=True))) == 1
+    assert len(load_prompts(str(path), reading=Reading(answers_needed=True))) == 1
 
 
 @pytest.fixture

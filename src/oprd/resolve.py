@@ -291,7 +291,9 @@ def _rows(run: RunConfig, task: Task | None, kind: str) -> Sequence[PromptRow] |
         return None
     if not isinstance(dataset, str):
         return given_rows(dataset, run.args, task, kind)
-    reading = Reading.of(vars(run.args), kind, graded=kind == "eval" and task is not None)
+    reading = Reading.of(
+        vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval"
+    )
     rows = load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed, reading)
     return _with_answers(rows, run.args, task, kind)
 
@@ -308,7 +310,8 @@ def given_rows(dataset: Any, args: OPRDConfig, task: Task | None, kind: str) -> 
     Raises:
         ValueError: a row or an answer that cannot be used.
     """
-    return _with_answers(as_prompt_rows(dataset, f"{kind}_dataset", Reading.of(vars(args), kind)), args, task, kind)
+    reading = Reading.of(vars(args), kind, graded=task is not None)
+    return _with_answers(as_prompt_rows(dataset, f"{kind}_dataset", reading), args, task, kind)
 
 
 def _with_answers(rows: Sequence[PromptRow], args: OPRDConfig, task: Task | None, kind: str) -> Sequence[PromptRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,8 +97,11 @@ def _check_recipe(
     from oprd.run_config import RunConfig
     from oprd.tools.check_data import DatasetSettings
 
-    given = {"model": model, "task": task, "answer_format": answer_format, **dataclasses.asdict(read)}
-    del given["graded"]
+    columns = {
+        name: getattr(read, name)
+        for name in ("prompt_column", "answer_column", "dataset_config", "merge_system_prompt")
+    }
+    given = {"model": model, "task": task, "answer_format": answer_format, **columns}
     overrides = {key: value for key, value in given.items() if value}
     run = RunConfig.load_on_cpu(config, overrides)
     kinds = ["train"] if dataset is not None or not run.eval_dataset else ["train", "eval"]

@@ -55,7 +55,8 @@ class Reading:
         answer_column: column of the answer, likewise.
         dataset_config: subset of a hub dataset or folder; `name:subset` names it for one dataset, and comes first.
         merge_system_prompt: put a system message at the head of the first user message.
-        graded: the rows are problems to grade; a dataset without any answer, but with columns that may hold it, is refused.
+        graded: answers are compared, so that one that may be the place of a choice in another column is refused.
+        answers_needed: a dataset without any answer, but with columns that may hold it, is refused.
     """
 
     prompt_column: str | None = None
@@ -63,19 +64,28 @@ class Reading:
     dataset_config: str | None = None
     merge_system_prompt: bool = False
     graded: bool = False
+    answers_needed: bool = False
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], kind: str, *, graded: bool = False) -> Reading:
+    def of(
+        cls, settings: Mapping[str, Any], kind: str, *, graded: bool = False, answers_needed: bool = False
+    ) -> Reading:
         """The reading of one dataset of a run.
 
         Args:
             settings: of the run; a value for both datasets, or {train: …, eval: …}.
             kind: "train" or "eval".
-            graded: whether its answers are needed.
+            graded: whether its answers are compared.
+            answers_needed: whether it must have some.
         """
         names = ("prompt_column", "answer_column", "dataset_config")
         chosen = {name: for_dataset(settings.get(name), kind) for name in names}
-        return cls(**chosen, merge_system_prompt=bool(settings.get("merge_system_prompt")), graded=graded)
+        return cls(
+            **chosen,
+            merge_system_prompt=bool(settings.get("merge_system_prompt")),
+            graded=graded,
+            answers_needed=answers_needed,
+        )
 
 
 def for_dataset(value: Any, kind: str) -> Any:
@@ -128,7 +138,7 @@ def _parse(row: Mapping[str, Any], source: str, reading: Reading) -> _Parsed:
     if reading.merge_system_prompt and (merged := merged_system_prompt(prompt)) is not None:
         prompt = merged
         notes.append("system messages put into the user's turn")
-    answer, column = _parse_answer(row, source, reading.answer_column)
+    answer, column = _parse_answer(row, source, reading)
     return _Parsed(PromptRow(prompt=prompt, answer=answer, source=source), name, column, tuple(notes))
 
 
@@ -312,7 +322,7 @@ class _Rows:
             raise ValueError(first)
         if not len(self.content):
             raise ValueError(f"{name}: empty dataset: give at least one row with a prompt")
-        if self.reading.graded and not self.answer_columns and self.unread:
+        if self.reading.answers_needed and not self.answer_columns and self.unread:
             raise ValueError(
                 f"{name}: no row has an answer to grade by; the columns beside the prompt are {', '.join(map(repr, self.unread))}. "
                 f"Name the one that holds it with answer_column (found by themselves: {', '.join(_ANSWER_COLUMNS)}), or remove "
@@ -395,9 +405,10 @@ def _parse_messages(value: Any, source: str) -> Messages:
     return messages
 
 
-def _parse_answer(row: Mapping[str, Any], source: str, column: str | None) -> tuple[str | None, str | None]:
+def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tuple[str | None, str | None]:
     """The answer and its column; None and None where there is none."""
-    name = _found_column(row, _ANSWER_COLUMNS) if column is None else column
+    named = reading.answer_column
+    name = _found_column(row, _ANSWER_COLUMNS) if named is None else named
     if name is None:
         return None, None
     answer = _lookup(row, name)
@@ -413,7 +424,7 @@ def _parse_answer(row: Mapping[str, Any], source: str, column: str | None) -> tu
     if not finite_number and not (isinstance(answer, str) and answer.strip()):
         raise ValueError(f"{source}: the answer is {_shown(answer)}: give text or a finite number, or null for none")
     _check_text(str(answer), source, "the answer")
-    if column is None and str(answer).strip().isdecimal():
+    if reading.graded and named is None and str(answer).strip().isdecimal():
         _check_no_choices(row, answer, name, source)
     return str(answer), name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -146,7 +146,8 @@ def examine(
     Raises:
         ValueError: a row, an answer or a prompt that a run would refuse.
     """
-    raw = load_rows(settings.dataset, settings.split, settings.limit, settings.seed, settings.reading)
+    reading = replace(settings.reading, graded=settings.task is not None)
+    raw = load_rows(settings.dataset, settings.split, settings.limit, settings.seed, reading)
     rows, instructed = raw, 0
     if settings.task is not None:
         rows = read_answers(rows, settings.task, settings.answer_format, settings.dataset)

@@ -80,7 +80,7 @@ def evaluate_checkpoint(
         ValueError: a model, dataset, task or setting that does not fit.
     """
     grading = get_task(task)
-    rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True))
+    rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True, answers_needed=True))
     rows = read_answers(rows, grading, answer_format, dataset)
     rows, instructed = _instructed(grading, rows, dataset) if instruction else (rows, 0)
     loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
