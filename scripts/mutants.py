@@ -766,7 +766,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/control_tokens.py": [
         ("a message writes control tokens", 'lambda match: f"{_BEGIN}{match[0]}{_END}"', "lambda match: match[0]",
          "test_control_tokens.py::test_only_the_template_writes_control_tokens"),
-        ("a template that depends on the text is not noticed", 'replace(_END, "") != self._render(row.prompt):',
+        ("a template that depends on the text is not noticed", 'replace(_END, "") != plain:',
          'replace(_END, "") is None:', "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
         ("a Unigram vocabulary keeps the names", "[[names.get(word, word), score] for", "[[word, score] for",
          "test_control_tokens.py::test_a_token_of_a_unigram_vocabulary_is_not_found_in_text"),
@@ -795,6 +795,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_compact.py::test_values_come_back_as_they_were"),
     ],
     "data/rows.py": [
+        ("a response is part of its prompt", 'if whole and messages[-1]["role"] == "assistant":', "if False:",
+         "test_data.py::test_layouts_of_others"),
+        ("messages as text are one message", "if not _MESSAGES_AS_TEXT.match(value):", "if True:",
+         "test_data.py::test_layouts_of_others"),
         ("blank lines are not counted", "for number, line in enumerate(file, start=1):\n            if line.strip():", "for number, line in enumerate((l for l in file if l.strip()), start=1):\n            if line:",
          "test_data.py::test_jsonl_keeps_order_duplicates_and_line_numbers"),
         ("half of a surrogate pair passes", "        text.encode()\n", "        text.encode(errors=\"replace\")\n",
@@ -806,6 +810,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_contamination.py::test_a_phrase_that_every_problem_of_one_set_has_makes_no_match"),
         ("shingles of four words", "SHINGLE_WORDS = 5", "SHINGLE_WORDS = 4",
          "test_contamination.py::test_shingles_by_hand"),
+    ],
+    "tasks/answer_formats.py": [
+        ("answers are not checked before the start", "    if task.check_answer is not None:\n", "    if False:\n",
+         "test_answer_formats.py::test_an_answer_that_cannot_be_used_is_refused_with_a_remedy"),
+        ("answers are graded as they are written", 'if answer_format in (None, "plain"):', "if True:",
+         "test_answer_formats.py::test_a_parsed_answer_is_what_is_graded"),
     ],
     "tasks/measures.py": [
         ("the last n-gram is missing", "len(ids) - n + 1)", "len(ids) - n)",

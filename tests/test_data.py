@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from oprd.data.rows import PromptRow, as_prompt_rows, load_prompts, parse_row
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows, load_prompts, parse_row, split_subset
 from oprd.tasks.task import TASKS, get_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -297,3 +297,204 @@ def test_tasks_grade_batches(name):
             grader.grade([right], ["7", "7"])
     if task.problems:
         assert len(task.problems(3, 0, "test")) == 3
+
+
+SHARE_GPT = [{"from": "system", "value": "s"}, {"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+TURNS = [*USER, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"question": "1+1?", "final_answer": "2"}, USER, "2"),
+        ({"problem": "1+1?", "solution": r"\boxed{2}"}, USER, r"\boxed{2}"),
+        ({"problem": "1+1?", "solution": "long", "expected_answer": 2}, USER, "2"),
+        ({"problem": "1+1?", "solution": "long", "answer": "2"}, USER, "2"),
+        ({"prompt": "a", "ground_truth": "2", "reward_model": {"ground_truth": "3"}}, "a", "3"),
+        ({"messages": TURNS}, TURNS, None),
+        ({"messages": [*TURNS, {"role": "assistant", "content": "4"}]}, TURNS, None),
+        ({"conversations": SHARE_GPT}, [{"role": "system", "content": "s"}, *USER], None),
+        ({"prompt": SHARE_GPT[:2]}, [{"role": "system", "content": "s"}, *USER], None),
+        ({"prompt": json.dumps(USER)}, USER, None),
+        ({"conversations": json.dumps(SHARE_GPT)}, [{"role": "system", "content": "s"}, *USER], None),
+        ({"question": f"  {json.dumps(USER, indent=1)}"}, USER, None),
+        ({"prompt": "[1, 2] is a list; [{x}] too"}, "[1, 2] is a list; [{x}] too", None),
+        ({"prompt": "a", "answer": 3, "choices": []}, "a", "3"),
+        ({"prompt": "a", "answer": "A", "choices": ["x", "y"]}, "a", "A"),
+    ],
+)
+def test_layouts_of_others(row, prompt, answer):
+    assert parse_row(row, "here") == PromptRow(prompt, answer, "here")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": "2"}]}, "only turns of the assistant"),
+        ({"prompt": "[{'role': 'user', 'content': 'a'}]"}, "looks like a list of messages as text, and is not JSON"),
+        ({"prompt": '[{"role": "user", "content": "a"'}, "looks like a list of messages as text, and is not JSON"),
+        ({"prompt": '[{"role": "user", "content": 3}]'}, "message 0 of the prompt is"),
+        ({"conversations": [{"from": 3, "value": "a"}]}, "message 0 of the prompt is"),
+        (
+            {"question": "a", "choices": ["x", "y"], "answer": 1},
+            "column 'choices' holds choices, which the prompt does not hold",
+        ),
+        ({"question": "a", "A": "x", "B": "y", "answer": 4}, "column 'A' holds choices"),
+        ({"text": "a"}, "name the column with prompt_column"),
+    ],
+)
+def test_layouts_that_are_refused(row, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_row(row, "file.jsonl:7", Reading(graded=True))
+    assert str(error.value).startswith("file.jsonl:7: ")
+
+
+def test_a_number_beside_choices_is_taken_where_nothing_is_graded_or_the_column_is_named():
+    row = {"prompt": "a", "answer": 1, "choices": ["x", "y"]}
+    assert parse_row(row, "").answer == parse_row(row, "", Reading(answer_column="answer", graded=True)).answer == "1"
+
+
+def test_columns_by_key():
+    row = {
+        "prompt": "no",
+        "query": "1+1?",
+        "extra": {"task": USER},
+        "answer": "no",
+        "info": {"gold": 2},
+        "choices": ["x"],
+    }
+    assert parse_row(row, "here", Reading(prompt_column="query", answer_column="info.gold")) == PromptRow(
+        USER, "2", "here"
+    )
+    assert parse_row(row, "here", Reading("extra.task", "answer")) == PromptRow(USER, "no", "here")
+    assert parse_row({"a.b": "1+1?"}, "here", Reading("a.b")).prompt == USER
+    assert parse_row({"prompt": "a", "gold": None}, "here", Reading(answer_column="gold")).answer is None
+    for reading, message in (
+        (
+            Reading("querry"),
+            r"here: prompt_column 'querry' is not among the columns \['answer', 'choices', 'extra', 'info'",
+        ),
+        (Reading(answer_column="gold"), "here: answer_column 'gold' is not among the columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_row(row, "here", reading)
+
+
+def test_settings_for_one_dataset_or_both():
+    settings = {
+        "prompt_column": "q",
+        "answer_column": {"train": "solution", "eval": "answer"},
+        "dataset_config": {"eval": "main"},
+    }
+    assert Reading.of(settings, "train") == Reading("q", "solution")
+    assert Reading.of(settings, "eval", graded=True) == Reading("q", "answer", "main", graded=True)
+
+
+def test_a_system_message_moves_into_the_users_turn():
+    system = {"role": "system", "content": "Be brief."}
+    merge = Reading(merge_system_prompt=True)
+    assert parse_row({"prompt": [system, *TURNS]}, "", merge).prompt == [
+        {"role": "user", "content": "Be brief.\n\n1+1?"}, *TURNS[1:]
+    ]  # fmt: skip
+    for prompt in ("plain", USER, [system]):
+        assert parse_row({"prompt": prompt}, "", merge).prompt == prompt
+    assert parse_row({"prompt": [system, *USER]}, "").prompt == [system, *USER]
+
+
+def test_what_was_read_is_said(tmp_path, caplog):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in (
+                {"problem": "a", "solution": "1"},
+                {"messages": [*USER, {"role": "assistant", "content": "2"}]},
+                {"problem": json.dumps(USER), "solution": "1"},
+            )
+        )
+    )
+    with caplog.at_level("INFO", logger="oprd"):
+        load_prompts(str(path))
+    assert f"{path}: prompts from 'problem' (2), 'messages' (1), answers from 'solution'" in caplog.text
+    assert "last assistant turns left off, as responses in 1 of 3 rows" in caplog.text
+    assert "message lists read from JSON text in 1 of 3 rows" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="oprd"):
+        as_prompt_rows([{"prompt": "a", "answer": "1"}], "train_dataset")
+    assert not caplog.records
+
+
+def test_refused_rows_are_counted(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + '{"prompt": "a", "answer": ""}\n' * 7)
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl:2: the answer is '': .*\(7 rows of .*p\.jsonl are refused; also "
+    ) as error:
+        load_prompts(str(path))
+    assert str(error.value).endswith(f"also {path}:3, {path}:4 …)")
+
+
+def test_problems_without_any_answer_are_refused_where_a_column_may_hold_it(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "target": "1", "level": 2}\n')
+    with pytest.raises(
+        ValueError,
+        match=r"p\.jsonl: no row has an answer to grade by; the columns beside the prompt are 'target', 'level'\. Name",
+    ):
+        load_prompts(str(path), reading=Reading(answers_needed=True))
+    assert load_prompts(str(path), reading=Reading(answers_needed=True, answer_column="target"))[0].answer == "1"
+    assert load_prompts(str(path))[0].answer is None
+    path.write_text('{"prompt": "a", "target": null}\n')  # a dataset of prompts alone
+    assert len(load_prompts(str(path), reading=Reading(answers_needed=True))) == 1
+
+
+@pytest.fixture
+def subsets(tmp_path, monkeypatch):
+    """A folder with the subsets main and socratic, as openai/gsm8k has them."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm"
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "test.jsonl").write_text(json.dumps({"question": name, "answer": "1"}) + "\n")
+    configs = "".join(
+        f"- config_name: {n}\n  data_files:\n  - split: test\n    path: {n}/test.jsonl\n" for n in ("main", "socratic")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return folder
+
+
+def test_a_subset_of_a_dataset(subsets):
+    def first(name, **reading):
+        return load_prompts(str(name), split="test", reading=Reading(**reading))[0].prompt[0]["content"]
+
+    assert first(f"{subsets}:socratic") == "socratic"
+    assert first(subsets, dataset_config="main") == "main"
+    assert first(f"{subsets}:socratic", dataset_config="main") == "socratic"
+    with pytest.raises(
+        ValueError, match=r"of a dataset with subsets also the subset \(.*gsm:SUBSET, or dataset_config\)"
+    ) as error:
+        first(subsets)
+    assert "socratic" in str(error.value)
+    with pytest.raises(ValueError, match="of its subset 'mian'"):
+        first(f"{subsets}:mian")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("openai/gsm8k:main", ("openai/gsm8k", "main")),
+        ("openai/gsm8k", ("openai/gsm8k", None)),
+        ("no/such/file.jsonl:3", ("no/such/file.jsonl:3", None)),
+        ("data.jsonl:main", ("data.jsonl:main", None)),
+        ("a:", ("a:", None)),
+    ],
+)
+def test_the_name_of_a_subset(source, parts):
+    assert split_subset(source) == parts
+
+
+def test_a_file_with_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set:main").mkdir()
+    assert split_subset("set:main") == ("set:main", None)

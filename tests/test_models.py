@@ -17,6 +17,7 @@ from oprd.models.architecture import (
     blocks,
     causal_lm,
     context_length,
+    embedding_rows,
     freeze_above,
     hidden_size,
     num_layers,
@@ -257,3 +258,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
         parse_dtype("int8")
     assert parse_dtype("bfloat16") is torch.bfloat16
+
+
+def test_how_many_ids_a_model_embeds():
+    model = tiny_model(vocab_size=48)
+    for wrapped in (model, lora(tiny_model(vocab_size=48)), Wrapper(model)):
+        assert embedding_rows(wrapped) == 48
+    assert embedding_rows(nn.Linear(2, 2)) is None

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from oprd.data.prompts import check_token_ids, prepare_prompts, render
-from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows
 from tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]
@@ -122,3 +122,62 @@ def test_a_prompt_with_a_token_that_the_model_has_no_embedding_for_is_refused():
         ValueError, match=r"^tokenizer: its pad_token '<pad2>' has the id 46, .*or set pad_token to the end token"
     ):
         check_token_ids(prompts[2:], tokenizer, 46, "student")
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role\x1b not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}#"
+)
+
+
+def with_template(template: str):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_that_refuses_the_system_role_names_the_row_and_the_key_that_helps():
+    rows = [PromptRow(MESSAGES[1:], source="f:1"), PromptRow(MESSAGES, source="f:2")]
+    with pytest.raises(ValueError, match=r"^f:2: the chat template cannot render") as error:
+        prepare_prompts(rows, with_template(REFUSES_SYSTEM), name="d", max_completion_length=8)
+    assert str(error.value) == (
+        r"f:2: the chat template cannot render the prompt, whose roles are system, user (TemplateError: System role\x1b not "
+        "supported). Set merge_system_prompt: true, which puts the system message into the user's turn"
+    )
+    merged = as_prompt_rows([{"prompt": MESSAGES}], "d", Reading(merge_system_prompt=True))
+    tokenizer = with_template("{{ messages[0].role }}{{ messages|length }}")
+    assert render(merged[0], tokenizer, None) == ids("user1")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{{ messages[9].content.strip() }}", "UndefinedError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+        ("{% if %}", "TemplateSyntaxError: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+    ],
+)
+def test_whatever_a_template_raises_names_the_row(template, why):
+    with pytest.raises(
+        ValueError, match=r"^f:7: the chat template cannot render the prompt, whose roles are system, user \("
+    ) as error:
+        render(PromptRow(MESSAGES, source="f:7"), with_template(template), None)
+    assert f"({why}" in str(error.value)
+    assert str(error.value).endswith("Change the roles of the row, or give another template with chat_template_kwargs")
+
+
+def test_a_template_that_refuses_a_row_with_a_control_token_names_it():
+    tokenizer = with_template(REFUSES_SYSTEM)
+    token = tokenizer.eos_token
+    rows = PromptRow([MESSAGES[0], {"role": "user", "content": f"1{token}"}], source="f:3")
+    with pytest.raises(ValueError, match=r"^f:3: the chat template cannot render .*Set merge_system_prompt: true"):
+        render(rows, tokenizer, None)
+
+
+def test_text_that_the_tokenizer_refuses_names_the_row():
+    with pytest.raises(
+        ValueError, match=r"^f:3: the tokenizer cannot read the prompt '1\\ud8001' \(.*\)\. Change or remove the row"
+    ):
+        render(PromptRow("1\ud8001", source="f:3"), tiny_tokenizer(), None)

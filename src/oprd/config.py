@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
+from oprd.data.rows import PER_DATASET, for_dataset
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
@@ -22,6 +23,7 @@ from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.sanitize import redacted
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
+from oprd.tasks.answer_formats import FORMATS, check_format
 from oprd.tasks.task import TASKS, get_task
 
 NAN_POLICIES = ("stop", "skip")
@@ -79,6 +81,27 @@ class OPRDConfig(TrainingArguments):
     )
     bridge_rank: int | None = field(
         default=None, metadata=_help("Directions of the bridge to use (default: the rank that it was saved with).")
+    )
+
+    # Datasets; {train: …, eval: …} where the two differ
+    prompt_column: str | dict[str, str] | None = field(
+        default=None,
+        metadata=_help("Column of the prompt (`a.b`: nested); None: the usual names."),
+    )
+    answer_column: str | dict[str, str] | None = field(
+        default=None,
+        metadata=_help("Column of the answer; None: the usual names."),
+    )
+    answer_format: str | dict[str, str] | None = field(
+        default=None,
+        metadata=_help(f"How answers are written: {', '.join(FORMATS)}; None: plain."),
+    )
+    dataset_config: str | dict[str, str] | None = field(
+        default=None, metadata=_help("Subset of a dataset; `name:subset` comes first.")
+    )
+    merge_system_prompt: bool = field(
+        default=False,
+        metadata=_help("Put system messages into the user's turn, for templates that refuse them."),
     )
 
     # Prompts and rollouts
@@ -266,6 +289,7 @@ class OPRDConfig(TrainingArguments):
         abilities = engine_abilities(self.rollout_engine)
         if self.task is not None:
             get_task(self.task)
+        _check_datasets(self)
         if self.overlap_rollouts:
             _check_overlap(self, abilities.background)
         # Built once here so that a bad sampling value stops the run before any model is loaded.
@@ -372,6 +396,20 @@ class OPRDConfig(TrainingArguments):
     def prompt_rendering(self) -> TeacherPromptSettings:
         """How the prompts of both models are rendered."""
         return TeacherPromptSettings.of(self)
+
+
+def _check_datasets(config: OPRDConfig) -> None:
+    """Check the settings that say how datasets are read: one value, or one for each of the two."""
+    for name in ("prompt_column", "answer_column", "answer_format", "dataset_config"):
+        value = getattr(config, name)
+        if isinstance(value, dict) and not {*value} <= {*PER_DATASET}:
+            raise ValueError(f"{name}: {value!r} is not allowed; one value, or {{train: …, eval: …}}")
+        for kind in PER_DATASET:
+            chosen = for_dataset(value, kind)
+            if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
+                raise ValueError(f"{name}: {chosen!r} is not allowed; a name, or leave it out")
+            if name == "answer_format":
+                check_format(chosen)
 
 
 def _check_at_least_one(config: Any, name: str) -> None:

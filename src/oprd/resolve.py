@@ -23,7 +23,7 @@ from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_default_ends
 from oprd.data.prompts import Prompt
-from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
@@ -48,6 +48,7 @@ from oprd.run_config import RunConfig
 from oprd.states.capture import install_state_forward
 from oprd.states.layers import resolve_layers
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
+from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.task import Task, check_task, get_task, with_instruction
 
@@ -89,6 +90,10 @@ def resolve(run: RunConfig) -> ResolvedRun:
     args, given = run.args, run.given
     terms = build_terms(run)
     _check_one_adapter(run)
+    task = _task(run)
+    train, evaluated = (
+        _rows(run, task, kind) for kind in PER_DATASET
+    )  # before the models: a bad row ends the run at once
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     check_teacher(run, terms, teacher)
@@ -122,8 +127,6 @@ def resolve(run: RunConfig) -> ResolvedRun:
             f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
             "(can.background); set it to false"
         )
-    task = _task(run)
-    train, evaluated = (_rows(run, kind) for kind in ("train", "eval"))
     return ResolvedRun(
         run, pair, objective, engine, task,
         train_prompts=prepare(pair, args, task, train, "train_dataset"),
@@ -283,14 +286,45 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
     return objective
 
 
-def _rows(run: RunConfig, kind: str) -> Sequence[PromptRow] | None:
-    """Rows of the train or eval dataset, by name or as given."""
+def _rows(run: RunConfig, task: Task | None, kind: str) -> Sequence[PromptRow] | None:
+    """Rows of the train or eval dataset, by name or as given, their answers as the task compares them."""
     dataset = getattr(run, f"{kind}_dataset")
     if dataset is None or (isinstance(dataset, str) and not dataset):
         return None
-    if isinstance(dataset, str):
-        return load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed)
-    return as_prompt_rows(dataset, f"{kind}_dataset")
+    if not isinstance(dataset, str):
+        return given_rows(dataset, run.args, task, kind)
+    reading = Reading.of(
+        vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval"
+    )
+    rows = load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed, reading)
+    return _with_answers(rows, run.args, task, kind)
+
+
+def given_rows(dataset: Any, args: OPRDConfig, task: Task | None, kind: str) -> Sequence[PromptRow]:
+    """Rows of a dataset that Python code gives, their answers as the task compares them.
+
+    Args:
+        dataset: rows (`oprd.data.rows.as_prompt_rows`).
+        args: which columns are read, and how answers are written.
+        task: grades by the answers; None: they are not read.
+        kind: "train" or "eval".
+
+    Raises:
+        ValueError: a row or an answer that cannot be used.
+    """
+    reading = Reading.of(vars(args), kind, graded=task is not None)
+    return _with_answers(as_prompt_rows(dataset, f"{kind}_dataset", reading), args, task, kind)
+
+
+def _with_answers(rows: Sequence[PromptRow], args: OPRDConfig, task: Task | None, kind: str) -> Sequence[PromptRow]:
+    answer_format = for_dataset(args.answer_format, kind)
+    if task is None:
+        if answer_format is not None:
+            raise ValueError(
+                f"answer_format: {answer_format!r} needs a task, which compares the answers; set task, or leave it out"
+            )
+        return rows
+    return read_answers(rows, task, answer_format, f"{kind}_dataset")
 
 
 def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
@@ -741,5 +775,5 @@ def _dataset_line(run: RunConfig, role: str) -> str:
         return f"{role} dataset: none"
     if not name.startswith(GENERATED) and not name.endswith(_FILES):
         return f"{role} dataset: {name} (hub, not checked)"
-    rows = _rows(run, role) or []
+    rows = _rows(run, _task(run), role) or []
     return f"{role} dataset: {name}: {len(rows)} rows, {sum(r.answer is not None for r in rows)} with an answer"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from oprd.cli.options import AnswerColumn, AnswerFormat, DatasetConfig, MergeSystem, PromptColumn, reading
 from oprd.files import write_json
 from oprd.sanitize import printable, redacted
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from oprd.data.contamination import Overlap, Problem
+    from oprd.data.rows import Reading
+    from oprd.tools.check_data import DatasetSettings
 
 app = typer.Typer(help="Check prompt sets.", no_args_is_help=True)
 
@@ -26,9 +29,21 @@ def _root() -> None:
 @app.command("check")
 def check(
     train: Annotated[
-        str, typer.Argument(help="Training prompts: .parquet, .jsonl, .json, hub name, generated:addition.")
-    ],
-    test: Annotated[str, typer.Argument(help="Benchmark problems, given in the same ways.")],
+        str | None, typer.Argument(help="Prompts: .parquet, .jsonl, .json, hub name, generated:addition.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Argument(help="Benchmark problems, given in the same ways: look for them among the prompts.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Show the prompts of one dataset as this model reads them.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Read it with the settings of this recipe; without a dataset, both of its own.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Check that this task can use the answers of one dataset.")] = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    answer_format: AnswerFormat = None,
+    dataset_config: DatasetConfig = None,
+    merge_system_prompt: MergeSystem = False,
     threshold: Annotated[
         float,
         typer.Option(
@@ -46,27 +61,101 @@ def check(
     test_limit: Annotated[int | None, typer.Option(help="The same for the benchmark.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of generated problems.")] = 0,
 ) -> None:
-    """Find benchmark problems that are, word for word or nearly, among the training prompts. Numbers must be the same."""
-    from oprd.cli.console import quiet_libraries, say
+    """Show one dataset as a model and a task read it; or find problems of a second one among its prompts, also nearly equal."""
+    from oprd.cli.console import quiet_libraries
 
     quiet_libraries()
+    read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
+    if train is not None and test is not None:
+        if model or config or task or answer_format:
+            raise ValueError("data check: --model, --config, --task and --answer-format are for one dataset; give one")
+        overlap = _overlap(train, test, (train_split, test_split), (train_limit, test_limit), seed, threshold, read)
+        _report_overlap(overlap, train, test, show, json_file)
+        if fail and overlap.overlapping:
+            raise typer.Exit(1)
+        return
+    if json_file is not None or fail:
+        raise ValueError("data check: --json and --fail are for two datasets; give the benchmark as the second one")
+    if config is not None:
+        _check_recipe(config, train, model, task, answer_format, read)
+    elif train is None:
+        raise ValueError("data check: no dataset; name a file or hub dataset, or give --config RECIPE")
+    else:
+        from oprd.tasks.task import get_task
+        from oprd.tools.check_data import DatasetSettings
+
+        grading = get_task(task) if task else None
+        _check_one(
+            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format), model, trust=False
+        )
+
+
+def _check_recipe(
+    config: Path, dataset: str | None, model: str | None, task: str | None, answer_format: str | None, read: Reading
+) -> None:
+    """Check the datasets of a recipe, or another one by its settings; options come before the recipe's keys."""
+    from oprd.run_config import RunConfig
+    from oprd.tools.check_data import DatasetSettings
+
+    columns = {
+        name: getattr(read, name)
+        for name in ("prompt_column", "answer_column", "dataset_config", "merge_system_prompt")
+    }
+    given = {"model": model, "task": task, "answer_format": answer_format, **columns}
+    overrides = {key: value for key, value in given.items() if value}
+    run = RunConfig.load_on_cpu(config, overrides)
+    kinds = ["train"] if dataset is not None or not run.eval_dataset else ["train", "eval"]
+    for kind in kinds:
+        _check_one(DatasetSettings.of(run, kind, dataset), str(run.model), trust=run.args.trust_remote_code)
+
+
+def _check_one(settings: DatasetSettings, model: str | None, *, trust: bool) -> None:
+    from oprd.cli.console import say
+    from oprd.resolve import ModelInfo, load_tokenizer
+    from oprd.tasks.problems import GENERATED
+    from oprd.tools.check_data import examine
+
+    if settings.dataset.startswith(GENERATED) and settings.limit is None:
+        raise ValueError(f"{settings.dataset}: say how many problems with --train-limit")
+    tokenizer = info = None
+    if model is not None:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust)
+        info = ModelInfo.from_config(model, trust_remote_code=trust)
+    report = examine(settings, tokenizer, info.context_length if info else None)
+    say(f"{settings.dataset}:")
+    for line in report.lines():
+        say(printable(line))
+
+
+def _overlap(
+    train: str,
+    test: str,
+    splits: tuple[str, str],
+    limits: tuple[int | None, int | None],
+    seed: int,
+    threshold: float,
+    read: Reading,
+) -> Overlap:
     from oprd.data.contamination import find_overlap
     from oprd.tasks.problems import GENERATED, load_rows
 
-    for name, dataset, limit in (("train", train, train_limit), ("test", test, test_limit)):
+    for name, dataset, limit in zip(("train", "test"), (train, test), limits, strict=True):
         if dataset.startswith(GENERATED) and limit is None:
             raise ValueError(f"{dataset}: say how many problems with --{name}-limit")
-    overlap = find_overlap(
-        load_rows(train, train_split, train_limit, seed), load_rows(test, test_split, test_limit, seed), threshold
-    )
+    prompts = load_rows(train, splits[0], limits[0], seed, read)
+    problems = load_rows(test, splits[1], limits[1], seed, read)
+    return find_overlap(prompts, problems, threshold)
+
+
+def _report_overlap(overlap: Overlap, train: str, test: str, show: int, json_file: Path | None) -> None:
+    from oprd.cli.console import say
+
     _show(overlap, show)
     say(f"{train}, {test}: {overlap}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, {**redacted({"train": train, "test": test}), **overlap.report()})
         say(f"{len(overlap.matches)} pair(s) written to {json_file}")
-    if fail and overlap.overlapping:
-        raise typer.Exit(1)
 
 
 def _show(overlap: Overlap, limit: int) -> None:

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from oprd.cli.options import SplitSpecial
+from oprd.cli.options import (
+    AnswerColumn,
+    AnswerFormat,
+    DatasetConfig,
+    MergeSystem,
+    PromptColumn,
+    SplitSpecial,
+    reading,
+)
 
 
 def evaluate(
@@ -31,6 +39,11 @@ def evaluate(
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
     split_special_tokens: SplitSpecial = True,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    answer_format: AnswerFormat = None,
+    dataset_config: DatasetConfig = None,
+    merge_system_prompt: MergeSystem = False,
     show_ungraded: Annotated[
         bool, typer.Option("--show-ungraded", help="List wrong answers that read like the reference.")
     ] = False,
@@ -49,23 +62,12 @@ def evaluate(
     from oprd.tools.evaluate import evaluate_checkpoint
 
     summary = evaluate_checkpoint(
-        model,
-        dataset,
-        task=task,
-        k=k,
-        sampling=Sampling(max_completion_length, temperature, top_p),
-        limit=limit,
-        split=split,
-        batch_size=batch_size,
-        engine=engine,
-        on_batch=count_completions(),
-        dtype=dtype,
-        seed=seed,
-        instruction=instruction,
+        model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
+        batch_size=batch_size, engine=engine, on_batch=count_completions(), dtype=dtype, seed=seed, instruction=instruction,
         split_special_tokens=split_special_tokens,
-        output_dir=output_dir,
-        trust_remote_code=trust_remote_code,
-    )
+        reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt), answer_format=answer_format,
+        output_dir=output_dir, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
     _say_near_misses(summary["near_misses"], show_ungraded)
     if output_dir is not None:

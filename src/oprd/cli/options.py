@@ -1,4 +1,4 @@
-"""Options that `oprd bridge fit` and `oprd diagnose` share."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import typer
 
 if TYPE_CHECKING:
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
+    from oprd.data.rows import Reading
 
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column of the prompt (a.b: nested); without it, the usual ones are tried.")
+]
+AnswerColumn = Annotated[str | None, typer.Option(help="Column of the answer, likewise.")]
+AnswerFormat = Annotated[str | None, typer.Option(help="How answers are written: plain, gsm8k, boxed, number, letter.")]
+DatasetConfig = Annotated[
+    str | None, typer.Option(help="Subset of a hub dataset or folder; name:subset says the same.")
+]
+MergeSystem = Annotated[
+    bool, typer.Option(help="Put a system message at the head of the first user message, for templates that refuse it.")
+]
 Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
 TeacherTemplate = Annotated[
     str | None, typer.Option(help="Arguments of the teacher's chat template (JSON), to render its prompts with it.")
@@ -23,6 +35,15 @@ SplitSpecial = Annotated[
     bool,
     typer.Option(help="Read control tokens in plain prompts as text; not so for prompts that are rendered already."),
 ]
+
+
+def reading(
+    prompt_column: str | None, answer_column: str | None, dataset_config: str | None, merge_system_prompt: bool
+) -> Reading:
+    """How the rows of a dataset are read, from the options above."""
+    from oprd.data.rows import Reading
+
+    return Reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
 
 
 def prompt_settings(

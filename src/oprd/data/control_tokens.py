@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.rows import PromptRow
+from oprd.data.rows import PromptRow, merged_system_prompt
+from oprd.sanitize import printable
 
 # Private-use characters. In a copy of the tokenizer, one of them stands for each control token, so that no text writes it.
 _FIRST, _BEGIN, _END = 0xF0000, "\U00100000", "\U00100001"
@@ -67,6 +69,46 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, kwargs: Mapping[str, Any]) -> str:
     return str(tokenizer.apply_chat_template(messages, **{**kwargs, "add_generation_prompt": True, "tokenize": False}))
+
+
+@contextmanager
+def naming_the_row(
+    tokenizer: PreTrainedTokenizerBase, row: PromptRow, kwargs: Mapping[str, Any] | None
+) -> Iterator[None]:
+    """Turn what the chat template or the tokenizer raises inside the block into a ValueError with the row and a remedy.
+
+    Args:
+        tokenizer: of the model that reads the row.
+        row: the row that the block renders.
+        kwargs: arguments of the chat template.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of a template's own raise_exception, jinja and tokenizers, which share no base class
+        where, why = row.source or "the prompt", f"{type(error).__name__}: {printable(error)[:300]}"
+        if isinstance(row.prompt, str):
+            shown = printable(row.prompt)[:80]
+            raise ValueError(
+                f"{where}: the tokenizer cannot read the prompt '{shown}' ({why}). Change or remove the row"
+            ) from error
+        roles = ", ".join(printable(message["role"]) for message in row.prompt)
+        raise ValueError(
+            f"{where}: the chat template cannot render the prompt, whose roles are {roles[:120]} ({why}). "
+            f"{_remedy(tokenizer, row, kwargs or {})}"
+        ) from error
+
+
+def _remedy(tokenizer: PreTrainedTokenizerBase, row: PromptRow, kwargs: Mapping[str, Any]) -> str:
+    """What makes the template render the row: tried, not guessed from its message."""
+    merged = merged_system_prompt(row.prompt)
+    try:
+        if merged is not None and _rendered(tokenizer, merged, kwargs):
+            return "Set merge_system_prompt: true, which puts the system message into the user's turn"
+    except Exception:  # so this is not the remedy either
+        pass
+    return "Change the roles of the row, or give another template with chat_template_kwargs"
 
 
 @dataclass(frozen=True)
@@ -129,8 +171,9 @@ class ControlTokens:
         assert not isinstance(row.prompt, str), "a conversation is a list of messages"
         self._check_no_private("".join(text for message in row.prompt for text in message.values()), row)
         marked = [{key: self._mark(text) for key, text in message.items()} for message in row.prompt]
-        rendered = self._render(marked)
-        if rendered.replace(_BEGIN, "").replace(_END, "") != self._render(row.prompt):
+        with naming_the_row(self.tokenizer, row, self.template_kwargs):
+            rendered, plain = self._render(marked), self._render(row.prompt)
+        if rendered.replace(_BEGIN, "").replace(_END, "") != plain:
             raise self._refused(row, "the chat template does not copy the text of the messages but depends on it")
         written: list[int] = []
 

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.compact import IdsColumn, OnAccess
-from oprd.data.control_tokens import ControlTokens
+from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
 
 logger = logging.getLogger("oprd")
@@ -60,8 +60,8 @@ class PromptRenderer:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: messages without a chat template, a prompt that renders to no token, or a control token that cannot be read
-                as text; the message names the row.
+            ValueError: messages without a chat template, messages or text that the template or the tokenizer refuses, a prompt that
+                renders to no token, or a control token that cannot be read as text; the message names the row.
         """
         return self._render(row, self.control.find(row))
 
@@ -103,7 +103,7 @@ class PromptRenderer:
 
     def _render(self, row: PromptRow, control_token: str | None) -> list[int]:
         if isinstance(row.prompt, str):
-            ids = self._plain(row.prompt, row.source, control_token)
+            ids = self._plain(row.prompt, row, control_token)
         elif self.tokenizer.chat_template is None:
             raise ValueError(
                 f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
@@ -112,18 +112,24 @@ class PromptRenderer:
         elif control_token is not None:
             ids = self.control.encode_chat(row)
         else:
-            ids = self.tokenizer.apply_chat_template(
-                row.prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(self.template_kwargs or {})
-            )["input_ids"]
+            with naming_the_row(self.tokenizer, row, self.template_kwargs):
+                ids = self.tokenizer.apply_chat_template(
+                    row.prompt,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    **(self.template_kwargs or {}),
+                )["input_ids"]
         if not ids:
             raise ValueError(f"{row.source}: the prompt has no token")
         return list(ids)
 
-    def _plain(self, text: str, source: str, control_token: str | None) -> list[int]:
+    def _plain(self, text: str, row: PromptRow, control_token: str | None) -> list[int]:
         if self.split_special_tokens and control_token is not None:
-            return self.control.encode(text, source=source)
+            return self.control.encode(text, source=row.source)
         starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        return self.tokenizer(text, add_special_tokens=not starts)["input_ids"]  # avoid a second BOS token
+        with naming_the_row(self.tokenizer, row, self.template_kwargs):
+            return list(self.tokenizer(text, add_special_tokens=not starts)["input_ids"])  # avoid a second BOS token
 
     def _warn(self, found: _Written, prompts: int, name: str, *, plain: bool) -> None:
         how = "text, not as control tokens"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +17,23 @@ from typing import Any
 from oprd.data.compact import JsonColumn, OnAccess
 from oprd.sanitize import printable
 
+logger = logging.getLogger("oprd")
+
 Messages = list[dict[str, str]]
 
 _FILE_KINDS = (".parquet", ".jsonl", ".json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_PROMPT_COLUMNS = ("prompt", "problem", "question")
+_PROMPT_COLUMNS = ("prompt", "problem", "question", "messages", "conversations")
+_CONVERSATIONS = ("messages", "conversations")
+_ANSWER_COLUMNS = (
+    "answer", "reward_model.ground_truth", "final_answer", "expected_answer", "ground_truth", "solution",
+)  # fmt: skip
+_CHOICE_COLUMNS = ("choices", "options")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_MOST_NAMED = 3
+PER_DATASET = ("train", "eval")
+"""The datasets of a run."""
 
 
 @dataclass(frozen=True)
@@ -32,50 +46,176 @@ class PromptRow:
     """Origin of the row ("file:line", "dataset row 3"), for error messages."""
 
 
-def parse_row(row: Mapping[str, Any], source: str) -> PromptRow:
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a dataset are read.
+
+    Args:
+        prompt_column: column of the prompt, `a.b` for a nested one; None: the first of the usual ones.
+        answer_column: column of the answer, likewise.
+        dataset_config: subset of a hub dataset or folder; `name:subset` names it for one dataset, and comes first.
+        merge_system_prompt: put a system message at the head of the first user message.
+        graded: answers are compared, so that one that may be the place of a choice in another column is refused.
+        answers_needed: a dataset without any answer, but with columns that may hold it, is refused.
+    """
+
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    dataset_config: str | None = None
+    merge_system_prompt: bool = False
+    graded: bool = False
+    answers_needed: bool = False
+
+    @classmethod
+    def of(
+        cls, settings: Mapping[str, Any], kind: str, *, graded: bool = False, answers_needed: bool = False
+    ) -> Reading:
+        """The reading of one dataset of a run.
+
+        Args:
+            settings: of the run; a value for both datasets, or {train: …, eval: …}.
+            kind: "train" or "eval".
+            graded: whether its answers are compared.
+            answers_needed: whether it must have some.
+        """
+        names = ("prompt_column", "answer_column", "dataset_config")
+        chosen = {name: for_dataset(settings.get(name), kind) for name in names}
+        return cls(
+            **chosen,
+            merge_system_prompt=bool(settings.get("merge_system_prompt")),
+            graded=graded,
+            answers_needed=answers_needed,
+        )
+
+
+def for_dataset(value: Any, kind: str) -> Any:
+    """The part of a setting that is for the dataset "train" or "eval": {train: …, eval: …}, or one value for both."""
+    return value.get(kind) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A row, the columns that it was read from, and what was done to it."""
+
+    row: PromptRow
+    prompt_column: str
+    answer_column: str | None
+    notes: tuple[str, ...]
+
+
+def parse_row(row: Mapping[str, Any], source: str, reading: Reading | None = None) -> PromptRow:
     """Read one dataset row.
 
     The prompt is the column `prompt` (text, or a list of {role, content}), else `problem` or `question` (text, which
-    becomes one user message). The answer is the column `answer` (text or a number), else verl's
-    `reward_model.ground_truth`, else None. Other columns are ignored.
+    becomes one user message), `messages` or `conversations` ({role, content} or {from, value}; the assistant's last turn is the
+    response, and is left off). A list of messages may be stored as JSON text. The answer is the column `answer` (text or a
+    number), else verl's `reward_model.ground_truth`, `final_answer`, `expected_answer`, `ground_truth` or `solution`, else None.
+    Other columns are ignored.
+
+    Args:
+        row: column → value.
+        source: its name in messages.
+        reading: other columns, and how the prompt is changed.
 
     Raises:
         ValueError: the prompt is missing or empty, a message lacks role or content, the answer is neither text nor a number, or
             text holds half of a surrogate pair.
     """
-    name = next((column for column in _PROMPT_COLUMNS if row.get(column) is not None), None)
-    if name is None:
+    return _parse(row, source, reading or Reading()).row
+
+
+def _parse(row: Mapping[str, Any], source: str, reading: Reading) -> _Parsed:
+    name = _found_column(row, _PROMPT_COLUMNS) if reading.prompt_column is None else reading.prompt_column
+    value = None if name is None else _lookup(row, name)
+    if name is None or value is None:
+        missing = "no prompt" if name is None else f"prompt_column {name!r} is not"
         raise ValueError(
-            f"{source}: no prompt among the columns {sorted(map(str, row))}. Give a column 'prompt' (text, or a list "
-            "of {role, content}), or 'problem' or 'question' (text)"
+            f"{source}: {missing} among the columns {_shown(sorted(map(str, row)))}. Give a column 'prompt' (text, or a list "
+            "of {role, content}), or 'problem' or 'question' (text), or name the column with prompt_column"
         )
-    value = row[name]
+    notes: list[str] = []
+    prompt = _parse_prompt(value, name, source, notes, named=reading.prompt_column is not None)
+    if reading.merge_system_prompt and (merged := merged_system_prompt(prompt)) is not None:
+        prompt = merged
+        notes.append("system messages put into the user's turn")
+    answer, column = _parse_answer(row, source, reading)
+    return _Parsed(PromptRow(prompt=prompt, answer=answer, source=source), name, column, tuple(notes))
+
+
+def _parse_prompt(value: Any, name: str, source: str, notes: list[str], *, named: bool) -> str | Messages:
+    whole = name.rpartition(".")[2] in _CONVERSATIONS
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(
                 f"{source}: column {name!r} is {value!r}: a prompt needs text. Remove the row or fill it in"
             )
         _check_text(value, source, f"column {name!r}")
-        prompt: str | Messages = value if name == "prompt" else [{"role": "user", "content": value}]
-    elif name == "prompt":
-        prompt = _parse_messages(value, source)
-    else:
+        if not _MESSAGES_AS_TEXT.match(value):
+            return value if name == "prompt" else [{"role": "user", "content": value}]
+        value = _messages_of_text(value, name, source)
+        notes.append("message lists read from JSON text")
+    elif not (name == "prompt" or whole or named):
         raise ValueError(
             f"{source}: column {name!r} is {_shown(value)}: only text is allowed. Put messages in 'prompt'"
         )
-    return PromptRow(prompt=prompt, answer=_parse_answer(row, source), source=source)
+    messages = _parse_messages(value, source)
+    if whole and messages[-1]["role"] == "assistant":
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError(
+                f"{source}: column {name!r} holds only turns of the assistant: a prompt needs a user's turn"
+            )
+        notes.append("last assistant turns left off, as responses")
+    return messages
 
 
-def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> Sequence[PromptRow]:
+def _messages_of_text(text: str, name: str, source: str) -> Any:
+    """The messages that a column holds as JSON text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{source}: column {name!r} is {_shown(text)}: it looks like a list of messages as text, and is not JSON "
+            f"({error}). Store the list itself, or write it as JSON"
+        ) from None
+
+
+def merged_system_prompt(prompt: str | Messages) -> Messages | None:
+    """The messages with the leading system message at the head of the next user message; None where there are not both."""
+    if isinstance(prompt, str) or len(prompt) < 2 or [m["role"] for m in prompt[:2]] != ["system", "user"]:
+        return None
+    system, user, *rest = prompt
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _found_column(row: Mapping[str, Any], usual: Sequence[str]) -> str | None:
+    return next((column for column in usual if _lookup(row, column) is not None), None)
+
+
+def _lookup(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, or with dots in its name of a nested one; None if there is none."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def load_prompts(
+    source: str, *, split: str = "train", limit: int | None = None, reading: Reading | None = None
+) -> Sequence[PromptRow]:
     """Read a prompt dataset, or its first `limit` rows. Duplicate rows are kept.
 
     Rows are read one at a time and held as a block of text, so a file needs about its own size; a row is made on each access.
 
     Args:
         source: a path ending in .parquet, .jsonl (blank lines are skipped) or .json (a list of objects); otherwise a folder or
-            the name of a Hugging Face hub dataset, passed to `datasets.load_dataset`.
+            the name of a Hugging Face hub dataset, passed to `datasets.load_dataset`; `name:subset` names one of its subsets.
         split: split of a hub dataset; ignored for files.
         limit: maximum number of rows.
+        reading: which columns and subset are read.
 
     Raises:
         ValueError: the file or dataset does not exist, has no rows or a bad row, or limit is below 1. A bad row is named
@@ -83,24 +223,41 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give 1 or more, or leave it out for all rows")
-    path = Path(source).expanduser()
+    reading = reading or Reading()
+    dataset, subset = split_subset(source)
+    path = Path(dataset).expanduser()
     if path.is_file() and path.suffix in _FILE_KINDS:
         name = printable(path)
         read = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix]
         prefix, numbered = f"{name}:" if path.suffix == ".jsonl" else f"{name}:row ", read(path, name)
-    elif (source and path.is_dir()) or (_HUB_NAME.fullmatch(source) and not path.exists() and not _is_file_name(path)):
-        prefix, numbered = f"{source} row ", _hub_rows(source, split)
+    elif (source and path.is_dir()) or (_HUB_NAME.fullmatch(dataset) and not path.exists() and not _is_file_name(path)):
+        prefix, numbered = f"{printable(source)} row ", _hub_rows(dataset, subset or reading.dataset_config, split)
     else:
         problem = "this kind of file is not read" if path.is_file() else "no such file"
         raise ValueError(
             f"{source!r}: {problem}. Allowed are a path that ends in {', '.join(_FILE_KINDS)}, or the name of a "
-            "dataset on the Hugging Face hub such as 'HuggingFaceH4/MATH-500'"
+            "dataset on the Hugging Face hub such as 'HuggingFaceH4/MATH-500' or 'openai/gsm8k:main'"
         )
-    return _collect(prefix, islice(numbered, limit), printable(source))
+    return _collect(prefix, islice(numbered, limit), printable(source), reading)
 
 
-def as_prompt_rows(dataset: Iterable[Any], name: str) -> Sequence[PromptRow]:
+def split_subset(source: str) -> tuple[str, str | None]:
+    """The name and the subset of `name:subset`, where the name is a folder or can be a hub dataset; else the whole and None."""
+    name, colon, subset = source.rpartition(":")
+    if not colon or not name or not subset or "/" in subset or Path(source).expanduser().exists():
+        return source, None
+    folder = Path(name).expanduser()
+    is_dataset = folder.is_dir() or (_HUB_NAME.fullmatch(name) and not folder.exists() and not _is_file_name(folder))
+    return (name, subset) if is_dataset else (source, None)
+
+
+def as_prompt_rows(dataset: Iterable[Any], name: str, reading: Reading | None = None) -> Sequence[PromptRow]:
     """Read a `datasets.Dataset`, or a list of dicts or of `PromptRow`s. Errors name a row "`name` row 3", counted from 0.
+
+    Args:
+        dataset: the rows.
+        name: of the dataset, for messages.
+        reading: which columns are read.
 
     Raises:
         ValueError: there are no rows, or a row is bad (see `parse_row`).
@@ -114,7 +271,7 @@ def as_prompt_rows(dataset: Iterable[Any], name: str) -> Sequence[PromptRow]:
         return dataset
     if isinstance(dataset, list | tuple) and any(isinstance(row, PromptRow) for row in dataset):
         return [_checked(row, f"{name} row {i}") for i, row in enumerate(dataset)]
-    return _collect(f"{name} row ", enumerate(dataset), name)
+    return _collect(f"{name} row ", enumerate(dataset), name, reading or Reading())
 
 
 class _Rows:
@@ -122,34 +279,87 @@ class _Rows:
 
     Args:
         prefix: of the rows' sources; the number follows.
+        reading: which columns are read.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix, self.content, self.numbers = prefix, JsonColumn(), array("q")
+    def __init__(self, prefix: str, reading: Reading) -> None:
+        self.prefix, self.reading, self.content, self.numbers = prefix, reading, JsonColumn(), array("q")
+        self.prompt_columns, self.answer_columns, self.notes = Counter[str](), Counter[str](), Counter[str]()
+        self.unread: dict[str, None] = {}  # columns of the first row beside the prompt
+        self.refused: list[str] = []
+        self.refusals = 0
 
     def add(self, number: int, row: Any) -> None:
-        parsed = _as_row(row, f"{self.prefix}{number}")
-        self.content.append([parsed.prompt, parsed.answer])
+        source = f"{self.prefix}{number}"
+        try:
+            parsed = _parse_any(row, source, self.reading)
+        except ValueError as error:  # go on, to say how many there are
+            self.refusals += 1
+            if len(self.refused) < _MOST_NAMED:
+                self.refused.append(source if self.refused else str(error))
+            return
+        self.content.append([parsed.row.prompt, parsed.row.answer])
         self.numbers.append(number)
+        self.prompt_columns[parsed.prompt_column] += 1
+        if parsed.answer_column is not None:
+            self.answer_columns[parsed.answer_column] += 1
+        if parsed.notes:
+            self.notes.update(parsed.notes)
+        if len(self.numbers) == 1:
+            self.unread = dict.fromkeys(str(k) for k, v in row.items() if v is not None and k != parsed.prompt_column)
 
     def row(self, place: int) -> PromptRow:
         prompt, answer = self.content[place]
         return PromptRow(prompt, answer, f"{self.prefix}{self.numbers[place]}")
 
+    def check(self, name: str) -> None:
+        """Raise for rows that were refused, naming the first and their number, and where there is nothing to grade by."""
+        if self.refused:
+            first, *others = self.refused
+            if others:
+                more = f"; also {', '.join(others)}" + (" …" if self.refusals > len(self.refused) else "")
+                first = f"{first} ({self.refusals} rows of {name} are refused{more})"
+            raise ValueError(first)
+        if not len(self.content):
+            raise ValueError(f"{name}: empty dataset: give at least one row with a prompt")
+        if self.reading.answers_needed and not self.answer_columns and self.unread:
+            raise ValueError(
+                f"{name}: no row has an answer to grade by; the columns beside the prompt are {', '.join(map(repr, self.unread))}. "
+                f"Name the one that holds it with answer_column (found by themselves: {', '.join(_ANSWER_COLUMNS)}), or remove "
+                "them to measure without grades"
+            )
 
-def _collect(prefix: str, numbered: Iterable[tuple[int, Any]], name: str) -> Sequence[PromptRow]:
-    rows = _Rows(prefix)
+    def say(self, name: str) -> None:
+        """Log the columns that were read, unless they are `prompt` and `answer`, and what was done to the rows."""
+        usual = {*self.prompt_columns} == {"prompt"} and {*self.answer_columns} <= {"answer"}
+        if not usual:
+            answers = f"answers from {_counted(self.answer_columns)}" if self.answer_columns else "no answers"
+            logger.info("%s: prompts from %s, %s", name, _counted(self.prompt_columns), answers)
+        if self.notes:
+            done = ", ".join(f"{what} in {n} of {len(self.content)} rows" for what, n in self.notes.items())
+            logger.info("%s: %s", name, printable(done))
+
+
+def _counted(columns: Counter[str]) -> str:
+    """Names of columns; with several, how many rows each has."""
+    if len(columns) == 1:
+        return repr(next(iter(columns)))
+    return ", ".join(f"{column!r} ({n})" for column, n in columns.items())
+
+
+def _collect(prefix: str, numbered: Iterable[tuple[int, Any]], name: str, reading: Reading) -> Sequence[PromptRow]:
+    rows = _Rows(prefix, reading)
     for number, row in numbered:
         rows.add(number, row)
-    if not len(rows.content):
-        raise ValueError(f"{name}: empty dataset: give at least one row with a prompt")
+    rows.check(name)
+    rows.say(name)
     return OnAccess(rows.row, range(len(rows.content)))
 
 
 def _checked(row: Any, source: str) -> PromptRow:
     """A row of a list that holds `PromptRow`s: as it is, or read."""
     if not isinstance(row, PromptRow):
-        return _as_row(row, source)
+        return _parse_any(row, source, Reading()).row
     where = printable(row.source) or source
     messages = [{"prompt": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     texts = [("the prompt", text) for message in messages for text in message.values()]
@@ -180,10 +390,14 @@ def _parse_messages(value: Any, source: str) -> Messages:
     messages = []
     for i, message in enumerate(value):
         fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        if set(fields) == {"from", "value"}:  # ShareGPT's names
+            speaker = fields["from"]
+            fields = {"role": _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker,
+                      "content": fields["value"]}  # fmt: skip
         if set(fields) != {"role", "content"} or not all(isinstance(v, str) and v.strip() for v in fields.values()):
             raise ValueError(
-                f"{source}: message {i} of the prompt is {_shown(message)}: it needs 'role' and 'content', both text "
-                "that is not empty, and nothing else"
+                f"{source}: message {i} of the prompt is {_shown(message)}: it needs 'role' and 'content' (or 'from' and "
+                "'value'), both text that is not empty, and nothing else"
             )
         for key, text in fields.items():
             _check_text(text, source, f"{key!r} of message {i} of the prompt")
@@ -191,25 +405,47 @@ def _parse_messages(value: Any, source: str) -> Messages:
     return messages
 
 
-def _parse_answer(row: Mapping[str, Any], source: str) -> str | None:
-    answer = row.get("answer")
-    if answer is None and isinstance(row.get("reward_model"), Mapping):
-        answer = row["reward_model"].get("ground_truth")
+def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tuple[str | None, str | None]:
+    """The answer and its column; None and None where there is none."""
+    named = reading.answer_column
+    name = _found_column(row, _ANSWER_COLUMNS) if named is None else named
+    if name is None:
+        return None, None
+    answer = _lookup(row, name)
     if answer is None:
-        return None
+        if name.split(".")[0] not in row and name not in row:
+            raise ValueError(
+                f"{source}: answer_column {name!r} is not among the columns {_shown(sorted(map(str, row)))}; name one of them"
+            )
+        return None, None
     if hasattr(answer, "item"):  # a numpy scalar
         answer = answer.item()
     finite_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if not finite_number and not (isinstance(answer, str) and answer.strip()):
         raise ValueError(f"{source}: the answer is {_shown(answer)}: give text or a finite number, or null for none")
     _check_text(str(answer), source, "the answer")
-    return str(answer)
+    if reading.graded and named is None and str(answer).strip().isdecimal():
+        _check_no_choices(row, answer, name, source)
+    return str(answer), name
 
 
-def _as_row(row: Any, source: str) -> PromptRow:
+def _check_no_choices(row: Mapping[str, Any], answer: Any, name: str, source: str) -> None:
+    """Refuse a number that may be the place of a choice in another column, which no prompt shows."""
+    listed = next((c for c in _CHOICE_COLUMNS if isinstance(row.get(c), list | tuple) and row[c]), None)
+    if {"A", "B"} <= {*row}:
+        listed = "A"
+    if listed is not None:
+        raise ValueError(
+            f"{source}: column {name!r} is {_shown(answer)} and column {listed!r} holds choices, which the prompt does not hold: "
+            f"the number may be the place of one. Write the choices into the prompt and the letter into the answer, or set "
+            f"answer_column: {name} if it is the answer itself"
+        )
+
+
+def _parse_any(row: Any, source: str, reading: Reading) -> _Parsed:
     if not isinstance(row, Mapping):
         raise ValueError(f"{source}: the row is {_shown(row)}: it must be an object with the column 'prompt'")
-    return parse_row(row, source)
+    return _parse(row, source, reading)
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
@@ -251,15 +487,16 @@ def _json_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content)
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
+def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class
         raise ValueError(
-            f"{name!r}: cannot load the split {split!r} of this dataset: {error}. Give the name of a hub dataset and "
-            f"one of its splits, or a path that ends in {', '.join(_FILE_KINDS)}"
+            f"{name!r}: cannot load the split {split!r} of {'this dataset' if subset is None else f'its subset {subset!r}'}: "
+            f"{printable(error)}. Give the name of a hub dataset and one of its splits, of a dataset with subsets also the subset "
+            f"({name}:SUBSET, or dataset_config), or a path that ends in {', '.join(_FILE_KINDS)}"
         ) from error
     yield from enumerate(dataset)
 

@@ -62,9 +62,13 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def embedding_rows(model: nn.Module) -> int:
-    """Number of token ids that the model can read: the rows of its input embedding."""
-    return int(causal_lm(model).get_input_embeddings().weight.shape[0])
+def embedding_rows(model: nn.Module) -> int | None:
+    """Number of token ids that the model can read: the rows of its input embedding; None if it has no such weight."""
+    try:
+        weight = getattr(causal_lm(model).get_input_embeddings(), "weight", None)
+    except (ValueError, NotImplementedError, AttributeError):  # not a language model of transformers
+        return None
+    return None if weight is None else int(weight.shape[0])
 
 
 def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> list[str]:

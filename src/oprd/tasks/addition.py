@@ -87,10 +87,22 @@ def is_correct(response: str, answer: str) -> bool:
     Raises:
         ValueError: `answer` is not a string of digits.
     """
-    if not re.fullmatch(r"[0-9]+", answer):
-        raise ValueError(f"answer is {answer!r}: it must be a string of the digits 0-9, such as '80235'")
+    try:
+        check_answer(answer)
+    except ValueError as error:
+        raise ValueError(f"answer is {answer!r}: it {error}") from None
     _, mark, stated = response.rpartition("#")
     return mark == "#" and stated.strip() == answer
+
+
+def check_answer(answer: str) -> None:
+    """Refuse a reference answer that no response can equal.
+
+    Raises:
+        ValueError: `answer` is not a string of digits.
+    """
+    if not re.fullmatch(r"[0-9]+", answer):
+        raise ValueError("must be a string of the digits 0-9, such as '80235'")
 
 
 def _split_of(left: int, right: int) -> str:

@@ -2,14 +2,24 @@ r"""Mathematics with the answer in ``\boxed{}``. Problems come from a file or th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
-from oprd.tasks.grading import MathGrader, VerdictCache
+from oprd.tasks.grading import MathGrader, VerdictCache, last_boxed
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """The instruction that published evaluations append to a problem."""
 
+
+MAX_ANSWER_CHARS = 1_000
+"""A longer answer, of a model or of a dataset, is not compared."""
+
+_BRACE = re.compile(r"\\.|([{}])", re.DOTALL)
+_CHOICE = re.compile(r"\(?[A-Z][).:](\s.*)?|\([A-Z]\)(\s.*)?", re.DOTALL)
+_SENTENCE = re.compile(
+    r"(?:so|thus|hence|therefore|the)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)", re.IGNORECASE
+)
 
 _VERDICTS = VerdictCache()  # of this task, whatever part of a run asks
 
@@ -26,7 +36,7 @@ class BoxedGrader:
     """
 
     def __init__(self, workers: int | None = None, timeout_s: float = 5.0, batch_timeout_s: float = 20.0) -> None:
-        self._math = MathGrader(workers, timeout_s, batch_timeout_s=batch_timeout_s, cache=_VERDICTS)
+        self._math = MathGrader(workers, timeout_s, MAX_ANSWER_CHARS, batch_timeout_s=batch_timeout_s, cache=_VERDICTS)
 
     @property
     def stats(self) -> Counter[str]:
@@ -48,3 +58,32 @@ class BoxedGrader:
 
     def __exit__(self, *error: object) -> None:
         self._math.close()
+
+
+def check_answer(answer: str) -> None:
+    r"""Refuse a reference answer that no response can equal: empty, too long, broken, or more than the answer.
+
+    A worked solution is taken if it has a box; the last one is the answer.
+
+    Raises:
+        ValueError: says why, without the answer.
+    """
+    boxed = last_boxed(answer)
+    stated = (answer if boxed is None else boxed).strip()
+    if not re.sub(r"[$\s.{}]|\\boxed|\\text", "", stated):
+        raise ValueError("is empty")
+    if len(stated) > MAX_ANSWER_CHARS:
+        raise ValueError(f"has {len(stated)} characters, and at most {MAX_ANSWER_CHARS} are compared")
+    if "####" in stated:
+        raise ValueError("has its result after ####")
+    if boxed is None and (("\n" in stated and "\\begin" not in stated) or _SENTENCE.match(stated)):
+        raise ValueError("is a worked solution without a box, and not the answer alone")
+    if _CHOICE.fullmatch(stated):
+        raise ValueError("is the letter of a choice with more than the letter")
+    depth = 0
+    for brace in _BRACE.finditer(stated):
+        depth += {"{": 1, "}": -1}.get(brace[1] or "", 0)
+        if depth < 0:
+            break
+    if depth:
+        raise ValueError("cannot be read: its braces do not match")

@@ -106,8 +106,20 @@ def is_correct(response: str, answer: str) -> bool:
     Raises:
         ValueError: `answer` is not a whole number.
     """
-    if not _WHOLE.fullmatch(answer):
-        raise ValueError(f"answer is {answer!r}: it must be a whole number, such as '-12'")
+    try:
+        check_answer(answer)
+    except ValueError as error:
+        raise ValueError(f"answer is {answer!r}: it {error}") from None
     line = response.strip().partition("\n")[0]
     stated = _NUMBER.findall(line)
     return bool(stated) and stated[-1] == answer
+
+
+def check_answer(answer: str) -> None:
+    """Refuse a reference answer that no response can equal.
+
+    Raises:
+        ValueError: `answer` is not a whole number.
+    """
+    if not _WHOLE.fullmatch(answer):
+        raise ValueError("must be a whole number, such as '-12'")

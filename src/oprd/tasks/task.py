@@ -16,7 +16,7 @@ from oprd.data.compact import OnAccess
 from oprd.data.rows import PromptRow
 from oprd.registry import arguments_problem, resolve_object
 from oprd.tasks import addition, reasoning
-from oprd.tasks.math import INSTRUCTION, BoxedGrader
+from oprd.tasks.math import INSTRUCTION, BoxedGrader, check_answer
 
 
 @runtime_checkable
@@ -74,6 +74,8 @@ class Task:
         problems: `(n, seed, split) -> rows` of a task that is generated; None if prompts come from a file or the hub.
         instruction: a sentence that tells a model how to give its answer; None if it needs none.
         instruction_mark: a prompt that contains this text already has an instruction.
+        check_answer: raises ValueError, with the reason, for a reference answer that the grader cannot use; all are checked before
+            anything is sampled. None: any text is taken.
     """
 
     name: str
@@ -82,27 +84,33 @@ class Task:
     problems: Callable[[int, int, str], list[PromptRow]] | None = None
     instruction: str | None = None
     instruction_mark: str = ""
+    check_answer: Callable[[str], None] | None = None
 
 
 TASKS: dict[str, Task] = {
-    "math": Task("math", r"mathematics, the answer in the last \boxed{}", BoxedGrader, None, INSTRUCTION, "\\boxed"),
+    "math": Task(
+        "math", r"mathematics, the answer in the last \boxed{}", BoxedGrader, None, INSTRUCTION, "\\boxed", check_answer
+    ),
     "addition": Task(
         "addition",
         "five-digit addition, column by column (the tiny pair's task)",
         lambda: FunctionGrader(addition.is_correct),
         addition.problems,
+        check_answer=addition.check_answer,
     ),
     "chain_sum": Task(
         "chain_sum",
         "two or three numbers added and subtracted (reasoning-gym)",
         lambda: FunctionGrader(reasoning.is_correct),
         reasoning.problems,
+        check_answer=reasoning.check_answer,
     ),
     "sum_of_two": Task(
         "sum_of_two",
         "the same, two numbers only",
         lambda: FunctionGrader(reasoning.is_correct),
         partial(reasoning.problems, max_terms=2),
+        check_answer=reasoning.check_answer,
     ),
 }
 

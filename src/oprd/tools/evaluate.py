@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
+from oprd.data.rows import PromptRow, Reading
 from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
@@ -19,10 +21,11 @@ from oprd.rollouts.engines import make_engine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
+from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import Evaluation, evaluate
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import decided_by, get_task, with_instruction
+from oprd.tasks.task import Task, decided_by, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -43,6 +46,8 @@ def evaluate_checkpoint(
     seed: int = 0,
     instruction: bool = True,
     split_special_tokens: bool = True,
+    reading: Reading | None = None,
+    answer_format: str | None = None,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -63,6 +68,8 @@ def evaluate_checkpoint(
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
         split_special_tokens: read control tokens in plain prompts as text (`OPRDConfig.split_special_tokens`).
+        reading: which columns and subset of the dataset are read.
+        answer_format: how its answers are written (`oprd.tasks.answer_formats.FORMATS`).
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
 
@@ -73,12 +80,9 @@ def evaluate_checkpoint(
         ValueError: a model, dataset, task or setting that does not fit.
     """
     grading = get_task(task)
-    rows = load_rows(dataset, split, limit, seed)
-    instructed = 0
-    if instruction:
-        rows, instructed = with_instruction(grading, rows)
-        if instructed:
-            logger.info("%s: appended %r to %d of %d prompts", dataset, grading.instruction, instructed, len(rows))
+    rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True, answers_needed=True))
+    rows = read_answers(rows, grading, answer_format, dataset)
+    rows, instructed = _instructed(grading, rows, dataset) if instruction else (rows, 0)
     loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     assert loaded.tokenizer is not None, "it was loaded with the model"
@@ -109,6 +113,14 @@ def evaluate_checkpoint(
     if output_dir is not None:
         _write(RunFolder(output_dir), prompts, result, summary)
     return summary
+
+
+def _instructed(task: Task, rows: Sequence[PromptRow], name: str) -> tuple[Sequence[PromptRow], int]:
+    """The rows with the task's instruction, and to how many of them it was appended, which is logged."""
+    rows, instructed = with_instruction(task, rows)
+    if instructed:
+        logger.info("%s: appended %r to %d of %d prompts", name, task.instruction, instructed, len(rows))
+    return rows, instructed
 
 
 def _near_misses(prompts: Sequence[Prompt], result: Evaluation) -> NearMisses:

@@ -25,13 +25,13 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
-from oprd.data.rows import PromptRow, as_prompt_rows
+from oprd.data.rows import PromptRow
 from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.saved import check_names, has_own_layout, weight_files
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
-from oprd.resolve import ResolvedRun, check_inputs, prepare, resolve
+from oprd.resolve import ResolvedRun, check_inputs, given_rows, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine
 from oprd.run_config import GivenObjects, RunConfig
@@ -368,7 +368,7 @@ class OPRDTrainer(Trainer):
         """
         prompts: Sequence[Prompt] | None = self.eval_dataset
         if eval_dataset is not None:
-            rows = as_prompt_rows(eval_dataset, "eval_dataset")
+            rows = given_rows(eval_dataset, self.args, self.task, "eval")
             prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
         if not prompts:
             raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.bridge.collect import fit_bridge
+from oprd.data.rows import Reading
 from oprd.files import write_text
 from oprd.resolve import load_pair
 from oprd.run_config import RunConfig
@@ -102,7 +103,7 @@ def fit_missing(
             continue
         run = RunConfig.load(recipe, {**settings, "bridge": None})
         args = run.args
-        rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed)
+        rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed, Reading.of(vars(run.args), "train"))
         pair = load_pair(
             run.model, str(run.teacher_model), args.prompt_rendering, trust_remote_code=args.trust_remote_code
         )

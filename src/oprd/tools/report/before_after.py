@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
 from oprd.data.prompts import Prompt, PromptRenderer, prepare_prompts
-from oprd.data.rows import PromptRow, parse_row
+from oprd.data.rows import PromptRow, Reading, for_dataset, parse_row
 from oprd.models.loading import LoadedModel
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.sanitize import redacted, without_redacted
 from oprd.states.teachers import Teacher
+from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
@@ -139,8 +140,10 @@ class _Reader:
         try:
             rows = load_rows(
                 self.config[name], self.config.get(f"{kind}_split", "test" if kind == "eval" else "train"),
-                self.config.get(f"{kind}_limit"), self.config.get("seed", 0),
+                self.config.get(f"{kind}_limit"), self.config.get("seed", 0), Reading.of(self.config, kind),
             )  # fmt: skip
+            if self.task is not None:
+                rows = read_answers(rows[:count], self.task, for_dataset(self.config.get("answer_format"), kind), name)
             if kind == "eval" and self.task is not None and self.config.get("eval_instruction", True):
                 rows, _ = with_instruction(self.task, rows[:count])
         except (ValueError, OSError, KeyError) as error:
