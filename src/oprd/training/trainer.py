@@ -53,6 +53,7 @@ from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.parallel import MicroBatch, Parallel
+from oprd.training.probe import probe_run
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
@@ -180,6 +181,7 @@ class OPRDTrainer(Trainer):
         if isinstance(pair.teacher, BridgedTeacher):
             pair.teacher.to(args.device)
         self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
+        self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         self.grading = Grading(self.task)
         self.recorder = Recorder(self.run_folder, args, self.parallel)
         self.rollouts = RolloutSource(
