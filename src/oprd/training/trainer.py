@@ -27,6 +27,7 @@ from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow, as_prompt_rows
 from oprd.models.memory import HalvedSize, say_what_to_lower
+from oprd.models.processor import copy_processor
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import unobserved
@@ -479,6 +480,7 @@ class OPRDTrainer(Trainer):
                 return
         refuse_not_finite(self.model)
         super()._save(output_dir, state_dict)
+        copy_processor(self.pair.student.model, Path(output_dir or self.args.output_dir))
         self.checkpoints.replace_pickle(output_dir or self.args.output_dir, self.args.to_json_string())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
