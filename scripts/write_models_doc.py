@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def yes(value: bool) -> str:
 def render() -> str:
     """The whole page."""
     logging.set_verbosity_error()
-    with tempfile.NamedTemporaryFile() as store:
+    with tempfile.NamedTemporaryFile() as store, warnings.catch_warnings(action="ignore"):  # of peft
         dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
         try:
             rows = [row(family) for family in FAMILIES | UNUSUAL_FAMILIES]

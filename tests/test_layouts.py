@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from oprd.models.architecture import freeze_above
@@ -12,8 +17,9 @@ from oprd.models.lm_head import check_head, lm_head_of
 from oprd.resolve import load_pair
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.probe import DECODING, probe_decoding
-from oprd.states.capture import capture_states, read_states
+from oprd.states.capture import capture_states, install_state_forward, read_states, read_through_forward
 from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.requests import request_states
 from oprd.tools.evaluate import evaluate_checkpoint
 from reference import states_one_by_one
 from tiny import random_rollouts, shaken, tiny_model, tiny_tokenizer, tiny_trainer, weights
@@ -68,9 +74,8 @@ def test_the_probe_is_made_once_and_leaves_no_trace():
 def test_a_model_that_reads_padding_is_refused_right_and_left():
     model = tiny_model()
     attend = model.model.forward
-    model.model.forward = lambda attention_mask=None, **rest: attend(
-        **rest
-    )  # padding on the left is read, on the right not
+    # Without mask and positions the padding on the left is read, that on the right is not.
+    model.model.forward = lambda attention_mask=None, position_ids=None, **rest: attend(**rest)
     check_layout(probed(model), "right")
     with pytest.raises(ValueError, match="Qwen2ForCausalLM computes other states for texts padded on the left"):
         capture_states(model, random_rollouts(), layout="left")
@@ -79,7 +84,7 @@ def test_a_model_that_reads_padding_is_refused_right_and_left():
     body.forward = lambda hidden, *args, **rest: plain(
         hidden + hidden.mean(dim=(0, 1)), *args, **rest
     )  # mixes the batch
-    with pytest.raises(ValueError, match="texts padded on the right .* this model is not supported"):
+    with pytest.raises(ValueError, match=r"texts padded on the right .* this model is not supported"):
         check_layout(probed(model), "right")
 
 
@@ -156,6 +161,34 @@ def test_frozen_is_exactly_what_gets_no_gradient(family, top, head):
     unreached = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert set(freeze_above(model, top, head=head)) == unreached
     assert any("vision_tower" in name for name in unreached) is (family == "gemma3")
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("family", "top"), [("gemma3", 3), ("gemma3", 2), ("opt", 1)])
+def test_ddp_waits_for_no_gradient_that_never_comes(one_process, family, top):
+    model = tiny_model(family)
+    install_state_forward(model)
+    freeze_above(model, top)
+    wrapped, request = DistributedDataParallel(model), request_states(random_rollouts(), (top,))
+    for _ in range(2):  # the second pass fails if the first left a gradient out
+        loss = read_through_forward(wrapped, request, lambda _, states: states.square().sum())[0]
+        loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_models_page_is_up_to_date():
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("write_models_doc", root / "scripts" / "write_models_doc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.render() == (root / "docs" / "models.md").read_text(), "run python scripts/write_models_doc.py"
 
 
 def test_a_model_of_images_and_text_trains_on_text_and_is_saved_whole(tmp_path, caplog):

@@ -63,7 +63,8 @@ def hidden_size(model: nn.Module) -> int:
 
 def context_length(model: nn.Module) -> int | None:
     """Maximum context in tokens, or None if the config does not state it."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet writes −1
 
 
 def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> list[str]:

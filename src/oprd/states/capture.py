@@ -53,7 +53,7 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         top = len(block_list)
     results: list[Any] = []
 
-    def take(layer: int, hidden_BTD: Float[Tensor, "B T D"]) -> None:
+    def take(layer: int, hidden_BTD: Tensor) -> None:
         if hidden_BTD.ndim != 3 or hidden_BTD.shape[:2] != request.input_ids.shape:
             raise ValueError(
                 f"layers: layer {layer} of {type(body).__name__} hands on states of shape {list(hidden_BTD.shape)} for "

@@ -49,12 +49,17 @@ class Probe:
     def as_json(self) -> dict[str, Any]:
         """The result for `summary.json`."""
         ways = {way: {"off": float(f"{off:.1e}"), "equal": self.equal(way)} for way, off in self.off.items()}
-        return {"dtype": str(self.dtype).removeprefix("torch."), **ways}
+        return {"dtype": self.dtype_name, **ways}
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as transformers writes it."""
+        return str(self.dtype).removeprefix("torch.")
 
     def deviation(self, way: str) -> str:
         """The measured deviation for an error message."""
         off, allowed = (f"{100 * share[way]:.2g} %" for share in (self.off, self.allowed))
-        return f"off by {off} of their norm in {self.dtype}, of which rounding explains {allowed}"
+        return f"off by {off} of their norm in {self.dtype_name}, of which rounding explains {allowed}"
 
 
 def short_texts(model: nn.Module, *, spare: int = 0) -> list[list[int]]:
