@@ -115,6 +115,8 @@ def test_a_run_records_what_was_probed(tmp_path):
     assert student["decoding"]["equal"]
     assert teacher["right"] == {"off": pytest.approx(0, abs=1e-5), "equal": True}
     assert not teacher["packed"]["equal"]
+    autocast = tiny_trainer(tmp_path, bf16=True).probe
+    assert (autocast["student"]["dtype"], autocast["teacher"]["dtype"]) == ("bfloat16", "float32")
 
 
 def test_several_streams_are_refused_and_the_last_layer_is_read(tmp_path):
