@@ -305,6 +305,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("all layers run", "if top < len(block_list):", "if False:",
          "test_capture.py::test_nothing_above_the_highest_layer_runs"),
     ],
+    "states/layouts.py": [
+        ("any layout is equal", "return self.off[way] <= self.allowed[way]", "return True",
+         "test_layouts.py::test_a_packed_row_is_refused_where_it_changes_the_states"),
+        ("nothing is equal", "return self.off[way] <= self.allowed[way]", "return False",
+         "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
+    ],
     "states/teachers.py": [
         ("the base samples with the adapter on", "        with _adapter_off(self.model):\n            yield self.model",
          "        if True:\n            yield self.model",
@@ -468,6 +474,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a scale of all ranks", "SCALES[self.scale](variance_R[: self.rank])",
          "SCALES[self.scale](variance_R)[: self.rank]", "test_bridge.py::test_projections_are_the_paper_s"),
     ],
+    "rollouts/probe.py": [
+        ("logits alone are those of the next token", "output.logits[0, len(text) - 1 : -1]", "output.logits[0, len(text) :]",
+         "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
+    ],
     "rollouts/transformers_engine.py": [
         ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
          "test_memory.py::test_halved_generation_gives_the_same_tokens"),
@@ -592,6 +602,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          '{"tokenizer": _of_tokenizer(pair.tokenizer)}', "test_stopping.py::test_other_inputs_are_shown_and_refused"),
         ("answers do not count", 'found.update(repr(prompt.row.answer)', 'found.update(""',
          "test_stopping.py::test_other_answers_are_other_prompts"),
+    ],
+    "models/architecture.py": [
+        ("vision towers stay trainable", "ids |= {id(p) for p in lm.parameters()}", "ids |= {id(p) for p in body.parameters()}",
+         "test_layouts.py::test_frozen_is_exactly_what_gets_no_gradient"),
+        ("a part that runs before the block is frozen", "before = called[: called.index(block)]", "before = []",
+         "test_layouts.py::test_frozen_is_exactly_what_gets_no_gradient"),
     ],
     "models/fingerprint.py": [
         ("a changed value is not in the checksum", "int(bits.sum(dtype=torch.int64))", "0",

@@ -63,6 +63,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["probe"]["student"]["packed"]["equal"]
     for name in ("student_before", "student_after", "teacher"):
         assert summary[name]["k"] == 2
         assert summary[name]["problems"] == 4

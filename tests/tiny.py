@@ -36,6 +36,35 @@ FAMILIES = {
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 1,
              "eos_token_id": 2},
 }  # fmt: skip
+_SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_DELTA_NET = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+# Families in which something is unlike the others: masks, positions, recurrence, projections, several streams, other inputs.
+UNUSUAL_FAMILIES = {
+    "qwen3_moe": {**_LLAMA_LIKE, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "falcon": {**_SMALL, "num_attention_heads": 4},
+    "bloom": {**_SMALL, "n_head": 4},
+    "mpt": {"vocab_size": 64, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "eos_token_id": 2},
+    "openai-gpt": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "eos_token_id": 2},
+    "opt": {**_SMALL, "ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
+            "do_layer_norm_before": False},
+    "qwen3_5_text": {**_LLAMA_LIKE, "head_dim": 8, **_DELTA_NET, "layer_types": ["linear_attention"] * 2 + ["full_attention"]},
+    "mamba": {**_SMALL, "state_size": 4},
+    "recurrent_gemma": {**_LLAMA_LIKE, "lru_width": 32, "attention_window_size": 8},
+    "rwkv": {**_SMALL, "attention_hidden_size": 32, "context_length": 128},
+    "gemma3n_text": {**_LLAMA_LIKE, "head_dim": 8, "num_hidden_layers": 4, "intermediate_size": [48] * 4, "sliding_window": 8,
+                     "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1,
+                     "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4,
+                     "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2},
+    "gemma3": {"text_config": {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": 4}, "mm_tokens_per_image": 4,
+               "image_token_index": 63, "boi_token_index": 61, "eoi_token_index": 62, "eos_token_id": 2,
+               "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+                                 "num_attention_heads": 2, "image_size": 16, "patch_size": 8}},
+}  # fmt: skip
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 96}  # overrides: heads of a size that vLLM has kernels for
@@ -46,8 +75,17 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model of `family` in eval mode."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**(FAMILIES | UNUSUAL_FAMILIES)[family], **overrides})
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def shaken(model: nn.Module, seed: int = 0, by: float = 0.1) -> nn.Module:
+    """The model with noise on every weight: fresh biases and gates are 0 or 1, which hides what depends on them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
 
 
 def random_rollouts(seed: int = 0, count: int = 5, vocab: int = 64, longest: int = 9) -> Rollouts:

@@ -44,9 +44,11 @@ from oprd.objectives.terms import (
 from oprd.registry import arguments_problem, resolve_with_arguments
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import check_engine, make_engine
+from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
-from oprd.states.capture import install_state_forward
+from oprd.states.capture import install_state_forward, read_states
 from oprd.states.layers import resolve_layers
+from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
@@ -79,6 +81,11 @@ class ResolvedRun:
     task: Task | None
     train_prompts: Sequence[Prompt] | None
     eval_prompts: Sequence[Prompt] | None
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether the teacher writes completions of the eval_dataset."""
+        return self.run.eval_teacher and self.eval_prompts is not None
 
 
 def resolve(run: RunConfig) -> ResolvedRun:
@@ -191,7 +198,8 @@ def load_pair(
     """Load two models for tools that do not train, on a GPU if there is one.
 
     Raises:
-        ValueError: a model or tokenizer that cannot be loaded, or tokens that cannot be aligned.
+        ValueError: a model or tokenizer that cannot be loaded, tokens that cannot be aligned, or a model whose states or
+            completions depend on the padding.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own, theirs = (
@@ -203,6 +211,10 @@ def load_pair(
     pair = ModelPair(
         own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering
     )
+    for loaded in (own, theirs):
+        layers = range(1, loaded.info.layers + 1)
+        check_layout(probe_layouts(loaded.model, layers, read=read_states), "right")
+    check_decoding(probe_decoding(own.model))
     _say_ends(pair)
     return pair
 

@@ -85,7 +85,8 @@ class States:
 
     Args:
         layers: 1-based layer numbers, ascending. The model's last layer is the state after the final norm.
-        values: one tensor `[N, D]` per layer, in the order of `layers`. Row n is the same token in every layer.
+        values: one tensor `[N, D]` per layer, in the order of `layers`. Row n is the same token in every layer. D is the same in
+            every layer, unless the model projects its last state (OPT-350M).
         rollout_index: `[N]`, the index of each position's rollout.
         num_rollouts: number of rollouts read, including those without a selected position.
         head_MD: `[M, E]`, the LM head's input at every response position, if requested. E may differ from D when a bridge
@@ -93,7 +94,7 @@ class States:
     """
 
     layers: tuple[int, ...]
-    values: tuple[Float[Tensor, "N D"], ...]
+    values: tuple[Float[Tensor, "N _"], ...]
     rollout_index: Int[Tensor, " N"]
     num_rollouts: int
     head_MD: Float[Tensor, "M E"] | None = None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -59,7 +63,8 @@ def hidden_size(model: nn.Module) -> int:
 
 def context_length(model: nn.Module) -> int | None:
     """Maximum context in tokens, or None if the config does not state it."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet writes −1
 
 
 def embedding_rows(model: nn.Module) -> int | None:
@@ -75,20 +80,59 @@ def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> lis
     """Freeze the parameters that the loss does not reach, and return their names.
 
     A loss up to `top_layer` does not reach the blocks above it and the final norm. Without `head` it does not reach an untied
-    LM head either. Left trainable, these parameters get no gradient: DDP fails, and weight decay still changes them.
+    LM head either; a loss on texts does not reach what reads images. Left trainable, these parameters get no gradient: DDP fails,
+    and weight decay still changes them.
     """
-    lm = causal_lm(model)
+    lm, body = causal_lm(model), backbone(model)
     unreached: list[nn.Module] = list(blocks(model)[top_layer:])
     kept = {id(p) for p in lm.get_input_embeddings().parameters()}
-    if lm.get_output_embeddings() is not None and not head:
-        unreached.append(lm.get_output_embeddings())
+    own_head = lm.get_output_embeddings()
+    if own_head is not None:
+        if head:
+            kept |= {id(p) for p in own_head.parameters()}
+        else:
+            unreached.append(own_head)
     if top_layer < num_layers(model):
-        # The final norm comes after the blocks, the embedding modules before them.
-        children = list(backbone(model).children())
-        unreached += children[children.index(blocks(model)) + 1 :]
-    ids = {id(p) for module in unreached for p in module.parameters()} - kept
+        unreached += _called_after(body, blocks(model)[top_layer])
+    ids = {id(p) for module in unreached for p in module.parameters()}
+    # Text alone does not reach the vision and audio towers of a model that reads them too.
+    ids |= {id(p) for p in lm.parameters()} - {id(p) for p in body.parameters()}
+    ids -= kept
     names = [n for n, p in model.named_parameters() if id(p) in ids and p.requires_grad]
     for parameter in model.parameters():
         if id(parameter) in ids:
             parameter.requires_grad_(False)
     return names
+
+
+@torch.no_grad()
+def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """Parts of the backbone that do not run before `block`, found by a pass of two tokens. Their order in the class says less."""
+    parts: list[nn.Module] = []
+    for child in body.children():
+        if not isinstance(child, nn.ModuleList):
+            parts.append(child)
+        elif block not in list(child):  # a list is never called, its members are
+            parts += child
+    called: list[nn.Module] = []
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.append(part)) for part in (*parts, block)]
+    try:
+        with evaluating(body):
+            body(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(body.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    before = called[: called.index(block)]
+    return [part for part in parts if part not in before]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while the context is open, for every module that is in another; then as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -133,11 +134,9 @@ class TransformersEngine:
         self, model: nn.Module, prompts: list[list[int]], sampling: Sampling, draw: Draw
     ) -> list[list[int]]:
         lm = causal_lm(model)
-        width = max(len(p) for p in prompts)
-        input_ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=lm.device)
-        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        input_ids, attention_mask = left_padded(prompts, self.pad_token_id, lm.device)
         config = self._generation_config(sampling, lm.get_output_embeddings())
-        with _replace_generation_config(lm, config):
+        with replace_generation_config(lm, config):
             generate = getattr(model, "generate", lm.generate)
             # Sharded: every rank runs until the last completion of all ranks is done.
             together = {"synced_gpus": True} if is_sharded(model) else {}
@@ -145,7 +144,7 @@ class TransformersEngine:
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
                 logits_processor=drawing_processors(sampling, draw), **together,
             )  # fmt: skip
-        return [cut_at_stop(row, self.stop_token_ids) for row in output[:, width:].tolist()]
+        return [cut_at_stop(row, self.stop_token_ids) for row in output[:, input_ids.shape[1] :].tolist()]
 
     def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
         rows = getattr(head, "weight", torch.empty(0)).shape[0]
@@ -157,6 +156,16 @@ class TransformersEngine:
             pad_token_id=self.pad_token_id,
             suppress_tokens=padding or None,
         )
+
+
+def left_padded(
+    texts: Sequence[list[int]], pad_token_id: int, device: torch.device | str
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Token ids padded on the left, and their attention mask."""
+    width = max(map(len, texts))
+    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + ids for ids in texts], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in texts], device=device)
+    return input_ids, attention_mask
 
 
 class Draw(LogitsProcessor):
@@ -223,7 +232,7 @@ def _sampling_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replace_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def replace_generation_config(lm: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Replace the model's generation config, from which `generate` fills every unset value.
 
     Many checkpoints set temperature 0.6, top-p 0.95 or a repetition penalty, which would make rollouts silently off-policy.

@@ -10,12 +10,14 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from oprd.models.architecture import backbone, blocks, num_layers
 from oprd.states.layers import LayerSpec, resolve_layers
+from oprd.states.layouts import Probe, check_layout, probe_layouts, rounding
 from oprd.states.requests import HEAD, Layout, StateRequest, request_states
 from oprd.types import Rollouts, States
 
@@ -51,7 +53,13 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         top = len(block_list)
     results: list[Any] = []
 
-    def take(layer: int, hidden_BTD: Float[Tensor, "B T D"]) -> None:
+    def take(layer: int, hidden_BTD: Tensor) -> None:
+        if hidden_BTD.ndim != 3 or hidden_BTD.shape[:2] != request.input_ids.shape:
+            raise ValueError(
+                f"layers: layer {layer} of {type(body).__name__} hands on states of shape {list(hidden_BTD.shape)} for "
+                f"{list(request.input_ids.shape)} tokens, not one vector a token; compare the last layer alone (layers: last) or "
+                "next-token distributions (output_space)"
+            )
         index = request.flat_index if request.head is None or layer != HEAD else request.head.flat_index
         # index_select on the flattened batch: its backward is one index_add, whereas advanced indexing sorts in backward.
         results.append(read(layer, hidden_BTD.flatten(0, 1).index_select(0, index)))
@@ -60,7 +68,7 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         def hook(
             module: nn.Module, args: Any, output: Any
         ) -> None:  # must return None: a value would replace the output
-            take(layer, output[0] if isinstance(output, tuple) else output)
+            take(layer, output[0] if isinstance(output, (tuple, list)) else output)
 
         return hook
 
@@ -125,24 +133,42 @@ def capture_states(
         layers: "last", "all", "even", "odd", a layer or a list of layers (1-based; the last is after the final norm).
         positions: "all", "last", "last_k" or "first_k".
         position_k: k of "last_k" and "first_k".
-        layout: padding on the right or left, or one packed row; the states do not depend on it.
+        layout: padding on the right or left, or one packed row. The states do not depend on it: a short probe of the model, once,
+            refuses what would change them.
         pad_token_id: any valid id.
 
     Returns:
         States with one `[N, D]` tensor per layer.
 
     Raises:
-        ValueError: the layer or position set is unknown, a layer is out of range, or there is no rollout.
+        ValueError: the layer or position set is unknown, a layer is out of range, there is no rollout, or the layout would change
+            this model's states.
     """
+    chosen = resolve_layers(layers, num_layers(model))
+    if layout != "right":
+        check_layout(_probed(model), layout)
     request = request_states(
         rollouts,
-        resolve_layers(layers, num_layers(model)),
+        chosen,
         positions=positions,
         position_k=position_k,
         layout=layout,
         pad_token_id=pad_token_id,
     )
     return gather_states(model, request.to(next(model.parameters()).device))
+
+
+_PROBES: WeakKeyDictionary[nn.Module, dict[Any, Probe]] = WeakKeyDictionary()
+
+
+def _probed(model: nn.Module) -> Probe:
+    """The probe of a model's layouts, made once for each precision."""
+    weight = next(model.parameters())
+    precision = (weight.device, *rounding(weight))
+    probes = _PROBES.setdefault(model, {})
+    if precision not in probes:
+        probes[precision] = probe_layouts(model, range(1, num_layers(model) + 1), read=read_states)
+    return probes[precision]
 
 
 def install_state_forward(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import make_engine
+from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
@@ -94,6 +95,7 @@ def evaluate_checkpoint(
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
     if isinstance(sampler, TransformersEngine):
+        check_decoding(probe_decoding(loaded.model))
         sampler.on_batch = on_batch
     started = time.perf_counter()
     with grading.grader() as grader:

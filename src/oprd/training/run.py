@@ -184,6 +184,7 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
         "objective": describe_objective(trainer.args, trainer.objective.terms),
         "steps": trainer.state.global_step,
         "seed": trainer.args.seed,
+        "probe": trainer.probe,
         "processes": trainer.args.world_size,
         "software": {name: version(name) for name in packages},
         "python": platform.python_version(),

@@ -27,6 +27,7 @@ from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.memory import HalvedSize, say_what_to_lower
+from oprd.models.processor import copy_processor
 from oprd.models.saved import check_names, has_own_layout, weight_files
 from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
@@ -54,6 +55,7 @@ from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.parallel import MicroBatch, Parallel
+from oprd.training.probe import probe_run
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
@@ -183,6 +185,7 @@ class OPRDTrainer(Trainer):
         if isinstance(pair.teacher, BridgedTeacher):
             pair.teacher.to(args.device)
         self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
+        self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         self.grading = Grading(self.task)
         self.recorder = Recorder(self.run_folder, args, self.parallel)
         self.rollouts = RolloutSource(
@@ -487,6 +490,7 @@ class OPRDTrainer(Trainer):
                 return
         refuse_not_finite(self.model)
         super()._save(output_dir, state_dict)
+        copy_processor(self.pair.student.model, Path(output_dir or self.args.output_dir))
         self.checkpoints.replace_pickle(output_dir or self.args.output_dir, self.args.to_json_string())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from oprd.models.architecture import causal_lm
+from oprd.models.architecture import backbone, causal_lm
 from oprd.models.lm_head.matmul import to_logits
 from oprd.models.sharding import whole
 
@@ -205,7 +205,8 @@ def lm_head_of(model: nn.Module, *, vocab_size: int | None = None, stop_token_id
             f"{name}: there is an adapter on the LM head; leave lm_head out of target_modules or train it whole"
         )
     weight: Tensor = whole(module.weight)
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != config.hidden_size:
+    width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT projects the last state before the head
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] != width:
         raise ValueError(
             f"{name}: the LM head's weight is {tuple(weight.shape)} {weight.dtype}, not a plain [V, D] matrix"
         )
@@ -226,9 +227,13 @@ def check_head(head: LMHead, model: nn.Module) -> None:
         ValueError: the logits differ by more than rounding.
     """
     lm = causal_lm(model)
-    output = lm(input_ids=torch.tensor([[0, 1]], device=head.weight.device), output_hidden_states=True, use_cache=False)
-    theirs, hidden_ND = output.logits[0, :, : head.rows].float(), output.hidden_states[-1][0]
-    ours = head.logits(hidden_ND)
+    states: list[Tensor] = []
+    hook = backbone(lm).register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state[0]))
+    try:
+        output = lm(input_ids=torch.tensor([[0, 1]], device=head.weight.device), use_cache=False)
+    finally:
+        hook.remove()
+    theirs, ours = output.logits[0, :, : head.rows].float(), head.logits(states[0])
     tolerance = 64 * torch.finfo(head.weight.dtype).eps * float(theirs.abs().max().clamp_min(1))
     error = float((ours - theirs).abs().max())
     if not error <= tolerance:

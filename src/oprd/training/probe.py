@@ -1,0 +1,72 @@
+"""Probes both models of a run before its first rollout: layouts of what is read, and cached decoding of what is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from oprd.alignment.model_pair import ModelPair
+from oprd.bridge.teacher import BridgedTeacher
+from oprd.config import OPRDConfig
+from oprd.models.architecture import num_layers
+from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.probe import check_decoding, probe_decoding
+from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.states.capture import read_through_forward
+from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
+from oprd.training.parallel import Parallel
+
+
+def probe_run(
+    pair: ModelPair, engine: RolloutEngine, args: OPRDConfig, parallel: Parallel, *, evaluates_teacher: bool
+) -> dict[str, Any]:
+    """Probe student and teacher, in the precision that each runs in. Every process takes part.
+
+    Args:
+        pair: the models, on their devices.
+        engine: decoding is probed if it is transformers' `generate`.
+        args: the settings.
+        parallel: the training processes.
+        evaluates_teacher: whether the teacher is evaluated.
+
+    Returns:
+        For `summary.json`: "student" and "teacher" → `Probe.as_json`, or why it is not probed.
+
+    Raises:
+        ValueError: a model whose states or completions depend on the padding, or whose layers cannot be compared.
+    """
+    if parallel.deepspeed:
+        return dict.fromkeys(("student", "teacher"), "not probed: DeepSpeed makes the model later")
+    samples = isinstance(engine, TransformersEngine)
+    found: dict[str, Any] = {
+        "student": _probe(pair.student.model, pair.layers, parallel.autocast(), decodes=samples),
+    }
+    teacher, layers = pair.teacher, pair.layers
+    if isinstance(teacher, BridgedTeacher):
+        layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+        teacher = teacher.teacher
+    if isinstance(teacher, FrozenTeacher):
+        writes = samples and isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
+        found["teacher"] = _probe(teacher.model, layers, nullcontext(), decodes=writes)
+    else:
+        adapter = isinstance(teacher, AdapterOffTeacher)
+        found["teacher"] = "the student without its adapter" if adapter else "not probed: a teacher of your own"
+    return found
+
+
+def _probe(
+    model: nn.Module, layers: Sequence[int], precision: AbstractContextManager[Any], *, decodes: bool
+) -> dict[str, Any]:
+    with precision:
+        reading = probe_layouts(model, sorted({*layers, num_layers(model)}), read=read_through_forward)
+        check_layout(reading, "right")
+        result = reading.as_json()
+        if decodes:
+            decoding = probe_decoding(model)
+            check_decoding(decoding)
+            result |= decoding.as_json()
+    return result
