@@ -194,7 +194,7 @@ def test_the_settings():
     base = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert sorted({f.name for f in dataclasses.fields(OPRDConfig)} - base) == [
         "alarm_window", "answer_column", "answer_format",
-        "bridge", "bridge_rank", "chat_template_kwargs", "crossfade_steps", "dataset_config",
+        "bridge", "bridge_rank", "chat_template_date", "chat_template_kwargs", "crossfade_steps", "dataset_config",
         "diagnostic_steps",
         "end_of_turn",
         "epsilon", "epsilon_high",

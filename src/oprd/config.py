@@ -108,6 +108,12 @@ class OPRDConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of the chat template, such as enable_thinking.")
     )
+    chat_template_date: str | None = field(
+        default=None,
+        metadata=_help(
+            "What a template prints as today's date (ISO); None: the date when the run begins, which it keeps."
+        ),
+    )
     teacher_chat_template_kwargs: dict[str, Any] | None = field(
         default=None,
         metadata=_help("Render the teacher's prompts with its own chat template and these arguments ({} for none)."),
@@ -290,6 +296,7 @@ class OPRDConfig(TrainingArguments):
         if self.task is not None:
             get_task(self.task)
         _check_datasets(self)
+        _ = self.prompt_rendering  # checks its settings
         if self.overlap_rollouts:
             _check_overlap(self, abilities.background)
         # Built once here so that a bad sampling value stops the run before any model is loaded.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -22,6 +23,7 @@ from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_default_ends
+from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
@@ -103,6 +105,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )  # before the models: a bad row ends the run at once
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
+    _keep_date(args, student.tokenizer, teacher_tokenizer)
     check_teacher(run, terms, teacher)
     if _have(terms, LayerTerm) and args.bridge is None:
         check_same_shape(student.info, teacher.info)
@@ -608,6 +611,14 @@ def _check_readable(pair: ModelPair) -> None:
             f"teacher_model: its embedding has {rows} rows, and the student can write {first!r} (id {rows}) and more up to id "
             f"{written - 1}: take a teacher with the student's vocabulary, or resize it (resize_token_embeddings) and save it"
         )
+
+
+def _keep_date(args: OPRDConfig, *tokenizers: PreTrainedTokenizerBase | None) -> None:
+    """Set `chat_template_date`, where a chat template prints today's date: the run and what resumes it print this one."""
+    both = zip(tokenizers, (args.chat_template_kwargs, args.teacher_chat_template_kwargs), strict=True)
+    if args.chat_template_date is None and any(t is not None and prints_date(t, kwargs) for t, kwargs in both):
+        args.chat_template_date = broadcast_object_list([now()])[0]  # clocks of machines differ
+        logger.info("the chat template prints the date: chat_template_date is %s in this run", args.chat_template_date)
 
 
 def _say_ends(pair: ModelPair) -> None:

@@ -11,16 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.boundaries import Alignment, DropReason, TokenizerPair, align_completion
 from oprd.alignment.token_bytes import TokenBytes
+from oprd.data.chat_template import answer_opening
 from oprd.data.prompts import PromptRenderer, render
 from oprd.data.rows import PromptRow
 from oprd.types import FinishReason, Rollouts
-
-_PROBE = "OPRD-answer"  # placeholder answer, to find the text around it in a chat template
 
 
 @dataclass(frozen=True)
@@ -113,16 +111,7 @@ def template_space(
     row: PromptRow, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
     """The whitespace that a chat template inserts between generation prompt and answer ("[/INST]" and " Yes"); often none."""
-    if isinstance(row.prompt, str) or tokenizer.chat_template is None:
-        return ""
-    kwargs = {"tokenize": False, **(chat_template_kwargs or {})}
-    answered = [*row.prompt, {"role": "assistant", "content": _PROBE}]
-    try:
-        before = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, **kwargs)
-        after, found, _ = tokenizer.apply_chat_template(answered, **kwargs).partition(_PROBE)
-    except (TemplateError, ValueError):  # the template refuses this conversation
-        return ""
-    space = after.removeprefix(before) if found and after.startswith(before) else ""
+    space = answer_opening(tokenizer, row, chat_template_kwargs) or ""
     return space if space.isspace() else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,9 +150,14 @@ class ModelPair:
         return sorted({*(self.teacher.info.stop_token_ids if merged else ())} - {*self.student.info.stop_token_ids})
 
     @cached_property
+    def template_kwargs(self) -> Mapping[str, Any] | None:
+        """Arguments of the student's chat template."""
+        return self.rendering.student_kwargs(self.tokenizer)
+
+    @cached_property
     def turn_end_ids(self) -> tuple[int, ...]:
         """The token that the student's chat template writes after an assistant's turn; empty if it writes none."""
-        return turn_end_ids(self.tokenizer, self.rendering.chat_template_kwargs)
+        return turn_end_ids(self.tokenizer, self.template_kwargs)
 
     @cached_property
     def off_template_stop_ids(self) -> list[int]:
@@ -184,7 +190,7 @@ class ModelPair:
         prompts = prepare_prompts(
             rows, self.tokenizer, name=name, max_completion_length=max_completion_length,
             context_length=self.context_length, max_prompt_length=max_prompt_length,
-            chat_template_kwargs=self.rendering.chat_template_kwargs,
+            chat_template_kwargs=self.template_kwargs,
             split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
         check_token_ids(prompts, self.tokenizer, self.student.info.embedding_rows, "student")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner
+from oprd.data.chat_template import check_template_kwargs, parse_date, with_date
 from oprd.models.tokens import check_same_tokens, different_tokens
 
 logger = logging.getLogger("oprd")
@@ -25,6 +26,10 @@ class TeacherPromptSettings:
         teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
         special_token_map: special token of the student → the teacher's with the same meaning; end tokens need no entry.
         split_special_tokens: read control tokens that a plain prompt writes as text; False where prompts are rendered already.
+        chat_template_date: what templates print as today's date, in ISO format; None: the clock's.
+
+    Raises:
+        ValueError: arguments that oprd sets itself, or a date in another format.
     """
 
     OF_TEACHER: ClassVar = ("teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
@@ -34,6 +39,13 @@ class TeacherPromptSettings:
     teacher_system_prompt: str | None = None
     special_token_map: Mapping[str, str] | None = None
     split_special_tokens: bool = True
+    chat_template_date: str | None = None
+
+    def __post_init__(self) -> None:
+        check_template_kwargs("chat_template_kwargs", self.chat_template_kwargs)
+        check_template_kwargs("teacher_chat_template_kwargs", self.teacher_chat_template_kwargs)
+        if self.chat_template_date is not None:
+            parse_date(self.chat_template_date)
 
     @classmethod
     def of(cls, settings: Any) -> TeacherPromptSettings:
@@ -44,6 +56,10 @@ class TeacherPromptSettings:
     def of_teacher(self) -> list[str]:
         """Names of the settings that are set and give the teacher its own prompts."""
         return [name for name in self.OF_TEACHER if getattr(self, name) is not None]
+
+    def student_kwargs(self, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any] | None:
+        """Arguments of the student's chat template, with the date that it prints."""
+        return with_date(tokenizer, self.chat_template_kwargs, self.chat_template_date)
 
     def aligner(
         self,
@@ -88,8 +104,10 @@ class TeacherPromptSettings:
             student_stop_ids=student_stop_ids,
             teacher_end_id=end if end is not None else min(teacher_ends),
             special_map=special_map,
-            chat_template_kwargs=self.chat_template_kwargs,
-            teacher_chat_template_kwargs=self.teacher_chat_template_kwargs,
+            chat_template_kwargs=self.student_kwargs(student_tokenizer),
+            teacher_chat_template_kwargs=with_date(
+                teacher_tokenizer, self.teacher_chat_template_kwargs, self.chat_template_date
+            ),
             teacher_system_prompt=self.teacher_system_prompt,
             split_special_tokens=self.split_special_tokens,
         )

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from oprd.cli.options import SpecialMap, SplitSpecial, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.cli.options import (
+    DatasetConfig,
+    MergeSystem,
+    PromptColumn,
+    SpecialMap,
+    SplitSpecial,
+    TeacherSystem,
+    TeacherTemplate,
+    Template,
+    TemplateDate,
+    prompt_settings,
+    reading,
+)
 from oprd.files import write_json
 
 app = typer.Typer(help="Fit and inspect a bridge to a teacher of another shape.", no_args_is_help=True)
@@ -45,7 +57,11 @@ def fit(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
     max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
+    prompt_column: PromptColumn = None,
+    dataset_config: DatasetConfig = None,
+    merge_system_prompt: MergeSystem = False,
     chat_template_kwargs: Template = None,
+    chat_template_date: TemplateDate = None,
     teacher_chat_template_kwargs: TeacherTemplate = None,
     teacher_system_prompt: TeacherSystem = None,
     special_token_map: SpecialMap = None,
@@ -69,9 +85,10 @@ def fit(
         teacher_system_prompt,
         special_token_map,
         split_special_tokens,
+        chat_template_date,
     )
     refuse_existing(out)
-    rows = load_rows(prompts, split, limit, seed)
+    rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
     fitting: dict[str, Any] = {
         "rank": rank, "max_rank": max_rank, "scale": scale, "projector": projector, "ridge": _ridge(ridge),
         "intercept": intercept,

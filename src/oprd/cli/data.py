@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from oprd.cli.options import AnswerColumn, AnswerFormat, DatasetConfig, MergeSystem, PromptColumn, reading
+from oprd.cli.options import (
+    AnswerColumn,
+    AnswerFormat,
+    DatasetConfig,
+    MergeSystem,
+    PromptColumn,
+    SplitSpecial,
+    Template,
+    TemplateDate,
+    prompt_settings,
+    reading,
+)
 from oprd.files import write_json
 from oprd.sanitize import printable, redacted
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.data.contamination import Overlap, Problem
     from oprd.data.rows import Reading
     from oprd.tools.check_data import DatasetSettings
@@ -44,6 +56,9 @@ def check(
     answer_format: AnswerFormat = None,
     dataset_config: DatasetConfig = None,
     merge_system_prompt: MergeSystem = False,
+    chat_template_kwargs: Template = None,
+    chat_template_date: TemplateDate = None,
+    split_special_tokens: SplitSpecial = True,
     threshold: Annotated[
         float,
         typer.Option(
@@ -66,9 +81,12 @@ def check(
 
     quiet_libraries()
     read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
+    text = prompt_settings(chat_template_kwargs, None, None, None, split_special_tokens, chat_template_date)
     if train is not None and test is not None:
-        if model or config or task or answer_format:
-            raise ValueError("data check: --model, --config, --task and --answer-format are for one dataset; give one")
+        if model or config or task or answer_format or chat_template_kwargs:
+            raise ValueError(
+                "data check: --model, --config, --task, --answer-format and --chat-template-kwargs are for one dataset; give one"
+            )
         overlap = _overlap(train, test, (train_split, test_split), (train_limit, test_limit), seed, threshold, read)
         _report_overlap(overlap, train, test, show, json_file)
         if fail and overlap.overlapping:
@@ -77,7 +95,7 @@ def check(
     if json_file is not None or fail:
         raise ValueError("data check: --json and --fail are for two datasets; give the benchmark as the second one")
     if config is not None:
-        _check_recipe(config, train, model, task, answer_format, read)
+        _check_recipe(config, train, model, task, answer_format, read, text)
     elif train is None:
         raise ValueError("data check: no dataset; name a file or hub dataset, or give --config RECIPE")
     else:
@@ -86,12 +104,20 @@ def check(
 
         grading = get_task(task) if task else None
         _check_one(
-            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format), model, trust=False
+            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text),
+            model,
+            trust=False,
         )
 
 
 def _check_recipe(
-    config: Path, dataset: str | None, model: str | None, task: str | None, answer_format: str | None, read: Reading
+    config: Path,
+    dataset: str | None,
+    model: str | None,
+    task: str | None,
+    answer_format: str | None,
+    read: Reading,
+    text: TeacherPromptSettings,
 ) -> None:
     """Check the datasets of a recipe, or another one by its settings; options come before the recipe's keys."""
     from oprd.run_config import RunConfig
@@ -101,8 +127,11 @@ def _check_recipe(
         name: getattr(read, name)
         for name in ("prompt_column", "answer_column", "dataset_config", "merge_system_prompt")
     }
-    given = {"model": model, "task": task, "answer_format": answer_format, **columns}
+    rendering = {"chat_template_kwargs": text.chat_template_kwargs, "chat_template_date": text.chat_template_date}
+    given = {"model": model, "task": task, "answer_format": answer_format, **columns, **rendering}
     overrides = {key: value for key, value in given.items() if value}
+    if not text.split_special_tokens:
+        overrides["split_special_tokens"] = False
     run = RunConfig.load_on_cpu(config, overrides)
     kinds = ["train"] if dataset is not None or not run.eval_dataset else ["train", "eval"]
     for kind in kinds:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from oprd.cli.options import SpecialMap, SplitSpecial, TeacherSystem, TeacherTemplate, Template, prompt_settings
+from oprd.cli.options import (
+    AnswerColumn,
+    AnswerFormat,
+    DatasetConfig,
+    MergeSystem,
+    PromptColumn,
+    SpecialMap,
+    SplitSpecial,
+    TeacherSystem,
+    TeacherTemplate,
+    Template,
+    TemplateDate,
+    prompt_settings,
+    reading,
+)
 from oprd.files import write_json, write_text
 from oprd.sanitize import redacted, redacted_text
 
@@ -29,7 +44,13 @@ def diagnose(
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
     max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
+    prompt_column: PromptColumn = None,
+    dataset_config: DatasetConfig = None,
+    merge_system_prompt: MergeSystem = False,
+    answer_column: AnswerColumn = None,
+    answer_format: AnswerFormat = None,
     chat_template_kwargs: Template = None,
+    chat_template_date: TemplateDate = None,
     teacher_chat_template_kwargs: TeacherTemplate = None,
     teacher_system_prompt: TeacherSystem = None,
     special_token_map: SpecialMap = None,
@@ -42,6 +63,7 @@ def diagnose(
 
     quiet_libraries()
     from oprd.resolve import load_pair
+    from oprd.tasks.answer_formats import read_answers
     from oprd.tasks.problems import load_rows
     from oprd.tasks.task import get_task
     from oprd.tools.diagnose import diagnose_pair
@@ -52,13 +74,18 @@ def diagnose(
         teacher_system_prompt,
         special_token_map,
         split_special_tokens,
+        chat_template_date,
     )
     for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
-    rows = load_rows(prompts, split, limit, seed)
-    if task is not None:
-        get_task(task)  # fail on an unknown name before loading models
+    grading = None if task is None else get_task(task)
+    read = replace(
+        reading(prompt_column, answer_column, dataset_config, merge_system_prompt), graded=grading is not None
+    )
+    rows = load_rows(prompts, split, limit, seed, read)
+    if grading is not None:
+        rows = read_answers(rows, grading, answer_format, prompts)
     report = diagnose_pair(
         load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
         rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,

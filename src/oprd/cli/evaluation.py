@@ -15,6 +15,9 @@ from oprd.cli.options import (
     MergeSystem,
     PromptColumn,
     SplitSpecial,
+    Template,
+    TemplateDate,
+    prompt_settings,
     reading,
 )
 
@@ -38,6 +41,8 @@ def evaluate(
     instruction: Annotated[
         bool, typer.Option(help="Append the task's instruction to problems that do not say how to answer.")
     ] = True,
+    chat_template_kwargs: Template = None,
+    chat_template_date: TemplateDate = None,
     split_special_tokens: SplitSpecial = True,
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
@@ -64,7 +69,7 @@ def evaluate(
     summary = evaluate_checkpoint(
         model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
         batch_size=batch_size, engine=engine, on_batch=count_completions(), dtype=dtype, seed=seed, instruction=instruction,
-        split_special_tokens=split_special_tokens,
+        rendering=prompt_settings(chat_template_kwargs, None, None, None, split_special_tokens, chat_template_date),
         reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt), answer_format=answer_format,
         output_dir=output_dir, trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -23,6 +23,7 @@ MergeSystem = Annotated[
     bool, typer.Option(help="Put a system message at the head of the first user message, for templates that refuse it.")
 ]
 Template = Annotated[str | None, typer.Option(help="Arguments of the student's chat template (JSON); as in training.")]
+TemplateDate = Annotated[str | None, typer.Option(help="What a template prints as today's date (ISO); as in training.")]
 TeacherTemplate = Annotated[
     str | None, typer.Option(help="Arguments of the teacher's chat template (JSON), to render its prompts with it.")
 ]
@@ -52,11 +53,12 @@ def prompt_settings(
     teacher_system: str | None,
     special_map: str | None,
     split_special_tokens: bool,
+    template_date: str | None = None,
 ) -> TeacherPromptSettings:
     """How both models' prompts are rendered, from the options above.
 
     Raises:
-        ValueError: an option that is not a JSON object.
+        ValueError: an option that is not a JSON object, or a setting that is not allowed.
     """
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
 
@@ -66,6 +68,7 @@ def prompt_settings(
         teacher_system_prompt=teacher_system,
         special_token_map=_mapping("special_token_map", special_map),
         split_special_tokens=split_special_tokens,
+        chat_template_date=template_date,
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.rows import PromptRow, merged_system_prompt
+from oprd.data.chat_template import continues, rendered
+from oprd.data.rows import Messages, PromptRow, merged_system_prompt
 from oprd.sanitize import printable
 
 # Private-use characters. In a copy of the tokenizer, one of them stands for each control token, so that no text writes it.
@@ -61,14 +62,10 @@ def _template_text(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
     parts = list(source.values()) if isinstance(source, Mapping) else [str(source)]
     for roles in _PROBES:
         try:
-            parts.append(_rendered(tokenizer, [{"role": role, "content": "x"} for role in roles], kwargs))
+            parts.append(rendered(tokenizer, [{"role": role, "content": "x"} for role in roles], kwargs))
         except Exception:  # the template refuses this conversation; its errors share no base class
             continue
     return "\0".join(parts)
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, kwargs: Mapping[str, Any]) -> str:
-    return str(tokenizer.apply_chat_template(messages, **{**kwargs, "add_generation_prompt": True, "tokenize": False}))
 
 
 @contextmanager
@@ -102,13 +99,21 @@ def naming_the_row(
 
 def _remedy(tokenizer: PreTrainedTokenizerBase, row: PromptRow, kwargs: Mapping[str, Any]) -> str:
     """What makes the template render the row: tried, not guessed from its message."""
-    merged = merged_system_prompt(row.prompt)
-    try:
-        if merged is not None and _rendered(tokenizer, merged, kwargs):
-            return "Set merge_system_prompt: true, which puts the system message into the user's turn"
-    except Exception:  # so this is not the remedy either
-        pass
+    assert not isinstance(row.prompt, str), "only a conversation has a template"
+    if (merged := merged_system_prompt(row.prompt)) is not None and _renders(tokenizer, merged, kwargs):
+        return "Set merge_system_prompt: true, which puts the system message into the user's turn"
+    if continues(row) and row.prompt[1:] and _renders(tokenizer, row.prompt[:-1], kwargs):
+        return (
+            "The template cannot leave the assistant's last turn open, for the model to continue it: remove this turn"
+        )
     return "Change the roles of the row, or give another template with chat_template_kwargs"
+
+
+def _renders(tokenizer: PreTrainedTokenizerBase, messages: Messages, kwargs: Mapping[str, Any]) -> bool:
+    try:
+        return bool(rendered(tokenizer, messages, kwargs))
+    except Exception:  # so this is not the remedy
+        return False
 
 
 @dataclass(frozen=True)
@@ -172,8 +177,8 @@ class ControlTokens:
         self._check_no_private("".join(text for message in row.prompt for text in message.values()), row)
         marked = [{key: self._mark(text) for key, text in message.items()} for message in row.prompt]
         with naming_the_row(self.tokenizer, row, self.template_kwargs):
-            rendered, plain = self._render(marked), self._render(row.prompt)
-        if rendered.replace(_BEGIN, "").replace(_END, "") != plain:
+            text, plain = (rendered(self.tokenizer, given, self.template_kwargs) for given in (marked, row.prompt))
+        if text.replace(_BEGIN, "").replace(_END, "") != plain:
             raise self._refused(row, "the chat template does not copy the text of the messages but depends on it")
         written: list[int] = []
 
@@ -183,10 +188,7 @@ class ControlTokens:
             written.append(self.ids[match["name"]])
             return self._private[match["name"]]
 
-        return self._encode(self._marked.sub(private, rendered), written, row, add_special_tokens=False)
-
-    def _render(self, messages: Any) -> str:
-        return _rendered(self.tokenizer, messages, self.template_kwargs)
+        return self._encode(self._marked.sub(private, text), written, row, add_special_tokens=False)
 
     def _encode(self, text: str, written: Sequence[int], row: PromptRow, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text in which private characters stand for control tokens; checked to have the control ids `written`."""

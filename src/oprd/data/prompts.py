@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.chat_template import check_generation_prompt, continues, has_template, rendered_ids
 from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
@@ -40,7 +41,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptRenderer:
-    """Renders rows to token ids: messages through the chat template with its generation prompt, plain text as it is.
+    """Renders rows to token ids: messages through the chat template (`oprd.data.chat_template.rendered`), plain text as it is.
 
     Control tokens (`control_token_ids`) that a message writes are read as text. Prompts without them are tokenised as
     transformers does it.
@@ -66,21 +67,33 @@ class PromptRenderer:
         return self._render(row, self.control.find(row))
 
     def render_all(self, rows: Sequence[PromptRow], name: str) -> IdsColumn:
-        """Token ids of all prompts. Logs how many of them write control tokens, with the first, and how they are read.
+        """Token ids of all prompts.
+
+        Logs how many end with an assistant's turn, and how many write control tokens, with the first, and how they are read.
 
         Args:
             rows: of the dataset.
             name: of the dataset.
 
         Raises:
-            ValueError: as `render`.
+            ValueError: as `render`; or the template takes no notice of `add_generation_prompt` and needs to.
         """
         ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
+        continued, checked = 0, False
         for place, row in enumerate(rows):
+            if continues(row):
+                continued += 1
+            elif not checked and not isinstance(row.prompt, str):
+                check_generation_prompt(self.tokenizer, row, self.template_kwargs)
+                checked = True
             token = self.control.find(row)
             ids.append(self._render(row, token))
             if token is not None:
                 written[isinstance(row.prompt, str)].add(token, row.source or f"row {place}")
+        if continued:
+            logger.info(
+                "%s: %d of %d prompts end with an assistant's turn, which is continued", name, continued, len(rows)
+            )
         for plain, found in written.items():
             if found.count:
                 self._warn(found, len(rows), name, plain=plain)
@@ -104,7 +117,7 @@ class PromptRenderer:
     def _render(self, row: PromptRow, control_token: str | None) -> list[int]:
         if isinstance(row.prompt, str):
             ids = self._plain(row.prompt, row, control_token)
-        elif self.tokenizer.chat_template is None:
+        elif not has_template(self.tokenizer, self.template_kwargs):
             raise ValueError(
                 f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
                 "give the prompt as plain text or set tokenizer.chat_template"
@@ -113,13 +126,7 @@ class PromptRenderer:
             ids = self.control.encode_chat(row)
         else:
             with naming_the_row(self.tokenizer, row, self.template_kwargs):
-                ids = self.tokenizer.apply_chat_template(
-                    row.prompt,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    **(self.template_kwargs or {}),
-                )["input_ids"]
+                ids = rendered_ids(self.tokenizer, row.prompt, self.template_kwargs)
         if not ids:
             raise ValueError(f"{row.source}: the prompt has no token")
         return list(ids)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.control_tokens import ControlTokens
 from oprd.data.prompts import PromptRenderer
 from oprd.data.rows import PromptRow, Reading, for_dataset
@@ -35,8 +35,7 @@ class DatasetSettings:
         task: checks the answers; None: they are not read.
         answer_format: how answers are written.
         instruction: append the task's instruction, as an evaluation does.
-        chat_template_kwargs: arguments of the chat template.
-        split_special_tokens: read control tokens in plain prompts as text.
+        rendering: how prompts are rendered.
         max_prompt_length: longer prompts are left out.
         max_completion_length: room that a prompt must leave in the model's context; None: not checked.
     """
@@ -49,8 +48,7 @@ class DatasetSettings:
     task: Task | None = None
     answer_format: str | None = None
     instruction: bool = False
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    split_special_tokens: bool = True
+    rendering: TeacherPromptSettings = field(default_factory=TeacherPromptSettings)
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
 
@@ -68,8 +66,7 @@ class DatasetSettings:
             get_task(args.task) if args.task else None,
             for_dataset(args.answer_format, kind),
             evaluated and args.eval_instruction,
-            args.chat_template_kwargs,
-            args.split_special_tokens,
+            args.prompt_rendering,
             args.max_prompt_length,
             sampling.max_completion_length,
         )
@@ -155,7 +152,9 @@ def examine(
             rows, instructed = with_instruction(settings.task, rows)
     renderer = None
     if tokenizer is not None:
-        renderer = PromptRenderer(tokenizer, settings.chat_template_kwargs, settings.split_special_tokens)
+        renderer = PromptRenderer(
+            tokenizer, settings.rendering.student_kwargs(tokenizer), settings.rendering.split_special_tokens
+        )
     ids = renderer.render_all(rows, settings.dataset) if renderer else None
     lengths = ids.lengths if ids is not None else np.array([len(_own_text(row)) for row in rows], dtype=np.int64)
     examples: list[Example] = []

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
+from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
 from oprd.data.rows import PromptRow, Reading
 from oprd.files import write_json
@@ -46,7 +49,7 @@ def evaluate_checkpoint(
     dtype: str = "auto",
     seed: int = 0,
     instruction: bool = True,
-    split_special_tokens: bool = True,
+    rendering: TeacherPromptSettings | None = None,
     reading: Reading | None = None,
     answer_format: str | None = None,
     output_dir: Path | None = None,
@@ -68,7 +71,7 @@ def evaluate_checkpoint(
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
-        split_special_tokens: read control tokens in plain prompts as text (`OPRDConfig.split_special_tokens`).
+        rendering: how prompts are rendered; a template that prints the date prints today's, which is in the result.
         reading: which columns and subset of the dataset are read.
         answer_format: how its answers are written (`oprd.tasks.answer_formats.FORMATS`).
         output_dir: where the result is written.
@@ -87,9 +90,11 @@ def evaluate_checkpoint(
     loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     assert loaded.tokenizer is not None, "it was loaded with the model"
+    rendering = _dated(rendering or TeacherPromptSettings(), loaded.tokenizer)
     prompts = prepare_prompts(
         rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
-        context_length=loaded.info.context_length, split_special_tokens=split_special_tokens,
+        context_length=loaded.info.context_length, split_special_tokens=rendering.split_special_tokens,
+        chat_template_kwargs=rendering.student_kwargs(loaded.tokenizer),
     )  # fmt: skip
     check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, model)
     stops = loaded.info.stop_token_ids
@@ -107,6 +112,8 @@ def evaluate_checkpoint(
         "task": task,
         "seed": seed,
         "instructed": instructed,
+        "chat_template_kwargs": rendering.chat_template_kwargs,
+        "chat_template_date": rendering.chat_template_date,
         **dataclasses.asdict(sampling),
     }
     near = dataclasses.asdict(_near_misses(prompts, result))
@@ -115,6 +122,13 @@ def evaluate_checkpoint(
     if output_dir is not None:
         _write(RunFolder(output_dir), prompts, result, summary)
     return summary
+
+
+def _dated(rendering: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase) -> TeacherPromptSettings:
+    """The settings with today's date, if the template prints it and none is set; without one, if it prints none."""
+    if not prints_date(tokenizer, rendering.chat_template_kwargs):
+        return replace(rendering, chat_template_date=None)
+    return replace(rendering, chat_template_date=rendering.chat_template_date or now())
 
 
 def _instructed(task: Task, rows: Sequence[PromptRow], name: str) -> tuple[Sequence[PromptRow], int]:

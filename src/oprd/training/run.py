@@ -27,6 +27,7 @@ from oprd.models.export_check import ExportCheck, check_export, compare_files
 from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective, resolve
 from oprd.run_config import RunConfig
+from oprd.runs.checkpoints import read_identity
 from oprd.runs.curves import plot_run
 from oprd.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
@@ -86,6 +87,7 @@ def train_and_evaluate(
         StoppedBySignal: a signal has stopped the run; it is a SystemExit.
     """
     started = time.perf_counter()
+    _take_date(run, resume_from_checkpoint)
     trainer = build_trainer(run, callbacks)
     main = trainer.is_world_process_zero()
     folder = Path(run.args.output_dir)
@@ -122,6 +124,16 @@ def train_and_evaluate(
             if (folder / METRICS).exists():
                 plot_run(folder, folder / "curves.png")
     return summary
+
+
+def _take_date(run: RunConfig, resume_from_checkpoint: str | bool | None) -> None:
+    """Where a run is resumed, take the date that its chat template has printed so far (`chat_template_date`)."""
+    if not resume_from_checkpoint or run.args.chat_template_date is not None:
+        return
+    folder = RunFolder(run.args.output_dir)
+    named = resume_from_checkpoint not in (True, "auto")
+    stored = read_identity(Path(str(resume_from_checkpoint)), folder) if named else folder.read_run()
+    run.args.chat_template_date = stored.get("settings", {}).get("chat_template_date")
 
 
 def _export(trainer: OPRDTrainer, folder: Path, summary: dict[str, Any], settings: dict[str, Any]) -> None:

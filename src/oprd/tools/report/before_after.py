@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
+from oprd.data.chat_template import with_date
 from oprd.data.prompts import Prompt, PromptRenderer, prepare_prompts
 from oprd.data.rows import PromptRow, Reading, for_dataset, parse_row
 from oprd.models.loading import LoadedModel
@@ -121,7 +122,9 @@ class _Reader:
         self.engine = TransformersEngine(tokenizer, stops)
         self.task = get_task(config["task"]) if config.get("task") else None
         self.renderer = PromptRenderer(
-            tokenizer, config.get("chat_template_kwargs"), config.get("split_special_tokens", True)
+            tokenizer,
+            with_date(tokenizer, config.get("chat_template_kwargs"), config.get("chat_template_date")),
+            config.get("split_special_tokens", True),
         )
 
     def describe_sampling(self) -> str:
