@@ -160,7 +160,7 @@ def test_a_template_without_a_date_is_not_changed():
     assert not prints_date(tiny_tokenizer())
     assert with_date(with_template(TURNS), None, "2024-07-06") is None
     assert prints_date(with_template(TURNS), {"chat_template": DATES[0]})
-    with pytest.raises(ValueError, match="^chat_template_date: 'yesterday' is not allowed; a date such as 2026-11-28"):
+    with pytest.raises(ValueError, match=r"^chat_template_date: 'yesterday' is not allowed; a date such as 2026-11-28"):
         TeacherPromptSettings(chat_template_date="yesterday")
 
 

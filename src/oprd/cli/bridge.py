@@ -80,13 +80,9 @@ def fit(
 
     chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
     text = prompt_settings(
-        chat_template_kwargs,
-        teacher_chat_template_kwargs,
-        teacher_system_prompt,
-        special_token_map,
-        split_special_tokens,
-        chat_template_date,
-    )
+        chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map,
+        split_special_tokens, chat_template_date,
+    )  # fmt: skip
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
     fitting: dict[str, Any] = {

@@ -69,13 +69,9 @@ def diagnose(
     from oprd.tools.diagnose import diagnose_pair
 
     text = prompt_settings(
-        chat_template_kwargs,
-        teacher_chat_template_kwargs,
-        teacher_system_prompt,
-        special_token_map,
-        split_special_tokens,
-        chat_template_date,
-    )
+        chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map,
+        split_special_tokens, chat_template_date,
+    )  # fmt: skip
     for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
