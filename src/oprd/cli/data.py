@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from oprd.data.rows import Reading
     from oprd.tools.check_data import DatasetSettings
 
+_Threshold = Annotated[
+    float,
+    typer.Option(help="Least similarity of a match, above 0, at most 1; at 0.5, half of the shorter text must match."),
+]
 app = typer.Typer(help="Check prompt sets.", no_args_is_help=True)
 
 
@@ -59,12 +63,7 @@ def check(
     chat_template_kwargs: Template = None,
     chat_template_date: TemplateDate = None,
     split_special_tokens: SplitSpecial = True,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            help="Least similarity of a match, above 0, at most 1; at 0.5, half of the shorter text must match."
-        ),
-    ] = 0.5,
+    threshold: _Threshold = 0.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write counts and all pairs here.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
     fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,
@@ -83,10 +82,13 @@ def check(
     read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
     text = prompt_settings(chat_template_kwargs, None, None, None, split_special_tokens, chat_template_date)
     if train is not None and test is not None:
-        if model or config or task or answer_format or chat_template_kwargs:
-            raise ValueError(
-                "data check: --model, --config, --task, --answer-format and --chat-template-kwargs are for one dataset; give one"
-            )
+        _refuse_for_two(
+            model=model,
+            config=config,
+            task=task,
+            answer_format=answer_format,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         overlap = _overlap(train, test, (train_split, test_split), (train_limit, test_limit), seed, threshold, read)
         _report_overlap(overlap, train, test, show, json_file)
         if fail and overlap.overlapping:
@@ -103,11 +105,13 @@ def check(
         from oprd.tools.check_data import DatasetSettings
 
         grading = get_task(task) if task else None
-        _check_one(
-            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text),
-            model,
-            trust=False,
-        )
+        settings = DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text)
+        _check_one(settings, model, trust=False)
+
+
+def _refuse_for_two(**options: Any) -> None:
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        raise ValueError(f"data check: {', '.join(given)}: these are for one dataset; leave the benchmark out")
 
 
 def _check_recipe(
