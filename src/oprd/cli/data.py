@@ -13,9 +13,7 @@ from oprd.cli.options import (
     DatasetConfig,
     MergeSystem,
     PromptColumn,
-    SplitSpecial,
     Template,
-    TemplateDate,
     prompt_settings,
     reading,
 )
@@ -61,8 +59,6 @@ def check(
     dataset_config: DatasetConfig = None,
     merge_system_prompt: MergeSystem = False,
     chat_template_kwargs: Template = None,
-    chat_template_date: TemplateDate = None,
-    split_special_tokens: SplitSpecial = True,
     threshold: _Threshold = 0.5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write counts and all pairs here.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
@@ -80,7 +76,7 @@ def check(
 
     quiet_libraries()
     read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
-    text = prompt_settings(chat_template_kwargs, None, None, None, split_special_tokens, chat_template_date)
+    text = prompt_settings(chat_template_kwargs, None, None, None, True)
     if train is not None and test is not None:
         _refuse_for_two(
             model=model,
@@ -131,11 +127,9 @@ def _check_recipe(
         name: getattr(read, name)
         for name in ("prompt_column", "answer_column", "dataset_config", "merge_system_prompt")
     }
-    rendering = {"chat_template_kwargs": text.chat_template_kwargs, "chat_template_date": text.chat_template_date}
+    rendering = {"chat_template_kwargs": text.chat_template_kwargs}
     given = {"model": model, "task": task, "answer_format": answer_format, **columns, **rendering}
     overrides = {key: value for key, value in given.items() if value}
-    if not text.split_special_tokens:
-        overrides["split_special_tokens"] = False
     run = RunConfig.load_on_cpu(config, overrides)
     kinds = ["train"] if dataset is not None or not run.eval_dataset else ["train", "eval"]
     for kind in kinds:
