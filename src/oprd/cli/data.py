@@ -100,8 +100,9 @@ def check(
         from oprd.tasks.task import get_task
         from oprd.tools.check_data import DatasetSettings
 
-        grading = get_task(task) if task else None
-        settings = DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text)
+        settings = DatasetSettings(
+            train, train_split, train_limit, seed, read, task and get_task(task), answer_format, rendering=text
+        )
         _check_one(settings, model, trust=False)
 
 
