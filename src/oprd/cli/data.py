@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from oprd.data.rows import Reading
     from oprd.tools.check_data import DatasetSettings
 
+_Limit = Annotated[int | None, typer.Option(help="Use the first rows only; of a generated task, how many.")]
 _Threshold = Annotated[
     float,
     typer.Option(help="Least similarity of a match, above 0, at most 1; at 0.5, half of the shorter text must match."),
@@ -65,9 +66,7 @@ def check(
     fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,
     train_split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     test_split: Annotated[str, typer.Option(help="The same for the benchmark.")] = "test",
-    train_limit: Annotated[
-        int | None, typer.Option(help="Use the first rows only; of a generated task, how many.")
-    ] = None,
+    train_limit: _Limit = None,
     test_limit: Annotated[int | None, typer.Option(help="The same for the benchmark.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of generated problems.")] = 0,
 ) -> None:
@@ -100,10 +99,10 @@ def check(
         from oprd.tasks.task import get_task
         from oprd.tools.check_data import DatasetSettings
 
-        settings = DatasetSettings(
-            train, train_split, train_limit, seed, read, task and get_task(task), answer_format, rendering=text
-        )
-        _check_one(settings, model, trust=False)
+        grading = get_task(task) if task else None
+        _check_one(
+            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text), model, trust=False
+        )  # fmt: skip
 
 
 def _refuse_for_two(**options: Any) -> None:
