@@ -26,6 +26,10 @@ from oprd.cli.options import (
 from oprd.files import write_json, write_text
 from oprd.sanitize import redacted, redacted_text
 
+_Task = Annotated[
+    str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
+]
+
 
 def diagnose(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
@@ -33,9 +37,7 @@ def diagnose(
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     limit: Annotated[int, typer.Option(min=1, help="Prompts to use, one rollout each.")] = 64,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
-    task: Annotated[
-        str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
-    ] = None,
+    task: _Task = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw CKA and the curve over positions here (PNG).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Write the recipe fragment here (YAML).")] = None,
