@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,41 @@ def run_comparison(
     return [_record(run, known.get(run.seed, {})) for run in runs]
 
 
+def tune_inside(
+    run: Callable[[Mapping[str, Sequence[float]]], list[Record]],
+    names: Collection[str],
+    ladder: Sequence[float],
+    start: Sequence[float],
+) -> list[Record]:
+    """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side.
+
+    Args:
+        run: makes what is missing of objective → rates, on one seed, and returns its records.
+        names: the objectives.
+        ladder: all rates that may be tried, rising. At its ends the best rate may stay at an edge.
+        start: rates of the ladder that every objective tries.
+    """
+    tried = {name: sorted(start) for name in names}
+    while True:
+        records = run(tried)
+        wider = {name: _beyond(best_rate(records, name), rates, ladder) for name, rates in tried.items()}
+        if not any(wider.values()):
+            return records
+        tried = {name: sorted({*rates, *wider[name]}) for name, rates in tried.items()}
+
+
+def at_edge(records: Sequence[Record], name: str) -> bool:
+    """Whether an objective's best rate is the lowest or the highest of those tried."""
+    rates = sorted({r["learning_rate"] for r in of(records, name)})
+    return best_rate(records, name) in (rates[0], rates[-1])
+
+
+def _beyond(best: float, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
+    """The next rate of the ladder, where the best is at an edge of those tried."""
+    lower, higher = ([r for r in ladder if r < rates[0]], [r for r in ladder if r > rates[-1]])
+    return [*(lower[-1:] if best == rates[0] else []), *(higher[:1] if best == rates[-1] else [])]
+
+
 def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:
     """The tuning runs in the committed result of the claim in `folder`.
 
@@ -119,6 +154,7 @@ def _record(run: Run, of_seed: Mapping[str, float]) -> Record:
         "final": _round(result.final.avg),
         "best": _round(result.best),
         "points": [[point.step, _round(point.avg)] for point in result.points],
+        "seconds_at": [[_round(point.seconds), _round(point.avg)] for point in result.points],
         "cosine": [_round(cosines[0]), _round(cosines[-1])] if cosines else None,
         "length": _round(after["mean_length"]),
         "dist_4": _round(after["dist_4"]),
