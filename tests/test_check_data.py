@@ -114,7 +114,7 @@ def test_the_command_reads_with_a_recipes_settings(oprd, tmp_path):
     ("words", "message"),
     [
         ((), "no dataset; name a file"),
-        (("p.jsonl", "--fail"), "--json and --fail are for two datasets"),
+        (("p.jsonl", "--fail"), "--fail is for two datasets"),
         (("p.jsonl", "q.jsonl", "--model", "m"), "are for one dataset"),
         (("generated:addition",), "say how many problems with --train-limit"),
         (("no.jsonl",), "no such file"),

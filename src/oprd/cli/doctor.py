@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from oprd.files import write_json
-from oprd.sanitize import redacted
+from oprd.cli.options import JsonFile, check_json, write_report
 
 
 def doctor(
@@ -36,13 +34,14 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure operations and bandwidth on this machine.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compute memory of each device and time of a step, without loading a model. Set any key of the recipe with --key value."""
     from oprd.cli.console import quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
 
-    _check(dtype, device_tflops, device_bandwidth, measure, json_file)
+    _check(dtype, device_tflops, device_bandwidth, measure)
+    check_json(json_file)
     quiet_libraries()
     import torch
 
@@ -65,14 +64,10 @@ def doctor(
     found = examine(work, device)
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
-    if json_file is not None:
-        write_json(json_file, redacted(found, by_name=False))
-        say(f"written to {json_file}")
+    write_report(json_file, found)
 
 
-def _check(
-    dtype: str | None, tflops: float | None, bandwidth: float | None, measure: bool, json_file: Path | None
-) -> None:
+def _check(dtype: str | None, tflops: float | None, bandwidth: float | None, measure: bool) -> None:
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype: {dtype!r} is not one of float32, bfloat16")
     for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
@@ -82,5 +77,3 @@ def _check(
         raise ValueError(
             "--measure: it finds out what --device-tflops and --device-bandwidth say; give one or the other"
         )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")
