@@ -21,7 +21,7 @@ from oprd.tools.keys import OF_TRAINER, Key
 ROOT = Path(__file__).parent.parent
 HEAD = """# Configuration
 
-`scripts/write_configuration_doc.py` writes this page from the settings' help texts.
+`oprd keys WORD` finds keys; editors read `recipes/schema.json`.
 
 A recipe is one flat YAML file. `--key value` on the command line overrides a key; an unknown key is refused with the nearest
 known one. Keys are those of the tables below and all arguments of transformers'

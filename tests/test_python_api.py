@@ -42,9 +42,9 @@ def test_a_model_and_a_task_may_be_objects():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.train()
     task = Task("always", "", lambda: FunctionGrader(lambda response, answer: True))
-    rows = [{"prompt": "a b", "answer": "c"}]
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "c"}]
     found = oprd.evaluate(model, rows, task, k=3, max_completion_length=4, processing_class=tokenizer, limit=1)
-    assert (found["avg_at_k"], found["k"], found["task"]) == (1.0, 3, "always")
+    assert (found["avg_at_k"], found["k"], found["problems"], found["task"]) == (1.0, 3, 1, "always")
     assert model.training
     with pytest.raises(ValueError, match="processing_class: the model was not loaded by name"):
         oprd.evaluate(model, rows, task)

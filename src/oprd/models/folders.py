@@ -1,0 +1,67 @@
+"""Folders of models: which one was meant, and what is missing or cut off in one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from oprd.data.hub import why_no_hub
+
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "*.gguf")
+
+
+def nearest_folder(name: str) -> str | None:
+    """The folder whose path is most like that of one that does not exist, part by part; None if no part is alike."""
+    path = Path(name).expanduser()
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if (found / part).is_dir():
+            found = found / part
+            continue
+        beside = [entry.name for entry in found.iterdir() if entry.is_dir()]
+        if not (alike := difflib.get_close_matches(part, beside, n=1)):
+            return None
+        found = found / alike[0]
+    return str(found)
+
+
+def nearest_hint(name: str) -> str:
+    """`nearest_folder` in brackets, for a message; empty without one."""
+    return "" if (near := nearest_folder(name)) is None else f" (the nearest is {near!r})"
+
+
+def no_such_model(name: str) -> str:
+    """What to say of a name that is no folder where the hub is not reachable: the end of a sentence."""
+    return (
+        f"it is neither a folder{nearest_hint(name)} nor wholly in the cache, and {why_no_hub()}; give a folder with config.json, "
+        "or try again with a connection"
+    )
+
+
+def check_model_folder(name: str, folder: Path) -> None:
+    """Refuse a folder without a model, or whose weights are cut off. Reads the headers of its safetensors alone.
+
+    Raises:
+        ValueError: names the folder below it that was meant, or the file.
+    """
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")) and not any(
+        folder.glob("*.gguf")
+    ):
+        inner = sorted(str(file.parent) for file in folder.glob("*/config.json"))
+        hint = f"did you mean {inner[0]!r}?" if inner else "give the folder that save_pretrained wrote"
+        raise ValueError(f"model: the folder {name!r} has no config.json; {hint}")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"model: {file} is cut off or damaged ({file.stat().st_size} bytes; {error}); copy it again"
+            ) from None
+
+
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds no file of a tokenizer."""
+    return not any(next(folder.glob(pattern), None) for pattern in _OF_TOKENIZERS)
