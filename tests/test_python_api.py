@@ -11,7 +11,6 @@ import yaml
 
 import oprd
 from oprd.tasks.task import FunctionGrader, Task
-from oprd.tools.evaluate import evaluate_checkpoint
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": "11111+22222=", "answer": "33333"}, {"prompt": "12345+54321=", "answer": "66666"}]
@@ -39,7 +38,7 @@ def test_rows_and_a_file_with_the_same_rows_measure_the_same(tmp_path):
 
 
 def test_a_model_and_a_task_may_be_objects():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, tokenizer = tiny_model(attention_dropout=0.9), tiny_tokenizer()
     model.train()
     task = Task("always", "", lambda: FunctionGrader(lambda response, answer: True))
     rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "c"}]
@@ -49,7 +48,7 @@ def test_a_model_and_a_task_may_be_objects():
     with pytest.raises(ValueError, match="processing_class: the model was not loaded by name"):
         oprd.evaluate(model, rows, task)
     with pytest.raises(ValueError, match="k: 0 is not allowed; at least 1"):
-        evaluate_checkpoint(model, rows, task=task, k=0, sampling=oprd.Sampling(4))
+        oprd.evaluate(model, rows, task, k=0)
 
 
 def test_a_run_is_loaded_and_its_folder_left_as_it_is(tmp_path, caplog):

@@ -67,8 +67,17 @@ def evaluate(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
     sampling = Sampling(max_completion_length, temperature, top_p)
-    return evaluate_checkpoint(model, dataset, task=task, k=k, sampling=sampling, **options)
+    trained = None if isinstance(model, str) or not model.training else model
+    try:
+        if trained is not None:
+            trained.eval()
+        return evaluate_checkpoint(model, dataset, task=task, k=k, sampling=sampling, **options)
+    finally:
+        if trained is not None:
+            trained.train()
 
 
 def evaluate_checkpoint(
@@ -122,12 +131,9 @@ def evaluate_checkpoint(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
     grading = get_task(task) if isinstance(task, str) else check_task(task)
-    reading = replace(reading or Reading(), graded=True, answers_needed=True)
     name = dataset if isinstance(dataset, str) else "dataset"
-    rows = _rows(dataset, split, limit, seed, reading)
+    rows = _rows(dataset, split, limit, seed, reading or Reading())
     rows = read_answers(rows, grading, answer_format, name)
     rows, instructed = _instructed(grading, rows, name) if instruction else (rows, 0)
     loaded = _loaded(model, processing_class, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -139,8 +145,7 @@ def evaluate_checkpoint(
         chat_template_kwargs=rendering.student_kwargs(loaded.tokenizer),
     )  # fmt: skip
     check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, loaded.info.name)
-    stops = loaded.info.stop_token_ids
-    sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
+    sampler = make_engine(engine, loaded.tokenizer, loaded.info.stop_token_ids, batch_size=batch_size)
     if isinstance(sampler, TransformersEngine):
         check_decoding(probe_decoding(loaded.model))
         sampler.on_batch = on_batch
@@ -169,6 +174,7 @@ def evaluate_checkpoint(
 def _rows(
     dataset: str | Iterable[Any], split: str, limit: int | None, seed: int, reading: Reading
 ) -> Sequence[PromptRow]:
+    reading = replace(reading, graded=True, answers_needed=True)
     if isinstance(dataset, str):
         return load_rows(dataset, split, limit, seed, reading)
     return as_prompt_rows(dataset, "dataset", reading)[:limit]
