@@ -495,7 +495,7 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, 
     try:
         dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class
-        if offline:
+        if offline and isinstance(error, OSError):  # no connection, no file
             raise ValueError(
                 f"{name!r}: this dataset is not in the cache, and {why_no_hub()}; give a path that ends in "
                 f"{', '.join(_FILE_KINDS)}, or try again with a connection"

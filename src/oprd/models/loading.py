@@ -213,7 +213,7 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
                     f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
                     "another shape: copy the whole folder again"
                 )
-            elif not local and not hub_answers():
+            elif not local and isinstance(error, OSError) and not hub_answers():
                 reason = no_such_model(name)
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
@@ -278,7 +278,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             raise ValueError(
                 f"tokenizer: the folder {name!r} has none (no tokenizer.json); copy the tokenizer's files of its model into it"
             ) from None
-        if not folder.is_dir() and not hub_answers():
+        if not folder.is_dir() and isinstance(error, OSError) and not hub_answers():
             reason = no_such_model(name)
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
 
