@@ -1,4 +1,4 @@
-"""Run by test_nodes.py on each of two nodes, by a `torchrun` of its own: DDP, FSDP2, then the command line, which trains without end.
+"""Run by test_nodes.py on each of two nodes, by a `torchrun` of its own: DDP, FSDP2, then the command line, which trains on and on.
 
 torchrun --nnodes 2 --node-rank R --nproc-per-node 1 --master-addr 127.0.0.1 --master-port P nodes_script.py FOLDER
 """
