@@ -1,5 +1,5 @@
-"""Recipes for clusters, as far as one machine can try them: scripts run with stand-ins for a cluster's commands, manifests agree with
-themselves, and every `oprd` command passes a dry run."""
+"""Recipes for clusters, as far as one machine can try them: scripts run with stand-ins for a cluster's commands, manifests agree
+with themselves, and every `oprd` command passes a dry run."""
 
 from __future__ import annotations
 

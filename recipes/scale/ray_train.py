@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 
-def train(settings: dict[str, Any]) -> None:
-    """The loop of one worker. Ray has set RANK, WORLD_SIZE and the address of the first, and made the process group."""
-    import ray.train
-
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """The loop of one worker; returns the run's summary. Ray has set RANK and WORLD_SIZE and made the process group."""
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig
     from oprd.training.run import train_and_evaluate
@@ -25,12 +23,11 @@ def train(settings: dict[str, Any]) -> None:
     quiet_libraries()
     run = RunConfig.load(settings["config"], settings["overrides"])
     with live_progress() as callback:
-        summary = train_and_evaluate(run, say=say, callbacks=[callback], resume_from_checkpoint="auto")
-    ray.train.report({"steps": summary["steps"], "gap_closed": summary["gap_closed"]})
+        return train_and_evaluate(run, say=say, callbacks=[callback], resume_from_checkpoint="auto")
 
 
 def main(words: list[str] | None = None) -> Any:
-    """Start the workers and wait for them; returns Ray's result, whose `metrics` are those that `train` reports."""
+    """Start the workers and wait for them; returns Ray's result, whose `return_value` is the summary."""
     parser = argparse.ArgumentParser(description="`oprd train` on a Ray cluster (RAY_ADDRESS; none: this machine).")
     parser.add_argument("--workers", type=int, required=True, help="Processes of the run; with --gpu, one GPU each.")
     parser.add_argument("--gpu", action="store_true", help="Give each worker a GPU (NCCL); else a CPU (gloo).")
