@@ -682,6 +682,17 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a resumed run forgets that it has rung", "                self._judge()", "                pass",
          "test_alarm.py::test_a_resumed_run_is_quiet_as_long_as_the_uninterrupted_one"),
     ],
+    "training/processes.py": [
+        ("two processes that never joined train on", "launched > 1 and accelerator.num_processes == 1",
+         "launched > 2 and accelerator.num_processes == 1",
+         "test_nodes.py::test_processes_that_do_not_work_together_are_refused"),
+        ("every error of torch is a lost process", "isinstance(error, dist.DistError) or", "isinstance(error, RuntimeError) or",
+         "test_nodes.py::test_other_errors_of_torch_are_no_lost_process"),
+        ("a disk of one's own is not noticed", "0 if found == written else dist.get_rank() + 1", "0 if found else dist.get_rank() + 1",
+         "test_nodes.py::test_nodes_that_do_not_share_the_folder_are_told_so"),
+        ("a lost process is a bug", "or bool(_OF_GLOO.match(str(error)))", "",
+         "test_nodes.py::test_a_node_that_is_lost_ends_the_other_with_one_sentence"),
+    ],
     "training/parallel.py": [
         ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",
          "test_fsdp.py::test_a_rank_repeats_one_rollout_until_it_has_as_many_micro_batches_as_any"),

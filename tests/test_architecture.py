@@ -80,6 +80,7 @@ FOREIGN = {
     ("bridge/statistics.py", "_add_sample"): "merge, of the same class",
     ("bridge/statistics.py", "_keys_K"): "from_state, of the same class",
     ("bridge/statistics.py", "_shift"): "merge, of the same class",
+    ("models/loading.py", "_hf_deepspeed_config_weak_ref"): "transformers has a setter of it and no getter",
     ("models/lm_head/gradients.py", "_oprd_densified"): "our mark on a parameter of torch",
     ("rollouts/transformers_continuous.py", "_attn_implementation"): "transformers has no other name for it",
     ("rollouts/vllm/weights.py", "_non_persistent_buffers_set"): "torch has no public list of them",

@@ -335,6 +335,10 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(
                 "ddp_find_unused_parameters: must be False; what the loss does not reach is frozen already"
             )
+        if self.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node: must be False; one process writes output_dir, which all machines share"
+            )
         if self.fp16:
             raise ValueError(
                 "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"
