@@ -11,12 +11,58 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from oprd.models.architecture import causal_lm
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.transformers_engine import left_padded
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # the second is Mamba's
+
+_ROOM = 64  # tokens by which keys and values grow at once
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values in memory that has room for tokens to come, so that a token is written and nothing else is copied.
+
+    Args:
+        layer: a filled layer, whose keys and values it takes over.
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._show(layer.keys, layer.values, len(layer.keys), layer.keys.shape[-2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[rows, heads, new, dim]`, and return all."""
+        before, rows = self.keys.shape[-2], len(key_states)
+        after = before + key_states.shape[-2]
+        if after > self._all_keys.shape[-2]:
+            self._all_keys, self._all_values = (
+                torch.cat([old, old.new_empty(*old.shape[:2], after - before + _ROOM, old.shape[3])], dim=-2)
+                for old in (self.keys, self.values)
+            )
+        self._all_keys[:rows, :, before:after] = key_states
+        self._all_values[:rows, :, before:after] = value_states
+        self._show(self._all_keys, self._all_values, rows, after)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows become these of the present ones; where they are fewer, only those that change their place are copied."""
+        rows, length = len(beam_idx), self.keys.shape[-2]
+        if rows > len(self._all_keys):
+            self._show(self.keys[beam_idx], self.values[beam_idx], rows, length)
+            return
+        moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero()[:, 0]
+        for kept in (self._all_keys, self._all_values):
+            if len(moved):
+                kept[moved, :, :length] = kept[beam_idx[moved], :, :length]
+        self._show(self._all_keys, self._all_values, rows, length)
+
+    def _show(self, keys: Tensor, values: Tensor, rows: int, length: int) -> None:
+        self._all_keys, self._all_values = keys, values
+        self.keys, self.values = keys[:rows, :, :length], values[:rows, :, :length]
 
 
 class CachedRows:
@@ -41,6 +87,9 @@ class CachedRows:
         self._lengths = self._mask.sum(-1, keepdim=True)
         self._padded = min(map(len, prompts)) < input_ids.shape[1]
         self.logits_BV = self._forward(input_ids, (self._mask.cumsum(-1) - 1).clamp(min=0))
+        for place, layer in enumerate(self._cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                self._cache.layers[place] = RoomyLayer(layer)
         if self._cache_argument != _CACHE_ARGUMENTS[0]:
             self._padded = False  # a recurrent state holds no padding, which the mask would hide
 

@@ -42,9 +42,7 @@ from oprd.states.layouts import Probe, rounding
 
 logger = logging.getLogger("oprd")
 
-_LEAVE_SHARE = (
-    0.25  # ended rows leave the batch once they are this share of it: leaving copies the cache of those that stay
-)
+_LEAVE_SHARE = 1 / 8  # ended rows leave the batch once they are this share of it; leaving copies a part of the cache
 _LOOK_EVERY = {"cpu": 1}  # steps between two looks at which rows have ended; a look makes another device wait
 _LOOK_EVERY_ELSEWHERE = 8
 
@@ -174,7 +172,7 @@ def complete_rows(
             live.ended_B |= torch.isin(tokens_B, stops) | (live.limit_B <= step + 1)
             if (step + 1) % look_every == 0:
                 _check_sound(sound_B)
-                staying = (~live.ended_B).nonzero()[:, 0]
+                staying = _staying(live.ended_B)
                 if not len(staying):
                     break
                 if len(staying) <= (1 - _LEAVE_SHARE) * len(tokens_B):
@@ -184,6 +182,15 @@ def complete_rows(
                 cached.append(tokens_B)
     _check_sound(sound_B)
     return written.completions([row.limit for row in rows], stop_token_ids)
+
+
+def _staying(ended_B: Tensor) -> Tensor:
+    """Places of the rows that have not ended. The last ones take the places of ended ones, so that few change theirs."""
+    staying = (~ended_B).nonzero()[:, 0]
+    count = len(staying)
+    places = torch.arange(count, device=ended_B.device)
+    places[ended_B[:count]] = staying[staying >= count]
+    return places
 
 
 def _log_probs(logits_BV: Tensor, tokens_B: Tensor) -> Tensor:

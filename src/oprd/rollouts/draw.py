@@ -83,12 +83,14 @@ def draw_tokens(logits_BV: Float[Tensor, "B V"], sampling: Sampling, seeds_B: In
 def inverse_cdf(weights_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The first place up to which a row's weights sum to more than the share u of them all; never one of weight 0.
 
-    Two levels, in float64: blocks of tokens first, then the tokens of one block. That reads each weight once.
+    A large vocabulary is summed in two levels: blocks of tokens first, then the tokens of one block. That reads each weight once.
 
     Args:
         weights_BV: float32, not negative, each row with a positive sum; otherwise the row's place means nothing.
         u_B: float64, in [0, 1).
     """
+    if weights_BV.shape[1] <= _BLOCK:
+        return _passed(weights_BV.double().cumsum(-1), u_B[:, None])[0][:, 0]
     blocks_BKb = F.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
     upto_BK = blocks_BKb.sum(-1).double().cumsum(-1)
     block_B1, left_B1 = _passed(upto_BK, u_B[:, None])
