@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +23,7 @@ from oprd.rollouts.engine import EngineAbilities, Sampling
 from oprd.rollouts.engines import ENGINES, make_engine, probe_engine
 from oprd.rollouts.parity import log_prob_gap
 from oprd.rollouts.transformers_engine import TransformersEngine
+from test_architecture import ROOT
 from tiny import FAMILIES, UNUSUAL_FAMILIES, shaken, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
 STOPS = [2, *range(10, 22)]  # many, so that short completions end by themselves
@@ -398,3 +401,24 @@ def test_a_frozen_head_reads_no_slice():
         handle.remove()
     assert contiguous == [True]
     assert not head._forward_pre_hooks
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("rollout_gpu", ROOT / "benchmarks" / "rollout_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "rollout_gpu", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    module.main(["--quick", "--json", str(tmp_path / "rows.json")])
+    report = json.loads((tmp_path / "rows.json").read_text())
+    rows = {(row["ends"], row["name"]): row for row in report["rows"]}
+    assert rows.keys() == {(e, n) for e in ("full", "drawn") for n in ("generate", "decode", "continuous")}
+    for (ends, _), row in rows.items():
+        assert "failed" not in row, row
+        assert (row["written"] > 100) == (ends == "full")
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert all(
+        "no time left" in row["failed"] for row in module.run(module.QUICK_CASES, "cpu", 0.0, quick=True)["rows"]
+    )
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        module.main([])

@@ -29,10 +29,18 @@ class RoomyLayer(DynamicLayer):
         layer: a filled layer, whose keys and values it takes over.
     """
 
+    keys: Tensor
+    values: Tensor
+    _all_keys: Tensor
+    _all_values: Tensor
+
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._show(layer.keys, layer.values, len(layer.keys), layer.keys.shape[-2])
+        keys, values = layer.keys, layer.values
+        assert keys is not None, "the layer is filled"
+        assert values is not None, "the layer is filled"
+        self._show(keys, values, len(keys), keys.shape[-2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values `[rows, heads, new, dim]`, and return all."""

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from oprd.rollouts.decode import DecodeEngine, complete_rows, to_rows
 from oprd.rollouts.engine import Sampling, repeat_prompts
 from oprd.rollouts.weights_copy import WeightsCopies
 from oprd.tasks.problems import load_rows
-from oprd.tools.bench.common import describe_machine, machine_line
+from oprd.tools.bench.common import byte_tokenizer, describe_machine, machine_line
 from oprd.tools.bench.rollout import SEED, by_generate
 from oprd.tools.bench.update import SHAPES
 
@@ -87,7 +86,7 @@ def bench_decode(
 
     Args:
         cases: what is measured.
-        rounds: of each.
+        rounds: of each; nothing is run before the first, whose time counts only where it is the shortest.
         threads: CPU threads; with more than one, the time is wall-clock seconds.
         most: the longest completion.
         say: called with progress lines.
@@ -105,26 +104,25 @@ def bench_decode(
 
 
 def _measure(case: Case, rounds: int, most: int, clock: Callable[[], float]) -> dict[str, Any]:
-    model, prompts, stops, vocab_size = _build(case)
+    model, prompts, engine = _build(case)
     repeated, _ = repeat_prompts(prompts, case.generations, None)
     lengths = given_lengths(len(repeated), most)
     wanted = to_rows(repeated, most, SEED)
     copies = None if case.weights_dtype is None else WeightsCopies(case.weights_dtype)
-    own: dict[str, Any] = {"pad_token_id": 0, "vocab_size": vocab_size}
+    own: dict[str, Any] = {"pad_token_id": engine.pad_token_id, "vocab_size": engine.vocab_size}
     if case.drawn:
-        found = complete_rows(model, to_rows(repeated, DEMO_LENGTH, SEED), Sampling(DEMO_LENGTH), stops, **own)
+        found = complete_rows(
+            model, to_rows(repeated, DEMO_LENGTH, SEED), Sampling(DEMO_LENGTH), engine.stop_token_ids, **own
+        )
         lengths = [len(one.ids) for one in found]
     wanted = [replace(row, limit=limit) for row, limit in zip(wanted, lengths, strict=True)]
-    reference = SimpleNamespace(pad_token_id=0)
     ways: dict[str, Callable[[], Any]] = {
-        "generate": lambda: by_generate(reference, model, repeated, lengths),
+        "generate": lambda: by_generate(engine, model, repeated, lengths),
         "decode": lambda: complete_rows(
             model if copies is None else copies.current(model), wanted, Sampling(max(lengths)), [], **own
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():  # warm up
-        way()
     for number in range(rounds):
         for name in ways if number % 2 == 0 else reversed(ways):
             seconds[name].append(_timed(ways[name], clock))
@@ -143,8 +141,8 @@ def _timed(way: Callable[[], Any], clock: Callable[[], float]) -> float:
     return round(clock() - start, 4)
 
 
-def _build(case: Case) -> tuple[nn.Module, list[list[int]], list[int], int]:
-    """Model, prompts, stop ids and vocabulary size."""
+def _build(case: Case) -> tuple[nn.Module, list[list[int]], DecodeEngine]:
+    """Model, prompts, and an engine for their tokens."""
     if case.shape in SHAPES:
         family, settings = SHAPES[case.shape]
         settings = {**settings, "num_hidden_layers": case.layers or settings["num_hidden_layers"]}
@@ -153,13 +151,12 @@ def _build(case: Case) -> tuple[nn.Module, list[list[int]], list[int], int]:
         generator = torch.Generator().manual_seed(SEED)
         sizes = torch.randint(8, 97, (case.prompts,), generator=generator).tolist()
         prompts = [torch.randint(3, 259, (n,), generator=generator).tolist() for n in sizes]
-        return model.eval(), prompts, [], settings["vocab_size"]
+        return model.eval(), prompts, DecodeEngine(byte_tokenizer(settings["vocab_size"]), [2])
     loaded = load(case.shape, dtype="float32")
     assert loaded.tokenizer is not None, "it was loaded with the model"
     problems = load_rows("generated:addition", "train", case.prompts, SEED)
     prompts = [render(row, loaded.tokenizer, None) for row in problems]
-    engine = DecodeEngine(loaded.tokenizer, loaded.info.stop_token_ids)
-    return loaded.model.eval(), prompts, engine.stop_token_ids, engine.vocab_size
+    return loaded.model.eval(), prompts, DecodeEngine(loaded.tokenizer, loaded.info.stop_token_ids)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
