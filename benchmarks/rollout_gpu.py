@@ -55,7 +55,8 @@ class Case:
     ends: str = "full"
 
 
-CASES = tuple(Case(rows, 256, dtype) for dtype in ("bfloat16", "float32") for rows in (64, 512)) + (
+CASES = (
+    *(Case(rows, 256, dtype) for dtype in ("bfloat16", "float32") for rows in (64, 512)),
     Case(512, 256, "bfloat16", "drawn"),
 )
 QUICK_CASES = (Case(16, 8, "float32"), Case(16, 8, "float32", "drawn"))
