@@ -478,6 +478,29 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("logits alone are those of the next token", "output.logits[0, len(text) - 1 : -1]", "output.logits[0, len(text) :]",
          "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
     ],
+    "rollouts/draw.py": [
+        ("a token of weight 0 at the end", "torch.nextafter(total_B1, torch.zeros_like(total_B1))", "total_B1 + 1",
+         "test_decode.py::test_the_inverse_of_the_distribution_function"),
+        ("a nucleus without the token that crosses top_p", "todo = todo[above_B >= top_p]", "todo = todo[above_B >= 0.9 * top_p]",
+         "test_decode.py::test_draws_follow_the_exact_distribution"),
+    ],
+    "rollouts/cached_rows.py": [
+        ("rows that leave keep their cache", "kept[moved, :, :length] = kept[beam_idx[moved], :, :length]", "pass",
+         "test_decode.py::test_greedy_equals_generate_in_every_family"),
+        ("positions count padding", "(self._mask.cumsum(-1) - 1).clamp(min=0)", "torch.arange(input_ids.shape[1])[None]",
+         "test_decode.py::test_greedy_equals_generate_in_every_family"),
+    ],
+    "rollouts/decode.py": [
+        ("all generations of a prompt draw alike", "derive_seed(seed, before[prompt], *prompt)", "derive_seed(seed, *prompt)",
+         "test_decode.py::test_equal_prompts_are_read_once_and_get_completions_of_their_own"),
+        ("log-probabilities after the vocabulary is cut", "_log_probs(cached.logits_BV, tokens_B)",
+         "_log_probs(cached.logits_BV[:, :vocab_size], tokens_B)",
+         "test_decode.py::test_log_probs_are_those_of_a_full_forward"),
+    ],
+    "rollouts/weights_copy.py": [
+        ("the copy keeps its first weights", "copied[name].copy_(live)", "pass",
+         "test_decode.py::test_weights_that_change_change_rollouts"),
+    ],
     "rollouts/transformers_engine.py": [
         ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
          "test_memory.py::test_halved_generation_gives_the_same_tokens"),

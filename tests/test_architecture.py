@@ -82,6 +82,7 @@ FOREIGN = {
     ("bridge/statistics.py", "_shift"): "merge, of the same class",
     ("models/loading.py", "_hf_deepspeed_config_weak_ref"): "transformers has a setter of it and no getter",
     ("models/lm_head/gradients.py", "_oprd_densified"): "our mark on a parameter of torch",
+    ("rollouts/cached_rows.py", "_supports_default_dynamic_cache"): "transformers has no public name for it",
     ("rollouts/transformers_continuous.py", "_attn_implementation"): "transformers has no other name for it",
     ("rollouts/vllm/weights.py", "_non_persistent_buffers_set"): "torch has no public list of them",
     ("states/capture.py", "_oprd_state_forward"): "our mark on a forward function",

@@ -245,7 +245,7 @@ def test_engines_by_name():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("transformer", {}, "'transformer' is not one of transformers, .*Did you mean 'transformers'"),
+        ("transformer", {}, "'transformer' is not one of decode, transformers, .*Did you mean 'transformers'"),
         ("transformers", {"depth": 2}, r"'transformers' cannot be called with .*'depth'; .*rollout_engine_kwargs"),
         ("HERE:UsersEngine", {"width": 2}, "UsersEngine' cannot be called with .*'width'"),
         ("HERE:Unfinished", {}, "makes a Unfinished that lacks can, pad_token_id, stop_token_ids; an engine needs"),

@@ -139,7 +139,7 @@ class OPRDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
     rollout_engine: str = field(
-        default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
+        default="decode", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
     )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
@@ -516,7 +516,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
     if not engine_can:
         raise ValueError(
             f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which cannot sample in another thread during the "
-            "update (can.background of its class is False); set it to transformers or vllm_server, or overlap_rollouts to false"
+            "update (can.background of its class is False); set it to decode or vllm_server, or overlap_rollouts to false"
         )
 
 
