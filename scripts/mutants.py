@@ -478,6 +478,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("logits alone are those of the next token", "output.logits[0, len(text) - 1 : -1]", "output.logits[0, len(text) :]",
          "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
     ],
+    "models/lm_head/contiguous.py": [
+        ("the head gets the slice", "args[0].contiguous()", "args[0]",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+        ("the head keeps its hook", "handle.remove()", "pass",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+    ],
     "rollouts/transformers_engine.py": [
         ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
          "test_memory.py::test_halved_generation_gives_the_same_tokens"),
