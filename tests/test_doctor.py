@@ -52,20 +52,23 @@ def saved_by_autograd(model, ids, mask, bf16) -> int:
 
 
 @pytest.mark.parametrize(
-    ("padded", "bf16", "lora"),
-    [(False, False, None), (True, False, None), (False, True, None), (True, True, None),
-     (False, False, ("q_proj", "v_proj")), (True, False, ("o_proj", "up_proj", "down_proj"))],
+    ("padded", "bf16", "lora", "dtype"),
+    [(False, False, None, "float32"), (True, False, None, "float32"), (False, True, None, "float32"),
+     (True, True, None, "float32"), (False, False, ("q_proj", "v_proj"), "float32"),
+     (True, False, ("o_proj", "up_proj", "down_proj"), "float32"), (False, False, None, "bfloat16"),
+     (True, True, None, "bfloat16"), (False, False, ("o_proj", "up_proj", "down_proj"), "bfloat16"),
+     (True, True, ("q_proj", "v_proj"), "bfloat16")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_a_block_keeps_for_backward(family, padded, bf16, lora):
+def test_what_a_block_keeps_for_backward(family, padded, bf16, lora, dtype):
     """Exactly: the difference of five and four blocks, so that embedding and final norm do not count."""
     sizes = []
     ids = torch.randint(3, 64, (2, 8))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 1 - padded
     for layers in (4, 5):
-        model = tiny_model(family, num_hidden_layers=layers).train()
+        model = tiny_model(family, num_hidden_layers=layers, dtype=getattr(torch, dtype)).train()
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -73,7 +76,8 @@ def test_what_a_block_keeps_for_backward(family, padded, bf16, lora):
         sizes.append(saved_by_autograd(model, ids, mask, bf16))
     shape = shape_of(tiny_model(family).config)
     adapter = Lora(4, lora) if lora else None
-    a_token, copies = saved_bytes(work(student=shape, padded=padded, bf16=bf16, lora=adapter))
+    size = getattr(torch, dtype).itemsize
+    a_token, copies = saved_bytes(work(student=shape, padded=padded, bf16=bf16, lora=adapter, student_bytes=size))
     assert sizes[1] - sizes[0] == 16 * a_token + copies
 
 
@@ -186,6 +190,32 @@ def test_a_recipe_becomes_a_workload(tmp_path):
     assert found.layers == tuple(range(1, found.student.layers + 1))
     assert found.diagnostics
     assert found.output_space is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "student", "teacher"),
+    [({}, 4, 4), ({"model_init_kwargs": {"dtype": "bfloat16"}}, 2, 4),
+     ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, 4, 2), ({"model_init_kwargs": {"dtype": "auto"}}, 4, 4),
+     ({"model_init_kwargs": {"dtype": "bfloat16"}, "teacher_model": None, "lora": {"r": 4}}, 2, 2)],
+    ids=str,
+)  # fmt: skip
+def test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained(tmp_path, kwargs, student, teacher):
+    run = RunConfig.load("tiny", {"output_dir": str(tmp_path), **kwargs})
+    found = workload_of(run)
+    assert (found.student_bytes, found.teacher_bytes) == (student, teacher)
+    memory = predict_memory(found)
+    adapter = found.trainable if "lora" in kwargs else 0
+    assert memory.parts["student weights"] == student * found.student.parameters + 4 * adapter
+    assert memory.parts["gradients"] == (4 if adapter else student) * found.trainable
+    assert memory.parts["teacher weights"] == (0 if found.teacher is None else teacher * found.teacher.parameters)
+
+
+def test_other_arguments_of_from_pretrained_change_the_shape(tmp_path):
+    cut = {"num_hidden_layers": 2, "tie_word_embeddings": False, "dtype": "bfloat16"}
+    both = {"model_init_kwargs": cut, "teacher_model_init_kwargs": cut}
+    found = workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path), **both}))
+    for shape in (found.student, found.teacher):
+        assert (shape.layers, shape.tied) == (2, False)
 
 
 def test_other_blocks_are_refused():

@@ -29,7 +29,8 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
         "assumed": {
             "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts, "devices": work.devices,
             "sharding": work.sharding, "micro_batch_rollouts": work.rows, "micro_batches": work.micro_batches,
-            "compute": "bfloat16" if work.bf16 else "float32", "tflops": device.tflops, "bandwidth": device.bandwidth,
+            "compute": "bfloat16" if work.compute_bytes == 2 else "float32",
+            "student_bytes": work.student_bytes, "tflops": device.tflops, "bandwidth": device.bandwidth,
             "flops_share": device.flops_share, "bandwidth_share": device.bandwidth_share,
         },
     }  # fmt: skip
@@ -41,7 +42,7 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
     lines = [
         f"computed, not measured: {assumed['rollouts']} rollouts a step and device, prompts of {assumed['prompt']} and completions "
         f"of {assumed['completion']} tokens, {assumed['micro_batch_rollouts']} rollouts a micro-batch, {assumed['compute']}, "
-        f"{assumed['devices']} device(s), sharding {assumed['sharding']}",
+        f"student weights of {assumed['student_bytes']} bytes, {assumed['devices']} device(s), sharding {assumed['sharding']}",
         "",
         "memory of a device, by part (each at its largest)",
     ]
