@@ -177,7 +177,8 @@ def predicted(name: str) -> dict[str, float]:
     work = workload(name)
     memory, seconds = predict_memory(work), predict_seconds(work, Device(bandwidth=4800.0))
     held = sum(memory.parts[part] for part in ("student weights", "optimizer", "teacher weights"))
-    peak = max(memory.phases["teacher"], memory.phases["update"])
+    phases = ("rollout", "teacher", "update") if name in TIMED else ("teacher", "update")
+    peak = max(memory.phases[phase] for phase in phases)
     return {"held": held, "peak": peak, "milliseconds": 1000 * (seconds["teacher"] + seconds["update"])}
 
 
@@ -245,6 +246,23 @@ def make_trainer(
                 peft_config=lora, rollout_engine=engine)  # fmt: skip
 
 
+def estimated_and_timed(name: str) -> dict[str, Any]:
+    """Seconds of a step's phases: estimated from a probe of this machine, and measured on a trainer; in this process."""
+    from dataclasses import asdict
+
+    import torch
+
+    from oprd.tools.doctor.probe import probe_cpu
+    from oprd.tools.doctor.time import predict_seconds
+
+    torch.set_num_threads(1)
+    work = workload(name)
+    device = probe_cpu(work)
+    measured = measure(name)["seconds"]
+    estimated = {phase: round(seconds, 4) for phase, seconds in predict_seconds(work, device).items()}
+    return {"measured": measured, "estimated": estimated, "probe": asdict(device)}
+
+
 def measure(name: str) -> dict[str, Any]:
     """The same, measured on a trainer in this process."""
     import gc
@@ -300,21 +318,17 @@ def measure(name: str) -> dict[str, Any]:
         if timed:
             row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[-1])
             seen["seconds"] = {phase: round(row[f"time/{phase}"], 4) for phase in PHASES}
-            seen["tokens"] = row["tokens"]
     return seen
 
 
-def in_a_process(name: str) -> dict[str, int]:
-    """`measure` in a separate process that returns freed blocks to the system at once."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
-    command = [sys.executable, __file__, "--one", name]
+def in_a_process(name: str, *, timed: bool = False) -> dict[str, Any]:
+    """`measure` in a separate process that returns freed blocks to the system at once; or times, with memory as usual."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not timed:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, __file__, "--one", name, *(["--timed"] if timed else [])]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, int] = json.loads(output.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -322,9 +336,10 @@ def main() -> None:
     """Measure, or write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="measure this configuration in this process and print it")
+    parser.add_argument("--timed", action="store_true", help="measure only times; with --one, in this process")
     parser.add_argument("--only", help="measure configurations with this in their name, write nothing")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
+        "--jobs", type=int, default=2, help="processes that measure memory at a time; it does not change another's"
     )
     parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
     parser.add_argument(
@@ -332,32 +347,44 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one)))
+        print(json.dumps(estimated_and_timed(args.one) if args.timed else measure(args.one)))
         return
     if args.cuda:
         measure_on_gpu(args.only)
     elif not args.document:
-        measure_all(args.only, args.jobs)
+        measure_all(args.only, args.jobs, timed_only=args.timed)
     if not args.only:
         write_document()
 
 
-def measure_all(only: str | None, jobs: int) -> None:
-    """Measure every configuration, or those with `only` in their name; print both figures; save them if all were measured."""
+def measure_all(only: str | None, jobs: int, *, timed_only: bool) -> None:
+    """Measure every configuration, or those with `only` in their name; print both figures; save what was measured whole."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from oprd.files import write_json
     from oprd.tools.bench.update import machine
 
-    names = [name for name in CONFIGURATIONS if not only or only in name]
-    rows = []
-    for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
-        guess = predicted(name)
-        rows.append({"name": name, "measured": measured})
-        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
-        beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
-        print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
-        if not only:
-            RESULT.write_text(json.dumps({"rows": rows, "machine": machine(1)}, indent=1) + "\n")
+    result = json.loads(RESULT.read_text())
+    names = [name for name in CONFIGURATIONS | TIMED if not only or only in name]
+    if not timed_only:
+        rows = []
+        for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
+            guess = predicted(name)
+            rows.append({"name": name, "measured": {k: measured[k] for k in ("held", "peak")}})
+            shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
+            beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
+            print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
+        result["rows"] = rows
+    timed = []
+    for name in (name for name in names if name in TIMED):
+        found = in_a_process(name, timed=True)
+        timed.append({"name": name, **found})
+        phases = {p: (found["estimated"][p], found["measured"][p]) for p in PHASES}
+        sums = [sum(values) for values in zip(*phases.values(), strict=True)]
+        shown = [f"{p} {guess:.2f} / {seen:.2f} s" for p, (guess, seen) in (phases | {"step": sums}).items()]
+        print(name, *shown, f"of the measured {sums[0] / sums[1]:.2f}", sep=": ", flush=True)
+    if not only:
+        write_json(RESULT, {**result, "timed": timed, "machine": machine(1)})
 
 
 def measure_on_gpu(only: str | None) -> None:

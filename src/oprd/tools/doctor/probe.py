@@ -1,4 +1,4 @@
-"""Measure for two seconds what this machine's CPU does with pieces of a run: products of its sizes, memory, and a tiny model's steps."""
+"""Measure for two seconds what this machine's CPU does with pieces of a run: its products, memory, and steps of a tiny model."""
 
 from __future__ import annotations
 
