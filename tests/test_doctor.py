@@ -17,6 +17,7 @@ from oprd.run_config import RunConfig
 from oprd.tools.doctor.advice import advise
 from oprd.tools.doctor.document import MARGIN, errors, render
 from oprd.tools.doctor.memory import predict_memory, saved_bytes
+from oprd.tools.doctor.probe import probe_cpu
 from oprd.tools.doctor.shape import KNOWN, known_shape, shape_of
 from oprd.tools.doctor.time import Device, predict_seconds
 from oprd.tools.doctor.workload import Lora, Workload, workload_of
@@ -182,6 +183,72 @@ def test_time_in_closed_form():
     assert with_head["update"] - flops["update"] == pytest.approx(4 * 2 * 64 * 32 * 24 / 0.5e12)
 
 
+def test_what_a_cpu_adds_in_closed_form():
+    """Two batches of two rows; 6 tokens each; 3 layers; a block writes 10·32 + 6·(32 + 16) + 16 + 2·32 + 4·48 numbers a token."""
+    free = Device(1e30, 1e30, 1.0, 1.0)
+    asked = work(generation_batch=2)
+    assert sum(predict_seconds(asked, free).values()) < 1e-12
+
+    def of(**figure: float) -> dict[str, float]:
+        return predict_seconds(asked, replace(free, **figure))
+
+    steps = 2 * 6
+    assert of(layer_seconds=1.0)["rollout"] == pytest.approx(steps * 3)
+    assert of(step_seconds=1.0)["rollout"] == pytest.approx(steps)
+    assert of(logit_seconds=1.0)["rollout"] == pytest.approx(steps * 2 * 64)
+    started = of(block_seconds=3.0)
+    assert (started["teacher"], started["update"]) == (pytest.approx(3 * 1.0), pytest.approx(3 * 3.0))
+    block = 320 + 288 + 16 + 64 + 192
+    written = of(written=4e-9)  # one number a second
+    assert written["teacher"] == pytest.approx(3 * 32 * block)
+    assert written["update"] == pytest.approx(3 * written["teacher"] + asked.trainable)
+    cache = 2 * (3 + 6 / 2) * 3 * 2 * 16
+    assert written["rollout"] == pytest.approx(2 * 3 * (2 * 3) * block + steps * (cache + 2 * 3 * block))
+    assert of(updated=4e-9)["optimizer"] == pytest.approx(10 * asked.trainable)
+    cast = predict_seconds(replace(asked, bf16=True), replace(free, written=4e-9))
+    assert cast["rollout"] - written["rollout"] == pytest.approx(steps * asked.student.parameters)
+    assert cast["update"] - written["update"] == pytest.approx(asked.student.parameters)
+
+
+def test_the_probe_measures_and_leaves_nothing_behind():
+    asked = work()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    device = probe_cpu(asked, "vllm")  # needs another process: the default's steps are measured
+    figures = (device.tflops, device.bandwidth, device.written, device.updated, device.step_seconds)
+    assert all(0 < figure < float("inf") for figure in figures)
+    assert device.threads == threads == torch.get_num_threads()
+    assert torch.equal(torch.get_rng_state(), state)
+    seconds = predict_seconds(asked, device)
+    assert all(0 < value < 60 for value in seconds.values())
+
+
+def test_a_gpus_figures_are_never_measured(monkeypatch):
+    """A matrix product that takes a second would show in any probe; the data sheet's figures stay as they are."""
+    slow = {"calls": 0}
+
+    def counted(*args, **kwargs):
+        slow["calls"] += 1
+        raise AssertionError("a probe has run")
+
+    monkeypatch.setattr("oprd.tools.doctor.probe.probe_cpu", counted)
+    runner = CliRunner()
+    result = runner.invoke(app, ["doctor", "--config", "tiny", "--use_cpu", "false"])
+    assert result.exit_code == 0, result.output
+    assert "at 989 TFLOPS x 40% and 3350 GB/s x 60%" in result.output
+    given = ["--cpu", "--device-tflops", "0.05", "--device-bandwidth", "9"]
+    result = runner.invoke(app, ["doctor", "--config", "tiny", *given])
+    assert result.exit_code == 0, result.output
+    assert "at 0.05 TFLOPS x 100% and 9 GB/s x 100%" in result.output
+    assert slow["calls"] == 0
+
+
+def test_half_a_description_of_a_cpu_is_refused():
+    wrong = CliRunner().invoke(app, ["doctor", "--config", "tiny", "--device-bandwidth", "9"])
+    assert str(wrong.exception) == (
+        "--device-bandwidth: 9.0 alone does not describe a CPU; give --device-tflops too, or neither to measure this one"
+    )
+
+
 def test_a_recipe_becomes_a_workload(tmp_path):
     run = RunConfig.load("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": 1000})
     found = workload_of(run, prompt=12)
@@ -226,13 +293,16 @@ def test_other_blocks_are_refused():
 def test_the_command(tmp_path):
     file = tmp_path / "doctor.json"
     result = CliRunner().invoke(
-        app, ["doctor", "--config", "tiny", "--cpu", "--json", str(file), "--num_generations", "2"]
+        app, ["doctor", "--config", "tiny", "--json", str(file), "--num_generations", "2", "--prompt-length", "9"]
     )
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert found["assumed"]["rollouts"] == 64
     assert found["peak"] == max(found["phases"].values())
     assert "computed, not measured" in result.output
+    assert found["this_machine"]["threads"] == torch.get_num_threads()
+    assert f"this machine, {torch.get_num_threads()} thread(s): " in result.output
+    assert "GFLOP/s float32" in result.output
     wrong = CliRunner().invoke(app, ["doctor", "--config", "tiny", "--dtype", "int8"])
     assert "--dtype: 'int8' is not one of float32, bfloat16" in str(wrong.exception)
 
@@ -300,3 +370,23 @@ def test_the_document_says_what_was_measured():
     for found in (result, gpu):
         good = [abs(errors(row, guesses[row["name"]])[0]) <= MARGIN for row in found["rows"]]
         assert sum(good) >= 8
+
+
+def test_the_documents_times_are_those_of_its_measurements():
+    """Rollouts included, most estimates are within a factor of two, and each that is not is marked."""
+    import doctor
+
+    rows, written = json.loads(doctor.RESULT.read_text())["timed"], doctor.DOCUMENT.read_text()
+    good = 0
+    for row in rows:
+        (line,) = (x for x in written.splitlines() if x.startswith(f"| {row['name']} | ") and x.count(" | ") == 5)
+        *pairs, ratio = line.strip("| ").split(" | ")[1:]
+        sums = [sum(row[kind].values()) for kind in ("estimated", "measured")]
+        assert float(ratio.split()[0]) == pytest.approx(sums[0] / sums[1], abs=0.006)
+        inside = 0.5 <= sums[0] / sums[1] <= 2
+        assert ratio.endswith("(missed)") == (not inside)
+        for pair, phase in zip(pairs, doctor.PHASES, strict=True):
+            shown = [float(value) for value in pair.split(", ")]
+            assert shown == pytest.approx([row["estimated"][phase], row["measured"][phase]], abs=0.006)
+        good += inside and 0.5 <= row["estimated"]["rollout"] / row["measured"]["rollout"] <= 2
+    assert good >= 6

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
-from oprd.models.loading import load_config, load_tokenizer
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, make_engine
 from oprd.tools.doctor.time import Device
 from oprd.tools.doctor.workload import Workload
 
-_TINY = "embedded:tiny/student"
 _WIDE_VOCABULARY, _STEPS, _DEEP = 8192, 16, 7
 _LARGEST = 2**23  # numbers of one operand
 
@@ -105,18 +103,27 @@ def _updated(work: Workload) -> float:
 
 
 def _tiny(layers: int, vocabulary: int = 64) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = load_config(_TINY)
-    config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size = 32, 64, 8, vocabulary
-    config.num_hidden_layers = layers
+    config = AutoConfig.for_model(
+        "llama", num_hidden_layers=layers, vocab_size=vocabulary, hidden_size=32, intermediate_size=64,
+        num_attention_heads=4, num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2")
 
 
 def _step_seconds(engine: str, rows: int) -> list[float]:
     """Seconds of a decoding step of three tiny models: one layer, several layers, one layer and a wide vocabulary."""
     local = engine if engine in ENGINES and not engine.startswith("vllm") else "transformers"
-    writer = make_engine(local, load_tokenizer(_TINY), [2 * _WIDE_VOCABULARY], batch_size=rows)  # it is never drawn
+    writer = make_engine(local, _tokenizer(), [2 * _WIDE_VOCABULARY], batch_size=rows)  # it is never drawn
 
     def seconds_of(model: Any, steps: int) -> float:
         prompts, sampling = [[3]] * rows, Sampling(steps)
