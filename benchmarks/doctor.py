@@ -258,13 +258,13 @@ def estimated_and_timed(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     work = workload(name)
     device = probe_cpu(work)
-    measured = measure(name)["seconds"]
+    measured = measure(name, only_times=True)["seconds"]
     estimated = {phase: round(seconds, 4) for phase, seconds in predict_seconds(work, device).items()}
     return {"measured": measured, "estimated": estimated, "probe": asdict(device)}
 
 
-def measure(name: str) -> dict[str, Any]:
-    """The same, measured on a trainer in this process."""
+def measure(name: str, *, only_times: bool = False) -> dict[str, Any]:
+    """The same, measured on a trainer in this process; with `only_times` no small run comes first, and memory is not exact."""
     import gc
 
     import torch
@@ -307,7 +307,8 @@ def measure(name: str) -> dict[str, Any]:
         small = {**model, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
                  "num_key_value_heads": 2}  # fmt: skip
         # loads what is loaded at first use, which the measurement excludes
-        make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train()
+        if not only_times:
+            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train()
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
@@ -384,7 +385,7 @@ def measure_all(only: str | None, jobs: int, *, timed_only: bool) -> None:
         shown = [f"{p} {guess:.2f} / {seen:.2f} s" for p, (guess, seen) in (phases | {"step": sums}).items()]
         print(name, *shown, f"of the measured {sums[0] / sums[1]:.2f}", sep=": ", flush=True)
     if not only:
-        write_json(RESULT, {**result, "timed": timed, "machine": machine(1)})
+        write_json(RESULT, {"rows": result["rows"], "timed": timed, "machine": machine(1)})
 
 
 def measure_on_gpu(only: str | None) -> None:

@@ -18,11 +18,11 @@ _CPU = """{summary}
 
 Training steps on a CPU ({machine}), one thread, float32, one process a configuration; resident memory beyond that before the
 models are built. *Held* stays between steps (weights, moments, teacher). *Peak* is the maximum during teacher forward, student
-forward and backward of the second step (and its rollouts, where they are timed below). *Beyond* is their difference.
+forward and backward of the second step (with rollouts, where they are timed below). *Beyond* is their difference.
 
 {measured}
 
-Seconds of the second step, estimated from the probe and measured (CPU time of one thread): {times} within {factor} x.
+Estimated and measured seconds (CPU time): {times} within {factor} x.
 
 {timed}"""
 
@@ -99,16 +99,17 @@ def time_ratios(row: Mapping[str, Any]) -> dict[str, float]:
 def _times_within(rows: Sequence[Mapping[str, Any]]) -> str:
     ratios = [time_ratios(row) for row in rows]
     within = [sum(1 / FACTOR <= ratio[name] <= FACTOR for ratio in ratios) for name in ("step", "rollout")]
-    return f"{within[0]} of {len(rows)} steps and {within[1]} of their rollouts are"
+    return f"{within[0]} of {len(rows)} steps, {within[1]} rollouts"
 
 
 def _timed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| configuration | " + " | ".join(PHASES) + " | step: ratio |", "| --- " * (len(PHASES) + 2) + "|"]
+    lines = ["| configuration | rollout | step |", "| --- | --- | --- |"]
     for row in rows:
-        ratio = time_ratios(row)["step"]
-        mark = "" if 1 / FACTOR <= ratio <= FACTOR else " (missed)"
-        pairs = " | ".join(f"{row['estimated'][p]:.2f}, {row['measured'][p]:.2f}" for p in PHASES)
-        lines.append(f"| {row['name']} | {pairs} | {ratio:.2f}{mark} |")
+        mark = "" if 1 / FACTOR <= time_ratios(row)["step"] <= FACTOR else " (missed)"
+        both = row["estimated"], row["measured"]
+        rollout = ", ".join(f"{seconds['rollout']:.2f}" for seconds in both)
+        step = ", ".join(f"{sum(seconds.values()):.2f}" for seconds in both)
+        lines.append(f"| {row['name']} | {rollout} | {step}{mark} |")
     return "\n".join(lines)
 
 
