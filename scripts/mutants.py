@@ -501,6 +501,27 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the copy keeps its first weights", "copied[name].copy_(live)", "pass",
          "test_decode.py::test_weights_that_change_change_rollouts"),
     ],
+    "models/lm_head/contiguous.py": [
+        ("the head gets the slice", "args[0].contiguous()", "args[0]",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+        ("the head keeps its hook", "handle.remove()", "pass",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+    ],
+    "tools/doctor/time.py": [
+        ("every batch's tokens cost nothing to draw", "rows * shape.rows * device.logit_seconds", "0.0",
+         "test_doctor.py::test_what_a_cpu_adds_in_closed_form"),
+        ("elementwise operations cost nothing", "self.compute(flops) + self.write(layers * tokens * _written_numbers(shape))",
+         "self.compute(flops)", "test_doctor.py::test_what_a_cpu_adds_in_closed_form"),
+    ],
+    "tools/doctor/workload.py": [
+        ("the student's dtype is ignored", 'own.get("dtype", "float32")', '"float32"',
+         "test_doctor.py::test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained"),
+    ],
+    "tools/doctor/memory.py": [
+        ("an adapter is as narrow as its base", "(weight * shape.parameters + _FLOAT * adapter)",
+         "weight * (shape.parameters + adapter)",
+         "test_doctor.py::test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained"),
+    ],
     "rollouts/transformers_engine.py": [
         ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
          "test_memory.py::test_halved_generation_gives_the_same_tokens"),
