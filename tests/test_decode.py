@@ -16,7 +16,8 @@ from torch import nn
 
 from oprd.faults import RunStopped
 from oprd.models.architecture import blocks, causal_lm
-from oprd.rollouts.cached_rows import CachedRows, contiguous_head_input
+from oprd.models.lm_head import contiguous_head_input
+from oprd.rollouts.cached_rows import CachedRows
 from oprd.rollouts.decode import DecodeEngine, Row, complete_rows
 from oprd.rollouts.draw import draw_tokens, inverse_cdf, uniforms
 from oprd.rollouts.engine import EngineAbilities, Sampling

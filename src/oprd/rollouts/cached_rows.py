@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from oprd.models.architecture import causal_lm
@@ -150,17 +149,3 @@ def why_not(model: nn.Module) -> str | None:
     if not lm._supports_default_dynamic_cache():
         return "its cache is of its own kind, whose rows cannot be repeated"
     return None
-
-
-@contextmanager
-def contiguous_head_input(lm: PreTrainedModel) -> Iterator[None]:
-    """Copy the LM head's input where it is a slice: PyTorch multiplies a slice by one copy of a frozen weight per row."""
-    head = lm.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.faults import RunStopped
 from oprd.models.architecture import causal_lm, evaluating
+from oprd.models.lm_head import contiguous_head_input
 from oprd.models.loading import parse_dtype
 from oprd.models.memory import ran_out_of_memory
 from oprd.models.sharding import is_sharded
-from oprd.rollouts.cached_rows import CachedRows, contiguous_head_input, why_not
+from oprd.rollouts.cached_rows import CachedRows, why_not
 from oprd.rollouts.draw import draw_tokens
 from oprd.rollouts.engine import (
     EngineAbilities,
@@ -158,7 +159,7 @@ def complete_rows(
         place_B, numbers(row.seed for row in rows), numbers(row.limit for row in rows), torch.zeros_like(place_B).bool()
     )
     written, sound_B = _Written(len(rows)), torch.ones_like(live.ended_B)
-    with contiguous_head_input(causal_lm(model)):
+    with contiguous_head_input(model):
         cached = CachedRows(model, [list(prompt) for prompt in prompts], pad_token_id)
         place_of = {prompt: place for place, prompt in enumerate(prompts)}
         if len(rows) > len(prompts):
