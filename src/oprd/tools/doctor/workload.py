@@ -56,6 +56,7 @@ class Workload:
         teacher_bytes: bytes per element of the teacher's weights and states.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
+        prompt_readers: completions of a prompt that share one reading of it.
         overlap: whether the next step's rollouts are sampled during the update.
         devices: number of devices.
         sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
@@ -83,6 +84,7 @@ class Workload:
     teacher_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
+    prompt_readers: int = 1
     overlap: bool = False
     devices: int = 1
     sharding: str = "none"
@@ -214,6 +216,7 @@ def workload_of(
         student_bytes=student_bytes,
         teacher_bytes=student_bytes if teacher is None else _weight_bytes(others.get("dtype", "auto"), teacher),
         generation_batch=config.generation_batch_size,
+        prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
         devices=devices,
         sharding=sharding or ("none" if devices == 1 else "ddp"),
