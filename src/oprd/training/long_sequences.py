@@ -28,7 +28,12 @@ class LongSequences:
     """
 
     def __init__(
-        self, student: nn.Module, teachers: Sequence[nn.Module] = (), *, recomputed: bool = False, deepspeed: bool = False
+        self,
+        student: nn.Module,
+        teachers: Sequence[nn.Module] = (),
+        *,
+        recomputed: bool = False,
+        deepspeed: bool = False,
     ) -> None:
         self.student, self.recomputed, self.deepspeed = student, recomputed, deepspeed
         self.models = tuple(dict.fromkeys((student, *teachers)))
@@ -51,7 +56,9 @@ class LongSequences:
             return
         begin = f"a rollout of {longest} tokens is longer than micro_batch_tokens ({token_budget})"
         if self.deepspeed:
-            self._say_once(f"{begin} and runs whole: under DeepSpeed, set activation_checkpointing: true to spare memory")
+            self._say_once(
+                f"{begin} and runs whole: under DeepSpeed, set activation_checkpointing: true to spare memory"
+            )
             yield
             return
         self._say_once(
@@ -68,7 +75,8 @@ class LongSequences:
     def _say_uncut(self, names: Iterable[str]) -> None:
         for name in sorted(set(names)):
             self._say_once(
-                f"{name} does not run by chunks of tokens: its MLP takes memory for a long rollout as a whole", about=name
+                f"{name} does not run by chunks of tokens: its MLP takes memory for a long rollout as a whole",
+                about=name,
             )
 
     def _say_once(self, text: str, about: str = "") -> None:

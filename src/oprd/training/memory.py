@@ -46,9 +46,7 @@ class MemoryGuard:
         long_sequences: how a rollout above the budget runs.
     """
 
-    def __init__(
-        self, args: OPRDConfig, parallel: Parallel, recorder: Recorder, long_sequences: LongSequences
-    ) -> None:
+    def __init__(self, args: OPRDConfig, parallel: Parallel, recorder: Recorder, long_sequences: LongSequences) -> None:
         self.args, self.parallel, self.recorder, self.long_sequences = args, parallel, recorder, long_sequences
         self.token_budget = HalvedSize("micro_batch_tokens", args.micro_batch_tokens)
         self._accumulated: list[tuple[Batch, Learn[Any]]] = []  # batches whose gradients are in .grad
