@@ -9,6 +9,9 @@ ours without `LongSequences`, "dense_top16" and "floor" as in `oprd bench update
 Each case runs in a fork: peak resident memory during the update (Linux `VmHWM`, reset just before) minus the resident memory before
 it, gradients of all weights included. Seconds are CPU seconds of that one update beside memory settings that slow it: they compare
 the ways roughly. At the greatest length the gradients of "ours" are compared with those of "uncut".
+
+`doctor` is computed, not measured: the paper's size on 8 GPUs of 80 GB, by the formulas of `oprd doctor` (`--doctor` computes it
+alone). They count a recomputed block with the MLP of all tokens, which is an upper bound of what chunks take.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,6 +46,8 @@ from oprd.states.requests import request_states
 from oprd.tools.bench.memory import MEMORY_ENVIRONMENT, in_a_fork, resident_bytes, settle_memory
 from oprd.tools.bench.update import Size, random_rollouts
 from oprd.tools.bench.ways import WAYS, Pair
+from oprd.tools.doctor.memory import predict_memory
+from oprd.tools.doctor.show import known_workload
 from oprd.training.long_sequences import LongSequences
 
 RESULT = Path(__file__).parent / "results" / "long_sequences.json"
@@ -54,8 +60,8 @@ QWEN2 = {
 }  # fmt: skip
 # layers → (lengths, ways)
 CASES = {
-    12: (LENGTHS, ("floor", "ours", "ours_full_kl", "uncut", "dense_top16")),
     4: ((LENGTHS[0], LENGTHS[-1]), ("ours", "uncut")),
+    12: (LENGTHS, ("ours", "uncut", "floor", "dense_top16", "ours_full_kl")),
 }
 HIGHEST, GRADIENT_ERROR = 1.5, 1e-5  # what must hold
 
@@ -127,18 +133,46 @@ def largest_difference(folder: Path, layers: int) -> float:
 
 
 def measure_all(folder: Path) -> list[dict[str, Any]]:
-    """A row for each case."""
+    """A row for each case; those that `folder` holds already are not measured again."""
     rows = []
     for layers, (lengths, ways) in CASES.items():
         for tokens in lengths:
             for way in ways:
-                peak = in_a_fork(partial(measure, way, layers, tokens, folder))
-                seconds = round(float((folder / "seconds").read_text()), 1)
-                rows.append(
-                    {"way": way, "layers": layers, "tokens": tokens, "peak_bytes": peak, "cpu_seconds": seconds}
-                )
-                print(f"{layers} layers, {tokens} tokens, {way}: {peak / 2**20:.0f} MiB, {seconds} s", flush=True)
+                file = folder / f"{way}-{layers}-{tokens}.json"
+                if not file.is_file():
+                    peak = in_a_fork(partial(measure, way, layers, tokens, folder))
+                    seconds = round(float((folder / "seconds").read_text()), 1)
+                    case = {"way": way, "layers": layers, "tokens": tokens}
+                    write_json(file, {**case, "peak_bytes": peak, "cpu_seconds": seconds})
+                rows.append(json.loads(file.read_text()))
+                print(file.stem, f"{rows[-1]['peak_bytes'] / 2**20:.0f} MiB, {rows[-1]['cpu_seconds']} s", flush=True)
     return rows
+
+
+def paper_setting() -> dict[str, Any]:
+    """Peak memory of a device for students of 1.5B on 8 devices, for rollouts of 16k and 32k, by `oprd doctor`'s formulas."""
+    rows = []
+    for completion in (16_384, 32_768):
+        for sharding in ("ddp", "fsdp"):
+            work = replace(
+                known_workload("1.5B", 8), completion=completion, positions=completion, compared=completion, rollouts=8,
+                generation_batch=8, sharding=sharding,
+            )  # fmt: skip
+            long = work.length > work.micro_batch_tokens
+            for recomputed in (False, True):
+                memory = predict_memory(replace(work, checkpointing=recomputed))
+                rows.append({
+                    "completion": completion, "sharding": sharding, "recomputed": recomputed,
+                    "chosen_by_the_trainer": recomputed is long, "peak_gb": round(memory.peak / 1e9, 1),
+                    "peak_phase": memory.peak_phase, "activations_gb": round(memory.parts["activations"] / 1e9, 1),
+                    "state_cache_gb": round(memory.parts["state cache"] / 1e9, 1), "fits_80_gb": memory.peak <= 80e9,
+                })  # fmt: skip
+    assumed = (
+        "Qwen2.5-1.5B's shape, a bfloat16 teacher of the same size, bfloat16 compute (autocast), AdamW in float32, prompts of 512 "
+        "tokens, representation loss on all layers and positions, micro_batch_tokens 16384, 8 rollouts a device generated "
+        "together, no diagnostics, no reserve for the framework"
+    )
+    return {"assumed": assumed, "rows": rows}
 
 
 def report(rows: list[dict[str, Any]], errors: dict[int, float]) -> dict[str, Any]:
@@ -160,7 +194,7 @@ def report(rows: list[dict[str, Any]], errors: dict[int, float]) -> dict[str, An
             "threads": 1, "torch": torch.__version__, "transformers": transformers.__version__, "dtype": "float32",
         },
         "model": {"family": "qwen2", **QWEN2}, "rollouts": 1, "micro_batch_tokens": BUDGET,
-        "rows": rows, "checks": checks,
+        "rows": rows, "checks": checks, "doctor": paper_setting(),
     }  # fmt: skip
 
 
@@ -168,13 +202,20 @@ def main() -> None:
     """Measure, write the JSON file, print a table and the checks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--folder", type=Path, help="keep what is measured here, and go on from there")
+    parser.add_argument("--doctor", action="store_true", help="compute the paper's setting alone, into the JSON file")
     arguments = parser.parse_args()
+    if arguments.doctor:
+        write_json(arguments.json, {**json.loads(arguments.json.read_text()), "doctor": paper_setting()})
+        return
     if any(os.environ.get(name) != value for name, value in MEMORY_ENVIRONMENT.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY_ENVIRONMENT})
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure_all(Path(folder))
-        found = report(rows, {layers: largest_difference(Path(folder), layers) for layers in CASES})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = measure_all(folder)
+        found = report(rows, {layers: largest_difference(folder, layers) for layers in CASES})
     write_json(arguments.json, found)
     for layers, (lengths, ways) in CASES.items():
         print(f"\n| {layers} layers, MiB | " + " | ".join(map(str, lengths)) + " |\n|" + " --- |" * (len(lengths) + 1))

@@ -29,8 +29,8 @@ SHAPE = "qwen2-4-layers"
 FLOAT, MIB = 4, 2**20
 # Products with the head a token, student and teacher together, and passes over [T, V] (reads and writes counted one by one).
 HEAD_PRODUCTS = {"representation": 0, "reference_way": 2, "dense_top16": 4}
-# The published way's logits are written by its products alone. Dense top-16: log-softmax of both models (read, write), top-k (read),
-# gradient of the gather and of the slice (write, write), backward of the log-softmax (read, read, write).
+# The published way's logits are written by its products alone. Dense top-16: log-softmax of both models (read, write), top-k
+# (read), gradient of the gather and of the slice (write, write), backward of the log-softmax (read, read, write).
 VOCABULARY_PASSES = {"representation": 0, "reference_way": 0, "dense_top16": 10}
 # Dense top-16 holds three [T, V] tensors at its peak: the teacher's log-probabilities, the student's logits and log-probabilities.
 DENSE_TENSORS = 3
@@ -51,7 +51,6 @@ def rates(width: int, size: Size) -> dict[str, float]:
     """Of one thread: seconds of an update of both backbones; operations a second with the head; bytes a second of a log-softmax."""
     pair = build(SHAPE, size)
     floor = best_seconds(lambda: run_once(pair, "floor"), rounds=3)
-    del pair
     states, head, logits = torch.randn(512, width), torch.randn(2**15, width), torch.randn(256, 2**16)
     return {
         "floor_seconds": floor,
