@@ -809,6 +809,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("private characters of a text are control tokens", "if found := _PRIVATE.search(text):", "if found := None:",
          "test_control_tokens.py::test_what_cannot_be_kept_apart_is_refused_with_the_row"),
     ],
+    "data/chat_template.py": [
+        ("an open turn is closed and a new one begun", 'goes_on = messages[-1]["role"] == "assistant"', "goes_on = False",
+         "test_chat_template.py::test_an_assistants_last_turn_is_left_open"),
+        ("a missing generation prompt passes", "    if not opening or opening.isspace():", "    if True:",
+         "test_chat_template.py::test_only_a_template_that_leaves_out_the_words_of_a_turn_is_refused"),
+        ("the clock is read at each rendering", "    if date is None or not prints_date(tokenizer, kwargs):", "    if True:",
+         "test_chat_template.py::test_a_date_is_printed_as_transformers_prints_todays"),
+    ],
     "data/prompts.py": [
         ("plain prompts always write control tokens", "if self.split_special_tokens and control_token is not None:",
          "if False:", "test_control_tokens.py::test_a_plain_prompt_keeps_the_start_that_its_tokenizer_writes"),

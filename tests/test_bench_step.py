@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from oprd.cli import app
 from oprd.rollouts.engines import ENGINES
 from oprd.tools.bench import growth, rollout, step, trainers
-from oprd.tools.bench.common import byte_tokenizer
+from oprd.tools.bench.common import byte_tokenizer, describe_machine
 from oprd.tools.bench.requests import Requests
 from test_architecture import ROOT, script
 from tiny import tiny_model, tiny_tokenizer
@@ -59,6 +59,34 @@ def test_all_trainers_do_the_same_work():
     assert counts == dict.fromkeys(timed, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.usefixtures("_contained")
+def test_rollouts_of_drawn_lengths_are_counted_as_they_end():
+    pytest.importorskip("trl")
+    setup = trainers.Setup(
+        prompts=2, generations=4, completion=60, steps=1, drawn=True, shape={**SHAPE, "vocab_size": 4000}
+    )
+    timed = {
+        name: [trainers.run_trainer(name, replace(setup, seed=seed))["steps"] for seed in range(2)]
+        for name in ("representation", "trl_distillation", "trl_gkd")
+    }
+    for name, counts in step.mean_tokens(timed).items():
+        assert counts["prompt_tokens"] == 8 * len(setup.texts()[0].encode()), name
+        assert 8 * 15 < counts["trained_tokens"] < 8 * 55, (
+            name
+        )  # on average 33 of 60, where one token in 45 ends a rollout
+    with pytest.raises(ValueError, match=r"steps of different size|different work in a step"):
+        step.tokens_a_step(timed)
+    rows = {row["name"]: row for row in step.to_rows(timed, dict.fromkeys(timed, 2**20), drawn=True)}
+    own, other = rows["representation"], rows["trl_distillation"]
+    parts = [
+        [(s["seconds"] / s["trained_tokens"]) for [s] in timed[name]] for name in ("trl_distillation", "representation")
+    ]
+    ratios = sorted(a / b for a, b in zip(*parts, strict=True))
+    assert other["over_representation"]["time"]["range"] == pytest.approx(ratios, abs=1e-4)
+    assert own["over_representation"]["time"]["median"] == 1
+
+
 def given(seconds: float, rollout: float, tokens: int = 8) -> list[dict[str, float]]:
     """One process's steps: three, the middle one the median."""
     counts = {"prompt_tokens": 4, "generated_tokens": tokens, "trained_tokens": tokens}
@@ -72,6 +100,20 @@ TIMED = {
     "trl_gkd": [given(3.0, 1.0), given(4.0, 3.0)],
 }
 PEAKS = {"representation": 2**20, "full_kl": 2**21, "trl_distillation": 2**22, "trl_gkd": 2**22}
+
+
+def test_the_table_of_drawn_lengths_says_how_much_each_trainer_did():
+    timed = {**TIMED, "trl_gkd": [given(3.0, 1.0, tokens=16), given(4.0, 3.0, tokens=16)]}
+    rows = step.to_rows(timed, PEAKS, drawn=True)
+    assert rows[3]["over_representation"]["time"] == {"median": 0.625, "range": [0.5, 0.75]}  # twice the tokens
+    setup = {"prompts": 2, "generations": 4, "completion": 60, "drawn": True, "model": None, "shape": SHAPE}
+    report = {"rows": rows, "targets": step.judge(rows, 8), "rounds": 2, "machine": describe_machine(1), "setup": setup}
+    page = step.markdown(report)
+    assert (
+        "2 prompts × 4 rollouts, rollouts of the lengths that the model gives them, at most 60 (trained tokens" in page
+    )
+    assert "in the table's order: 8, 8, 8, 16)" in page
+    assert "oprd, representation, all layers: at least 2.0, found 0.62 (not met)." in page
 
 
 def test_the_ratios_of_a_step_are_made_within_rounds():

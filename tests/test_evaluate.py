@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections import Counter
 from typing import ClassVar
 
@@ -12,6 +14,7 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling
+from oprd.states.teachers import FrozenTeacher
 from oprd.tasks.evaluation import (
     Evaluation,
     Grading,
@@ -23,7 +26,7 @@ from oprd.tasks.evaluation import (
 )
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
-from tiny import tiny_model, tiny_tokenizer, tiny_trainer
+from tiny import tiny_model, tiny_tokenizer, tiny_trainer, weights
 
 
 class FakeEngine:
@@ -158,6 +161,59 @@ def test_answers_that_took_too_long_are_in_the_metrics_of_their_step(tmp_path, c
     trainer.grading.task = Task("slow", "", lambda: Slow(counts=counts))
     trainer.train()
     assert [row["grader_timeouts"] for row in trainer.run_folder.read_metrics()] == [timeouts] * 2
+
+
+class Working(Slow):
+    """Like a grader with worker processes: it is done only when the models have begun to read."""
+
+    in_processes = True
+
+    def __init__(self):
+        super().__init__(counts=True)
+        self.reading, self.threads = threading.Event(), []
+
+    def grade(self, responses, answers):
+        self.threads.append(threading.current_thread().name)
+        assert self.reading.wait(60), "the models wait for the grades"
+        super().grade(responses, answers)
+        return [i % 2 == 0 for i in range(len(responses))]
+
+
+def test_a_grader_with_workers_grades_while_the_models_read(tmp_path, monkeypatch):
+    grader = Working()
+    rows = [{"prompt": "1+2=", "answer": "3"}]
+    trainer = tiny_trainer(
+        tmp_path, rows=rows, scripted=True, max_steps=2, per_device_train_batch_size=1,
+        num_generations=4, log_completions=True,
+    )  # fmt: skip
+    trainer.grading.task = Task("working", "", lambda: grader)
+    read = FrozenTeacher.states
+
+    def reading(self, request):
+        grader.reading.set()
+        return read(self, request)
+
+    monkeypatch.setattr(FrozenTeacher, "states", reading)
+    trainer.train()
+    first, second = trainer.run_folder.read_metrics()
+    assert (first["accuracy"], first["grader_timeouts"]) == (0.5, 3)
+    assert (second["accuracy"], second["grader_timeouts"]) == (0.5, 3)
+    assert {name.split("_")[0] for name in grader.threads} == {"grading"}
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in lines][:4] == [True, False, True, False]
+
+
+def test_an_error_in_late_grading_ends_the_step(tmp_path):
+    class Failing(Working):
+        def grade(self, responses, answers):
+            raise ValueError("no such verdict")
+
+    trainer = tiny_trainer(tmp_path, rows=[{"prompt": "1+2=", "answer": "3"}], scripted=True)
+    trainer.grading.task = Task("failing", "", Failing)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="no such verdict"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(trainer.model).items())
 
 
 def test_nothing_to_grade():

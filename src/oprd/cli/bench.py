@@ -70,6 +70,15 @@ def step(
         str | None, typer.Option(help="Student's folder (default: a random model, SmolLM2's shape).")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher's folder, given together with --model.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts a step (default: 8; with --quick, 4).")] = None,
+    completion: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a rollout (default: 64; with --quick, 32).")
+    ] = None,
+    generations: Annotated[int | None, typer.Option(min=1, help="Rollouts a prompt (default: 1).")] = None,
+    drawn: Annotated[
+        bool,
+        typer.Option("--drawn", help="Rollouts end where the model ends them; without it, all have the most tokens."),
+    ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
@@ -84,7 +93,9 @@ def step(
     from oprd.tools.bench.step import QUICK, bench_step, markdown
     from oprd.tools.bench.trainers import Setup
 
-    setup = replace(QUICK if quick else Setup(), model=model, teacher=teacher)
+    given: dict[str, Any] = {"prompts": prompts, "completion": completion, "generations": generations}
+    setup = replace(QUICK if quick else Setup(), model=model, teacher=teacher, drawn=drawn)
+    setup = replace(setup, **{key: value for key, value in given.items() if value is not None})
     report = bench_step(setup, rounds=rounds or (1 if quick else 3), threads=threads, say=say)
     _finish(report, markdown(report), json_file)
 

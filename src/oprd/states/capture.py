@@ -57,8 +57,8 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         if hidden_BTD.ndim != 3 or hidden_BTD.shape[:2] != request.input_ids.shape:
             raise ValueError(
                 f"layers: layer {layer} of {type(body).__name__} hands on states of shape {list(hidden_BTD.shape)} for "
-                f"{list(request.input_ids.shape)} tokens, not one vector a token; compare the last layer alone (layers: last) or "
-                "next-token distributions (output_space)"
+                f"{list(request.input_ids.shape)} tokens, not one vector a token; set layers: last, also where only "
+                "next-token distributions are compared (output_space)"
             )
         index = request.flat_index if request.head is None or layer != HEAD else request.head.flat_index
         # index_select on the flattened batch: its backward is one index_add, whereas advanced indexing sorts in backward.

@@ -35,6 +35,8 @@ class BoxedGrader:
         batch_timeout_s: likewise.
     """
 
+    in_processes = True
+
     def __init__(self, workers: int | None = None, timeout_s: float = 5.0, batch_timeout_s: float = 20.0) -> None:
         self._math = MathGrader(workers, timeout_s, MAX_ANSWER_CHARS, batch_timeout_s=batch_timeout_s, cache=_VERDICTS)
 

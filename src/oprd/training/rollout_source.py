@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,8 +25,8 @@ from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
 from oprd.states.teachers import CanSample
-from oprd.tasks.evaluation import Grading, grade_rollouts
-from oprd.tasks.task import decided_by
+from oprd.tasks.evaluation import Grading
+from oprd.training.grading import BatchGrading
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 from oprd.types import Rollouts
@@ -65,7 +65,8 @@ class RolloutSource:
         background: BackgroundSampler | None = None,
     ) -> None:
         self.pair, self.objective, self.engine, self.args = pair, objective, engine, args
-        self.grading, self.parallel, self.recorder, self.background = grading, parallel, recorder, background
+        self.parallel, self.recorder, self.background = parallel, recorder, background
+        self.grading = BatchGrading(grading, at_once=objective.uses(PolicyTerm))
         self._parity = ParityWatch()
         self._batch_of_step = 0  # counted from 1
         self._kept: dict[int, Batch] = {}
@@ -91,6 +92,7 @@ class RolloutSource:
         try:
             yield
         except BaseException:
+            self.grading.clear()
             if self.background is not None:
                 self.background.clear(self.engine.interrupt if isinstance(self.engine, CanInterrupt) else None)
             raise
@@ -142,17 +144,16 @@ class RolloutSource:
         if sampled is not None and terms.on_policy and terms.measuring and not self.parallel.sharded:
             gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self.recorder.observe(**{name: share * value for name, value in gap.items()})
-        with self.recorder.timed("grade"), self.grading.open() as grader:
-            of_row, before = {p.index: p for p in prompts}, decided_by(grader)["timed_out"]
-            rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
-            if grader is not None:
-                self.recorder.observe(grader_timeouts=decided_by(grader)["timed_out"] - before)
+        with self.recorder.timed("grade"):
+            graded = self.grading.begin(rollouts, prompts)
         with self.recorder.timed("teacher"):
             pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
         if stats is not None:
             self.recorder.observe(**stats.counts())
         self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
-        batch = Batch(rollouts, rewards, pairs=pairs)
+        batch = Batch(rollouts, [None] * len(rollouts), pairs=pairs)
+        if graded is not None:
+            batch = self._with_rewards(batch, *graded)
         if not self.objective.uses(PolicyTerm):
             return batch
         return batch.with_advantages(self.args.num_generations, self.args.scale_rewards)  # type: ignore[arg-type]
@@ -176,16 +177,29 @@ class RolloutSource:
                 len(found), len(rollouts), *written,
             )  # fmt: skip
 
-    def keep(self, batch: Batch, log_probs: dict[int, Tensor]) -> None:
-        """Keep a batch for the next update on it, with the log-probabilities of the policy that sampled it.
+    def finish(self, batch: Batch, log_probs: dict[int, Tensor]) -> Batch:
+        """The batch with its rewards, once both models have read it. It is kept, if there is another update on it.
 
         Args:
             batch: what `take` gave.
-            log_probs: place of a rollout in the batch → log-probability of each of its tokens.
+            log_probs: place of a rollout in the batch → log-probability of each of its tokens under the policy that sampled it.
+
+        Raises:
+            ValueError: a rollout that cannot be graded.
         """
+        with self.recorder.timed("grade"):
+            graded = self.grading.finish()
+        if graded is not None:
+            batch = self._with_rewards(batch, *graded)
         if self.args.num_iterations > 1 and batch.old_log_probs is None:
             ordered = [log_probs[i] for i in range(len(batch.rollouts))]
             self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
+        return batch
+
+    def _with_rewards(self, batch: Batch, rewards: Sequence[bool | float | None], timeouts: int) -> Batch:
+        if self.grading.grading.task is not None:
+            self.recorder.observe(grader_timeouts=timeouts)
+        return replace(batch, rewards=rewards)
 
     @contextmanager
     def dropout_seed(self, terms: StepObjective, batch_of_step: int, part: MicroBatch) -> Iterator[None]:

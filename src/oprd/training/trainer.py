@@ -238,7 +238,7 @@ class OPRDTrainer(Trainer):
         # Both models read them, micro-batch after micro-batch.
         learn = partial(self._learn, model, terms, totals, self.rollouts.batch_of_step)
         parts, (loss, log_probs) = self.memory.run(batch, learn, model, terms.step)
-        self.rollouts.keep(batch, log_probs)
+        batch = self.rollouts.finish(batch, log_probs)
         self.guard.watch(batch, terms, loss)
         self.recorder.batch(batch, parts, terms, loss, share)
         self.recorder.completions(terms.step + 1, inputs, batch)

@@ -1,8 +1,10 @@
 """Full training steps of our trainer and TRL's on the same models and prompts.
 
-All trainers share models, prompts, full-length student rollouts (temperature 1, no top-k or top-p), optimizer (fused AdamW),
-learning rate, gradient clipping, float32, no activation checkpointing, and one micro-batch. Divergences are reverse KL at
-temperature 1. If vLLM is installed, our trainer also runs with it, in float32 like the rest, and in bfloat16, which does less work.
+All trainers share models, prompts, student rollouts (temperature 1, no top-k or top-p), optimizer (fused AdamW), learning rate,
+gradient clipping, float32, no activation checkpointing, and one micro-batch. Rollouts have their full length, or the lengths that
+the model gives them: random models then stop at one of many tokens, so that the average is `MEAN_LENGTH`. Divergences are reverse
+KL at temperature 1. If vLLM is installed, our trainer also runs with it, in float32 like the rest, and in bfloat16, which does less
+work.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from oprd.tools.bench.memory import resident_bytes, settle_memory
 from oprd.tools.bench.update import SHAPES
 from oprd.training.trainer import OPRDTrainer
 
+MEAN_LENGTH = 45
 PROMPT = "What is {:04d} times {:04d}? Answer: "
 
 
@@ -37,8 +40,11 @@ class Setup:
     Args:
         model: the student, a folder or an embedded name; None: a random Llama of `shape`.
         teacher: the teacher, given in the same way.
-        prompts: prompts per step; one rollout each.
-        completion: tokens per rollout.
+        prompts: prompts per step.
+        completion: most tokens per rollout.
+        generations: rollouts per prompt. TRL's trainers get each prompt so many times, because they sample one each.
+        drawn: rollouts end where the model ends them; otherwise all have `completion` tokens.
+        seed: of the rollouts.
         steps: timed steps per process, after one warm-up step.
         shape: `LlamaConfig` settings of the random models; the vocabulary has at least 259 tokens.
     """
@@ -47,8 +53,16 @@ class Setup:
     teacher: str | None = None
     prompts: int = 8
     completion: int = 64
+    generations: int = 1
+    drawn: bool = False
+    seed: int = 0
     steps: int = 2
     shape: dict[str, Any] = field(default_factory=lambda: dict(SHAPES["smollm2-135m"][1]))
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of a step."""
+        return self.prompts * self.generations
 
     def texts(self) -> list[str]:
         """The prompts, all with the same length in bytes."""
@@ -58,6 +72,9 @@ class Setup:
         """Build the student, the teacher and the student's tokenizer."""
         student, tokenizer = self._one(self.model, seed=0)
         teacher, _ = self._one(self.teacher, seed=1, tokenizer=tokenizer)
+        if self.drawn and self.model is None:  # a random model draws all tokens about equally often
+            stops = list(range(tokenizer.eos_token_id, self.shape["vocab_size"], MEAN_LENGTH))
+            student.generation_config.eos_token_id = teacher.generation_config.eos_token_id = stops
         return student, teacher.eval().requires_grad_(False), tokenizer
 
     def _one(self, name: str | None, seed: int, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -74,7 +91,7 @@ class StepWatch(TrainerCallback):
     """Times each step from the end of the previous one, times `generate` within it, and counts tokens.
 
     Args:
-        completion: tokens per rollout, enforced through `min_new_tokens` in trainers that call `generate`.
+        completion: tokens that each rollout must have; 0 for as many as the model gives it.
         memory: whether to reset the peak memory after the first step.
     """
 
@@ -93,8 +110,9 @@ class StepWatch(TrainerCallback):
         inner = model.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            kwargs["generation_config"].min_new_tokens = self.completion
+            if self.completion:
+                kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+                kwargs["generation_config"].min_new_tokens = self.completion
             start = time.perf_counter()
             output = inner(*args, **kwargs)
             self._now["rollout_seconds"] += time.perf_counter() - start
@@ -107,8 +125,10 @@ class StepWatch(TrainerCallback):
         model.generate = generate
 
     def watch_engine(self, engine: Any) -> None:
-        """Wrap a rollout engine that does not call the model's `generate`. Removes its stop tokens, for full-length rollouts."""
-        inner, engine.stop_token_ids = engine.generate, []
+        """Wrap one of our rollout engines. Full-length rollouts have no stop tokens."""
+        inner = engine.generate
+        if self.completion:
+            engine.stop_token_ids = []
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -145,10 +165,10 @@ class StepWatch(TrainerCallback):
 def settings(setup: Setup) -> dict[str, Any]:
     """Training arguments shared by all trainers."""
     return {
-        "max_steps": 1 + setup.steps, "per_device_train_batch_size": setup.prompts, "learning_rate": 1e-5,
+        "max_steps": 1 + setup.steps, "learning_rate": 1e-5,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 0, "temperature": 1.0,
+        "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "seed": setup.seed, "temperature": 1.0,
     }  # fmt: skip
 
 
@@ -157,7 +177,10 @@ def ours(**own: Any) -> Callable[..., Any]:
 
     def build(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: StepWatch) -> OPRDTrainer:
         student, teacher, tokenizer = models
-        args = OPRDConfig(folder, **settings(setup), max_completion_length=setup.completion, **own)
+        args = OPRDConfig(
+            folder, **settings(setup), per_device_train_batch_size=setup.prompts, num_generations=setup.generations,
+            max_completion_length=setup.completion, **own,
+        )  # fmt: skip
         trainer = OPRDTrainer(
             student, teacher, args=args, train_dataset=[{"prompt": text} for text in setup.texts()],
             processing_class=tokenizer, teacher_processing_class=tokenizer, callbacks=[watch],
@@ -179,12 +202,13 @@ def trl_distillation(setup: Setup, models: tuple[Any, Any, Any], folder: str, wa
     from datasets import Dataset
 
     args = trl.DistillationConfig(
-        folder, **settings(setup), max_completion_length=setup.completion, beta=1.0, gradient_checkpointing=False
-    )
-    trainer = trl.DistillationTrainer(
-        models[0], models[1], args, Dataset.from_list([{"prompt": text} for text in setup.texts()]),
-        processing_class=models[2], callbacks=[watch],
+        folder, **settings(setup), per_device_train_batch_size=setup.rollouts, max_completion_length=setup.completion,
+        beta=1.0, gradient_checkpointing=False,
     )  # fmt: skip
+    rows = [{"prompt": text} for text in setup.texts() for _ in range(setup.generations)]
+    trainer = trl.DistillationTrainer(
+        models[0], models[1], args, Dataset.from_list(rows), processing_class=models[2], callbacks=[watch]
+    )
     watch.count_trained(trainer, "compute_loss", lambda args, loss: int(args[1]["completion_mask"].sum()))
     return trainer
 
@@ -197,13 +221,13 @@ def trl_gkd(setup: Setup, models: tuple[Any, Any, Any], folder: str, watch: Step
     student, teacher, tokenizer = models
     # It requires an answer for each prompt but uses only its length, as a divisor of the loss.
     rows = []
-    for text in setup.texts():
+    for text in (text for text in setup.texts() for _ in range(setup.generations)):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         answer = [ids[0]] * setup.completion
         rows.append({"prompt": text, "input_ids": ids + answer, "completion_mask": [0] * len(ids) + [1] * len(answer)})
     args = GKDConfig(
-        folder, **settings(setup), max_new_tokens=setup.completion, beta=1.0, lmbda=1.0, max_length=None,
-        gradient_checkpointing=False,
+        folder, **settings(setup), per_device_train_batch_size=setup.rollouts, max_new_tokens=setup.completion, beta=1.0,
+        lmbda=1.0, max_length=None, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = GKDTrainer(
         student, teacher, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[watch]
@@ -266,14 +290,14 @@ def run_trainer(name: str, setup: Setup, *, memory: bool = False) -> dict[str, A
     if name.startswith("trl"):
         require_trl()
     before = settle_memory() if memory else 0
-    watch = StepWatch(setup.completion, memory=memory)
+    watch = StepWatch(0 if setup.drawn else setup.completion, memory=memory)
     with tempfile.TemporaryDirectory() as folder:
         models = setup.build()
         trainer = TRAINERS[name](setup, models, f"{folder}/run", watch)
-        if "vllm" in name:
-            watch.watch_engine(trainer.engine)
-        else:
+        if name.startswith("trl"):
             watch.watch(models[0])
+        else:
+            watch.watch_engine(trainer.engine)
         trainer.train()
     found: dict[str, Any] = {"steps": watch.steps}
     return {**found, "peak_bytes": resident_bytes("VmHWM") - before} if memory else found
