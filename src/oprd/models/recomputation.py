@@ -101,7 +101,7 @@ def _treats_each_token_alone(mlp: nn.Module, forward: Callable[..., Any], hidden
     """Whether two tokens give the same output together as each alone, apart from rounding."""
     first_B1D, device = hidden_BTD[:, :1], hidden_BTD.device.type
     pair_B2D = torch.cat([first_B1D, -first_B1D], dim=1)  # two different tokens, whatever the text
-    # Autocast must not keep the 16-bit weights that it makes here: without gradient, they would cut the gradient later.
+    # Autocast of older torch would keep the 16-bit weights made here without gradient, and cut the gradient of later products.
     precision = torch.autocast(
         device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False
     )
