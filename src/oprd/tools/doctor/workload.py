@@ -195,11 +195,15 @@ def workload_of(
         teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
+    longest_prompt = prompt or config.max_prompt_length or 256
+    above_budget = (
+        longest_prompt + length - 1 > config.micro_batch_tokens
+    )  # then the trainer runs blocks again in any case
     return Workload(
         student=student,
         teacher=teacher,
         rollouts=config.per_device_train_batch_size * config.num_generations,
-        prompt=prompt or config.max_prompt_length or 256,
+        prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
         layers=resolve_layers(config.layers, student.layers) if compares else (),
@@ -210,7 +214,7 @@ def workload_of(
         output_space=config.output_term.kind if config.output_term else None,
         policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,
-        checkpointing=bool(config.activation_checkpointing),
+        checkpointing=bool(config.activation_checkpointing) or above_budget,
         lora=_lora(run.lora),
         bf16=config.bf16 if bf16 is None else bf16,
         student_bytes=student_bytes,
