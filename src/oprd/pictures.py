@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from oprd.files import writing
 
 # Okabe and Ito's hues, each at another lightness, so that they also differ in grey; all are dark enough for lines on white.
-COLOURS = ("#0072B2", "#C98500", "#5C1A52", "#D55E00", "#00664B", "#5E3A1A", "#C76BA0", "#10264F")
+COLOURS = ("#0072B2", "#C98500", "#571853", "#D55E00", "#00664B", "#623F1E", "#C76BA0", "#10264F")
 MARKERS = "osD^vP*X"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 INK, QUIET = "#222222", "#777777"
@@ -101,21 +101,29 @@ def band(axis: Any, x: Sequence[float], low: Sequence[float], high: Sequence[flo
     axis.fill_between(x, low, high, color=fill, alpha=0.15, linewidth=0)
 
 
-def name_ends(axis: Any, ends: Sequence[End]) -> None:
-    """Write the names of lines in a column right of the panel, at the heights where the lines end, apart from each other.
+def name_ends(*named: tuple[Any, Sequence[End]]) -> None:
+    """Write the names of lines in a column right of their panel, at the heights where the lines end, apart from each other.
 
-    A thin line joins a name to an end that is elsewhere. Call it last: the layout must know everything else.
+    A thin line joins a name to an end that is elsewhere. Call it last, and once: the layout must know everything else.
+
+    Args:
+        named: panels of one picture, each with the ends of its lines.
     """
-    if not ends:
-        return
-    axis.figure.figure.draw_without_rendering()  # of the whole picture: computes the layout
+    if named:
+        named[0][0].figure.figure.draw_without_rendering()  # of the whole picture: computes the layout
+    for axis, ends in named:
+        _name_ends(axis, ends)
+
+
+def _name_ends(axis: Any, ends: Sequence[End]) -> None:
     box, points = axis.get_window_extent(), 72 / axis.figure.dpi
     right, tall = axis.get_xlim()[1], box.height * points
     order = sorted(ends, key=lambda end: (axis.transData.transform((right, end.y))[1], end.text))
     own = [(axis.transData.transform((right, end.y))[1] - box.y0) * points for end in order]
-    heights = spread(own, _LINE, tall - FONT / 2)
+    heights = spread(own, [_LINE * (1 + end.text.count("\n")) for end in order], tall)
     joined = [
-        abs(at - height) > FONT / 3 or (end.x is not None and (box.x1 - axis.transData.transform((end.x, end.y))[0]) * points > _LINE)
+        abs(at - height) > FONT / 3
+        or (end.x is not None and (box.x1 - axis.transData.transform((end.x, end.y))[0]) * points > _LINE)
         for end, at, height in zip(order, own, heights, strict=True)
     ]  # fmt: skip
     column = 1 + (14 if any(joined) else 4) / (box.width * points)
@@ -135,17 +143,37 @@ def name_ends(axis: Any, ends: Sequence[End]) -> None:
         )  # fmt: skip
 
 
-def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Move ascending heights at least `gap` apart: up as far as `top`, then down. Closer where `top` has no room for all."""
-    if len(heights) > 1:
-        gap = min(gap, max(top, heights[-1]) / (len(heights) - 1))
+def name_two(axis: Any, x: Sequence[float], lines: Mapping[str, Sequence[float]]) -> None:
+    """Write the names of two lines above the upper and below the lower one, where they are farthest apart.
+
+    Args:
+        axis: its first line has colour 0, its second one colour 1.
+        x: where both have values.
+        lines: name → values.
+    """
+    one, other = lines.values()
+    place = max(range(min(len(one), len(other))), key=lambda i: abs(one[i] - other[i]))
+    for index, (text, values) in enumerate(lines.items()):
+        upper = values[place] == max(one[place], other[place])
+        axis.annotate(
+            text, (x[place], values[place]), xytext=(0, 7 if upper else -7), textcoords="offset points", color=colour(index),
+            ha="center", va="bottom" if upper else "top",
+        )  # fmt: skip
+    axis.margins(y=0.25)
+
+
+def spread(middles: Sequence[float], sizes: Sequence[float], top: float) -> list[float]:
+    """Move texts apart: their middles, ascending, up as far as `top`, then down. Closer where there is no room for all."""
+    if sum(sizes) > top > 0:
+        sizes = [size * top / sum(sizes) for size in sizes]
     moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + gap) if moved else height)
-    limit = max(top, *heights) if heights else top
+    for middle, size in zip(middles, sizes, strict=True):
+        least = moved[-1] + (sizes[len(moved) - 1] + size) / 2 if moved else middle
+        moved.append(max(middle, least))
+    limit = top
     for index in range(len(moved) - 1, -1, -1):
-        moved[index] = min(moved[index], limit)
-        limit = moved[index] - gap
+        moved[index] = min(moved[index], limit - sizes[index] / 2)
+        limit = moved[index] - sizes[index] / 2
     return moved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,28 @@ def plot_run(folder: Path, file: Path) -> None:
     Raises:
         ValueError: the folder has no metrics.
     """
+    summary = folder / SUMMARY
     with style():
-        save(draw_run(folder), file)
+        save(draw_run(folder / METRICS, json.loads(summary.read_text()) if summary.exists() else {}), file)
 
 
-def draw_run(folder: Path) -> Any:
+def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
     """The figure of `plot_run`. Call it inside `oprd.pictures.style`.
 
+    Args:
+        metrics: a `metrics.jsonl`.
+        summary: content of a `summary.json`; {} for a run without.
+
     Raises:
-        ValueError: the folder has no metrics.
+        ValueError: no line of `metrics` has a step and a loss.
     """
     steps, evals = Columns(), Columns()
-    for line in read_lines(folder / METRICS):
+    for line in read_lines(metrics):
         for key, rows in (("loss", steps), ("eval_avg_at_k", evals)):
             if key in line.row and number(line.row, "step") is not None:
                 rows.add(line.row)
     if not len(steps):
-        raise ValueError(f"{folder} has no metrics to draw")
-    summary_file = folder / SUMMARY
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        raise ValueError(f"{metrics} has no metrics to draw")
     missing = _why_no_accuracy(steps, evals, summary)
     figure = new_figure(4.6 if missing else 7.2)
     if missing:
@@ -71,13 +75,14 @@ def draw_run(folder: Path) -> Any:
     in_percent(cut_off.yaxis)
     for axis in (loss, cosine, length, cut_off):
         step_axis(axis)
-    name_ends(cosine, cosines)
+    named = [(cosine, cosines)]
     if not missing:
-        name_ends(accuracy, _draw_accuracy(accuracy, steps, evals, summary))
+        named.append((accuracy, _draw_accuracy(accuracy, steps, evals, summary)))
+    name_ends(*named)
     return figure
 
 
-def _why_no_accuracy(steps: Columns, evals: Columns, summary: dict[str, Any]) -> str | None:
+def _why_no_accuracy(steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> str | None:
     """The sentence in the place of a panel that would show nothing; None if there is something to show."""
     if evals.series("eval_avg_at_k")[1] or any(
         (summary.get(name) or {}).get("avg_at_k") is not None for name in _EVALUATIONS
@@ -135,7 +140,7 @@ def _draw_cosines(axis: Any, steps: Columns) -> list[End]:
 _EVALUATIONS = ("teacher", "student_before", "student_after")
 
 
-def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: dict[str, Any]) -> list[End]:
+def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> list[End]:
     """Rollouts as a thin line, evaluations as points with 95 % intervals, the teacher and the start as lines."""
     ends = []
     known = {name: found for name in _EVALUATIONS if (found := summary.get(name)) and found["avg_at_k"] is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,16 @@ def draw_comparison(report: Mapping[str, Any]) -> Any:
     heights = [*curves.values(), 1.1 + 0.18 * complete + 0.07 * len(best)]
     figure = new_figure(sum(heights) + 0.3)
     *parts, at_rates = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
+    named = []
     for part, over in zip(parts, curves, strict=True):
         if together or over == "seconds":
-            _draw_together(part.subplots(), report, best, over)
+            axis = part.subplots()
+            named.append((axis, _draw_together(axis, report, best, over)))
         else:
             _draw_apart(part, report, best)
     _draw_rates(*at_rates.subplots(1, 2, sharey=True, width_ratios=(3, 1)), report)
     figure.supxlabel("Mean over seeds; bands and bars: 95 % t-interval over seeds", color=QUIET)
+    name_ends(*named)
     return figure
 
 
@@ -93,8 +96,8 @@ def _draw_apart(figure: Any, report: Mapping[str, Any], best: Mapping[str, Any])
     figure.supylabel(_unit(report))
 
 
-def _draw_together(axis: Any, report: Mapping[str, Any], best: Mapping[str, Any], over: str) -> None:
-    """All objectives in one panel, named at the ends of their lines."""
+def _draw_together(axis: Any, report: Mapping[str, Any], best: Mapping[str, Any], over: str) -> list[End]:
+    """All objectives in one panel; returns the ends of their lines."""
     ends = []
     for index, (name, row) in enumerate(best.items()):
         _draw_curve(axis, row, over, index, bands=len(best) <= _MOST_TOGETHER)
@@ -111,7 +114,7 @@ def _draw_together(axis: Any, report: Mapping[str, Any], best: Mapping[str, Any]
         mark(axis, report["equal_time"]["seconds"], "equal time", _EQUAL_TIME)
     else:
         axis.set(title="Each objective at its own best rate (in brackets)", xlabel="step")
-    name_ends(axis, ends)
+    return ends
 
 
 def _draw_curve(axis: Any, row: Mapping[str, Any], over: str, index: int, *, bands: bool) -> None:
