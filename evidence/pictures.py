@@ -82,7 +82,7 @@ def accuracy_rows(
         low, high = interval or (mean, mean)
         colour, marker = (OURS, "o") if name in ours else (OTHER, "s")
         axis.plot([max(low, 0), min(high, 1)], [row, row], color=colour, alpha=0.35, linewidth=9, solid_capstyle="butt")
-        axis.plot(values, [row] * len(values), marker, color=colour, markersize=4)
+        axis.plot(values, [row] * len(values), marker, color=colour, markersize=5, mec="white", mew=0.6)
         axis.annotate(
             percent(mean), (1, row), xycoords=axis.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center"
         )  # fmt: skip

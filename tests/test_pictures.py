@@ -143,7 +143,7 @@ def test_colours_differ_in_grey_and_for_colour_blind_readers_and_stand_out_from_
     for seen in (DEUTERANOPIA, PROTANOPIA):
         for a, b in combinations(COLOURS[:6], 2):
             one, other = (np.clip(np.array(seen) @ linear(c), 0, 1) ** (1 / 2.2) for c in (a, b))
-            assert np.linalg.norm(one - other) > 0.12, (a, b)
+            assert np.linalg.norm(one - other) > 0.1, (a, b)
 
 
 def test_lines_differ_also_without_colour():

@@ -11,7 +11,7 @@ from typing import Any
 from oprd.files import writing
 
 # Okabe and Ito's hues, each at another lightness, so that they also differ in grey; all are dark enough for lines on white.
-COLOURS = ("#0072B2", "#C98500", "#571853", "#D55E00", "#00664B", "#623F1E", "#C76BA0", "#10264F")
+COLOURS = ("#0072B2", "#CA8600", "#571853", "#D55E00", "#00664B", "#623F1E", "#C76BA0", "#10264F")
 MARKERS = "osD^vP*X"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 INK, QUIET = "#222222", "#777777"
@@ -52,7 +52,7 @@ def style() -> Iterator[None]:
     from matplotlib import rc_context
 
     sizes = ("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-    with rc_context({
+    settings: dict[Any, Any] = {
         **dict.fromkeys((*sizes, "legend.title_fontsize", "figure.titlesize", "figure.labelsize"), FONT),
         "font.family": "DejaVu Sans", "text.parse_math": False,  # names may hold a dollar
         "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -60,7 +60,8 @@ def style() -> Iterator[None]:
         "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
         "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
         "figure.facecolor": "white", "axes.facecolor": "white", "lines.linewidth": 1.6, "lines.markersize": 4.5,
-    }):  # fmt: skip
+    }  # fmt: skip
+    with rc_context(settings):
         yield
 
 

@@ -62,7 +62,8 @@ def draw_comparison(report: Mapping[str, Any]) -> Any:
             named.append((axis, _draw_together(axis, report, best, over)))
         else:
             _draw_apart(part, report, best)
-    _draw_rates(*at_rates.subplots(1, 2, sharey=True, width_ratios=(3, 1)), report)
+    accuracy, seconds = at_rates.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    _draw_rates(accuracy, seconds, report)
     figure.supxlabel("Mean over seeds; bands and bars: 95 % t-interval over seeds", color=QUIET)
     name_ends(*named)
     return figure
