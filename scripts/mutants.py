@@ -478,6 +478,50 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("logits alone are those of the next token", "output.logits[0, len(text) - 1 : -1]", "output.logits[0, len(text) :]",
          "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
     ],
+    "rollouts/draw.py": [
+        ("a token of weight 0 at the end", "torch.nextafter(total_B1, torch.zeros_like(total_B1))", "total_B1 + 1",
+         "test_decode.py::test_the_inverse_of_the_distribution_function"),
+        ("a nucleus without the token that crosses top_p", "todo = todo[above_B >= top_p]", "todo = todo[above_B >= 0.9 * top_p]",
+         "test_decode.py::test_draws_follow_the_exact_distribution"),
+    ],
+    "rollouts/cached_rows.py": [
+        ("rows that leave keep their cache", "kept[moved, :, :length] = kept[beam_idx[moved], :, :length]", "pass",
+         "test_decode.py::test_greedy_equals_generate_in_every_family"),
+        ("positions count padding", "(self._mask.cumsum(-1) - 1).clamp(min=0)", "torch.arange(input_ids.shape[1])[None]",
+         "test_decode.py::test_greedy_equals_generate_in_every_family"),
+    ],
+    "rollouts/decode.py": [
+        ("all generations of a prompt draw alike", "derive_seed(seed, before[prompt], *prompt)", "derive_seed(seed, *prompt)",
+         "test_decode.py::test_equal_prompts_are_read_once_and_get_completions_of_their_own"),
+        ("log-probabilities after the vocabulary is cut", "_log_probs(cached.logits_BV, tokens_B)",
+         "_log_probs(cached.logits_BV[:, :vocab_size], tokens_B)",
+         "test_decode.py::test_log_probs_are_those_of_a_full_forward"),
+    ],
+    "rollouts/weights_copy.py": [
+        ("the copy keeps its first weights", "copied[name].copy_(live)", "pass",
+         "test_decode.py::test_weights_that_change_change_rollouts"),
+    ],
+    "models/lm_head/contiguous.py": [
+        ("the head gets the slice", "args[0].contiguous()", "args[0]",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+        ("the head keeps its hook", "handle.remove()", "pass",
+         "test_rollout.py::test_a_frozen_head_is_multiplied_once_not_once_a_row"),
+    ],
+    "tools/doctor/time.py": [
+        ("every batch's tokens cost nothing to draw", "rows * shape.rows * device.logit_seconds", "0.0",
+         "test_doctor.py::test_what_a_cpu_adds_in_closed_form"),
+        ("elementwise operations cost nothing", "self.compute(flops) + self.write(layers * tokens * _written_numbers(shape))",
+         "self.compute(flops)", "test_doctor.py::test_what_a_cpu_adds_in_closed_form"),
+    ],
+    "tools/doctor/workload.py": [
+        ("the student's dtype is ignored", 'own.get("dtype", "float32")', '"float32"',
+         "test_doctor.py::test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained"),
+    ],
+    "tools/doctor/memory.py": [
+        ("an adapter is as narrow as its base", "(weight * shape.parameters + _FLOAT * adapter)",
+         "weight * (shape.parameters + adapter)",
+         "test_doctor.py::test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained"),
+    ],
     "rollouts/transformers_engine.py": [
         ("parts of a batch draw for themselves", "if self.batch in (None, rows):", "if True:",
          "test_memory.py::test_halved_generation_gives_the_same_tokens"),
@@ -681,6 +725,17 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alarm.py::test_a_log_of_any_length_is_read_once_and_a_window_of_it_is_kept"),
         ("a resumed run forgets that it has rung", "                self._judge()", "                pass",
          "test_alarm.py::test_a_resumed_run_is_quiet_as_long_as_the_uninterrupted_one"),
+    ],
+    "training/processes.py": [
+        ("two processes that never joined train on", "launched > 1 and accelerator.num_processes == 1",
+         "launched > 2 and accelerator.num_processes == 1",
+         "test_nodes.py::test_processes_that_do_not_work_together_are_refused"),
+        ("every error of torch is a lost process", "isinstance(error, dist.DistError) or", "isinstance(error, RuntimeError) or",
+         "test_nodes.py::test_other_errors_of_torch_are_no_lost_process"),
+        ("a disk of one's own is not noticed", "0 if found == written else dist.get_rank() + 1", "0 if found else dist.get_rank() + 1",
+         "test_nodes.py::test_nodes_that_do_not_share_the_folder_are_told_so"),
+        ("a lost process is a bug", "or bool(_OF_GLOO.match(str(error)))", "",
+         "test_nodes.py::test_a_node_that_is_lost_ends_the_other_with_one_sentence"),
     ],
     "training/parallel.py": [
         ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",

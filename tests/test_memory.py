@@ -341,10 +341,11 @@ def test_a_rollout_and_evaluation_of_a_run_that_do_not_fit(tmp_path):
         if name == "halved":
             sizes = limit_rows(trainer.model, 3)
         trainer.train()
-    lines = [
-        without_times([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-        for name in ("whole", "halved")
-    ]
+    lines = []
+    for name in ("whole", "halved"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(row.pop("rollout_log_prob_gap", 0) < 1e-6 for row in rows)  # rounding, which depends on the batch
+        lines.append(without_times(rows))
     assert max(sizes) == 4
     assert lines[0] == lines[1]
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "halved")]

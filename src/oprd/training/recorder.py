@@ -91,7 +91,7 @@ class Recorder:
             loss: what it adds to the step's loss.
             share: this batch's fraction of the step's prompts.
         """
-        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
+        if terms.step == 0 and not terms.objective.uses(PolicyTerm) and loss == 0:  # in this order: it reads the device
             logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
