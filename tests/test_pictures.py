@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from PIL import Image
 
+from oprd.bridge.show import draw_bridge
 from oprd.pictures import (
     COLOURS,
     DPI,
@@ -226,6 +227,17 @@ def test_a_run_that_never_was_right_shows_the_line_of_its_teacher(tmp_path):
     accuracy = figure.axes[0]
     assert [text.get_text() for text in accuracy.texts] == ["rollouts in training", "teacher 98.5 %"]
     assert accuracy.get_ylabel() == "correct, %"
+
+
+@pytest.mark.parametrize("copies", [1, 6])
+def test_a_bridge_of_few_and_of_many_layers(copies):
+    layers = json.loads((ROOT / "evidence/e09_rank/result.json").read_text())["layers"]
+    with style():
+        figure = draw_bridge({"layers": layers * copies, "rank": 16})
+        assert covered(figure) == []
+    cosine, r2 = figure.axes
+    assert sorted(text.get_text() for text in cosine.texts if text.get_text())[0] == "layers 1 ← 1"
+    assert len(cosine.texts) - 1 == len(layers) * copies == len(r2.lines) - 1  # a mark at the rank, a line at one half
 
 
 def test_names_with_a_dollar_are_no_formulas(tmp_path):

@@ -240,7 +240,7 @@ def draw(result: Result, figure: Any) -> None:
     axes[0].set_ylabel("others' ways                    oprd")
     note(figure, "multiples of the floor's; circles: time, squares: peak memory; bands: range over rounds")
     for axis in axes:
-        axis.set_xlabel("of the floor's")
+        axis.set_xlabel("× the floor's")
 
 
 _SHORT = {
