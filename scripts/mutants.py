@@ -898,7 +898,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "pictures.py": [
         ("names at the ends of lines stay on each other", "moved.append(max(middle, least))", "moved.append(middle)",
-         "test_picture_style.py::test_names_at_the_ends_of_lines_that_end_together"),
+         "test_picture_style.py::test_texts_that_are_apart_stay"),
         ("names leave the panel", "moved[index] = min(moved[index], limit - sizes[index] / 2)", "moved[index] = moved[index]",
          "test_picture_style.py::test_texts_that_are_apart_stay"),
         ("names may be formulas", '"text.parse_math": False,', '"text.parse_math": True,',
