@@ -257,6 +257,12 @@ def test_a_recipe_becomes_a_workload(tmp_path):
     assert found.layers == tuple(range(1, found.student.layers + 1))
     assert found.diagnostics
     assert found.output_space is None
+    assert not found.checkpointing
+    at_budget, above = (
+        workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": tokens}), prompt=12)
+        for tokens in (75, 74)
+    )
+    assert (at_budget.checkpointing, above.checkpointing) == (False, True)  # as `LongSequences` does
 
 
 @pytest.mark.parametrize(

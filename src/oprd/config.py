@@ -227,7 +227,10 @@ class OPRDConfig(TrainingArguments):
 
     micro_batch_tokens: int = field(
         default=16384,
-        metadata=_help("Maximum tokens of one forward and backward pass, with padding; memory grows with it."),
+        metadata=_help(
+            "Maximum tokens of one forward and backward pass, with padding; memory grows with it. A longer rollout runs alone, its "
+            "blocks again in backward."
+        ),
     )
     diagnostic_steps: int = field(
         default=10,

@@ -53,6 +53,7 @@ from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
+from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.probe import probe_run
@@ -194,7 +195,11 @@ class OPRDTrainer(Trainer):
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
-        self.memory = MemoryGuard(args, self.parallel, self.recorder)
+        long_sequences = LongSequences(
+            self.parallel.student, self.parallel.teacher_modules,
+            recomputed=bool(args.activation_checkpointing), deepspeed=self.parallel.deepspeed,
+        )  # fmt: skip
+        self.memory = MemoryGuard(args, self.parallel, self.recorder, long_sequences)
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]

@@ -18,7 +18,7 @@ _WIDE_VOCABULARY, _STEPS, _DEEP = 8192, 16, 7
 _LARGEST = 2**23  # numbers of one operand
 
 
-def probe_cpu(work: Workload, engine: str = "transformers") -> Device:
+def probe_cpu(work: Workload, engine: str = "decode") -> Device:
     """Measure this CPU with the threads that PyTorch uses now. Touches no file and no random state but its own.
 
     Products have the workload's width and rows, as far as `_LARGEST` allows. With one thread the clock is the CPU time of the
@@ -122,7 +122,7 @@ def _tokenizer() -> Any:
 
 def _step_seconds(engine: str, rows: int) -> list[float]:
     """Seconds of a decoding step of three tiny models: one layer, several layers, one layer and a wide vocabulary."""
-    local = engine if engine in ENGINES and not engine.startswith("vllm") else "transformers"
+    local = engine if engine in ENGINES and not engine.startswith("vllm") else "decode"
     writer = make_engine(local, _tokenizer(), [2 * _WIDE_VOCABULARY], batch_size=rows)  # it is never drawn
 
     def seconds_of(model: Any, steps: int) -> float:

@@ -128,7 +128,7 @@ def _rollout_seconds(work: Workload, device: Device) -> float:
     rows = min(work.generation_batch, work.rollouts)
     batches = -(-work.rollouts // rows)
     context = work.prompt + work.completion / 2
-    prefill = device.forward(shape, shape.layers, rows * work.prompt, work.prompt / 2)
+    prefill = device.forward(shape, shape.layers, rows * work.prompt / work.prompt_readers, work.prompt / 2)
     step = forward_flops(shape, shape.layers, rows, context) + 2.0 * shape.vocabulary * rows
     cached = rows * context * shape.layers * 2 * shape.keys
     # Under autocast each token reads the float32 weights and casts them again.

@@ -56,6 +56,7 @@ class Workload:
         teacher_bytes: bytes per element of the teacher's weights and states.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
+        prompt_readers: completions of a prompt that share one reading of it.
         overlap: whether the next step's rollouts are sampled during the update.
         devices: number of devices.
         sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
@@ -83,6 +84,7 @@ class Workload:
     teacher_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
+    prompt_readers: int = 1
     overlap: bool = False
     devices: int = 1
     sharding: str = "none"
@@ -193,11 +195,15 @@ def workload_of(
         teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
+    longest_prompt = prompt or config.max_prompt_length or 256
+    above_budget = (
+        longest_prompt + length - 1 > config.micro_batch_tokens
+    )  # then the trainer runs blocks again in any case
     return Workload(
         student=student,
         teacher=teacher,
         rollouts=config.per_device_train_batch_size * config.num_generations,
-        prompt=prompt or config.max_prompt_length or 256,
+        prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
         layers=resolve_layers(config.layers, student.layers) if compares else (),
@@ -208,12 +214,13 @@ def workload_of(
         output_space=config.output_term.kind if config.output_term else None,
         policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,
-        checkpointing=bool(config.activation_checkpointing),
+        checkpointing=bool(config.activation_checkpointing) or above_budget,
         lora=_lora(run.lora),
         bf16=config.bf16 if bf16 is None else bf16,
         student_bytes=student_bytes,
         teacher_bytes=student_bytes if teacher is None else _weight_bytes(others.get("dtype", "auto"), teacher),
         generation_batch=config.generation_batch_size,
+        prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
         devices=devices,
         sharding=sharding or ("none" if devices == 1 else "ddp"),
