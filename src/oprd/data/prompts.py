@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat_template import check_generation_prompt, continues, has_template, rendered_ids
+from oprd.data.chat_template import (
+    check_contents_are_written,
+    check_generation_prompt,
+    continues,
+    has_template,
+    rendered_ids,
+    unread_kwargs,
+)
 from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
@@ -79,6 +86,11 @@ class PromptRenderer:
             ValueError: as `render`; or the template takes no notice of `add_generation_prompt` and needs to.
         """
         ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
+        if unread := unread_kwargs(self.tokenizer, self.template_kwargs):
+            logger.warning(
+                "%s: the chat template does not read %s of chat_template_kwargs, so it changes nothing",
+                name, ", ".join(map(repr, unread)),
+            )  # fmt: skip
         continued, checked = 0, False
         for place, row in enumerate(rows):
             if continues(row):
@@ -114,6 +126,11 @@ class PromptRenderer:
         """The tokenizer's control tokens."""
         return ControlTokens.of(self.tokenizer, self.template_kwargs)
 
+    @cached_property
+    def _written_roles(self) -> set[tuple[str, ...]]:
+        """Sequences of roles of which the template writes every message."""
+        return set()
+
     def _render(self, row: PromptRow, control_token: str | None) -> list[int]:
         if isinstance(row.prompt, str):
             ids = self._plain(row.prompt, row, control_token)
@@ -127,6 +144,11 @@ class PromptRenderer:
         else:
             with naming_the_row(self.tokenizer, row, self.template_kwargs):
                 ids = rendered_ids(self.tokenizer, row.prompt, self.template_kwargs)
+        if not isinstance(row.prompt, str):
+            roles = tuple(message["role"] for message in row.prompt)
+            if roles not in self._written_roles:
+                check_contents_are_written(self.tokenizer, row, self.template_kwargs)
+                self._written_roles.add(roles)
         if not ids:
             raise ValueError(f"{row.source}: the prompt has no token")
         return list(ids)

@@ -100,7 +100,7 @@ def probe_layouts(model: nn.Module, layers: Sequence[int], *, read: Reading) -> 
         read: `oprd.states.capture.read_states`, or `read_through_forward` for a wrapped or sharded model, on all processes.
 
     Raises:
-        ValueError: states of a layer are not one vector a token.
+        ValueError: states of a layer are not one vector a token, or depend on later tokens.
     """
     texts, device = short_texts(model), next(model.parameters()).device
 
@@ -116,6 +116,7 @@ def probe_layouts(model: nn.Module, layers: Sequence[int], *, read: Reading) -> 
 
     with evaluating(model):
         alone = [states([text], "right")[0] for text in texts]
+        _check_causal(model, alone[0], states([texts[0][:-1]], "right")[0])
         off = {}
         for layout in get_args(Layout):
             pairs = zip(states(texts, layout), alone, strict=True)
@@ -127,6 +128,19 @@ def probe_layouts(model: nn.Module, layers: Sequence[int], *, read: Reading) -> 
         type(causal_lm(model)).__name__, dtype, off,
         {layout: _MOST_ROUNDING if layout == "right" else others for layout in off},
     )  # fmt: skip
+
+
+def _check_causal(model: nn.Module, whole: Sequence[Tensor], shorter: Sequence[Tensor]) -> None:
+    """Refuse a model that reads ahead: the states of a text, and of the text without its last token, are not the same."""
+    pairs = zip(whole, shorter, strict=True)
+    off = max(deviation(states_TD[: len(start_TD)], start_TD) for states_TD, start_TD in pairs)
+    _, allowed = rounding(shorter[0])
+    if off > min(_TIMES_PADDED * allowed, _MOST_ROUNDING):
+        raise ValueError(
+            f"model: {type(causal_lm(model)).__name__} is no causal language model: a text's states change by {100 * off:.2g} % of "
+            "their norm with the token after it, so a response would be read before it is written; take a decoder-only model, or "
+            "correct config.json (is_causal, use_bidirectional_attention)"
+        )
 
 
 def check_layout(probe: Probe, layout: Layout) -> None:
