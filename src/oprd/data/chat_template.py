@@ -143,7 +143,9 @@ def check_contents_are_written(
         ValueError: names the row, the message and a remedy.
     """
     assert not isinstance(row.prompt, str), "a plain text has no messages"
-    probe = [{**message, "content": f"{_PROBE}-{i}-"} for i, message in enumerate(row.prompt)]
+    if not re.search(r"content|\bfor\b", _source(tokenizer, kwargs)):
+        return  # a fixed text, which no message is meant to be in
+    probe = [{**message, "content": f"OPRD{i}text"} for i, message in enumerate(row.prompt)]
     try:
         text = rendered(tokenizer, probe, kwargs)
     except Exception:  # the template refuses such messages: the row itself may pass

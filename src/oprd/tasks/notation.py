@@ -99,7 +99,8 @@ def _measured(match: re.Match[str]) -> str:
     r"""The package siunitx: ``\SI{5}{\meter\per\second}`` as ``5 \text{meter / second}``."""
     if match[3]:
         return match[4] + (r"^\circ" if match[3] == "ang" else "")
-    unit = match[2].replace(r"\per", " / ").replace(r"\squared", "^2").replace(r"\cubed", "^3")
+    unit = re.sub(r"\\(kilo|mega|deci|centi|milli|micro|nano)\s*\\", r"\\\1", match[2])
+    unit = unit.replace(r"\per", " / ").replace(r"\squared", "^2").replace(r"\cubed", "^3")
     return f"{match[1] or ''} \\text{{{' '.join(unit.replace(chr(92), ' ').split())}}}"
 
 

@@ -16,7 +16,7 @@ from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.states.capture import read_through_forward
-from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
 from oprd.training.parallel import Parallel
 
@@ -64,6 +64,7 @@ def _probe(
     with precision:
         reading = probe_layouts(model, sorted({*layers, num_layers(model)}), read=read_through_forward)
         check_layout(reading, "right")
+        check_causal(model, layers, read=read_through_forward)
         result = reading.as_json()
         if decodes:
             decoding = probe_decoding(model)
