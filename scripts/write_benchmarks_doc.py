@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.tools.bench import cuda, growth, rollout, step, update
+from oprd.tools.bench import cuda, decode, growth, rollout, step, update
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
@@ -65,6 +65,12 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
         "handing over the weights in every pass. `generate` runs until the longest completion ends, so its time applies to every "
         "engine's completions.",
         rollout.markdown,
+    ),
+    "rollout_decode": (
+        "The default engine's loop",
+        "oprd bench rollout --decode",
+        "The loop of the engine `decode` beside bare `generate`, on rows of given lengths.",
+        decode.markdown,
     ),
 }
 """Result file → title, command, what it is, its table."""

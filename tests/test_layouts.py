@@ -121,9 +121,9 @@ def test_what_depends_on_its_neighbours_is_refused_before_anything_is_sampled(rw
 def test_a_run_records_what_was_probed(tmp_path):
     trainer = tiny_trainer(tmp_path, tiny_model("falcon"), shaken(tiny_model("falcon", seed=1)))
     student, teacher = (trainer.probe[side] for side in ("student", "teacher"))
-    assert student.keys() == {"dtype", "right", "left", "packed", "decoding"}
+    assert student.keys() == {"dtype", "right", "left", "packed", "decode"}
     assert teacher.keys() == {"dtype", "right", "left", "packed"}  # it writes nothing
-    assert student["decoding"]["equal"]
+    assert student["decode"]["equal"]
     assert teacher["right"] == {"off": pytest.approx(0, abs=1e-5), "equal": True}
     assert not teacher["packed"]["equal"]
     autocast = tiny_trainer(tmp_path, bf16=True).probe

@@ -139,7 +139,7 @@ class OPRDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
     rollout_engine: str = field(
-        default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
+        default="decode", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
     )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
@@ -227,7 +227,10 @@ class OPRDConfig(TrainingArguments):
 
     micro_batch_tokens: int = field(
         default=16384,
-        metadata=_help("Maximum tokens of one forward and backward pass, with padding; memory grows with it."),
+        metadata=_help(
+            "Maximum tokens of one forward and backward pass, with padding; memory grows with it. A longer rollout runs alone, its "
+            "blocks again in backward."
+        ),
     )
     diagnostic_steps: int = field(
         default=10,
@@ -334,6 +337,10 @@ class OPRDConfig(TrainingArguments):
         if self.ddp_find_unused_parameters:
             raise ValueError(
                 "ddp_find_unused_parameters: must be False; what the loss does not reach is frozen already"
+            )
+        if self.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node: must be False; one process writes output_dir, which all machines share"
             )
         if self.fp16:
             raise ValueError(
@@ -512,7 +519,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
     if not engine_can:
         raise ValueError(
             f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which cannot sample in another thread during the "
-            "update (can.background of its class is False); set it to transformers or vllm_server, or overlap_rollouts to false"
+            "update (can.background of its class is False); set it to decode or vllm_server, or overlap_rollouts to false"
         )
 
 

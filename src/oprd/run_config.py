@@ -103,6 +103,15 @@ class RunConfig:
         on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
         return cls.load(path, {**overrides, **on_cpu})
 
+    @staticmethod
+    def asks_for_cpu(path: str | Path, overrides: Mapping[str, Any]) -> bool:
+        """Whether the recipe with its overrides sets use_cpu itself.
+
+        Raises:
+            ValueError: no such file, or not YAML.
+        """
+        return {**read_yaml(find_recipe(path)), **overrides}.get("use_cpu") is True
+
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> RunConfig:
         """Check keys and values of a recipe.

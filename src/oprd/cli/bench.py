@@ -136,6 +136,9 @@ def rollout(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 2).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Only the default engine's loop, on completions of given lengths.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
     """Tokens per second of each rollout engine beside bare `generate` and, where vLLM is installed, bare vLLM."""
@@ -143,6 +146,17 @@ def rollout(
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
+    if decode:
+        if (model, prompts, completion, dtype) != (None, None, None, "float32"):
+            raise ValueError(
+                "--decode: has models and lengths of its own; it takes --quick, --rounds, --threads and --json"
+            )
+        from oprd.tools.bench import decode as loop
+
+        cases = loop.CASES[2::2] if quick else loop.CASES
+        report = loop.bench_decode(cases, rounds=rounds or (2 if quick else 5), threads=threads, say=say)
+        _finish(report, loop.markdown(report), json_file)
+        return
     from oprd.tools.bench.requests import QUICK, Requests
     from oprd.tools.bench.rollout import bench_rollout, markdown
 

@@ -35,7 +35,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus truncation; the paper evaluates at 0.95.")] = 0.95,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
-    engine: Annotated[str, typer.Option(help="What samples: transformers, vllm.")] = "transformers",
+    engine: Annotated[str, typer.Option(help="What samples: decode, transformers, vllm.")] = "decode",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     instruction: Annotated[

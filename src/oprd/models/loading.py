@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
@@ -198,7 +200,7 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     """Load a model that is no adapter."""
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with conversion_failures() as failed:
+    with conversion_failures() as failed, _whole_under_zero3():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
         except Exception as error:
@@ -215,6 +217,23 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     blocks(model)  # raises now, with the class's name, if the layers cannot be found
     check_loaded(name, model, report)
     return model
+
+
+@contextmanager
+def _whole_under_zero3() -> Iterator[None]:
+    """Under DeepSpeed ZeRO-3, let transformers load whole weights instead of partitioned ones.
+
+    DeepSpeed partitions the student when training begins. A teacher stays whole: no engine would gather its weights.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
 
 
 def _base_of(adapter: Adapter) -> str:

@@ -20,9 +20,7 @@ from oprd.data.rows import PromptRow, Reading
 from oprd.files import write_json
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
-from oprd.rollouts.engines import make_engine
-from oprd.rollouts.probe import check_decoding, probe_decoding
-from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.rollouts.engines import DecodeEngine, TransformersEngine, make_engine, probe_engine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
 from oprd.tasks.answer_formats import read_answers
@@ -44,7 +42,7 @@ def evaluate_checkpoint(
     limit: int | None = None,
     split: str = "test",
     batch_size: int = 64,
-    engine: str = "transformers",
+    engine: str = "decode",
     on_batch: Callable[[int, int], None] | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -66,7 +64,7 @@ def evaluate_checkpoint(
         limit: first problems only.
         split: of a hub dataset or generated task.
         batch_size: completions generated together.
-        engine: what samples: transformers or vllm.
+        engine: what samples: decode, transformers or vllm.
         on_batch: called with (completions done, of all) as they are made, by engines that work in batches.
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
@@ -99,8 +97,8 @@ def evaluate_checkpoint(
     check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, model)
     stops = loaded.info.stop_token_ids
     sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
-    if isinstance(sampler, TransformersEngine):
-        check_decoding(probe_decoding(loaded.model))
+    probe_engine(sampler, loaded.model)
+    if isinstance(sampler, DecodeEngine | TransformersEngine):
         sampler.on_batch = on_batch
     started = time.perf_counter()
     with grading.grader() as grader:
