@@ -83,7 +83,8 @@ class PromptRenderer:
             name: of the dataset.
 
         Raises:
-            ValueError: as `render`; or the template takes no notice of `add_generation_prompt` and needs to.
+            ValueError: as `render`; or the template leaves out a message, or takes no notice of `add_generation_prompt`
+                and needs to.
         """
         ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
         if unread := unread_kwargs(self.tokenizer, self.template_kwargs):
@@ -91,7 +92,7 @@ class PromptRenderer:
                 "%s: the chat template does not read %s of chat_template_kwargs, so it changes nothing",
                 name, ", ".join(map(repr, unread)),
             )  # fmt: skip
-        continued, checked = 0, False
+        continued, checked, seen_roles = 0, False, set[tuple[str, ...]]()
         for place, row in enumerate(rows):
             if continues(row):
                 continued += 1
@@ -100,6 +101,9 @@ class PromptRenderer:
                 checked = True
             token = self.control.find(row)
             ids.append(self._render(row, token))
+            if not isinstance(row.prompt, str) and (roles := tuple(m["role"] for m in row.prompt)) not in seen_roles:
+                check_contents_are_written(self.tokenizer, row, self.template_kwargs)
+                seen_roles.add(roles)
             if token is not None:
                 written[isinstance(row.prompt, str)].add(token, row.source or f"row {place}")
         if continued:
@@ -126,11 +130,6 @@ class PromptRenderer:
         """The tokenizer's control tokens."""
         return ControlTokens.of(self.tokenizer, self.template_kwargs)
 
-    @cached_property
-    def _written_roles(self) -> set[tuple[str, ...]]:
-        """Sequences of roles of which the template writes every message."""
-        return set()
-
     def _render(self, row: PromptRow, control_token: str | None) -> list[int]:
         if isinstance(row.prompt, str):
             ids = self._plain(row.prompt, row, control_token)
@@ -144,11 +143,6 @@ class PromptRenderer:
         else:
             with naming_the_row(self.tokenizer, row, self.template_kwargs):
                 ids = rendered_ids(self.tokenizer, row.prompt, self.template_kwargs)
-        if not isinstance(row.prompt, str):
-            roles = tuple(message["role"] for message in row.prompt)
-            if roles not in self._written_roles:
-                check_contents_are_written(self.tokenizer, row, self.template_kwargs)
-                self._written_roles.add(roles)
         if not ids:
             raise ValueError(f"{row.source}: the prompt has no token")
         return list(ids)
