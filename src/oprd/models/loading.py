@@ -16,6 +16,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
+from oprd.models.folder_check import check_adapter_folder, check_folder
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.tokens import say_ends, stop_token_ids
 
@@ -175,11 +176,16 @@ def load_model(
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     resolved = resolve_name(name)
+    inside = Path(resolved) / str(kwargs.get("subfolder") or "")
     adapter = find_adapter(resolved, init_kwargs)
     if adapter is None:
+        if "gguf_file" not in kwargs:
+            check_folder(name, inside)
         model = _load_whole(name, resolved, kwargs)
     else:
+        check_adapter_folder(name, inside)
         base = _base_of(adapter)
+        check_folder(base, Path(base))
         of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
             "revision": adapter.base_revision
         }
