@@ -18,7 +18,7 @@ from oprd.resolve import load_pair
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.probe import DECODING, probe_decoding
 from oprd.states.capture import capture_states, install_state_forward, read_states, read_through_forward
-from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.requests import request_states
 from oprd.tools.evaluate import evaluate_checkpoint
 from reference import states_one_by_one
@@ -86,6 +86,17 @@ def test_a_model_that_reads_padding_is_refused_right_and_left():
     )  # mixes the batch
     with pytest.raises(ValueError, match=r"texts padded on the right .* this model is not supported"):
         check_layout(probed(model), "right")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_that_reads_ahead_is_refused(dtype):
+    for family in ("llama", "mamba", "gemma3"):
+        check_causal(tiny_model(family, dtype=dtype), [1, 3], read=read_states)
+    ahead = shaken(tiny_model("gemma3_text", dtype=dtype, use_bidirectional_attention=True))
+    with pytest.raises(
+        ValueError, match=r"^model: Gemma3ForCausalLM is no causal .* change by \d\.\d % of their norm .* decoder-only"
+    ):
+        check_causal(ahead, [1, 3], read=read_states)
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
      "with config.json or a hub name owner/model"),
     ({"model": "embedded:tinny/student"}, "model: 'embedded:tinny/student' is not embedded; there is "
      "embedded:other-tokenizer/teacher, embedded:tiny/student, embedded:tiny/teacher, embedded:wider/teacher"),
-    ({"model": "runs/mine"}, "model: the folder 'runs/mine' has no config.json; did you mean 'runs/mine/model'?"),
+    ({"model": "runs/mine"}, "model: 'runs/mine' holds no config.json; name one of the folders in it: runs/mine/model"),
     ({"model": "models/no-tokenizer"}, "tokenizer: the folder 'models/no-tokenizer' has none (no tokenizer.json); copy the "
      "tokenizer's files of its model into it"),
     ({"teacher_model": "models/no-tokenizer"}, "tokenizer: the folder 'models/no-tokenizer' has none (no tokenizer.json); copy the "
@@ -122,9 +122,9 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     ({"model": "models/no-tokenizer", "teacher_model": "far/away"}, "tokenizer: the folder 'models/no-tokenizer' has none (no "
      "tokenizer.json); copy the tokenizer's files of its model into it"),
     ({"model": "models/cut"}, "model: models/cut/model.safetensors is cut off or damaged (100000 bytes; Error while deserializing "
-     "header: incomplete metadata, file not fully covered); copy it again"),
+     "header: incomplete metadata, file not fully covered): copy the whole folder again"),
     ({"teacher_model": "models/no-header"}, "model: models/no-header/model.safetensors is cut off or damaged (100 bytes; "
-     "Error while deserializing header: invalid header length); copy it again"),
+     "Error while deserializing header: invalid header length): copy the whole folder again"),
     (("eval", "--model", "models/studnt", "--dataset", "generated:addition", "--task", "addition", "--limit", "2"),
      "model: 'models/studnt' cannot be loaded as a decoder-only language model: it is neither a folder (the nearest is "
      "'models/student') nor wholly in the cache, and the hub https://huggingface.co is not reachable (HF_HUB_OFFLINE is set, or it "

@@ -20,6 +20,7 @@ from evidence.comparisons import (
     of,
     run_comparison,
 )
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -128,16 +129,11 @@ def _cosine(records: list[Record]) -> str:
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each objective."""
     axis = figure.subplots()
-    runs = result["runs"]
-    names = [name for name in NAMES if of(runs, name)]
-    for row, name in enumerate(names):
-        values = [r["final"] for r in of(runs, name)]
-        axis.barh(row, mean_and_interval(values)[0], color="#332288" if name == "representation" else "#88CCEE")
-        axis.plot(values, [row] * len(values), ".", color="black")
-    ours = of(runs, "representation")
-    for key, style in (("teacher", "--"), ("before", ":")):
-        axis.axvline(mean_and_interval([r[key] for r in ours])[0], color="black", ls=style, lw=1)
-    axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1.02), xlabel="Avg@2 on held-out sums (dots: seeds; dashed: teacher; dotted: before)")
-    axis.spines[["top", "right"]].set_visible(False)
+    runs = {NAMES[name]: own for name in NAMES if (own := of(result["runs"], name))}
+    accuracy_rows(
+        axis, {text: [r["final"] for r in own] for text, own in runs.items()}, ours=[NAMES["representation"]],
+        unit="Avg@2 on held-out sums, %",
+    )  # fmt: skip
+    title_above_marks(axis, "After training")
+    reference_lines(axis, runs[NAMES["representation"]])
+    note(figure, SEEDS)

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat_template import check_generation_prompt, continues, has_template, rendered_ids
+from oprd.data.chat_template import (
+    check_contents_are_written,
+    check_generation_prompt,
+    continues,
+    has_template,
+    rendered_ids,
+    unread_kwargs,
+)
 from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
@@ -76,10 +83,16 @@ class PromptRenderer:
             name: of the dataset.
 
         Raises:
-            ValueError: as `render`; or the template takes no notice of `add_generation_prompt` and needs to.
+            ValueError: as `render`; or the template leaves out a message, or takes no notice of `add_generation_prompt`
+                and needs to.
         """
         ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
-        continued, checked = 0, False
+        if unread := unread_kwargs(self.tokenizer, self.template_kwargs):
+            logger.warning(
+                "%s: the chat template does not read %s of chat_template_kwargs, so it changes nothing",
+                name, ", ".join(map(repr, unread)),
+            )  # fmt: skip
+        continued, checked, seen_roles = 0, False, set[tuple[str, ...]]()
         for place, row in enumerate(rows):
             if continues(row):
                 continued += 1
@@ -88,6 +101,9 @@ class PromptRenderer:
                 checked = True
             token = self.control.find(row)
             ids.append(self._render(row, token))
+            if not isinstance(row.prompt, str) and (roles := tuple(m["role"] for m in row.prompt)) not in seen_roles:
+                check_contents_are_written(self.tokenizer, row, self.template_kwargs)
+                seen_roles.add(roles)
             if token is not None:
                 written[isinstance(row.prompt, str)].add(token, row.source or f"row {place}")
         if continued:

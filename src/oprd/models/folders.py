@@ -1,11 +1,9 @@
-"""Folders of models: which one was meant, and what is missing or cut off in one."""
+"""Folders of models that are not there: which one was meant."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from oprd.data.hub import why_no_hub
 
@@ -38,28 +36,6 @@ def no_such_model(name: str) -> str:
         f"it is neither a folder{nearest_hint(name)} nor wholly in the cache, and {why_no_hub()}; give a folder with config.json, "
         "or try again with a connection"
     )
-
-
-def check_model_folder(name: str, folder: Path) -> None:
-    """Refuse a folder without a model, or whose weights are cut off. Reads the headers of its safetensors alone.
-
-    Raises:
-        ValueError: names the folder below it that was meant, or the file.
-    """
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")) and not any(
-        folder.glob("*.gguf")
-    ):
-        inner = sorted(str(file.parent) for file in folder.glob("*/config.json"))
-        hint = f"did you mean {inner[0]!r}?" if inner else "give the folder that save_pretrained wrote"
-        raise ValueError(f"model: the folder {name!r} has no config.json; {hint}")
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"model: {file} is cut off or damaged ({file.stat().st_size} bytes; {error}); copy it again"
-            ) from None
 
 
 def lacks_tokenizer(folder: Path) -> bool:

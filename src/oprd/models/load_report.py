@@ -198,8 +198,10 @@ def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     for key in unexpected:
         if (found := _WRAPPERS.search(key)) and _WRAPPERS.sub("", key) in wanted:
             return found[0]
-    heads = {key[: -len(name)] for name in missing[:1] for key in unexpected if key.endswith(f".{name}")}
-    return next(iter(heads)) if len(heads) == 1 else None
+        places = [dot.end() for dot in re.finditer(r"\.", key) if key[dot.end() :] in wanted]
+        if places:
+            return key[: places[-1]]
+    return None
 
 
 def _heads(model: PreTrainedModel) -> set[str]:

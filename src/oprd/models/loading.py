@@ -17,7 +17,8 @@ from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
-from oprd.models.folders import check_model_folder, lacks_tokenizer, nearest_hint, no_such_model
+from oprd.models.folder_check import check_adapter_folder, check_folder
+from oprd.models.folders import lacks_tokenizer, nearest_hint, no_such_model
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.tokens import say_ends, stop_token_ids
 
@@ -182,11 +183,16 @@ def load_model(
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     resolved = resolve_name(name)
+    inside = Path(resolved) / str(kwargs.get("subfolder") or "")
     adapter = find_adapter(resolved, init_kwargs)
     if adapter is None:
+        if "gguf_file" not in kwargs:
+            check_folder(name, inside)
         model = _load_whole(name, resolved, kwargs)
     else:
+        check_adapter_folder(name, inside)
         base = _base_of(adapter)
+        check_folder(base, Path(base))
         of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
             "revision": adapter.base_revision
         }
@@ -202,8 +208,6 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     local = Path(resolved).is_dir()
-    if local and not {"subfolder", "gguf_file"} & {*kwargs}:
-        check_model_folder(name, Path(resolved))
     with conversion_failures() as failed, _whole_under_zero3():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
@@ -273,8 +277,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     resolved, revision = resolve_name(name), None
     if (adapter := find_adapter(resolved)) is not None:
         resolved, revision = _base_of(adapter), adapter.base_revision
-    elif Path(resolved).is_dir():
-        check_model_folder(name, Path(resolved))
+    elif not any(Path(resolved).glob("*.gguf")):
+        check_folder(name, Path(resolved))
     return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
 
 

@@ -21,15 +21,19 @@ _CONTENT = "zq"  # a turn's content that no template writes
 
 
 def named_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
-    """Source → ids that it names as the end of a text or turn; sources that name none are left out."""
+    """Source → ids that it names as the end of a text or turn; sources that name none are left out.
+
+    Raises:
+        ValueError: a source names something that is no token id.
+    """
     lm = causal_lm(model)
     of_config = getattr(lm.config, "eos_token_id", None)
     if of_config is None:
         of_config = getattr(lm.config.get_text_config(), "eos_token_id", None)
     found = {
-        GENERATION: _ids(getattr(lm.generation_config, "eos_token_id", None)),
-        MODEL: _ids(of_config),
-        TOKENIZER: _ids(tokenizer.eos_token_id),
+        GENERATION: _ids(getattr(lm.generation_config, "eos_token_id", None), GENERATION),
+        MODEL: _ids(of_config, MODEL),
+        TOKENIZER: _ids(tokenizer.eos_token_id, TOKENIZER),
         TEMPLATE: turn_end_ids(tokenizer),
     }
     return {source: ids for source, ids in found.items() if ids}
@@ -56,8 +60,15 @@ def say_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) ->
         sources = [source for source, ids in named.items() if i in ids]
         if len(sources) < len(named):
             alone = " alone" if len(sources) == 1 else ""
-            effect = "ends a text" if i in stops else "ends none"
-            parts.append(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
+            token = tokenizer.convert_ids_to_tokens(i)
+            effect = (
+                "ends none"
+                if i not in stops
+                else "ends a text"
+                if token is not None
+                else "ends none, as it is no token"
+            )
+            parts.append(f"{token!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
     unused = {*chain.from_iterable(named.values())} - {*stops}
     if parts:
         level = logging.WARNING if unused else logging.INFO
@@ -87,10 +98,16 @@ def turn_end_ids(
     return (added[match[0]],) if match else ()
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _ids(value: Any, source: str) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ValueError(
+                f"{source}: eos_token_id is {value!r}, and {i!r} is no token id; give a whole number from 0, or a list"
+            )
+    return ids
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

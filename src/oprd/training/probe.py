@@ -15,7 +15,7 @@ from oprd.models.architecture import num_layers
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
-from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
 from oprd.training.parallel import Parallel
 
@@ -62,6 +62,7 @@ def _probe(
     with precision:
         reading = probe_layouts(model, sorted({*layers, num_layers(model)}), read=read_through_forward)
         check_layout(reading, "right")
+        check_causal(model, layers, read=read_through_forward)
         result = reading.as_json()
         if engine is not None:
             result |= probe_engine(engine, model)
