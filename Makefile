@@ -3,6 +3,7 @@
 # Each creates its virtual environment and installs what it needs. Needs Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3
+TORCH_INDEX ?=  # package index of torch; of builds without CUDA: https://download.pytorch.org/whl/cpu
 VENV := .venv
 VLLM_VENV := .venv-vllm
 SCALE_VENV := .venv-scale
@@ -12,7 +13,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs dist lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -44,6 +45,19 @@ test-ray: $(SCALE_VENV)/.ready
 test-deepspeed: $(SCALE_VENV)/.ready
 	PATH="$(CURDIR)/$(SCALE_VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(SCALE_VENV)/bin/python -m pytest -ra tests/test_deepspeed.py
 
+# The wheel in an environment of its own, outside the checkout.
+test-wheel: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_wheel.py
+
+# Links, names, commands and lengths of the documents.
+docs: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest tests/test_docs.py
+
+# Source distribution and wheel.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
 evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence
 
@@ -70,7 +84,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt locks/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oprd needs Python 3.11 or newer; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(LOCKED) locks/run.txt
-	$(BIN)/$(PIP) -c constraints.txt torch  # its build depends on machine and index, so no hash of it is kept
+	$(BIN)/$(PIP) $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX)) -c constraints.txt torch  # its build depends on machine and index, so no hash of it is kept
 	$(BIN)/$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -103,4 +117,4 @@ $(VENV)/.ready-evidence: $(VENV)/.ready-dev locks/evidence.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) runs dist .pytest_cache .ruff_cache .mypy_cache

@@ -61,7 +61,21 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("control characters pass", "c if c.isprintable() or c in keep or", "c if c.isprintable() or c in keep or True or",
          "test_sanitize.py::test_control_characters_are_shown"),
     ],
+    "data/hub.py": [
+        ("a silent hub is asked again", "    constants.HF_HUB_OFFLINE = True\n", "",
+         "test_hub.py::test_a_hub_that_says_nothing_is_waited_for_once"),
+    ],
+    "models/folders.py": [
+        ("the nearest folder is any", "if not (alike := difflib.get_close_matches(part, beside, n=1)):",
+         "if not (alike := beside):", "test_messages.py::test_the_message"),
+    ],
+    "tools/evaluate.py": [
+        ("all rows in place of the first", '"dataset", reading)[:limit]', '"dataset", reading)',
+         "test_python_api.py::test_a_model_and_a_task_may_be_objects"),
+    ],
     "config.py": [
+        ("numbers below a range pass", "and not low <= value <= high", "and not value <= high",
+         "test_keys.py::test_numbers_out_of_range_are_refused_when_the_recipe_is_read"),
         ("trackers receive secrets", "return redacted(super().to_dict())", "return super().to_dict()",
          "test_sanitize.py::test_no_file_of_a_run_holds_a_secret"),
     ],
@@ -693,6 +707,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_loading.py::test_what_changes_nothing_is_loaded_without_a_word"),
     ],
     "models/folder_check.py": [
+        ("cut weights pass", 'folder.glob("*.safetensors")', 'folder.glob("*.none")', "test_messages.py::test_the_message"),
         ("an old set of weights is read", "if (folder / _WHOLE).is_file() and _WHOLE not in shards:", "if False:",
          "test_loading.py::test_a_folder_that_cannot_be_right_is_refused_before_its_weights_are_read"),
         ("an unreadable generation config is left out", '_read(name, folder / "generation_config.json")', "pass",
@@ -858,6 +873,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_bridge_training.py::test_without_a_bridge_shapes_must_agree"),
     ],
     "run_config.py": [
+        ("a key without a value is a flag", 'elif not equals and _may_be_flag(key.replace("-", "_")):', "elif not equals:",
+         "test_keys.py::test_a_key_without_a_value_is_refused_unless_it_is_a_flag"),
         ("a limit of 0 is accepted", "and value < 1:", "and value < 0:", "test_recipe.py::test_bad_settings_are_refused"),
     ],
     "data/control_tokens.py": [

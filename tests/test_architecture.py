@@ -176,8 +176,9 @@ def test_the_public_names():
     import oprd
 
     assert oprd.__all__ == [
-        "OPRDConfig", "OPRDTrainer", "Rollouts", "Sampling", "States", "TransformersEngine", "capture_states",
-        "clipped_policy_loss", "full_vocabulary_loss", "group_advantages", "lm_head_of", "log_probs", "match_heads",
+        "LoadedRun", "OPRDConfig", "OPRDTrainer", "Rollouts", "Sampling", "States", "TransformersEngine", "capture_states",
+        "clipped_policy_loss", "evaluate", "full_vocabulary_loss", "group_advantages", "lm_head_of", "load_run", "log_probs",
+        "match_heads",
         "plan_micro_batches", "position_weights", "representation_error", "representation_loss", "request_states",
         "resolve_layers", "sampled_token_loss", "select_positions", "tail_sampled_loss", "top_k_loss",
     ]  # fmt: skip
@@ -258,6 +259,10 @@ def test_the_bridge_document_says_what_was_measured():
 
 def test_the_configuration_document_is_up_to_date():
     written = (ROOT / "docs" / "configuration.md").read_text()
-    assert written == script("write_configuration_doc").render(), "run python scripts/write_configuration_doc.py"
+    module = script("write_configuration_doc")
+    assert written == module.render(), "run python scripts/write_configuration_doc.py"
+    assert (ROOT / "recipes" / "schema.json").read_text() == module.schema(), (
+        "run python scripts/write_configuration_doc.py"
+    )
     assert "`layers`" in written
     assert "`train_dataset`" in written

@@ -113,10 +113,12 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     evaluated = oprd(
         "eval", "--model", str(run / "model"), "--dataset", "generated:addition", "--task", "addition", "--limit", "3",
         "--k", "2", "--max-completion-length", "8", "--output-dir", str(tmp_path / "eval"),
+        "--json", str(tmp_path / "found.json"),
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
     measured = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert (measured["k"], measured["problems"], measured["max_completion_length"]) == (2, 3, 8)
+    assert json.loads((tmp_path / "found.json").read_text()) == measured
     lines = (tmp_path / "eval" / "eval_completions.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert all(json.loads(line)["answer"].isdigit() for line in lines)

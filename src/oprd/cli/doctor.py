@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from oprd.files import write_json
-from oprd.sanitize import redacted
+from oprd.cli.options import JsonFile, check_json, write_report
 
 if TYPE_CHECKING:
     from oprd.tools.doctor.time import Device
@@ -45,15 +43,16 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine: its GPU, or without one its CPU.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compute memory of each device and time of a step, without loading a model. Set any key of the recipe with --key value."""
     from oprd.cli.console import quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
 
+    check_json(json_file)
     overrides = parse_overrides(context.args)
     cpu = cpu or RunConfig.asks_for_cpu(config, overrides)
-    _check(dtype, device_tflops, device_bandwidth, measure, json_file, cpu)
+    _check(dtype, device_tflops, device_bandwidth, measure, cpu)
     quiet_libraries()
     from oprd.tools.doctor.show import examine, lines_of
     from oprd.tools.doctor.workload import workload_of
@@ -69,9 +68,7 @@ def doctor(
     found = examine(work, device)
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
-    if json_file is not None:
-        write_json(json_file, redacted(found, by_name=False))
-        say(f"written to {json_file}")
+    write_report(json_file, found)
 
 
 def _device(
@@ -97,7 +94,6 @@ def _check(
     tflops: float | None,
     bandwidth: float | None,
     measure: bool,
-    json_file: Path | None,
     cpu: bool,
 ) -> None:
     if dtype not in (None, "float32", "bfloat16"):
@@ -115,5 +111,3 @@ def _check(
         raise ValueError(
             f"--device-{one}: {given[one]} alone does not describe a CPU; give --device-{other} too, or neither to measure this one"
         )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")

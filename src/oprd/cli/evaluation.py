@@ -12,13 +12,16 @@ from oprd.cli.options import (
     AnswerColumn,
     AnswerFormat,
     DatasetConfig,
+    JsonFile,
     MergeSystem,
     PromptColumn,
     SplitSpecial,
     Template,
     TemplateDate,
+    check_json,
     prompt_settings,
     reading,
+    write_report,
 )
 
 
@@ -56,11 +59,13 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     _check_counts(k, limit)
+    check_json(json_file)
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
     from oprd.tasks.evaluation import describe_accuracy
@@ -77,6 +82,7 @@ def evaluate(
     _say_near_misses(summary["near_misses"], show_ungraded)
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
+    write_report(json_file, summary)
 
 
 def _check_counts(k: int, limit: int | None) -> None:

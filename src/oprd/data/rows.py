@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.data.compact import JsonColumn, OnAccess
+from oprd.data.hub import hub_answers, why_no_hub
 from oprd.sanitize import printable
 
 logger = logging.getLogger("oprd")
@@ -582,9 +583,15 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, 
         raise ValueError(
             f"{name!r}: save_to_disk wrote this folder, which is not read: write the dataset with to_parquet, and name that file"
         )
+    offline = not Path(name).expanduser().is_dir() and not hub_answers()
     try:
         dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class
+        if offline and isinstance(error, OSError):  # no connection, no file
+            raise ValueError(
+                f"{name!r}: this dataset is not in the cache, and {why_no_hub()}; give a path that ends in "
+                f"{', '.join(_FILE_KINDS)}, or try again with a connection"
+            ) from error
         raise ValueError(
             f"{name!r}: cannot load the split {split!r} of {'this dataset' if subset is None else f'its subset {subset!r}'}: "
             f"{printable(error)}. Give the name of a hub dataset and one of its splits, of a dataset with subsets also the subset "

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -22,8 +24,8 @@ def check_folder(name: str, folder: Path) -> None:
         folder: with its config and weights; nothing is checked if there is no such folder.
 
     Raises:
-        ValueError: no config, an encoder, pointers of Git LFS for files, two sets of weights, shards that are not there, or a
-            generation config that is not JSON; says how to mend it.
+        ValueError: no config, an encoder, pointers of Git LFS for files, two sets of weights, shards that are not there or cut
+            off, or a generation config that is not JSON; says how to mend it.
     """
     if not folder.is_dir():
         return
@@ -32,6 +34,7 @@ def check_folder(name: str, folder: Path) -> None:
     _check_pointers(name, folder)
     _check_kind(name, _read(name, folder / "config.json"))
     _check_shards(name, folder)
+    _check_headers(folder)
     if (folder / "generation_config.json").is_file():
         _read(name, folder / "generation_config.json")
 
@@ -83,6 +86,17 @@ def _check_kind(name: str, config: dict[str, Any]) -> None:
             f"model: {name!r} is {what} ({', '.join(kinds) or config.get('model_type')}); only decoder-only language models are "
             "supported"
         )
+
+
+def _check_headers(folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"model: {file} is cut off or damaged ({file.stat().st_size} bytes; {error}): {_AGAIN}"
+            ) from None
 
 
 def _check_shards(name: str, folder: Path) -> None:

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
 from oprd.models.folder_check import check_adapter_folder, check_folder
+from oprd.models.folders import lacks_tokenizer, nearest_hint, no_such_model
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.tokens import say_ends, stop_token_ids
 
@@ -131,6 +133,8 @@ def load(
 def resolve_name(name: str) -> str:
     """The name as transformers accepts it: `embedded:tiny/student` becomes the folder inside this package.
 
+    Before the first hub name, the hub is asked whether it answers (`oprd.data.hub`).
+
     Raises:
         ValueError: an unknown embedded name, or a path without a folder.
     """
@@ -143,9 +147,12 @@ def resolve_name(name: str) -> str:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).expanduser().is_dir():
         raise ValueError(
-            f"model: there is no folder {name!r}; give a folder with config.json or a hub name owner/model"
+            f"model: there is no folder {name!r}{nearest_hint(name)}; give a folder with config.json or a hub name owner/model"
         )
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    hub_answers()
+    return name
 
 
 def load_model(
@@ -200,6 +207,7 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     """Load a model that is no adapter."""
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    local = Path(resolved).is_dir()
     with conversion_failures() as failed, _whole_under_zero3():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
@@ -211,6 +219,8 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
                     f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
                     "another shape: copy the whole folder again"
                 )
+            elif not local and isinstance(error, OSError) and not hub_answers():
+                reason = no_such_model(name)
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
@@ -267,6 +277,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     resolved, revision = resolve_name(name), None
     if (adapter := find_adapter(resolved)) is not None:
         resolved, revision = _base_of(adapter), adapter.base_revision
+    elif not any(Path(resolved).glob("*.gguf")):
+        check_folder(name, Path(resolved))
     return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -284,6 +296,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as error:
         if (reason := reason_of(error)) is None:
             raise
+        folder = Path(resolved)
+        if folder.is_dir() and lacks_tokenizer(folder):
+            raise ValueError(
+                f"tokenizer: the folder {name!r} has none (no tokenizer.json); copy the tokenizer's files of its model into it"
+            ) from None
+        if not folder.is_dir() and isinstance(error, OSError) and not hub_answers():
+            reason = no_such_model(name)
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
 
 
