@@ -156,7 +156,7 @@ def parrot(tmp_path):
 def test_eval_lists_answers_that_the_checker_may_have_misread(oprd, parrot, tmp_path):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"prompt": "?", "answer": a}) + "\n" for a in ("72", "73", "\\boxed{72}")))
-    words = ("eval", "--model", parrot(r"\boxed{\enclose{circle}{72}}"), "--dataset", str(data), "--k", "11",
+    words = ("eval", "--model", parrot(r"\boxed{\enclosed{circle}{72}}"), "--dataset", str(data), "--k", "11",
              "--temperature", "0", "--max-completion-length", "1", "--output-dir", str(tmp_path / "eval"))  # fmt: skip
     quiet, listed = oprd(*words), oprd(*words, "--show-ungraded")
     assert quiet.returncode == listed.returncode == 0, quiet.stderr + listed.stderr
@@ -164,7 +164,7 @@ def test_eval_lists_answers_that_the_checker_may_have_misread(oprd, parrot, tmp_
     assert f"{counted} (list them with --show-ungraded)\n" in quiet.stdout
     assert "enclose" not in quiet.stdout
     assert f"{counted}\n" in listed.stdout
-    line = r"problems.jsonl:{}: answer '\\enclose{{circle}}{{72}}', reference '{}'"
+    line = r"problems.jsonl:{}: answer '\\enclosed{{circle}}{{72}}', reference '{}'"
     assert listed.stdout.count(line.format(1, "72")) == 11
     assert listed.stdout.count(line.format(3, r"\\boxed{72}")) == 9
     assert "  and 2 more\n" in listed.stdout

@@ -60,9 +60,10 @@ def _probe(
     model: nn.Module, layers: Sequence[int], precision: AbstractContextManager[Any], engine: RolloutEngine | None
 ) -> dict[str, Any]:
     with precision:
-        reading = probe_layouts(model, sorted({*layers, num_layers(model)}), read=read_through_forward)
+        probed = sorted({*layers, num_layers(model)})
+        reading = probe_layouts(model, probed, read=read_through_forward)
         check_layout(reading, "right")
-        check_causal(model, layers, read=read_through_forward)
+        check_causal(model, probed, read=read_through_forward)
         result = reading.as_json()
         if engine is not None:
             result |= probe_engine(engine, model)
