@@ -5,7 +5,7 @@
     oprd bench update --device cuda --json benchmarks/results/update_gpu.json
     oprd bench growth --json benchmarks/results/growth.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench step --json benchmarks/results/step.json
-    oprd bench step --quick --drawn --completion 96 --prompts 32 --rounds 5 --json benchmarks/results/step_drawn.json
+    oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5 --json benchmarks/results/step_drawn.json
     oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5 --json benchmarks/results/step_groups.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
@@ -61,7 +61,7 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
     ),
     "step_drawn": (
         "A whole step, rollouts of their own lengths",
-        "oprd bench step --quick --drawn --completion 96 --prompts 32 --rounds 5",
+        "oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5",
         "As above, but a rollout ends where the model ends it, so trainers differ in how long they go on for the longest one.",
         step.markdown,
     ),
