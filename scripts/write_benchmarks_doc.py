@@ -6,7 +6,8 @@
     oprd bench growth --json benchmarks/results/growth.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench step --json benchmarks/results/step.json
     oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5 --json benchmarks/results/step_drawn.json
-    oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5 --json benchmarks/results/step_groups.json
+    oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5 \\
+      --json benchmarks/results/step_groups.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 

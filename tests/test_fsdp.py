@@ -55,6 +55,7 @@ def test_training_is_that_of_one_process(two_ranks, tmp_path, name):
     ddp.assert_close_metrics(ours, theirs)
 
 
+@pytest.mark.further
 def test_one_process_alone_may_be_sharded(tmp_path):
     """Its shards are whole, yet nothing may be added to them in place: on a GPU that wrote to memory given back long ago."""
     process = ddp.start_rank("fsdp_alone_script.py", 0, tmp_path, world_size=1)

@@ -77,6 +77,7 @@ def ask(endpoint: str, cache: str, **more: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.further
 def test_a_hub_that_says_nothing_is_waited_for_once(tmp_path):
     with server(None) as (endpoint, taken):
         found = ask(endpoint, str(tmp_path))

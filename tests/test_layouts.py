@@ -196,6 +196,7 @@ def test_ddp_waits_for_no_gradient_that_never_comes(one_process, family, top):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.further
 def test_the_models_page_is_up_to_date():
     root = Path(__file__).parent.parent
     spec = importlib.util.spec_from_file_location("write_models_doc", root / "scripts" / "write_models_doc.py")

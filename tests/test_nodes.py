@@ -28,7 +28,7 @@ from tiny import tiny_trainer, weights
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
+pytestmark = [pytest.mark.timeout(2 * ddp.SECONDS), pytest.mark.further]
 
 
 def free_port() -> int:

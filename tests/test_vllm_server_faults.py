@@ -236,6 +236,7 @@ def test_an_exception_of_a_signal_handler_ends_what_hangs(serve, tmp_path, how):
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["start"]
 
 
+@pytest.mark.further
 def test_a_trainer_whose_server_hangs_ends_at_one_ctrl_c(serve, tmp_path):
     """Its first signal waits for the end of a step; but here a request has failed already, so the step may have no end."""
     server, log = serve({GENERATE: [{"kind": "hang"}] * 1000}), tmp_path / "log"
