@@ -168,7 +168,7 @@ def test_a_killed_server_is_waited_for_and_gets_the_weights_again(serve, expecte
     assert engine.requests.pushes == 2
     assert "/collective_rpc" in server.calls()
     # The new process is asked for its weights before it is asked for completions.
-    assert server.calls().count(GENERATE) <= 5
+    assert server.calls().count(GENERATE) <= 6  # all that were open when it died
 
 
 def test_a_key_is_sent_and_never_shown(serve, tmp_path, monkeypatch, caplog):
