@@ -65,7 +65,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a silent hub is asked again", "    constants.HF_HUB_OFFLINE = True\n", "",
          "test_hub.py::test_a_hub_that_says_nothing_is_waited_for_once"),
     ],
-    "models/folders.py": [
+    "models/nearest_folder.py": [
         ("the nearest folder is any", "if not (alike := difflib.get_close_matches(part, beside, n=1)):",
          "if not (alike := beside):", "test_messages.py::test_the_message"),
     ],
@@ -726,7 +726,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_export_check.py::test_an_adapter_that_is_another_is_not_verified"),
         ("the config is not compared", "saved.get(key) != own.get(key)", "False",
          "test_export_check.py::test_a_whole_model_that_is_another_is_not_verified"),
-        ("dropout stays on", "            model.eval()\n            yield", "            yield",
+        ("dropout stays on", "fork_rng(devices=devices), evaluating(model):", "fork_rng(devices=devices):",
          "test_export_check.py::test_the_check_leaves_model_and_random_numbers_as_they_are"),
     ],
     "models/saved.py": [

@@ -24,6 +24,7 @@ from oprd.rollouts.engine import EngineAbilities, Sampling
 from oprd.rollouts.engines import ENGINES, make_engine, probe_engine
 from oprd.rollouts.parity import log_prob_gap
 from oprd.rollouts.transformers_engine import TransformersEngine
+from reference import chi_squared
 from test_architecture import ROOT
 from tiny import FAMILIES, UNUSUAL_FAMILIES, shaken, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -106,18 +107,6 @@ def test_what_is_right_neither_way_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------- the draw
-
-
-def chi_squared(counts: torch.Tensor, probability: torch.Tensor) -> float:
-    """Pearson's statistic in standard deviations above its mean; tokens that are expected less than 5 times taken together."""
-    expected = probability.double() * counts.sum()
-    rare = expected < 5
-    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return float((statistic - freedom) / (2 * freedom) ** 0.5)
 
 
 def exact(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:

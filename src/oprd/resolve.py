@@ -30,8 +30,16 @@ from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
-from oprd.models.folders import nearest_hint
-from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
+from oprd.models.loading import (
+    LoadedModel,
+    ModelInfo,
+    check_same_shape,
+    load,
+    load_tokenizer,
+    resolve_name,
+    with_tokenizer,
+)
+from oprd.models.nearest_folder import nearest_hint
 from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
@@ -401,14 +409,11 @@ def _load_student(run: RunConfig) -> LoadedModel:
         )  # fmt: skip
     if run.model is None:
         raise ValueError("model: there is none; give the student, by name or as a model")
-    name = run.model.config.name_or_path
-    check_finite(run.model, name or "the given model")
-    if tokenizer is None:
-        if not name:
-            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    say_ends(run.model, tokenizer, name)
-    return LoadedModel(run.model, tokenizer, ModelInfo.of(run.model, name, tokenizer))
+    check_finite(run.model, run.model.config.name_or_path or "the given model")
+    loaded = with_tokenizer(run.model, tokenizer, trust_remote_code=args.trust_remote_code)
+    assert loaded.tokenizer is not None, "it was given or loaded"
+    say_ends(run.model, loaded.tokenizer, loaded.info.name)
+    return loaded
 
 
 def _peft_config(lora: Mapping[str, Any] | None) -> Any:

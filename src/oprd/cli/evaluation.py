@@ -64,7 +64,6 @@ def evaluate(
     """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
-    _check_counts(k, limit)
     check_json(json_file)
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
@@ -83,13 +82,6 @@ def evaluate(
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
     write_report(json_file, summary)
-
-
-def _check_counts(k: int, limit: int | None) -> None:
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
 
 
 def _say_near_misses(near: Mapping[str, Any], listed: bool) -> None:

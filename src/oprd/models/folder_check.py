@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "*.gguf")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # a pointer has about 130
@@ -50,6 +51,11 @@ def check_adapter_folder(name: str, folder: Path) -> None:
     _check_pointers(name, folder)
     if not any((folder / weights).is_file() for weights in _ADAPTER_WEIGHTS):
         raise ValueError(f"model: the adapter {name!r} holds no {_ADAPTER_WEIGHTS[0]}: {_AGAIN}")
+
+
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds no file of a tokenizer."""
+    return not any(next(folder.glob(pattern), None) for pattern in _OF_TOKENIZERS)
 
 
 def _other_folder(folder: Path) -> str:

@@ -17,9 +17,9 @@ from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
-from oprd.models.folder_check import check_adapter_folder, check_folder
-from oprd.models.folders import lacks_tokenizer, nearest_hint, no_such_model
+from oprd.models.folder_check import check_adapter_folder, check_folder, lacks_tokenizer
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
+from oprd.models.nearest_folder import nearest_hint, no_such_model
 from oprd.models.tokens import say_ends, stop_token_ids
 
 EMBEDDED = "embedded:"
@@ -127,6 +127,27 @@ def load(
     if tokenizer is None:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     say_ends(model, tokenizer, name)
+    return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
+
+
+def with_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
+) -> LoadedModel:
+    """A model that Python code gives, with its tokenizer: the given one, or that of the folder or hub name it was loaded by.
+
+    Args:
+        model: any that is loaded.
+        tokenizer: its tokenizer; None: load it.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        ValueError: no tokenizer is given, and the model was not loaded by name.
+    """
+    name = model.config.name_or_path
+    if tokenizer is None:
+        if not name:
+            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
 

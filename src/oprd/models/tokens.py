@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.chat_template import has_template
+from oprd.data.prompts import Prompt
 from oprd.models.architecture import causal_lm
 
 logger = logging.getLogger("oprd")
@@ -84,7 +86,7 @@ def turn_end_ids(
         tokenizer: any.
         template_kwargs: arguments of its chat template.
     """
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer, template_kwargs):
         return ()
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _CONTENT}]
     settings = {**(template_kwargs or {}), "add_generation_prompt": False, "tokenize": False}
@@ -113,6 +115,45 @@ def _ids(value: Any, source: str) -> tuple[int, ...]:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's highest id + 1. A model's embedding may have more rows; these are padding without a token."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_token_ids(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None, model: str
+) -> None:
+    """Refuse a prompt with a token that a model has no embedding for: its tokenizer has more tokens than the model.
+
+    So is a prompt whose text writes such a token, even where it is read as text (`split_special_tokens`): it means the token.
+
+    Args:
+        prompts: rendered prompts.
+        tokenizer: rendered them.
+        embedding_rows: number of token ids that the model can read; None: not known.
+        model: "student", "teacher" or the model's name, for the message.
+
+    Raises:
+        ValueError: names the row, the token and both sizes; or the padding token, if it is beyond the embedding.
+    """
+    if embedding_rows is None or vocabulary_size(tokenizer) <= embedding_rows:
+        return  # no prompt can hold such a token
+    why = (
+        f"the embedding of the {model} has {embedding_rows} rows: the tokenizer was extended and the model was not; take the "
+        "tokenizer that belongs to the model, or resize the model (resize_token_embeddings) and save it"
+    )
+    if (pad := tokenizer.pad_token_id) is not None and pad >= embedding_rows:
+        raise ValueError(
+            f"tokenizer: its pad_token {tokenizer.pad_token!r} has the id {pad}, and {why}; or set pad_token to the end token"
+        )
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if i >= embedding_rows}
+    for prompt in prompts:
+        largest = max(prompt.ids)
+        texts = [prompt.row.prompt] if isinstance(prompt.row.prompt, str) else [m["content"] for m in prompt.row.prompt]
+        written = next((name for name in added for text in texts if name in text), None)
+        if largest >= embedding_rows or written is not None:
+            token = written if written is not None else tokenizer.convert_ids_to_tokens(largest)
+            number = largest if written is None else added[written]
+            raise ValueError(
+                f"{prompt.name}: the prompt has the token {token!r} (id {number}), and {why}; or change the row"
+            )
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:

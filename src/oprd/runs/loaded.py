@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
+from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY, read_mapping
 from oprd.runs.jsonl import read_lines
 
 logger = logging.getLogger("oprd")
@@ -64,13 +64,7 @@ def load_run(folder: str | Path) -> LoadedRun:
 
 def _mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """The mapping in a file; empty, with a warning, where it holds none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = read(file.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
+    content = read_mapping(file, read)
+    if content is None and file.is_file():
         logger.warning("%s cannot be read and is left out", file)
-        return {}
-    return content
+    return content or {}

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.chat_template import now, prints_date
-from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
+from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow, Reading, as_prompt_rows
 from oprd.files import write_json
-from oprd.models.loading import LoadedModel, ModelInfo
-from oprd.resolve import load, load_tokenizer
+from oprd.models.architecture import evaluating
+from oprd.models.loading import LoadedModel, with_tokenizer
+from oprd.models.tokens import check_token_ids
+from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import DecodeEngine, TransformersEngine, make_engine, probe_engine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
@@ -65,17 +68,9 @@ def evaluate(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
     sampling = Sampling(max_completion_length, temperature, top_p)
-    trained = None if isinstance(model, str) or not model.training else model
-    try:
-        if trained is not None:
-            trained.eval()
+    with nullcontext() if isinstance(model, str) else evaluating(model):
         return evaluate_checkpoint(model, dataset, task=task, k=k, sampling=sampling, **options)
-    finally:
-        if trained is not None:
-            trained.train()
 
 
 def evaluate_checkpoint(
@@ -129,6 +124,7 @@ def evaluate_checkpoint(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
+    _check_counts(k, limit)
     grading = get_task(task) if isinstance(task, str) else check_task(task)
     name = dataset if isinstance(dataset, str) else "dataset"
     rows = _rows(dataset, split, limit, seed, reading or Reading())
@@ -151,7 +147,8 @@ def evaluate_checkpoint(
     with grading.grader() as grader:
         result = sample_and_grade(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
         stats = dict(decided_by(grader))
-    settings = {
+    summary = {
+        **result.summary,
         "model": loaded.info.name,
         "dataset": name,
         "task": task if isinstance(task, str) else task.name,
@@ -160,13 +157,20 @@ def evaluate_checkpoint(
         "chat_template_kwargs": rendering.chat_template_kwargs,
         "chat_template_date": rendering.chat_template_date,
         **dataclasses.asdict(sampling),
+        "grading": stats,
+        "near_misses": dataclasses.asdict(_near_misses(prompts, result)),
+        "seconds": round(time.perf_counter() - started, 2),
     }
-    near = dataclasses.asdict(_near_misses(prompts, result))
-    summary = {**result.summary, **settings, "grading": stats, "near_misses": near}
-    summary["seconds"] = round(time.perf_counter() - started, 2)
     if output_dir is not None:
         _write(RunFolder(output_dir), prompts, result, summary)
     return summary
+
+
+def _check_counts(k: int, limit: int | None) -> None:
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
 
 
 def _rows(
@@ -186,11 +190,8 @@ def _loaded(
         loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         return loaded
-    name = model.config.name_or_path
-    if tokenizer is None and not name:
-        raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
-    tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
-    return LoadedModel(model, tokenizer, ModelInfo.of(model, name or "the given model", tokenizer))
+    loaded = with_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+    return replace(loaded, info=replace(loaded.info, name=loaded.info.name or "the given model"))
 
 
 def _dated(rendering: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase) -> TeacherPromptSettings:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from oprd.data.hub import why_no_hub
 
-_OF_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "*.gguf")
-
 
 def nearest_folder(name: str) -> str | None:
     """The folder whose path is most like that of one that does not exist, part by part; None if no part is alike."""
@@ -36,8 +34,3 @@ def no_such_model(name: str) -> str:
         f"it is neither a folder{nearest_hint(name)} nor wholly in the cache, and {why_no_hub()}; give a folder with config.json, "
         "or try again with a connection"
     )
-
-
-def lacks_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds no file of a tokenizer."""
-    return not any(next(folder.glob(pattern), None) for pattern in _OF_TOKENIZERS)
