@@ -133,12 +133,7 @@ def evaluate_checkpoint(
     loaded = _loaded(model, processing_class, dtype=dtype, trust_remote_code=trust_remote_code)
     assert loaded.tokenizer is not None, "it was loaded with the model"
     rendering = _dated(rendering or TeacherPromptSettings(), loaded.tokenizer)
-    prompts = prepare_prompts(
-        rows, loaded.tokenizer, name=name, max_completion_length=sampling.max_completion_length,
-        context_length=loaded.info.context_length, split_special_tokens=rendering.split_special_tokens,
-        chat_template_kwargs=rendering.student_kwargs(loaded.tokenizer),
-    )  # fmt: skip
-    check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, loaded.info.name)
+    prompts = _prompts(rows, loaded, rendering, name, sampling.max_completion_length)
     sampler = make_engine(engine, loaded.tokenizer, loaded.info.stop_token_ids, batch_size=batch_size)
     probe_engine(sampler, loaded.model)
     if isinstance(sampler, DecodeEngine | TransformersEngine):
@@ -192,6 +187,20 @@ def _loaded(
         return loaded
     loaded = with_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
     return replace(loaded, info=replace(loaded.info, name=loaded.info.name or "the given model"))
+
+
+def _prompts(
+    rows: Sequence[PromptRow], loaded: LoadedModel, rendering: TeacherPromptSettings, name: str, room: int
+) -> Sequence[Prompt]:
+    """The rows as the model reads them, each with `room` tokens for its completion."""
+    tokenizer, info = loaded.tokenizer, loaded.info
+    assert tokenizer is not None, "it was loaded with the model"
+    prompts = prepare_prompts(
+        rows, tokenizer, name=name, max_completion_length=room, context_length=info.context_length,
+        split_special_tokens=rendering.split_special_tokens, chat_template_kwargs=rendering.student_kwargs(tokenizer),
+    )  # fmt: skip
+    check_token_ids(prompts, tokenizer, info.embedding_rows, info.name)
+    return prompts
 
 
 def _dated(rendering: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase) -> TeacherPromptSettings:
