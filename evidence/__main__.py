@@ -18,7 +18,7 @@ from evidence.claim import Claim, Work
 from evidence.document import write_documents
 from evidence.pictures import FIGURE, RESULT, draw_claim, redraw
 from evidence.readme import BLOCKS, write_blocks
-from oprd.pictures import save, style
+from oprd.runs.pictures import save, style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -11,8 +11,8 @@ from typing import Any
 from evidence.claim import Claim, Result
 from evidence.comparisons import Record
 from evidence.words import percent
-from oprd.pictures import BEFORE, COLOURS, QUIET, TEACHER, in_percent, mark, new_figure, save, style
 from oprd.runs.curves import draw_run
+from oprd.runs.pictures import BEFORE, COLOURS, QUIET, TEACHER, in_percent, mark, new_figure, save, style
 from oprd.tools.compare.figure import draw_comparison
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.diagnose.show import draw_report
@@ -26,7 +26,7 @@ SEEDS = "dots: seeds; band: 95 % interval of the mean over seeds"
 
 
 def draw_claim(claim: Claim, result: Result) -> Any:
-    """The figure of a claim. Call it inside `oprd.pictures.style`."""
+    """The figure of a claim. Call it inside `oprd.runs.pictures.style`."""
     figure = new_figure(3.2)
     claim.draw(result, figure)
     return figure
@@ -41,7 +41,7 @@ def redraw(claims: Iterable[tuple[Path, Claim]]) -> Iterator[Path]:
 
 
 def committed(claims: Iterable[tuple[Path, Claim]]) -> dict[Path, Callable[[], Any]]:
-    """File of each picture in the repository → what draws it from committed data, inside `oprd.pictures.style`."""
+    """File of each picture in the repository → what draws it from committed data, inside `oprd.runs.pictures.style`."""
     found: dict[Path, Callable[[], Any]] = {
         folder / FIGURE: partial(draw_claim, claim, _read(folder / RESULT))
         for folder, claim in claims

@@ -943,7 +943,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("what every problem says is content", "set(words) - stock", "set(words)",
          "test_contamination.py::test_words_of_most_problems_are_no_content"),
     ],
-    "pictures.py": [
+    "runs/pictures.py": [
         ("names at the ends of lines stay on each other", "moved.append(max(middle, least))", "moved.append(middle)",
          "test_picture_style.py::test_texts_that_are_apart_stay"),
         ("names leave the panel", "moved[index] = min(moved[index], limit - sizes[index] / 2)", "moved[index] = moved[index]",

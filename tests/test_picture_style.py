@@ -12,8 +12,21 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from figure_texts import covered
-from oprd.pictures import COLOURS, FONT, WIDTH, End, band, level, look, name_ends, name_two, new_figure, spread, style
 from oprd.runs.curves import draw_run
+from oprd.runs.pictures import (
+    COLOURS,
+    FONT,
+    WIDTH,
+    End,
+    band,
+    level,
+    look,
+    name_ends,
+    name_two,
+    new_figure,
+    spread,
+    style,
+)
 
 
 def test_text_can_be_read_at_400_pixels():

@@ -12,8 +12,8 @@ from evidence.pictures import committed
 from PIL import Image
 
 from figure_texts import covered, shown_texts
-from oprd.bridge.show import draw_bridge
-from oprd.pictures import DPI, FONT, WIDTH, style
+from oprd.runs.pictures import DPI, FONT, WIDTH, style
+from oprd.tools.show_bridge import draw_bridge
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {str(file.relative_to(ROOT)): (file, draw) for file, draw in committed(claims()).items()}

@@ -28,7 +28,7 @@ from evidence.pictures import (
     title_above_marks,
 )
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.pictures import INK
+from oprd.runs.pictures import INK
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.compare.plan import load_comparison
 

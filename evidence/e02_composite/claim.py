@@ -19,7 +19,7 @@ from evidence.comparisons import (
 from evidence.e01_accuracy.claim import baseline
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, points, surely, table
-from oprd.pictures import BEFORE, INK, TEACHER
+from oprd.runs.pictures import BEFORE, INK, TEACHER
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E2"

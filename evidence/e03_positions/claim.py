@@ -11,7 +11,7 @@ from evidence.e01_accuracy.claim import baseline
 from evidence.other_end import save_other_end
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.pictures import look, name_two, plain_log
+from oprd.runs.pictures import look, name_two, plain_log
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E3"

@@ -10,7 +10,7 @@ from evidence.comparisons import diagnosed, difference, first_seeds, of, run_com
 from evidence.e01_accuracy.claim import baseline
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.pictures import End, colour, look, name_ends
+from oprd.runs.pictures import End, colour, look, name_ends
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E4"

@@ -10,7 +10,7 @@ from typing import Any
 from evidence.claim import Finding, Result, Work
 from evidence.pictures import name_rows, note
 from evidence.words import table
-from oprd.pictures import BEFORE, INK, MARKERS, QUIET, colour
+from oprd.runs.pictures import BEFORE, INK, MARKERS, QUIET, colour
 from oprd.tools.bench.update import QUICK, bench_update
 from oprd.tools.bench.ways import TITLES
 

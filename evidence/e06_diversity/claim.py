@@ -17,7 +17,7 @@ from oprd import Sampling, TransformersEngine
 from oprd.data.prompts import prepare_prompts
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
-from oprd.pictures import TEACHER, in_percent, mark
+from oprd.runs.pictures import TEACHER, in_percent, mark
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.measures import distinct_n
 from oprd.tasks.task import get_task

@@ -17,7 +17,7 @@ from evidence.words import table
 from oprd import Rollouts, Sampling, TransformersEngine
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
-from oprd.pictures import BEFORE, INK, MARKERS, End, colour, name_ends, plain_log
+from oprd.runs.pictures import BEFORE, INK, MARKERS, End, colour, name_ends, plain_log
 from oprd.tasks.task import get_task
 
 ID = "E7"

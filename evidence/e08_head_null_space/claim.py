@@ -19,7 +19,7 @@ from oprd import Sampling, TransformersEngine, capture_states
 from oprd.models.lm_head import divergence, lm_head_of
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
-from oprd.pictures import INK, MARKERS, colour, in_percent, look, plain_log
+from oprd.runs.pictures import INK, MARKERS, colour, in_percent, look, plain_log
 from oprd.tasks.task import get_task
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.diagnose.theory import centred_gram

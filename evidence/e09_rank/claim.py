@@ -9,7 +9,7 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import first_seeds, of, run_comparison
 from evidence.pictures import OURS, REFERENCES
 from evidence.words import mean_of, percent, table
-from oprd.pictures import BEFORE, MARKERS, End, colour, in_percent, level, look, name_ends, plain_log
+from oprd.runs.pictures import BEFORE, MARKERS, End, colour, in_percent, level, look, name_ends, plain_log
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E9"
@@ -30,8 +30,8 @@ SHOWN = (1, 2, 4, 8, 16, 32, 64, 128)
 def measure(work: Work) -> dict[str, Any]:
     """The rank curve of one bridge, and training at five of its ranks and at the published setting."""
     from oprd.bridge import Bridge
-    from oprd.bridge.show import describe_bridge
     from oprd.tools.compare.bridges import bridge_folder
+    from oprd.tools.show_bridge import describe_bridge
 
     seeds = first_seeds(work, 2)
     names = [*RANKS.values(), "paper"] if not work.quick else ["rank_4", "rank_16"]

@@ -12,7 +12,7 @@ from evidence.e01_accuracy.claim import NAMES, SHARED, chosen_rates, tune
 from evidence.e10_bridge.claim import HERE as BRIDGES
 from evidence.permuted import save_permuted
 from evidence.words import percent, table
-from oprd.pictures import INK, MARKERS, colour, in_percent
+from oprd.runs.pictures import INK, MARKERS, colour, in_percent
 
 ID = "E12"
 TITLE = "Cosine can rise while accuracy falls, and the alarm reports it"

@@ -114,7 +114,7 @@ def inspect(
 
     quiet_libraries()
     from oprd.bridge import Bridge
-    from oprd.bridge.show import plot_bridge
+    from oprd.tools.show_bridge import plot_bridge
 
     if output_dir is not None and output_dir.resolve() == folder.resolve():
         raise ValueError(
@@ -152,8 +152,8 @@ def _show(bridge: Any) -> dict[str, Any]:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from oprd.bridge.show import describe_bridge
     from oprd.cli.console import console, say
+    from oprd.tools.show_bridge import describe_bridge
 
     description = describe_bridge(bridge)
     rank = description["rank"]

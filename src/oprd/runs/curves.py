@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.pictures import (
+from oprd.runs.columns import Columns, drawn, number
+from oprd.runs.folder import METRICS, SUMMARY
+from oprd.runs.jsonl import read_lines
+from oprd.runs.pictures import (
     BEFORE,
     COLOURS,
     QUIET,
@@ -22,9 +25,6 @@ from oprd.pictures import (
     step_axis,
     style,
 )
-from oprd.runs.columns import Columns, drawn, number
-from oprd.runs.folder import METRICS, SUMMARY
-from oprd.runs.jsonl import read_lines
 
 STUDENT, RAW = COLOURS[0], COLOURS[1]
 
@@ -41,7 +41,7 @@ def plot_run(folder: Path, file: Path) -> None:
 
 
 def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
-    """The figure of `plot_run`. Call it inside `oprd.pictures.style`.
+    """The figure of `plot_run`. Call it inside `oprd.runs.pictures.style`.
 
     Args:
         metrics: a `metrics.jsonl`.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.pictures import (
+from oprd.runs.pictures import (
     BEFORE,
     QUIET,
     TEACHER,
@@ -37,7 +37,7 @@ def plot_comparison(report: Mapping[str, Any], file: Path) -> None:
 
 
 def draw_comparison(report: Mapping[str, Any]) -> Any:
-    """The figure of `plot_comparison`. Call it inside `oprd.pictures.style`.
+    """The figure of `plot_comparison`. Call it inside `oprd.runs.pictures.style`.
 
     Curves are drawn if there is an evaluation between the first and the last one.
     """

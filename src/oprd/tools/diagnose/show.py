@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from oprd.pictures import BEFORE, level, look, name_ends, name_two, new_figure, plain_log, save, style
+from oprd.runs.pictures import BEFORE, level, look, name_ends, name_two, new_figure, plain_log, save, style
 from oprd.sanitize import printable
 
 Report = Mapping[str, Any]
@@ -137,7 +137,7 @@ def plot_report(report: Report, file: Path) -> None:
 
 
 def draw_report(report: Report) -> Any:
-    """The figure of `plot_report`. Call it inside `oprd.pictures.style`."""
+    """The figure of `plot_report`. Call it inside `oprd.runs.pictures.style`."""
     figure = new_figure(3.3)
     left, right = figure.subplots(1, 2)
     _draw_layers(figure, left, report["cka"])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from oprd.pictures import COLOURS, DPI, FONT, colour, new_figure, spread, step_axis, style
+from oprd.runs.pictures import COLOURS, DPI, FONT, colour, new_figure, spread, step_axis, style
 from oprd.tools.report.curves import PHASES, Curve, Heat, Panel, Point, is_log
 from oprd.tools.report.text import plain
 

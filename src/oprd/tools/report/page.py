@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from oprd.files import write_text
-from oprd.pictures import colour
+from oprd.runs.pictures import colour
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tools.report import curves, draw
 from oprd.tools.report.read import RunRecord

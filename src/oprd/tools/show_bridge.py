@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.bridge.bridge import Bridge
-from oprd.pictures import BEFORE, End, colour, level, look, mark, name_ends, new_figure, plain_log, save, style
+from oprd.runs.pictures import BEFORE, End, colour, level, look, mark, name_ends, new_figure, plain_log, save, style
 
 
 def describe_bridge(bridge: Bridge) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def plot_bridge(description: dict[str, Any], file: Path) -> None:
 
 
 def draw_bridge(description: dict[str, Any]) -> Any:
-    """The figure of `plot_bridge`. Call it inside `oprd.pictures.style`."""
+    """The figure of `plot_bridge`. Call it inside `oprd.runs.pictures.style`."""
     layers = description["layers"]
     figure = new_figure(max(4.8, 1.0 + 0.36 * len(layers)))
     cosine, r2 = figure.subplots(2, 1, sharex=True)
