@@ -22,7 +22,7 @@ LONGEST = 5.0
 def hub_answers() -> bool:
     """Whether the hub answers, whatever it says. It is asked once in a process, and not at all where HF_HUB_OFFLINE is set.
 
-    Where it does not answer, that is logged, and this process and its children use the cache alone.
+    Where it does not answer, that is logged, and this process and its children use only the cache.
     """
     if constants.is_offline_mode():
         return False

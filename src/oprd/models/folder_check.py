@@ -18,7 +18,7 @@ _AGAIN = "copy the whole folder again"
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that holds no causal LM, or not one alone.
+    """Refuse a folder that holds no causal LM, or more than one.
 
     Args:
         name: of the model, for messages.

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from oprd.models.architecture import blocks, evaluating
 
-# What families call the part of a block that treats each token for itself. Whether it does is checked before it is cut.
+# Names of the part of a block that treats each token by itself. Whether it does is checked before it is cut.
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _MOST_ROUNDING = 0.02  # of the largest value; a part that mixes tokens is off by as much as its output
 
 
 @contextmanager
 def recomputed_blocks(model: nn.Module) -> Iterator[None]:
-    """While open, forward with gradient keeps the input of each block alone; backward runs the block again.
+    """While open, a forward with gradient keeps only the input of each block; backward runs the block again.
 
     Open it around forward and backward.
 
@@ -51,7 +51,7 @@ def recomputed_blocks(model: nn.Module) -> Iterator[None]:
 def chunked_mlps(model: nn.Module, tokens: int) -> Iterator[set[str]]:
     """While open, the MLP of each block runs on at most `tokens` tokens of a sequence at a time; so does its backward.
 
-    Open it around forward and backward. With gradient an MLP keeps its input alone.
+    Open it around forward and backward. With gradient an MLP keeps only its input.
 
     Args:
         model: a decoder-only causal LM of transformers; it may be wrapped.

@@ -25,7 +25,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values in memory that has room for tokens to come, so that a token is written and nothing else is copied.
 
     Args:
-        layer: a filled layer, whose keys and values it takes over.
+        layer: a filled layer; its keys and values become this layer's.
     """
 
     keys: Tensor
@@ -76,7 +76,7 @@ class CachedRows:
     """Rows of a batch, each a text and its cache. Call it in eval mode and without gradients.
 
     Args:
-        model: a causal LM that `why_not` names nothing against, perhaps with an adapter.
+        model: a causal LM for which `why_not` gives None, perhaps with an adapter.
         prompts: token ids of each text; texts of one length are not padded.
         pad_token_id: pads shorter ones on the left.
 
@@ -134,7 +134,7 @@ class CachedRows:
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why `CachedRows` cannot hold texts of this model, as a clause; None where nothing speaks against it.
+    """Why `CachedRows` cannot hold texts of this model, as a clause; None where it can.
 
     Whether its logits are right is measured by `oprd.rollouts.probe.probe_cached`.
     """

@@ -135,7 +135,7 @@ def complete_rows(
     """Write the rows' completions, all at once. The model is in eval mode.
 
     Args:
-        model: one that `why_not` names nothing against.
+        model: one for which `why_not` gives None.
         rows: equal prompts are read once.
         sampling: how tokens are drawn; each row has its own limit.
         stop_token_ids: ids that end a completion.

@@ -1,4 +1,4 @@
-"""Draws one token a row: the inverse of the row's distribution function at one random number, which belongs to the row alone."""
+"""Draws one token a row: the inverse of its distribution function at a random number that its seed and the step determine."""
 
 from __future__ import annotations
 

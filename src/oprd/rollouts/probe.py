@@ -32,7 +32,7 @@ class _Follow(LogitsProcessor):
 def probe_decoding(model: nn.Module) -> Probe:
     """Generate three given tokens after two short texts together, and compare their logits with those of each text alone.
 
-    The logits alone come from one pass without cache.
+    The logits of each text alone come from one pass without cache.
 
     Args:
         model: as `TransformersEngine` samples from it; sharded on all processes.
@@ -67,7 +67,7 @@ def probe_cached(model: nn.Module) -> Probe:
     """As `probe_decoding`, with the rows of `DecodeEngine`: a text is repeated, and its copy leaves.
 
     Args:
-        model: one that `oprd.rollouts.cached_rows.why_not` names nothing against.
+        model: one for which `oprd.rollouts.cached_rows.why_not` gives None.
     """
     texts, following = _texts(model)
     steps = []

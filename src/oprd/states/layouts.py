@@ -110,7 +110,7 @@ def _states(
 
 @torch.no_grad()
 def check_causal(model: nn.Module, layers: Sequence[int], *, read: Reading) -> None:
-    """Refuse a model that reads ahead: the states of a text, and of its first half alone, are not the same.
+    """Refuse a model that reads ahead: the states of a text's first half change where the second half follows.
 
     Args:
         model: as in `probe_layouts`.

@@ -17,12 +17,12 @@ class LongSequences:
     """Keeps memory nearly flat in the length of a rollout that exceeds `micro_batch_tokens`, with the same gradients.
 
     Such a rollout is a micro-batch of its own. The student keeps the inputs of its blocks and runs each block again in backward;
-    MLPs of student and teacher run by chunks of `micro_batch_tokens` tokens. Shorter rollouts run as ever.
+    MLPs of student and teacher run by chunks of `micro_batch_tokens` tokens. Shorter rollouts are not changed.
 
     Args:
         student: the model in training; it may be wrapped.
         teachers: the teacher's models in this process.
-        recomputed: the student's blocks are run again in any case (`activation_checkpointing`).
+        recomputed: the student's blocks are run again for every rollout (`activation_checkpointing`).
         deepspeed: DeepSpeed runs the student. It gathers weights from all ranks in every pass of a module, so that one rank cannot
             run a module more often than another; long rollouts then run as the others.
     """

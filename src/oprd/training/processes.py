@@ -23,7 +23,7 @@ _OF_GLOO = re.compile(r"^\[\S*/gloo/\S+\] ?")  # "[/…/third_party/gloo/gloo/tr
 
 
 def check_joined(accelerator: Any) -> None:
-    """Check that launched processes have joined and will exchange gradients. On a CPU, accelerate may leave each alone.
+    """Check that launched processes have joined and will exchange gradients. On a CPU, accelerate may not join them.
 
     Args:
         accelerator: the trainer's.
