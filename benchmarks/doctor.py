@@ -22,13 +22,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from oprd import OPRDConfig, OPRDTrainer, Rollouts
+from oprd.rollouts.engine import EngineAbilities, Sampled
+
 HERE = Path(__file__).parent
 RESULT, CUDA_RESULT = HERE / "doctor.json", HERE / "doctor_cuda.json"
 DOCUMENT = HERE.parent / "docs" / "scale.md"
 MIB = 2**20
+PHASES = ("rollout", "teacher", "update", "optimizer")
 ON_GPU = "GPU: "  # before a configuration's name
 _TINY_MODEL = {"family": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
                "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
+_SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}  # fmt: skip
 # name → changes to the model and to the run
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 layers, all matched": ({}, {}),
@@ -68,6 +74,31 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "few tokens, many weights": (
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}, {"completion": 32, "rollouts": 2}),
 }  # fmt: skip
+_LORA = {"lora": ["q_proj", "v_proj"]}
+# The same, with sampled rollouts: one thread's CPU seconds are measured too.
+TIMED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the demo: 32 x 64 tokens, 4 layers of 128": (
+        {"vocab_size": 17, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 4, "tie_word_embeddings": True},
+        {"rollouts": 32, "prompt": 12, "completion": 64}),
+    "SmolLM2's shape, 8 x 24 tokens": (_SMOLLM2, {"rollouts": 8, "prompt": 32, "completion": 24}),
+    "SmolLM2's shape, bfloat16 weights, LoRA": (
+        _SMOLLM2, {**_LORA, "rollouts": 8, "prompt": 32, "completion": 24, "student_dtype": "bfloat16"}),
+    "Qwen2.5-0.5B's width, 4 layers, full KL": (
+        {"family": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4,
+         "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        {"representation_weight": 0.0, "output_space": "reverse_kl", "prompt": 16, "completion": 16}),
+    "prompts of 512 tokens": ({"vocab_size": 8000, "hidden_size": 384, "intermediate_size": 1024},
+                              {"prompt": 512, "completion": 16}),
+    "one completion of 512 tokens": ({}, {"prompt": 16, "completion": 512, "rollouts": 2}),
+    "bfloat16 autocast, checkpointing": (
+        {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1376},
+        {"bf16": True, "activation_checkpointing": True, "prompt": 64, "completion": 32, "rollouts": 8}),
+    "width 1024, 2 rollouts": (
+        {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
+         "num_key_value_heads": 16},
+        {"prompt": 64, "completion": 48, "rollouts": 2}),
+}  # fmt: skip
 _GPU_MODEL = {"family": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
               "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
 _GPU_RUN = {"rollouts": 16, "completion": 1024, "bf16": True}
@@ -90,14 +121,14 @@ CUDA_CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _RUN = {"bf16": False, "rollouts": 4, "prompt": 1, "completion": 256, "micro_batch_tokens": 16384, "layers": "all", "padded": False,
         "representation_weight": 1.0, "output_space": None, "diagnostic_steps": 0, "activation_checkpointing": False,
-        "lora": None}  # fmt: skip
+        "lora": None, "student_dtype": "float32"}  # fmt: skip
 
 
 def settings_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """All settings of a configuration: model and run."""
     if name.startswith(ON_GPU):
         return {**_GPU_MODEL}, {**_RUN, **_GPU_RUN, **CUDA_CONFIGURATIONS[name.removeprefix(ON_GPU)]}
-    model, run = CONFIGURATIONS[name]
+    model, run = (CONFIGURATIONS | TIMED)[name]
     return {**_TINY_MODEL, **model}, {**_RUN, **run}
 
 
@@ -131,7 +162,8 @@ def workload(name: str) -> Any:
         lora=Lora(8, tuple(run["lora"])) if run["lora"] else None,
         padded=run["padded"],
         bf16=run["bf16"],
-        teacher_bytes=2 if run["bf16"] and not run["lora"] else 4,
+        student_bytes=2 if run["student_dtype"] == "bfloat16" else 4,
+        teacher_bytes=2 if (run["bf16"] and not run["lora"]) or run["student_dtype"] == "bfloat16" else 4,
         accelerator=name.startswith(ON_GPU),
     )
     return work
@@ -145,41 +177,115 @@ def predicted(name: str) -> dict[str, float]:
     work = workload(name)
     memory, seconds = predict_memory(work), predict_seconds(work, Device(bandwidth=4800.0))
     held = sum(memory.parts[part] for part in ("student weights", "optimizer", "teacher weights"))
-    peak = max(memory.phases["teacher"], memory.phases["update"])
+    phases = ("rollout", "teacher", "update") if name in TIMED else ("teacher", "update")
+    peak = max(memory.phases[phase] for phase in phases)
     return {"held": held, "peak": peak, "milliseconds": 1000 * (seconds["teacher"] + seconds["update"])}
 
 
-def measure(name: str) -> dict[str, int]:
-    """The same, measured on a trainer in this process."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+class FixedRollouts:
+    """A rollout engine that returns the same completions in every step."""
 
-    from oprd import OPRDConfig, OPRDTrainer, Rollouts
+    can = EngineAbilities()
+    pad_token_id = 0
+
+    def __init__(self, completions: list[list[int]]) -> None:
+        self.completions, self.stop_token_ids = completions, [2]
+
+    def generate(
+        self, model: Any, prompt_ids: Any, *, rows: Any = None, want_log_probs: bool = False, **settings: Any
+    ) -> Sampled:
+        """One completion a prompt."""
+        count = len(prompt_ids)
+        return Sampled(
+            Rollouts([*map(list, prompt_ids)], self.completions[:count], ["length"] * count, [""] * count, list(rows))
+        )
+
+
+def tokenizer_of(vocabulary: int) -> Any:
+    """Words t0, t1, …: padding, start and end first."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2")
+
+
+def make_trainer(
+    name: str, model: dict[str, Any], engine: FixedRollouts | None, folder: str, kind: type[OPRDTrainer]
+) -> OPRDTrainer:
+    """A trainer of the configuration's run on two random models of shape `model`, for two steps (on a GPU: four)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    gpu, (_, run) = name.startswith(ON_GPU), settings_of(name)
+    torch.manual_seed(0)
+    dtype = getattr(torch, run["student_dtype"])
+    with torch.device("cuda" if gpu else "cpu"):
+        student, teacher = (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**model), dtype=dtype) for _ in range(2)
+        )
+    if run["bf16"]:
+        teacher.bfloat16()
+    lora = None
+    if run["lora"]:
+        from peft import LoraConfig
+
+        lora, teacher = LoraConfig(r=8, target_modules=run["lora"], lora_dropout=0.0), None
+    args = OPRDConfig(
+        folder, use_cpu=not gpu, bf16=run["bf16"], max_steps=4 if gpu else 2, disable_tqdm=True,
+        per_device_train_batch_size=run["rollouts"], save_strategy="no", report_to=[],
+        max_completion_length=run["completion"], micro_batch_tokens=run["micro_batch_tokens"], layers=run["layers"],
+        representation_weight=run["representation_weight"], output_space=run["output_space"],
+        diagnostic_steps=run["diagnostic_steps"], activation_checkpointing=run["activation_checkpointing"],
+        log_completions=False, alarm_window=0,
+    )  # fmt: skip
+    fast = tokenizer_of(model["vocab_size"])
+    rows = [{"prompt": " ".join(["t5"] * run["prompt"])} for _ in range(run["rollouts"])]
+    return kind(student, teacher, args, rows, processing_class=fast, teacher_processing_class=None if lora else fast,
+                peft_config=lora, rollout_engine=engine)  # fmt: skip
+
+
+def estimated_and_timed(name: str) -> dict[str, Any]:
+    """Seconds of a step's phases: estimated from a probe of this machine, and measured on a trainer; in this process."""
+    from dataclasses import asdict
+
+    import torch
+
+    from oprd.tools.doctor.probe import probe_cpu
+    from oprd.tools.doctor.time import predict_seconds
+
+    torch.set_num_threads(1)
+    work = workload(name)
+    device = probe_cpu(work)
+    measured = measure(name, only_times=True)["seconds"]
+    estimated = {phase: round(seconds, 4) for phase, seconds in predict_seconds(work, device).items()}
+    return {"measured": measured, "estimated": estimated, "probe": asdict(device)}
+
+
+def measure(name: str, *, only_times: bool = False) -> dict[str, Any]:
+    """The same, measured on a trainer in this process; with `only_times` no small run comes first, and memory is not exact."""
+    import gc
+
+    import torch
+
     from oprd.tools.bench.memory import resident_bytes
 
-    gpu = name.startswith(ON_GPU)
+    gpu, timed = name.startswith(ON_GPU), name in TIMED
     if not gpu:
         torch.set_num_threads(1)
+        time.perf_counter = time.process_time  # which the trainer's clocks read: other processes do not count
     model, run = settings_of(name)
-    config = AutoConfig.for_model(model.pop("family"), **model, bos_token_id=1, eos_token_id=2)
-    words = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2")
+    model["model_type"] = model.pop("family")
+    model |= {"bos_token_id": 1, "eos_token_id": 2}
     lengths = [run["completion"]] * run["rollouts"]
     if run["padded"]:
         lengths[-1] -= 1
     generator = torch.Generator().manual_seed(0)
-    completions = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    count = run["rollouts"]
-    rollouts = Rollouts([[5]] * count, completions, ["length"] * count, [""] * count, list(range(count)))
-    seen: dict[str, int] = {}
+    whole = [torch.randint(3, model["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+    base, seen = 0, {}
 
     class Measured(OPRDTrainer):
-        def _sample(self, *args: Any) -> Rollouts:
-            return rollouts
-
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if gpu:
                 torch.cuda.synchronize()
@@ -197,58 +303,33 @@ def measure(name: str) -> dict[str, int]:
             seen.update(held=before - base, peak=resident_bytes("VmHWM") - base)
             return loss
 
-    def trainer(folder: str, settings: dict[str, Any]) -> OPRDTrainer:
-        torch.manual_seed(0)
-        with torch.device("cuda" if gpu else "cpu"):
-            student, teacher = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)) for _ in range(2))
-        if run["bf16"]:
-            teacher.bfloat16()
-        lora = None
-        if run["lora"]:
-            from peft import LoraConfig
-
-            lora, teacher = LoraConfig(r=8, target_modules=run["lora"], lora_dropout=0.0), None
-        args = OPRDConfig(
-            folder, use_cpu=not gpu, bf16=run["bf16"], max_steps=4 if gpu else 2, disable_tqdm=True,
-            per_device_train_batch_size=count, save_strategy="no", report_to=[],
-            max_completion_length=run["completion"], micro_batch_tokens=run["micro_batch_tokens"], layers=run["layers"],
-            representation_weight=run["representation_weight"], output_space=run["output_space"],
-            diagnostic_steps=run["diagnostic_steps"], activation_checkpointing=run["activation_checkpointing"],
-            log_completions=False, alarm_window=0,
-        )  # fmt: skip
-        rows = [{"prompt": "t5"} for _ in range(count)]
-        return Measured(student, teacher, args, rows, processing_class=fast, teacher_processing_class=None if lora else fast,
-                        peft_config=lora)  # fmt: skip
-
     with tempfile.TemporaryDirectory() as folder:
-        small = {"model_type": config.model_type, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
-                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": config.vocab_size,
-                 "eos_token_id": 2}  # fmt: skip
-        base, whole, rollouts = 0, rollouts, Rollouts([[5]] * count, [[7] * 8] * count, ["length"] * count, [""] * count,
-                                                       list(range(count)))  # fmt: skip
-        trainer(f"{folder}/small", small).train()  # loads what is loaded at first use, which the measurement excludes
-        import gc
-
+        small = {**model, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+                 "num_key_value_heads": 2}  # fmt: skip
+        # loads what is loaded at first use, which the measurement excludes
+        if not only_times:
+            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train()
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
-        rollouts, base = whole, torch.cuda.memory_allocated() if gpu else resident_bytes()
-        settings = {**model, "model_type": config.model_type, "eos_token_id": 2}
-        trainer(f"{folder}/run", settings).train()
+        base = torch.cuda.memory_allocated() if gpu else resident_bytes()
+        trainer = make_trainer(name, model, None if timed else FixedRollouts(whole), f"{folder}/run", Measured)
+        trainer.engine.stop_token_ids = [model["vocab_size"]]  # never drawn, so all completions have the maximal length
+        trainer.train()
+        if timed:
+            row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+            seen["seconds"] = {phase: round(row[f"time/{phase}"], 4) for phase in PHASES}
     return seen
 
 
-def in_a_process(name: str) -> dict[str, int]:
-    """`measure` in a separate process that returns freed blocks to the system at once."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
-    command = [sys.executable, __file__, "--one", name]
+def in_a_process(name: str, *, timed: bool = False) -> dict[str, Any]:
+    """`measure` in a separate process that returns freed blocks to the system at once; or times, with memory as usual."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not timed:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, __file__, "--one", name, *(["--timed"] if timed else [])]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, int] = json.loads(output.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -256,9 +337,10 @@ def main() -> None:
     """Measure, or write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="measure this configuration in this process and print it")
+    parser.add_argument("--timed", action="store_true", help="measure only times; with --one, in this process")
     parser.add_argument("--only", help="measure configurations with this in their name, write nothing")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes at a time; one's memory does not change another's"
+        "--jobs", type=int, default=2, help="processes that measure memory at a time; it does not change another's"
     )
     parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
     parser.add_argument(
@@ -266,32 +348,44 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one)))
+        print(json.dumps(estimated_and_timed(args.one) if args.timed else measure(args.one)))
         return
     if args.cuda:
         measure_on_gpu(args.only)
     elif not args.document:
-        measure_all(args.only, args.jobs)
+        measure_all(args.only, args.jobs, timed_only=args.timed)
     if not args.only:
         write_document()
 
 
-def measure_all(only: str | None, jobs: int) -> None:
-    """Measure every configuration, or those with `only` in their name; print both figures; save them if all were measured."""
+def measure_all(only: str | None, jobs: int, *, timed_only: bool) -> None:
+    """Measure every configuration, or those with `only` in their name; print both figures; save what was measured whole."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from oprd.files import write_json
     from oprd.tools.bench.update import machine
 
-    names = [name for name in CONFIGURATIONS if not only or only in name]
-    rows = []
-    for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
-        guess = predicted(name)
-        rows.append({"name": name, "measured": measured})
-        shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
-        beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
-        print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
-        if not only:
-            RESULT.write_text(json.dumps({"rows": rows, "machine": machine(1)}, indent=1) + "\n")
+    result = json.loads(RESULT.read_text())
+    names = [name for name in CONFIGURATIONS | TIMED if not only or only in name]
+    if not timed_only:
+        rows = []
+        for name, measured in zip(names, ThreadPoolExecutor(jobs).map(in_a_process, names), strict=True):
+            guess = predicted(name)
+            rows.append({"name": name, "measured": {k: measured[k] for k in ("held", "peak")}})
+            shown = [f"{k} {guess[k] / MIB:.0f} / {measured[k] / MIB:.0f} MiB" for k in ("held", "peak")]
+            beyond = (guess["peak"] - guess["held"]) / (measured["peak"] - measured["held"])
+            print(name, *shown, f"beyond {beyond:.2f}", sep=": ", flush=True)
+        result["rows"] = rows
+    timed = []
+    for name in (name for name in names if name in TIMED):
+        found = in_a_process(name, timed=True)
+        timed.append({"name": name, **found})
+        phases = {p: (found["estimated"][p], found["measured"][p]) for p in PHASES}
+        sums = [sum(values) for values in zip(*phases.values(), strict=True)]
+        shown = [f"{p} {guess:.2f} / {seen:.2f} s" for p, (guess, seen) in (phases | {"step": sums}).items()]
+        print(name, *shown, f"of the measured {sums[0] / sums[1]:.2f}", sep=": ", flush=True)
+    if not only:
+        write_json(RESULT, {"rows": result["rows"], "timed": timed, "machine": machine(1)})
 
 
 def measure_on_gpu(only: str | None) -> None:

@@ -16,11 +16,13 @@ import typer
 
 from evidence.claim import Claim, Work
 from evidence.document import write_documents
+from evidence.pictures import FIGURE, RESULT, draw_claim, redraw
 from evidence.readme import BLOCKS, write_blocks
+from oprd.runs.pictures import save, style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-RESULT, FIGURE, WHOLE = "result.json", "figure.png", "whole.json"
+WHOLE = "whole.json"
 _SHOWN_LINE = 160
 
 
@@ -45,9 +47,6 @@ def measured_whole(folder: Path) -> dict[str, Any] | None:
 
 def measure(claim: Claim, work: Work, target: Path) -> None:
     """Measure one claim and write its result and figure into `target`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     started = time.monotonic()
     work.folder.mkdir(parents=True, exist_ok=True)
     clock = work.folder / "seconds.json"  # adds the time of interrupted calls
@@ -61,10 +60,8 @@ def measure(claim: Claim, work: Work, target: Path) -> None:
     found["software"] = {name: version(name) for name in ("oprd", "torch", "transformers")}
     claim.judge(found)  # write only a result that `judge` can read
     target.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    claim.draw(found, figure)
-    figure.savefig(target / FIGURE, dpi=120, metadata={"Software": None})
+    with style():
+        save(draw_claim(claim, found), target / FIGURE)
     (target / RESULT).write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -72,7 +69,9 @@ def main(
     only: Annotated[str, typer.Option(help="Claims, such as E1,E7; default: all.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: checks that it runs.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,
-    document: Annotated[bool, typer.Option("--document", help="Measure nothing; rewrite the documents.")] = False,
+    document: Annotated[
+        bool, typer.Option("--document", help="Measure nothing; rewrite documents and pictures.")
+    ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Also choose the learning rates again.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also measure claims that an earlier call measured.")] = False,
 ) -> None:
@@ -103,6 +102,8 @@ def main(
         about = {"seconds": round(time.monotonic() - started), "cpus": os.cpu_count(), "workers": workers, "tune": tune}
         (base if quick else HERE).joinpath(WHOLE).write_text(json.dumps(about) + "\n")
     write_pages(base, quick)
+    if document and not quick:
+        typer.echo(f"{len(list(redraw(claims())))} pictures")
     typer.echo(f"{time.monotonic() - started:.0f} s")
 
 

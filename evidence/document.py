@@ -26,7 +26,7 @@ differences seed by seed. Each claim's folder has the figure, all numbers, the s
     make evidence-quick                      # a tenth of the work, written to runs/: checks that it runs, not the verdicts
     .venv/bin/python -m evidence --only E7   # one claim
     .venv/bin/python -m evidence --tune      # also chooses the learning rates of E1, E2 and E11 again
-    .venv/bin/python -m evidence --document  # rewrites the pages and the README from the committed results
+    .venv/bin/python -m evidence --document  # rewrites the pages, pictures and README from the committed results
 
 {whole}Learning rates were chosen by earlier runs on a separate tuning seed; those runs are in the committed results. Larger measurements, earlier than
 these: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bridge/README.md), [demo and SmolLM2](../evidence/first_light/README.md).

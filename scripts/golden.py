@@ -495,7 +495,8 @@ def plans() -> Iterator[Case]:
         train(**GRPO, num_iterations=2, extra=dry, name="grpo"), train(**EVALUATED, max_steps=-1, extra=dry, name="epochs"),
         train(output_weight={"schedule": "cosine", **SLOPE}, output_space="jsd", crossfade_steps=9, extra=dry, name="weights"),
     ))  # fmt: skip
-    doctor = ("doctor", "--config", "tiny")
+    figures = ("--device-tflops", "0.1", "--device-bandwidth", "9")  # measured ones would differ from run to run
+    doctor = ("doctor", "--config", "tiny", *figures)
     yield Case("doctor", (
         Run((*doctor, "--json", "{w}/tiny.json"), name="tiny"), Run((*doctor, "--cpu", "--dtype", "bfloat16"), name="cpu"),
         Run((*doctor, "--devices", "8", "--fully_shard", "true", "--json", "{w}/sharded.json"), name="sharded"),

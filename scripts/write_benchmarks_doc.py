@@ -5,6 +5,9 @@
     oprd bench update --device cuda --json benchmarks/results/update_gpu.json
     oprd bench growth --json benchmarks/results/growth.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench step --json benchmarks/results/step.json
+    oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5 --json benchmarks/results/step_drawn.json
+    oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5 \\
+      --json benchmarks/results/step_groups.json
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
@@ -20,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.tools.bench import cuda, growth, rollout, step, update
+from oprd.tools.bench import cuda, decode, growth, rollout, step, update
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
@@ -57,6 +60,18 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
         "Rollout, loss, backward and optimizer, beside TRL's trainers: time and memory only.",
         step.markdown,
     ),
+    "step_drawn": (
+        "A whole step, rollouts of their own lengths",
+        "oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5",
+        "As above, but a rollout ends where the model ends it, so trainers differ in how long they go on for the longest one.",
+        step.markdown,
+    ),
+    "step_groups": (
+        "A whole step, eight rollouts a prompt",
+        "oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5",
+        "The same with groups. TRL's trainers get each prompt eight times.",
+        step.markdown,
+    ),
     "growth": ("How it grows", "oprd bench growth", "One update along one axis at a time.", growth.markdown),
     "rollout": (
         "Rollouts",
@@ -65,6 +80,12 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
         "handing over the weights in every pass. `generate` runs until the longest completion ends, so its time applies to every "
         "engine's completions.",
         rollout.markdown,
+    ),
+    "rollout_decode": (
+        "The default engine's loop",
+        "oprd bench rollout --decode",
+        "The loop of the engine `decode` beside bare `generate`, on rows of given lengths.",
+        decode.markdown,
     ),
 }
 """Result file → title, command, what it is, its table."""

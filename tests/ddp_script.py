@@ -48,7 +48,10 @@ SCENARIOS = {
         {},
     ),
     "accumulated": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}, {}),
-    "uneven": ({"num_generations": 4, "micro_batch_tokens": 12}, {}),  # 6 micro-batches on a rank and 8 on the other
+    "uneven": (
+        {"num_generations": 4, "micro_batch_tokens": 10},
+        {},
+    ),  # other numbers of micro-batches and of long rollouts
 }
 COMMON = {
     "rows": [{**row, "answer": "1"} for row in prompt_rows(8)],

@@ -272,3 +272,15 @@ class DenseObjective:
                 cosines.append(torch.nn.functional.cosine_similarity(s[layer][chosen], t[layer][chosen], dim=-1))
             result[f"cosine/layer_{layer:02d}"] = self.mean(cosines).item()
         return result
+
+
+def chi_squared(counts: torch.Tensor, probability: torch.Tensor) -> float:
+    """Pearson's statistic in standard deviations above its mean; tokens that are expected less than 5 times taken together."""
+    expected = probability.double() * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float((statistic - freedom) / (2 * freedom) ** 0.5)

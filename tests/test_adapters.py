@@ -121,7 +121,7 @@ def test_a_run_continues_it_and_saves_what_was_trained(base, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before)
     # One step of 0.001 away from where it began, and far from a fresh adapter on the base.
     ended = logits(AutoPeftModelForCausalLM.from_pretrained(saved))
-    assert (ended - start).abs().max() < 0.2 * (ended - logits(tiny_model("llama"))).abs().max()
+    assert (ended - start).abs().max() < 0.5 * (ended - logits(tiny_model("llama"))).abs().max()
     again = load_model(str(saved), dtype=torch.float32)
     assert torch.equal(logits(again), ended)
 

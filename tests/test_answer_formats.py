@@ -42,6 +42,12 @@ def rows(*answers):
         ("letter", "D. twelve apples", "D"),
         ("letter", "(B) twelve", "B"),
         ("letter", "The correct answer is (c).", "C"),
+        ("letter", r"\textbf{(C)}", "C"),
+        ("letter", r"\boxed{\text{C}}", "C"),
+        ("letter", "[c]", "C"),
+        (None, "[42]", "[42]"),
+        (None, r"\text{None}", r"\text{None}"),
+        (None, "we", "we"),
     ],
 )
 def test_an_answer_is_read_by_its_convention(answer_format, answer, parsed):
@@ -61,6 +67,13 @@ def test_an_answer_is_read_by_its_convention(answer_format, answer, parsed):
         (r"so \boxed{}", "is empty", "Correct them"),
         (r"\frac{1", "its braces do not match", "Correct them"),
         ("1}{2", "its braces do not match", "Correct them"),
+        ("nan", "stands for no answer (leave it null", "Correct them"),
+        ("None", "stands for no answer (leave it null", "Correct them"),
+        ("['42']", "is a list as text", "Correct them"),
+        ("<answer>5</answer>", "stands in tags", "Correct them"),
+        (r"\boxed{5} and \boxed{6}", "has several boxes, of which only the last is read", "Set answer_format: boxed"),
+        ("We add both numbers, so it is 5", "is a worked solution without a box", "Correct them"),
+        ("so " * 26, "is a worked solution without a box", "Correct them"),
         ("1" * 1001, "has 1001 characters, and at most 1000 are compared", "Correct them"),
     ],
 )

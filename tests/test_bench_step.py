@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from oprd.cli import app
 from oprd.rollouts.engines import ENGINES
-from oprd.tools.bench import growth, rollout, step, trainers
+from oprd.tools.bench import decode, growth, rollout, step, trainers
 from oprd.tools.bench.common import byte_tokenizer, describe_machine
 from oprd.tools.bench.requests import Requests
 from test_architecture import ROOT, script
@@ -250,7 +251,7 @@ def test_rollout_engines_beside_the_bare_one(monkeypatch):
     report = rollout.bench_rollout(asked, rounds=2, threads=1, say=lambda line: None)
     rows = {row["name"]: row for row in report["rows"]}
     assert {*rows, *report["left_out"]} == {"generate", *ENGINES}  # each is measured or said to be left out
-    assert rows["generate"]["tokens"] == rows["transformers"]["tokens"]
+    assert rows["generate"]["tokens"] == rows["decode"]["tokens"]
     least, _, most = rows["transformers"]["lengths"]
     assert 1 <= least < most == 6
     for row in rows.values():
@@ -260,6 +261,23 @@ def test_rollout_engines_beside_the_bare_one(monkeypatch):
     text = rollout.markdown(json.loads(json.dumps(report)))
     assert "Engine `vllm` is left out: vLLM is not installed." in text
     assert "Engine `vllm_server` is left out: it runs in a process of its own." in text
+
+
+def test_the_loop_beside_generate_on_given_lengths():
+    lengths = decode.given_lengths(64)
+    assert (min(lengths), statistics.median(lengths), max(lengths)) == (2, 45, 96)
+    assert sum(lengths) == 2957
+    cases = [replace(case, prompts=3, generations=2) for case in decode.CASES if case.shape == decode.STUDENT]
+    cases.append(replace(cases[0], name="decode_bf16", weights_dtype=torch.bfloat16, wanted=1000.0))
+    report = decode.bench_decode(cases, rounds=2, threads=1, most=9, say=lambda line: None)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["decode_student", "decode_demo", "decode_bf16"]
+    assert rows["decode_student"]["tokens"] == sum(decode.given_lengths(6, 9))
+    assert rows["decode_demo"]["lengths"][3] > 9  # those that the model itself writes
+    assert not rows["decode_bf16"]["met"]
+    for row in rows.values():
+        assert row["over_generate"] == pytest.approx(min(row["generate_seconds"]) / min(row["seconds"]), rel=0.1)
+    assert "| 1000 (not met) |" in decode.markdown(json.loads(json.dumps(report)))
 
 
 T = rollout.Timed

@@ -24,7 +24,6 @@ import oprd.resolve
 from oprd.bridge import Bridge
 from oprd.bridge.collect import fit_bridge, read_pairs
 from oprd.bridge.files import folder_digest
-from oprd.bridge.show import describe_bridge
 from oprd.bridge.statistics import PairStatistics
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
@@ -36,6 +35,7 @@ from oprd.resolve import load_pair
 from oprd.rollouts.engine import Sampled
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import FunctionGrader, Task
+from oprd.tools.show_bridge import describe_bridge
 from oprd.types import Rollouts
 from reference import DenseObjective, states_one_by_one
 from tiny import (

@@ -78,6 +78,43 @@ def test_a_turn_that_the_template_cannot_leave_open_is_refused():
         prepared(with_template(hides), [USER], [USER, ANSWER])
 
 
+PARTS = (
+    "{% for m in messages %}#{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+SYSTEM = {"role": "system", "content": "9"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "why"),
+    [
+        (PARTS, [USER], "message 0, of the role 'user', .* reads only contents that are lists of parts; write {{ message"),
+        (TURNS.replace("m.content", "m.text"), [USER], "message 0, of the role 'user'"),
+        (TURNS.replace("m.content", "m.content[:2]"), [USER], "message 0, .*; give another template"),
+        (TURNS.replace("in messages", "in messages[-1:]"), [USER, ANSWER, USER], "message 0, of the role 'user'"),
+        (TURNS.replace("in messages", "in messages if m.role != 'system'"), [SYSTEM, USER],
+         "message 0, of the role 'system', .*; set merge_system_prompt: true"),
+    ],
+)  # fmt: skip
+def test_a_template_that_leaves_out_what_a_message_says_is_refused(template, messages, why):
+    with pytest.raises(ValueError, match=f"^f:3: the chat template leaves out the text of {why}"):
+        prepared(with_template(template), "1+1", "1+2", messages)
+
+
+def test_a_template_may_change_what_a_message_says():
+    for change in ("m.content | trim", "m.content.split('-')[-1] if m.role == 'assistant' else m.content"):
+        assert prepared(with_template(TURNS.replace("m.content", change)), [USER, ANSWER, USER])
+
+
+def test_an_argument_that_the_template_does_not_read_is_said(caplog):
+    tokenizer = with_template("{{ '9' if thinking else '' }}" + TURNS)
+    prepared(tokenizer, [USER], chat_template_kwargs={"thinkng": False})
+    assert "does not read 'thinkng' of chat_template_kwargs, so it changes nothing" in caplog.text
+    caplog.clear()
+    prepared(tokenizer, [USER], chat_template_kwargs={"thinking": False, "chat_template": TURNS + "{{ thinking }}"})
+    assert not caplog.text
+
+
 def test_both_models_continue_the_same_turn():
     student, teacher = with_template(TURNS), with_template(BRACKETS)
     row = PromptRow([USER, {"role": "assistant", "content": "30"}], source="f:1")
@@ -130,6 +167,7 @@ DATES = [
     "\n  {% if true %}x{% endif %}\n{% for m in messages %}{{ strftime_now('%A, %-d %B, %H:%M:%S') }}{{ m.content }}{% endfor %}\n",
     "{% set f = '%-m/%-d/%y %I %p %j' %}{% macro turn(m) %}{{ strftime_now(f) }}{{ m.content }}{% endmacro %}"
     "{{ turn(messages[0]) }}",
+    "{{ strftime_now('%%Y %k %s %z|%Z') }}{{ messages[0].content }}",
 ]
 DAY = datetime(2024, 7, 6, 8, 5, 9)
 
@@ -147,6 +185,7 @@ def test_a_date_is_printed_as_transformers_prints_todays(template, monkeypatch):
         ("strftime_now('%Y-%m-%d')", "'2024-07-06'"),
         ("strftime_now('%A, %-d %B, %H:%M:%S')", "'Saturday, 6 July, 08:05:09'"),
         ("strftime_now(f)", "'7/6/24 08 AM 188'"),
+        ("strftime_now('%%Y %k %s %z|%Z')", f"'%Y  8 {DAY:%s} |'"),
     ]:
         by_hand = by_hand.replace(call, written)
     assert by_hand != template

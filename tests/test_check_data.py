@@ -101,8 +101,12 @@ def test_the_command_shows_one_file(oprd, tmp_path):
 
 
 def test_the_command_reads_with_a_recipes_settings(oprd, tmp_path):
-    code, shown, _ = oprd("data", "check", "--config", "tiny")
+    code, shown, _ = oprd("data", "check", "--config", "tiny", "--json", str(tmp_path / "found.json"))
     assert code == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(one["rows"], one["unit"], one["lengths"]["1"]) for one in found] == [
+        (4096, "tokens", 12), (250, "tokens", 12)
+    ]  # fmt: skip
     assert shown.count("tokens of a prompt") == 2  # of its train and its eval dataset
     file = write(tmp_path / "p.jsonl", {"query": "12345+67890=", "answer": "(A)"})
     code, _, error = oprd("data", "check", file, "--config", "tiny", "--prompt-column", "query")
@@ -114,7 +118,7 @@ def test_the_command_reads_with_a_recipes_settings(oprd, tmp_path):
     ("words", "message"),
     [
         ((), "no dataset; name a file"),
-        (("p.jsonl", "--fail"), "--json and --fail are for two datasets"),
+        (("p.jsonl", "--fail"), "--fail is for two datasets"),
         (("p.jsonl", "q.jsonl", "--model", "m"), "are for one dataset"),
         (("generated:addition",), "say how many problems with --train-limit"),
         (("no.jsonl",), "no such file"),

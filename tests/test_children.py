@@ -107,6 +107,7 @@ def test_a_trainer_that_is_killed_while_it_grades_leaves_no_process(killed, all_
     assert killed(program, partial(all_work, workers=1)) == set()
 
 
+@pytest.mark.further
 def test_the_runs_of_a_comparison_end_with_it(killed, tmp_path):
     recipe = {
         "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "task": "addition",

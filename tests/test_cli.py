@@ -113,10 +113,12 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     evaluated = oprd(
         "eval", "--model", str(run / "model"), "--dataset", "generated:addition", "--task", "addition", "--limit", "3",
         "--k", "2", "--max-completion-length", "8", "--output-dir", str(tmp_path / "eval"),
+        "--json", str(tmp_path / "found.json"),
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
     measured = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert (measured["k"], measured["problems"], measured["max_completion_length"]) == (2, 3, 8)
+    assert json.loads((tmp_path / "found.json").read_text()) == measured
     lines = (tmp_path / "eval" / "eval_completions.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert all(json.loads(line)["answer"].isdigit() for line in lines)
@@ -154,7 +156,7 @@ def parrot(tmp_path):
 def test_eval_lists_answers_that_the_checker_may_have_misread(oprd, parrot, tmp_path):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"prompt": "?", "answer": a}) + "\n" for a in ("72", "73", "\\boxed{72}")))
-    words = ("eval", "--model", parrot(r"\boxed{\enclose{circle}{72}}"), "--dataset", str(data), "--k", "11",
+    words = ("eval", "--model", parrot(r"\boxed{\enclosed{circle}{72}}"), "--dataset", str(data), "--k", "11",
              "--temperature", "0", "--max-completion-length", "1", "--output-dir", str(tmp_path / "eval"))  # fmt: skip
     quiet, listed = oprd(*words), oprd(*words, "--show-ungraded")
     assert quiet.returncode == listed.returncode == 0, quiet.stderr + listed.stderr
@@ -162,7 +164,7 @@ def test_eval_lists_answers_that_the_checker_may_have_misread(oprd, parrot, tmp_
     assert f"{counted} (list them with --show-ungraded)\n" in quiet.stdout
     assert "enclose" not in quiet.stdout
     assert f"{counted}\n" in listed.stdout
-    line = r"problems.jsonl:{}: answer '\\enclose{{circle}}{{72}}', reference '{}'"
+    line = r"problems.jsonl:{}: answer '\\enclosed{{circle}}{{72}}', reference '{}'"
     assert listed.stdout.count(line.format(1, "72")) == 11
     assert listed.stdout.count(line.format(3, r"\\boxed{72}")) == 9
     assert "  and 2 more\n" in listed.stdout

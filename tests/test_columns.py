@@ -78,7 +78,7 @@ def test_the_picture_of_a_run_has_few_points_of_a_long_run(tmp_path, monkeypatch
     assert sorted(drawn_points) == [1, *[len(drawn([0.0] * 3000))] * 4, len(drawn([1 / s for s in range(1, 3001)]))]
     assert max(drawn_points) <= MOST_POINTS
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width == 1300
+        assert picture.width == 1088
 
 
 def test_a_damaged_line_or_a_loss_that_is_null_does_not_lose_the_picture(tmp_path, caplog):

@@ -175,7 +175,51 @@ def test_generated_problems_of_two_splits_do_not_overlap_and_of_one_split_do():
     assert find_overlap(train, addition.problems(100, 0, "test")).matches == ()
     overlap = find_overlap(train, train[:50])
     assert (overlap.overlapping, overlap.exact, len(overlap.matches)) == (50, 50, 50)
-    assert overlap.summary() == {"eval_problems": 50, "overlapping": 50, "threshold": 0.5}
+    assert overlap.summary() == {"eval_problems": 50, "overlapping": 50, "too_short": 0, "threshold": 0.5}
+
+
+CHAIN = "State the final answer to the following arithmetic problem: {} ="
+
+
+def sums(terms: int, start: int, count: int) -> list[str]:
+    """Different chains, of which those of more terms begin with those of fewer."""
+    numbers = [[(7 * i + 31 * k + 3 * i * k) % 99 + 1 for k in range(terms)] for i in range(start, start + count)]
+    return [CHAIN.format(" + ".join(map(str, own))) for own in numbers]
+
+
+def test_generated_sums_are_too_short_to_judge():
+    """The prompts of three terms begin with those of two: by their shingles alone each would be found."""
+    train, test = rows(*sums(3, 0, 400)), rows(*sums(2, 0, 50), *sums(6, 0, 30))
+    overlap = find_overlap(train, test)
+    assert (overlap.matches, overlap.too_short, overlap.train_too_short) == ((), 80, 400)
+    assert overlap.summary()["too_short"] == overlap.report()["too_short"] == 80
+    assert str(overlap).endswith(
+        "(0 the same, 0 nearly: similarity 0.5 or more); "
+        "too short to judge (fewer than 8 content words): 80 problems and 400 training prompts"
+    )
+
+
+def test_a_short_problem_that_is_the_same_is_found_and_is_judged():
+    train = rows(*sums(3, 0, 40))
+    overlap = find_overlap(train, [train[3], *rows(*sums(2, 0, 9))])
+    assert [match.test.text for match in overlap.matches] == [train[3].prompt]
+    assert (overlap.overlapping, overlap.exact, overlap.too_short) == (1, 1, 9)
+
+
+@pytest.mark.parametrize(("words", "short"), [(7, True), (8, False)])
+def test_a_problem_is_judged_from_eight_content_words_on(words, short):
+    text = " ".join("abcdefgh"[:words])
+    overlap = find_overlap(rows(text + " + = - a a b"), rows(text))  # signs and repetitions are no content
+    assert (overlap.overlapping, overlap.too_short, overlap.train_too_short) == (0, 1, 1) if short else (1, 0, 0)
+    assert len(overlap.matches) == (0 if short else 1)
+
+
+def test_words_of_most_problems_are_no_content():
+    stock = "State the final answer to the following arithmetic problem"
+    train = rows(*(f"{stock} {a} {b}" for a in "mnopqrst" for b in "uvwxyz"))
+    overlap = find_overlap(train, rows(f"{stock} m u again"))
+    assert (overlap.matches, overlap.too_short, overlap.train_too_short) == ((), 1, 48)
+    assert find_overlap(train[:1], rows(f"{stock} m u again")).too_short == 0  # in a tiny set they say something
 
 
 def test_repeated_rows_are_counted_and_named_once():
@@ -187,7 +231,8 @@ def test_repeated_rows_are_counted_and_named_once():
     assert match.test.sources == ("test:1", "test:2")
     assert (overlap.train_rows, overlap.test_rows, overlap.overlapping, overlap.exact) == (3, 3, 2, 2)
     assert str(overlap) == (
-        "2 of 3 problems are also among the 3 training prompts (2 the same, 0 nearly: similarity 0.5 or more)"
+        "2 of 3 problems are also among the 3 training prompts (2 the same, 0 nearly: similarity 0.5 or more); "
+        "too short to judge (fewer than 8 content words): 1 problems and 1 training prompts"
     )
     report = json.loads(json.dumps(overlap.report()))
     assert report["matches"] == [
@@ -232,9 +277,21 @@ def similarity_one_by_one(sides: tuple[list[Problem], list[Problem]], i: int, j:
     return sum(map(weight, one & other)) / least
 
 
-few_words = st.lists(st.sampled_from(["a", "b", "c", "let", "x", "7", "12", "+"]), min_size=1, max_size=14).map(
-    " ".join
-)
+def too_short_one_by_one(sides: tuple[list[Problem], list[Problem]], problem: Problem) -> bool:
+    """Whether fewer than eight distinct words, without signs, are rare enough in both sets."""
+
+    def rarity(word: str) -> float:
+        having = [(sum(word in p.words for p in side), len(side)) for side in sides]
+        return min(1 - math.log(count) / math.log(size + 10) if count else 1.0 for count, size in having)
+
+    return sum(word[0].isalnum() and rarity(word) >= 0.1 for word in set(problem.words)) < 8
+
+
+few_words = st.lists(
+    st.sampled_from(["a", "b", "c", "d", "e", "f", "g", "h", "let", "x", "7", "12", "13", "+", "-"]),
+    min_size=1,
+    max_size=20,
+).map(" ".join)
 sets = st.lists(few_words, min_size=1, max_size=8)
 
 
@@ -246,7 +303,9 @@ def test_the_index_finds_what_all_pairs_one_by_one_give(train, test, threshold):
     for i, one in enumerate(sides[0]):
         for j, other in enumerate(sides[1]):
             similarity = similarity_one_by_one(sides, i, j)
-            if similarity > threshold - 1e-9 and (one.words == other.words or numbers_agree(one.text, other.text)):
+            judged = not (too_short_one_by_one(sides, one) or too_short_one_by_one(sides, other))
+            same = one.words == other.words or (judged and numbers_agree(one.text, other.text))
+            if similarity > threshold - 1e-9 and same:
                 expected[one.text, other.text] = similarity
     assert pairs(train, test, threshold) == pytest.approx(expected)
 
@@ -298,6 +357,7 @@ def test_real_benchmarks_against_dapo(dapo, benchmark, least, most):
     texts = " ".join(match.test.text for match in overlap.best)
     if benchmark == "AIMO":
         assert overlap.exact >= 14
+        assert overlap.too_short <= 1
         assert all(name in texts for name in ("Coinland", "Flora the frog", "Kayla rolls", "Ant Amelia"))
     if benchmark == "MATH-500":  # the same words, other numbers
         assert "rational roots" not in texts

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from oprd.data.rows import PromptRow, Reading, as_prompt_rows, load_prompts, parse_row, split_subset
+from oprd.sanitize import printable
 from oprd.tasks.task import TASKS, get_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 USER = [{"role": "user", "content": "1+1?"}]
+ONE = [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -321,8 +323,20 @@ TURNS = [*USER, {"role": "assistant", "content": "2"}, {"role": "user", "content
         ({"prompt": "[1, 2] is a list; [{x}] too"}, "[1, 2] is a list; [{x}] too", None),
         ({"prompt": "a", "answer": 3, "choices": []}, "a", "3"),
         ({"prompt": "a", "answer": "A", "choices": ["x", "y"]}, "a", "A"),
+        ({"conversation": [*USER, {"role": "Assistant", "content": "2"}]}, USER, None),
+        ({"conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]}, ONE, None),
+        ({"messages": [{"role": "User", "content": "a"}, {"role": "bing", "content": "b"}]}, ONE, None),
+        ({"prompt": [{"role": "critic", "content": "a"}]}, [{"role": "critic", "content": "a"}], None),
+        ({"prompt": json.dumps([{"name": None, **ONE[0]}])}, ONE, None),
+        ({"prompt": json.dumps(ONE[0])}, ONE, None),
+        ({"prompt": json.dumps({"messages": ONE})}, ONE, None),
+        ({"prompt": '{"role": "admin"} is what?'}, '{"role": "admin"} is what?', None),
+        ({"prompt": '{"role": "admin"}'}, '{"role": "admin"}', None),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]}]},
+         [{"role": "user", "content": "ab"}], None),
+        ({"prompt": "a", "reward_model": '{"ground_truth": "5"}'}, "a", "5"),
     ],
-)
+)  # fmt: skip
 def test_layouts_of_others(row, prompt, answer):
     assert parse_row(row, "here") == PromptRow(prompt, answer, "here")
 
@@ -341,6 +355,20 @@ def test_layouts_of_others(row, prompt, answer):
         ),
         ({"question": "a", "A": "x", "B": "y", "answer": 4}, "column 'A' holds choices"),
         ({"text": "a"}, "name the column with prompt_column"),
+        (
+            {"conversations": [{"from": "narrator", "value": "a"}]},
+            "is from 'narrator': known are system, .*human, .*; rename",
+        ),
+        (
+            {"prompt": [{**ONE[0], "weight": 0, "name": "b"}]},
+            "nothing else; remove 'weight', 'name', of which nothing would be read",
+        ),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0 of the prompt is"),
+        ({"prompt": "a", "answer": ["2"]}, r"give one text, or name what is inside \(answer_column: answer\.0\)"),
+        (
+            {"prompt": "a", "reward_model": {"ground_truth": {"target": ["2"]}}},
+            r"answer_column: reward_model\.ground_truth\.target",
+        ),
     ],
 )
 def test_layouts_that_are_refused(row, message):
@@ -498,3 +526,47 @@ def test_a_file_with_a_colon_in_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set:main").mkdir()
     assert split_subset("set:main") == ("set:main", None)
+
+
+def test_a_place_inside_a_column_is_an_answer_column():
+    row = {"prompt": "a", "final": ["5", "6"], "extra": '{"answer": 7}', "none": None}
+    for column, answer in {"final.1": "6", "extra.answer": "7", "none.answer": None, "none": None}.items():
+        assert parse_row(row, "here", Reading(answer_column=column)).answer == answer
+    for column, why in {
+        "final.2": r"is not in column 'final', which is \['5', '6'\]; name one that is",
+        "extra.anwser": "is not in column 'extra', which is",
+        "finl.0": "is not among the columns",
+    }.items():
+        with pytest.raises(ValueError, match=f"^here: answer_column '{column}' {why}"):
+            parse_row(row, "here", Reading(answer_column=column))
+
+
+def test_what_jsonl_is_not_is_said_with_the_line_and_the_mend(tmp_path):
+    good = b'{"prompt": "a", "answer": "1"}'
+    for content, message in {
+        good
+        + b'\n{"prompt": "a", "answer": "1", "answer": "2"}\n': r":2: not JSON: the key 'answer' stands twice .* remove one",
+        good + b"\r" + good + b"\r": r":1: not JSON: Extra data.* One object a line, with \\n at its end",
+        (good.decode() + "\n").encode("utf-16"): ":1: not JSON: .* Save the file as UTF-8$",
+        b'{\n"prompt": "a"}': r":1: not JSON: .* In \.jsonl an object stands on one line",
+        b"[" + good + b"]": r":1: the row is \[.* A list of all rows is the format \.json$",
+    }.items():
+        (tmp_path / "p.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"p\.jsonl{message}"):
+            load_prompts(str(tmp_path / "p.jsonl"))
+    (tmp_path / "p.json").write_bytes(b'{"data": [' + good + b"]}")
+    with pytest.raises(ValueError, match="must be a list of objects; save the list under 'data' alone"):
+        load_prompts(str(tmp_path / "p.json"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"saved': save_to_disk wrote this folder, which is not read: .* to_parquet"):
+        load_prompts(str(tmp_path / "saved"))
+
+
+def test_what_is_done_to_rows_and_what_is_not_read_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "oprd")
+    rows = [{"question": "a", "context": "b"}, {"messages": [{"role": "Human", "content": "a"}] * 2}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_prompts(str(tmp_path / "p.jsonl"))
+    said = "column 'context' not read in 1 of 2 rows, role 'Human' read as 'user' in 1 of 2 rows"
+    assert f"{printable(tmp_path / 'p.jsonl')}: {said}" in caplog.messages

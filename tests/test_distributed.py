@@ -140,6 +140,14 @@ def test_the_ranks_had_unequal_numbers_of_micro_batches(two_ranks):
         assert max(groups[0][name]) > 1
 
 
+def test_long_rollouts_of_either_rank_are_counted(two_ranks):
+    """That their gradients are those of one process is shown above, and for a sharded model in test_fsdp.py."""
+    for folder in (two_ranks, two_ranks.parent / "fsdp"):
+        counts = [row.get("long_sequences", 0) for row in metrics(folder / "uneven")]
+        assert max(counts) > 0
+        assert all("long_sequences" not in row for row in metrics(folder / "rollout"))
+
+
 def test_an_adapter_on_two_processes(two_ranks, tmp_path):
     trainer = lora_trainer(tmp_path / "lora", per_device_train_batch_size=4)
     trainer.train()

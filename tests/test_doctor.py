@@ -17,6 +17,7 @@ from oprd.run_config import RunConfig
 from oprd.tools.doctor.advice import advise
 from oprd.tools.doctor.document import MARGIN, errors, render
 from oprd.tools.doctor.memory import predict_memory, saved_bytes
+from oprd.tools.doctor.probe import probe_cpu
 from oprd.tools.doctor.shape import KNOWN, known_shape, shape_of
 from oprd.tools.doctor.time import Device, predict_seconds
 from oprd.tools.doctor.workload import Lora, Workload, workload_of
@@ -52,20 +53,23 @@ def saved_by_autograd(model, ids, mask, bf16) -> int:
 
 
 @pytest.mark.parametrize(
-    ("padded", "bf16", "lora"),
-    [(False, False, None), (True, False, None), (False, True, None), (True, True, None),
-     (False, False, ("q_proj", "v_proj")), (True, False, ("o_proj", "up_proj", "down_proj"))],
+    ("padded", "bf16", "lora", "dtype"),
+    [(False, False, None, "float32"), (True, False, None, "float32"), (False, True, None, "float32"),
+     (True, True, None, "float32"), (False, False, ("q_proj", "v_proj"), "float32"),
+     (True, False, ("o_proj", "up_proj", "down_proj"), "float32"), (False, False, None, "bfloat16"),
+     (True, True, None, "bfloat16"), (False, False, ("o_proj", "up_proj", "down_proj"), "bfloat16"),
+     (True, True, ("q_proj", "v_proj"), "bfloat16")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_a_block_keeps_for_backward(family, padded, bf16, lora):
+def test_what_a_block_keeps_for_backward(family, padded, bf16, lora, dtype):
     """Exactly: the difference of five and four blocks, so that embedding and final norm do not count."""
     sizes = []
     ids = torch.randint(3, 64, (2, 8))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 1 - padded
     for layers in (4, 5):
-        model = tiny_model(family, num_hidden_layers=layers).train()
+        model = tiny_model(family, num_hidden_layers=layers, dtype=getattr(torch, dtype)).train()
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -73,7 +77,8 @@ def test_what_a_block_keeps_for_backward(family, padded, bf16, lora):
         sizes.append(saved_by_autograd(model, ids, mask, bf16))
     shape = shape_of(tiny_model(family).config)
     adapter = Lora(4, lora) if lora else None
-    a_token, copies = saved_bytes(work(student=shape, padded=padded, bf16=bf16, lora=adapter))
+    size = getattr(torch, dtype).itemsize
+    a_token, copies = saved_bytes(work(student=shape, padded=padded, bf16=bf16, lora=adapter, student_bytes=size))
     assert sizes[1] - sizes[0] == 16 * a_token + copies
 
 
@@ -178,6 +183,72 @@ def test_time_in_closed_form():
     assert with_head["update"] - flops["update"] == pytest.approx(4 * 2 * 64 * 32 * 24 / 0.5e12)
 
 
+def test_what_a_cpu_adds_in_closed_form():
+    """Two batches of two rows; 6 tokens each; 3 layers; a block writes 10·32 + 6·(32 + 16) + 16 + 2·32 + 4·48 numbers a token."""
+    free = Device(1e30, 1e30, 1.0, 1.0)
+    asked = work(generation_batch=2)
+    assert sum(predict_seconds(asked, free).values()) < 1e-12
+
+    def of(**figure: float) -> dict[str, float]:
+        return predict_seconds(asked, replace(free, **figure))
+
+    steps = 2 * 6
+    assert of(layer_seconds=1.0)["rollout"] == pytest.approx(steps * 3)
+    assert of(step_seconds=1.0)["rollout"] == pytest.approx(steps)
+    assert of(logit_seconds=1.0)["rollout"] == pytest.approx(steps * 2 * 64)
+    started = of(block_seconds=3.0)
+    assert (started["teacher"], started["update"]) == (pytest.approx(3 * 1.0), pytest.approx(3 * 3.0))
+    block = 320 + 288 + 16 + 64 + 192
+    written = of(written=4e-9)  # one number a second
+    assert written["teacher"] == pytest.approx(3 * 32 * block)
+    assert written["update"] == pytest.approx(3 * written["teacher"] + asked.trainable)
+    cache = 2 * (3 + 6 / 2) * 3 * 2 * 16
+    assert written["rollout"] == pytest.approx(2 * 3 * (2 * 3) * block + steps * (cache + 2 * 3 * block))
+    assert of(updated=4e-9)["optimizer"] == pytest.approx(10 * asked.trainable)
+    cast = predict_seconds(replace(asked, bf16=True), replace(free, written=4e-9))
+    assert cast["rollout"] - written["rollout"] == pytest.approx(steps * asked.student.parameters)
+    assert cast["update"] - written["update"] == pytest.approx(asked.student.parameters)
+
+
+def test_the_probe_measures_and_leaves_nothing_behind():
+    asked = work()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    device = probe_cpu(asked, "vllm")  # needs another process: the default's steps are measured
+    figures = (device.tflops, device.bandwidth, device.written, device.updated, device.step_seconds)
+    assert all(0 < figure < float("inf") for figure in figures)
+    assert device.threads == threads == torch.get_num_threads()
+    assert torch.equal(torch.get_rng_state(), state)
+    seconds = predict_seconds(asked, device)
+    assert all(0 < value < 60 for value in seconds.values())
+
+
+def test_a_gpus_figures_are_never_measured(monkeypatch):
+    """A matrix product that takes a second would show in any probe; the data sheet's figures stay as they are."""
+    slow = {"calls": 0}
+
+    def counted(*args, **kwargs):
+        slow["calls"] += 1
+        raise AssertionError("a probe has run")
+
+    monkeypatch.setattr("oprd.tools.doctor.probe.probe_cpu", counted)
+    runner = CliRunner()
+    result = runner.invoke(app, ["doctor", "--config", "tiny", "--use_cpu", "false"])
+    assert result.exit_code == 0, result.output
+    assert "at 989 TFLOPS x 40% and 3350 GB/s x 60%" in result.output
+    given = ["--cpu", "--device-tflops", "0.05", "--device-bandwidth", "9"]
+    result = runner.invoke(app, ["doctor", "--config", "tiny", *given])
+    assert result.exit_code == 0, result.output
+    assert "at 0.05 TFLOPS x 100% and 9 GB/s x 100%" in result.output
+    assert slow["calls"] == 0
+
+
+def test_half_a_description_of_a_cpu_is_refused():
+    wrong = CliRunner().invoke(app, ["doctor", "--config", "tiny", "--device-bandwidth", "9"])
+    assert str(wrong.exception) == (
+        "--device-bandwidth: 9.0 alone does not describe a CPU; give --device-tflops too, or neither to measure this one"
+    )
+
+
 def test_a_recipe_becomes_a_workload(tmp_path):
     run = RunConfig.load("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": 1000})
     found = workload_of(run, prompt=12)
@@ -186,6 +257,38 @@ def test_a_recipe_becomes_a_workload(tmp_path):
     assert found.layers == tuple(range(1, found.student.layers + 1))
     assert found.diagnostics
     assert found.output_space is None
+    assert not found.checkpointing
+    at_budget, above = (
+        workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path), "micro_batch_tokens": tokens}), prompt=12)
+        for tokens in (75, 74)
+    )
+    assert (at_budget.checkpointing, above.checkpointing) == (False, True)  # as `LongSequences` does
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "student", "teacher"),
+    [({}, 4, 4), ({"model_init_kwargs": {"dtype": "bfloat16"}}, 2, 4),
+     ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, 4, 2), ({"model_init_kwargs": {"dtype": "auto"}}, 4, 4),
+     ({"model_init_kwargs": {"dtype": "bfloat16"}, "teacher_model": None, "lora": {"r": 4}}, 2, 2)],
+    ids=str,
+)  # fmt: skip
+def test_the_dtype_of_the_weights_is_that_of_the_arguments_of_from_pretrained(tmp_path, kwargs, student, teacher):
+    run = RunConfig.load("tiny", {"output_dir": str(tmp_path), **kwargs})
+    found = workload_of(run)
+    assert (found.student_bytes, found.teacher_bytes) == (student, teacher)
+    memory = predict_memory(found)
+    adapter = found.trainable if "lora" in kwargs else 0
+    assert memory.parts["student weights"] == student * found.student.parameters + 4 * adapter
+    assert memory.parts["gradients"] == (4 if adapter else student) * found.trainable
+    assert memory.parts["teacher weights"] == (0 if found.teacher is None else teacher * found.teacher.parameters)
+
+
+def test_other_arguments_of_from_pretrained_change_the_shape(tmp_path):
+    cut = {"num_hidden_layers": 2, "tie_word_embeddings": False, "dtype": "bfloat16"}
+    both = {"model_init_kwargs": cut, "teacher_model_init_kwargs": cut}
+    found = workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path), **both}))
+    for shape in (found.student, found.teacher):
+        assert (shape.layers, shape.tied) == (2, False)
 
 
 def test_other_blocks_are_refused():
@@ -196,13 +299,16 @@ def test_other_blocks_are_refused():
 def test_the_command(tmp_path):
     file = tmp_path / "doctor.json"
     result = CliRunner().invoke(
-        app, ["doctor", "--config", "tiny", "--cpu", "--json", str(file), "--num_generations", "2"]
+        app, ["doctor", "--config", "tiny", "--json", str(file), "--num_generations", "2", "--prompt-length", "9"]
     )
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert found["assumed"]["rollouts"] == 64
     assert found["peak"] == max(found["phases"].values())
     assert "computed, not measured" in result.output
+    assert found["this_machine"]["threads"] == torch.get_num_threads()
+    assert f"this machine, {torch.get_num_threads()} thread(s): " in result.output
+    assert "GFLOP/s float32" in result.output
     wrong = CliRunner().invoke(app, ["doctor", "--config", "tiny", "--dtype", "int8"])
     assert "--dtype: 'int8' is not one of float32, bfloat16" in str(wrong.exception)
 
@@ -270,3 +376,21 @@ def test_the_document_says_what_was_measured():
     for found in (result, gpu):
         good = [abs(errors(row, guesses[row["name"]])[0]) <= MARGIN for row in found["rows"]]
         assert sum(good) >= 8
+
+
+def test_the_documents_times_are_those_of_its_measurements():
+    """Rollouts included, most estimates are within a factor of two, and each that is not is marked."""
+    import doctor
+
+    rows, written = json.loads(doctor.RESULT.read_text())["timed"], doctor.DOCUMENT.read_text()
+    good = 0
+    for row in rows:
+        (line,) = (x for x in written.splitlines() if x.startswith(f"| {row['name']} | ") and x.count(" | ") == 2)
+        sums = [sum(row[kind].values()) for kind in ("estimated", "measured")]
+        rollouts = [row[kind]["rollout"] for kind in ("estimated", "measured")]
+        for cell, exact in zip(line.strip("| ").split(" | ")[1:], (rollouts, sums), strict=True):
+            assert [float(value.split()[0]) for value in cell.split(", ")] == pytest.approx(exact, abs=0.006)
+        inside = 0.5 <= sums[0] / sums[1] <= 2
+        assert line.endswith("(missed) |") == (not inside)
+        good += inside and 0.5 <= rollouts[0] / rollouts[1] <= 2
+    assert good >= 6

@@ -18,7 +18,7 @@ from oprd.resolve import load_pair
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.probe import DECODING, probe_decoding
 from oprd.states.capture import capture_states, install_state_forward, read_states, read_through_forward
-from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.requests import request_states
 from oprd.tools.evaluate import evaluate_checkpoint
 from reference import states_one_by_one
@@ -88,6 +88,17 @@ def test_a_model_that_reads_padding_is_refused_right_and_left():
         check_layout(probed(model), "right")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_that_reads_ahead_is_refused(dtype):
+    for family in ("llama", "mamba", "gemma3"):
+        check_causal(tiny_model(family, dtype=dtype), [1, 3], read=read_states)
+    ahead = shaken(tiny_model("gemma3_text", dtype=dtype, use_bidirectional_attention=True))
+    with pytest.raises(
+        ValueError, match=r"^model: Gemma3ForCausalLM is no causal .* change by \d\.\d % of their norm .* decoder-only"
+    ):
+        check_causal(ahead, [1, 3], read=read_states)
+
+
 @pytest.fixture(scope="module")
 def rwkv(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rwkv")
@@ -110,9 +121,9 @@ def test_what_depends_on_its_neighbours_is_refused_before_anything_is_sampled(rw
 def test_a_run_records_what_was_probed(tmp_path):
     trainer = tiny_trainer(tmp_path, tiny_model("falcon"), shaken(tiny_model("falcon", seed=1)))
     student, teacher = (trainer.probe[side] for side in ("student", "teacher"))
-    assert student.keys() == {"dtype", "right", "left", "packed", "decoding"}
+    assert student.keys() == {"dtype", "right", "left", "packed", "decode"}
     assert teacher.keys() == {"dtype", "right", "left", "packed"}  # it writes nothing
-    assert student["decoding"]["equal"]
+    assert student["decode"]["equal"]
     assert teacher["right"] == {"off": pytest.approx(0, abs=1e-5), "equal": True}
     assert not teacher["packed"]["equal"]
     autocast = tiny_trainer(tmp_path, bf16=True).probe
@@ -185,6 +196,7 @@ def test_ddp_waits_for_no_gradient_that_never_comes(one_process, family, top):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.further
 def test_the_models_page_is_up_to_date():
     root = Path(__file__).parent.parent
     spec = importlib.util.spec_from_file_location("write_models_doc", root / "scripts" / "write_models_doc.py")

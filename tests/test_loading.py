@@ -94,6 +94,11 @@ REFUSED = {
         {"change": lambda weights: {f"actor.model.{name}": weight for name, weight in weights.items()}},
         r"hold 'actor\.model\.'",
     ),
+    "inside PEFT's wrapper, the head left out": (
+        {"change": lambda weights: {f"base_model.model.{n}": w for n, w in weights.items() if n != "lm_head.weight"},
+         "config": {"tie_word_embeddings": True}},
+        r"hold 'base_model\.model\.'",
+    ),
     "saved with a tied head": (
         {"change": without("lm_head")},
         r"1 weight of 30 is in none of its files \(lm_head\.weight\); .*tied to the embedding.*set tie_word_embeddings: true",
@@ -131,6 +136,48 @@ def test_it_is_refused_in_one_sentence(tmp_path, as_on_the_command_line, case):
     with pytest.raises(ValueError, match=f"^model: {str(tmp_path / 'model')!r} .*{message}") as refused:
         load_model(saved(tmp_path / "model", **how), dtype="auto")
     assert "\n" not in str(refused.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+INDEX = json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}})
+IN_FOLDER = {
+    "no model": ({"config.json": None}, "holds no config.json; give the folder of a saved model"),
+    "a folder of checkpoints": ({"config.json": None, "checkpoint-5/config.json": "{}"},
+                                "name one of the folders in it: .*/checkpoint-5$"),
+    "a folder of adapters": ({"config.json": None, "adapter/adapter_config.json": "{}"},
+                             "name one of the folders in it: .*/adapter$"),
+    "a pointer": ({"model.safetensors": POINTER}, "model.safetensors of .* is a pointer of Git LFS, .*: run git lfs pull"),
+    "a pointer for a tokenizer": ({"tokenizer.json": POINTER}, "tokenizer.json of .* is a pointer of Git LFS"),
+    "a shard is missing": ({"model.safetensors": None, "model.safetensors.index.json": INDEX},
+                           "lacks model-1.safetensors, which .* names: copy"),
+    "two sets of weights": ({"model.safetensors.index.json": INDEX, "model-1.safetensors": ""},
+                            "holds two sets of weights, .*: remove it"),
+    "an encoder-decoder": ({"config.json": '{"is_encoder_decoder": true, "model_type": "t5"}'},
+                           r"is an encoder-decoder \(t5\); only"),
+    "an encoder": ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, r"is an encoder \(BertForMaskedLM\); only"),
+    "a broken config": ({"config.json": "{"}, "config.json of .* is not JSON"),
+    "a broken generation config": ({"generation_config.json": "{"}, "generation_config.json of .* is not JSON .*: copy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_FOLDER)
+def test_a_folder_that_cannot_be_right_is_refused_before_its_weights_are_read(tmp_path, case):
+    files, message = IN_FOLDER[case]
+    folder = Path(saved(tmp_path / "model"))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        if text is not None:
+            (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"^model: .*{message}") as refused:
+        load_model(str(folder), dtype="auto")
+    assert "\n" not in str(refused.value)
+    assert str(folder) in str(refused.value)
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"num_hidden_layers is 0: a model without blocks has no states"):
+        load_model(saved(tmp_path / "model", num_hidden_layers=0), dtype="auto")
 
 
 HARMLESS = {

@@ -194,8 +194,9 @@ def test_one_rollout_that_does_not_fit_ends_the_run_with_what_to_lower(tmp_path)
     assert text.startswith(
         "out of memory in the student's forward and backward pass of step 1 with one rollout in the micro-"
     )
-    for setting in ("max_completion_length (9)", "activation_checkpointing: true", "bf16: true", "fully_shard: true"):
+    for setting in ("max_completion_length (9)", "bf16: true", "fully_shard: true"):
         assert setting in text
+    assert "activation_checkpointing" not in text  # by then the rollout is above the budget, and its blocks run again
     assert "\n" not in text
     with pytest.raises(RunStopped, match=r"out of memory in the teacher's forward pass .* \{dtype: bfloat16\}"):
         trained(tmp_path / "teacher", limits=[teacher_memory(1)])
@@ -341,10 +342,11 @@ def test_a_rollout_and_evaluation_of_a_run_that_do_not_fit(tmp_path):
         if name == "halved":
             sizes = limit_rows(trainer.model, 3)
         trainer.train()
-    lines = [
-        without_times([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-        for name in ("whole", "halved")
-    ]
+    lines = []
+    for name in ("whole", "halved"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(row.pop("rollout_log_prob_gap", 0) < 1e-6 for row in rows)  # rounding, which depends on the batch
+        lines.append(without_times(rows))
     assert max(sizes) == 4
     assert lines[0] == lines[1]
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "halved")]

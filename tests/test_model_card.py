@@ -62,7 +62,8 @@ def test_the_card_of_a_run(tmp_path):
     card = (tmp_path / "model" / CARD).read_text()
     assert card == model_card(summary, settings)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert summary["contamination"] == {"eval_problems": 4, "overlapping": 0, "threshold": 0.5}
+    assert summary["contamination"] == {"eval_problems": 4, "overlapping": 0, "too_short": 4, "threshold": 0.5}
+    assert "4 are too short to judge: only the same words would match." in card
     assert not [line for line in said if "contamination" in line]
     after = summary["student_after"]
     low, high = after["ci95"]
@@ -148,6 +149,8 @@ def test_values_and_metadata():
         ({"student_after": {**MEASURED, "ungraded": 8}}, "- Student after: 8 samples were not graded."),
         ({"teacher": {**MEASURED, "finished": 0.9}}, "- Teacher: 10.0% of the samples were cut off by the limit on their length."),
         ({"contamination": {"eval_problems": 30, "overlapping": 1, "threshold": 0.5}}, "1 of the 30 evaluation problems is also"),
+        ({"contamination": {"eval_problems": 30, "overlapping": 0, "too_short": 1, "threshold": 0.5}},
+         "among the training prompts. 1 is too short to judge: only the same words would match."),
         ({"contamination": None}, "Not measured: the run had no evaluation set to compare"),
         ({"processes": None}, "in as many processes as it had (not recorded)."),
         ({"objective": None}, "- loss: not recorded"),

@@ -128,6 +128,16 @@ def test_the_generation_config_and_the_tokenizer_say_what_ends_a_text():
         stop_token_ids(model, tokenizer)
 
 
+@pytest.mark.parametrize("eos", [-1, "2", 2.0, [[2]], [True]])
+def test_an_end_that_is_no_token_id_is_refused_with_its_file(eos):
+    model = tiny_model()
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(
+        ValueError, match=r"^generation_config\.json: eos_token_id is .* is no token id; give a whole number from 0"
+    ):
+        stop_token_ids(model, tiny_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("template", "ends"),
     [

@@ -82,7 +82,12 @@ def test_dropout_is_off_while_it_is_measured_and_as_before_after_it(training):
 
 def test_an_engine_that_reports_none_is_not_measured(tmp_path):
     trainer = tiny_trainer(
-        tmp_path, rows=prompt_rows(4), max_steps=1, diagnostic_steps=1, per_device_train_batch_size=2
+        tmp_path,
+        rows=prompt_rows(4),
+        max_steps=1,
+        diagnostic_steps=1,
+        per_device_train_batch_size=2,
+        rollout_engine="transformers",
     )
     trainer.train()
     assert "rollout_log_prob_gap" not in (tmp_path / "metrics.jsonl").read_text()

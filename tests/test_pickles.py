@@ -84,20 +84,30 @@ def test_in_the_folder_of_a_model(tmp_path, canary, slot, kind):
     if slot.endswith("index.json"):
         (folder / "model.safetensors").unlink()
     canary(folder / slot, kind)
-    with pytest.raises(ValueError, match=r"^(model|tokenizer): .*(cannot|can) be loaded") as refused:
+    with pytest.raises(
+        ValueError, match=r"^(model|tokenizer): .*((cannot|can) be loaded|copy the whole folder again)"
+    ) as refused:
         load(str(folder), dtype="auto")
     assert "\n" not in str(refused.value)
     if slot.endswith(".bin") and not slot.startswith("adapter"):
         assert "pickle with other objects than tensors" in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state.pth", "generation_config.json"])
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state.pth"])
 def test_beside_a_model_it_is_not_read(tmp_path, canary, name):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     canary(tmp_path / "model" / name, "torch")
     assert load(str(tmp_path / "model"), dtype="auto").info.layers == 3
     assert ModelInfo.from_config(str(tmp_path / "model")).layers == 3
+
+
+def test_in_place_of_the_generation_config_it_is_refused(tmp_path, canary):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    canary(tmp_path / "model" / "generation_config.json", "torch")
+    with pytest.raises(ValueError, match=r"^model: generation_config.json of .* is not JSON .*: copy the whole folder"):
+        load(str(tmp_path / "model"), dtype="auto")
 
 
 def test_in_a_checkpoint(tmp_path, canary):

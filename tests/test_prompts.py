@@ -6,8 +6,9 @@ import logging
 
 import pytest
 
-from oprd.data.prompts import check_token_ids, prepare_prompts, render
+from oprd.data.prompts import prepare_prompts, render
 from oprd.data.rows import PromptRow, Reading, as_prompt_rows
+from oprd.models.tokens import check_token_ids
 from tiny import tiny_tokenizer
 
 MESSAGES = [{"role": "system", "content": "ab"}, {"role": "user", "content": "1+1"}]

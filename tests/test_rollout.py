@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from oprd.config import OPRDConfig
@@ -245,7 +246,7 @@ def test_engines_by_name():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("transformer", {}, "'transformer' is not one of transformers, .*Did you mean 'transformers'"),
+        ("transformer", {}, "'transformer' is not one of decode, transformers, .*Did you mean 'transformers'"),
         ("transformers", {"depth": 2}, r"'transformers' cannot be called with .*'depth'; .*rollout_engine_kwargs"),
         ("HERE:UsersEngine", {"width": 2}, "UsersEngine' cannot be called with .*'width'"),
         ("HERE:Unfinished", {}, "makes a Unfinished that lacks can, pad_token_id, stop_token_ids; an engine needs"),
@@ -270,3 +271,40 @@ def test_the_setting_takes_a_name_of_ones_own(tmp_path):
         ValueError, match=r"overlap_rollouts: not with rollout_engine=.*:Unfinished, which cannot sample in"
     ):
         config(f"{__name__}:Unfinished", overlap_rollouts=True)
+
+
+class _HeadProducts(TorchDispatchMode):
+    """Kinds of matrix product with a head of `width` × `rows`, as PyTorch computes them."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.shape, self.kinds = (head.in_features, head.out_features), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[1].shape[-2:] == self.shape:
+            self.kinds.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def sample_and_watch_the_head(model) -> tuple[list[list[int]], list[str]]:
+    with _HeadProducts(model.get_output_embeddings()) as products:
+        sampled = engine(stops=[2]).generate(model, PROMPTS, num_generations=2, sampling=Sampling(3), seed=4)
+    return list(sampled.rollouts.completion_ids), products.kinds
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "lora"])
+def test_a_frozen_head_is_multiplied_once_not_once_a_row(kind):
+    """PyTorch folds the slice of the last tokens only for a trained weight; a batched product copies a frozen one for each row."""
+    trained = tiny_model(vocab_size=80, tie_word_embeddings=kind == "tied")
+    expected, kinds = sample_and_watch_the_head(trained)
+    assert kinds == ["mm"] * 3
+    model = trained.requires_grad_(False)
+    if kind == "lora":
+        model = get_peft_model(trained, LoraConfig(r=2, target_modules=["q_proj"]))
+    completions, kinds = sample_and_watch_the_head(model)
+    assert kinds == ["mm"] * 3
+    assert completions == expected
+    prompts = torch.tensor([[5, 6], [7, 8]])
+    with torch.no_grad(), _HeadProducts(trained.lm_head) as products:  # outside the engine the model is as it was
+        trained(input_ids=prompts, logits_to_keep=1)
+    assert products.kinds == ["bmm"]

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -91,3 +92,47 @@ def test_an_audit_is_green_only_when_all_were_asked_about(audit):
     for nothing in ([], [skipped]):
         assert audit.verdict(nothing)[0] == 2
     assert {line.split("==")[0] for line in audit.pinned()} >= {"torch", "transformers", "pip-audit", "reasoning-gym"}
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_what_developers_call(path):
+    """Each job checks out without credentials, has a time limit, and runs targets of the Makefile."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    content = yaml.safe_load(path.read_text())
+    assert content["permissions"] == {"contents": "read"}
+    for job in content["jobs"].values():
+        assert job["timeout-minutes"]
+        for step in job["steps"]:
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"] == {"persist-credentials": False}
+            assert "secrets." not in str(step)
+            if (command := step.get("run", "")).startswith("make "):
+                assert {*command.split()[1:]} <= targets, command
+    said = path.read_text()
+    assert "make test" in said
+    assert "make dist" in said
+
+
+def test_every_python_that_is_promised_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = {c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)}
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert set(jobs["test"]["strategy"]["matrix"]["python"]) == promised
+
+
+def test_the_citation_has_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+
+
+def test_the_image_gets_all_that_it_copies():
+    """.dockerignore lets through what the Dockerfile copies, and each of it exists."""
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    lines = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
+    copied = {name for names in lines if not names[0].startswith("--from") for name in names}
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)

@@ -262,7 +262,7 @@ def test_metrics_are_what_happened(tmp_path):
     trainer = tiny_trainer(
         tmp_path, rows=rows, num_generations=3, max_completion_length=5, task="addition", max_steps=2
     )
-    trainer.engine.stop_token_ids = [2, *range(10, 22)]
+    trainer.engine.stop_token_ids = [2, *range(10, 16)]
     seen: list[Rollouts] = []
     generate = trainer.engine.generate
 
@@ -310,6 +310,7 @@ def test_metrics_are_what_happened(tmp_path):
         "overlap",
         "reverse_kl",
         "reverse_kl_std",
+        "rollout_log_prob_gap",
     }
     assert metrics[1].keys() == every_step
     assert all(value >= 0 for key, value in metrics[0].items() if key.startswith("time/"))

@@ -15,6 +15,7 @@ from oprd.rollouts.engine import EngineAbilities, Sampling
 from oprd.rollouts.engines import ENGINES
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
+from reference import chi_squared
 from tiny import EchoConfig, EchoModel, tiny_model, tiny_tokenizer, tiny_trainer
 
 STOPS = [2, *range(10, 22)]  # many, so that short completions end by themselves
@@ -115,18 +116,6 @@ def next_token_logits(model) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     logits[VOCABULARY:] = -torch.inf
     return logits
-
-
-def chi_squared(counts: torch.Tensor, probability: torch.Tensor) -> float:
-    """Pearson's statistic in standard deviations above its mean; tokens that are expected less than 5 times taken together."""
-    expected = probability.double() * counts.sum()
-    rare = expected < 5
-    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return float((statistic - freedom) / (2 * freedom) ** 0.5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, temperature=0.7), Sampling(1, temperature=1.5)])

@@ -168,7 +168,7 @@ def test_a_killed_server_is_waited_for_and_gets_the_weights_again(serve, expecte
     assert engine.requests.pushes == 2
     assert "/collective_rpc" in server.calls()
     # The new process is asked for its weights before it is asked for completions.
-    assert server.calls().count(GENERATE) <= 5
+    assert server.calls().count(GENERATE) <= 6  # all that were open when it died
 
 
 def test_a_key_is_sent_and_never_shown(serve, tmp_path, monkeypatch, caplog):
@@ -236,6 +236,7 @@ def test_an_exception_of_a_signal_handler_ends_what_hangs(serve, tmp_path, how):
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["start"]
 
 
+@pytest.mark.further
 def test_a_trainer_whose_server_hangs_ends_at_one_ctrl_c(serve, tmp_path):
     """Its first signal waits for the end of a step; but here a request has failed already, so the step may have no end."""
     server, log = serve({GENERATE: [{"kind": "hang"}] * 1000}), tmp_path / "log"

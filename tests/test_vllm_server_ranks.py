@@ -12,7 +12,7 @@ from test_distributed import SECONDS, run_two_ranks
 from tiny import tiny_model
 from vllm_ranks_script import PROMPTS, STEPS, engine_for, sample, steps
 
-pytestmark = pytest.mark.timeout(2 * SECONDS)
+pytestmark = [pytest.mark.timeout(2 * SECONDS), pytest.mark.further]
 ASK = "/inference/v1/generate"
 
 

@@ -18,7 +18,17 @@ from evidence.comparisons import (
     of,
     run_comparison,
 )
+from evidence.pictures import (
+    OURS,
+    SEEDS,
+    accuracy_rows,
+    name_rows,
+    note,
+    reference_lines,
+    title_above_marks,
+)
 from evidence.words import mean_of, percent, points, surely, table
+from oprd.runs.pictures import INK
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.compare.plan import load_comparison
 
@@ -46,6 +56,14 @@ NAMES = {
     "supervised": "supervised, on the teacher's responses",
     "states_off_policy": "representation, on the teacher's responses",
 }
+SHORT = {
+    "representation": "representation\n(OPRD-Vanilla)",
+    "composite_mu_10": "sampled-token +\n10 × representation",
+    "supervised": "supervised on the\nteacher's responses",
+    "states_off_policy": "representation on the\nteacher's responses",
+    "top_4": "top-4 OPD,\nrenormalised",
+}
+"""Names in two lines, for pictures."""
 OUTPUT_SPACE = ("sampled_token", "top_4", "full_reverse_kl")
 OFF_POLICY = ("supervised", "states_off_policy")
 
@@ -212,30 +230,39 @@ def _robust(tuning: list[Record]) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Final accuracy with intervals, and the tuning grid."""
-    runs, tuning, rates = result["runs"], result["tuning"], result["rates"]
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    names = list(NAMES)
-    colours = ["#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#999933", "#DDAA33", "#882255"]
-    for row, name in enumerate(names):
-        values = [r["final"] for r in of(runs, name)]
-        mean, interval = mean_and_interval(values)
-        low, high = interval or (mean, mean)
-        left.barh(row, mean, color=colours[row], alpha=0.85)
-        left.plot([max(low, 0), min(high, 1)], [row, row], color="black", lw=1.4)
-        left.plot(values, [row] * len(values), ".", color="black", ms=4)
-        left.text(0.015, row, f"{percent(mean)}", va="center", fontsize=8, color="white", fontweight="bold")
-        own = sorted((r["learning_rate"], r["final"]) for r in of(tuning, name))
-        right.plot(*zip(*own, strict=True), "o-", color=colours[row], lw=1.4, ms=4)
-        right.plot([rates[name]], [_best(tuning, name)], "o", ms=9, mfc="none", color=colours[row])
-    ours = of(runs, "representation")
-    for key, style in (("teacher", "--"), ("before", ":")):
-        value = mean_and_interval([r[key] for r in ours])[0]
-        for line in (left.axvline, right.axhline):
-            line(value, color="black", ls=style, lw=1)
-    left.set_yticks(range(len(names)), [NAMES[name] for name in names], fontsize=8)
-    left.invert_yaxis()
-    left.set(xlim=(0, 1.02), xlabel="Avg@2 at the end (dots: seeds; dashed: teacher)")
-    right.set(xscale="log", ylim=(-0.02, 1.02), xlabel="learning rate (ring: chosen)", ylabel="Avg@2, tuning seed")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, axis="x" if axis is left else "both")
+    figure.set_figheight(4.4)
+    final, grid = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    short = {name: SHORT.get(name, text) for name, text in NAMES.items()}
+    accuracy_rows(
+        final, {short[name]: [r["final"] for r in of(result["runs"], name)] for name in NAMES},
+        ours=[short["representation"], short["states_off_policy"]],
+    )  # fmt: skip
+    title_above_marks(final, "After training")
+    reference_lines(final, of(result["runs"], "representation"))
+    _draw_grid(grid, result["tuning"], result["rates"])
+    note(figure, "After training, " + SEEDS)
+
+
+def _draw_grid(axis: Any, tuning: list[Record], rates: dict[str, float]) -> None:
+    """Accuracy at each learning rate as numbers on shades; a frame marks the chosen rate."""
+    from matplotlib.patches import Rectangle
+
+    tried = sorted({r["learning_rate"] for r in tuning})
+    for row, name in enumerate(NAMES):
+        for record in of(tuning, name):
+            column, value = tried.index(record["learning_rate"]), record["final"]
+            chosen = record["learning_rate"] == rates[name]
+            place = (column - 0.5, row - 0.42), 1, 0.84
+            axis.add_patch(Rectangle(*place, facecolor=OURS, alpha=0.45 * value, linewidth=0))
+            if chosen:
+                axis.add_patch(Rectangle(*place, fill=False, edgecolor=INK, linewidth=1.5, zorder=3))
+            axis.text(
+                column, row, f"{100 * value:.0f}", ha="center", va="center", fontweight="bold" if chosen else "normal"
+            )
+    name_rows(axis, list(NAMES))
+    axis.set_yticks([])
+    axis.set_xticks(range(len(tried)), [f"{rate:.0e}".replace("e-0", "e-") for rate in tried])
+    axis.grid(visible=False)
+    axis.set(xlim=(-0.6, len(tried) - 0.4), xlabel="learning rate (framed: chosen)")
+    title_above_marks(axis, "Avg@2, tuning seed, %")
+    axis.spines[["left", "bottom"]].set_visible(False)

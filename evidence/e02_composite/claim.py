@@ -17,7 +17,9 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.e01_accuracy.claim import baseline
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, points, surely, table
+from oprd.runs.pictures import BEFORE, INK, TEACHER
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E2"
@@ -98,17 +100,33 @@ def _word(sign: int) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy over µ, and of states first, then distributions."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axis, names in ((left, SWEEP), (right, OTHERS)):
-        for column, name in enumerate(names):
-            values = [r["final"] for r in of(result["runs"], name)]
-            mean, interval = mean_and_interval(values)
-            low, high = interval or (mean, mean)
-            axis.plot([column, column], [max(low, 0), min(high, 1)], color="#88CCEE", lw=5, solid_capstyle="butt")
-            axis.plot([column] * len(values), values, "o", color="#332288", ms=4)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, axis="y")
-    left.set_xticks(range(len(SWEEP)), [f"µ = {mu}" for mu in SWEEP.values()])
-    right.set_xticks(range(len(OTHERS)), ["reverse KL\nalone", "crossfade", "warm start"])
-    left.set(ylabel="Avg@2 after 60 steps", ylim=(-0.02, 1.02), title="sampled-token OPD + µ · representation")
-    right.set(title="from states to the full reverse KL")
+    figure.set_figheight(4.2)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(len(SWEEP), len(OTHERS)))
+    runs = result["runs"]
+    names = {name: f"µ = {mu}" for name, mu in SWEEP.items()} | {
+        "representation": "representation alone",
+        "sampled_token": "sampled-token alone",
+    }
+    accuracy_rows(
+        above, {names[name]: [r["final"] for r in of(runs, name)] for name in SWEEP}, ours=[names["representation"]]
+    )
+    title_above_marks(above, "Sampled-token OPD + µ · representation")
+    short = {
+        "full_reverse_kl": "full reverse KL alone",
+        "crossfade": "fading over 30 steps",
+        "warm_start": "switching after 20 steps",
+    }
+    accuracy_rows(
+        below, {short[name]: [r["final"] for r in of(runs, name)] for name in OTHERS}, unit="Avg@2 after 60 steps, %"
+    )
+    below.set_title("From representation to the full reverse KL")
+    above.set_xlabel("")
+    reference_lines(above, of(runs, "representation"))
+    for key, dashes in (("before", BEFORE), ("teacher", TEACHER)):
+        below.axvline(
+            mean_and_interval([r[key] for r in of(runs, "representation")])[0],
+            color=INK,
+            linestyle=dashes,
+            linewidth=1.1,
+        )
+    note(figure, SEEDS)

@@ -9,7 +9,9 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import Record, diagnosed, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import baseline
 from evidence.other_end import save_other_end
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
+from oprd.runs.pictures import look, name_two, plain_log
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E3"
@@ -117,29 +119,21 @@ def _curve(similar: Result) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy by positions and loss; similarity over k."""
-    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    figure.set_figheight(4.9)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     wheres = list(dict.fromkeys(where for where, _ in TABLE))
-    for shift, (kind, colour) in enumerate(((STATES, "#332288"), (OUTPUT, "#CC6677"))):
-        for column, where in enumerate(wheres):
-            values = [r["final"] for r in of(result["runs"], TABLE[where, kind])]
-            at = column + (shift - 0.5) * 0.38
-            left.bar(
-                at,
-                mean_and_interval(values)[0],
-                width=0.36,
-                color=colour,
-                alpha=0.85,
-                label=kind if not column else None,
-            )
-            left.plot([at] * len(values), values, ".", color="black", ms=4)
-    left.set_xticks(range(len(wheres)), wheres, fontsize=8)
-    left.set(ylim=(0, 1.02), ylabel="Avg@2 after 60 steps (dots: seeds)")
-    left.legend(frameon=False, fontsize=8)
-    similar = result["positions"]
-    right.plot(similar["k"], similar["first_k"], "o-", color="#117733", label="first k")
-    right.plot(similar["k"], similar["last_k"], "s--", color="#DDAA33", label="last k")
-    right.set(xlabel="k, response tokens", ylabel="last-layer cosine before training")
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, axis="y")
+    for axis, kind in zip(above.subplots(1, 2, sharey=True), (STATES, OUTPUT), strict=True):
+        own = {where: of(result["runs"], TABLE[where, kind]) for where in wheres}
+        accuracy_rows(
+            axis, {where: [r["final"] for r in runs] for where, runs in own.items()}, ours=wheres if kind == STATES else (),
+            unit="Avg@2 after 60 steps, %",
+        )  # fmt: skip
+        title_above_marks(axis, kind[0].upper() + kind[1:])
+        reference_lines(axis, own["all"], numbers=False)
+    axis, similar = below.subplots(), result["positions"]
+    for index, key in enumerate(("first_k", "last_k")):
+        axis.plot(similar["k"], similar[key], **look(index))
+    axis.set(title="Before training", xlabel="k, tokens of the response", ylabel="cosine, last layer", xscale="log")
+    plain_log(axis.xaxis)
+    name_two(axis, similar["k"], {"first k": similar["first_k"], "last k": similar["last_k"]})
+    note(figure, SEEDS)

@@ -8,7 +8,9 @@ from typing import Any
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import diagnosed, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import baseline
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
+from oprd.runs.pictures import End, colour, look, name_ends
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E4"
@@ -76,19 +78,23 @@ def _list(values: list[float]) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each layer set, and CKA and cosine of each layer before training."""
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    for row, name in enumerate(NAMES):
-        values = [r["final"] for r in of(result["runs"], name)]
-        left.barh(row, mean_and_interval(values)[0], color="#332288", alpha=0.8)
-        left.plot(values, [row] * len(values), ".", color="black")
-    left.set_yticks(range(len(NAMES)), NAMES.values())
-    left.invert_yaxis()
-    left.set(xlim=(0, 1.02), xlabel="Avg@2 after 60 steps (dots: seeds)", ylabel="layers that carry the loss")
-    layers = range(1, len(result["layers"]["cka"]) + 1)
-    right.plot(layers, result["layers"]["cka"], "o-", color="#117733", label="linear CKA")
-    right.plot(layers, result["layers"]["cosine"], "s--", color="#CC6677", label="cosine")
-    right.set(xticks=list(layers), xlabel="layer", ylabel="student and teacher before training", ylim=(0, 1.02))
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+    figure.set_figheight(3.3)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    runs = result["runs"]
+    accuracy_rows(
+        left, {text: [r["final"] for r in of(runs, name)] for name, text in NAMES.items()}, ours=[NAMES["representation"]],
+        unit="Avg@2 after 60 steps, %",
+    )  # fmt: skip
+    left.set_ylabel("layers that carry the loss")
+    title_above_marks(left, "After training")
+    reference_lines(left, of(runs, "representation"), numbers=False)
+    ends = []
+    for index, (key, text) in enumerate((("cka", "linear\nCKA"), ("cosine", "cosine"))):
+        values = result["layers"][key]
+        layers = range(1, len(values) + 1)
+        right.plot(layers, values, **look(index))
+        ends.append(End(text, layers[-1], values[-1], colour(index)))
+    title_above_marks(right, "Before training")
+    right.set(xticks=list(layers), xlabel="layer", ylabel="student and teacher")
+    note(figure, SEEDS)
+    name_ends((right, ends))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
+from evidence.pictures import name_rows, note
 from evidence.words import table
+from oprd.runs.pictures import BEFORE, INK, MARKERS, QUIET, colour
 from oprd.tools.bench.update import QUICK, bench_update
 from oprd.tools.bench.ways import TITLES
 
@@ -205,27 +207,52 @@ def _reached(rows: dict[Any, Any], shapes: list[str]) -> str:
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Time against memory, both as multiples of the floor's."""
+    """Time and memory of each way, as multiples of the floor's."""
+    figure.set_figheight(4.9)
     shapes = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    axes = figure.subplots(1, len(shapes), squeeze=False)[0]
-    short = {
-        "representation_last_layer": "last layer",
-        "reference_way": "published code",
-        "full_kl": "full KL, chunks",
-        "top16": "top-16, its rows",
-    }
+    names = ["floor", *GROUPS["ours"], *GROUPS["others"]]
+    axes = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
     for axis, shape in zip(axes, shapes, strict=True):
         for row in (r for r in result["rows"] if r["model"] == shape):
-            name = row["name"]
-            colour = "#332288" if name in GROUPS["ours"] else "black" if name == "floor" else "#CC6677"
-            axis.plot(row["time_ratio"], row["memory_ratio"], "o" if name in GROUPS["ours"] else "s", color=colour)
-            axis.annotate(
-                short.get(name, name.replace("_", " ")),
-                (row["time_ratio"], row["memory_ratio"]),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-            )
-        axis.set(title=shape, xlabel="time, multiples of the floor's", ylabel="peak memory, multiples of the floor's")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+            place = names.index(row["name"])
+            for index, (key, shift) in enumerate((("time", -0.17), ("memory", 0.17))):
+                at = place + shift
+                axis.plot(
+                    row.get(f"{key}_ratio_range", [row[f"{key}_ratio"]] * 2),
+                    [at, at],
+                    color=colour(index),
+                    alpha=0.35,
+                    linewidth=4,
+                    solid_capstyle="butt",
+                )
+                axis.plot(row[f"{key}_ratio"], at, MARKERS[index], color=colour(index))
+        axis.axvline(1, color=INK, linewidth=1.1, linestyle=BEFORE)
+        axis.axhline(len(GROUPS["ours"]) + 0.5, color=QUIET, linewidth=0.8)
+        axis.set_title(shape, fontweight="normal")
+        name_rows(axis, [_SHORT.get(name, name.replace("_", " ")) for name in names])
+    for index, (text, shift) in enumerate((("time", -6), ("memory", 6))):  # beside the marks of the row with most room
+        last = max((r for r in result["rows"] if r["model"] == shapes[0]), key=lambda r: r["memory_ratio"])
+        key = f"{text}_ratio"
+        axes[0].annotate(
+            text, (last[key], names.index(last["name"])), xytext=(-8, -shift - 3), textcoords="offset points", ha="right",
+            color=colour(index),
+        )  # fmt: skip
+    axes[0].set_ylabel("others' ways                    oprd")
+    note(figure, "multiples of the floor's; circles: time, squares: peak memory; bands: range over rounds")
+    for axis in axes:
+        axis.set_xlabel("× the floor's")
+
+
+_SHORT = {
+    "representation_last_layer": "representation,\nlast layer",
+    "reference_way": "published code",
+    "full_kl": "full KL, chunks",
+    "top16": "top-16, its rows",
+    "trl_distillation": "TRL distillation",
+    "dense_full_kl": "dense full KL",
+    "dense_top16": "dense top-16",
+    "kept_full_kl": "kept full KL",
+    "kept_top16": "kept top-16",
+    "dense_sampled_token": "dense sampled-token",
+    "sampled_token": "sampled-token",
+}

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from evidence.claim import Finding, Result, Work, kept_side_by_side
 from evidence.comparisons import first_seeds
-from evidence.e01_accuracy.claim import NAMES, SHARED, baseline
+from evidence.e01_accuracy.claim import NAMES, SHARED, SHORT, baseline
+from evidence.pictures import OTHER, OURS, name_rows, note, title_above_marks
 from evidence.words import percent, table
 from oprd import Sampling, TransformersEngine
 from oprd.data.prompts import prepare_prompts
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
+from oprd.runs.pictures import TEACHER, in_percent, mark
 from oprd.tasks.evaluation import evaluate
 from oprd.tasks.measures import distinct_n
 from oprd.tasks.task import get_task
@@ -158,18 +161,23 @@ def _means(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 def draw(result: Result, figure: Any) -> None:
     """Matched Dist-4 and length of every model; a line marks the teacher's."""
+    figure.set_figheight(4.3)
     left, right = figure.subplots(1, 2, sharey=True)
     names = ["before", *OBJECTIVES]
-    for axis, key, label in (
-        (left, "matched_dist_4", "Dist-4 of length-matched text"),
-        (right, "length", "mean length, tokens"),
+    for axis, key, title, unit in (
+        (left, "matched_dist_4", "Dist-4 of length-matched text", "unique / all 4-grams, %"),
+        (right, "length", "Mean length", "tokens"),
     ):
         for row, name in enumerate(names):
             own = [r[key] for r in result["rows"] if r["model"] == name]
-            axis.plot(own, [row] * len(own), "o", color="#332288" if name == "representation" else "#88CCEE")
-        axis.axvline(_means(result["rows"], "teacher")[key], color="black", ls="--", lw=1)
-        axis.set(xlabel=f"{label} (dashed: teacher)")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(range(len(names)), ["student before", *(NAMES[name] for name in OBJECTIVES)], fontsize=8)
-    left.invert_yaxis()
+            colour, marker = (OURS, "o") if name in ("representation", "states_off_policy") else (OTHER, "s")
+            axis.plot(own, [row] * len(own), marker, color=colour)
+        value = _means(result["rows"], "teacher")[key]
+        mark(axis, value, f"teacher {percent(value) if axis is left else f'{value:.2f}'}", TEACHER)
+        title_above_marks(axis, title)
+        axis.set_xlabel(unit)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    in_percent(left.xaxis)
+    name_rows(left, ["student before", *(SHORT.get(name, NAMES[name]) for name in OBJECTIVES)])
+    right.grid(visible=False, axis="y")
+    note(figure, "each mark is a seed")

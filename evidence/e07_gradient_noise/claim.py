@@ -12,10 +12,12 @@ import torch
 from evidence.claim import Finding, Result, Work, kept_side_by_side
 from evidence.comparisons import first_seeds
 from evidence.e07_gradient_noise.noise import FixedPrefixes, at_checkpoint, scatter
+from evidence.pictures import note
 from evidence.words import table
 from oprd import Rollouts, Sampling, TransformersEngine
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
+from oprd.runs.pictures import BEFORE, INK, MARKERS, End, colour, name_ends, plain_log
 from oprd.tasks.task import get_task
 
 ID = "E7"
@@ -162,32 +164,56 @@ def judge(result: Result) -> Finding:
 
 def draw(result: Result, figure: Any) -> None:
     """SNR over δ, and over steps."""
-    left, right = figure.subplots(1, 2)
+    figure.set_figheight(5.6)
+    above, below = figure.subfigures(2, 1)
     rows = result["rows"]
-    colours = {"sampled_token": "#CC6677", "with_baseline": "#DDAA33", "tail_sampled_4": "#117733"}
-    for name, colour in colours.items():
-        left.loglog([r["delta"] for r in rows], [_snr(r[name]) for r in rows], "o", color=colour, label=LOSSES[name])
-    for name, colour in {"full_reverse_kl": "#88CCEE", "representation": "#332288"}.items():
-        right.semilogy(
-            [r["step"] for r in rows],
-            [_snr(r["rollouts"][name]) for r in rows],
-            "s",
-            color=colour,
-            label=f"{LOSSES[name]}, fresh rollouts",
-        )
-    right.semilogy(
-        [r["step"] for r in rows],
-        [_snr(r["sampled_token"]) for r in rows],
-        "o",
-        color="#CC6677",
-        label="sampled-token, fixed rollouts",
-    )
+    fixed, fresh, ends = above.subplots(), below.subplots(), []
+    for index, name in enumerate(("sampled_token", "with_baseline", "tail_sampled_4")):
+        ends.append(_scatter(fixed, [(r["delta"], _snr(r[name])) for r in rows], index, _SHORT[name]))
     low, high = min(r["delta"] for r in rows), max(r["delta"] for r in rows)
     anchor = max(_snr(r["sampled_token"]) for r in rows)
-    left.loglog([low, high], [anchor * low / high, anchor], color="black", lw=0.8, ls=":", label="∝ δ")
-    left.set(xlabel="δ: reverse KL, nats a position", ylabel="SNR of one batch's gradient, prefixes fixed")
-    right.set(xlabel="step", ylabel="SNR of one batch's gradient")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+    fixed.plot([low, high], [anchor * low / high, anchor], color=INK, linewidth=1, linestyle=BEFORE)
+    ends.append(End("proportional\nto δ", high, anchor))
+    fixed.set(
+        xscale="log",
+        yscale="log",
+        title="Prefixes fixed",
+        xlabel="δ: reverse KL, nats a position",
+        ylabel="SNR of a gradient",
+    )
+    plain_log(fixed.xaxis)
+    plain_log(fixed.yaxis)
+    over = [
+        _scatter(fresh, [(r["step"], _snr(r["sampled_token"])) for r in rows], 0, "sampled-token,\nfixed rollouts"),
+        _scatter(
+            fresh,
+            [(r["step"], _snr(r["rollouts"]["full_reverse_kl"])) for r in rows],
+            4,
+            "full reverse KL,\nfresh rollouts",
+        ),
+        _scatter(
+            fresh,
+            [(r["step"], _snr(r["rollouts"]["representation"])) for r in rows],
+            3,
+            "representation,\nfresh rollouts",
+        ),
+    ]
+    fresh.set(yscale="log", title="Over training", xlabel="step", ylabel="SNR of a gradient")
+    plain_log(fresh.yaxis)
+    note(figure, "SNR of the gradient of one batch; each mark is one seed at one step")
+    name_ends((fixed, ends), (fresh, over))
+
+
+_SHORT = {
+    "sampled_token": "sampled-token",
+    "with_baseline": "with baseline\n(vOPD)",
+    "tail_sampled_4": "tail-sampled\ntop-4",
+}
+
+
+def _scatter(axis: Any, points: list[tuple[float, float]], index: int, text: str) -> End:
+    """Draw marks; the name belongs to the mean (in logarithms) of those that lie farthest right."""
+    axis.plot(*zip(*points, strict=True), MARKERS[index], color=colour(index), alpha=0.85)
+    right = max(x for x, _ in points)
+    last = [math.log(y) for x, y in points if x == right]
+    return End(text, right, math.exp(sum(last) / len(last)), colour(index))

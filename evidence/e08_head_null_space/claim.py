@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import first_seeds
 from evidence.e01_accuracy.claim import SHARED, baseline
+from evidence.pictures import name_rows
 from evidence.words import percent, table
 from oprd import Sampling, TransformersEngine, capture_states
 from oprd.models.lm_head import divergence, lm_head_of
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
+from oprd.runs.pictures import INK, MARKERS, colour, in_percent, look, plain_log
 from oprd.tasks.task import get_task
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.diagnose.theory import centred_gram
@@ -251,34 +253,51 @@ def judge(result: Result) -> Finding:
 
 def draw(result: Result, figure: Any) -> None:
     """Spectra; KL along the directions; the difference after training."""
-    left, middle, right = figure.subplots(1, 3)
-    for (name, s), colour in zip(result["spectra"].items(), ("#332288", "#CC6677"), strict=True):
-        left.semilogy(
-            [i / s["width"] for i in s["index"]], [max(v, 1e-4) for v in s["sigma"]], color=colour, label=name
+    figure.set_figheight(5.2)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.35, 1))
+    spectra, moving = above.subplots(1, 2)
+    for index, (name, s) in enumerate(result["spectra"].items()):
+        spectra.plot(
+            [i / s["width"] for i in s["index"]], [max(v, 1e-4) for v in s["sigma"]], **look(index) | {"marker": ""}
         )
-    left.set(xlabel="direction, as a share of the width", ylabel="σ / σ_1 (cut at 1e-4)")
-    left.legend(frameon=False, fontsize=7)
-    moved = result["moved"]
-    middle.loglog([r["sigma"] for r in moved], [r["kl"] for r in moved], "o-", color="#332288", label="measured")
-    middle.loglog(
-        [r["sigma"] for r in moved], [r["second_order"] for r in moved], "x", color="#DDAA33", label="second order"
+        # Beside its line: the first one is the upper, the second one falls to the bottom.
+        at, text = ((1.0, 0.25), name.removesuffix("-Instruct")) if not index else ((1.0, 1.8e-4), name)
+        spectra.annotate(text, at, ha="right", va="bottom", color=colour(index))
+    spectra.set(
+        yscale="log",
+        title="Singular values of the LM head",
+        xlabel="direction, % of the width",
+        ylabel="σ / σ₁ (cut at 0.0001)",
     )
-    middle.set(xlabel="σ / σ_1 of the direction, SmolLM2", ylabel="KL of a step of 5 %, nats")
-    middle.legend(frameon=False, fontsize=7)
-    for column, (name, text) in enumerate((("full_reverse_kl", "full KL"), ("representation", "OPRD"))):
-        own = [r for r in result["left"] if r["objective"] == name]
-        for shift, (key, colour) in enumerate((("seen", "#88CCEE"), ("unseen", "#882255"))):
-            value = mean_and_interval([r[key] for r in own])[0]
-            right.bar(
-                column + 0.35 * (shift - 0.5),
-                value,
-                width=0.33,
-                color=colour,
-                label=f"{key} by the head" if not column else None,
-            )
-        right.text(column, 0, f"\n{text}", ha="center", va="top")
-    right.set_xticks([])
-    right.set(ylabel="distance of the last states to the teacher's")
-    right.legend(frameon=False, fontsize=7)
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    in_percent(spectra.xaxis)
+    plain_log(spectra.yaxis)
+    moved = result["moved"]
+    sigma = [r["sigma"] for r in moved]
+    moving.plot(sigma, [r["kl"] for r in moved], **look(0))
+    moving.plot(sigma, [r["second_order"] for r in moved], "x", color=INK, markersize=7)
+    moving.set(
+        xscale="log", yscale="log", title="A step of 5 %, SmolLM2", xlabel="σ / σ₁ of its direction", ylabel="KL, nats"
+    )
+    moving.annotate("line: measured\n×: second order", (0.04, 0.96), xycoords="axes fraction", va="top")
+    for axis in (moving.xaxis, moving.yaxis):
+        plain_log(axis)
+    _draw_left(below.subplots(), result["left"])
+
+
+def _draw_left(axis: Any, left: list[dict[str, Any]]) -> None:
+    """What is left of the difference between last states after training; each mark is a seed."""
+    rows = []
+    for name, text in (("full_reverse_kl", "full reverse KL"), ("representation", "representation")):
+        for index, key in enumerate(("seen", "unseen")):
+            own = [r[key] for r in left if r["objective"] == name]
+            mean = mean_and_interval(own)[0]
+            axis.barh(len(rows), mean, color=colour(index), alpha=0.35, height=0.7)
+            axis.plot(own, [len(rows)] * len(own), MARKERS[index], color=colour(index))
+            axis.annotate(f"{mean:.4f}", (max(own), len(rows)), xytext=(8, 0), textcoords="offset points", va="center")
+            rows.append(f"{text}: {key} by the head")
+    name_rows(axis, rows)
+    axis.set(
+        title="Distance to the teacher's last states after training",
+        xlabel="squared distance, relative (marks: seeds)",
+        xlim=(0, 1.15 * max(max(r["seen"], r["unseen"]) for r in left)),
+    )

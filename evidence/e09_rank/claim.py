@@ -7,7 +7,9 @@ from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import first_seeds, of, run_comparison
+from evidence.pictures import OURS, REFERENCES
 from evidence.words import mean_of, percent, table
+from oprd.runs.pictures import BEFORE, MARKERS, End, colour, in_percent, level, look, name_ends, plain_log
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E9"
@@ -28,8 +30,8 @@ SHOWN = (1, 2, 4, 8, 16, 32, 64, 128)
 def measure(work: Work) -> dict[str, Any]:
     """The rank curve of one bridge, and training at five of its ranks and at the published setting."""
     from oprd.bridge import Bridge
-    from oprd.bridge.show import describe_bridge
     from oprd.tools.compare.bridges import bridge_folder
+    from oprd.tools.show_bridge import describe_bridge
 
     seeds = first_seeds(work, 2)
     names = [*RANKS.values(), "paper"] if not work.quick else ["rank_4", "rank_16"]
@@ -91,22 +93,38 @@ def _shown(layers: list[dict[str, Any]]) -> list[int]:
 
 def draw(result: Result, figure: Any) -> None:
     """Cosine by rank, R² by direction, accuracy by rank."""
-    cosine, r2, accuracy = figure.subplots(1, 3)
-    colours = ("#88CCEE", "#44AA99", "#DDAA33", "#332288")
-    for colour, row in zip(colours, result["layers"], strict=False):
+    figure.set_figheight(6.6)
+    cosine, r2, accuracy = figure.subplots(3, 1)
+    ends = []
+    for index, row in enumerate(result["layers"]):
         ranks = range(1, len(row["rank_cosine"]) + 1)
-        cosine.plot(ranks, row["rank_cosine"], color=colour, label=f"{row['student_layer']} ← {row['teacher_layer']}")
-        r2.plot(ranks, row["r2"], color=colour, lw=0.9)
-        r2.axvline(row["suggested_rank"], color=colour, ls=":", lw=1)
-    r2.axhline(0.5, color="black", lw=0.8)
-    for rank, name in RANKS.items():
-        values = [r["final"] for r in of(result["runs"], name)]
-        accuracy.plot([rank] * len(values), values, "o", color="#332288")
-    cosine.set(xscale="log", xlabel="rank", ylabel="cosine of the projected sides")
-    cosine.legend(frameon=False, fontsize=7, title="layers", title_fontsize=7)
-    r2.set(xscale="log", xlabel="direction (dotted: Theorem 3's rank)", ylabel="R² of a direction", ylim=(-0.1, 1.02))
-    accuracy.set(xscale="log", xlabel="rank", ylabel="Avg@2 after 60 steps", ylim=(-0.02, 1.02))
-    accuracy.set_xticks(list(RANKS), [str(rank) for rank in RANKS])
+        style, pair = look(index) | {"marker": ""}, f"layers {row['student_layer']} ← {row['teacher_layer']}"
+        cosine.plot(ranks, row["rank_cosine"], **style)
+        ends.append(End(pair, ranks[-1], row["rank_cosine"][-1], colour(index)))
+        r2.plot(ranks, row["r2"], **style | {"linewidth": 1.0, "linestyle": "-"})
+        r2.plot(
+            [row["suggested_rank"]], [0.5], MARKERS[index], color=colour(index), markeredgecolor="white", markersize=8
+        )
+    half = level(r2, 0.5, "one half", BEFORE)
+    cosine.set(xscale="log", title="Cosine of the projected sides", xlabel="rank", ylabel="cosine")
+    r2.set(
+        xscale="log", title="R² of each direction, colours as above (marks: Theorem 3's rank)", xlabel="direction", ylabel="R²",
+        ylim=(-0.1, 1.02),
+    )  # fmt: skip
+    finals = {rank: [r["final"] for r in of(result["runs"], name)] for rank, name in RANKS.items()}
+    for rank, values in finals.items():
+        accuracy.plot([rank] * len(values), values, "o", color=OURS)
+    known = {rank: mean_and_interval(values)[0] for rank, values in finals.items() if values}
+    accuracy.plot(list(known), list(known.values()), color=OURS, linewidth=1)
+    accuracy.set(
+        xscale="log", title="Accuracy after 60 steps (marks: seeds)", xlabel="rank", ylabel="Avg@2, %", ylim=(-0.03, 1.06)
+    )  # fmt: skip
     for axis in (cosine, r2, accuracy):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        plain_log(axis.xaxis)
+    accuracy.set_xticks(list(RANKS), [str(rank) for rank in RANKS])
+    in_percent(accuracy.yaxis)
+    runs = of(result["runs"], RANKS[16])
+    lines = [
+        level(accuracy, mean_and_interval([r[key] for r in runs])[0], key, dashes) for key, dashes in REFERENCES.items()
+    ]
+    name_ends((cosine, ends), (r2, [half]), (accuracy, lines))

@@ -8,6 +8,7 @@ from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import difference, first_seeds, gap_closed, of, run_comparison
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -84,28 +85,23 @@ def _cosines(runs: list[dict[str, Any]]) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy with and without a bridge."""
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for axis, (key, names), title in zip(
-        axes,
-        (("wider", WIDER), ("other_tokenizer", OTHER)),
-        ("a deeper, wider teacher", "another tokenizer"),
-        strict=True,
-    ):
-        for column, name in enumerate(names):
-            values = [r["final"] for r in of(result[key], name)]
-            axis.bar(column, mean_and_interval(values)[0], color="#332288" if name == "rank_16" else "#88CCEE")
-            axis.plot([column] * len(values), values, ".", color="black")
-        axis.set_xticks(
-            range(len(names)),
-            [text.replace(" the ", "\nthe ").replace(" alone", "\nalone") for text in names.values()],
-            fontsize=8,
-        )
-        axis.axhline(
-            mean_and_interval([r["before"] for r in of(result[key], "rank_16")])[0], color="black", ls=":", lw=1
-        )
-        axis.axhline(
-            mean_and_interval([r["teacher"] for r in of(result[key], "rank_16")])[0], color="black", ls="--", lw=1
-        )
-        axis.set(title=title, ylim=(0, 1.04))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("Avg@2 after 60 steps (dots: seeds;\ndashed: teacher; dotted: before)")
+    figure.set_figheight(3.9)
+    axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for axis, key, names, title in zip(
+        axes, ("wider", "other_tokenizer"), (WIDER, OTHER), ("A deeper, wider teacher", "A teacher with another tokenizer"), strict=True
+    ):  # fmt: skip
+        runs = {text: of(result[key], name) for name, text in names.items()}
+        accuracy_rows(
+            axis, {_SHORT.get(text, text): [r["final"] for r in own] for text, own in runs.items()}, ours=["bridge"],
+            unit="Avg@2 after 60 steps, %",
+        )  # fmt: skip
+        title_above_marks(axis, title)
+        reference_lines(axis, runs["bridge"])
+    axes[0].set_xlabel("")
+    note(figure, SEEDS)
+
+
+_SHORT = {
+    "bridge fading into the full reverse KL": "bridge fading into\nthe full reverse KL",
+    "full reverse KL on shared tokens, alone": "full reverse KL alone,\non shared tokens",
+}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from evidence.comparisons import (
     run_comparison,
     tune_inside,
 )
+from evidence.pictures import note
 from evidence.words import mean_of, percent, points, surely, table
+from oprd.runs.pictures import BEFORE, TEACHER as TEACHER_LINE, End, band, colour, in_percent, level, look, name_ends, step_axis
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.compare.results import Point, at_seconds
 
@@ -31,15 +35,15 @@ TITLE = "On a pretrained model, matching hidden states beats output-space distil
 CLAIM = "OPRD-Vanilla beats output-space OPD on a pretrained pair of one origin (paper, R1-Distill-Qwen-1.5B from JustRL-1.5B)."
 SETTING = (
     "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked chain sums (reasoning-gym: two or three terms of "
-    "one or two digits; scripts/build_reasoning_teacher.py). 40 steps of 32 rollouts of at most 24 tokens, raw prompts, fp32, linear schedule, means "
-    "over tokens, Avg@2 on 150 held-out problems a seed (T 0.7, top-p 0.95). Rate and warm-up of each objective are chosen on seed 10, which the "
+    "one or two digits; scripts/build_reasoning_teacher.py). 40 steps of 32 rollouts of at most 24 tokens, raw prompts, linear schedule, means over "
+    "tokens, weights in float32 and products in bfloat16, Avg@2 on 150 held-out problems a seed (T 0.7, top-p 0.95). Rate and warm-up of each objective are chosen on seed 10, which the "
     "claim does not use: rates a factor of three apart, widened until the best lies between two worse ones; then no warm-up or a tenth of the steps."
 )
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 FILE = HERE / "comparison.yaml"
 STUDENT, TEACHER = ROOT / "models" / "SmolLM2-135M-Instruct", ROOT / "models" / "SmolLM2-135M-chain-sum"
-TEACHER_BUILD = ("--steps", "250", "--batch", "64", "--learning-rate", "2e-4")
+TEACHER_BUILD = ("--steps", "250", "--batch", "64", "--learning-rate", "2e-4", "--bf16")
 NAMES = {
     "representation": "representation, all layers",
     "representation_last": "representation, last layer",
@@ -55,10 +59,21 @@ NAMES = {
     "supervised": "supervised, on the teacher's responses",
 }
 OUTPUT_SPACE = ("full_reverse_kl", "forward_kl", "jsd", "top_16", "tail_sampled_16", "sampled_token")
+DRAWN = {
+    "representation": "representation",
+    "states_off_policy": "representation,\nteacher's responses",
+    "supervised": "supervised",
+    "full_reverse_kl": "full reverse KL",
+    "top_16": "top-16",
+    "sampled_token": "sampled-token",
+}
+"""Objectives of the picture, and their names in it."""
 LADDER = (5.0e-6, 1.5e-5, 5.0e-5, 1.5e-4, 5.0e-4, 1.5e-3, 5.0e-3)
 START = (5.0e-5, 1.5e-4, 5.0e-4)
 WARM = {False: {}, True: {"warmup_steps": 0.1}}
 FOLDERS = {False: "smollm2_chain_sum", True: "smollm2_chain_sum_warm"}
+ALONE = {"max_steps": 6, "eval_strategy": "no", "eval_limit": 2}
+"""Settings of the runs that only say how long a step takes."""
 QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
 
 
@@ -76,7 +91,16 @@ def measure(work: Work) -> dict[str, Any]:
         if wanted:
             runs += _runs(work, warm, wanted, first_seeds(work, 3))
     build = json.loads((TEACHER / "build.json").read_text())
-    return {**chosen, "runs": runs, "teacher": build["settings"]}
+    return {**chosen, "runs": runs, "step_seconds": _step_seconds(work, chosen["settings"]), "teacher": build["settings"]}
+
+
+def _step_seconds(work: Work, settings: dict[str, Any]) -> dict[str, float]:
+    """Objective → seconds of a step on one core, from short runs with no other run beside them."""
+    alone = dataclasses.replace(work, workers=1)
+    rates = {name: [own["rate"]] for name, own in settings.items()}
+    short = {**QUICK, **ALONE} if work.quick else ALONE
+    found = run_comparison(FILE, alone, folder="smollm2_chain_sum_alone", seeds=[TUNING_SEED], rates=rates, settings=short)
+    return {r["objective"]: r["seconds"] / r["steps"] for r in found}
 
 
 def _runs(work: Work, warm: bool, rates: Any, seeds: list[int]) -> list[Record]:
@@ -129,8 +153,8 @@ def judge(result: Result) -> Finding:
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
         f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{_edges(result, names)}\n\n"
-        "*At equal time*: representation's lead when the slower of the two has had as many seconds of training as the faster one's whole run, "
-        "interpolated between evaluations."
+        "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
+        "two has had as many seconds of training as the faster one's whole run, interpolated between evaluations."
     )
     rival = min(rivals, key=lambda name: rivals[name][0])
     number = f"{points(*rivals[rival][:2])} over the best output-space loss ({NAMES[rival]})"
@@ -142,26 +166,31 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
     tried = sorted(of(result["tuning"], name), key=lambda r: r["learning_rate"])
     warm = of(result["tuning_warm"], name)
     lead = "" if name == "representation" else points(*gaps[name][:2])
-    equal = "" if name == "representation" else points(*equal_time(result["runs"], "representation", name))
+    equal = "" if name == "representation" else points(*equal_time(result, name))
     return [
         NAMES[name], f"{chosen['rate']:g}", "a tenth" if chosen["warm_up"] else "none", mean_of([r["final"] for r in own]),
-        percent(gap_closed(own)[0], 0), lead, equal, f"{mean_and_interval([r['seconds'] / r['steps'] for r in own])[0]:.1f}",
+        percent(gap_closed(own)[0], 0), lead, equal, f"{result['step_seconds'][name]:.1f}",
         ", ".join(f"{r['learning_rate']:g}: {100 * r['final']:.0f}" for r in tried)
         + "".join(f"; warm {100 * r['final']:.0f}" for r in warm),
     ]  # fmt: skip
 
 
-def equal_time(records: list[Record], one: str, other: str) -> tuple[float, list[float] | None]:
-    """Lead of `one` over `other` after the seconds of the shorter run of each seed; mean and 95 % t-interval."""
+def equal_time(result: Result, other: str) -> tuple[float, list[float] | None]:
+    """Lead of representation over another objective after the seconds of the cheaper one's run; mean and 95 % t-interval over seeds."""
     leads = []
-    for mine in of(records, one):
-        for theirs in (r for r in of(records, other) if r["seed"] == mine["seed"]):
-            seconds = min(mine["seconds"], theirs["seconds"])
-            at = [at_seconds([Point(0, *point) for point in r["seconds_at"]], seconds) for r in (mine, theirs)]
+    for mine in of(result["runs"], "representation"):
+        for theirs in (r for r in of(result["runs"], other) if r["seed"] == mine["seed"]):
+            timed = [_by_seconds(r, result["step_seconds"]) for r in (mine, theirs)]
+            seconds = min(points[-1].seconds for points in timed)
+            at = [at_seconds(points, seconds) for points in timed]
             if at[0] is not None and at[1] is not None:
                 leads.append(at[0] - at[1])
     mean, interval = mean_and_interval(leads)
     return mean or 0.0, interval
+
+
+def _by_seconds(run: Record, step_seconds: Mapping[str, float]) -> list[Point]:
+    return [Point(step, step * step_seconds[run["objective"]], avg) for step, avg in run["points"]]
 
 
 def _ahead(gaps: Any) -> str:
@@ -181,21 +210,35 @@ def _edges(result: Result, names: list[str]) -> str:
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Accuracy of each objective against steps and against seconds, with bands over seeds; the teacher as a line."""
+    """Accuracy of six objectives against steps and against seconds, as means over seeds with bands; teacher and start as lines."""
     left, right = figure.subplots(1, 2, sharey=True)
+    figure.set_figheight(3.8)
     runs = result["runs"]
-    for axis, key in ((left, "points"), (right, "seconds_at")):
-        for name in (name for name in NAMES if of(runs, name)):
-            own = of(runs, name)
-            columns = list(zip(*(r[key] for r in own), strict=True))
-            at = [sum(point[0] for point in column) / len(column) for column in columns]
-            mean = [sum(point[1] for point in column) / len(column) for column in columns]
-            (line,) = axis.plot(at, mean, marker=".", label=NAMES[name])
-            low, high = ([function(point[1] for point in column) for column in columns] for function in (min, max))
-            axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        teacher = mean_and_interval([r["teacher"] for r in of(runs, "representation")])[0]
-        axis.axhline(teacher, color="black", ls="--", lw=1)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set(ylim=(0, 1.02), xlabel="steps", ylabel="Avg@2 on held-out sums (bands: all seeds; dashed: teacher)")
-    right.set(xlabel="seconds of training")
-    left.legend(frameon=False, fontsize=6)
+    shown = [name for name in DRAWN if of(runs, name)]
+    ends = {}
+    for axis, scale in ((left, lambda name: 1.0), (right, lambda name: result["step_seconds"][name])):
+        for index, name in enumerate(shown):
+            steps, mean, low, high = _curve(of(runs, name))
+            x = [step * scale(name) for step in steps]
+            axis.plot(x, mean, **look(index))
+            band(axis, x, low, high, colour(index))
+            ends[axis, name] = End(DRAWN[name], x[-1], mean[-1], colour(index))
+        axis.set(ylim=(0, 1.02))
+    for axis in (left, right):
+        lines = [
+            level(axis, mean_and_interval([r[key] for r in of(runs, shown[0])])[0] or 0.0, text, dashes)
+            for key, text, dashes in (("teacher", "teacher", TEACHER_LINE), ("before", "before training", BEFORE))
+        ]
+    left.set(ylabel="Avg@2 on held-out sums, %")
+    in_percent(left.yaxis)
+    step_axis(left)
+    right.set(xlabel="seconds of training, one core")
+    note(figure, f"bands: lowest and highest of {len(of(runs, shown[0]))} seeds")
+    name_ends((right, [*(ends[right, name] for name in shown), *lines]))
+
+
+def _curve(runs: list[Record]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps, and at each the mean, lowest and highest accuracy over seeds."""
+    at = [[point[0] for point in own] for own in zip(*(r["points"] for r in runs), strict=True)]
+    values = [[point[1] for point in own] for own in zip(*(r["points"] for r in runs), strict=True)]
+    return [own[0] for own in at], [sum(own) / len(own) for own in values], [*map(min, values)], [*map(max, values)]

@@ -12,6 +12,7 @@ from evidence.e01_accuracy.claim import NAMES, SHARED, chosen_rates, tune
 from evidence.e10_bridge.claim import HERE as BRIDGES
 from evidence.permuted import save_permuted
 from evidence.words import percent, table
+from oprd.runs.pictures import INK, MARKERS, colour, in_percent
 
 ID = "E12"
 TITLE = "Cosine can rise while accuracy falls, and the alarm reports it"
@@ -123,23 +124,25 @@ def _span(runs: list[Record], key: str) -> str:
 
 def draw(result: Result, figure: Any) -> None:
     """Change of cosine against change of accuracy; filled where the alarm rang."""
-    axis = figure.subplots()
-    colours = {
-        "same shape, other origin": "#CC6677",
-        "E1": "#332288",
-        "wider teacher": "#117733",
-        "other tokenizer": "#DDAA33",
+    figure.set_figheight(3.4)
+    names = {
+        "E1": "E1's pair",
+        "wider teacher": "wider teacher",
+        "other tokenizer": "other tokenizer",
+        "same shape, other origin": "other origin",
     }
-    for where, colour in colours.items():
+    axes = figure.subplots(1, len(names), sharex=True, sharey=True)
+    for index, (axis, where) in enumerate(zip(axes, names, strict=True)):
         for rang in (True, False):
             own = [r for r in result["runs"] if r["of"] == where and r["cosine"] and bool(r["alarms"]) is rang]
             axis.plot(
-                [r["cosine"][1] - r["cosine"][0] for r in own], [r["final"] - r["before"] for r in own], "o", color=colour,
-                mfc=colour if rang else "none", label=f"{where}, {'alarm' if rang else 'quiet'}", ms=6,
+                [r["cosine"][1] - r["cosine"][0] for r in own], [r["final"] - r["before"] for r in own], MARKERS[index],
+                color=colour(index), mfc=colour(index) if rang else "none", markersize=6,
             )  # fmt: skip
-    axis.axhline(0, color="black", lw=0.8)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set(xlabel="change of cosine over the run", ylabel="change of Avg@2 over the run")
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+        axis.axhline(0, color=INK, linewidth=0.9)
+        axis.axvline(0, color=INK, linewidth=0.9)
+        axis.set_title(names[where])
+        in_percent(axis.yaxis)
+    axes[0].margins(x=0.1)
+    axes[0].set_ylabel("change of Avg@2, points")
+    figure.supxlabel("change of cosine over the run (filled: the alarm rang)")

@@ -2,8 +2,8 @@
 
     from oprd import OPRDConfig, OPRDTrainer
 
-Functions for your own loop: `capture_states`, `representation_loss`, `full_vocabulary_loss`, …. Start reading at
-`training/trainer.py`; each package's `__init__` says what it holds.
+`evaluate` measures a model, `load_run` reads a run's folder. Functions for your own loop: `capture_states`, `representation_loss`,
+`full_vocabulary_loss`, …. Start reading at `training/trainer.py`; each package's `__init__` says what it holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from oprd.sanitize import RedactingFilter
 
 if TYPE_CHECKING:
+    __version__: str
     from oprd.config import OPRDConfig
     from oprd.models.lm_head import lm_head_of, log_probs, match_heads
     from oprd.objectives.output_space import full_vocabulary_loss, sampled_token_loss, tail_sampled_loss, top_k_loss
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
     from oprd.objectives.representation import representation_error
     from oprd.rollouts.engine import Sampling
     from oprd.rollouts.transformers_engine import TransformersEngine
+    from oprd.runs.loaded import LoadedRun, load_run
     from oprd.states.capture import capture_states
     from oprd.states.layers import resolve_layers
     from oprd.states.positions import select_positions
     from oprd.states.requests import plan_micro_batches, request_states
+    from oprd.tools.evaluate import evaluate
     from oprd.training.trainer import OPRDTrainer
     from oprd.types import Rollouts, States
 
 _HOME = {
+    "LoadedRun": "oprd.runs.loaded",
     "OPRDConfig": "oprd.config",
     "OPRDTrainer": "oprd.training.trainer",
     "Rollouts": "oprd.types",
@@ -39,9 +43,11 @@ _HOME = {
     "TransformersEngine": "oprd.rollouts.engines",
     "capture_states": "oprd.states.capture",
     "clipped_policy_loss": "oprd.objectives.policy_gradient",
+    "evaluate": "oprd.tools.evaluate",
     "full_vocabulary_loss": "oprd.objectives.output_space",
     "group_advantages": "oprd.objectives.policy_gradient",
     "lm_head_of": "oprd.models.lm_head",
+    "load_run": "oprd.runs.loaded",
     "log_probs": "oprd.models.lm_head",
     "match_heads": "oprd.models.lm_head",
     "plan_micro_batches": "oprd.states.requests",
@@ -56,13 +62,44 @@ _HOME = {
     "top_k_loss": "oprd.objectives.output_space",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [  # written out for type checkers
+    "LoadedRun",
+    "OPRDConfig",
+    "OPRDTrainer",
+    "Rollouts",
+    "Sampling",
+    "States",
+    "TransformersEngine",
+    "capture_states",
+    "clipped_policy_loss",
+    "evaluate",
+    "full_vocabulary_loss",
+    "group_advantages",
+    "lm_head_of",
+    "load_run",
+    "log_probs",
+    "match_heads",
+    "plan_micro_batches",
+    "position_weights",
+    "representation_error",
+    "representation_loss",
+    "request_states",
+    "resolve_layers",
+    "sampled_token_loss",
+    "select_positions",
+    "tail_sampled_loss",
+    "top_k_loss",
+]
 
 logging.getLogger("oprd").addFilter(RedactingFilter())
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import oprd` (and `oprd --help`) does not import torch and transformers.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("oprd")
     if name not in _HOME:
         raise AttributeError(f"module 'oprd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

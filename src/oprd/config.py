@@ -28,6 +28,26 @@ from oprd.tasks.task import TASKS, get_task
 
 NAN_POLICIES = ("stop", "skip")
 
+_ANY, _ABOVE_0, _SHARE, _SEED = (
+    "0 or more",
+    "more than 0",
+    "a number from 0 to 1",
+    "a whole number from 0 to 4294967295",
+)
+RANGES = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "logging_steps", "num_completions_to_log",
+         "dataloader_num_workers", "eval_delay"),
+        _ANY,
+    ),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps", "adam_epsilon", "save_seconds", "ddp_timeout"), _ABOVE_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+}  # fmt: skip
+"""Key → what is allowed, of keys whose range depends on nothing else."""
+BOUNDS = {_ANY: (0, math.inf), _ABOVE_0: (math.ulp(0.0), math.inf), _SHARE: (0, 1), _SEED: (0, 2**32 - 1)}
+"""Least and most value of each range."""
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -139,7 +159,7 @@ class OPRDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
     rollout_engine: str = field(
-        default="transformers", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
+        default="decode", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
     )
     rollout_engine_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Further arguments of the engine, such as gpu_memory_utilization of vllm.")
@@ -227,7 +247,10 @@ class OPRDConfig(TrainingArguments):
 
     micro_batch_tokens: int = field(
         default=16384,
-        metadata=_help("Maximum tokens of one forward and backward pass, with padding; memory grows with it."),
+        metadata=_help(
+            "Maximum tokens of one forward and backward pass, with padding; memory grows with it. A longer rollout runs alone, its "
+            "blocks again in backward."
+        ),
     )
     diagnostic_steps: int = field(
         default=10,
@@ -310,11 +333,20 @@ class OPRDConfig(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
 
     def _check_numbers(self) -> None:
-        """Refuse NaN in any setting, after the checks of single settings, and infinity where a step would multiply by it."""
+        """Refuse NaN in any setting, numbers out of `RANGES`, and infinity where a step would multiply by it."""
         for setting in fields(self):
             value = getattr(self, setting.name, None)
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{setting.name}: {value} is not allowed; a number")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name, None)
+            low, high = BOUNDS[allowed]
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ValueError(f"{name}: {value} is not allowed; {allowed}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps: {self.max_steps} is not allowed; 1 or more, or -1 to train for num_train_epochs"
+            )
         for name in ("learning_rate", "temperature", "eval_temperature"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; a finite number")
@@ -323,8 +355,6 @@ class OPRDConfig(TrainingArguments):
         if self.nan_policy not in NAN_POLICIES:
             raise ValueError(f"nan_policy: {self.nan_policy!r} is not one of {', '.join(NAN_POLICIES)}")
         _check_at_least_one(self, "max_skipped_steps")
-        if self.save_seconds is not None and not self.save_seconds > 0:
-            raise ValueError(f"save_seconds: {self.save_seconds} is not allowed; more than 0 seconds")
         if getattr(self, "enable_jit_checkpoint", False):
             raise ValueError(
                 "enable_jit_checkpoint: oprd saves a checkpoint on SIGTERM, SIGINT and SIGHUP itself; leave it out"
@@ -334,6 +364,10 @@ class OPRDConfig(TrainingArguments):
         if self.ddp_find_unused_parameters:
             raise ValueError(
                 "ddp_find_unused_parameters: must be False; what the loss does not reach is frozen already"
+            )
+        if self.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node: must be False; one process writes output_dir, which all machines share"
             )
         if self.fp16:
             raise ValueError(
@@ -512,7 +546,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
     if not engine_can:
         raise ValueError(
             f"overlap_rollouts: not with rollout_engine={config.rollout_engine}, which cannot sample in another thread during the "
-            "update (can.background of its class is False); set it to transformers or vllm_server, or overlap_rollouts to false"
+            "update (can.background of its class is False); set it to decode or vllm_server, or overlap_rollouts to false"
         )
 
 

@@ -19,6 +19,12 @@ _FOR_PEOPLE = ("README.md",)  # may be added or edited later: no program reads i
 PARTIAL = ".partial-"  # names of files and folders that are being written begin with this
 _REPLACED = ".replaced-"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PACKAGE = Path(__file__).parent
+
+
+def shipped_folders(kind: str) -> tuple[Path, Path]:
+    """Where shipped "recipes" or "comparisons" are: in an installed package, and in a checkout. One of them exists."""
+    return _PACKAGE / kind, _PACKAGE.parent.parent / kind
 
 
 class DiskFullError(OSError):

@@ -30,7 +30,16 @@ from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
-from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load, load_tokenizer, resolve_name
+from oprd.models.loading import (
+    LoadedModel,
+    ModelInfo,
+    check_same_shape,
+    load,
+    load_tokenizer,
+    resolve_name,
+    with_tokenizer,
+)
+from oprd.models.nearest_folder import nearest_hint
 from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
@@ -48,6 +57,7 @@ from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import check_engine, make_engine
 from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
+from oprd.runs.reporting import check_trackers, not_installed
 from oprd.states.capture import install_state_forward, read_states
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
@@ -98,6 +108,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     """
     args, given = run.args, run.given
     terms = build_terms(run)
+    check_trackers(args.report_to)
     _check_one_adapter(run)
     task = _task(run)
     train, evaluated = (
@@ -398,14 +409,11 @@ def _load_student(run: RunConfig) -> LoadedModel:
         )  # fmt: skip
     if run.model is None:
         raise ValueError("model: there is none; give the student, by name or as a model")
-    name = run.model.config.name_or_path
-    check_finite(run.model, name or "the given model")
-    if tokenizer is None:
-        if not name:
-            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    say_ends(run.model, tokenizer, name)
-    return LoadedModel(run.model, tokenizer, ModelInfo.of(run.model, name, tokenizer))
+    check_finite(run.model, run.model.config.name_or_path or "the given model")
+    loaded = with_tokenizer(run.model, tokenizer, trust_remote_code=args.trust_remote_code)
+    assert loaded.tokenizer is not None, "it was given or loaded"
+    say_ends(run.model, loaded.tokenizer, loaded.info.name)
+    return loaded
 
 
 def _peft_config(lora: Mapping[str, Any] | None) -> Any:
@@ -688,6 +696,7 @@ class PlannedRun:
         lines.append(_tokenizer_line(run))
         return [
             *lines,
+            *filter(None, map(not_installed, args.report_to)),
             _dataset_line(run, "train"),
             _dataset_line(run, "eval"),
             "dry run: nothing was trained or written",
@@ -724,6 +733,7 @@ def plan(run: RunConfig) -> PlannedRun:
         ValueError: as `resolve`, for what needs no weights.
     """
     args = run.args
+    check_trackers(args.report_to)
     _check_one_adapter(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
@@ -762,23 +772,25 @@ def _weight(weight: Any) -> str:
 def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     if name is None:
         return f"{role}: the student without its adapter"
-    shape = f"{info.layers} layers of width {info.width}" if info else "not reachable from here, not checked"
+    hint = nearest_hint(name) if isinstance(name, str) else ""
+    shape = f"{info.layers} layers of width {info.width}" if info else f"not reachable from here, not checked{hint}"
     return f"{role}: {name}: {shape}"
 
 
 def _tokenizer_line(run: RunConfig) -> str:
     args = run.args
+    try:
+        names = [resolve_name(name) for name in (run.model, run.teacher_model) if isinstance(name, str)]
+    except ValueError:
+        return "tokenizers: not reachable from here, not checked"
+    found = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names if Path(name).is_dir()]
     if run.teacher_model is None:
         return "tokenizers: one"
     if not isinstance(run.teacher_model, str):
         return "tokenizers: of a teacher of your own, not checked"
-    try:
-        names = [resolve_name(name) for name in (run.model, run.teacher_model)]
-    except ValueError:
-        return "tokenizers: not reachable from here, not checked"
-    if not all(Path(name).is_dir() for name in names):
+    if len(found) < len(names):
         return "tokenizers: on the hub, not checked"
-    student, teacher = (load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names)
+    student, teacher = found
     # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
     ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
     aligner = args.prompt_rendering.aligner(student, teacher, *ends)

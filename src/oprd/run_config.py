@@ -16,11 +16,11 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
+from oprd.files import shipped_folders
 from oprd.models.adapters import is_adapter_folder
 from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
-_PACKAGE = Path(__file__).parent
-RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent.parent / "recipes")
+RECIPE_FOLDERS = shipped_folders("recipes")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,15 @@ class RunConfig:
         on_cpu = {} if torch.cuda.is_available() else {"use_cpu": True}
         return cls.load(path, {**overrides, **on_cpu})
 
+    @staticmethod
+    def asks_for_cpu(path: str | Path, overrides: Mapping[str, Any]) -> bool:
+        """Whether the recipe with its overrides sets use_cpu itself.
+
+        Raises:
+            ValueError: no such file, or not YAML.
+        """
+        return {**read_yaml(find_recipe(path)), **overrides}.get("use_cpu") is True
+
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> RunConfig:
         """Check keys and values of a recipe.
@@ -114,7 +123,7 @@ class RunConfig:
         Raises:
             ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a missing key.
         """
-        types = typing.get_type_hints(OPRDConfig) | {key: _RECIPE_TYPES[key] for key in recipe_keys()}
+        types = recipe_types()
         _check_keys(values, where)
         refuse_redacted(values, where)
         typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
@@ -134,7 +143,7 @@ class RunConfig:
         for setting in dataclasses.fields(OPRDConfig):
             name = setting.name
             ours = name not in base or name in _ALWAYS_SHOWN
-            hidden = name in _NEVER_SHOWN or name in _NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
+            hidden = name in _NEVER_SHOWN or name in NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
             if not hidden and (ours or values[name] != setting.default):
                 shown[name] = values[name]
         return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
@@ -152,6 +161,11 @@ def recipe_keys() -> list[str]:
 _RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
     "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
 }  # fmt: skip
+
+
+def recipe_types() -> dict[str, Any]:
+    """The type of each key of a recipe."""
+    return typing.get_type_hints(OPRDConfig) | {key: _RECIPE_TYPES[key] for key in recipe_keys()}
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -205,7 +219,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 _SAMPLED = "evaluation samples completions: see eval_num_generations and generation_batch_size"
-_NO_EFFECT = {
+NO_EFFECT = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command decides it"),
     **dict.fromkeys(
         (
@@ -228,9 +242,9 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: docs/configuration.md)")
-        if key in _NO_EFFECT:
-            raise ValueError(f"{where}: the key {key!r} has no effect here; remove it ({_NO_EFFECT[key]})")
+            raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: oprd keys)")
+        if key in NO_EFFECT:
+            raise ValueError(f"{where}: the key {key!r} has no effect here; remove it ({NO_EFFECT[key]})")
 
 
 def _check_needed(values: Mapping[str, Any], where: str) -> None:
@@ -268,7 +282,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
 
     Raises:
-        ValueError: a word without a key, or a value that is not YAML.
+        ValueError: a word without a key, a key that is no flag without a value, or a value that is not YAML.
     """
     overrides: dict[str, Any] = {}
     words = list(arguments)
@@ -277,14 +291,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or len(word) < 3:
             raise ValueError(f"unexpected argument {word!r}; settings are given as --key value")
         key, equals, text = word[2:].partition("=")
-        if not equals:
-            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not equals and _may_be_flag(key.replace("-", "_")):
+            text = "true"
+        if not text.strip():
+            raise ValueError(f"--{key}: the value is missing; write --{key} VALUE, or --{key} null to unset it")
         try:
             overrides[key.replace("-", "_")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             shown = redacted_text(text)
             raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error
     return overrides
+
+
+def _may_be_flag(key: str) -> bool:
+    """Whether a key may be given without a value; so may one that does not exist, whose own message says more."""
+    annotation = recipe_types().get(key, bool)
+    return bool in (annotation, *typing.get_args(annotation))
 
 
 _ALWAYS_SHOWN = (

@@ -15,11 +15,11 @@ from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
 from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
-from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
+from oprd.data.prompts import Prompt, prepare_prompts
 from oprd.data.rows import PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import LoadedModel, ModelInfo
-from oprd.models.tokens import turn_end_ids, vocabulary_size
+from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher

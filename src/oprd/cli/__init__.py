@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, keys, report, train
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -22,13 +23,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
-app.command("train", context_settings=_SETTINGS)(train.train)
+app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
 app.add_typer(bench.app, name="bench")
@@ -36,9 +39,23 @@ app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        import platform
+        from importlib.metadata import version
+
+        names = ("oprd", "torch", "transformers")
+        typer.echo(", ".join(f"{name} {version(name)}" for name in names) + f", Python {platform.python_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """With a callback, typer keeps the verb on the command line even if there is only one."""
+def _root(
+    shows_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print versions, and end.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models by hidden states (OPRD)."""
 
 
 def main() -> None:

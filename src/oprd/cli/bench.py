@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oprd.files import write_json
+from oprd.cli.options import JsonFile, check_json, write_report
 
 app = typer.Typer(help="Measure time and memory; compare only figures of the same run.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def update(
     model: Annotated[list[str] | None, typer.Option(help="Shapes of models (default: all; with --quick, two).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 5; with --quick, 2).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    json_file: JsonFile = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps results; called again, the command measures only what is missing."),
@@ -41,7 +41,7 @@ def update(
     shapes = model or (["qwen2-4-layers", "smollm2-135m"] if quick else list(SHAPES))
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise ValueError(f"--model: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
-    _check_json(json_file)
+    check_json(json_file)
     report = bench_update(
         shapes, QUICK if quick else Size(), rounds=rounds or (2 if quick else 5), threads=threads, say=say,
         ways=QUICK_WAYS if quick else tuple(WAYS), folder=resume,
@@ -58,7 +58,7 @@ def _update_on_gpu(
 
     if quick or resume is not None or len(model) > 1:
         raise ValueError("--device cuda: takes one --model, --rounds and --json; it takes minutes")
-    _check_json(json_file)
+    check_json(json_file)
     report = bench_on_gpu(tuple(WAYS), say, shape=model[0] if model else SHAPE, rounds=rounds or 5)
     _finish(report, markdown(report), json_file)
 
@@ -81,10 +81,10 @@ def step(
     ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time and memory of an optimizer step, rollout included, beside TRL's DistillationTrainer and GKDTrainer."""
-    _check_json(json_file)
+    check_json(json_file)
     if (model is None) != (teacher is None):
         raise ValueError("--model, --teacher: give both or neither; one alone would be compared with a random model")
     from oprd.cli.console import quiet_libraries, say
@@ -106,10 +106,10 @@ def growth(
     axis: Annotated[list[str] | None, typer.Option(help="What grows (default: all).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time and memory of an update against length, batch, layers, vocabulary and a bridge's rank."""
-    _check_json(json_file)
+    check_json(json_file)
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
@@ -136,13 +136,27 @@ def rollout(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 2).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Only the default engine's loop, on completions of given lengths.")
+    ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Tokens per second of each rollout engine beside bare `generate` and, where vLLM is installed, bare vLLM."""
-    _check_json(json_file)
+    check_json(json_file)
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
+    if decode:
+        if (model, prompts, completion, dtype) != (None, None, None, "float32"):
+            raise ValueError(
+                "--decode: has models and lengths of its own; it takes --quick, --rounds, --threads and --json"
+            )
+        from oprd.tools.bench import decode as loop
+
+        cases = loop.CASES[2::2] if quick else loop.CASES
+        report = loop.bench_decode(cases, rounds=rounds or (2 if quick else 5), threads=threads, say=say)
+        _finish(report, loop.markdown(report), json_file)
+        return
     from oprd.tools.bench.requests import QUICK, Requests
     from oprd.tools.bench.rollout import bench_rollout, markdown
 
@@ -152,15 +166,6 @@ def rollout(
     _finish(report, markdown(report), json_file)
 
 
-def _check_json(json_file: Path | None) -> None:
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")
-
-
 def _finish(report: dict[str, Any], table: str, json_file: Path | None) -> None:
-    from oprd.cli.console import say
-
     typer.echo(table)
-    if json_file is not None:
-        write_json(json_file, report)
-        say(f"written to {json_file}")
+    write_report(json_file, report)

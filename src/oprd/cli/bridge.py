@@ -9,6 +9,7 @@ import typer
 
 from oprd.cli.options import (
     DatasetConfig,
+    JsonFile,
     MergeSystem,
     PromptColumn,
     SpecialMap,
@@ -17,8 +18,10 @@ from oprd.cli.options import (
     TeacherTemplate,
     Template,
     TemplateDate,
+    check_json,
     prompt_settings,
     reading,
+    write_report,
 )
 from oprd.files import write_json
 
@@ -68,10 +71,12 @@ def fit(
     split_special_tokens: SplitSpecial = True,
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Fit a bridge in closed form on the student's own rollouts, print its fit on held-out rollouts, and save it."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
+    check_json(json_file)
     quiet_libraries()
     from oprd.bridge.collect import check_fitting, fit_bridge
     from oprd.bridge.files import refuse_existing
@@ -85,10 +90,8 @@ def fit(
     )  # fmt: skip
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
-    fitting: dict[str, Any] = {
-        "rank": rank, "max_rank": max_rank, "scale": scale, "projector": projector, "ridge": _ridge(ridge),
-        "intercept": intercept,
-    }  # fmt: skip
+    fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "projector": projector}
+    fitting |= {"ridge": _ridge(ridge), "intercept": intercept}
     check_fitting(len(rows), held_out, **fitting)
     pair = load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code)
     bridge = fit_bridge(
@@ -96,7 +99,7 @@ def fit(
         micro_batch_tokens=micro_batch_tokens, max_prompt_length=max_prompt_length, on_rollouts=count_completions(), **fitting,
     )  # fmt: skip
     bridge.save(out)
-    _show(bridge)
+    write_report(json_file, _show(bridge))
     say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
 
 
@@ -104,19 +107,22 @@ def fit(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A bridge's folder.")],
     output_dir: Annotated[Path | None, typer.Option(help="Write bridge.json and rank_curve.png here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print how well a bridge fits, layer by layer; with --output-dir also write it as JSON and a picture."""
     from oprd.cli.console import quiet_libraries, say
 
     quiet_libraries()
     from oprd.bridge import Bridge
-    from oprd.bridge.show import plot_bridge
+    from oprd.tools.show_bridge import plot_bridge
 
     if output_dir is not None and output_dir.resolve() == folder.resolve():
         raise ValueError(
             f"output_dir: {output_dir} is the bridge's own folder, whose bridge.json would be lost; choose another"
         )
+    check_json(json_file)
     description = _show(Bridge.load(folder))
+    write_report(json_file, description)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "bridge.json", description)
@@ -146,8 +152,8 @@ def _show(bridge: Any) -> dict[str, Any]:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from oprd.bridge.show import describe_bridge
     from oprd.cli.console import console, say
+    from oprd.tools.show_bridge import describe_bridge
 
     description = describe_bridge(bridge)
     rank = description["rank"]

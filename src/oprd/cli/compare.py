@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oprd.cli.options import JsonFile, check_json, write_report
 from oprd.faults import RunStopped
 
 
@@ -22,15 +23,18 @@ def compare(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Run nothing; write the report of the runs that are complete.")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare objectives on the same models, prompts and seeds, one process per run. Called again, it does the missing runs."""
     from oprd.cli.console import quiet_libraries, say
 
+    check_json(json_file)
     quiet_libraries()
     from oprd.runs.folder import RunFolder
     from oprd.tools.compare.bridges import fit_missing, parse_bridges
     from oprd.tools.compare.plan import load_comparison, plan_runs, rollouts_a_step
-    from oprd.tools.compare.report import NAMES, build_report, write_report
+    from oprd.tools.compare.report import NAMES, build_report
+    from oprd.tools.compare.report import write_report as write_comparison
     from oprd.tools.compare.runner import open_runs, run_all
 
     file, comparison = load_comparison(config)
@@ -48,7 +52,8 @@ def compare(
             )
             failed = run_all(missing, workers=workers, threads=threads, say=say)
         report = build_report(comparison, file, runs)
-        write_report(folder, report)
+        write_comparison(folder, report)
+    write_report(json_file, report)
     _show(report)
     say(f"written to {folder} ({', '.join(NAMES)}; each run under runs/)")
     if failed:

@@ -14,8 +14,10 @@ from oprd.cli.options import (
     MergeSystem,
     PromptColumn,
     Template,
+    check_json,
     prompt_settings,
     reading,
+    write_report,
 )
 from oprd.files import write_json
 from oprd.sanitize import printable, redacted
@@ -61,7 +63,9 @@ def check(
     merge_system_prompt: MergeSystem = False,
     chat_template_kwargs: Template = None,
     threshold: _Threshold = 0.5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write counts and all pairs here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure here; of two datasets, all pairs.")
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
     fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,
     train_split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
@@ -89,20 +93,32 @@ def check(
         if fail and overlap.overlapping:
             raise typer.Exit(1)
         return
-    if json_file is not None or fail:
-        raise ValueError("data check: --json and --fail are for two datasets; give the benchmark as the second one")
+    if fail:
+        raise ValueError("data check: --fail is for two datasets; give the benchmark as the second one")
+    check_json(json_file)
     if config is not None:
-        _check_recipe(config, train, model, task, answer_format, read, text)
+        found = _check_recipe(config, train, model, task, answer_format, read, text)
     elif train is None:
         raise ValueError("data check: no dataset; name a file or hub dataset, or give --config RECIPE")
     else:
-        from oprd.tasks.task import get_task
-        from oprd.tools.check_data import DatasetSettings
+        found = [_check_file((train, train_split, train_limit, seed), read, task, answer_format, text, model)]
+    write_report(json_file, found)
 
-        grading = get_task(task) if task else None
-        _check_one(
-            DatasetSettings(train, train_split, train_limit, seed, read, grading, answer_format, rendering=text), model, trust=False
-        )  # fmt: skip
+
+def _check_file(
+    rows: tuple[str, str, int | None, int],
+    read: Reading,
+    task: str | None,
+    answer_format: str | None,
+    text: TeacherPromptSettings,
+    model: str | None,
+) -> dict[str, Any]:
+    """Check one dataset: its name, split, limit and seed."""
+    from oprd.tasks.task import get_task
+    from oprd.tools.check_data import DatasetSettings
+
+    grading = get_task(task) if task else None
+    return _check_one(DatasetSettings(*rows, read, grading, answer_format, rendering=text), model, trust=False)
 
 
 def _refuse_for_two(**options: Any) -> None:
@@ -118,7 +134,7 @@ def _check_recipe(
     answer_format: str | None,
     read: Reading,
     text: TeacherPromptSettings,
-) -> None:
+) -> list[dict[str, Any]]:
     """Check the datasets of a recipe, or another one by its settings; options come before the recipe's keys."""
     from oprd.run_config import RunConfig
     from oprd.tools.check_data import DatasetSettings
@@ -132,11 +148,13 @@ def _check_recipe(
     overrides = {key: value for key, value in given.items() if value}
     run = RunConfig.load_on_cpu(config, overrides)
     kinds = ["train"] if dataset is not None or not run.eval_dataset else ["train", "eval"]
-    for kind in kinds:
+    return [
         _check_one(DatasetSettings.of(run, kind, dataset), str(run.model), trust=run.args.trust_remote_code)
+        for kind in kinds
+    ]
 
 
-def _check_one(settings: DatasetSettings, model: str | None, *, trust: bool) -> None:
+def _check_one(settings: DatasetSettings, model: str | None, *, trust: bool) -> dict[str, Any]:
     from oprd.cli.console import say
     from oprd.resolve import ModelInfo, load_tokenizer
     from oprd.tasks.problems import GENERATED
@@ -152,6 +170,7 @@ def _check_one(settings: DatasetSettings, model: str | None, *, trust: bool) -> 
     say(f"{settings.dataset}:")
     for line in report.lines():
         say(printable(line))
+    return {"dataset": settings.dataset, **report.as_json()}
 
 
 def _overlap(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oprd.cli.options import JsonFile, check_json, write_report
 from oprd.cli.resume import resumable, resume_command
 
 PAIRS = {
@@ -33,10 +34,12 @@ def demo(
             help="same-origin: student and teacher come from one training run; with a bridge: wider, other-tokenizer (both deeper)."
         ),
     ] = "same-origin",
+    json_file: JsonFile = None,
 ) -> None:
     """Distil the embedded teacher (5-digit addition) into the embedded student: no download, a few minutes at most."""
     if pair not in PAIRS:
         raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
+    check_json(json_file)
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig
 
@@ -63,6 +66,7 @@ def demo(
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
     closed = "no gap to close" if summary["gap_closed"] is None else f"{summary['gap_closed']:.0%} of the gap closed"
     say(f"{closed} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+    write_report(json_file, summary)
 
 
 def _bridge_to(teacher: str, folder: Path, seed: int) -> dict[str, Any]:

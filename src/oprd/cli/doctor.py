@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from oprd.files import write_json
-from oprd.sanitize import redacted
+from oprd.cli.options import JsonFile, check_json, write_report
+
+if TYPE_CHECKING:
+    from oprd.tools.doctor.time import Device
+    from oprd.tools.doctor.workload import Workload
 
 
 def doctor(
@@ -26,61 +28,86 @@ def doctor(
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the longest prompt (default: max_prompt_length, else 256).")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Compute for a CPU, where chunks of logits are smaller.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="For this machine's CPU, measured for two seconds (default with use_cpu).")
+    ] = False,
     device_tflops: Annotated[
-        float | None, typer.Option(help="10^12 operations per second (default: 989, H100 SXM, dense bfloat16).")
+        float | None,
+        typer.Option(
+            help="10^12 operations per second (default: 989, H100 SXM, dense bfloat16); instead of measuring."
+        ),
     ] = None,
     device_bandwidth: Annotated[
-        float | None, typer.Option(help="Memory bandwidth, GB/s (default: 3350, H100 SXM).")
+        float | None, typer.Option(help="Memory bandwidth, GB/s (default: 3350, H100 SXM); instead of measuring.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure operations and bandwidth on this machine.")
+        bool, typer.Option("--measure", help="Measure this machine: its GPU, or without one its CPU.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compute memory of each device and time of a step, without loading a model. Set any key of the recipe with --key value."""
     from oprd.cli.console import quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
 
-    _check(dtype, device_tflops, device_bandwidth, measure, json_file)
+    check_json(json_file)
+    overrides = parse_overrides(context.args)
+    cpu = cpu or RunConfig.asks_for_cpu(config, overrides)
+    _check(dtype, device_tflops, device_bandwidth, measure, cpu)
     quiet_libraries()
-    import torch
-
     from oprd.tools.doctor.show import examine, lines_of
-    from oprd.tools.doctor.time import Device, measure_device
     from oprd.tools.doctor.workload import workload_of
 
-    run = RunConfig.load_on_cpu(config, parse_overrides(context.args))
+    run = RunConfig.load_on_cpu(config, overrides)
     if sharding is None and devices > 1:
         sharding = "fsdp" if run.args.fully_shard else "ddp"
     work = workload_of(
         run, prompt=prompt_length, devices=devices, sharding=sharding,
         bf16=None if dtype is None else dtype == "bfloat16", accelerator=not cpu,
     )  # fmt: skip
-    if measure:
-        place = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-        device = measure_device(torch.bfloat16 if work.bf16 else torch.float32, place)
-    else:
-        device = Device(device_tflops or Device.tflops, device_bandwidth or Device.bandwidth)
+    device = _device(work, cpu, device_tflops, device_bandwidth, measure, run.args.rollout_engine)
     found = examine(work, device)
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
-    if json_file is not None:
-        write_json(json_file, redacted(found, by_name=False))
-        say(f"written to {json_file}")
+    write_report(json_file, found)
+
+
+def _device(
+    work: Workload, cpu: bool, tflops: float | None, bandwidth: float | None, measure: bool, engine: str
+) -> Device:
+    """The device that was described, or this machine, measured."""
+    import torch
+
+    from oprd.tools.doctor.probe import probe_cpu
+    from oprd.tools.doctor.time import Device, measure_device
+
+    if cpu and tflops and bandwidth:
+        return Device(tflops, bandwidth, 1.0, 1.0)
+    if cpu or (measure and not torch.cuda.is_available()):
+        return probe_cpu(work, engine)
+    if measure:
+        return measure_device(torch.bfloat16 if work.compute_bytes == 2 else torch.float32, torch.device("cuda"))
+    return Device(tflops or Device.tflops, bandwidth or Device.bandwidth)
 
 
 def _check(
-    dtype: str | None, tflops: float | None, bandwidth: float | None, measure: bool, json_file: Path | None
+    dtype: str | None,
+    tflops: float | None,
+    bandwidth: float | None,
+    measure: bool,
+    cpu: bool,
 ) -> None:
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype: {dtype!r} is not one of float32, bfloat16")
-    for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
+    given = {"tflops": tflops, "bandwidth": bandwidth}
+    for name, value in given.items():
         if value is not None and value <= 0:
             raise ValueError(f"--device-{name}: {value} is not above 0")
     if measure and (tflops or bandwidth):
         raise ValueError(
             "--measure: it finds out what --device-tflops and --device-bandwidth say; give one or the other"
         )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {json_file.parent}")
+    if cpu and bool(tflops) != bool(bandwidth):
+        one, other = sorted(given, key=lambda name: given[name] is None)
+        raise ValueError(
+            f"--device-{one}: {given[one]} alone does not describe a CPU; give --device-{other} too, or neither to measure this one"
+        )

@@ -12,13 +12,16 @@ from oprd.cli.options import (
     AnswerColumn,
     AnswerFormat,
     DatasetConfig,
+    JsonFile,
     MergeSystem,
     PromptColumn,
     SplitSpecial,
     Template,
     TemplateDate,
+    check_json,
     prompt_settings,
     reading,
+    write_report,
 )
 
 
@@ -35,7 +38,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus truncation; the paper evaluates at 0.95.")] = 0.95,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
-    engine: Annotated[str, typer.Option(help="What samples: transformers, vllm.")] = "transformers",
+    engine: Annotated[str, typer.Option(help="What samples: decode, transformers, vllm.")] = "decode",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     instruction: Annotated[
@@ -56,11 +59,12 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Sample k completions per problem, grade them, print and write the measures."""
     from oprd.cli.console import count_completions, quiet_libraries, say
 
-    _check_counts(k, limit)
+    check_json(json_file)
     quiet_libraries()
     from oprd.rollouts.engine import Sampling
     from oprd.tasks.evaluation import describe_accuracy
@@ -77,13 +81,7 @@ def evaluate(
     _say_near_misses(summary["near_misses"], show_ungraded)
     if output_dir is not None:
         say(f"written to {output_dir} (eval.json, eval_completions.jsonl)")
-
-
-def _check_counts(k: int, limit: int | None) -> None:
-    if k < 1:
-        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+    write_report(json_file, summary)
 
 
 def _say_near_misses(near: Mapping[str, Any], listed: bool) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from oprd.files import write_json
+from oprd.sanitize import redacted
 
 if TYPE_CHECKING:
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
@@ -36,6 +40,27 @@ SplitSpecial = Annotated[
     bool,
     typer.Option(help="Read control tokens in plain prompts as text; not so for prompts that are rendered already."),
 ]
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
+
+
+def check_json(json_file: Path | None) -> None:
+    """Refuse a file that cannot be written, before the work.
+
+    Raises:
+        ValueError: it is a folder, or is to be in one that does not exist.
+    """
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: {json_file} is a folder; name a file")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {json_file.parent}")
+
+
+def write_report(json_file: Path | None, report: Any) -> None:
+    """Write what a verb has found where `--json` asks for it, without secrets, and say so."""
+    if json_file is not None:
+        write_json(json_file, redacted(report, by_name=False))
+        typer.echo(f"written to {json_file}")
 
 
 def reading(

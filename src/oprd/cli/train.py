@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from oprd.cli.options import JsonFile, check_json, write_report
 from oprd.cli.resume import resumable, resume_command
 
 
@@ -33,12 +34,14 @@ def train(
             help="Settings or data (such as prompts) that you mean to change in a resumed run.",
         ),
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Distil a teacher into a student. Any key of the recipe can be set with --key value."""
+    """Distil a teacher into a student. --key value sets any key of the recipe; they are listed below."""
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
     from oprd.runs.folder import restore_config
 
+    check_json(json_file)
     quiet_libraries()
     overrides = parse_overrides(context.args)
     if dry_run:
@@ -66,3 +69,4 @@ def train(
             f"closed {summary['gap_closed']:.0%} of the gap to the teacher in {summary['steps']} steps, {summary['seconds']:.0f} s"
         )
     say(f"written to {run.args.output_dir} (summary.json, curves.png, model/)")
+    write_report(json_file, summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.rows import Messages, PromptRow
+from oprd.sanitize import printable
 
 _PROBE = "OPRD-answer"  # placeholder answer, to find the text before it
 _CLOCK = "strftime_now"
@@ -18,7 +20,8 @@ _RESERVED = frozenset((
     "return_assistant_tokens_mask", "sanitize_control_tokens", "padding", "truncation", "max_length", "tokenizer_kwargs",
 ))  # fmt: skip
 # The directives of `datetime.strftime`; a dash leaves out a leading zero.
-_DIRECTIVES = [f"%{dash}{letter}" for dash in ("-", "") for letter in "aAwdbBmyYHIpMSfjUWuVGcxXDFeTRh"]
+_DIRECTIVES = [f"%{dash}{letter}" for dash in ("-", "") for letter in "aAwdbBmyYHIpMSfjUWuVGcxXDFeTRhklPCgrsZz"]
+_PERCENT = "\ue000"  # stands for the sign that %% writes, so that no directive begins with it
 
 
 def check_template_kwargs(name: str, kwargs: Mapping[str, Any] | None) -> None:
@@ -126,6 +129,65 @@ def check_generation_prompt(
         )
 
 
+def check_contents_are_written(
+    tokenizer: PreTrainedTokenizerBase, row: PromptRow, kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a template that leaves out what a message says: it drops a role or earlier turns, or reads contents of another form.
+
+    Args:
+        tokenizer: any with a chat template.
+        row: messages, of which only the roles count here.
+        kwargs: arguments of the template.
+
+    Raises:
+        ValueError: names the row, the message and a remedy.
+    """
+    assert not isinstance(row.prompt, str), "a plain text has no messages"
+    if not re.search(r"content|\bfor\b", _source(tokenizer, kwargs)):
+        return  # a fixed text, which no message is meant to be in
+    probe = [{**message, "content": f"OPRD{i}text"} for i, message in enumerate(row.prompt)]
+    try:
+        text = rendered(tokenizer, probe, kwargs)
+    except Exception:  # the template refuses such messages: the row itself may pass
+        return
+    place = next((i for i, message in enumerate(probe) if message["content"] not in text), None)
+    if place is None:
+        return
+    role = row.prompt[place]["role"]
+    mend = "give another template with chat_template_kwargs: {chat_template: …}, or change the roles of the row"
+    if role == "system" and [message["role"] for message in row.prompt[:2]] == ["system", "user"]:
+        mend = "set merge_system_prompt: true, which puts the system message into the user's turn"
+    elif _reads_parts(tokenizer, probe, place, kwargs):
+        mend = (
+            "it reads only contents that are lists of parts; write {{ message.content }} in it (chat_template_kwargs: "
+            "{chat_template: …} gives one)"
+        )
+    raise ValueError(
+        f"{row.source or 'the prompt'}: the chat template leaves out the text of message {place}, of the role {printable(role)!r}, "
+        f"which the model would not read; {mend}"
+    )
+
+
+def _reads_parts(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, place: int, kwargs: Mapping[str, Any] | None
+) -> bool:
+    """Whether the template writes a message's content if it is a list of text parts."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    try:
+        text = str(tokenizer.apply_chat_template(parts, **(kwargs or {}), tokenize=False))
+    except Exception:  # so it is something else
+        return False
+    return messages[place]["content"] in text and "'type'" not in text  # not the list itself
+
+
+def unread_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> list[str]:
+    """Names of arguments that the chat template does not mention, as where one is misspelt."""
+    if not kwargs or not has_template(tokenizer, kwargs):
+        return []
+    words = {*re.findall(r"\w+", _source(tokenizer, kwargs))}
+    return [name for name in kwargs if name not in words and name != "chat_template"]
+
+
 def parse_date(date: str) -> datetime:
     """The point in time that the setting `chat_template_date` names.
 
@@ -169,7 +231,8 @@ def with_date(
     if date is None or not prints_date(tokenizer, kwargs):
         return kwargs
     day = parse_date(date)
-    filters = "".join(f"|replace({d!r}, {_written(day, d)!r})" for d in _DIRECTIVES)
+    replaced = {"%%": _PERCENT, **{d: _written(day, d) for d in _DIRECTIVES}, _PERCENT: "%"}
+    filters = "".join(f"|replace({directive!r}, {text!r})" for directive, text in replaced.items())
     macro = (
         f"{{% macro {_CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"  # the template begins its own line
     )

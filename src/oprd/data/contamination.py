@@ -3,7 +3,8 @@
 The check compares texts, so it misses paraphrases. Two problems match if they are equal after normalisation. They also match if
 they share most of their five-word shingles and the problem with fewer numbers has all of them in common with the other.
 Frequent shingles weigh less. Stock phrases ("where m and n are relatively prime positive integers") and instructions that end
-every prompt therefore do not cause matches.
+every prompt therefore do not cause matches. A problem with few distinct content words, such as `57 + 87 =`, is too short to judge:
+only equal words match it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ THRESHOLD = 0.5
 SHINGLE_WORDS = 5
 # Smoothing: add ten imaginary problems, so that in a tiny set a shared phrase is not mistaken for an instruction.
 _SMOOTHING = 10
+CONTENT_WORDS = 8
+"""Fewer distinct content words are too short to judge. Content: words and numbers, no signs, that are not in most problems."""
+_STOCK = 0.1  # rarity, as of a shingle, below which a word is part of what most problems say
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,18 @@ class Match:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Result of `find_overlap`: row counts of both sets, all matches (by test row, best first), and the threshold."""
+    """Result of `find_overlap`: row counts of both sets, all matches (by test row, best first), and the threshold.
+
+    `too_short` counts the test rows without a match whose problem is too short to judge; `train_too_short` counts all training rows
+    that are.
+    """
 
     train_rows: int
     test_rows: int
     matches: tuple[Match, ...]
     threshold: float
+    too_short: int = 0
+    train_too_short: int = 0
 
     @property
     def best(self) -> list[Match]:
@@ -78,14 +89,27 @@ class Overlap:
         return sum(len(match.test.sources) for match in self.best if match.exact)
 
     def __str__(self) -> str:
-        return (
+        found = (
             f"{self.overlapping} of {self.test_rows} problems are also among the {self.train_rows} training prompts "
             f"({self.exact} the same, {self.overlapping - self.exact} nearly: similarity {self.threshold:g} or more)"
+        )
+        short = [
+            f"{n} {of}" for n, of in ((self.too_short, "problems"), (self.train_too_short, "training prompts")) if n
+        ]
+        return (
+            f"{found}; too short to judge (fewer than {CONTENT_WORDS} content words): {' and '.join(short)}"
+            if short
+            else found
         )
 
     def summary(self) -> dict[str, Any]:
         """Counts for a run's summary."""
-        return {"eval_problems": self.test_rows, "overlapping": self.overlapping, "threshold": self.threshold}
+        return {
+            "eval_problems": self.test_rows,
+            "overlapping": self.overlapping,
+            "too_short": self.too_short,
+            "threshold": self.threshold,
+        }
 
     def report(self) -> dict[str, Any]:
         """Counts and every match, ready for JSON."""
@@ -94,6 +118,8 @@ class Overlap:
             "test_rows": self.test_rows,
             "overlapping": self.overlapping,
             "exact": self.exact,
+            "too_short": self.too_short,
+            "train_too_short": self.train_too_short,
             "threshold": self.threshold,
             "matches": [
                 {
@@ -112,7 +138,8 @@ class Overlap:
 def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshold: float = THRESHOLD) -> Overlap:
     """Find the problems of `test` that occur, exactly or nearly, in `train`.
 
-    The result is symmetric: swapping the two sets finds the same pairs. Rows without a word or sign match nothing.
+    The result is symmetric: swapping the two sets finds the same pairs. Rows without a word or sign match nothing; rows with fewer
+    than `CONTENT_WORDS` distinct content words match only the same words.
 
     Args:
         train: training prompts.
@@ -126,13 +153,20 @@ def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshol
         raise ValueError(f"threshold: {threshold} is not allowed; above 0 and up to 1 (0.5: half of the shorter text)")
     train, test = (rows if isinstance(rows, Sequence) else list(rows) for rows in (train, test))
     sides = distinct_problems(train), distinct_problems(test)
-    found = []
-    for problem, candidates in zip(sides[1], _similar(*sides, threshold), strict=True):
-        pairs = [(sides[0][row], similarity) for row, similarity in candidates]
-        matches = [Match(other, problem, s, exact=other.words == problem.words) for other, s in pairs]
-        matches = [match for match in matches if match.exact or numbers_agree(problem.text, match.train.text)]
+    short = _too_short(*sides)
+    found, unjudged = [], 0
+    for index, (problem, candidates) in enumerate(zip(sides[1], _similar(*sides, threshold), strict=True)):
+        pairs = [(row, sides[0][row], similarity) for row, similarity in candidates]
+        matches = [
+            Match(other, problem, similarity, exact)
+            for row, other, similarity in pairs
+            if (exact := other.words == problem.words)
+            or (not (short[1][index] or short[0][row]) and numbers_agree(problem.text, other.text))
+        ]
         found += sorted(matches, key=lambda match: (not match.exact, -match.similarity))
-    return Overlap(len(train), len(test), tuple(found), threshold)
+        unjudged += len(problem.sources) if short[1][index] and not matches else 0
+    in_train = sum(len(problem.sources) for problem, is_short in zip(sides[0], short[0], strict=True) if is_short)
+    return Overlap(len(train), len(test), tuple(found), threshold, unjudged, in_train)
 
 
 def say_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -272,6 +306,21 @@ def _similar(train: Sequence[Problem], test: Sequence[Problem], threshold: float
         # Tolerance: the two sums run in different orders, so an exact half may come out slightly smaller.
         found = np.flatnonzero(similarity > threshold - 1e-9)
         yield [(int(candidates[i]), min(1.0, float(similarity[i]))) for i in found]
+
+
+def _too_short(train: Sequence[Problem], test: Sequence[Problem]) -> tuple[list[bool], list[bool]]:
+    """Whether each problem of the two sets has too few distinct content words."""
+    stock: set[str] = set()
+    for problems in (train, test):
+        having = Counter(chain.from_iterable(set(problem.words) for problem in problems))
+        least = (len(problems) + _SMOOTHING) ** (1 - _STOCK)  # as many have a rarity of _STOCK
+        stock |= {word for word, count in having.items() if count > least}
+    one, other = ([_content(p.words, stock) < CONTENT_WORDS for p in problems] for problems in (train, test))
+    return one, other
+
+
+def _content(words: Sequence[str], stock: set[str]) -> int:
+    return sum(word[0].isalnum() for word in set(words) - stock)
 
 
 def _hashed_shingles(problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:

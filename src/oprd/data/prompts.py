@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd.data.chat_template import check_generation_prompt, continues, has_template, rendered_ids
+from oprd.data.chat_template import (
+    check_contents_are_written,
+    check_generation_prompt,
+    continues,
+    has_template,
+    rendered_ids,
+    unread_kwargs,
+)
 from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens, naming_the_row
 from oprd.data.rows import PromptRow
@@ -76,10 +83,16 @@ class PromptRenderer:
             name: of the dataset.
 
         Raises:
-            ValueError: as `render`; or the template takes no notice of `add_generation_prompt` and needs to.
+            ValueError: as `render`; or the template leaves out a message, or takes no notice of `add_generation_prompt`
+                and needs to.
         """
         ids, written = IdsColumn(), {True: _Written(), False: _Written()}  # by whether the prompt is plain text
-        continued, checked = 0, False
+        if unread := unread_kwargs(self.tokenizer, self.template_kwargs):
+            logger.warning(
+                "%s: the chat template does not read %s of chat_template_kwargs, so it changes nothing",
+                name, ", ".join(map(repr, unread)),
+            )  # fmt: skip
+        continued, checked, seen_roles = 0, False, set[tuple[str, ...]]()
         for place, row in enumerate(rows):
             if continues(row):
                 continued += 1
@@ -88,6 +101,9 @@ class PromptRenderer:
                 checked = True
             token = self.control.find(row)
             ids.append(self._render(row, token))
+            if not isinstance(row.prompt, str) and (roles := tuple(m["role"] for m in row.prompt)) not in seen_roles:
+                check_contents_are_written(self.tokenizer, row, self.template_kwargs)
+                seen_roles.add(roles)
             if token is not None:
                 written[isinstance(row.prompt, str)].add(token, row.source or f"row {place}")
         if continued:
@@ -239,42 +255,3 @@ def _kept(lengths: np.ndarray, max_prompt_length: int | None, name: str) -> np.n
             f"max_prompt_length: {max_prompt_length} leaves no prompt of {name}; the shortest has {lengths.min()} tokens"
         )
     return kept
-
-
-def check_token_ids(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None, model: str
-) -> None:
-    """Refuse a prompt with a token that a model has no embedding for: its tokenizer has more tokens than the model.
-
-    So is a prompt whose text writes such a token, even where it is read as text (`split_special_tokens`): it means the token.
-
-    Args:
-        prompts: rendered prompts.
-        tokenizer: rendered them.
-        embedding_rows: number of token ids that the model can read; None: not known.
-        model: "student", "teacher" or the model's name, for the message.
-
-    Raises:
-        ValueError: names the row, the token and both sizes; or the padding token, if it is beyond the embedding.
-    """
-    if embedding_rows is None:
-        return
-    why = (
-        f"the embedding of the {model} has {embedding_rows} rows: the tokenizer was extended and the model was not; take the "
-        "tokenizer that belongs to the model, or resize the model (resize_token_embeddings) and save it"
-    )
-    if (pad := tokenizer.pad_token_id) is not None and pad >= embedding_rows:
-        raise ValueError(
-            f"tokenizer: its pad_token {tokenizer.pad_token!r} has the id {pad}, and {why}; or set pad_token to the end token"
-        )
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if i >= embedding_rows}
-    for prompt in prompts:
-        largest = max(prompt.ids)
-        texts = [prompt.row.prompt] if isinstance(prompt.row.prompt, str) else [m["content"] for m in prompt.row.prompt]
-        written = next((name for name in added for text in texts if name in text), None)
-        if largest >= embedding_rows or written is not None:
-            token = written if written is not None else tokenizer.convert_ids_to_tokens(largest)
-            number = largest if written is None else added[written]
-            raise ValueError(
-                f"{prompt.name}: the prompt has the token {token!r} (id {number}), and {why}; or change the row"
-            )

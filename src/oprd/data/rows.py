@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.data.compact import JsonColumn, OnAccess
+from oprd.data.hub import hub_answers, why_no_hub
 from oprd.sanitize import printable
 
 logger = logging.getLogger("oprd")
@@ -23,14 +24,18 @@ Messages = list[dict[str, str]]
 
 _FILE_KINDS = (".parquet", ".jsonl", ".json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_PROMPT_COLUMNS = ("prompt", "problem", "question", "messages", "conversations")
-_CONVERSATIONS = ("messages", "conversations")
+_PROMPT_COLUMNS = ("prompt", "problem", "question", "messages", "conversations", "conversation")
+_CONVERSATIONS = ("messages", "conversations", "conversation")
 _ANSWER_COLUMNS = (
     "answer", "reward_model.ground_truth", "final_answer", "expected_answer", "ground_truth", "solution",
 )  # fmt: skip
 _CHOICE_COLUMNS = ("choices", "options")
+_BESIDE_PROMPT = ("context", "passage", "input")  # may hold a part of the problem
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_SPEAKERS = {
+    "human": "user", "prompter": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "ai", "bot", "bing", "bard"), "assistant"),
+}  # fmt: skip
 _MOST_NAMED = 3
 PER_DATASET = ("train", "eval")
 """The datasets of a run."""
@@ -108,7 +113,8 @@ def parse_row(row: Mapping[str, Any], source: str, reading: Reading | None = Non
 
     The prompt is the column `prompt` (text, or a list of {role, content}), else `problem` or `question` (text, which
     becomes one user message), `messages` or `conversations` ({role, content} or {from, value}; the assistant's last turn is the
-    response, and is left off). A list of messages may be stored as JSON text. The answer is the column `answer` (text or a
+    response, and is left off). A list of messages may be JSON text, a content a list of
+    text parts. The answer is the column `answer` (text or a
     number), else verl's `reward_model.ground_truth`, `final_answer`, `expected_answer`, `ground_truth` or `solution`, else None.
     Other columns are ignored.
 
@@ -138,8 +144,9 @@ def _parse(row: Mapping[str, Any], source: str, reading: Reading) -> _Parsed:
     if reading.merge_system_prompt and (merged := merged_system_prompt(prompt)) is not None:
         prompt = merged
         notes.append("system messages put into the user's turn")
+    notes += [f"column {c!r} not read" for c in _BESIDE_PROMPT if c != name and str(row.get(c) or "").strip()]
     answer, column = _parse_answer(row, source, reading)
-    return _Parsed(PromptRow(prompt=prompt, answer=answer, source=source), name, column, tuple(notes))
+    return _Parsed(PromptRow(prompt=prompt, answer=answer, source=source), name, column, tuple(dict.fromkeys(notes)))
 
 
 def _parse_prompt(value: Any, name: str, source: str, notes: list[str], *, named: bool) -> str | Messages:
@@ -150,15 +157,16 @@ def _parse_prompt(value: Any, name: str, source: str, notes: list[str], *, named
                 f"{source}: column {name!r} is {value!r}: a prompt needs text. Remove the row or fill it in"
             )
         _check_text(value, source, f"column {name!r}")
-        if not _MESSAGES_AS_TEXT.match(value):
+        inner = _messages_of_text(value, name, source)
+        if inner is None:
             return value if name == "prompt" else [{"role": "user", "content": value}]
-        value = _messages_of_text(value, name, source)
+        value = inner
         notes.append("message lists read from JSON text")
     elif not (name == "prompt" or whole or named):
         raise ValueError(
             f"{source}: column {name!r} is {_shown(value)}: only text is allowed. Put messages in 'prompt'"
         )
-    messages = _parse_messages(value, source)
+    messages = _parse_messages(value, source, notes)
     if whole and messages[-1]["role"] == "assistant":
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -170,15 +178,29 @@ def _parse_prompt(value: Any, name: str, source: str, notes: list[str], *, named
     return messages
 
 
-def _messages_of_text(text: str, name: str, source: str) -> Any:
-    """The messages that a column holds as JSON text."""
+def _messages_of_text(text: str, name: str, source: str) -> list[Any] | None:
+    """The messages that a column holds as JSON text; None for other text."""
+    expected = _MESSAGES_AS_TEXT.match(text) is not None
+    if not expected and text.lstrip()[:1] not in ("[", "{"):
+        return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if not expected:
+            return None
         raise ValueError(
             f"{source}: column {name!r} is {_shown(text)}: it looks like a list of messages as text, and is not JSON "
             f"({error}). Store the list itself, or write it as JSON"
         ) from None
+    if isinstance(value, Mapping):
+        lists = [value[key] for key in ("prompt", *_CONVERSATIONS) if key in value]
+        value = lists[0] if lists else [value]
+    is_messages = isinstance(value, list) and value and all(map(_is_message, value))
+    return value if expected or is_messages else None
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ({"role", "content"} <= {*value} or {"from", "value"} <= {*value})
 
 
 def merged_system_prompt(prompt: str | Messages) -> Messages | None:
@@ -199,8 +221,30 @@ def _lookup(row: Mapping[str, Any], column: str) -> Any:
         return row[column]
     value: Any = row
     for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        value = _inside(value, part)
     return value
+
+
+def _inside(value: Any, key: str) -> Any:
+    """What a mapping, or one as JSON text, has under a key, or a list at a place; None if it has nothing there."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    value = _python_value(value)
+    if isinstance(value, list) and key.isdecimal():
+        return value[int(key)] if int(key) < len(value) else None
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _may_be_null(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a column without a value is one of the row's, and not a misspelt name."""
+    parent, dot, last = column.rpartition(".")
+    if column in row or not dot:
+        return column in row
+    holder = _lookup(row, parent)
+    return last in holder if isinstance(holder, Mapping) else holder is None and _may_be_null(row, parent)
 
 
 def load_prompts(
@@ -380,29 +424,59 @@ def _check_text(text: str, source: str, what: str) -> None:
         ) from None
 
 
-def _parse_messages(value: Any, source: str) -> Messages:
-    if hasattr(value, "tolist"):  # a numpy array or arrow value from pandas or pyarrow
-        value = value.tolist()
+def _parse_messages(value: Any, source: str, notes: list[str]) -> Messages:
+    value = _python_value(value)  # an array from pandas or pyarrow
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
             f"{source}: the prompt is {_shown(value)}: give text, or a list of at least one {{role, content}}"
         )
-    messages = []
-    for i, message in enumerate(value):
-        fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
-        if set(fields) == {"from", "value"}:  # ShareGPT's names
-            speaker = fields["from"]
-            fields = {"role": _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker,
-                      "content": fields["value"]}  # fmt: skip
-        if set(fields) != {"role", "content"} or not all(isinstance(v, str) and v.strip() for v in fields.values()):
-            raise ValueError(
-                f"{source}: message {i} of the prompt is {_shown(message)}: it needs 'role' and 'content' (or 'from' and "
-                "'value'), both text that is not empty, and nothing else"
-            )
-        for key, text in fields.items():
-            _check_text(text, source, f"{key!r} of message {i} of the prompt")
-        messages.append({"role": str(fields["role"]), "content": str(fields["content"])})
-    return messages
+    return [_parse_message(message, i, source, notes) for i, message in enumerate(value)]
+
+
+def _parse_message(message: Any, place: int, source: str, notes: list[str]) -> dict[str, str]:
+    fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+    shared_names = set(fields) == {"from", "value"}  # ShareGPT's
+    if shared_names:
+        fields = {"role": fields["from"], "content": fields["value"]}
+    if (text := _text_of_parts(fields.get("content"))) is not None:
+        fields["content"] = text
+        notes.append("texts joined that were given as parts")
+    if set(fields) != {"role", "content"} or not all(isinstance(v, str) and v.strip() for v in fields.values()):
+        extra = ", ".join(repr(key) for key in fields if key not in ("role", "content"))
+        remove = f"; remove {extra}, of which nothing would be read" if {"role", "content"} < set(fields) else ""
+        raise ValueError(
+            f"{source}: message {place} of the prompt is {_shown(message)}: it needs 'role' and 'content' (or 'from' and "
+            f"'value'), both text that is not empty, and nothing else{remove}"
+        )
+    for key, text in fields.items():
+        _check_text(text, source, f"{key!r} of message {place} of the prompt")
+    role = _usual_role(str(fields["role"]))
+    if role not in _ROLES and shared_names:
+        raise ValueError(
+            f"{source}: message {place} of the prompt is from {role!r}: known are {', '.join((*_ROLES, *_SPEAKERS))}; rename the "
+            "speaker, or remove the row"
+        )
+    if role != fields["role"] and not shared_names:
+        notes.append(f"role {fields['role']!r} read as {role!r}")
+    return {"role": role, "content": str(fields["content"])}
+
+
+def _usual_role(name: str) -> str:
+    """The role as templates know it: `user` for `Human`. Another name stays: a template may have its own."""
+    lower = name.strip().lower()
+    role = _SPEAKERS.get(lower, lower)
+    return role if role in _ROLES else name
+
+
+def _text_of_parts(content: Any) -> str | None:
+    """The text of a content that is a list of `{type: text, text: …}`; None for any other."""
+    parts = _python_value(content)
+    if not isinstance(parts, list | tuple) or not parts:
+        return None
+    read = [{k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {} for part in parts]
+    if not all(set(part) == {"type", "text"} and part["type"] == "text" for part in read):
+        return None
+    return "".join(map(str, (part["text"] for part in read)))
 
 
 def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tuple[str | None, str | None]:
@@ -413,20 +487,30 @@ def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tupl
         return None, None
     answer = _lookup(row, name)
     if answer is None:
-        if name.split(".")[0] not in row and name not in row:
-            raise ValueError(
-                f"{source}: answer_column {name!r} is not among the columns {_shown(sorted(map(str, row)))}; name one of them"
-            )
+        if not _may_be_null(row, name):
+            parent = name.rpartition(".")[0]
+            holder = _lookup(row, parent) if parent else None
+            where = f"in column {parent!r}, which is {_shown(holder)}" if holder is not None else (
+                f"among the columns {_shown(sorted(map(str, row)))}")  # fmt: skip
+            raise ValueError(f"{source}: answer_column {name!r} is not {where}; name one that is")
         return None, None
-    if hasattr(answer, "item"):  # a numpy scalar
-        answer = answer.item()
+    answer = _python_value(answer)
     finite_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if not finite_number and not (isinstance(answer, str) and answer.strip()):
-        raise ValueError(f"{source}: the answer is {_shown(answer)}: give text or a finite number, or null for none")
+        mend = "give text or a finite number, or null for none"
+        if isinstance(answer, list | Mapping) and answer:
+            inner = 0 if isinstance(answer, list) else next(iter(answer))
+            mend = f"give one text, or name what is inside (answer_column: {name}.{inner})"
+        raise ValueError(f"{source}: the answer is {_shown(answer)}: {mend}")
     _check_text(str(answer), source, "the answer")
     if reading.graded and named is None and str(answer).strip().isdecimal():
         _check_no_choices(row, answer, name, source)
     return str(answer), name
+
+
+def _python_value(value: Any) -> Any:
+    """A numpy scalar or array as Python has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check_no_choices(row: Mapping[str, Any], answer: Any, name: str, source: str) -> None:
@@ -444,7 +528,8 @@ def _check_no_choices(row: Mapping[str, Any], answer: Any, name: str, source: st
 
 def _parse_any(row: Any, source: str, reading: Reading) -> _Parsed:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{source}: the row is {_shown(row)}: it must be an object with the column 'prompt'")
+        hint = ". A list of all rows is the format .json" if isinstance(row, list) else ""
+        raise ValueError(f"{source}: the row is {_shown(row)}: it must be an object with the column 'prompt'{hint}")
     return _parse(row, source, reading)
 
 
@@ -483,16 +568,30 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
 def _json_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     content = _parse_json(path.read_bytes(), name)
     if not isinstance(content, list):
-        raise ValueError(f"{name}: holds {_shown(content)}: it must be a list of objects")
+        lists = (
+            [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, Mapping) else []
+        )
+        mend = f"; save the list under {lists[0]!r} alone" if len(lists) == 1 else ""
+        raise ValueError(f"{name}: holds {_shown(content)}: it must be a list of objects{mend}")
     yield from enumerate(content)
 
 
 def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
     import datasets
 
+    if (Path(name).expanduser() / "state.json").is_file():
+        raise ValueError(
+            f"{name!r}: save_to_disk wrote this folder, which is not read: write the dataset with to_parquet, and name that file"
+        )
+    offline = not Path(name).expanduser().is_dir() and not hub_answers()
     try:
         dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class
+        if offline and isinstance(error, OSError):  # no connection, no file
+            raise ValueError(
+                f"{name!r}: this dataset is not in the cache, and {why_no_hub()}; give a path that ends in "
+                f"{', '.join(_FILE_KINDS)}, or try again with a connection"
+            ) from error
         raise ValueError(
             f"{name!r}: cannot load the split {split!r} of {'this dataset' if subset is None else f'its subset {subset!r}'}: "
             f"{printable(error)}. Give the name of a hub dataset and one of its splits, of a dataset with subsets also the subset "
@@ -503,10 +602,25 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, 
 
 def _parse_json(text: bytes, source: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        hint = " One object a line is the format .jsonl" if "Extra data" in str(error) else ""
+        hint = ""
+        if "Extra data" in str(error):
+            hint = " One object a line, with \\n at its end, is the format .jsonl"
+        elif isinstance(error, UnicodeDecodeError):
+            hint = " Save the file as UTF-8"
+        elif text.rstrip().endswith((b"{", b"[", b",")) and b"\n" not in text.rstrip():
+            hint = " In .jsonl an object stands on one line; over several lines it is the format .json"
         raise ValueError(f"{source}: not JSON: {error}. The text begins {text[:60]!r}.{hint}") from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; one that names a key twice has no one meaning."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {twin!r} stands twice in one object: remove one of the two")
+    return found
 
 
 def _is_file_name(path: Path) -> bool:

@@ -42,6 +42,10 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """
     body = backbone(model)
     count = causal_lm(model).config.get_text_config().num_hidden_layers
+    if count < 1:
+        raise ValueError(
+            f"{type(body).__name__}: config.num_hidden_layers is {count}: a model without blocks has no states to compare"
+        )
     lists = {n: m for n, m in body.named_children() if isinstance(m, nn.ModuleList) and len(m) == count}
     if len(lists) != 1:
         raise ValueError(

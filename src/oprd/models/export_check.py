@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models.adapters import CONFIG
-from oprd.models.architecture import causal_lm
+from oprd.models.architecture import causal_lm, evaluating
 from oprd.models.load_report import check_loaded
 from oprd.models.saved import saved_tensors, weight_files
 from oprd.models.tokens import vocabulary_size
@@ -169,15 +169,9 @@ def _logits(model: nn.Module, ids: Tensor, autocast: torch.dtype | None) -> Tens
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients; afterwards all modules are in the mode, and the random generators in the state, of before."""
-    training = {module for module in model.modules() if module.training}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            model.eval()
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(model):
+        yield
 
 
 def _alike(live: Tensor, stored: Tensor) -> bool:

@@ -43,7 +43,7 @@ def reason_of(error: Exception) -> str | None:
 
 @contextmanager
 def conversion_failures() -> Iterator[list[str]]:
-    """Give a list that receives the names of weights which transformers cannot convert: it writes them to its log alone."""
+    """Give a list that receives the names of weights which transformers cannot convert: it writes them only to its log."""
     names: list[str] = []
     source = logging.getLogger("transformers.modeling_utils")
     level = source.getEffectiveLevel()
@@ -144,7 +144,7 @@ def first_names(names: Sequence[str], between: str = ", ") -> str:
 def _check_ties(name: str, model: PreTrainedModel) -> None:
     """Refuse a head that the config ties to the embedding where the files hold another one.
 
-    Transformers keeps both; whatever follows the config alone, such as vLLM, drops the head.
+    Transformers keeps both; software that follows only the config, such as vLLM, drops the head.
     """
     wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
     if untied := sorted({*wanted} - {*model.all_tied_weights_keys}):
@@ -193,13 +193,15 @@ def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[
 
 
 def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """What stands in front of, or in the middle of, unexpected names that would else be missing ones."""
+    """The text in front of, or inside, unexpected names that are the missing names without it."""
     wanted = {*missing}
     for key in unexpected:
         if (found := _WRAPPERS.search(key)) and _WRAPPERS.sub("", key) in wanted:
             return found[0]
-    heads = {key[: -len(name)] for name in missing[:1] for key in unexpected if key.endswith(f".{name}")}
-    return next(iter(heads)) if len(heads) == 1 else None
+        places = [dot.end() for dot in re.finditer(r"\.", key) if key[dot.end() :] in wanted]
+        if places:
+            return key[: places[-1]]
+    return None
 
 
 def _heads(model: PreTrainedModel) -> set[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
+from oprd.models.folder_check import check_adapter_folder, check_folder, lacks_tokenizer
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
+from oprd.models.nearest_folder import nearest_hint, no_such_model
 from oprd.models.tokens import say_ends, stop_token_ids
 
 EMBEDDED = "embedded:"
@@ -125,8 +130,31 @@ def load(
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
 
+def with_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, trust_remote_code: bool = False
+) -> LoadedModel:
+    """A model that Python code gives, with its tokenizer: the given one, or that of the folder or hub name it was loaded by.
+
+    Args:
+        model: any that is loaded.
+        tokenizer: its tokenizer; None: load it.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        ValueError: no tokenizer is given, and the model was not loaded by name.
+    """
+    name = model.config.name_or_path
+    if tokenizer is None:
+        if not name:
+            raise ValueError("processing_class: the model was not loaded by name, so pass its tokenizer")
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
+
+
 def resolve_name(name: str) -> str:
     """The name as transformers accepts it: `embedded:tiny/student` becomes the folder inside this package.
+
+    Before the first hub name, the hub is asked whether it answers (`oprd.data.hub`).
 
     Raises:
         ValueError: an unknown embedded name, or a path without a folder.
@@ -140,9 +168,12 @@ def resolve_name(name: str) -> str:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).expanduser().is_dir():
         raise ValueError(
-            f"model: there is no folder {name!r}; give a folder with config.json or a hub name owner/model"
+            f"model: there is no folder {name!r}{nearest_hint(name)}; give a folder with config.json or a hub name owner/model"
         )
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    hub_answers()
+    return name
 
 
 def load_model(
@@ -173,11 +204,16 @@ def load_model(
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     resolved = resolve_name(name)
+    inside = Path(resolved) / str(kwargs.get("subfolder") or "")
     adapter = find_adapter(resolved, init_kwargs)
     if adapter is None:
+        if "gguf_file" not in kwargs:
+            check_folder(name, inside)
         model = _load_whole(name, resolved, kwargs)
     else:
+        check_adapter_folder(name, inside)
         base = _base_of(adapter)
+        check_folder(base, Path(base))
         of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
             "revision": adapter.base_revision
         }
@@ -192,7 +228,8 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     """Load a model that is no adapter."""
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with conversion_failures() as failed:
+    local = Path(resolved).is_dir()
+    with conversion_failures() as failed, _whole_under_zero3():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
         except Exception as error:
@@ -203,12 +240,31 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
                     f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
                     "another shape: copy the whole folder again"
                 )
+            elif not local and isinstance(error, OSError) and not hub_answers():
+                reason = no_such_model(name)
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model: {name!r} is an encoder-decoder; only decoder-only language models are supported")
     blocks(model)  # raises now, with the class's name, if the layers cannot be found
     check_loaded(name, model, report)
     return model
+
+
+@contextmanager
+def _whole_under_zero3() -> Iterator[None]:
+    """Under DeepSpeed ZeRO-3, let transformers load whole weights instead of partitioned ones.
+
+    DeepSpeed partitions the student when training begins. A teacher stays whole: no engine would gather its weights.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(config)
 
 
 def _base_of(adapter: Adapter) -> str:
@@ -242,6 +298,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     resolved, revision = resolve_name(name), None
     if (adapter := find_adapter(resolved)) is not None:
         resolved, revision = _base_of(adapter), adapter.base_revision
+    elif not any(Path(resolved).glob("*.gguf")):
+        check_folder(name, Path(resolved))
     return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -259,6 +317,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as error:
         if (reason := reason_of(error)) is None:
             raise
+        folder = Path(resolved)
+        if folder.is_dir() and lacks_tokenizer(folder):
+            raise ValueError(
+                f"tokenizer: the folder {name!r} has none (no tokenizer.json); copy the tokenizer's files of its model into it"
+            ) from None
+        if not folder.is_dir() and isinstance(error, OSError) and not hub_answers():
+            reason = no_such_model(name)
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
 
 

@@ -24,7 +24,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's live weights under the names of a save, of a PEFT model the adapter's alone. Tied weights have all their names."""
+    """A model's live weights under the names of a save; of a PEFT model only the adapter's. Tied weights have all their names."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict  # an extra: only users of adapters need it
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.chat_template import has_template
+from oprd.data.prompts import Prompt
 from oprd.models.architecture import causal_lm
 
 logger = logging.getLogger("oprd")
@@ -21,15 +23,19 @@ _CONTENT = "zq"  # a turn's content that no template writes
 
 
 def named_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
-    """Source → ids that it names as the end of a text or turn; sources that name none are left out."""
+    """Source → ids that it names as the end of a text or turn; sources that name none are left out.
+
+    Raises:
+        ValueError: a source names something that is no token id.
+    """
     lm = causal_lm(model)
     of_config = getattr(lm.config, "eos_token_id", None)
     if of_config is None:
         of_config = getattr(lm.config.get_text_config(), "eos_token_id", None)
     found = {
-        GENERATION: _ids(getattr(lm.generation_config, "eos_token_id", None)),
-        MODEL: _ids(of_config),
-        TOKENIZER: _ids(tokenizer.eos_token_id),
+        GENERATION: _ids(getattr(lm.generation_config, "eos_token_id", None), GENERATION),
+        MODEL: _ids(of_config, MODEL),
+        TOKENIZER: _ids(tokenizer.eos_token_id, TOKENIZER),
         TEMPLATE: turn_end_ids(tokenizer),
     }
     return {source: ids for source, ids in found.items() if ids}
@@ -56,8 +62,15 @@ def say_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) ->
         sources = [source for source, ids in named.items() if i in ids]
         if len(sources) < len(named):
             alone = " alone" if len(sources) == 1 else ""
-            effect = "ends a text" if i in stops else "ends none"
-            parts.append(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
+            token = tokenizer.convert_ids_to_tokens(i)
+            effect = (
+                "ends none"
+                if i not in stops
+                else "ends a text"
+                if token is not None
+                else "ends none, as it is no token"
+            )
+            parts.append(f"{token!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
     unused = {*chain.from_iterable(named.values())} - {*stops}
     if parts:
         level = logging.WARNING if unused else logging.INFO
@@ -73,7 +86,7 @@ def turn_end_ids(
         tokenizer: any.
         template_kwargs: arguments of its chat template.
     """
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer, template_kwargs):
         return ()
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _CONTENT}]
     settings = {**(template_kwargs or {}), "add_generation_prompt": False, "tokenize": False}
@@ -87,15 +100,60 @@ def turn_end_ids(
     return (added[match[0]],) if match else ()
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _ids(value: Any, source: str) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ValueError(
+                f"{source}: eos_token_id is {value!r}, and {i!r} is no token id; give a whole number from 0, or a list"
+            )
+    return ids
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's highest id + 1. A model's embedding may have more rows; these are padding without a token."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_token_ids(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, embedding_rows: int | None, model: str
+) -> None:
+    """Refuse a prompt with a token that a model has no embedding for: its tokenizer has more tokens than the model.
+
+    So is a prompt whose text writes such a token, even where it is read as text (`split_special_tokens`): it means the token.
+
+    Args:
+        prompts: rendered prompts.
+        tokenizer: rendered them.
+        embedding_rows: number of token ids that the model can read; None: not known.
+        model: "student", "teacher" or the model's name, for the message.
+
+    Raises:
+        ValueError: names the row, the token and both sizes; or the padding token, if it is beyond the embedding.
+    """
+    if embedding_rows is None or vocabulary_size(tokenizer) <= embedding_rows:
+        return  # no prompt can hold such a token
+    why = (
+        f"the embedding of the {model} has {embedding_rows} rows: the tokenizer was extended and the model was not; take the "
+        "tokenizer that belongs to the model, or resize the model (resize_token_embeddings) and save it"
+    )
+    if (pad := tokenizer.pad_token_id) is not None and pad >= embedding_rows:
+        raise ValueError(
+            f"tokenizer: its pad_token {tokenizer.pad_token!r} has the id {pad}, and {why}; or set pad_token to the end token"
+        )
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if i >= embedding_rows}
+    for prompt in prompts:
+        largest = max(prompt.ids)
+        texts = [prompt.row.prompt] if isinstance(prompt.row.prompt, str) else [m["content"] for m in prompt.row.prompt]
+        written = next((name for name in added for text in texts if name in text), None)
+        if largest >= embedding_rows or written is not None:
+            token = written if written is not None else tokenizer.convert_ids_to_tokens(largest)
+            number = largest if written is None else added[written]
+            raise ValueError(
+                f"{prompt.name}: the prompt has the token {token!r} (id {number}), and {why}; or change the row"
+            )
 
 
 def different_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int]:

@@ -6,16 +6,20 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.registry import resolve_object
+from oprd.rollouts.decode import DecodeEngine
 from oprd.rollouts.engine import EngineAbilities, RolloutEngine, Sampled, Sampling, derive_seed, student_writes
+from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.rollouts.vllm.engine import VLLMEngine
 from oprd.rollouts.vllm.server import VLLMServerEngine
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
+    "decode": DecodeEngine,
     "transformers": TransformersEngine,
     "transformers_continuous": TransformersContinuousEngine,
     "vllm": VLLMEngine,
@@ -23,9 +27,9 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
 }
 
 __all__ = [
-    "ENGINES", "EngineAbilities", "RolloutEngine", "Sampled", "Sampling", "TransformersContinuousEngine",
-    "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "check_engine", "derive_seed", "engine_abilities",
-    "make_engine", "student_writes",
+    "ENGINES", "DecodeEngine", "EngineAbilities", "RolloutEngine", "Sampled", "Sampling",
+    "TransformersContinuousEngine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine", "check_engine", "derive_seed",
+    "engine_abilities", "make_engine", "probe_engine", "student_writes",
 ]  # fmt: skip
 
 
@@ -88,3 +92,25 @@ def engine_abilities(name: str) -> EngineAbilities:
     """
     abilities = getattr(resolve_object("rollout_engine", name, ENGINES), "can", None)
     return abilities if isinstance(abilities, EngineAbilities) else EngineAbilities()
+
+
+def probe_engine(engine: RolloutEngine, model: nn.Module) -> dict[str, Any]:
+    """Measure, before the first rollout, whether a text that is sampled in a batch gets the logits of the text alone.
+
+    Args:
+        engine: measured if it runs the model's own forward on padded batches: `decode` and `transformers`.
+        model: as the engine samples from it; sharded on all processes.
+
+    Returns:
+        For `summary.json`: way of sampling → its measure; empty for other engines.
+
+    Raises:
+        ValueError: completions would depend on what is sampled beside them.
+    """
+    if isinstance(engine, DecodeEngine):
+        return engine.probe(model)
+    if not isinstance(engine, TransformersEngine):
+        return {}
+    found = probe_decoding(model)
+    check_decoding(found)
+    return {way: measure for way, measure in found.as_json().items() if way != "dtype"}

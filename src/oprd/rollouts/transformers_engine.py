@@ -18,7 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from oprd.models.architecture import causal_lm
+from oprd.models.architecture import causal_lm, evaluating
+from oprd.models.lm_head import contiguous_head_input
 from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.sharding import is_sharded, most_of_ranks
 from oprd.models.tokens import vocabulary_size
@@ -222,13 +223,9 @@ def drawing_processors(sampling: Sampling, draw: Draw) -> LogitsProcessorList:
 
 @contextmanager
 def _sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode (no dropout, no activation checkpointing) while it samples."""
-    was_training = model.training
-    model.eval()
-    try:
+    """Put the model in eval mode (no dropout, no activation checkpointing) while it samples, its LM head's input contiguous."""
+    with evaluating(model), contiguous_head_input(model):
         yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.files import writing
 from oprd.runs.columns import Columns, drawn, number
 from oprd.runs.folder import METRICS, SUMMARY
 from oprd.runs.jsonl import read_lines
+from oprd.runs.pictures import (
+    BEFORE,
+    COLOURS,
+    QUIET,
+    TEACHER,
+    End,
+    in_percent,
+    level,
+    name_ends,
+    new_figure,
+    plain_log,
+    save,
+    step_axis,
+    style,
+)
 
-# Colours that colour-blind readers can distinguish, also in greyscale (Okabe and Ito).
-STUDENT, TEACHER, BEFORE, QUIET = "#0072B2", "#009E73", "#D55E00", "#999999"
+STUDENT, RAW = COLOURS[0], COLOURS[1]
 
 
 def plot_run(folder: Path, file: Path) -> None:
@@ -21,80 +35,152 @@ def plot_run(folder: Path, file: Path) -> None:
     Raises:
         ValueError: the folder has no metrics.
     """
-    # matplotlib's object interface needs no display and no global pyplot state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    summary = folder / SUMMARY
+    with style():
+        save(draw_run(folder / METRICS, json.loads(summary.read_text()) if summary.exists() else {}), file)
 
+
+def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
+    """The figure of `plot_run`. Call it inside `oprd.runs.pictures.style`.
+
+    Args:
+        metrics: a `metrics.jsonl`.
+        summary: content of a `summary.json`; {} for a run without.
+
+    Raises:
+        ValueError: no line of `metrics` has a step and a loss.
+    """
     steps, evals = Columns(), Columns()
-    for line in read_lines(folder / METRICS):
+    for line in read_lines(metrics):
         for key, rows in (("loss", steps), ("eval_avg_at_k", evals)):
             if key in line.row and number(line.row, "step") is not None:
                 rows.add(line.row)
     if not len(steps):
-        raise ValueError(f"{folder} has no metrics to draw")
-    summary_file = folder / SUMMARY
-    summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
-    figure = Figure(figsize=(10, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    (accuracy, loss), (cosine, length) = figure.subplots(2, 2)
-    _draw_accuracy(accuracy, steps, evals, summary)
-    _plot(loss, steps, "loss", color=STUDENT)
-    values = steps.series("loss")[1]
-    alone = values == steps.series("loss/representation")[1]
-    loss.set(title="Representation loss (Eq. 6)" if alone else "Loss", xlabel="step")
-    if all(value > 0 for value in values):
-        loss.set_yscale("log")
-    layers = sorted((key for key in steps.keys if key.startswith("cosine/layer_")), key=_layer_of)
-    for index, key in enumerate(layers):
-        last = index == len(layers) - 1
-        label = f"layer {_layer_of(key)}" if last else None
-        _plot(cosine, steps, key, color=STUDENT if last else QUIET, lw=1.6 if last else 0.7, label=label)
-    cosine.set(title="Cosine to the teacher's states (grey: lower layers)", xlabel="step")
-    if layers:
-        cosine.legend(loc="lower right", frameon=False)
+        raise ValueError(f"{metrics} has no metrics to draw")
+    missing = _why_no_accuracy(steps, evals, summary)
+    figure = new_figure(4.6 if missing else 7.2)
+    if missing:
+        figure.supxlabel(missing, color=QUIET)
+        below = figure
+    else:
+        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.75))
+        accuracy = above.subplots()
+    (loss, cosine), (length, cut_off) = below.subplots(2, 2)
+    _draw_loss(loss, steps)
+    cosines = _draw_cosines(cosine, steps)
     _plot(length, steps, "completions/mean_length", color=STUDENT)
-    clipped = length.twinx()
-    _plot(clipped, steps, "completions/clipped_ratio", color=BEFORE, lw=0.8)
-    clipped.set(ylim=(0, 1.02))
-    clipped.set_ylabel("share cut off by the limit", color=BEFORE)
-    length.set(title="Rollout length (tokens)", xlabel="step")
-    for axis in (accuracy, loss, cosine, length):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    with writing(file) as temporary:
-        figure.savefig(temporary, dpi=130)
+    length.set(title="Length of rollouts", ylabel="tokens")
+    _plot(cut_off, steps, "completions/clipped_ratio", color=STUDENT)
+    cut_off.set(title="Rollouts cut off by the limit", ylabel="% of rollouts", ylim=(-0.03, 1.03))
+    in_percent(cut_off.yaxis)
+    for axis in (loss, cosine, length, cut_off):
+        step_axis(axis)
+    named = [(cosine, cosines)]
+    if not missing:
+        named.append((accuracy, _draw_accuracy(accuracy, steps, evals, summary)))
+    name_ends(*named)
+    return figure
 
 
-def _plot(axis: Any, rows: Columns, key: str, style: str = "-", **look: Any) -> None:
+def _why_no_accuracy(steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> str | None:
+    """The sentence in the place of a panel that would show nothing; None if there is something to show."""
+    if evals.series("eval_avg_at_k")[1] or any(
+        (summary.get(name) or {}).get("avg_at_k") is not None for name in _EVALUATIONS
+    ):
+        return None
+    values = steps.series("accuracy")[1]
+    if not values:
+        return "Accuracy is not drawn: there are no graded answers."
+    return None if any(values) else f"Accuracy is not drawn: it is 0 % in each of {len(values)} steps."
+
+
+def _plot(axis: Any, rows: Columns, key: str, **look: Any) -> None:
     steps, values = rows.series(key)
     chosen = drawn(values)
-    axis.plot([steps[i] for i in chosen], [values[i] for i in chosen], style, **look)
+    axis.plot([steps[i] for i in chosen], [values[i] for i in chosen], **look)
 
 
-def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: dict[str, Any]) -> None:
-    axis.set(title="Accuracy", xlabel="step")
-    if "accuracy" in steps.keys:
-        _plot(axis, steps, "accuracy", color=STUDENT, lw=0.8, alpha=0.6, label="rollouts in training")
-    if len(evals):
-        _plot(axis, evals, "eval_avg_at_k", "o-", color=STUDENT, label="evaluation")
-    teacher = (summary.get("teacher") or {}).get("avg_at_k")
-    if teacher is not None:
-        axis.axhline(teacher, color=TEACHER, ls="--", label=f"teacher {teacher:.0%}")
-    points = (("student_before", 0, BEFORE, "before"), ("student_after", steps.last_step, STUDENT, "after"))
-    for name, step, colour, label in points:
-        measured = summary.get(name)
-        if measured and measured["avg_at_k"] is not None:
-            value, (low, high) = measured["avg_at_k"], measured["ci95"]
-            axis.errorbar(
-                [step], [value], yerr=[[value - low], [high - value]], fmt="s", color=colour, capsize=4,
-                label=f"{label} {value:.0%} (95 % interval)",
-            )  # fmt: skip
-    if axis.dataLim.y0 >= 0 and axis.dataLim.y1 <= 1:  # rewards may lie elsewhere
-        axis.set_ylim(-0.02, 1.02)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="best", frameon=False, fontsize=8)
-    else:
-        axis.text(0.5, 0.5, "no graded answers", ha="center", transform=axis.transAxes, color=QUIET)
+def _last(rows: Columns, key: str) -> tuple[float, float]:
+    steps, values = rows.series(key)
+    return steps[-1], values[-1]
+
+
+def _draw_loss(axis: Any, steps: Columns) -> None:
+    _plot(axis, steps, "loss", color=STUDENT)
+    values = steps.series("loss")[1]
+    alone = values == steps.series("loss/representation")[1]
+    axis.set(title="Representation loss (Eq. 6)" if alone else "Loss", ylabel="mean squared error" if alone else "loss")
+    if values and all(value > 0 for value in values):
+        axis.set_yscale("log")
+        plain_log(axis.yaxis)
+
+
+def _draw_cosines(axis: Any, steps: Columns) -> list[End]:
+    """One line a layer; the last one in colour, the others grey."""
+    measured = [key for key in steps.keys if key.startswith("cosine/layer_") and steps.series(key)[1]]
+    layers = sorted(measured, key=_layer_of)
+    for key in layers[:-1]:
+        _plot(axis, steps, key, color=QUIET, linewidth=0.7)
+    axis.set(title="Cosine to the teacher's states", ylabel="cosine")
+    if not layers:
+        return []
+    _plot(axis, steps, layers[-1], color=STUDENT)
+    ends = [End(f"layer {_layer_of(layers[-1])}", *_last(steps, layers[-1]), STUDENT)]
+    if len(layers) > 1:
+        lowest = min(layers[:-1], key=lambda key: _last(steps, key)[1])
+        few = (
+            f"layer {_layer_of(layers[0])}"
+            if len(layers) == 2
+            else f"layers {_layer_of(layers[0])}–{_layer_of(layers[-2])}"
+        )
+        ends.append(End(few, *_last(steps, lowest), QUIET))
+    return ends
+
+
+_EVALUATIONS = ("teacher", "student_before", "student_after")
+
+
+def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> list[End]:
+    """Rollouts as a thin line, evaluations as points with 95 % intervals, the teacher and the start as lines."""
+    ends = []
+    known = {name: found for name in _EVALUATIONS if (found := summary.get(name)) and found["avg_at_k"] is not None}
+    evaluated = _draw_evaluations(axis, steps, evals, known)
+    rollouts = steps.series("accuracy")[1]
+    shares = [*(found["avg_at_k"] for found in known.values()), *evals.series("eval_avg_at_k")[1], *rollouts]
+    if rollouts:
+        _plot(axis, steps, "accuracy", color=RAW, linewidth=0.9)
+        ends.append(End("rollouts in training", *_last(steps, "accuracy"), RAW))
+    percent = all(0 <= value <= 1 for value in shares)  # rewards may lie elsewhere
+    for name, text, dashes in (("teacher", "teacher", TEACHER), ("student_before", "before training", BEFORE)):
+        if name in known:
+            value = known[name]["avg_at_k"]
+            ends.append(level(axis, value, f"{text} {_value(value, percent)}", dashes))
+    if evaluated is not None:
+        ends.append(End(f"student {_value(evaluated[1], percent)}", *evaluated, STUDENT))
+    axis.set(title="Accuracy", ylabel="correct, %" if percent else "reward")
+    if percent:
+        axis.set_ylim(-0.03, 1.03)
+        in_percent(axis.yaxis)
+    step_axis(axis)
+    return ends
+
+
+def _draw_evaluations(axis: Any, steps: Columns, evals: Columns, known: dict[str, Any]) -> tuple[float, float] | None:
+    """Draw the student's evaluations; returns the last one."""
+    last = None
+    if evals.series("eval_avg_at_k")[1]:
+        _plot(axis, evals, "eval_avg_at_k", color=STUDENT, marker="o")
+        last = _last(evals, "eval_avg_at_k")
+    for name, step in (("student_before", 0), ("student_after", steps.last_step)):
+        if name in known:
+            value, (low, high) = known[name]["avg_at_k"], known[name]["ci95"]
+            axis.errorbar([step], [value], yerr=[[value - low], [high - value]], fmt="o", color=STUDENT, capsize=4)
+            last = (step, value) if name == "student_after" else last
+    return last
+
+
+def _value(value: float, percent: bool) -> str:
+    return f"{100 * value:.3g} %" if percent else f"{value:.3g}"
 
 
 def _layer_of(key: str) -> int:

@@ -135,7 +135,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return {}
-        if (content := _mapping(path, json.loads)) is not None:
+        if (content := read_mapping(path, json.loads)) is not None:
             return content
         with suppress(FileNotFoundError):  # another process of the run may have renamed it
             logger.warning("%s is damaged and was renamed to %s; it is written anew", path, set_aside(path).name)
@@ -211,7 +211,7 @@ def restore_config(file: Path) -> None:
         file: a recipe of any name. One without a run's record beside it stays as it is.
     """
     for record in (file.parent / RUN, *sorted(file.parent.glob(f"checkpoint-*/{RUN}"))):
-        settings = (_mapping(record, json.loads) or {}).get("settings")
+        settings = (read_mapping(record, json.loads) or {}).get("settings")
         if not isinstance(settings, dict) or not settings or not file.exists():
             continue
         if _is_whole_recipe(file, settings):
@@ -224,7 +224,7 @@ def restore_config(file: Path) -> None:
 
 def _is_whole_recipe(file: Path, recorded: Mapping[str, Any]) -> bool:
     """Whether a file is a recipe, and not the recorded one cut at some place. Changed values are the user's."""
-    found = _mapping(file, yaml.safe_load)
+    found = read_mapping(file, yaml.safe_load)
     if not found:
         return False
     if file.name != CONFIG or list(found) != list(recorded)[: len(found)]:
@@ -234,7 +234,7 @@ def _is_whole_recipe(file: Path, recorded: Mapping[str, Any]) -> bool:
     return ended or not same
 
 
-def _mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any] | None:
+def read_mapping(file: Path, read: Callable[[str], Any]) -> dict[str, Any] | None:
     """The mapping in a file; None where there is no such file or no mapping in it."""
     try:
         content = read(file.read_text(errors="replace"))

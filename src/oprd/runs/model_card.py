@@ -129,11 +129,16 @@ def _gap(summary: Mapping[str, Any]) -> str:
 def _contamination(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return f"{NOT_MEASURED.capitalize()}: the run had no evaluation set to compare its prompts with."
-    count, problems = found["overlapping"], found["eval_problems"]
+    count, problems, short = found["overlapping"], found["eval_problems"], found.get("too_short", 0)
+    unjudged = (
+        f"{short} {'is' if short == 1 else 'are'} too short to judge: only the same words would match. "
+        if short
+        else ""
+    )
     return (
         f"{count or 'None'} of the {problems} evaluation problems {'is' if count == 1 else 'are'} also, word for word or nearly "
-        f"(similarity {found['threshold']:g} or more), among the training prompts. Texts were compared, not meanings. Whether the "
-        f"problems were in what student and teacher were trained on before was {NOT_MEASURED}."
+        f"(similarity {found['threshold']:g} or more), among the training prompts. {unjudged}Texts were compared, "
+        f"not meanings. Whether the problems were in what student and teacher were trained on before was {NOT_MEASURED}."
     )
 
 

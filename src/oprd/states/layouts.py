@@ -90,6 +90,52 @@ def rounding(states: Tensor) -> tuple[torch.dtype, float]:
     return dtype, _ROUNDING.get(dtype, _ROUNDING_TF32 if tf32 else _ROUNDING_FLOAT32)
 
 
+def _states(
+    model: nn.Module, texts: list[list[int]], layers: Sequence[int], layout: Layout, device: torch.device, read: Reading
+) -> list[list[Tensor]]:
+    """The states of each text, by layers."""
+    count = len(texts)
+    # The last token of a rollout is not read, so one is added.
+    rollouts = Rollouts(
+        [ids[:1] for ids in texts],
+        [[*ids[1:], ids[0]] for ids in texts],
+        ["stop"] * count,
+        [""] * count,
+        [*range(count)],
+    )
+    request = request_states(rollouts, tuple(layers), layout=layout).to(device)
+    values = read(model, request, lambda _, states_ND: states_ND)
+    return [[value[request.rollout_index == i] for value in values] for i in range(count)]
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, layers: Sequence[int], *, read: Reading) -> None:
+    """Refuse a model that reads ahead: the states of a text's first half change where the second half follows.
+
+    Args:
+        model: as in `probe_layouts`.
+        layers: likewise.
+        read: likewise.
+
+    Raises:
+        ValueError: names the model, by how much later tokens change its states, and what to do.
+    """
+    text, device = short_texts(model)[0], next(model.parameters()).device
+    with evaluating(model):
+        whole, shorter = (
+            _states(model, [ids], layers, "right", device, read)[0] for ids in (text, text[: len(text) // 2])
+        )
+        _, allowed = rounding(shorter[0])
+    pairs = zip(whole, shorter, strict=True)
+    off = max(deviation(states_TD[: len(start_TD)], start_TD) for states_TD, start_TD in pairs)
+    if off > 2 * allowed:  # nothing is padded, so rounding differs by little
+        raise ValueError(
+            f"model: {type(causal_lm(model)).__name__} is no causal language model: a text's states change by {100 * off:.2g} % of "
+            "their norm with the tokens after it, so a response would be read before it is written; take a decoder-only model, or "
+            "correct config.json (is_causal, use_bidirectional_attention)"
+        )
+
+
 @torch.no_grad()
 def probe_layouts(model: nn.Module, layers: Sequence[int], *, read: Reading) -> Probe:
     """Compare the states of two short texts in every layout with those of each text alone: five short passes.
@@ -105,14 +151,7 @@ def probe_layouts(model: nn.Module, layers: Sequence[int], *, read: Reading) -> 
     texts, device = short_texts(model), next(model.parameters()).device
 
     def states(of: list[list[int]], layout: Layout) -> list[list[Tensor]]:
-        count = len(of)
-        # The last token of a rollout is not read, so one is added.
-        rollouts = Rollouts(
-            [ids[:1] for ids in of], [[*ids[1:], ids[0]] for ids in of], ["stop"] * count, [""] * count, [*range(count)]
-        )
-        request = request_states(rollouts, tuple(layers), layout=layout).to(device)
-        values = read(model, request, lambda _, states_ND: states_ND)
-        return [[value[request.rollout_index == i] for value in values] for i in range(count)]
+        return _states(model, of, layers, layout, device, read)
 
     with evaluating(model):
         alone = [states([text], "right")[0] for text in texts]

@@ -21,9 +21,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2})?")
 _LETTER = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|final\s+)?(?:answer|option|choice)(?:\s+is)?[\s:]*)?"
-    r"(?:\((?P<bracketed>[A-Z])\)[.:]?(?:\s.*)?|(?P<bare>[A-Z])(?:[).:](?:\s.*)?)?)",
+    r"(?:[(\[](?P<bracketed>[A-Z])\s*[)\]][.:]?(?:[\s\\].*)?|(?P<bare>[A-Z])(?:[).:](?:\s.*)?)?)",
     re.IGNORECASE | re.DOTALL,
 )
+_IN_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|textit)\s*\{([^{}]*)\}")
 _MOST_NAMED = 3
 
 
@@ -71,7 +72,9 @@ def _plain_number(answer: str) -> str:
 
 
 def _letter(answer: str) -> str:
-    match = _LETTER.fullmatch(answer.strip().strip("$"))
+    boxed = last_boxed(answer)
+    plain = _IN_TEXT.sub(r"\1", answer if boxed is None else boxed)
+    match = _LETTER.fullmatch(plain.strip().strip("$"))
     if match is None:
         raise ValueError("is no letter of a choice")
     return (match["bracketed"] or match["bare"]).upper()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from oprd.tasks.notation import normalize_answer, plain
-from oprd.tasks.quantities import quantity, same_value
+from oprd.tasks.quantities import quantity, same_value, with_letter_units
 from oprd.tasks.words import same_text
 
 _SO = r"(?:therefore|thus|hence|so|then),?"
@@ -13,6 +13,9 @@ _INTRODUCED = re.compile(
     rf"(?:\\text\{{ ?)?(?:{_SO} ?\}}? ?)?(?:\\text\{{ ?)?(?:(?:the|my) )?(?:(?:final|correct) )?"
     r"(?:answer|result|value|total|solution) ?(?:is|are|:|=|equals)[ :]*\}? ?",
     re.IGNORECASE,
+)
+_FOR_ALL = re.compile(
+    r",? ?(?:\\text ?\{ ?)?for (?:all|any|every) (?:real (?:numbers? )?)?\}? ?[a-z](?: ?\\in ?\\mathbb\{R\})?\}?$"
 )
 _LABELLED = re.compile(rf"\\text\{{ ?[A-Za-z ]+: ?\}} ?|\\text\{{ ?{_SO} ?\}} ?", re.IGNORECASE)
 
@@ -26,7 +29,7 @@ def stated(answer: str) -> str:
             if match[0].count("{") > match[0].count("}"):  # the text goes on: \text{The answer is 36}
                 rest = rf"\text{{{rest}"
             text = plain(rest)
-    return text
+    return _FOR_ALL.sub("", text)
 
 
 def decide(answer: str, truth: str) -> tuple[bool | None, str]:
@@ -40,5 +43,5 @@ def decide(answer: str, truth: str) -> tuple[bool | None, str]:
     verdict = same_text(answer, truth)
     if verdict is not None:
         return verdict, "exact"
-    verdict = same_value(quantity(answer), quantity(truth))
+    verdict = same_value(*with_letter_units(quantity(answer), quantity(truth)))
     return verdict, "" if verdict is None else "numeric"

@@ -187,6 +187,8 @@ class Comparison:
     def _vector(self, bracket: Part, matrix: Part) -> Verdict:
         """A column or row as a tuple."""
         cells = [cell for row in matrix.items for cell in row.items]
+        if bracket.text == "[]" and all(row.kind == "bracket" and row.text == "[]" for row in bracket.items):
+            return self._matrices(bracket, matrix)  # [[1, 2], [3, 4]], as programs write it
         if bracket.text != "()" or bracket.name or (len(matrix.items) > 1 and len(cells) > len(matrix.items)):
             return False
         return self._in_order(bracket.items, cells)

@@ -20,6 +20,14 @@ _CHOICE = re.compile(r"\(?[A-Z][).:](\s.*)?|\([A-Z]\)(\s.*)?", re.DOTALL)
 _SENTENCE = re.compile(
     r"(?:so|thus|hence|therefore|the)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)", re.IGNORECASE
 )
+_NO_ANSWER = ("nan", "null", "n/a", "<na>", "?", "-")
+_LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)
+_TAGGED = re.compile(r"<(\w+)>.*</\1>.*", re.DOTALL | re.IGNORECASE)
+_BOXES = re.compile(r"(?:\s|\$|,|;|\band\b|\bor\b|\\boxed\s*\{[^{}]*\})*")
+_SOLUTION = re.compile(
+    r"(?:we|let|since|first|because|note|suppose|consider|given|there (?:is|are)|to (?:find|solve))\b", re.IGNORECASE
+)
+_MOST_WORDS = 25  # of an answer in words
 
 _VERDICTS = VerdictCache()  # of this task, whatever part of a run asks
 
@@ -74,12 +82,20 @@ def check_answer(answer: str) -> None:
     stated = (answer if boxed is None else boxed).strip()
     if not re.sub(r"[$\s.{}]|\\boxed|\\text", "", stated):
         raise ValueError("is empty")
+    if stated == "None" or stated.lower() in _NO_ANSWER:
+        raise ValueError("stands for no answer (leave it null; if it is the answer, write it in \\text{})")
     if len(stated) > MAX_ANSWER_CHARS:
         raise ValueError(f"has {len(stated)} characters, and at most {MAX_ANSWER_CHARS} are compared")
     if "####" in stated:
         raise ValueError("has its result after ####")
-    if boxed is None and (("\n" in stated and "\\begin" not in stated) or _SENTENCE.match(stated)):
+    if boxed is None and _is_solution(stated):
         raise ValueError("is a worked solution without a box, and not the answer alone")
+    if answer.count("\\boxed") > 1 and _BOXES.fullmatch(answer):
+        raise ValueError("has several boxes, of which only the last is read: put all of it into one")
+    if _LIST.fullmatch(stated):
+        raise ValueError("is a list as text: write what it holds, without brackets and quotation marks")
+    if _TAGGED.match(stated):
+        raise ValueError("stands in tags: write what is between them")
     if _CHOICE.fullmatch(stated):
         raise ValueError("is the letter of a choice with more than the letter")
     depth = 0
@@ -89,3 +105,11 @@ def check_answer(answer: str) -> None:
             break
     if depth:
         raise ValueError("cannot be read: its braces do not match")
+
+
+def _is_solution(stated: str) -> bool:
+    """Whether an answer is more than the answer: several lines, a sentence that leads to it, or more words than one has."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", stated)
+    several_lines = "\n" in stated and "\\begin" not in stated
+    begins = _SOLUTION.match(stated) is not None and len(words) > 4
+    return several_lines or _SENTENCE.match(stated) is not None or begins or len(words) > _MOST_WORDS

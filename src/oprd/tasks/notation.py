@@ -15,7 +15,7 @@ _SIGNS = {
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "∅": r"\emptyset ", "∣": "|", "⟨": r"\langle ", "⟩": r"\rangle ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
     "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "∘": r"\circ ", "∠": r"\angle ", "…": r"\ldots ", "⋯": r"\ldots ",
-    "′": "'", "″": "''", "‴": "'''", "‘": "'", "’": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/",
+    "′": "'", "″": "''", "‴": "'''", "‘": "'", "’": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/", "µ": r"\mu ",
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d", "-"),
     **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f", r"\,"),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
@@ -52,13 +52,14 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
 
 
 _FONT = re.compile(
-    r"math(?:bf|it|sf|tt|normal|op|ord)|boldsymbol|bm|pmb|underline|uline|boxed|fbox|framebox|ensuremath|bf|it|sf|tt|rm|boldmath"
+    r"math(?:bf|it|sf|tt|normal|op|ord)|boldsymbol|bm|pmb|underline|uline|hl|boxed|fbox|framebox|ensuremath|bf|it|sf|tt|rm|boldmath"
     r"|(?:display|text|script|scriptscript)style|limits|nolimits|large|Large|LARGE|huge|Huge|small|tiny|normalsize|left|right|middle"
     r"|[bB]igg?[lrm]?|noindent|(?:math)?strut|centering"
 )
-_TEXT = re.compile(r"text(?:bf|it|rm|tt|sf|normal|up)|emph|mbox|hbox|mathrm|operatorname\*?")
+_TEXT = re.compile(r"text(?:bf|it|rm|tt|sf|sc|normal|up)|emph|mbox|hbox|mathrm|operatorname\*?")
 _SAME_COMMAND = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "tbinom": "binom", "dbinom": "binom", "bar": "overline", "dot": "overline",
+    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "sfrac": "frac", "nicefrac": "frac",
+    "lg": "log_{10}", "tbinom": "binom", "dbinom": "binom", "bar": "overline", "dot": "overline",
     "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "ne": "neq", "dots": "ldots", "cdots": "ldots", "dotsc": "ldots",
     "varnothing": "emptyset",
 }  # fmt: skip
@@ -69,6 +70,9 @@ _PLAIN_COMMAND = {
 _COMMAND = re.compile(r"\\\\|\\([A-Za-z]+\*?)\s*")
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|max|min|gcd|lcm|det"
 _OPERATOR = re.compile(rf"\\(?:operatorname|mathrm|text|mbox)\*?\s*\{{\s*({_FUNCTIONS})\s*\}}")
+_HTML = re.compile(r"<(b|i|u|em|strong|mark|span|center)(?:\s[^<>]*)?>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+_FONT_SWITCH = re.compile(r"\{\s*\\(?:rm|mathrm)(?![A-Za-z])\s*([^{}]*)\}")
+_SIUNITX = re.compile(r"\\(?:(?:SI|qty)\s*\{([^{}]*)\}|si|unit)\s*\{([^{}]*)\}|\\(num|ang)\s*\{([^{}]*)\}")
 _ROWS = re.compile(r"\\begin|\\substack")
 _SPACES = r"(?:(?<!\\)\\[,;: ]|~|\\(?:thinspace|enspace|quad|qquad)(?![A-Za-z]))"
 
@@ -80,13 +84,24 @@ def without_markup(text: str) -> str:
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
     if len(re.findall(r"(?<!\\)\$", text)) > 1:  # a single one is a currency
         text = re.sub(r"(?<!\\)\$", "", text)
+    text = _FONT_SWITCH.sub(r"\\text{\1}", _SIUNITX.sub(_measured, _HTML.sub(r"\2", text)))
     text = _OPERATOR.sub(r"\\\1 ", _unquoted(text.strip()))
+    text = re.sub(r"\\bbox\s*(?:\[[^][]*\])?|\\enclose\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\(?:text|f)?color(?:box)?\s*(?:\[[^][]*\])?\s*\{[^{}]*\}\s*", "", text)
     text = re.sub(r"\\(?:[hv]?phantom|[hv]space\*?|label|tag)\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\(?:left|right)\s*\.", "", text)
     text = _COMMAND.sub(_plain_command, text)
     text = re.sub(r"\\text *\{([^{}]*)\\text *\{([^{}]*)\}([^{}]*)\}", r"\\text{\1\2\3}", text)
     return re.sub(r"(^|(?<=\s))\*\*([^*]+)\*\*(?=$|[\s.,;])", r"\2", _unquoted(text.strip()))
+
+
+def _measured(match: re.Match[str]) -> str:
+    r"""The package siunitx: ``\SI{5}{\meter\per\second}`` as ``5 \text{meter / second}``."""
+    if match[3]:
+        return match[4] + (r"^\circ" if match[3] == "ang" else "")
+    unit = re.sub(r"\\(kilo|mega|deci|centi|milli|micro|nano)\s*\\", r"\\\1", match[2])
+    unit = unit.replace(r"\per", " / ").replace(r"\squared", "^2").replace(r"\cubed", "^3")
+    return f"{match[1] or ''} \\text{{{' '.join(unit.replace(chr(92), ' ').split())}}}"
 
 
 def _plain_command(match: re.Match[str]) -> str:
@@ -151,6 +166,8 @@ def plain(answer: str) -> str:
     text = _GROUPED.sub(_joined, text)
     for pattern, replacement in _LAYOUT:
         text = pattern.sub(replacement, text)
+    if r"\pm" not in text:
+        text = text.replace(r"\mp", r"\pm")  # alone, both mean plus and minus
     text = _PRIME_OR_DEGREE.sub(lambda m: "'" if m[1] == "prime" else r"^\circ ", text)
     text = _ROOT.sub(lambda m: r"\sqrt" if m[0][-1].isspace() else r"\sqrt ", text)
     text = _SIGN.sub(lambda m: r"\infty " if m[1].lower() == "infinity" else f"\\{m[1]} ", text)

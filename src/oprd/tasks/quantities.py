@@ -93,18 +93,39 @@ _WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
     "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
+_TEN_WORDS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TENS = {word: 10 * n for n, word in enumerate(_TEN_WORDS, 2)}
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "fourth": 4,
+    "quarter": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def number_in_words(text: str) -> Fraction | None:
-    """Value of `five`, `3.2 million` and the like."""
-    *front, last = re.sub(r"\\text|[{}]", " ", text).lower().split() or [""]
-    if not front and last in _WORDS:
-        return Fraction(_WORDS.index(last))
-    if len(front) == 1 and last in _SCALES:
-        value = Fraction(_WORDS.index(front[0])) if front[0] in _WORDS else parse_number(front[0])
-        return None if value is None else value * 10 ** _SCALES[last]
-    return None
+    """Value of `five`, `twenty-five`, `two thirds`, `a dozen`, `3.2 million` and the like."""
+    text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", re.sub(r"\\text|[{}]", " ", text).lower())
+    *front, last = text.split() or [""]
+    if not front:
+        word = _WORDS.index(last) if last in _WORDS else {"dozen": 12, **_TENS}.get(last)
+        return None if word is None else Fraction(word)
+    if len(front) > 1:
+        return None
+    first = 1 if front[0] == "a" else _WORDS.index(front[0]) if front[0] in _WORDS else None
+    if front[0] in _TENS and last in _WORDS[1:10]:
+        return Fraction(_TENS[front[0]] + _WORDS.index(last))
+    if (part := _PARTS.get(last.removesuffix("s"))) is not None:
+        return None if first is None else Fraction(first, part)
+    scale = Fraction(12) if last == "dozen" else Fraction(10) ** _SCALES[last] if last in _SCALES else None
+    value = parse_number(front[0]) if first is None else Fraction(first)
+    return None if scale is None or value is None else value * scale
 
 
 def value_of(text: str) -> Fraction | None:
@@ -139,9 +160,11 @@ class Unit:
 # A name ends in an s or not; each line is one kind, its factors are relative.
 _KINDS = {
     "length": "m meter metre=1 mm millimeter millimetre=0.001 cm centimeter centimetre=0.01 dm=0.1 km kilometer kilometre=1000 "
+    "micrometer micrometre microm=0.000001 nm nanometer nanometre=0.000000001 "
     "in inch inche=0.0254 ft foot feet=0.3048 yd yard=0.9144 mi mile=1609.344",
-    "mass": "g gram=1 mg milligram=0.001 kg kilogram=1000 t ton tonne=1000000 lb=453.59237 oz ounce=28.349523125",
-    "time": "s sec second=1 ms=0.001 min minute=60 h hr hour=3600 day=86400 week=604800",
+    "mass": "g gram=1 microg microgram=0.000001 "
+    "mg milligram=0.001 kg kilogram=1000 t ton tonne=1000000 lb=453.59237 oz ounce=28.349523125",
+    "time": "s sec second=1 ms millisecond=0.001 microsecond micros=0.000001 min minute=60 h hr hour=3600 day=86400 week=604800",
     "year": "month=1 year yr=12",
     "volume": "l liter litre=1 ml milliliter millilitre=0.001",
     "dollar": "dollar usd $=1 cent ¢=0.01",
@@ -206,11 +229,51 @@ _TEMPERATURE = {"C": "celsius", "F": "fahrenheit", "": "degrees"}
 def quantity(text: str) -> Quantity:
     r"""Take a plain answer apart: `24 cm`, ``\$5``, ``25\%``, ``45^\circ``."""
     text = _IN_TEXT.sub(r"\1 \\text{", re.sub(r" ?\\text\{ ?\}$", "", _ORDINAL.sub("", text)))
+    text = _PRODUCT_OF_NAMES.sub(r"\1 ", text)
+    text = _MICRO.sub(r" \\text{micro\1}", text)
+    if (whole := _in_two_units(text)) is not None:
+        return whole
     if match := _BEFORE.fullmatch(text):
         inner = _measured(match[1] + match[3])
         known = inner.unit is not None and inner.unit.kind
         return inner if known else replace(inner, unit=_unit(match[2].removeprefix("\\")))
     return _measured(text)
+
+
+_MICRO = re.compile(r"(?<=\d) ?\\mu ?(?:\\text ?\{ ?)?([mgs])(?: ?\})?$")
+_NUMBER_AND_NAME = r"(\d+(?:\.\d+)?) ?([A-Za-z]+)\.?"
+_TWO_UNITS = re.compile(rf"{_NUMBER_AND_NAME},? (?:and )?{_NUMBER_AND_NAME}", re.ASCII)
+_ARC_MINUTES = re.compile(r"(\d+) ?\^ ?\\circ ?(\d+(?:\.\d+)?)'(?: ?(\d+(?:\.\d+)?)'')?", re.ASCII)
+
+
+def _in_two_units(text: str) -> Quantity | None:
+    r"""`1 hour 30 minutes`, `5 ft 6 in`, ``30^\circ 30'``: the sum in the larger unit."""
+    if match := _ARC_MINUTES.fullmatch(text):
+        degrees = sum(Fraction(part or 0) / 60**power for power, part in enumerate(match.groups()))
+        return Quantity(str(degrees), _unit(_TEMPERATURE[""]), False)
+    match = _TWO_UNITS.fullmatch(" ".join(re.sub(r"\\text|[{}]", " ", text).split()))
+    if match is None:
+        return None
+    large, small = _unit(match[2]), _unit(match[4])
+    if not large.kind or large.kind != small.kind or large.factor <= small.factor:
+        return None
+    return Quantity(str(Fraction(match[1]) + Fraction(match[3]) * small.factor / large.factor), large, False)
+
+
+_ONE_LETTER = re.compile(r"(.*\d) ([A-Za-z])", re.ASCII)
+
+
+def with_letter_units(answer: Quantity, truth: Quantity) -> tuple[Quantity, Quantity]:
+    """Two quantities, with a single letter after a number (`5 m`) read as a unit where the other is measured in one of its kind."""
+
+    def read(one: Quantity, other: Quantity) -> Quantity:
+        match = _ONE_LETTER.fullmatch(one.text) if one.unit is None and not one.percent else None
+        unit = _unit(match[2]) if match else None
+        if match is None or unit is None or other.unit is None or not unit.kind or unit.kind != other.unit.kind:
+            return one
+        return Quantity(match[1], unit, False)
+
+    return read(answer, truth), read(truth, answer)
 
 
 def _measured(text: str) -> Quantity:
@@ -226,8 +289,9 @@ def _measured(text: str) -> Quantity:
 
 _POWER = r"(?: ?\^ ?\{?-?\d\}?)?"
 _NAME = rf"\\text\{{[^{{}}]*\}}{_POWER}"
+_PRODUCT_OF_NAMES = re.compile(rf"({_NAME}) ?\\cdot ?(?=\\text)")
 _TEXT_UNIT = re.compile(
-    rf"(.*\S) ?(\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME}(?:(?: ?/ ?| )?{_NAME}){{0,3}}|(?<=\d) ?\\Omega)"
+    rf"(.*?\S) ?(\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME}(?:(?: ?/ ?| )?{_NAME}){{0,3}}|(?<=\d) ?\\Omega)"
 )
 _PLAIN_UNIT = re.compile(
     r"(.*?(?:(?<=[\d})\]])|(?<=\\pi)(?! ?hr)|(?<=\\pi )(?!hr)))( ?)([A-Za-z][A-Za-z./ ]*(?:\^ ?\{?\d\}?)?(?:/[A-Za-z]+)?)"

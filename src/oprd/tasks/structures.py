@@ -173,7 +173,9 @@ def _conditions(text: str, items: Sequence[Part], either: bool) -> Part:
     return Part("union" if either or name else "list", text, flat, name)
 
 
-_ABOUT = re.compile(r"^(?:\\text\{ ?(?:approximately|about|approx\.?|roughly) ?\}|(?:approximately|about|approx\.?) )")
+_ABOUT = re.compile(
+    r"^(?:\\text\{ ?(?:approximately|about|approx\.?|roughly|around) ?\}|(?:approximately|about|approx\.?|roughly|around) )"
+)
 
 
 def _approximation(text: str) -> Part | None:

@@ -18,6 +18,7 @@ _ARTICLES = {"a", "an", "the"}
 _SHORT_WORD = re.compile(r"no|on|up|in|is|it|if|of|to|at|by|my|we|he|so|go|do|us")
 _LISTING = re.compile(r"[,;]|\b(?:and|or)\b", re.IGNORECASE)
 _SYNONYMS = {
+    "none": "empty set",
     "no solution": "empty set", "no solutions": "empty set", "no real solution": "empty set", "no real solutions": "empty set",
     "dne": "does not exist", "all reals": "all real numbers",
 }  # fmt: skip
@@ -46,6 +47,28 @@ def words_of(text: str) -> tuple[str, ...] | None:
         return None
     without = " ".join(words if len(words) == 1 else [word for word in words if word not in _ARTICLES])
     return tuple(_SYNONYMS.get(without, without).split())
+
+
+_REAL_NUMBERS = {
+    "all reals",
+    "reals",
+    "real numbers",
+    "all real numbers",
+    "set of all real numbers",
+    "set of real numbers",
+}
+_REAL_LINE = {r"\mathbb{R}", r"(-\infty,\infty)", r"(-\infty,+\infty)", r"x\in\mathbb{R}"}
+
+
+def same_real_line(answer: str, truth: str) -> bool | None:
+    """All real numbers, in words and in signs; None where one of the two is something else."""
+    names = [
+        " ".join(w for w in bare(text).lower().removesuffix(".").split() if w != "the") for text in (answer, truth)
+    ]
+    both = all(
+        n in _REAL_NUMBERS or compact(text) in _REAL_LINE for n, text in zip(names, (answer, truth), strict=True)
+    )
+    return True if both else None
 
 
 def _is_word(letters: str) -> bool:
@@ -172,7 +195,7 @@ _LETTER = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.):]?")
 _CONTENT = r"\\(?:frac|sqrt|pi|\$)|\$|-?\.?\d|[A-Za-z]{2}"
 _WITH_CONTENT = [
     re.compile(rf"[(\[] ?([A-J]) ?[)\]][.:]? ?(?={_CONTENT}).+"),
-    re.compile(rf"([A-J])[.)] ?(?={_CONTENT}).+"),
+    re.compile(rf"([A-J])[.):] ?(?={_CONTENT}).+"),
     re.compile(r"(?:the )?(?:correct )?(?:option|choice|answer)(?: is)? ?:? ?\(?([A-Z])\)?\.?", re.IGNORECASE),
 ]
 
@@ -223,7 +246,7 @@ def _sentence(text: str) -> tuple[str, ...] | None:
 
 
 _RULES: tuple[Callable[[str, str], bool | None], ...] = (
-    same_in_base, same_date, same_time, same_choice, same_words, same_prose,
+    same_real_line, same_in_base, same_date, same_time, same_choice, same_words, same_prose,
 )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -112,6 +113,11 @@ class DatasetReport:
     lengths: np.ndarray
     left_out: Mapping[str, int]
     examples: Sequence[Example]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for a JSON file; of the lengths, quantiles."""
+        quantiles = {f"{q:g}": int(np.quantile(self.lengths, q, method="higher")) for q in (0, 0.5, 0.95, 1)}
+        return {**asdict(replace(self, lengths=np.empty(0))), "lengths": quantiles}
 
     def lines(self) -> list[str]:
         """The report as lines of text."""

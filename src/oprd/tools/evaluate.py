@@ -5,46 +5,85 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.chat_template import now, prints_date
-from oprd.data.prompts import Prompt, check_token_ids, prepare_prompts
-from oprd.data.rows import PromptRow, Reading
+from oprd.data.prompts import Prompt, prepare_prompts
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows
 from oprd.files import write_json
+from oprd.models.architecture import evaluating
+from oprd.models.loading import LoadedModel, with_tokenizer
+from oprd.models.tokens import check_token_ids
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
-from oprd.rollouts.engines import make_engine
-from oprd.rollouts.probe import check_decoding, probe_decoding
-from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.rollouts.engines import DecodeEngine, TransformersEngine, make_engine, probe_engine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
 from oprd.tasks.answer_formats import read_answers
-from oprd.tasks.evaluation import Evaluation, evaluate
+from oprd.tasks.evaluation import Evaluation
+from oprd.tasks.evaluation import evaluate as sample_and_grade
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import Task, decided_by, get_task, with_instruction
+from oprd.tasks.task import Task, check_task, decided_by, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
 
-def evaluate_checkpoint(
-    model: str,
-    dataset: str,
+def evaluate(
+    model: str | PreTrainedModel,
+    dataset: str | Iterable[Any],
+    task: str | Task = "math",
     *,
-    task: str,
+    k: int = 16,
+    max_completion_length: int = 4096,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluate a model on problems, as `oprd eval` does, with the same defaults.
+
+    >>> oprd.evaluate("runs/mine/model", [{"prompt": "What is 6 × 7?", "answer": "42"}])["avg_at_k"]
+
+    Args:
+        model: folder (also of an adapter), hub name, embedded name, or a model; a model is put into eval mode meanwhile.
+        dataset: path, hub name, `generated:<task>`, or rows: a `datasets.Dataset` or a list of dicts.
+        task: name, `module:attribute`, or a `Task`: how answers are graded.
+        k: samples a problem.
+        max_completion_length: most tokens of a completion.
+        temperature: 0 is greedy.
+        top_p: nucleus truncation.
+        options: further arguments of `evaluate_checkpoint`: limit, seed, processing_class, output_dir, ….
+
+    Returns:
+        The measures (`avg_at_k`, `ci95`, `best_at_k`, …) and the settings they were measured under.
+
+    Raises:
+        ValueError: a model, dataset, task or setting that does not fit.
+    """
+    sampling = Sampling(max_completion_length, temperature, top_p)
+    with nullcontext() if isinstance(model, str) else evaluating(model):
+        return evaluate_checkpoint(model, dataset, task=task, k=k, sampling=sampling, **options)
+
+
+def evaluate_checkpoint(
+    model: str | PreTrainedModel,
+    dataset: str | Iterable[Any],
+    *,
+    task: str | Task,
     k: int,
     sampling: Sampling,
     limit: int | None = None,
     split: str = "test",
     batch_size: int = 64,
-    engine: str = "transformers",
+    engine: str = "decode",
     on_batch: Callable[[int, int], None] | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -54,19 +93,20 @@ def evaluate_checkpoint(
     answer_format: str | None = None,
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Evaluate one model on one set of problems; with `output_dir`, write `eval.json` and `eval_completions.jsonl` there.
 
     Args:
-        model: folder (also of a PEFT adapter), hub name or embedded name.
-        dataset: path, hub name or `generated:<task>`.
-        task: how answers are graded.
+        model: folder (also of a PEFT adapter), hub name, embedded name, or a model.
+        dataset: path, hub name, `generated:<task>`, or rows.
+        task: how answers are graded, by name or as a `Task`.
         k: samples a problem.
         sampling: how they are drawn.
         limit: first problems only.
         split: of a hub dataset or generated task.
         batch_size: completions generated together.
-        engine: what samples: transformers or vllm.
+        engine: what samples: decode, transformers or vllm.
         on_batch: called with (completions done, of all) as they are made, by engines that work in batches.
         dtype: of the weights; "auto" keeps the checkpoint's.
         seed: of the sampling.
@@ -76,6 +116,7 @@ def evaluate_checkpoint(
         answer_format: how its answers are written (`oprd.tasks.answer_formats.FORMATS`).
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
+        processing_class: the model's tokenizer; None: the one beside it.
 
     Returns:
         The measures, with the settings they were measured under; `near_misses` counts and lists verdicts near the edge.
@@ -83,45 +124,83 @@ def evaluate_checkpoint(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
-    grading = get_task(task)
-    rows = load_rows(dataset, split, limit, seed, replace(reading or Reading(), graded=True, answers_needed=True))
-    rows = read_answers(rows, grading, answer_format, dataset)
-    rows, instructed = _instructed(grading, rows, dataset) if instruction else (rows, 0)
-    loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    _check_counts(k, limit)
+    grading = get_task(task) if isinstance(task, str) else check_task(task)
+    name = dataset if isinstance(dataset, str) else "dataset"
+    rows = _rows(dataset, split, limit, seed, reading or Reading())
+    rows = read_answers(rows, grading, answer_format, name)
+    rows, instructed = _instructed(grading, rows, name) if instruction else (rows, 0)
+    loaded = _loaded(model, processing_class, dtype=dtype, trust_remote_code=trust_remote_code)
     assert loaded.tokenizer is not None, "it was loaded with the model"
     rendering = _dated(rendering or TeacherPromptSettings(), loaded.tokenizer)
-    prompts = prepare_prompts(
-        rows, loaded.tokenizer, name=dataset, max_completion_length=sampling.max_completion_length,
-        context_length=loaded.info.context_length, split_special_tokens=rendering.split_special_tokens,
-        chat_template_kwargs=rendering.student_kwargs(loaded.tokenizer),
-    )  # fmt: skip
-    check_token_ids(prompts, loaded.tokenizer, loaded.info.embedding_rows, model)
-    stops = loaded.info.stop_token_ids
-    sampler = make_engine(engine, loaded.tokenizer, stops, batch_size=batch_size)
-    if isinstance(sampler, TransformersEngine):
-        check_decoding(probe_decoding(loaded.model))
+    prompts = _prompts(rows, loaded, rendering, name, sampling.max_completion_length)
+    sampler = make_engine(engine, loaded.tokenizer, loaded.info.stop_token_ids, batch_size=batch_size)
+    probe_engine(sampler, loaded.model)
+    if isinstance(sampler, DecodeEngine | TransformersEngine):
         sampler.on_batch = on_batch
     started = time.perf_counter()
     with grading.grader() as grader:
-        result = evaluate(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
+        result = sample_and_grade(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
         stats = dict(decided_by(grader))
-    settings = {
-        "model": model,
-        "dataset": dataset,
-        "task": task,
+    summary = {
+        **result.summary,
+        "model": loaded.info.name,
+        "dataset": name,
+        "task": task if isinstance(task, str) else task.name,
         "seed": seed,
         "instructed": instructed,
         "chat_template_kwargs": rendering.chat_template_kwargs,
         "chat_template_date": rendering.chat_template_date,
         **dataclasses.asdict(sampling),
+        "grading": stats,
+        "near_misses": dataclasses.asdict(_near_misses(prompts, result)),
+        "seconds": round(time.perf_counter() - started, 2),
     }
-    near = dataclasses.asdict(_near_misses(prompts, result))
-    summary = {**result.summary, **settings, "grading": stats, "near_misses": near}
-    summary["seconds"] = round(time.perf_counter() - started, 2)
     if output_dir is not None:
         _write(RunFolder(output_dir), prompts, result, summary)
     return summary
+
+
+def _check_counts(k: int, limit: int | None) -> None:
+    if k < 1:
+        raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+
+
+def _rows(
+    dataset: str | Iterable[Any], split: str, limit: int | None, seed: int, reading: Reading
+) -> Sequence[PromptRow]:
+    reading = replace(reading, graded=True, answers_needed=True)
+    if isinstance(dataset, str):
+        return load_rows(dataset, split, limit, seed, reading)
+    return as_prompt_rows(dataset, "dataset", reading)[:limit]
+
+
+def _loaded(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, dtype: str, trust_remote_code: bool
+) -> LoadedModel:
+    """The model on its device: one by name on a GPU if there is one, a given one where it is."""
+    if isinstance(model, str):
+        loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return loaded
+    loaded = with_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+    return replace(loaded, info=replace(loaded.info, name=loaded.info.name or "the given model"))
+
+
+def _prompts(
+    rows: Sequence[PromptRow], loaded: LoadedModel, rendering: TeacherPromptSettings, name: str, room: int
+) -> Sequence[Prompt]:
+    """The rows as the model reads them, each with `room` tokens for its completion."""
+    tokenizer, info = loaded.tokenizer, loaded.info
+    assert tokenizer is not None, "it was loaded with the model"
+    prompts = prepare_prompts(
+        rows, tokenizer, name=name, max_completion_length=room, context_length=info.context_length,
+        split_special_tokens=rendering.split_special_tokens, chat_template_kwargs=rendering.student_kwargs(tokenizer),
+    )  # fmt: skip
+    check_token_ids(prompts, tokenizer, info.embedding_rows, info.name)
+    return prompts
 
 
 def _dated(rendering: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase) -> TeacherPromptSettings:

@@ -10,7 +10,8 @@ from oprd.tasks.evaluation import Grading, grade_rollouts
 from oprd.tasks.task import decided_by
 from oprd.types import Rollouts
 
-Rewards = list[bool | float | None]
+Graded = tuple[list[bool | float | None], int | None]
+"""The reward of each rollout, and how many answers took too long; None without a task."""
 
 
 class BatchGrading:
@@ -24,10 +25,10 @@ class BatchGrading:
     def __init__(self, grading: Grading, *, at_once: bool) -> None:
         self.grading, self.at_once = grading, at_once
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
-        self._graded: Future[tuple[Rewards, int]] | None = None
+        self._graded: Future[Graded] | None = None
 
-    def begin(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> tuple[Rewards, int] | None:
-        """The rewards of a batch and how many answers took too long; None where `finish` gives them later.
+    def begin(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Graded | None:
+        """Grade a batch; None where `finish` gives the grades.
 
         A grader that is not in worker processes grades at once: it may share random numbers or a device with the models.
 
@@ -44,7 +45,7 @@ class BatchGrading:
         self._graded = self._thread.submit(self._grade, rollouts, prompts)
         return None
 
-    def finish(self) -> tuple[Rewards, int] | None:
+    def finish(self) -> Graded | None:
         """What `begin` has left for later; None if there is nothing.
 
         Raises:
@@ -59,9 +60,9 @@ class BatchGrading:
         if graded is not None:
             graded.exception()
 
-    def _grade(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> tuple[Rewards, int]:
+    def _grade(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Graded:
         of_row = {p.index: p for p in prompts}
         with self.grading.open() as grader:
             before = decided_by(grader)["timed_out"]
             rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
-            return rewards, decided_by(grader)["timed_out"] - before
+            return rewards, None if grader is None else decided_by(grader)["timed_out"] - before

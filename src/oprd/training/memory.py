@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from oprd.files import write_json
 from oprd.models.memory import HalvedSize, ran_out_of_memory
 from oprd.objectives.batch import Batch
 from oprd.objectives.terms import unobserved
+from oprd.training.long_sequences import LongSequences
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
 
@@ -41,10 +43,11 @@ class MemoryGuard:
         args: the run's settings.
         parallel: the training processes.
         recorder: takes the metrics of passes that succeeded.
+        long_sequences: how a rollout above the budget runs.
     """
 
-    def __init__(self, args: OPRDConfig, parallel: Parallel, recorder: Recorder) -> None:
-        self.args, self.parallel, self.recorder = args, parallel, recorder
+    def __init__(self, args: OPRDConfig, parallel: Parallel, recorder: Recorder, long_sequences: LongSequences) -> None:
+        self.args, self.parallel, self.recorder, self.long_sequences = args, parallel, recorder, long_sequences
         self.token_budget = HalvedSize("micro_batch_tokens", args.micro_batch_tokens)
         self._accumulated: list[tuple[Batch, Learn[Any]]] = []  # batches whose gradients are in .grad
         self._only_ours = True  # no other gradients are
@@ -96,18 +99,25 @@ class MemoryGuard:
             self.parallel.student.zero_grad()
             for earlier, relearn in self._accumulated:  # their metrics are recorded already, and nothing is exchanged
                 cut = self.parallel.micro_batches(earlier, self.token_budget.value, model)
-                relearn(self._watched([replace(part, last=False) for part in cut]), unobserved)
+                with closing(self._watched([replace(part, last=False) for part in cut])) as watched:
+                    relearn(watched, unobserved)
         observed: list[dict[str, Any]] = []
         parts = self.parallel.micro_batches(batch, self.token_budget.value, model)
-        result = learn(self._watched(parts), lambda **values: observed.append(values))
+        with closing(self._watched(parts)) as watched:
+            result = learn(watched, lambda **values: observed.append(values))
         for values in observed:
             self.recorder.observe(**values)
+        self.recorder.observe(long_sequences=sum(self._is_long(part) for part in parts if not part.idle))
         return parts, result
 
-    def _watched(self, parts: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+    def _is_long(self, part: MicroBatch) -> bool:
+        return self.long_sequences.needs(max(part.batch.input_lengths), self.token_budget.value)
+
+    def _watched(self, parts: Sequence[MicroBatch]) -> Generator[MicroBatch]:
         for part in parts:
             self._running = part
-            yield part
+            with self.long_sequences.sparing(max(part.batch.input_lengths), self.token_budget.value):
+                yield part
 
     def _padded_tokens_to_halve(self, error: Exception, doing: str) -> int:
         """Padded tokens of the micro-batch that failed, if it can be cut and run again.
@@ -120,7 +130,7 @@ class MemoryGuard:
         rows, longest = len(part.indices), max(part.batch.input_lengths)
         rank = f"rank {self.args.process_index}: " if self.args.world_size > 1 else ""
         begin = f"{rank}out of memory in {doing} of step {self._step + 1}"
-        if rows == 1:
+        if rows == 1 and (longest == 1 or self.parallel.deepspeed or self._is_long(part)):
             raise RunStopped(
                 f"{begin} with one rollout in the micro-batch ({longest} tokens), which a lower micro_batch_tokens does not cut: "
                 f"{self._advice(doing)}"
@@ -139,7 +149,8 @@ class MemoryGuard:
         if doing == _PASSES["teacher"]:
             ways.append("set teacher_model_init_kwargs: {dtype: bfloat16}")
         else:
-            ways += [f"set {name}: true" for name in ("activation_checkpointing", "bf16") if not getattr(args, name)]
+            names = ("activation_checkpointing", "bf16") if self.parallel.deepspeed else ("bf16",)
+            ways += [f"set {name}: true" for name in names if not getattr(args, name)]
         if not args.fully_shard:
             ways.append("set fully_shard: true on several GPUs")
         return ", ".join(ways[:-1]) + (" or " if ways[:-1] else "") + ways[-1]

@@ -16,7 +16,7 @@ from oprd.types import Rollouts
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
 _TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
-_COUNTS = ("grader_timeouts",)  # likewise; reported as they are, by steps that have them
+_COUNTS = ("grader_timeouts", "long_sequences")  # likewise; reported as they are, by steps that have them
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:

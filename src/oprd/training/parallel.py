@@ -24,6 +24,7 @@ from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
+from oprd.training.processes import check_joined
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Parallel:
         self.accelerator, self.args = accelerator, args
         self.student, self.teacher_modules = student, tuple(teacher_modules)
         check_launch(args.fully_shard, accelerator)
+        check_joined(accelerator)
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
         self.fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
         if place:

@@ -13,10 +13,9 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.models.architecture import num_layers
 from oprd.rollouts.engine import RolloutEngine
-from oprd.rollouts.probe import check_decoding, probe_decoding
-from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
-from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
 from oprd.training.parallel import Parallel
 
@@ -28,7 +27,7 @@ def probe_run(
 
     Args:
         pair: the models, on their devices.
-        engine: decoding is probed if it is transformers' `generate`.
+        engine: what it does with the models is probed too.
         args: the settings.
         parallel: the training processes.
         evaluates_teacher: whether the teacher is evaluated.
@@ -41,17 +40,16 @@ def probe_run(
     """
     if parallel.deepspeed:
         return dict.fromkeys(("student", "teacher"), "not probed: DeepSpeed makes the model later")
-    samples = isinstance(engine, TransformersEngine)
     found: dict[str, Any] = {
-        "student": _probe(pair.student.model, pair.layers, parallel.autocast(), decodes=samples),
+        "student": _probe(pair.student.model, pair.layers, parallel.autocast(), engine),
     }
     teacher, layers = pair.teacher, pair.layers
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
         teacher = teacher.teacher
     if isinstance(teacher, FrozenTeacher):
-        writes = samples and isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
-        found["teacher"] = _probe(teacher.model, layers, nullcontext(), decodes=writes)
+        writes = isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
+        found["teacher"] = _probe(teacher.model, layers, nullcontext(), engine if writes else None)
     else:
         adapter = isinstance(teacher, AdapterOffTeacher)
         found["teacher"] = "the student without its adapter" if adapter else "not probed: a teacher of your own"
@@ -59,14 +57,14 @@ def probe_run(
 
 
 def _probe(
-    model: nn.Module, layers: Sequence[int], precision: AbstractContextManager[Any], *, decodes: bool
+    model: nn.Module, layers: Sequence[int], precision: AbstractContextManager[Any], engine: RolloutEngine | None
 ) -> dict[str, Any]:
     with precision:
-        reading = probe_layouts(model, sorted({*layers, num_layers(model)}), read=read_through_forward)
+        probed = sorted({*layers, num_layers(model)})
+        reading = probe_layouts(model, probed, read=read_through_forward)
         check_layout(reading, "right")
+        check_causal(model, probed, read=read_through_forward)
         result = reading.as_json()
-        if decodes:
-            decoding = probe_decoding(model)
-            check_decoding(decoding)
-            result |= decoding.as_json()
+        if engine is not None:
+            result |= probe_engine(engine, model)
     return result

@@ -91,7 +91,7 @@ class Recorder:
             loss: what it adds to the step's loss.
             share: this batch's fraction of the step's prompts.
         """
-        if loss == 0 and terms.step == 0 and not terms.objective.uses(PolicyTerm):
+        if terms.step == 0 and not terms.objective.uses(PolicyTerm) and loss == 0:  # in this order: it reads the device
             logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
@@ -128,6 +128,8 @@ class Recorder:
         row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
         if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
             del row["micro_batch_tokens"]  # shown where memory ran out
+        if row.get("long_sequences") == 0:
+            del row["long_sequences"]
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
         if self.main:

@@ -196,8 +196,8 @@ class RolloutSource:
             self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
         return batch
 
-    def _with_rewards(self, batch: Batch, rewards: Sequence[bool | float | None], timeouts: int) -> Batch:
-        if self.grading.grading.task is not None:
+    def _with_rewards(self, batch: Batch, rewards: Sequence[bool | float | None], timeouts: int | None) -> Batch:
+        if timeouts is not None:
             self.recorder.observe(grader_timeouts=timeouts)
         return replace(batch, rewards=rewards)
 

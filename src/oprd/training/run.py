@@ -32,6 +32,7 @@ from oprd.runs.curves import plot_run
 from oprd.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
 from oprd.tasks.evaluation import Evaluation, describe_accuracy
+from oprd.training.processes import explaining_lost_processes
 from oprd.training.trainer import OPRDTrainer, check_one_device
 
 logger = logging.getLogger("oprd")
@@ -84,6 +85,7 @@ def train_and_evaluate(
 
     Raises:
         ValueError: anything that does not fit, before training starts.
+        LostProcessError: another process of the run has ended; it is a ConnectionError.
         StoppedBySignal: a signal has stopped the run; it is a SystemExit.
     """
     started = time.perf_counter()
@@ -97,6 +99,7 @@ def train_and_evaluate(
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
     with ExitStack() as stack:
+        stack.enter_context(explaining_lost_processes())
         stack.enter_context(trainer.signals.listening())
         if main:
             stack.enter_context(trainer.run_folder.hold())

@@ -17,6 +17,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from oprd.runs.reporting import not_installed
+
 logger = logging.getLogger("oprd")
 
 LONGEST = 60.0  # seconds that a call may take, and that the run waits for one
@@ -41,7 +43,8 @@ def make_trackers(names: Sequence[str], *, warn: bool = True) -> list[Tracker]:
             trackers.append(Tracker(kind(), name, warn=warn))
         except Exception as error:
             if warn:
-                logger.warning("report_to: %s is left out, the run goes on without it: %s", name, _first_line(error))
+                reason = f"report_to: {name} is left out, the run goes on without it: {_first_line(error)}"
+                logger.warning("%s", not_installed(name) or reason)
     return trackers
 
 

@@ -45,7 +45,7 @@ from oprd.runs.checkpoints import (
     saved_bytes,
     step_of,
 )
-from oprd.runs.folder import RunFolder
+from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
 from oprd.states.teachers import Teacher
@@ -53,9 +53,11 @@ from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
+from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.probe import probe_run
+from oprd.training.processes import check_shared, explaining_lost_processes
 from oprd.training.recorder import Recorder
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
@@ -193,7 +195,11 @@ class OPRDTrainer(Trainer):
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
-        self.memory = MemoryGuard(args, self.parallel, self.recorder)
+        long_sequences = LongSequences(
+            self.parallel.student, self.parallel.teacher_modules,
+            recomputed=bool(args.activation_checkpointing), deepspeed=self.parallel.deepspeed,
+        )  # fmt: skip
+        self.memory = MemoryGuard(args, self.parallel, self.recorder, long_sequences)
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
@@ -294,11 +300,13 @@ class OPRDTrainer(Trainer):
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
             RunStopped: memory does not hold the smallest batch, or `max_useless_steps`.
+            LostProcessError: another process of the run has ended.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
         if not self.train_dataset:
             raise ValueError("train_dataset: there is none")
         with ExitStack() as stack:
+            stack.enter_context(explaining_lost_processes())
             stack.enter_context(self.signals.listening())
             if self.is_world_process_zero():
                 stack.enter_context(self.run_folder.hold())
@@ -328,7 +336,8 @@ class OPRDTrainer(Trainer):
             accept_changes: as in `train`.
 
         Raises:
-            ValueError: the folder holds another run, or the run is not the one that the checkpoint belongs to.
+            ValueError: the folder holds another run, the run is not the one that the checkpoint belongs to, or a process does not
+                see the folder.
         """
         if self.is_world_process_zero():
             assert self.identity is not None, "the first process saves"
@@ -338,6 +347,7 @@ class OPRDTrainer(Trainer):
             else:
                 self.run_folder.make_free()
             self.run_folder.begin_run(self.identity.as_json())
+        check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
 

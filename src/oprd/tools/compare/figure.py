@@ -2,108 +2,180 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from oprd.files import writing
-from oprd.runs.curves import QUIET
+from oprd.runs.pictures import (
+    BEFORE,
+    QUIET,
+    TEACHER,
+    End,
+    band,
+    colour,
+    in_percent,
+    level,
+    look,
+    mark,
+    name_ends,
+    new_figure,
+    save,
+    style,
+)
 
-# Paul Tol's "muted" colours, distinguishable for colour-blind readers. Markers distinguish objectives in greyscale.
-_COLOURS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#882255", "#44AA99", "#AA4499")
-_MARKERS = "osD^vP*X"
+_MOST_TOGETHER = 6  # objectives with bands in one panel; more get a panel each
+_COLUMNS, _LONG_NAME = 3, 22  # small panels beside each other; letters that fit above one
+_EQUAL_TIME = (0, (1, 3))  # dashes
+_REFERENCES = (("teacher", "teacher", TEACHER), ("student_before", "before", BEFORE))
 
 
 def plot_comparison(report: Mapping[str, Any], file: Path) -> None:
     """Plot a comparison's report to the PNG `file`. Rows without a complete run are left out."""
-    # matplotlib's object interface needs no display and no global pyplot state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with style():
+        save(draw_comparison(report), file)
 
-    objectives = list(report["best_rate"])
-    figure = Figure(figsize=(11, 6.2 + 0.3 * len(objectives)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(4, 1 + 0.35 * len(objectives)))
-    by_step, by_time = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    by_rate = figure.add_subplot(grid[1, :])
-    for index, name in enumerate(objectives):
-        chosen = [
-            r for r in report["rows"] if r["objective"] == name and r["learning_rate"] == report["best_rate"][name]
-        ]
-        for row in chosen:
-            _draw_curve(by_step, row, "steps", index, f"{name} ({row['learning_rate']:g})")
-            _draw_curve(by_time, row, "seconds", index, None)
-    by_time.axvline(report["equal_time"]["seconds"], color=QUIET, lw=0.8)
-    by_time.annotate(
-        "equal time", (report["equal_time"]["seconds"], 0.0), rotation=90, ha="right", fontsize=7, color=QUIET
+
+def draw_comparison(report: Mapping[str, Any]) -> Any:
+    """The figure of `plot_comparison`. Call it inside `oprd.runs.pictures.style`.
+
+    Curves are drawn if there is an evaluation between the first and the last one.
+    """
+    best = {
+        row["objective"]: row
+        for row in report["rows"]
+        if row["learning_rate"] == report["best_rate"][row["objective"]] and row["curve"]["avg"]
+    }
+    together = len(best) <= _MOST_TOGETHER
+    tall = max(2.6, 0.19 * len(best) + 1.1)
+    curves = {"steps": tall if together else 0.7 + 1.15 * math.ceil(len(best) / _columns(best)), "seconds": tall}
+    if all(len(row["curve"]["avg"]) <= 2 for row in best.values()):
+        curves = {}
+    complete = sum(row["final_avg"] is not None for row in report["rows"])
+    heights = [*curves.values(), 1.1 + 0.18 * complete + 0.07 * len(best)]
+    figure = new_figure(sum(heights) + 0.3)
+    *parts, at_rates = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
+    named = []
+    for part, over in zip(parts, curves, strict=True):
+        if together or over == "seconds":
+            axis = part.subplots()
+            named.append((axis, _draw_together(axis, report, best, over)))
+        else:
+            _draw_apart(part, report, best)
+    accuracy, seconds = at_rates.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    _draw_rates(accuracy, seconds, report)
+    figure.supxlabel("Mean over seeds; bands and bars: 95 % t-interval over seeds", color=QUIET)
+    name_ends(*named)
+    return figure
+
+
+def _columns(best: Mapping[str, Any]) -> int:
+    return _COLUMNS if max(map(len, best)) <= _LONG_NAME else _COLUMNS - 1
+
+
+def _draw_apart(figure: Any, report: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+    """One small panel an objective: its curve with its band, and the other curves in grey."""
+    columns = _columns(best)
+    panels = figure.subplots(math.ceil(len(best) / columns), columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for index, (axis, name) in enumerate(zip(panels, best, strict=False)):
+        for other in best.values():
+            axis.plot(other["curve"]["steps"], other["curve"]["avg"], color="#BBBBBB", linewidth=0.6)
+        _draw_curve(axis, best[name], "steps", 0, bands=True)
+        for key, _, dashes in _REFERENCES:
+            if report[key]:
+                level(axis, report[key]["avg"], "", dashes)
+        _finish(axis, report)
+        axis.set_ylabel("")
+        axis.set_title(name, fontweight="normal")
+        axis.tick_params(labelbottom=index + columns >= len(best))
+    for axis in panels[len(best) :]:
+        axis.remove()
+    figure.suptitle(
+        "Each objective at its own best rate (grey: the others; dashed: teacher; dotted: before)", x=0.01, ha="left"
     )
-    _draw_rates(by_rate, report, objectives)
-    for axis in (by_step, by_time):
-        _draw_references(axis.axhline, report)
-        axis.set(ylabel=f"Avg@{report['k']}", ylim=_limits(report))
-    _draw_references(by_rate.axvline, report)
-    by_step.set(title="Each objective at its own best rate (in brackets)", xlabel="step")
-    by_time.set(title="The same over the time of training", xlabel="seconds, without evaluation")
-    for axis in (by_step, by_time, by_rate):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*by_step.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    figure.supxlabel("mean over seeds; bands and bars: 95 % t-interval over seeds", fontsize=8, color="#555555")
-    with writing(file) as temporary:
-        figure.savefig(temporary, dpi=130)
+    figure.supxlabel("step")
+    figure.supylabel(_unit(report))
 
 
-def _draw_curve(axis: Any, row: Mapping[str, Any], over: str, index: int, label: str | None) -> None:
-    curve = row["curve"]
-    colour = _COLOURS[index % len(_COLOURS)]
-    style = "-" if index < len(_COLOURS) else "--"
-    axis.plot(
-        curve[over],
-        curve["avg"],
-        style,
-        marker=_MARKERS[index % len(_MARKERS)],
-        ms=4,
-        lw=1.4,
-        color=colour,
-        label=label,
-    )
-    if curve["ci95"] and None not in curve["ci95"]:
-        low, high = zip(*curve["ci95"], strict=True)
-        axis.fill_between(curve[over], low, high, color=colour, alpha=0.1, lw=0)
-
-
-def _draw_references(line: Any, report: Mapping[str, Any]) -> None:
-    for key, style, label in (("teacher", "--", "teacher"), ("student_before", ":", "student before")):
+def _draw_together(axis: Any, report: Mapping[str, Any], best: Mapping[str, Any], over: str) -> list[End]:
+    """All objectives in one panel; returns the ends of their lines."""
+    ends = []
+    for index, (name, row) in enumerate(best.items()):
+        _draw_curve(axis, row, over, index, bands=len(best) <= _MOST_TOGETHER)
+        ends.append(
+            End(f"{name} ({row['learning_rate']:g})", row["curve"][over][-1], row["curve"]["avg"][-1], colour(index))
+        )
+    for key, text, dashes in _REFERENCES:
         if report[key]:
-            line(report[key]["avg"], color="black", ls=style, lw=1, label=f"{label} {report[key]['avg']:.0%}")
+            ends.append(level(axis, report[key]["avg"], f"{text} {_value(report, report[key]['avg'])}", dashes))
+    _finish(axis, report)
+    if over == "seconds":
+        axis.set_title("Over the time of training (rates in brackets)", pad=18)
+        axis.set_xlabel("seconds, without evaluation")
+        mark(axis, report["equal_time"]["seconds"], "equal time", _EQUAL_TIME)
+    else:
+        axis.set(title="Each objective at its own best rate (in brackets)", xlabel="step")
+    return ends
 
 
-def _limits(report: Any) -> tuple[float, float] | None:
+def _draw_curve(axis: Any, row: Mapping[str, Any], over: str, index: int, *, bands: bool) -> None:
+    curve = row["curve"]
+    axis.plot(curve[over], curve["avg"], **look(index))
+    if bands and curve["ci95"] and None not in curve["ci95"]:
+        low, high = zip(*curve["ci95"], strict=True)
+        band(axis, curve[over], low, high, colour(index))
+
+
+def _draw_rates(accuracy: Any, seconds: Any, report: Mapping[str, Any]) -> None:
+    """One row a learning rate, filled at the objective's best one: final accuracy, and seconds of training."""
+    rates = {row["learning_rate"] for row in report["rows"]}
+    places, labels, height = [], [], 0.0
+    for name, best in report["best_rate"].items():
+        own = [row for row in report["rows"] if row["objective"] == name and row["final_avg"] is not None]
+        for number, row in enumerate(sorted(own, key=lambda row: row["learning_rate"])):
+            low, high = row["final_ci95"] or (row["final_avg"], row["final_avg"])
+            accuracy.plot([low, high], [height, height], color=colour(0), alpha=0.3, linewidth=5, solid_capstyle="butt")
+            fill = colour(0) if row["learning_rate"] == best else "white"
+            accuracy.plot([row["final_avg"]], [height], "o", color=colour(0), mfc=fill)
+            seconds.plot([row["seconds"]], [height], "o", color=colour(0), mfc=fill)
+            rate = f"{row['learning_rate']:g}"
+            labels.append(name if len(rates) == 1 else rate if number else f"{name}  {rate}")
+            places.append(height)
+            height += 1
+        height += 0.4 if len(rates) > 1 else 0
+    accuracy.set_yticks(places, labels)
+    for key, text, dashes in _REFERENCES:
+        if report[key]:
+            mark(accuracy, report[key]["avg"], f"{text} {_value(report, report[key]['avg'])}", dashes)
+    mark(seconds, report["equal_time"]["seconds"], "equal time", _EQUAL_TIME)
+    title = f"at {min(rates):g}" if len(rates) == 1 else "at every rate (filled: the best)"
+    accuracy.set_title(f"After the last step, {title}", pad=18)
+    accuracy.set(xlabel=_unit(report), ylim=(height - 0.4, -0.7))
+    longest = max(row["seconds"] for row in report["rows"] if row["final_avg"] is not None)
+    seconds.set(xlabel="seconds", xlim=(0, 1.12 * max(longest, 1e-3)))
+    if limits := _limits(report):
+        accuracy.set_xlim(*limits)
+        in_percent(accuracy.xaxis)
+    for axis in (accuracy, seconds):
+        axis.grid(visible=False, axis="y")
+
+
+def _finish(axis: Any, report: Mapping[str, Any]) -> None:
+    axis.set_ylabel(_unit(report))
+    if limits := _limits(report):
+        axis.set_ylim(*limits)
+        in_percent(axis.yaxis)
+
+
+def _limits(report: Mapping[str, Any]) -> tuple[float, float] | None:
     """Ends of an accuracy axis; None where rewards lie outside [0, 1]."""
     found = [row["final_avg"] for row in report["rows"] if row["final_avg"] is not None]
-    return (-0.02, 1.02) if all(0 <= value <= 1 for value in found) else None
+    return (-0.03, 1.03) if all(0 <= value <= 1 for value in found) else None
 
 
-def _draw_rates(axis: Any, report: Mapping[str, Any], objectives: list[str]) -> None:
-    """One line per objective, from top to bottom, with its learning rates side by side."""
-    from matplotlib.lines import Line2D
+def _unit(report: Mapping[str, Any]) -> str:
+    return f"Avg@{report['k']}, %" if _limits(report) else f"Avg@{report['k']}, reward"
 
-    rates = sorted({row["learning_rate"] for row in report["rows"]})
-    for number, rate in enumerate(rates):
-        rows = [r for r in report["rows"] if r["learning_rate"] == rate and r["final_avg"] is not None]
-        for row in rows:
-            index = objectives.index(row["objective"])
-            low, high = row["final_ci95"] or (row["final_avg"], row["final_avg"])
-            axis.errorbar(
-                [row["final_avg"]], [index + (number - (len(rates) - 1) / 2) * 0.6 / len(rates)],
-                xerr=[[row["final_avg"] - low], [high - row["final_avg"]]], fmt=_MARKERS[number % len(_MARKERS)],
-                ms=5, capsize=3, lw=1.2, color=_COLOURS[index % len(_COLOURS)],
-            )  # fmt: skip
-    axis.set_yticks(range(len(objectives)), objectives, fontsize=8)
-    axis.set(title="Final accuracy at every rate", xlim=_limits(report), ylim=(len(objectives) - 0.5, -0.5))
-    axis.set_xlabel(f"Avg@{report['k']} after the last step")
-    # The marker shape shows the learning rate, independent of the objective's colour.
-    shapes = [
-        Line2D([], [], color="black", ls="", marker=marker, ms=5) for marker in (_MARKERS * len(rates))[: len(rates)]
-    ]
-    axis.legend(shapes, [f"learning rate {rate:g}" for rate in rates], loc="best", frameon=False, fontsize=8)
+
+def _value(report: Mapping[str, Any], value: float) -> str:
+    return f"{100 * value:.3g} %" if _limits(report) else f"{value:.3g}"

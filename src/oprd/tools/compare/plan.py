@@ -14,14 +14,14 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
+from oprd.files import shipped_folders
 from oprd.resolve import plan
 from oprd.run_config import RunConfig, read_yaml, recipe_keys
 from oprd.sanitize import redacted_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
 from oprd.tools.compare.results import Run
 
-_PACKAGE = Path(__file__).parents[2]
-COMPARISON_FOLDERS = (_PACKAGE / "comparisons", _PACKAGE.parent.parent / "comparisons")
+COMPARISON_FOLDERS = shipped_folders("comparisons")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 # Keys that the comparison sets itself, with the way to change them.

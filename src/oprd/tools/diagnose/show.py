@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from oprd.files import writing
+from oprd.runs.pictures import BEFORE, level, look, name_ends, name_two, new_figure, plain_log, save, style
 from oprd.sanitize import printable
 
 Report = Mapping[str, Any]
@@ -132,36 +132,40 @@ def _number(value: float | None) -> str:
 
 def plot_report(report: Report, file: Path) -> None:
     """Draw the CKA of all pairs of layers, and the means over positions (PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global state of pyplot
-    from matplotlib.figure import Figure
+    with style():
+        save(draw_report(report), file)
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def draw_report(report: Report) -> Any:
+    """The figure of `plot_report`. Call it inside `oprd.runs.pictures.style`."""
+    figure = new_figure(3.3)
     left, right = figure.subplots(1, 2)
-    matrix = report["cka"]["matrix"]
-    image = left.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
-    depth, teacher_depth = len(matrix), len(matrix[0])
-    left.set_yticks(range(0, depth, max(1, depth // 8)), range(1, depth + 1, max(1, depth // 8)))
-    left.set_xticks(
-        range(0, teacher_depth, max(1, teacher_depth // 8)), range(1, teacher_depth + 1, max(1, teacher_depth // 8))
-    )
-    left.plot(
-        [t - 1 for t in report["cka"]["best_map"]], range(depth), "o", mfc="none", color="#CC6677", label="best map"
-    )
-    left.set(title="CKA of directions", xlabel="teacher layer", ylabel="student layer")
-    left.legend(frameon=False, loc="upper left", fontsize=8, labelcolor="white")
-    figure.colorbar(image, ax=left)
+    _draw_layers(figure, left, report["cka"])
     name = "reverse_kl" if report["verdict"]["bridge"] else "cosine"
-    curve = report["positions"][name]
-    label = "last-layer cosine" if name == "cosine" else "reverse KL, nats per position"
+    curve, ends = report["positions"][name], []
     if curve is not None:
-        for side, colour, style in (("first", "#332288", "o-"), ("last", "#DDAA33", "s--")):
-            right.plot(curve["k"], curve[f"{side}_k"], style, color=colour, ms=4, label=f"{side} k")
+        for index, side in enumerate(("first", "last")):
+            right.plot(curve["k"], curve[f"{side}_k"], **look(index))
+        name_two(right, curve["k"], {f"{side} k": curve[f"{side}_k"] for side in ("first", "last")})
         if curve["at_end"] is not None:
-            right.axhline(curve["at_end"], color="#CC6677", ls=":", label="at the end token")
-        right.legend(frameon=False, fontsize=8)
-    right.set(title="Over response positions", xlabel="k, response positions", xscale="log", ylabel=label)
-    right.grid(alpha=0.25)
-    right.spines[["top", "right"]].set_visible(False)
-    with writing(file) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")  # PNG whatever the suffix
+            ends.append(level(right, curve["at_end"], "end token", BEFORE))
+    unit = "cosine, last layer" if name == "cosine" else "reverse KL, nats a position"
+    right.set(title="Over the response", xlabel="k, positions", xscale="log", ylabel=unit)
+    plain_log(right.xaxis)
+    name_ends((right, ends))
+    return figure
+
+
+def _draw_layers(figure: Any, axis: Any, cka: Mapping[str, Any]) -> None:
+    """Every pair of layers as a shade; rings mark the map with the highest CKA."""
+    matrix = cka["matrix"]
+    image = axis.imshow(matrix, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
+    for ticks, layers in ((axis.set_yticks, len(matrix)), (axis.set_xticks, len(matrix[0]))):
+        shown = range(0, layers, max(1, layers // 8))
+        ticks(shown, [layer + 1 for layer in shown])
+    best = ([teacher - 1 for teacher in cka["best_map"]], range(len(matrix)))
+    axis.plot(*best, "o", mfc="none", mec="white", markersize=9, mew=3)
+    axis.plot(*best, "o", mfc="none", mec="black", markersize=9, mew=1.2)
+    axis.grid(visible=False)
+    axis.set(title="CKA (rings: best map)", xlabel="teacher layer", ylabel="student layer")
+    figure.colorbar(image, ax=axis, label="CKA of directions")

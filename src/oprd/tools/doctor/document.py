@@ -9,6 +9,8 @@ from typing import Any
 from oprd.tools.doctor.show import known_table
 
 MARGIN = 0.15
+FACTOR = 2.0
+PHASES = ("rollout", "teacher", "update", "optimizer")
 _MIB = 2**20
 _BLOCK = re.compile(r"<!-- (?P<name>cpu|gpu|sizes): written by benchmarks/doctor.py -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -16,9 +18,13 @@ _CPU = """{summary}
 
 Training steps on a CPU ({machine}), one thread, float32, one process a configuration; resident memory beyond that before the
 models are built. *Held* stays between steps (weights, moments, teacher). *Peak* is the maximum during teacher forward, student
-forward and backward of the second step. *Beyond* is their difference (activations, states, gradients, chunks).
+forward and backward of the second step (with rollouts, where they are timed below). *Beyond* is their difference.
 
-{measured}"""
+{measured}
+
+Estimated and measured seconds (CPU time): {times} within {factor} x.
+
+{timed}"""
 
 _GPU = """{summary}
 
@@ -77,7 +83,34 @@ def _cpu_section(result: Mapping[str, Any], predicted: Mapping[str, Mapping[str,
         summary=_summary(result["rows"], predicted),
         machine=f"torch {result['machine']['torch']}, {result['machine']['machine']}",
         measured=_table(result["rows"], predicted),
+        times=_times_within(result["timed"]),
+        factor=f"{FACTOR:g}",
+        timed=_timed_table(result["timed"]),
     )
+
+
+def time_ratios(row: Mapping[str, Any]) -> dict[str, float]:
+    """Estimated seconds over measured ones: of each phase, and of the whole `step`."""
+    estimated, measured = row["estimated"], row["measured"]
+    ratios = {phase: estimated[phase] / measured[phase] for phase in PHASES}
+    return {**ratios, "step": sum(estimated.values()) / sum(measured.values())}
+
+
+def _times_within(rows: Sequence[Mapping[str, Any]]) -> str:
+    ratios = [time_ratios(row) for row in rows]
+    within = [sum(1 / FACTOR <= ratio[name] <= FACTOR for ratio in ratios) for name in ("step", "rollout")]
+    return f"{within[0]} of {len(rows)} steps, {within[1]} rollouts"
+
+
+def _timed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| configuration | rollout | step |", "| --- | --- | --- |"]
+    for row in rows:
+        mark = "" if 1 / FACTOR <= time_ratios(row)["step"] <= FACTOR else " (missed)"
+        both = row["estimated"], row["measured"]
+        rollout = ", ".join(f"{seconds['rollout']:.2f}" for seconds in both)
+        step = ", ".join(f"{sum(seconds.values()):.2f}" for seconds in both)
+        lines.append(f"| {row['name']} | {rollout} | {step}{mark} |")
+    return "\n".join(lines)
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Mapping[str, float]]) -> str:

@@ -84,30 +84,51 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     Per token, with width D, A query channels, K key channels and MLP width I: the residual stream and its normalised copy before
     attention and before the MLP (4·D), the linear layers' inputs (2·D), q and the attention output (2·A), k and v (2·K; repeated to
     2·A with a padding mask), each head's log-normaliser, the scales of two norms, and in the MLP gate, silu(gate), up and their
-    product (4·I). Under autocast the residual stream stays float32, and each linear layer casts its own input. With an adapter,
-    tensors needed only for the gradients of frozen weights are not saved.
+    product (4·I). Under autocast the residual stream stays float32, and each linear layer casts its own input. With 16-bit weights
+    the norms keep float32 copies of the stream. With an adapter, tensors needed only for the gradients of frozen weights are not
+    saved.
     """
-    shape, compute = work.student, 2 if work.bf16 else _FLOAT
+    shape, compute, weight = work.student, work.compute_bytes, work.student_bytes
     masked, grouped = work.padded and work.rows > 1, shape.kv_heads < shape.heads
     # Without a fused kernel, sdpa repeats the keys and saves the softmax output. No kernel supports float32 grouped keys on a GPU.
-    unfused = work.accelerator and not work.bf16 and grouped and not masked
+    unfused = work.accelerator and compute == _FLOAT and grouped and not masked
     attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
     scales = _FLOAT * (shape.heads + 2)
     if unfused:
         scales += _FLOAT * shape.heads * work.length
     if masked:
         scales += work.length * compute  # each block converts the mask to a bias
-    if work.lora is None:
-        inputs = (5 if work.bf16 else 2) * shape.width
-        stream, mlp, adapters = 4 * shape.width, 4 * shape.intermediate, 0
+    if work.lora is not None:
+        stream, inputs, mlp, copies = _saved_with_adapter(work)
     else:
-        targets = work.lora.targets
+        casts = work.bf16 and weight == _FLOAT
+        stream = 2 * (_FLOAT + weight) * shape.width
+        inputs = (5 if casts else 2) * shape.width * compute
+        mlp = 4 * shape.intermediate * compute
+        copies = 2.0 * shape.linear_parameters if casts else 0.0
+    return stream + inputs + attention * compute + mlp + scales, copies
+
+
+def _saved_with_adapter(work: Workload) -> tuple[float, float, float, float]:
+    """Bytes per token of the stream, the adapters' inputs and the MLP, and fixed bytes, of one block with an adapter.
+
+    peft keeps adapters of 16-bit weights in float32, and each of them casts its own input.
+    """
+    assert work.lora is not None
+    shape, compute, targets, narrow = work.student, work.compute_bytes, work.lora.targets, work.student_bytes < _FLOAT
+    widths = {name: inputs for name, inputs, _ in shape.linears}
+    adapter = 2 if work.bf16 else _FLOAT
+    if narrow:
+        inputs = adapter * sum(widths[t] for t in targets)
+        mlp = 3 * shape.intermediate * compute
+        copies = 2.0 * work.trainable / work.top if work.bf16 else 0.0
+    else:
         reads = [[t in targets for t in group] for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
-        inputs = sum(any(group) for group in reads) * shape.width
-        stream, mlp = 2 * shape.width, (3 + ("down_proj" in targets)) * shape.intermediate
-        adapters = len(targets) * work.lora.rank
-    copies = 2.0 * shape.linear_parameters if work.bf16 else 0.0
-    return stream * _FLOAT + (inputs + attention + mlp + adapters) * compute + scales, copies
+        inputs = sum(any(group) for group in reads) * shape.width * compute
+        mlp = (3 + ("down_proj" in targets)) * shape.intermediate * compute
+        copies = 2.0 * shape.linear_parameters if work.bf16 else 0.0
+    stream = 2 * shape.width * _FLOAT
+    return stream, inputs + adapter * len(targets) * work.lora.rank, mlp, copies
 
 
 class _Held:
@@ -118,8 +139,9 @@ class _Held:
         self.split = work.devices if work.sharding == "fsdp" else 1
         trainable = work.trainable
         adapter = trainable if work.lora is not None else 0
-        self.weights = _FLOAT * (shape.parameters + adapter) / self.split
-        self.gradients = _FLOAT * trainable / self.split
+        weight = work.student_bytes
+        self.weights = (weight * shape.parameters + _FLOAT * adapter) / self.split
+        self.gradients = (_FLOAT if adapter else weight) * trainable / self.split
         self.moments = 2 * self.gradients
         self.copy = self.gradients if work.overlap else 0.0  # copy of the trained weights
         if work.sharding == "ddp" and work.devices > 1:
@@ -127,12 +149,10 @@ class _Held:
         other = work.teacher or shape
         self.teacher = 0.0 if work.teacher is None else work.teacher_bytes * other.parameters
         self.teacher /= self.split
-        compute = 2 if work.bf16 else _FLOAT
-        self.compute = compute
         # fully_shard gathers the root's weights and two blocks (one prefetched) at a time; in backward also their gradients.
         root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters
-        self.gathered = _FLOAT * (root + 2 * block) if self.split > 1 else 0.0
-        self.gathered_gradients = _FLOAT * (root + block) if self.split > 1 else 0.0
+        self.gathered = float(weight) * (root + 2 * block) if self.split > 1 else 0.0
+        self.gathered_gradients = float(weight) * (root + block) if self.split > 1 else 0.0
         self.cache = self._states() if work.needs_teacher else 0.0
         tokens, intermediate = work.tokens, other.intermediate
         wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)
@@ -175,7 +195,7 @@ class _Held:
         work, shape = self.work, self.work.student
         rows = min(work.generation_batch, work.rollouts)
         # Under autocast the rotated keys stay float32.
-        token = shape.keys * (_FLOAT + self.compute)
+        token = shape.keys * (work.student_bytes + work.compute_bytes)
         cache = float(rows * (work.prompt + work.completion) * token)
         return cache * (shape.layers + 1), float(_SAMPLING_BUFFERS * _FLOAT * rows * shape.rows)
 
@@ -183,10 +203,11 @@ class _Held:
         """Bytes saved for backward by a forward pass through `layers` blocks."""
         work, shape, tokens = self.work, self.work.student, self.work.tokens
         per_token, copies = saved_bytes(work)
-        final = tokens * _FLOAT * shape.width * (3 if work.lora is None else 2)
-        shared = tokens * 2 * shape.head_dim * _FLOAT + final
+        weight = work.student_bytes
+        final = tokens * shape.width * (_FLOAT + weight * (2 if work.lora is None else 1))
+        shared = tokens * 2 * shape.head_dim * weight + final
         if work.checkpointing:
-            return layers * tokens * shape.width * _FLOAT + shared
+            return layers * tokens * shape.width * weight + shared
         return layers * (tokens * per_token + copies) + shared
 
     def update(self, kept: float) -> float:
@@ -207,18 +228,18 @@ class _Held:
         moments = [forward + cosine, forward + head + self.chunks]
         per_token, copies = saved_bytes(work)
         again = work.tokens * per_token + copies if work.checkpointing else 0.0  # one block recomputed
-        passing = work.tokens * (_FLOAT * shape.width + 2 * shape.intermediate * self.compute) + again
+        passing = work.tokens * (_FLOAT * shape.width + 2 * shape.intermediate * work.compute_bytes) + again
         passing += self.gathered_gradients
         full = work.lora is None
-        own = _FLOAT * shape.intermediate * shape.width if full else 0  # the first weight's gradient
+        own = work.student_bytes * shape.intermediate * shape.width if full else 0  # the first weight's gradient
         moments.append(forward + head + passing + own)
-        block = _FLOAT * shape.block_parameters / self.split if full else 0.0
+        block = work.student_bytes * shape.block_parameters / self.split if full else 0.0
         for done in range(1, work.top):
             remaining = self.activations(work.top_run - done) + derivative * (1 - done / work.top) + self.gathered
             new = 0.0 if kept else done * block
             moments.append(kept + new + remaining + self.head_gradient + passing + own)
         end = self.gradients + (self.head_gradient if kept else 0.0)
         alone = work.devices == 1
-        rows = _FLOAT * (work.tokens * shape.width if alone else shape.vocabulary) if full else 0
+        rows = work.student_bytes * (work.tokens * shape.width if alone else shape.vocabulary) if full else 0
         moments.append(end + rows + self.gathered + self.gathered_gradients)
         return max(moments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,14 @@ class Shape:
         return 1 if self.tied else 2
 
 
-def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
+def read_shape(name: str, init_kwargs: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False) -> Shape:
     """Read the shape of a model given by folder, hub name or `embedded:…`. Reads only its config.
+
+    Args:
+        name: as in a recipe.
+        init_kwargs: arguments of `from_pretrained`. Those that are settings of the config replace it, as they do there; `dtype`
+            is left to the caller.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: the config cannot be read, or the architecture is not a decoder with gated MLP blocks.
@@ -96,6 +103,9 @@ def read_shape(name: str, *, trust_remote_code: bool = False) -> Shape:
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"model: the config of {name!r} cannot be read: {first_line}") from error
+    for key, value in (init_kwargs or {}).items():
+        if key != "dtype" and hasattr(config, key):
+            setattr(config, key, value)
     return shape_of(config, trust_remote_code=trust_remote_code)
 
 

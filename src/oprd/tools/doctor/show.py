@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from oprd.tools.doctor.advice import advise
@@ -29,9 +30,11 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
         "assumed": {
             "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts, "devices": work.devices,
             "sharding": work.sharding, "micro_batch_rollouts": work.rows, "micro_batches": work.micro_batches,
-            "compute": "bfloat16" if work.bf16 else "float32", "tflops": device.tflops, "bandwidth": device.bandwidth,
+            "compute": "bfloat16" if work.compute_bytes == 2 else "float32",
+            "student_bytes": work.student_bytes, "tflops": device.tflops, "bandwidth": device.bandwidth,
             "flops_share": device.flops_share, "bandwidth_share": device.bandwidth_share,
         },
+        **({"this_machine": asdict(device)} if device.threads else {}),
     }  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
     lines = [
         f"computed, not measured: {assumed['rollouts']} rollouts a step and device, prompts of {assumed['prompt']} and completions "
         f"of {assumed['completion']} tokens, {assumed['micro_batch_rollouts']} rollouts a micro-batch, {assumed['compute']}, "
-        f"{assumed['devices']} device(s), sharding {assumed['sharding']}",
+        f"student weights of {assumed['student_bytes']} bytes, {assumed['devices']} device(s), sharding {assumed['sharding']}",
         "",
         "memory of a device, by part (each at its largest)",
     ]
@@ -53,14 +56,26 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
     lines += [f"  {_size(a['peak'])} with {a['setting']}" for a in found["advice"]]
     seconds = found["seconds"]
     split = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-    lines += [
-        "",
-        f"time of a step, an estimate: {sum(seconds.values()):.3g} s ({split}) at {assumed['tflops']:.4g} TFLOPS x "
-        f"{assumed['flops_share']:.0%} and {assumed['bandwidth']:.4g} GB/s x {assumed['bandwidth_share']:.0%}",
-    ]
+    estimate = f"time of a step, an estimate: {sum(seconds.values()):.3g} s ({split})"
+    if device := found.get("this_machine"):
+        lines += ["", _machine_line(device, assumed["compute"]), estimate]
+    else:
+        lines += [
+            "",
+            f"{estimate} at {assumed['tflops']:.4g} TFLOPS x {assumed['flops_share']:.0%} and "
+            f"{assumed['bandwidth']:.4g} GB/s x {assumed['bandwidth_share']:.0%}",
+        ]
     if unknown := sorted(set(families) - set(CHECKED)):
         lines.append(f"the formulas were checked on {', '.join(CHECKED)} only, not on {', '.join(unknown)}")
     return lines
+
+
+def _machine_line(device: dict[str, Any], compute: str) -> str:
+    return (
+        f"this machine, {device['threads']} thread(s): {1000 * device['tflops']:.3g} GFLOP/s {compute}, "
+        f"{device['bandwidth']:.3g} GB/s of weights in a decoding step, {device['written']:.3g} GB/s written, "
+        f"{1000 * device['layer_seconds']:.2g} ms to start a block"
+    )
 
 
 def _size(size: float) -> str:

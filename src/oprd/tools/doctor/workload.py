@@ -35,7 +35,7 @@ class Workload:
     """One device's share of a training step. All lengths are maximum lengths, so predictions are upper bounds.
 
     Args:
-        student: the student's shape; weights in float32.
+        student: the student's shape.
         teacher: the teacher's shape; None: the teacher is the student without its adapter.
         rollouts: rollouts per step and device.
         prompt: tokens per prompt.
@@ -52,9 +52,11 @@ class Workload:
         checkpointing: whether activations are recomputed.
         lora: the adapter, or None for full training.
         bf16: whether the student computes in bfloat16 (autocast).
+        student_bytes: bytes per element of the student's weights; an adapter has 4.
         teacher_bytes: bytes per element of the teacher's weights and states.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
+        prompt_readers: completions of a prompt that share one reading of it.
         overlap: whether the next step's rollouts are sampled during the update.
         devices: number of devices.
         sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
@@ -78,9 +80,11 @@ class Workload:
     checkpointing: bool = False
     lora: Lora | None = None
     bf16: bool = False
+    student_bytes: int = 4
     teacher_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
+    prompt_readers: int = 1
     overlap: bool = False
     devices: int = 1
     sharding: str = "none"
@@ -115,6 +119,11 @@ class Workload:
     def tokens(self) -> int:
         """Padded tokens per micro-batch."""
         return self.rows * self.length
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes per element of what the student's matrix products read."""
+        return 2 if self.bf16 else self.student_bytes
 
     @property
     def head_term(self) -> bool:
@@ -174,21 +183,27 @@ def workload_of(
             adapter targets layers other than the block's projections.
     """
     config = run.args
-    student = read_shape(run.model, trust_remote_code=config.trust_remote_code)
+    own, others = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
+    student = read_shape(run.model, own, trust_remote_code=config.trust_remote_code)
+    student_bytes = _weight_bytes(own.get("dtype", "float32"), student)
     teacher = None
     if isinstance(run.teacher_model, Mapping):
         raise ValueError(
             "teacher_model: the doctor reads sizes from a config file, and a teacher of your own has none; name a model of its size"
         )
     if run.teacher_model is not None:
-        teacher = read_shape(run.teacher_model, trust_remote_code=config.trust_remote_code)
+        teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
+    longest_prompt = prompt or config.max_prompt_length or 256
+    above_budget = (
+        longest_prompt + length - 1 > config.micro_batch_tokens
+    )  # then the trainer runs blocks again in any case
     return Workload(
         student=student,
         teacher=teacher,
         rollouts=config.per_device_train_batch_size * config.num_generations,
-        prompt=prompt or config.max_prompt_length or 256,
+        prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
         layers=resolve_layers(config.layers, student.layers) if compares else (),
@@ -199,11 +214,13 @@ def workload_of(
         output_space=config.output_term.kind if config.output_term else None,
         policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,
-        checkpointing=bool(config.activation_checkpointing),
+        checkpointing=bool(config.activation_checkpointing) or above_budget,
         lora=_lora(run.lora),
         bf16=config.bf16 if bf16 is None else bf16,
-        teacher_bytes=_teacher_bytes(config, student if teacher is None else teacher, teacher is None),
+        student_bytes=student_bytes,
+        teacher_bytes=student_bytes if teacher is None else _weight_bytes(others.get("dtype", "auto"), teacher),
         generation_batch=config.generation_batch_size,
+        prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
         devices=devices,
         sharding=sharding or ("none" if devices == 1 else "ddp"),
@@ -221,10 +238,8 @@ def _bridge_rank(config: OPRDConfig) -> int | None:
     return Bridge.load(config.bridge).rank
 
 
-def _teacher_bytes(config: OPRDConfig, shape: Shape, is_student: bool) -> int:
-    if is_student:  # a teacher without weights of its own has the student's precision
-        return 4
-    dtype = (config.teacher_model_init_kwargs or {}).get("dtype", "auto")
+def _weight_bytes(dtype: object, shape: Shape) -> int:
+    """Bytes per weight of a model loaded with this `dtype`; "auto": as in the checkpoint."""
     if dtype == "auto":
         return shape.bytes_a_weight
     from oprd.models.loading import parse_dtype

@@ -10,18 +10,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from oprd.runs.pictures import COLOURS, DPI, FONT, colour, new_figure, spread, step_axis, style
 from oprd.tools.report.curves import PHASES, Curve, Heat, Panel, Point, is_log
 from oprd.tools.report.text import plain
 
-# Okabe and Ito's colours without yellow, and two dark ones: distinct for colour-blind readers and dark enough for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3F7F", "#B37400", "#2E9BD6", "#000000", "#6B4C9A")
 _STYLES = ("-", "--", "-.", ":")
-_PHASE_COLOURS = ("#0072B2", "#000000", "#009E73", "#E69F00", "#CC79A7")
-_HATCHES = ("", "xx", "//", "", "..")
-_QUIET = "#666666"
-_DPI = 160
+_PHASE_HATCHES = ("", "xx", "//", "", "..")
 _HUGE = 1e30
-_LETTER = 9.0  # minimum points between two letters
+_LETTER = 1.1 * FONT  # points between the middles of two letters
 _PANEL = (4.6, 2.9)  # inches: 368 CSS pixels wide at two pixels each
 
 
@@ -31,11 +27,7 @@ def letter(run: int) -> str:
     return chr(ord("A") + place) + (str(round_ + 1) if round_ else "")
 
 
-def colour(run: int) -> str:
-    """The colour of a run."""
-    return COLOURS[run % len(COLOURS)]
-
-
+@style()
 def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
     """Draw curves over steps: values as thin lines, running means bold, the run's letter at the end."""
     figure, axis = _figure(_PANEL)
@@ -49,6 +41,7 @@ def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
     return _uri(figure)
 
 
+@style()
 def draw_accuracy(
     panel: Panel, rollouts: Sequence[Curve], evaluated: Mapping[int, Sequence[Point]], teachers: Mapping[int, float]
 ) -> str:
@@ -81,6 +74,7 @@ def draw_accuracy(
     return _uri(figure)
 
 
+@style()
 def draw_heat(found: Heat, low: float, high: float) -> str:
     """Draw the cosine of each layer (rows, layer 1 at the bottom) at each measured step; grey: not measured."""
     import numpy as np
@@ -92,24 +86,25 @@ def draw_heat(found: Heat, low: float, high: float) -> str:
         _edges(found.steps), middles, values, cmap="cividis", vmin=low, vmax=high, rasterized=True
     )
     axis.set_facecolor("#cccccc")
+    axis.grid(visible=False)
     every = math.ceil(len(found.layers) / 10)
     shown = [i for i in range(len(found.layers)) if (len(found.layers) - 1 - i) % every == 0]
     axis.set_yticks([i + 1 for i in shown], [str(found.layers[i]) for i in shown])
-    _step_axis(axis)
+    step_axis(axis)
     axis.set_ylabel("layer")
     bar = figure.colorbar(picture, ax=axis, pad=0.02)
-    bar.set_label("cosine", fontsize=9)
-    bar.ax.tick_params(labelsize=9)
+    bar.set_label("cosine")
     return _uri(figure)
 
 
+@style()
 def draw_times(splits: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> str:
     """Draw mean seconds per step as one stacked bar per run. Phases above 6 % of the longest bar show their share."""
     figure, axis = _figure((10.0, 1.3 + 0.42 * len(splits)))
     longest = max(math.fsum(split.values()) for split in splits.values())
     for place, split in enumerate(splits.values()):
         left, total = 0.0, math.fsum(split.values())
-        for phase, fill, hatch in zip(PHASES, _PHASE_COLOURS, _HATCHES, strict=True):
+        for phase, fill, hatch in zip(PHASES, COLOURS[: len(PHASES)], _PHASE_HATCHES, strict=True):
             seconds = split.get(phase, 0.0)
             axis.barh(
                 place, seconds, left=left, height=0.62, color=fill, hatch=hatch, edgecolor="white", lw=0.8,
@@ -117,18 +112,17 @@ def draw_times(splits: Mapping[int, Mapping[str, float]], names: Sequence[str]) 
             )  # fmt: skip
             if seconds > 0.06 * longest:
                 axis.text(
-                    left + seconds / 2, place, f"{seconds / total:.0%}", ha="center", va="center", fontsize=9,
+                    left + seconds / 2, place, f"{seconds / total:.0%}", ha="center", va="center",
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
                 )  # fmt: skip
             left += seconds
-    axis.set_yticks(range(len(splits)), [f"{letter(run)}  {_label(names[run])}" for run in splits])
+    axis.set_yticks(range(len(splits)), [f"{letter(run)}  {plain(names[run], 40)}" for run in splits])
     axis.invert_yaxis()
     axis.set_xlabel("seconds a step, mean over all steps")
-    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["left"].set_visible(False)
+    axis.grid(visible=False, axis="y")
     axis.tick_params(left=False)
-    figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(PHASES), frameon=False, fontsize=9
-    )
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(PHASES), frameon=False)
     return _uri(figure)
 
 
@@ -156,41 +150,22 @@ def _name_ends(figure: Any, axis: Any, ends: Mapping[int, tuple[float, float]]) 
     for run in sorted(ends, key=lambda run: (places[run][1], run)):
         groups.setdefault(round(places[run][0] / (2 * _LETTER)), []).append(run)
     for runs in groups.values():
-        heights = _spread([places[run][1] for run in runs], axis.get_window_extent().y1 * points)
+        heights = spread(
+            [places[run][1] for run in runs], [_LETTER] * len(runs), axis.get_window_extent().y1 * points + _LETTER / 2
+        )
         for run, height in zip(runs, heights, strict=True):
             axis.annotate(
                 letter(run), ends[run], xytext=(4, height - places[run][1]), textcoords="offset points",
-                color=colour(run), fontsize=9, fontweight="bold", va="center", annotation_clip=False,
+                color=colour(run), fontweight="bold", va="center", annotation_clip=False,
             )  # fmt: skip
-
-
-def _spread(heights: Sequence[float], top: float) -> list[float]:
-    """Move ascending heights at least a letter apart: up as far as `top`, then down."""
-    spread: list[float] = []
-    for height in heights:
-        spread.append(max(height, spread[-1] + _LETTER) if spread else height)
-    limit = max(top, *heights) if heights else top
-    for index in range(len(spread) - 1, -1, -1):
-        spread[index] = min(spread[index], limit)
-        limit = spread[index] - _LETTER
-    return spread
 
 
 def _finish(axis: Any, panel: Panel) -> None:
     if panel.share and axis.dataLim.y0 >= 0 and axis.dataLim.y1 <= 1:
         axis.set_ylim(-0.03, 1.03)
-    _step_axis(axis)
+    step_axis(axis)
     if panel.unit:
         axis.set_ylabel(panel.unit)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _step_axis(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
@@ -199,25 +174,12 @@ def _edges(steps: Sequence[float]) -> list[float]:
     return [steps[0] - 0.5, *between, steps[-1] + 0.5]
 
 
-def _label(name: str) -> str:
-    return plain(name, 40).replace("$", r"\$")  # matplotlib reads a dollar as a formula
-
-
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    # matplotlib's object interface needs no display and no global state of pyplot.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.tick_params(labelsize=9, colors=_QUIET, labelcolor="#333333")
-    axis.xaxis.label.set(fontsize=9, color="#333333")
-    axis.yaxis.label.set(fontsize=9, color="#333333")
-    return figure, axis
+    figure = new_figure(size[1], size[0])
+    return figure, figure.subplots()
 
 
 def _uri(figure: Any) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from oprd.files import write_text
+from oprd.runs.pictures import colour
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tools.report import curves, draw
 from oprd.tools.report.read import RunRecord
@@ -78,7 +79,7 @@ def render(records: Sequence[RunRecord]) -> str:
     of_panel = {panel.title: curves.curves(records, panel) for panel in (curves.ACCURACY, *panels)}
     pictures, missing = _pictures(records, panels, of_panel)
     style = (Path(__file__).parent / _STYLE).read_text(encoding="utf-8")
-    colours = "".join(f".run{run}{{color:{draw.colour(run)}}}" for run in range(len(records)))
+    colours = "".join(f".run{run}{{color:{colour(run)}}}" for run in range(len(records)))
     style = f"\n{style}{colours}\n"
     top = _top([pair for section in sections for group in section.rollouts for pair in _all(group)])
     splits = {run: split for run, record in enumerate(records) if (split := curves.time_split(record))}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.bridge.bridge import Bridge
-from oprd.files import writing
+from oprd.runs.pictures import BEFORE, End, colour, level, look, mark, name_ends, new_figure, plain_log, save, style
 
 
 def describe_bridge(bridge: Bridge) -> dict[str, Any]:
@@ -39,29 +39,35 @@ def describe_bridge(bridge: Bridge) -> dict[str, Any]:
 
 def plot_bridge(description: dict[str, Any], file: Path) -> None:
     """Plot each pair of layers to a PNG: cosine of the projected sides by rank, and R² by direction."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no global pyplot state
-    from matplotlib.figure import Figure
+    with style():
+        save(draw_bridge(description), file)
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    cosine, r2 = figure.subplots(1, 2)
-    for row in description["layers"]:
-        ranks = range(1, len(row["r2"]) + 1)
-        label = f"{row['student_layer']} ← {row['teacher_layer']}"
-        cosine.plot(ranks, row["rank_cosine"], label=label)
-        r2.plot(ranks, row["r2"], lw=0.8)
-    cosine.axvline(description["rank"], color="#999999", ls=":")
-    cosine.set(title="Cosine of the projected sides, held-out", xlabel="rank", xscale="log")
-    r2.axhline(0.5, color="#999999", ls=":")
-    r2.set(
-        title="R² of each direction, held-out (use those above 1/2)",
-        xlabel="direction",
+
+def draw_bridge(description: dict[str, Any]) -> Any:
+    """The figure of `plot_bridge`. Call it inside `oprd.runs.pictures.style`."""
+    layers = description["layers"]
+    figure = new_figure(max(4.8, 1.0 + 0.36 * len(layers)))
+    cosine, r2 = figure.subplots(2, 1, sharex=True)
+    ends = []
+    for index, row in enumerate(layers):
+        ranks, line = range(1, len(row["r2"]) + 1), look(index) | {"marker": ""}
+        cosine.plot(ranks, row["rank_cosine"], **line)
+        r2.plot(ranks, row["r2"], **line | {"linewidth": 0.9})
+        name = f"layers {row['student_layer']} ← {row['teacher_layer']}"
+        ends.append(End(name, ranks[-1], row["rank_cosine"][-1], colour(index)))
+    cosine.set(
+        title=f"Cosine of the projected sides, held-out (dotted: rank {description['rank']})",
         xscale="log",
+        ylabel="cosine",
+    )
+    r2.set(
+        title="R² of each direction, held-out (colours as above)",
+        xlabel="rank, direction",
+        ylabel="R²",
         ylim=(-0.1, 1.02),
     )
-    if len(description["layers"]) <= 12:
-        cosine.legend(title="layer", frameon=False, fontsize="small")
-    for axis in (cosine, r2):
-        axis.grid(alpha=0.25)
-    with writing(file) as temporary:
-        figure.savefig(temporary, dpi=130)
+    mark(cosine, description["rank"], "", BEFORE)
+    plain_log(cosine.xaxis)
+    half = level(r2, 0.5, "one half:\nuse those above", BEFORE)
+    name_ends((cosine, ends), (r2, [half]))
+    return figure

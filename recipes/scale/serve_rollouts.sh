@@ -1,0 +1,12 @@
+#!/bin/bash
+# A rollout server (vLLM) for rollout_engine: vllm_server, on a machine that sees the trainer's weights_dir.
+#   HOST=10.0.0.9 bash serve_rollouts.sh /shared/weights [further options of vLLM]
+# Its weight endpoints have no password: HOST is an address of a private network.
+set -euo pipefail
+weights=$1
+shift
+until [[ -e $weights/start/config.json ]]; do sleep 2; done # the trainer writes it at its first rollout
+export VLLM_SERVER_DEV_MODE=1
+exec python -m vllm.entrypoints.openai.api_server --model "$weights/start" --dtype float32 \
+  --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
+  --skip-tokenizer-init --enable-scale-out --generation-config vllm "$@"
