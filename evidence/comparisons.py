@@ -71,7 +71,7 @@ def run_comparison(
         runs = plan_runs(comparison, file)
         missing = open_runs(runs)
         work.say(f"{len(runs)} runs, {len(missing)} to do")
-        failed = run_all(missing, workers=work.workers, threads=1, say=work.say)
+        failed = run_all(missing, workers=work.workers, threads=1, say=work.say, keep_models=comparison.keep_models)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))

@@ -389,6 +389,16 @@ def test_complete_runs_stay_and_interrupted_ones_start_anew(comparison):
     assert run_all([runs[0]], workers=1, threads=1, say=lines.append, command=fake(code + DONE)) == []
 
 
+def test_models_of_complete_runs_are_removed_where_none_is_kept(comparison):
+    assert load_comparison(comparison(keep_models=False))[1].keep_models is False
+    runs = planned(comparison())
+    made = "os.mkdir('model'); open('model/model.safetensors', 'w').close()\n"
+    assert run_all(runs[:1], workers=1, threads=1, say=str, command=fake(made + DONE), keep_models=False) == []
+    assert run_all(runs[1:2], workers=1, threads=1, say=str, command=fake(made + DONE)) == []
+    assert run_all(runs[2:3], workers=1, threads=1, say=str, command=fake(made), keep_models=False) == runs[2:3]  # failed
+    assert [(run.folder / "model").exists() for run in runs[:3]] == [False, True, True]
+
+
 def test_other_settings_and_other_peoples_folders_are_refused(comparison):
     run_all(planned(comparison()), workers=2, threads=1, say=str, command=fake(DONE))
     changed = planned(comparison(settings={"eval_strategy": "steps", "eval_steps": 2, "weight_decay": 0.1}))

@@ -26,7 +26,18 @@ from evidence.comparisons import (
 )
 from evidence.pictures import note
 from evidence.words import mean_of, percent, points, surely, table
-from oprd.runs.pictures import BEFORE, TEACHER as TEACHER_LINE, End, band, colour, in_percent, level, look, name_ends, step_axis
+from oprd.runs.pictures import (
+    BEFORE,
+    TEACHER as TEACHER_LINE,
+    End,
+    band,
+    colour,
+    in_percent,
+    level,
+    look,
+    name_ends,
+    step_axis,
+)
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.compare.results import Point, at_seconds
 
@@ -91,7 +102,12 @@ def measure(work: Work) -> dict[str, Any]:
         if wanted:
             runs += _runs(work, warm, wanted, first_seeds(work, 3))
     build = json.loads((TEACHER / "build.json").read_text())
-    return {**chosen, "runs": runs, "step_seconds": _step_seconds(work, chosen["settings"]), "teacher": build["settings"]}
+    return {
+        **chosen,
+        "runs": runs,
+        "step_seconds": _step_seconds(work, chosen["settings"]),
+        "teacher": build["settings"],
+    }
 
 
 def _step_seconds(work: Work, settings: dict[str, Any]) -> dict[str, float]:
@@ -99,7 +115,9 @@ def _step_seconds(work: Work, settings: dict[str, Any]) -> dict[str, float]:
     alone = dataclasses.replace(work, workers=1)
     rates = {name: [own["rate"]] for name, own in settings.items()}
     short = {**QUICK, **ALONE} if work.quick else ALONE
-    found = run_comparison(FILE, alone, folder="smollm2_chain_sum_alone", seeds=[TUNING_SEED], rates=rates, settings=short)
+    found = run_comparison(
+        FILE, alone, folder="smollm2_chain_sum_alone", seeds=[TUNING_SEED], rates=rates, settings=short
+    )
     return {r["objective"]: r["seconds"] / r["steps"] for r in found}
 
 

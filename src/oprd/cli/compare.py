@@ -50,7 +50,7 @@ def compare(
                 f"{len(runs)} runs ({len(comparison.objectives)} objectives, {len(comparison.learning_rates)} learning rates, "
                 f"{len(comparison.seeds)} seeds), {rollouts_a_step(runs[0])} rollouts a step; {len(missing)} to do"
             )
-            failed = run_all(missing, workers=workers, threads=threads, say=say)
+            failed = run_all(missing, workers=workers, threads=threads, say=say, keep_models=comparison.keep_models)
         report = build_report(comparison, file, runs)
         write_comparison(folder, report)
     write_report(json_file, report)

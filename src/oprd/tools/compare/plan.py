@@ -56,6 +56,7 @@ class Comparison:
         objectives: name → recipe keys that this objective replaces.
         settings: recipe keys replaced in all runs.
         bridges: name → options of `oprd bridge fit`. The comparison fits these bridges; the key `bridge` accepts their names.
+        keep_models: keep the trained model of each run.
     """
 
     recipe: str
@@ -65,6 +66,7 @@ class Comparison:
     objectives: dict[str, dict[str, Any] | None]
     settings: dict[str, Any] = field(default_factory=dict)
     bridges: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    keep_models: bool = True
 
 
 def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
@@ -141,7 +143,8 @@ def _typed(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key in content:
         _refuse_unknown(key, types, f"{file}", f"; allowed are {', '.join(types)}")
     for needed in dataclasses.fields(Comparison):
-        if needed.default_factory is dataclasses.MISSING and content.get(needed.name) is None:
+        required = needed.default is needed.default_factory is dataclasses.MISSING
+        if required and content.get(needed.name) is None:
             raise ValueError(f"{file}: the key {needed.name!r} is missing; see comparisons/ for complete files")
     typed = {}
     for key, value in content.items():

@@ -25,6 +25,7 @@ from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summar
 
 RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
+MODEL = "model"
 _SHOWN_LINES = 12
 _NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
 
@@ -80,7 +81,15 @@ def refuse_other_settings(run: Run) -> None:
         )
 
 
-def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, command: Command | None = None) -> list[Run]:
+def run_all(
+    runs: Sequence[Run],
+    *,
+    workers: int,
+    threads: int,
+    say: Say,
+    command: Command | None = None,
+    keep_models: bool = True,
+) -> list[Run]:
     """Run all `runs`, `workers` at a time. Leaving this function, also by an exception, stops the processes.
 
     Args:
@@ -90,6 +99,7 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
         say: called with one line per finished run.
         command: command line of a run as a separate program; None: `oprd train`, forked from a preloaded server if the system
             supports it.
+        keep_models: keep the trained model of each run; without it, a complete run leaves its numbers, curves and completions.
 
     Returns:
         The runs that failed.
@@ -113,6 +123,8 @@ def run_all(runs: Sequence[Run], *, workers: int, threads: int, say: Say, comman
                     good = is_complete(run)
                     left = (time.monotonic() - started) / done * (len(runs) - done)
                     say(f"[{done:>{len(str(len(runs)))}}/{len(runs)}] {_result_line(run, good)}  ETA {_duration(left)}")
+                    if good and not keep_models:
+                        shutil.rmtree(run.folder / MODEL, ignore_errors=True)
                     if not good:
                         failed.append(run)
                         _show_last_lines(run, process.returncode or 0, say)
