@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights and their updates stay float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16; weights and their updates stay float32"
+    )
     args = parser.parse_args()
     if args.output.exists():
         raise SystemExit(f"--output: {args.output} is there already; remove it to build the teacher anew")
