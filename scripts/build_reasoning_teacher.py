@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-chain-sum"))
+    parser.add_argument("--task", default="chain_sum", help="chain_sum or chain_sum_long")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -40,8 +41,9 @@ def main() -> None:
     # Eager attention: on a CPU the backward of SDPA takes a third of the step at these lengths.
     model = load_model(args.model, dtype=torch.float32, init_kwargs={"attn_implementation": "eager"}).train()
     tokenizer = load_tokenizer(args.model)
-    problems = get_task("chain_sum").problems
-    assert problems is not None
+    problems = get_task(args.task).problems
+    if problems is None:
+        raise SystemExit(f"--task: {args.task!r} generates no problems; chain_sum or chain_sum_long")
     rows = problems(args.steps * args.batch, 1000 + args.seed, "train")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True

@@ -395,7 +395,9 @@ def test_models_of_complete_runs_are_removed_where_none_is_kept(comparison):
     made = "os.mkdir('model'); open('model/model.safetensors', 'w').close()\n"
     assert run_all(runs[:1], workers=1, threads=1, say=str, command=fake(made + DONE), keep_models=False) == []
     assert run_all(runs[1:2], workers=1, threads=1, say=str, command=fake(made + DONE)) == []
-    assert run_all(runs[2:3], workers=1, threads=1, say=str, command=fake(made), keep_models=False) == runs[2:3]  # failed
+    assert (
+        run_all(runs[2:3], workers=1, threads=1, say=str, command=fake(made), keep_models=False) == runs[2:3]
+    )  # failed
     assert [(run.folder / "model").exists() for run in runs[:3]] == [False, True, True]
 
 

@@ -28,7 +28,6 @@ from evidence.pictures import note
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.runs.pictures import (
     BEFORE,
-    TEACHER as TEACHER_LINE,
     End,
     band,
     colour,
@@ -37,6 +36,9 @@ from oprd.runs.pictures import (
     look,
     name_ends,
     step_axis,
+)
+from oprd.runs.pictures import (
+    TEACHER as TEACHER_LINE,
 )
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.compare.results import Point, at_seconds
@@ -91,9 +93,9 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, build its teacher, choose rates and warm-up on one seed, measure on three others."""
     if not (STUDENT / "config.json").exists():
-        _script("get_smollm2.py", "--output", str(STUDENT))
+        run_script("get_smollm2.py", "--output", str(STUDENT))
     if not (TEACHER / "build.json").exists():
-        _script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(TEACHER), *TEACHER_BUILD)
+        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(TEACHER), *TEACHER_BUILD)
     names = ("representation", "full_reverse_kl") if work.quick else tuple(NAMES)
     chosen = _tuned(work, names) if work.tune or work.quick else _committed(names)
     runs = []
@@ -148,11 +150,16 @@ def _committed(names: tuple[str, ...]) -> dict[str, Any]:
     return {key: found[key] for key in ("tuning", "tuning_warm", "settings")}
 
 
-def _script(name: str, *arguments: str) -> None:
+def run_script(name: str, *arguments: str) -> None:
+    """Run a program of `scripts/`.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise RuntimeError(
-            f"scripts/{name} failed: E11 needs SmolLM2-135M (from PyPI) and reasoning-gym (pip install '.[reasoning]')"
+            f"scripts/{name} failed: it needs SmolLM2-135M (from PyPI) and reasoning-gym (pip install '.[reasoning]')"
         )
 
 

@@ -20,8 +20,8 @@ from oprd.data.rows import PromptRow
 
 SPLITS = ("train", "test")
 
-CHAIN_SUM = {"min_terms": 2, "min_digits": 1, "max_digits": 2}
-"""Chains of at least two terms with one or two digits, without negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
+CHAIN_SUM = {"min_digits": 1, "max_digits": 2}
+"""Terms of one or two digits, without negative terms (`reasoning_gym.arithmetic.ChainSumConfig`)."""
 
 _WHOLE = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"(?:(?<![0-9])-)?[0-9]+(?:[.,][0-9]+)*")
@@ -30,7 +30,7 @@ _ONE_IN_TEST = 5
 _DRAWS_A_PROBLEM = 200
 
 
-def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRow]:
+def problems(n: int, seed: int, split: str, min_terms: int = 2, max_terms: int = 3) -> list[PromptRow]:
     """Draw `n` distinct problems of one split. The same arguments give the same problems.
 
     A problem's split depends only on its numbers, not on their order or signs. The splits therefore do not overlap for any
@@ -40,6 +40,7 @@ def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRo
         n: number of problems, at least 1.
         seed: any integer; different seeds give different draws from the split.
         split: "train" or "test".
+        min_terms: minimum number of terms in a chain.
         max_terms: maximum number of terms in a chain.
 
     Raises:
@@ -56,7 +57,7 @@ def problems(n: int, seed: int, split: str, max_terms: int = 3) -> list[PromptRo
     # The package draws item i of seed s with Random(s + i), so neighbouring seeds would share most problems.
     start = random.Random(f"chain_sum/{split}/{seed}").getrandbits(60)
     drawn: dict[str, PromptRow] = {}
-    chains = {**CHAIN_SUM, "max_terms": max_terms}
+    chains = {**CHAIN_SUM, "min_terms": min_terms, "max_terms": max_terms}
     for item in create_dataset("chain_sum", seed=start, size=_DRAWS_A_PROBLEM * n, **chains):
         prompt = item["question"]
         if split_of(prompt) == split and prompt not in drawn:

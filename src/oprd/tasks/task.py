@@ -105,6 +105,13 @@ TASKS: dict[str, Task] = {
         reasoning.problems,
         check_answer=reasoning.check_answer,
     ),
+    "chain_sum_long": Task(
+        "chain_sum_long",
+        "five to seven numbers added and subtracted (reasoning-gym)",
+        lambda: FunctionGrader(reasoning.is_correct),
+        partial(reasoning.problems, min_terms=5, max_terms=7),
+        check_answer=reasoning.check_answer,
+    ),
     "sum_of_two": Task(
         "sum_of_two",
         "the same, two numbers only",

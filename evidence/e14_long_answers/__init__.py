@@ -1,0 +1,1 @@
+"""E14: longer answers of a real pretrained model."""

@@ -1,0 +1,139 @@
+"""E14: longer answers of a real pretrained model: accuracy, positions, length, diversity."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import (
+    TUNING_SEED,
+    Record,
+    at_edge,
+    best_rate,
+    difference,
+    first_seeds,
+    gap_closed,
+    of,
+    run_comparison,
+    tune_inside,
+)
+from evidence.e11_real_model.claim import LADDER, ROOT, STUDENT, run_script
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.words import mean_of, percent, points, surely, table
+from oprd.tools.compare.interval import mean_and_interval
+
+ID = "E14"
+TITLE = "On longer answers of a pretrained model, matching hidden states beats output-space distillation"
+CLAIM = (
+    "OPRD leads on answers of thousands of tokens, supervises only the last of them, and keeps length and diversity (paper, Tables 1 and 3, "
+    "Section 5). Here: answers of 40 to 90 tokens."
+)
+SETTING = (
+    "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
+    "scripts/build_reasoning_teacher.py --task chain_sum_long). 40 steps of 32 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
+    "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
+    "apart are chosen on seed 10, widened until the best lies between two worse ones; the parts of an answer take the rate of the whole."
+)
+FILE = Path(__file__).parent / "comparison.yaml"
+TEACHER = ROOT / "models" / "SmolLM2-135M-chain-sum-long"
+TEACHER_BUILD = ("--task", "chain_sum_long", "--steps", "250", "--batch", "64", "--learning-rate", "2e-4", "--bf16")
+TUNED = ("representation", "full_reverse_kl", "sampled_token")
+PARTS = ("states_first", "states_last")
+NAMES = {
+    "representation": "representation",
+    "states_first": "representation, first 16 tokens",
+    "states_last": "representation, last 16 tokens",
+    "full_reverse_kl": "full reverse KL",
+    "sampled_token": "sampled-token",
+}
+START = (1.5e-4, 5.0e-4)
+FOLDER = "smollm2_long"
+QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Build the teacher, choose rates on one seed, measure on three others."""
+    if not (STUDENT / "config.json").exists():
+        run_script("get_smollm2.py", "--output", str(STUDENT))
+    if not (TEACHER / "build.json").exists():
+        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(TEACHER), *TEACHER_BUILD)
+    tuning = _tuned(work) if work.tune or work.quick else _committed()
+    rates = {name: best_rate(tuning, name) for name in TUNED} | {
+        name: best_rate(tuning, "representation") for name in PARTS
+    }
+    runs = _runs(work, {name: [rate] for name, rate in rates.items()}, first_seeds(work, 3))
+    return {
+        "tuning": tuning,
+        "rates": rates,
+        "runs": runs,
+        "teacher": json.loads((TEACHER / "build.json").read_text())["settings"],
+    }
+
+
+def _runs(work: Work, rates: Any, seeds: list[int]) -> list[Record]:
+    return run_comparison(FILE, work, folder=FOLDER, seeds=seeds, rates=rates, settings=QUICK if work.quick else None)
+
+
+def _tuned(work: Work) -> list[Record]:
+    ladder, start = (START[:1], START[:1]) if work.quick else (LADDER, START)
+    return tune_inside(partial(_runs, work, seeds=[TUNING_SEED]), TUNED, ladder, start)
+
+
+def _committed() -> list[Record]:
+    file = Path(__file__).parent / "result.json"
+    found: list[Record] = json.loads(file.read_text())["tuning"] if file.is_file() else []
+    if missing := {*TUNED} - {record["objective"] for record in found}:
+        raise ValueError(f"{file}: no rate was chosen for {', '.join(sorted(missing))}; choose with --tune")
+    return found
+
+
+def judge(result: Result) -> Finding:
+    """Holds if representation is significantly ahead of both output-space losses; partly if its mean is."""
+    runs = result["runs"]
+    names = [name for name in NAMES if of(runs, name)]
+    gaps = {name: difference(runs, "representation", name) for name in names if name != "representation"}
+    rivals = {name: gaps[name] for name in ("full_reverse_kl", "sampled_token") if name in gaps}
+    signs = [surely(gap[1]) for gap in rivals.values()]
+    verdict = "holds" if min(signs) > 0 else "partly" if min(gap[0] for gap in rivals.values()) > 0 else "not"
+    header = ["objective", "rate", "Avg@2", "gap closed", "representation leads by", "length", "Dist-4", "finished"]
+    ours = of(runs, "representation")
+    before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
+    text = (
+        f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_edges(result)}\n\n"
+        "Length in tokens; Dist-4: unique 4-grams over all 4-grams of a problem's responses; finished: share that ends before the limit."
+    )
+    rival = min(rivals, key=lambda name: rivals[name][0])
+    return Finding(verdict, f"{points(*rivals[rival][:2])} over the {NAMES[rival]}", text)  # type: ignore[arg-type]
+
+
+def _row(result: Result, name: str, gaps: Any) -> list[str]:
+    own = of(result["runs"], name)
+    length, dist, finished = (mean_and_interval([r[key] for r in own])[0] for key in ("length", "dist_4", "finished"))
+    return [
+        NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0),
+        "" if name == "representation" else points(*gaps[name][:2]), f"{length:.1f}", f"{dist:.3f}", percent(finished, 0),
+    ]  # fmt: skip
+
+
+def _edges(result: Result) -> str:
+    edges = [NAMES[name] for name in TUNED if at_edge(result["tuning"], name)]
+    return (
+        f"At the edge of the rates tried: {', '.join(edges)}."
+        if edges
+        else "Each tuned rate lies between two worse ones."
+    )
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Accuracy of each objective."""
+    axis = figure.subplots()
+    runs = {NAMES[name]: own for name in NAMES if (own := of(result["runs"], name))}
+    ours = [NAMES[name] for name in ("representation", *PARTS)]
+    accuracy_rows(axis, {text: [r["final"] for r in own] for text, own in runs.items()}, ours=ours)
+    title_above_marks(axis, "After training")
+    reference_lines(axis, runs[NAMES["representation"]])
+    note(figure, SEEDS)
