@@ -90,7 +90,7 @@ def judge(result: Result) -> Finding:
     slowly = ", ".join(f"{where} {mean_of([r['final'] for r in of(runs, name)])}" for name, where in SLOWLY.items())
     text = (
         f"{table(['positions', STATES, OUTPUT], rows)}\n\nAgainst all positions: {said}. Student before "
-        f"{percent(mean_and_interval([r['before'] for r in of(runs, 'states_last')])[0])}; the last 13 states end {standing(gained[1])} it "
+        f"{percent(mean_and_interval([r['before'] for r in of(runs, 'states_last')])[0])}; the last 13 states are {standing(gained[1])} it "
         f"({points(*gained)}). The rates are those that E1 chose for all positions. Hidden states at the output space's smaller rate, "
         f"{result['rates'][OUTPUT]:g} instead of {result['rates'][STATES]:g}: {slowly}. {_worse(lost)}\n\n**A teacher with another end token.** "
         f"Its distribution and states are the same; only the id of the end token differs.\n\n"
