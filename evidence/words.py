@@ -81,3 +81,8 @@ def listed(names: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`; `none` without names."""
     *first, last = list(names) or ["none"]
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def less(per_cent: int) -> str:
+    """`4` as "4 % less", `-4` as "4 % more"."""
+    return f"{abs(per_cent)} % {'less' if per_cent > 0 else 'more'}"

@@ -191,13 +191,15 @@ def _output_space(gaps: dict[str, Any], tuning: list[Record]) -> str:
     )
 
 
-def _edge(tuning: list[Record], name: str) -> str:
-    """Says so where the best rate on the tuning seed is an end of those tried."""
+def end_of_rates(tuning: list[Record], name: str) -> str:
+    """Which end of the rates tried an objective is best at on the tuning seed: `lowest`, `highest`, or empty for neither."""
     tried, best = sorted(r["learning_rate"] for r in of(tuning, name)), best_rate(tuning, name)
-    if best not in (tried[0], tried[-1]):
-        return ""
-    ends = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
-    return f" (best at the {ends[0]} rate tried, {best:g}: a {ends[1]} one may be better)"
+    return "lowest" if best == tried[0] else "highest" if best == tried[-1] else ""
+
+
+def _edge(tuning: list[Record], name: str) -> str:
+    end = end_of_rates(tuning, name)
+    return f" (best at the {end} rate tried, {best_rate(tuning, name):g}: another may be better)" if end else ""
 
 
 def _off_policy(result: Result, gaps: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.pictures import name_rows, note
-from evidence.words import listed, table
+from evidence.words import less, listed, table
 from oprd.runs.pictures import BEFORE, INK, MARKERS, QUIET, colour
 from oprd.tools.bench.update import QUICK, bench_update
 from oprd.tools.bench.ways import TITLES
@@ -99,17 +99,13 @@ def judge(result: Result) -> Finding:
     parts = [_chunked(gpu), _on_gpu(gpu), *tables, _exceptions(exceptions), _compared(rows, shapes), _reached(rows, shapes), _again(result["again"])]
     number = (
         f"one GPU, checkpointing: {_saved(gpu, 'top16')} than a chunked top-16, {_saved(gpu, 'floor')} than the floor; against a dense top-16 "
-        f"{_less(gpu_saving(gpu, 'dense_top16'))} memory (paper: 54 % less)"
+        f"{less(gpu_saving(gpu, 'dense_top16'))} memory (paper: 54 % less)"
     )
     return Finding(verdict, number, "\n\n".join(parts), _against(gpu))  # type: ignore[arg-type]
 
 
-def _less(per_cent: int) -> str:
-    return f"{abs(per_cent)} % {'less' if per_cent > 0 else 'more'}"
-
-
 def _saved(gpu: dict[str, Any], name: str) -> str:
-    return f"{_less(gpu_saving(gpu, name))} memory and {_less(gpu_time_saving(gpu, name))} time"
+    return f"{less(gpu_saving(gpu, name))} memory and {less(gpu_time_saving(gpu, name))} time"
 
 
 def _chunked(gpu: dict[str, Any]) -> str:
@@ -135,7 +131,7 @@ def _against(gpu: dict[str, Any]) -> str:
     if chunked >= dense / 2:
         return ""
     return (
-        f"The paper's 54 % less memory is against a dense top-16 (here {_less(dense)}). Against a top-16 that reads only its rows of the head it is {_less(chunked)}: "
+        f"The paper's 54 % less memory is against a dense top-16 (here {less(dense)}). Against a top-16 that reads only its rows of the head it is {less(chunked)}: "
         "the saving is that of keeping no dense logits, which output-space losses can have too."
     )
 
