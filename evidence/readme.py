@@ -159,7 +159,7 @@ def _smollm2(claims: Claims, results: Results) -> str:
         f"![loss and cosine of the SmolLM2 run](../../docs/smollm2.png)\n\n{len(steps)} steps of {steps[0]['rollouts']:.0f} rollouts of 64 tokens "
         f"on one busy core: loss {steps[0]['loss']:.1f} → {steps[-1]['loss']:.1f}, cosine to the teacher's states {steps[0]['cosine']:.3f} → "
         f"{steps[-1]['cosine']:.3f}. On {math['problems']} problems of MATH-500 its Avg@{math['k']} is {percent(math['avg_at_k'], 0)}: the run "
-        f"shows that the method converges on a real model, not that it teaches competition mathematics. On {teacher['problems']} held-out "
+        f"shows that the loss falls on a real model, not that the student learns competition mathematics. On {teacher['problems']} held-out "
         f"problems of the teacher's own kind the teacher has Avg@{teacher['k']} {percent(teacher['avg_at_k'], 0)} [{100 * low:.0f}, "
         f"{100 * high:.0f}]; the student that it was trained from has {percent(student['avg_at_k'], 0)} (it boxes {percent(boxed, 0)} of its answers)."
     )

@@ -331,12 +331,6 @@ def test_a_contradiction_is_on_both_pages():
     assert "No measured claim contradicts the paper." in document(ROOT / "docs" / "evidence.md", list(claims()), {}, None)
 
 
-def scaled(result, objective, key, factor, rows="rows"):
-    for row in result[rows]:
-        if objective in (row.get("objective"), row.get("model"), row.get("name")):
-            row[key] *= factor
-
-
 def flat_e9(result, values):
     for record in result["runs"]:
         if record["objective"] in values:

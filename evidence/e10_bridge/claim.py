@@ -42,7 +42,8 @@ def measure(work: Work) -> dict[str, Any]:
 def judge(result: Result) -> Finding:
     """Holds if for both teachers the whole 95 % interval of the gap that the bridge closes is at least 50 %; in part if for one."""
     halves = 0
-    rows, closed = [], {}
+    rows: list[list[str]] = []
+    closed: dict[str, str] = {}
     for key, names in (("wider", WIDER), ("other_tokenizer", OTHER)):
         runs = result[key]
         bridged, alone = (gap_closed(of(runs, name)) for name in ("rank_16", "output_alone"))
