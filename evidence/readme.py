@@ -62,10 +62,9 @@ def _picture(claims: Claims, results: Results) -> str:
     edge = f" ({end} rate tried)" if end else ""
     return (
         f"![final accuracy by objective and learning rate](evidence/{_folder(claims, 'E1')}/figure.png)\n\n"
-        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds. Student before "
-        f"{percent(before, 0)}, teacher {percent(teacher)}. After training: hidden states {percent(after)} "
-        f"({percent(off_policy)} on the teacher's responses), full reverse KL {percent(full)}, sampled-token {percent(sampled)}{edge}. Learning rates "
-        "were tuned on another seed.*"
+        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds: {percent(before, 0)} before, teacher "
+        f"{percent(teacher)}. Hidden states {percent(after)} (on the teacher's responses {percent(off_policy)}), full reverse KL {percent(full)}, sampled-token "
+        f"{percent(sampled)}{edge}.*"
     )
 
 
@@ -76,7 +75,7 @@ def _claims(claims: Claims, results: Results) -> str:
         _LINES[name](results[name], VERDICTS[_judged(claims, results, name)]) for name in _LINES if name in results
     ]
     return (
-        f"Of {len(verdicts)} claims, {count['holds']} hold, {count['partly']} hold in part, {count['not']} do not hold "
+        f"Of {len(verdicts)} claims, {count['holds']} hold, {count['partly']} hold in part, {count['not']} do not "
         "([rules](docs/evidence.md)).\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
@@ -86,31 +85,24 @@ def _judged(claims: Claims, results: Results, name: str) -> str:
 
 
 def _accuracy(result: Mapping[str, Any], verdict: str) -> str:
-    over = {name: points(*difference(result["runs"], "representation", name)[:2]) for name in ("full_reverse_kl", "states_off_policy")}
+    lead = difference(result["runs"], "representation", "full_reverse_kl")
     closed = percent(gap_closed(of(result["runs"], "representation"))[0], 0)
-    return (
-        f"**Accuracy** ({verdict}): {closed} of the gap to the teacher closed; {over['full_reverse_kl']} over the full reverse KL, "
-        f"{over['states_off_policy']} over the same loss on the teacher's responses."
-    )
+    return f"**Accuracy** ({verdict}): {closed} of the gap closed; {points(*lead[:2])} over the full reverse KL."
 
 
 def _cost(result: Mapping[str, Any], verdict: str) -> str:
     saved = less(gpu_saving(result["gpu"], "top16")), less(gpu_time_saving(result["gpu"], "top16"))
     return (
-        f"**Cost** ({verdict}): {saved[0]} GPU memory and {saved[1]} time than a chunked top-16; {less(gpu_saving(result['gpu'], 'dense_top16'))} memory than "
-        "a dense one (paper: 54)."
+        f"**Cost** ({verdict}): {saved[0]} GPU memory and {saved[1]} time than chunked top-16; {less(gpu_saving(result['gpu'], 'dense_top16'))} memory than "
+        "dense (paper: 54)."
     )
 
 
 def _positions(result: Mapping[str, Any], verdict: str) -> str:
     finals = {
-        name: mean_of([r["final"] for r in of(result["runs"], name)])
-        for name in ("states_last", "states_last_slowly", "representation")
+        name: mean_of([r["final"] for r in of(result["runs"], name)]) for name in ("states_last", "representation")
     }
-    return (
-        f"**Last k positions** ({verdict}): {finals['states_last']}, at a lower rate {finals['states_last_slowly']}; all positions "
-        f"{finals['representation']}."
-    )
+    return f"**Last k positions** ({verdict}): {finals['states_last']}; all positions {finals['representation']}."
 
 
 def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
@@ -118,9 +110,7 @@ def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
         [percent(gap_closed(of(result[key], name))[0], 0).replace("-", "−") for key in ("wider", "other_tokenizer")]
         for name in ("rank_16", "output_alone")
     )
-    return (
-        f"**Bridge** ({verdict}): closes {closed[0]} of the gap to a wider teacher (full reverse KL alone {alone[0]}), {closed[1]} across tokenizers ({alone[1]})."
-    )
+    return f"**Bridge** ({verdict}): {closed[0]} of the gap to a wider teacher (full reverse KL alone {alone[0]}), {closed[1]} across tokenizers ({alone[1]})."
 
 
 def _real_model(result: Mapping[str, Any], verdict: str) -> str:

@@ -127,7 +127,10 @@ def test_values_and_metadata():
     assert metadata(card)["base_model"] == "owner/student-1.5B"
     assert metadata(card)["datasets"] == ["owner/prompts"]
     assert "| student before | 25.0% | 25.0% to 62.5% | 4 | 30 | 75.0% | 100.0% | 123 tokens |" in card
-    assert "Training closed 50.0% of the gap to the teacher. The intervals of the student before and after overlap." in card
+    assert (
+        "Training closed 50.0% of the gap to the teacher. The intervals of the student before and after overlap."
+        in card
+    )
     assert "3 of the 30 evaluation problems are also" in card
     assert "On `problems.jsonl` (the first 30 rows), graded as task `math`" in card
     assert "top-p 0.95, most tokens 4096." in card
@@ -182,7 +185,12 @@ def test_intervals_that_overlap_are_said():
         return model_card({**SUMMARY, "student_after": {**MEASURED, "ci95": [low, high]}}, SETTINGS)
 
     overlap = "The intervals of the student before and after overlap."
-    assert [overlap in card(*ends) for ends in ((0.7, 0.8), (0.6, 0.8), (0.0, 0.2), (0.0, 0.3))] == [False, True, False, True]
+    assert [overlap in card(*ends) for ends in ((0.7, 0.8), (0.6, 0.8), (0.0, 0.2), (0.0, 0.3))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,11 @@ def test_intervals_that_overlap_are_said():
         ({}, "trained on its own rollouts towards a teacher by [On-Policy", True),
         ({"lmbda": 0.0}, "trained on its teacher's responses towards a teacher by [On-Policy", False),
         ({"lmbda": 0.5}, "trained on its own rollouts and its teacher's towards a teacher by [On-Policy", True),
-        ({"representation_weight": 0}, "trained on its own rollouts, without the representation loss of [On-Policy", True),
+        (
+            {"representation_weight": 0},
+            "trained on its own rollouts, without the representation loss of [On-Policy",
+            True,
+        ),
         ({"representation_weight": {"schedule": "linear"}}, "towards a teacher by [On-Policy", True),
     ],
 )

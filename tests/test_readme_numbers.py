@@ -1,4 +1,4 @@
-"""Every number in README.md is in the table below, with the committed file that it comes from; so are those of docs/objectives.md's table."""
+"""Every number in README.md is in a table here, with the committed file that it comes from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ E1, E3, E5, E10, E11 = (
     for name in ("e01_accuracy", "e03_positions", "e05_cost", "e10_bridge", "e11_real_model")
 )
 DEMO = "evidence/first_light/demo_summary.json"
-NUMBER = re.compile(r"(?<![\w@-])[+−]?\d(?:[\d.,]*\d)?")  # not the number of a name: top-16, H200, Avg@2
+NUMBER = re.compile(r"(?<![\w@.-])[+−]?\d(?:[\d.,]*\d)?")  # not the number of a name: top-16, H200, Avg@2
 
 
 @cache
@@ -77,7 +77,8 @@ def setting() -> list[str]:
     assert len(digits) == 1
     runs = [r for r in read(E1)["runs"] if r["objective"] == "representation"]
     return [
-        str(digits.pop()), str(runs[0]["steps"]), str(read(E1)["rollouts"]), str(len(runs)), percent(mean([r["before"] for r in runs]), 0),
+        str(digits.pop()), str(runs[0]["steps"]), str(read(E1)["rollouts"]), str(len(runs)),
+        percent(mean([r["before"] for r in runs]), 0),
         percent(mean([r["teacher"] for r in runs])),
     ]  # fmt: skip
 
@@ -133,24 +134,21 @@ def in_file(file: str, text: str, *numbers: str) -> list[str]:
 
 # Text of README.md, without code and addresses → its numbers, from their sources. `{}` is a number.
 SOURCES: dict[str, Callable[[], list[str]]] = {
-    "*{}-digit addition, {} steps of {} rollouts, {} seeds. Student before {} %, teacher {} %.": setting,
-    "hidden states {} % ({} % on the teacher's responses), full reverse KL {} %, sampled-token {} %": partial(
+    "*{}-digit addition, {} steps of {} rollouts, {} seeds: {} % before, teacher {} %.": setting,
+    "Hidden states {} % (on the teacher's responses {} %), full reverse KL {} %, sampled-token {} %": partial(
         after, E1, "representation", "states_off_policy", "full_reverse_kl", "sampled_token"
     ),
     "`…`: {} % → {} % ({} % interval over problems {}–{} %; teacher {} %), {} steps, {} s on one CPU core.": demo,
     "Python {} or newer": python,
     "the default is Eq. {} on all layers": partial(in_file, "docs/objectives.md", "**representation** (Eq. {})", "6"),
-    "Of {} claims, {} hold, {} hold in part, {} do not hold": verdicts,
-    "{} % of the gap to the teacher closed": lambda: [closed(E1, "representation")],
+    "Of {} claims, {} hold, {} hold in part, {} do not": verdicts,
+    "{} % of the gap closed": lambda: [closed(E1, "representation")],
     "{} ± {} points over the full reverse KL": partial(lead, E1, "representation", "full_reverse_kl"),
-    "{} ± {} points over the same loss on the teacher's responses": partial(lead, E1, "representation", "states_off_policy"),
-    "{} % less GPU memory and {} % less time than a chunked top-16; {} % less memory than a dense one (paper: {})": lambda: [
+    "{} % less GPU memory and {} % less time than chunked top-16; {} % less memory than dense (paper: {})": lambda: [
         *saved(), papers_saving(),
     ],
-    "{} % [{}, {}], at a lower rate {} % [{}, {}]; all positions {} % [{}, {}]": lambda: [
-        *with_ends(E3, "states_last"), *with_ends(E3, "states_last_slowly"), *with_ends(E3, "representation"),
-    ],
-    "closes {} % of the gap to a wider teacher (full reverse KL alone {} %), {} % across tokenizers ({} %)": lambda: [
+    "{} % [{}, {}]; all positions {} % [{}, {}]": lambda: [*with_ends(E3, "states_last"), *with_ends(E3, "representation")],
+    "{} % of the gap to a wider teacher (full reverse KL alone {} %), {} % across tokenizers ({} %)": lambda: [
         closed(E10, name, runs) for runs in ("wider", "other_tokenizer") for name in ("rank_16", "output_alone")
     ],
     "short training, {} ± {} points against the full reverse KL": partial(lead, E11, "representation", "full_reverse_kl"),
@@ -166,7 +164,7 @@ def prose(text: str) -> str:
 
 
 def problems(text: str, sources: dict[str, Callable[[], list[str]]]) -> list[str]:
-    """What is wrong with the numbers of a text: a listed text that is not there as its source gives it, a number that is not listed."""
+    """What is wrong with the numbers of a text: one that its source gives otherwise, one without a source."""
     wrong, known = [], set()
     for template, source in sources.items():
         numbers = source()
@@ -251,7 +249,9 @@ def test_only_two_objectives_are_best_inside_the_rates_that_docs_objectives_show
         best = max(sorted(tried), key=tried.__getitem__)
         inside |= {name} if min(tried) < best < max(tried) else set()
     assert inside == {"grpo", "full_reverse_kl"}
-    assert "only GRPO's and the full reverse KL's lie inside the rates tried" in prose((ROOT / "docs" / "objectives.md").read_text())
+    assert "only GRPO's and the full reverse KL's lie inside the rates tried" in prose(
+        (ROOT / "docs" / "objectives.md").read_text()
+    )
 
 
 def gibibytes() -> list[str]:
@@ -282,7 +282,10 @@ def test_the_alternatives_are_ten_facts_with_their_sources():
 
 def lead_at(one: tuple[str, float], other: tuple[str, float]) -> str:
     """Lead in the committed comparison of one objective at a rate over another, seed by seed: "+2.6 ± 1.8"."""
-    rows = {(r["objective"], r["learning_rate"]): r["final_by_seed"] for r in read("evidence/objectives/compare.json")["rows"]}
+    rows = {
+        (r["objective"], r["learning_rate"]): r["final_by_seed"]
+        for r in read("evidence/objectives/compare.json")["rows"]
+    }
     average, ends = mean_and_interval([rows[one][seed] - rows[other][seed] for seed in rows[one]])
     assert average is not None
     assert ends is not None

@@ -123,8 +123,8 @@ def _rollouts_a_step() -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if the representation loss is ahead of sampled-token, top-4 and the full reverse KL and closes, in the mean over seeds, at least 90 % of the
-    gap to the teacher; in part if it is ahead of the paper's rivals, sampled-token and top-4.
+    """Holds if representation is ahead of sampled-token, top-4 and the full reverse KL and closes 90 % of the gap in the mean; in part if it is ahead
+    of sampled-token and top-4.
     """
     runs, tuning, rates = result["runs"], result["tuning"], result["rates"]
     ours = of(runs, "representation")
@@ -169,8 +169,8 @@ def _against(gaps: dict[str, Any]) -> str:
     if surely(interval) > 0:
         return ""
     return (
-        f"The paper trains on the student's own rollouts. Here that adds nothing that {seeds} seeds show: representation on the student's responses is "
-        f"{standing(interval)} representation on the teacher's ({points(lead, interval)}). Why was not measured."
+        f"The paper trains on the student's rollouts. Here representation on them is {standing(interval)} representation on the teacher's responses "
+        f"({points(lead, interval)}, {seeds} seeds). Why was not measured."
     )
 
 
@@ -186,9 +186,7 @@ def _rates(tuning: list[Record]) -> list[float]:
 def _output_space(gaps: dict[str, Any], tuning: list[Record]) -> str:
     rivals = (*OUTPUT_SPACE, "composite_mu_10", "grpo")
     leads = "; ".join(f"{points(*gaps[name][:2])} over {NAMES[name]}{_edge(tuning, name)}" for name in rivals)
-    return (
-        f"**Against output space and rewards.** The representation loss is {standings({NAMES[name]: gaps[name][1] for name in rivals})}. Its lead: {leads}."
-    )
+    return f"**Against output space and rewards.** The representation loss is {standings({NAMES[name]: gaps[name][1] for name in rivals})}. Its lead: {leads}."
 
 
 def end_of_rates(tuning: list[Record], name: str) -> str:

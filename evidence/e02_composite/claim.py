@@ -69,7 +69,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if the paper's µ = 10 is ahead of sampled-token OPD and of the representation loss alone; in part if some µ is ahead of sampled-token OPD."""
+    """Holds if µ = 10 is ahead of sampled-token OPD and of representation alone; in part if some µ is ahead of sampled-token OPD."""
     runs, rates = result["runs"], result["rates"]
     over_output = {name: difference(runs, name, "sampled_token") for name in COMPOSITES}
     over_states = {name: difference(runs, name, "representation") for name in COMPOSITES}
@@ -95,7 +95,11 @@ def judge(result: Result) -> Finding:
     )
     number = (
         f"µ = 10: {points(*over_output[PAPERS][:2])} against sampled-token OPD, {points(*over_states[PAPERS][:2])} against representation alone"
-        + ("" if best == PAPERS else f"; the best of three, µ = {SWEEP[best]}: {points(*over_states[best][:2])} against representation alone")
+        + (
+            ""
+            if best == PAPERS
+            else f"; the best of three, µ = {SWEEP[best]}: {points(*over_states[best][:2])} against representation alone"
+        )
     )
     return Finding(verdict, number, text, _against(over_states[PAPERS], rates))  # type: ignore[arg-type]
 
@@ -117,13 +121,11 @@ def _against(lead: tuple[float, list[float] | None, int], rates: Result) -> str:
         return ""
     composite, alone = rates[PAPERS], rates["representation"]
     why = (
-        f"Measured of the why: the sum's best rate is lower ({composite:g} against {alone:g})"
+        f"The sum's best rate is lower ({composite:g} against {alone:g})"
         if composite < alone
         else "Why was not measured"
     )
-    return (
-        f"In the paper µ = 10 is above OPRD alone (50.2 against 49.8 on AIME24, one seed). Here it is {standing(lead[1])} it ({points(*lead[:2])}). {why}."
-    )
+    return f"Paper: µ = 10 is above OPRD alone (50.2 and 49.8 on AIME24, one seed). Here it is {standing(lead[1])} it ({points(*lead[:2])}). {why}."
 
 
 def draw(result: Result, figure: Any) -> None:

@@ -61,8 +61,8 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if training on the last k states is not behind training on all of them and loses less than two points in the mean; in part if it is ahead of
-    the student before training.
+    """Holds if the last k states are not behind all of them and lose less than two points in the mean; in part if they are ahead of the student before
+    training.
     """
     runs, ends = result["runs"], result["ends"]
     to_all = difference(runs, "states_last", "representation")
@@ -125,9 +125,8 @@ def _against(to_all: tuple[float, list[float] | None, int], runs: list[Record]) 
     if surely(to_all[1]) >= 0:
         return ""
     return (
-        f"The paper supervises the last 2000 tokens, at least a third of its responses, and comes near its teacher. Here the last quarter is behind all positions "
-        f"({points(*to_all[:2])}; at the smaller rate {points(*_slowly_to_all(runs))}). A guess, not measured: here every column of the sum decides the "
-        "answer, and training the end alone changes the weights that the start uses."
+        f"Paper: the last 2000 tokens, a third of its responses or more, are enough. Here the last quarter is behind all positions ({points(*to_all[:2])}; at a "
+        f"lower rate {points(*_slowly_to_all(runs))}). A guess, not measured: here every column of the sum decides the answer."
     )
 
 

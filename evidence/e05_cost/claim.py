@@ -63,8 +63,8 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if on every CPU shape the representation update takes less time and memory than each output-space update (oprd's, TRL's, dense); in part if
-    it takes less than each dense one.
+    """Holds if on every CPU shape representation takes less time and memory than each output-space update; in part if it takes less than each dense
+    one.
     """
     rows = {(row["model"], row["name"]): row for row in result["rows"]}
     shapes = list(dict.fromkeys(row["model"] for row in result["rows"]))
@@ -96,7 +96,15 @@ def judge(result: Result) -> Finding:
         read = f"{shape}, {size['rollouts']} × {size['response']} tokens, {result['rounds'][shape]} rounds"
         tables.append(table([read, "time, of the floor", "memory, of the floor", "MiB"], lines))
     gpu = result["gpu"]
-    parts = [_chunked(gpu), _on_gpu(gpu), *tables, _exceptions(exceptions), _compared(rows, shapes), _reached(rows, shapes), _again(result["again"])]
+    parts = [
+        _chunked(gpu),
+        _on_gpu(gpu),
+        *tables,
+        _exceptions(exceptions),
+        _compared(rows, shapes),
+        _reached(rows, shapes),
+        _again(result["again"]),
+    ]
     number = (
         f"one GPU, checkpointing: {_saved(gpu, 'top16')} than a chunked top-16, {_saved(gpu, 'floor')} than the floor; against a dense top-16 "
         f"{less(gpu_saving(gpu, 'dense_top16'))} memory (paper: 54 % less)"
@@ -121,9 +129,7 @@ def _chunked(gpu: dict[str, Any]) -> str:
 
 def _exceptions(found: list[tuple[str, str, str]]) -> str:
     said = [f"{TITLES[name]} in {key} ({shape})" for shape, name, key in found]
-    return (
-        f"Output-space updates that take no more than representation on all layers: {listed(said)}. The ranges of times overlap in places (brackets)."
-    )
+    return f"Output-space updates that take no more than representation on all layers: {listed(said)}. The ranges of times overlap in places (brackets)."
 
 
 def _against(gpu: dict[str, Any]) -> str:
@@ -131,8 +137,8 @@ def _against(gpu: dict[str, Any]) -> str:
     if chunked >= dense / 2:
         return ""
     return (
-        f"The paper's 54 % less memory is against a dense top-16 (here {less(dense)}). Against a top-16 that reads only its rows of the head it is {less(chunked)}: "
-        "the saving is that of keeping no dense logits, which output-space losses can have too."
+        f"Paper: 54 % less memory, against a dense top-16 (here {less(dense)}). Against one that reads only its rows of the head: {less(chunked)}. The saving is "
+        "that of keeping no dense logits."
     )
 
 

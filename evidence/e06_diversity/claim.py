@@ -117,9 +117,7 @@ def _answer(text: str) -> str:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if neither sampled-token, top-4 nor the full reverse KL is nearer to the teacher than representation in mean length, nor in matched Dist-4
-    (means of the seeds, no intervals); in part if that is so for one of the two.
-    """
+    """Holds if no output-space loss is nearer to the teacher in mean length or in matched Dist-4 (means, no intervals); in part if so in one."""
     rows = result["rows"]
     names = ["teacher", "before", *OBJECTIVES]
     means = {name: _means(rows, name) for name in names}
@@ -152,7 +150,7 @@ def judge(result: Result) -> Finding:
     near = {key: min(rivals, key=lambda name, key=key: off(name, key)) for key in ("matched_dist_4", "length")}
     said = [text for key, text in (("matched_dist_4", "matched Dist-4"), ("length", "length")) if key in nearest]
     number = (
-        f"nearest in {listed(said)}: matched Dist-4 {off('representation', 'matched_dist_4'):.3f} from the teacher's ({labels[near['matched_dist_4']]} "
+        f"nearest in {listed(said)}; distances to the teacher: matched Dist-4 {off('representation', 'matched_dist_4'):.3f} ({labels[near['matched_dist_4']]} "
         f"{off(near['matched_dist_4'], 'matched_dist_4'):.3f}), length {off('representation', 'length'):.2f} tokens ({labels[near['length']]} "
         f"{off(near['length'], 'length'):.2f}); {len({r['seed'] for r in rows})} seeds"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ def left_over(name: str, seed: int, work: Work) -> dict[str, float]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if length²/KL of a step rises from SmolLM2's first singular direction over that at an eighth to the last, by a tenth of (σ_1/σ_d)² or more, and
-    training on the full KL leaves more than twice the difference that the head does not see; in part if it rises or leaves more.
+    """Holds if length²/KL rises from SmolLM2's first singular direction over an eighth to the last, by a tenth of (σ_1/σ_d)² at least, and the full KL
+    leaves over twice OPRD's unseen difference; in part if it rises or leaves over twice.
     """
     moved, left = result["moved"], result["left"]
     growth, theory = moved[-1]["ratio"] / moved[0]["ratio"], (moved[0]["sigma"] / moved[-1]["sigma"]) ** 2
@@ -253,7 +254,7 @@ def judge(result: Result) -> Finding:
     )
     number = (
         f"embedded pair: the full reverse KL leaves {ratio:.3g} times (by seed: {listed(by_seed)}) the head-invisible difference that OPRD leaves; SmolLM2's head: "
-        f"length²/KL grows {growth:.3g} times along its spectrum"
+        f"length²/KL grows {growth:,.0f} times along its spectrum"
     )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
@@ -262,7 +263,9 @@ def _by_seed(left: list[dict[str, Any]]) -> list[str]:
     """How many times as much unseen difference the full KL leaves, for each seed."""
     unseen = {(r["objective"], r["seed"]): r["unseen"] for r in left}
     return [
-        f"{value / max(unseen['representation', seed], 1e-12):.3g}" for (name, seed), value in sorted(unseen.items()) if name == "full_reverse_kl"
+        f"{value / max(unseen['representation', seed], 1e-12):.3g}"
+        for (name, seed), value in sorted(unseen.items())
+        if name == "full_reverse_kl"
     ]
 
 
@@ -272,7 +275,7 @@ def _apart(moved: list[dict[str, Any]]) -> float:
 
 
 def _rising(moved: list[dict[str, Any]]) -> bool:
-    return all(one["ratio"] < other["ratio"] for one, other in zip(moved[:-1], moved[1:], strict=True))
+    return all(one["ratio"] < other["ratio"] for one, other in pairwise(moved))
 
 
 def draw(result: Result, figure: Any) -> None:

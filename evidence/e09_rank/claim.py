@@ -49,8 +49,8 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if mean accuracy is highest at the tried rank nearest to Theorem 3's (median over layers) and each layer's cosine peaks below the highest rank;
-    in part if the cosine does, or if accuracy there is within five points of the highest.
+    """Holds if mean accuracy is highest at the tried rank nearest to Theorem 3's and every cosine peaks below the highest rank; in part if the cosines do,
+    or accuracy there is within five points of the highest.
     """
     runs, layers = result["runs"], result["layers"]
     tried = {rank: name for rank, name in RANKS.items() if of(runs, name)}
@@ -73,7 +73,9 @@ def judge(result: Result) -> Finding:
          *(f"{row['rank_cosine'][rank - 1]:.3f}" for rank in _shown(layers))]
         for index, row in enumerate(layers)
     ]  # fmt: skip
-    stands = standings({f"rank {rank}": difference(runs, tried[best], name)[1] for rank, name in tried.items() if rank != best})
+    stands = standings(
+        {f"rank {rank}": difference(runs, tried[best], name)[1] for rank, name in tried.items() if rank != best}
+    )
     trained = [[f"rank {rank}", mean_of([r["final"] for r in of(runs, name)])] for rank, name in tried.items()]
     if of(runs, "paper"):
         trained.append(["rank 8, L2-normalised (published)", mean_of([r["final"] for r in of(runs, "paper")])])
@@ -97,8 +99,8 @@ def _against(peaks: list[int], at_4: float | None, before: float | None) -> str:
     if at_4 is None or before is None or at_4 >= before:
         return ""
     return (
-        f"The paper takes r = 8, where its cosine peaks. Here the cosine peaks at rank {min(peaks)} to {max(peaks)}, and training at rank 4 ends at {percent(at_4)}, "
-        f"below the student before ({percent(before)}): the peak does not choose the rank. Why was not measured."
+        f"Paper: r = 8, where its cosine peaks. Here cosines peak at rank {min(peaks)} to {max(peaks)}, and training at rank 4 ends below the student before "
+        f"({percent(at_4)}, {percent(before)}). Why was not measured."
     )
 
 

@@ -65,8 +65,8 @@ def is_bad(record: Record) -> bool:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if there are bad runs and the alarm rings in at least 90 % of them and in at most 10 % of the runs that end no worse than they began; in part
-    if it rings in at least half of the bad ones.
+    """Holds if the alarm rings in 90 % of the bad runs and in at most 10 % of those that end no worse than they began; in part if it rings in half of the
+    bad ones.
     """
     runs = result["runs"]
     bad = [r for r in runs if is_bad(r)]
@@ -91,7 +91,9 @@ def judge(result: Result) -> Finding:
         f"settings), in {false} of the {len(good)} good ones{_steps(good)} and in {sum(bool(r['alarms']) for r in worse)} of the {len(worse)} others."
         + (f" With {len(bad)} bad runs a share of 90 % cannot be shown." if len(bad) < ENOUGH else "")
     )
-    number = f"alarm in {caught} of {len(bad)} bad runs ({len(_groups(bad))} settings), in {false} of {len(good)} good ones"
+    number = (
+        f"alarm in {caught} of {len(bad)} bad runs ({len(_groups(bad))} settings), in {false} of {len(good)} good ones"
+    )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 

@@ -72,7 +72,9 @@ def write_model_card(folder: Path, summary: Mapping[str, Any], settings: Mapping
 def _how(settings: Mapping[str, Any]) -> str:
     """Whose responses it was trained on, and whether the loss is the paper's."""
     own = _own_share(settings)
-    whose = "its own rollouts" if own == 1 else "its own rollouts and its teacher's" if own else "its teacher's responses"
+    whose = (
+        "its own rollouts" if own == 1 else "its own rollouts and its teacher's" if own else "its teacher's responses"
+    )
     if settings.get("representation_weight", 1.0) == 0:
         return f"trained on {whose}, without the representation loss of {_PAPER}: the loss is named below."
     return f"trained on {whose} towards a teacher by {_PAPER}."
@@ -143,9 +145,14 @@ def _gap(summary: Mapping[str, Any]) -> str:
         accuracies = [(summary.get(name) or {}).get("avg_at_k") for name in _MODELS]
         why = NOT_MEASURED if None in accuracies else "there was none, the teacher was not ahead of the student"
         worse = None not in accuracies[:2] and accuracies[1] < accuracies[0]
-        return f"Share of the gap to the teacher that training closed: {why}." + " The student ended below its start." * worse
+        return (
+            f"Share of the gap to the teacher that training closed: {why}."
+            + " The student ended below its start." * worse
+        )
     if closed < 0:
-        text = f"Training lost {-closed:.1%} of the gap to the teacher: the student ended further from it than it began."
+        text = (
+            f"Training lost {-closed:.1%} of the gap to the teacher: the student ended further from it than it began."
+        )
     elif closed > 1:
         text = f"Training closed {closed:.1%} of the gap to the teacher: the student ended ahead of it."
     else:
