@@ -213,7 +213,7 @@ def _off_policy(result: Result, gaps: dict[str, Any]) -> str:
         -1: "On this pair matching states does better where the teacher writes the responses.",
     }[surely(gaps["states_off_policy"][1])]
     return (
-        f"**Off-policy, same budget.** Each step trains on {result['rollouts']} new responses of the teacher; rates are tuned the same way. "
+        f"**Off-policy, same budget.** Each step trains on {result['rollouts']} new responses of the teacher; rates are tuned the same way: "
         f"{'; '.join(parts)}. {end}"
     )
 

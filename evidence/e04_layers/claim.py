@@ -68,8 +68,8 @@ def _against(verdict: str, stands: str, similar: Result) -> str:
     if verdict == "holds":
         return ""
     return (
-        f"Paper: all layers beat fewer. Here they are {stands}. A guess, not measured: this pair has four layers and lower CKA (at least {min(similar['cka']):.2f}; "
-        "paper: about 0.98)."
+        f"Paper: all layers beat fewer. Here they are {stands}. A guess, not measured: this pair has four layers, and CKA from {min(similar['cka']):.2f} on (paper: "
+        "about 0.98)."
     )
 
 

@@ -100,7 +100,7 @@ def judge(result: Result) -> Finding:
         _chunked(gpu),
         _on_gpu(gpu),
         *tables,
-        _exceptions(exceptions),
+        _exceptions(rows, exceptions),
         _compared(rows, shapes),
         _reached(rows, shapes),
         _again(result["again"]),
@@ -127,9 +127,19 @@ def _chunked(gpu: dict[str, Any]) -> str:
     )
 
 
-def _exceptions(found: list[tuple[str, str, str]]) -> str:
+def _exceptions(rows: dict[Any, Any], found: list[tuple[str, str, str]]) -> str:
+    """Which output-space updates are not dearer than representation, and which take a time that the rounds do not tell apart from its."""
     said = [f"{TITLES[name]} in {key} ({shape})" for shape, name, key in found]
-    return f"Output-space updates that take no more than representation on all layers: {listed(said)}. The ranges of times overlap in places (brackets)."
+    rivals = {name for names in GROUPS.values() for name in names if name not in NO_RIVALS}
+    near = [
+        f"{TITLES[name]} ({shape})"
+        for (shape, name), row in rows.items()
+        if name in rivals and row["time_ratio_range"][0] <= rows[shape, "representation"]["time_ratio_range"][1]
+    ]
+    return (
+        f"Output-space updates that take no more than representation on all layers: {listed(said)}. Those whose time overlaps with its time over the "
+        f"rounds: {listed(near)}."
+    )
 
 
 def _against(gpu: dict[str, Any]) -> str:

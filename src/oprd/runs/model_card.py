@@ -142,13 +142,15 @@ def _gap(summary: Mapping[str, Any]) -> str:
     """What became of the gap to the teacher, in one or two sentences."""
     closed = summary.get("gap_closed")
     if closed is None:
-        accuracies = [(summary.get(name) or {}).get("avg_at_k") for name in _MODELS]
-        why = NOT_MEASURED if None in accuracies else "there was none, the teacher was not ahead of the student"
-        worse = None not in accuracies[:2] and accuracies[1] < accuracies[0]
-        return (
-            f"Share of the gap to the teacher that training closed: {why}."
-            + " The student ended below its start." * worse
+        before, after, teacher = ((summary.get(name) or {}).get("avg_at_k") for name in _MODELS)
+        why = (
+            NOT_MEASURED
+            if None in (before, after, teacher)
+            else "there was none, the teacher was not ahead of the student"
         )
+        worse = before is not None and after is not None and after < before
+        text = f"Share of the gap to the teacher that training closed: {why}."
+        return f"{text} The student ended below its start." if worse else text
     if closed < 0:
         text = (
             f"Training lost {-closed:.1%} of the gap to the teacher: the student ended further from it than it began."
