@@ -205,7 +205,7 @@ def test_the_settings():
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "max_skipped_steps", "max_useless_steps", "merge_system_prompt",
-        "micro_batch_tokens", "model_init_kwargs", "nan_policy", "normalize",
+        "micro_batch_tokens", "min_p", "model_init_kwargs", "nan_policy", "normalize",
         "num_completions_to_log", "num_generations",
         "num_iterations", "objectives", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
