@@ -296,7 +296,11 @@ def test_what_is_kept_is_computed_anew_for_other_arguments(tmp_path):
 
 
 OTHER_RULES = {"E11"}  # claims whose rule has other words for "in part"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "evidence.md", *(folder / DETAILS for folder, claim in claims())]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "evidence.md",
+    *(folder / DETAILS for folder, claim in claims() if claim.ID in RESULTS),
+]
 
 
 def test_the_words_of_a_verdict_are_defined_once_and_shown_first():
@@ -324,7 +328,7 @@ def test_no_page_has_another_word_for_a_verdict(page):
 def test_every_claim_states_its_rule(name):
     text = rule(CLAIMS[name])
     assert text in document(ROOT / "docs" / "evidence.md", list(claims()), {}, None)
-    assert text in details(CLAIMS[name], RESULTS[name])
+    assert name not in RESULTS or text in details(CLAIMS[name], RESULTS[name])
     assert "; in part if " in text or name in OTHER_RULES
     assert text.endswith(".")
 

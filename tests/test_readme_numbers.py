@@ -98,9 +98,10 @@ def confidence() -> str:
 
 
 def verdicts() -> list[str]:
-    from evidence.__main__ import claims
+    from evidence.__main__ import HERE, claims, results
 
-    found = [claim.judge(read(f"evidence/{folder.name}/result.json")).verdict for folder, claim in claims()]
+    known = results(HERE)
+    found = [claim.judge(known[claim.ID]).verdict for _, claim in claims() if claim.ID in known]
     return [str(len(found)), *(str(found.count(name)) for name in ("holds", "partly", "not"))]
 
 
