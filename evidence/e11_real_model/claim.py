@@ -166,7 +166,7 @@ def run_script(name: str, *arguments: str) -> None:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if representation is significantly ahead of every output-space loss; partly if its mean is ahead of all of them."""
+    """Holds if representation is ahead of every output-space loss; in part if its mean is above all of theirs."""
     runs = result["runs"]
     names = [name for name in NAMES if of(runs, name)]
     gaps = {name: difference(runs, "representation", name) for name in names if name != "representation"}

@@ -91,7 +91,7 @@ def _committed() -> list[Record]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if representation is significantly ahead of both output-space losses; partly if its mean is."""
+    """Holds if representation is ahead of the full reverse KL and of sampled-token; in part if its mean is above both."""
     runs = result["runs"]
     names = [name for name in NAMES if of(runs, name)]
     gaps = {name: difference(runs, "representation", name) for name in names if name != "representation"}

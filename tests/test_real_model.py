@@ -1,0 +1,77 @@
+"""Verdicts of the claims on a real pretrained model follow their records."""
+
+from __future__ import annotations
+
+import pytest
+from evidence.__main__ import claims
+
+CLAIMS = {claim.ID: claim for _, claim in claims()}
+
+
+def invented(values, rates=(5e-5, 1.5e-4, 5e-4)):
+    """Records of three seeds, and tuning records whose middle rate is best."""
+    common = {
+        "before": 0.3,
+        "teacher": 0.95,
+        "length": 20.0,
+        "dist_4": 0.5,
+        "finished": 1.0,
+        "steps": 40,
+        "seconds": 320.0,
+    }
+    runs = [
+        {**common, "objective": name, "learning_rate": rates[1], "seed": seed, "final": value + 0.01 * seed,
+         "points": [[0, 0.3], [20, value / 2], [40, value + 0.01 * seed]]}
+        for name, value in values.items() for seed in range(3)
+    ]  # fmt: skip
+    tuning = [
+        {"objective": name, "learning_rate": rate, "seed": 10, "final": value - 0.1 * (rate != rates[1])}
+        for name, value in values.items()
+        for rate in rates
+    ]
+    return {"runs": runs, "tuning": tuning}
+
+
+def real_model(values):
+    found = invented(values)
+    warm = [
+        {**record, "final": record["final"] - 0.05} for record in found["tuning"] if record["learning_rate"] == 1.5e-4
+    ]
+    return found | {
+        "tuning_warm": warm,
+        "settings": {name: {"rate": 1.5e-4, "warm_up": False} for name in values},
+        "step_seconds": {name: 8.0 + i for i, name in enumerate(values)},
+    }
+
+
+def long_answers(values):
+    return invented(values) | {"rates": dict.fromkeys(values, 1.5e-4)}
+
+
+@pytest.mark.parametrize(("name", "made"), [("E11", real_model), ("E14", long_answers)])
+@pytest.mark.parametrize(("ours", "verdict"), [(0.8, "holds"), (0.601, "partly"), (0.5, "not")])
+def test_verdicts_on_a_real_model_follow_the_data(name, made, ours, verdict):
+    result = made({"representation": ours, "full_reverse_kl": 0.6, "sampled_token": 0.4})
+    for record in result["runs"]:  # seeds disagree
+        if record["objective"] == "full_reverse_kl":
+            record["final"] = 0.6 + 0.01 * (2 - record["seed"])
+    finding = CLAIMS[name].judge(result)
+    assert finding.verdict == verdict
+    assert f"{100 * (ours - 0.6):+.1f}".replace("-", "−") in finding.number
+    assert "full reverse KL" in finding.number
+
+
+def test_a_best_rate_at_an_edge_is_said():
+    result = real_model({"representation": 0.8, "full_reverse_kl": 0.6})
+    assert "Every objective's best rate lies between two worse ones" in CLAIMS["E11"].judge(result).paragraph
+    next(r for r in result["tuning"] if r["objective"] == "full_reverse_kl" and r["learning_rate"] == 5e-4)["final"] = (
+        0.9
+    )
+    assert "At the edge of the rates tried: full reverse KL." in CLAIMS["E11"].judge(result).paragraph
+
+
+def test_the_lead_at_equal_time_counts_seconds_of_a_step():
+    result = real_model({"representation": 0.8, "full_reverse_kl": 0.6})
+    result["step_seconds"] = {"representation": 8.0, "full_reverse_kl": 16.0}  # half of its run in the time of ours
+    lead, _ = CLAIMS["E11"].equal_time(result, "full_reverse_kl")
+    assert lead == pytest.approx(0.81 - 0.3)
