@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +27,8 @@ from oprd.tasks.answer_formats import FORMATS, check_format
 from oprd.tasks.task import TASKS, get_task
 
 NAN_POLICIES = ("stop", "skip")
+AUTO = "auto"
+"""Value of `learning_rate`: a probe finds the rate before the run (`oprd.training.rate_probe`)."""
 
 _ANY, _ABOVE_0, _SHARE, _SEED = (
     "0 or more",
@@ -66,7 +68,10 @@ class OPRDConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=1e-5, metadata=_help("Peak learning rate."))
+    learning_rate: float | Literal["auto"] = field(  # type: ignore[assignment]  # a number once the run has begun
+        default=1e-5,
+        metadata=_help("Peak learning rate. auto: a short probe on held-out rollouts finds it (oprd train only)."),
+    )
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning rate schedule."))
     warmup_steps: float = field(default=0.03, metadata=_help("Warm-up steps; below 1 a share of all steps."))
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
@@ -348,8 +353,12 @@ class OPRDConfig(TrainingArguments):
                 f"max_steps: {self.max_steps} is not allowed; 1 or more, or -1 to train for num_train_epochs"
             )
         for name in ("learning_rate", "temperature", "eval_temperature"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; a finite number")
+            value = getattr(self, name)
+            if name == "learning_rate" and value == AUTO:
+                continue
+            if isinstance(value, str) or not math.isfinite(value):
+                or_auto = f", or {AUTO}" if name == "learning_rate" else ""
+                raise ValueError(f"{name}: {value} is not allowed; a finite number{or_auto}")
 
     def _check_training(self) -> None:
         if self.nan_policy not in NAN_POLICIES:

@@ -13,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.files import write_text
+from oprd.runs.folder import RATE_PROBE
+from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
 
 CARD = "README.md"
@@ -73,12 +75,21 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),
         "loss": _recorded(summary.get("objective")),
+        "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
         "seconds of training (of its last part, where it was resumed)": _recorded(summary.get("train_seconds")),
         "seed": _recorded(settings.get("seed")),
         "software": _software(summary),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def _rate(summary: Mapping[str, Any]) -> str | None:
+    """Where the learning rate is from, if a probe found it."""
+    probe = summary.get("learning_rate_probe")
+    if not probe:
+        return None
+    return f"{probe['learning_rate']:g}, the lowest held-out loss of {len(probe['rates'])} rates (`{RATE_PROBE}`)"
 
 
 def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -98,7 +109,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
     ]
     return "\n\n".join(
-        [head, "\n".join(rows), f"Share of the gap to the teacher that training closed: {_gap(summary)}."]
+        [head, "\n".join(rows), f"Share of the gap to the teacher that training closed: {_gap(summary)}.{_verdict(summary)}"]
     )
 
 
@@ -124,6 +135,12 @@ def _gap(summary: Mapping[str, Any]) -> str:
         return f"{summary['gap_closed']:.1%}"
     accuracies = [(summary.get(name) or {}).get("avg_at_k") for name in _MODELS]
     return NOT_MEASURED if None in accuracies else "there was none, the teacher was not ahead of the student"
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    """The run's verdict as a sentence; empty where accuracy before and after was not measured."""
+    found = judge_run(summary)
+    return "" if found is None else f" {found.text[0].upper()}{found.text[1:]}."
 
 
 def _contamination(found: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from oprd.objectives.composite import StepObjective
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
-from oprd.training.alarm import AlarmWatch, UselessSteps
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps
 from oprd.training.metrics import StepMetrics, rollout_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 
@@ -39,6 +39,7 @@ class Recorder:
         self.main = args.process_index == 0
         self._metrics = StepMetrics()
         self._alarms = AlarmWatch(0)
+        self._rising = RisingLoss(args)
         self._useless = UselessSteps(args)
         self._last_backward = 0.0
 
@@ -49,6 +50,7 @@ class Recorder:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
         """
         self._metrics = StepMetrics()
+        self._rising = RisingLoss(self.args)
         useless = 0.0
 
         def lines() -> Iterator[Mapping[str, Any]]:
@@ -56,6 +58,7 @@ class Recorder:
             for row in earlier:
                 if "loss" in row:
                     useless = row.get("useless_steps", 0.0)
+                    self._rising.watch(row)
                 yield row
 
         self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
@@ -133,7 +136,8 @@ class Recorder:
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
         if self.main:
-            for alarm in filter(None, (self._alarms.watch({"step": step, **row}), self._useless.alarm())):
+            here = {"step": step, **row}
+            for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
             self.folder.append(METRICS, {"step": step, **row})

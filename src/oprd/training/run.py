@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from oprd.config import AUTO
 from oprd.data.compact import OnAccess
 from oprd.data.contamination import say_overlap
 from oprd.data.prompts import Prompt
@@ -25,14 +26,16 @@ from oprd.files import write_json, write_text, writing_folder
 from oprd.models.architecture import causal_lm
 from oprd.models.export_check import ExportCheck, check_export, compare_files
 from oprd.models.sharding import is_sharded, whole_weights
-from oprd.resolve import describe_objective, resolve
+from oprd.resolve import ResolvedRun, describe_objective, resolve
 from oprd.run_config import RunConfig
 from oprd.runs.checkpoints import read_identity
 from oprd.runs.curves import plot_run
-from oprd.runs.folder import CONFIG, METRICS, SUMMARY, RunFolder
+from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
+from oprd.runs.verdict import judge_run
 from oprd.tasks.evaluation import Evaluation, describe_accuracy
 from oprd.training.processes import explaining_lost_processes
+from oprd.training.rate_probe import RateProbe, describe_cost, probe_learning_rate
 from oprd.training.trainer import OPRDTrainer, check_one_device
 
 logger = logging.getLogger("oprd")
@@ -41,7 +44,7 @@ Say = Callable[[str], None]
 
 
 def build_trainer(run: RunConfig, callbacks: list[TrainerCallback] | None = None) -> OPRDTrainer:
-    """The trainer of a run.
+    """The trainer of a run. With `learning_rate: auto` a probe first sets the rate in `run`.
 
     Args:
         run: models, datasets and settings.
@@ -51,11 +54,29 @@ def build_trainer(run: RunConfig, callbacks: list[TrainerCallback] | None = None
         ValueError: models, datasets or settings that do not fit.
     """
     check_one_device(run.args)
-    trainer = OPRDTrainer(resolved=resolve(run), callbacks=callbacks)
+    resolved = resolve(run)
+    _find_rate(resolved, logger.info)
+    return _trainer_of(resolved, callbacks)
+
+
+def _trainer_of(resolved: ResolvedRun, callbacks: list[TrainerCallback] | None) -> OPRDTrainer:
+    trainer = OPRDTrainer(resolved=resolved, callbacks=callbacks)
     if callbacks:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _find_rate(resolved: ResolvedRun, say: Say) -> RateProbe | None:
+    """Where the run asks for it, find the learning rate and set it; None where a number is given."""
+    args = resolved.run.args
+    if args.learning_rate != AUTO:
+        return None
+    say(describe_cost(args))
+    probe = probe_learning_rate(resolved)
+    args.learning_rate = probe.learning_rate
+    say(probe.describe())
+    return probe
 
 
 def train_and_evaluate(
@@ -81,7 +102,7 @@ def train_and_evaluate(
     Returns:
         The summary: `student_before`, `student_after`, `teacher` (measures, None where not evaluated), `gap_closed`,
         `contamination` (on the first process), `export_verified` (whether `model/`, loaded again, is the trained model; None: not
-        checked), `steps`, `seconds`, ….
+        checked), `learning_rate_probe`, `verdict`, `steps`, `seconds`, ….
 
     Raises:
         ValueError: anything that does not fit, before training starts.
@@ -89,8 +110,12 @@ def train_and_evaluate(
         StoppedBySignal: a signal has stopped the run; it is a SystemExit.
     """
     started = time.perf_counter()
-    _take_date(run, resume_from_checkpoint)
-    trainer = build_trainer(run, callbacks)
+    _take_what_was_chosen(run, resume_from_checkpoint)
+    check_one_device(run.args)
+    _check_folder_before_probe(run)
+    resolved = resolve(run)
+    probe = _find_rate(resolved, say)
+    trainer = _trainer_of(resolved, callbacks)
     main = trainer.is_world_process_zero()
     folder = Path(run.args.output_dir)
     checkpoint = trainer.find_checkpoint(resume_from_checkpoint)
@@ -108,18 +133,22 @@ def train_and_evaluate(
             summary |= _measured_before(trainer.run_folder)
         if main:
             write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+            if probe is not None:
+                write_json(folder / RATE_PROBE, probe.as_json())
         say(_describe(trainer))
         if run.eval_dataset:
             _evaluate_before(run, trainer, summary, say)
         train_started = time.perf_counter()
         trainer.train()
         summary |= {"train_seconds": round(time.perf_counter() - train_started, 2)} | _about(trainer)
+        summary["learning_rate_probe"] = _probe_of(trainer)
         _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
         summary["export_verified"] = _verify_export(trainer, folder / "model")
         if run.eval_dataset:
             summary["student_after"] = trainer.evaluate_now()
             say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
         summary["gap_closed"] = gap_closed(summary)
+        summary |= _verdict(summary)
         summary |= {"seconds": round(time.perf_counter() - started, 2)}
         if main:
             write_model_card(folder / "model", summary, settings)
@@ -129,14 +158,33 @@ def train_and_evaluate(
     return summary
 
 
-def _take_date(run: RunConfig, resume_from_checkpoint: str | bool | None) -> None:
-    """Where a run is resumed, take the date that its chat template has printed so far (`chat_template_date`)."""
-    if not resume_from_checkpoint or run.args.chat_template_date is not None:
+def _take_what_was_chosen(run: RunConfig, resume_from_checkpoint: str | bool | None) -> None:
+    """Where a run is resumed, take what it has chosen itself: the date of its chat template, and a probed learning rate."""
+    args = run.args
+    if not resume_from_checkpoint or (args.chat_template_date is not None and args.learning_rate != AUTO):
         return
-    folder = RunFolder(run.args.output_dir)
+    folder = RunFolder(args.output_dir)
     named = resume_from_checkpoint not in (True, "auto")
     stored = read_identity(Path(str(resume_from_checkpoint)), folder) if named else folder.read_run()
-    run.args.chat_template_date = stored.get("settings", {}).get("chat_template_date")
+    settings = stored.get("settings", {})
+    if args.chat_template_date is None:
+        args.chat_template_date = settings.get("chat_template_date")
+    if args.learning_rate == AUTO and (named or any(folder.path.glob("checkpoint-*"))):  # else it starts anew
+        args.learning_rate = settings.get("learning_rate", AUTO)
+
+
+def _probe_of(trainer: OPRDTrainer) -> dict[str, Any] | None:
+    """What found the run's learning rate, also in an earlier part of the run; None where it was given."""
+    probe = trainer.run_folder.read_json(RATE_PROBE)
+    return probe if probe.get("learning_rate") == trainer.args.learning_rate else None
+
+
+def _check_folder_before_probe(run: RunConfig) -> None:
+    """Refuse a folder that is in use, or holds another run, before a probe instead of after it."""
+    if run.args.learning_rate == AUTO and run.args.process_index == 0:
+        folder = RunFolder(run.args.output_dir)
+        with folder.hold():
+            folder.check_free()
 
 
 def _export(trainer: OPRDTrainer, folder: Path, summary: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -221,6 +269,12 @@ def gap_closed(summary: dict[str, Any]) -> float | None:
     if before is None or after is None or teacher is None or teacher <= before:
         return None
     return (after - before) / (teacher - before)
+
+
+def _verdict(summary: dict[str, Any]) -> dict[str, Any]:
+    """For the summary: what the run did to the student, in words, and the interval of `gap_closed`."""
+    found = judge_run(summary)
+    return {"gap_closed_ci95": found.ci95 if found else None, "verdict": found.text if found else None}
 
 
 def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, Any]:

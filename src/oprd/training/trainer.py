@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import TrainOutput
 
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import OPRDConfig
+from oprd.config import AUTO, OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
@@ -133,12 +133,14 @@ class OPRDTrainer(Trainer):
         if resolved is None:
             args = args if args is not None else OPRDConfig("oprd-output")
             check_one_device(args)
+            _check_rate(args)
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task)
             # A trainer evaluates the teacher only when `evaluate_teacher` is called.
             evaluated: dict[str, Any] = {"eval_dataset": eval_dataset, "eval_teacher": False}
             resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
         args, pair = resolved.run.args, resolved.pair
+        _check_rate(args)
         student, teacher = pair.student.model, pair.teacher
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
@@ -535,6 +537,19 @@ class OPRDTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.checkpoints.load_parts(checkpoint)
+
+
+def _check_rate(args: OPRDConfig) -> None:
+    """Refuse a learning rate that is not found yet.
+
+    Raises:
+        ValueError: says where it is found.
+    """
+    if args.learning_rate == AUTO:
+        raise ValueError(
+            f"learning_rate: {AUTO!r} is for oprd train and oprd.training.run (build_trainer, train_and_evaluate), which find the "
+            "number first; OPRDTrainer takes a number"
+        )
 
 
 def check_one_device(args: OPRDConfig) -> None:
