@@ -753,7 +753,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("ranks add up", "row = {n: v / ranks for n, v in sums.items()}", "row = dict(sums)",
          "test_distributed.py::test_two_processes_equal_one_with_twice_the_batch"),
     ],
+    "training/rate_probe.py": [
+        ("a rate starts where the one before ended", "        self._restore()\n        optimizer = self._optimizer(rate)",
+         "        optimizer = self._optimizer(rate)", "test_rate_probe.py::test_the_losses_are_those_of_plain_pytorch"),
+        ("the run starts where the probe ended", "        finally:\n            self._restore()", "        finally:\n            pass",
+         "test_rate_probe.py::test_a_run_equals_one_with_the_number_and_resuming_does_not_probe"),
+        ("held-out prompts are learnt from", "order[:held], order[held:]", "order[:held], order",
+         "test_rate_probe.py::test_no_prompt_is_on_both_sides"),
+        ("sampled tokens are judged on old rollouts", ' and not getattr(term.objective, "on_policy_only", False)', "",
+         "test_rate_probe.py::test_terms_that_need_fresh_rollouts_are_left_out_and_named"),
+    ],
+    "runs/verdict.py": [
+        ("any fall is worse", "change + spread < 0, change", "change < 0, change",
+         "test_verdict.py::test_the_verdict_has_its_interval"),
+    ],
     "training/alarm.py": [
+        ("one step makes a loss rise", " or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance)", "",
+         "test_verdict.py::test_noise_and_progress_do_not_ring"),
         ("cut-off completions do not count", 'elif totals["finished"] == 0:', 'elif totals["finished"] < 0:',
          "test_useless_steps.py::test_they_are_counted_from_the_first_step"),
         ("a useful step does not end the row", "self._in_a_row + 1 if self._reason else 0", "self._in_a_row + bool(self._reason)",
