@@ -83,7 +83,9 @@ def test_a_rate_at_which_nothing_is_finite_is_left():
     assert min(curve) == 1e-7
     curve = search(lambda rate: math.inf if rate > 2e-5 else 1 / rate)
     assert choose(curve, 2e5) == 1e-5
-    with pytest.raises(ValueError, match=r"learning_rate: auto found no rate that lowers the held-out loss: 0.5 before, inf after"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate: auto found no rate that lowers the held-out loss: 0.5 before, inf after"
+    ):
         choose(search(lambda rate: math.inf), 0.5)
 
 
@@ -203,9 +205,7 @@ def test_a_trainer_takes_a_number(tmp_path):
 
 
 def test_its_cost_is_said_before_it(tmp_path):
-    args = OPRDConfig(
-        str(tmp_path), max_steps=100, per_device_train_batch_size=32, use_cpu=True, learning_rate="auto"
-    )
+    args = OPRDConfig(str(tmp_path), max_steps=100, per_device_train_batch_size=32, use_cpu=True, learning_rate="auto")
     assert "4 steps of 8 rollouts at about 5 rates, judged on 16 held-out rollouts; about the work of" in describe_cost(
         args
     )
@@ -234,9 +234,7 @@ def test_a_run_equals_one_with_the_number_and_resuming_does_not_probe(tmp_path, 
         raise AssertionError("probed")
 
     monkeypatch.setattr(run_module, "probe_learning_rate", never)
-    again = train_and_evaluate(
-        quick(tmp_path / "auto", max_steps=3), say=lambda _: None, resume_from_checkpoint=True
-    )
+    again = train_and_evaluate(quick(tmp_path / "auto", max_steps=3), say=lambda _: None, resume_from_checkpoint=True)
     assert again["steps"] == 3
     assert again["learning_rate_probe"]["rates"] == found["rates"]
     named = tmp_path / "auto" / "checkpoint-2"

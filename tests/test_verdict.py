@@ -80,7 +80,13 @@ def test_the_card_says_it():
 
 @pytest.mark.parametrize(("rate", "code"), [(0.3, 3), (1e-6, 0)])
 def test_a_worse_student_is_an_exit_code(oprd, recipe, rate, code):  # noqa: F811
-    changes = {"max_steps": 3, "eval_limit": 40, "max_completion_length": 56, "eval_teacher": False, "save_strategy": "no"}
+    changes = {
+        "max_steps": 3,
+        "eval_limit": 40,
+        "max_completion_length": 56,
+        "eval_teacher": False,
+        "save_strategy": "no",
+    }
     result = oprd("train", "--config", recipe(**changes, learning_rate=rate), "--fail-if-worse")
     assert result.returncode == code, result.stdout + result.stderr
     assert ("the student is worse: -" in result.stdout) is (code == 3)
@@ -111,7 +117,10 @@ FALLS, RISES = [1.0, 0.8, 0.6, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4], [2.0] * 10
 def test_a_loss_that_rises_is_said_with_the_factor_and_the_step(tmp_path):
     told = rings(watch(tmp_path), rows(FALLS + RISES))
     assert [*told] == [14]
-    assert told[14] == "the loss rises: 4.2 × since step 10 (0.4 -> 1.68); lower learning_rate (now 0.002), or set it to auto"
+    assert (
+        told[14]
+        == "the loss rises: 4.2 × since step 10 (0.4 -> 1.68); lower learning_rate (now 0.002), or set it to auto"
+    )
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def demo(
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
     found = judge_run(summary)
-    say(f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+    say(
+        f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}"
+    )
     write_report(json_file, summary)
 
 

@@ -43,7 +43,9 @@ def train(
     fail_if_worse: Annotated[
         bool,
         typer.Option(
-            "--fail-if-worse", "--fail_if_worse", help="Exit code 3 if the student is worse than before, beyond the interval."
+            "--fail-if-worse",
+            "--fail_if_worse",
+            help="Exit code 3 if the student is worse than before, beyond the interval.",
         ),
     ] = False,
     json_file: JsonFile = None,

@@ -109,7 +109,11 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
     ]
     return "\n\n".join(
-        [head, "\n".join(rows), f"Share of the gap to the teacher that training closed: {_gap(summary)}.{_verdict(summary)}"]
+        [
+            head,
+            "\n".join(rows),
+            f"Share of the gap to the teacher that training closed: {_gap(summary)}.{_verdict(summary)}",
+        ]
     )
 
 

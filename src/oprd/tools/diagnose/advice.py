@@ -230,7 +230,6 @@ def _rate(report: Report) -> dict[str, Any]:
     )  # fmt: skip
 
 
-
 def _gap(report: Report) -> dict[str, Any] | None:
     accuracy = report["accuracy"]
     if accuracy is None:
