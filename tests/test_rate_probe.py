@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_search_ends_at_the_lowest_loss_and_tries_only_what_leads_there(log_
 
 
 def test_rates_are_a_factor_of_about_three_apart():
-    factors = [high / low for low, high in zip(RATES, RATES[1:], strict=False)]
+    factors = [high / low for low, high in pairwise(RATES)]
     assert all(2.9 < factor < 3.4 for factor in factors)
     assert FIRST in RATES
 

@@ -14,6 +14,9 @@ from test_cli import oprd, recipe  # noqa: F401 (fixtures)
 from test_model_card import SETTINGS, SUMMARY
 from tiny import tiny_trainer
 
+NO_LEAD = "the teacher was not ahead of the student, so there was no gap to close"
+NOTHING = "nothing was learnt that this evaluation shows"
+
 
 def measures(average: float, spread: float = 0.05) -> dict:
     return {"avg_at_k": average, "ci95": [average - spread, average + spread]}
@@ -30,15 +33,14 @@ def summary(before, after, teacher=None) -> dict:
         (0.2, 0.8, 1.0, False, "closed 75% [67, 83] of the gap to the teacher; +60.0 points [+52.9, +67.1] of Avg@k"),
         (0.5, 0.3, 0.9, True, "the student got worse: the gap to the teacher grew by 50% [27, 73]; -20.0 points [-27.1, -12.9] of Avg@k"),
         (0.5, 0.52, 0.9, False,
-         "nothing was learnt that this evaluation shows: 5% [-12, 22] of the gap to the teacher closed; +2.0 points [-5.1, +9.1] of Avg@k"),
+         f"{NOTHING}: 5% [-12, 22] of the gap to the teacher closed; +2.0 points [-5.1, +9.1] of Avg@k"),
         (0.5, 0.48, 0.9, False,
-         "nothing was learnt that this evaluation shows: -5% [-23, 13] of the gap to the teacher closed; -2.0 points [-9.1, +5.1] of Avg@k"),
+         f"{NOTHING}: -5% [-23, 13] of the gap to the teacher closed; -2.0 points [-9.1, +5.1] of Avg@k"),
         (0.5, 0.6, None, False, "the student is better: +10.0 points [+2.9, +17.1] of Avg@k; the teacher was not evaluated"),
         (0.5, 0.4, 0.5, True,
-         "the student is worse: -10.0 points [-17.1, -2.9] of Avg@k; the teacher was not ahead of the student, so there was no gap to close"),
+         f"the student is worse: -10.0 points [-17.1, -2.9] of Avg@k; {NO_LEAD}"),
         (0.5, 0.5, 0.4, False,
-         "the student is not told apart from the start: +0.0 points [-7.1, +7.1] of Avg@k; the teacher was not ahead of the student, so "
-         "there was no gap to close"),
+         f"the student is not told apart from the start: +0.0 points [-7.1, +7.1] of Avg@k; {NO_LEAD}"),
     ],
 )  # fmt: skip
 def test_the_verdict_has_its_interval(before, after, teacher, worse, text):
@@ -73,8 +75,12 @@ def test_what_was_not_measured_has_no_verdict(missing):
 
 
 def test_the_card_says_it():
-    card = model_card({**SUMMARY, "student_after": {**SUMMARY["student_after"], "avg_at_k": 0.05, "ci95": [0.0, 0.1]},
-                       "student_before": {**SUMMARY["student_before"], "ci95": [0.2, 0.3]}, "gap_closed": -0.4}, SETTINGS)  # fmt: skip
+    before, after = (
+        {**SUMMARY[name], "ci95": ends}
+        for name, ends in (("student_before", [0.2, 0.3]), ("student_after", [0.0, 0.1]))
+    )
+    lost = {"student_before": before, "student_after": {**after, "avg_at_k": 0.05}, "gap_closed": -0.4}
+    card = model_card({**SUMMARY, **lost}, SETTINGS)
     assert "that training closed: -40.0%. The student got worse: the gap to the teacher grew by 40% [" in card
 
 

@@ -61,9 +61,9 @@ def _root(
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 2 for bad input; 3 of `train --fail-if-worse`; 1 for a fault of the surroundings (disk, network, values that are not finite) and for a bug;
-    128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or OPRD_TRACEBACK=1 adds where it was raised.
-    A bug of oprd shows its traceback.
+    Exit codes: 2 for bad input; 1 for a fault of the surroundings (disk, network, values that are not finite) and for a bug;
+    3 of `train --fail-if-worse`; 128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or
+    OPRD_TRACEBACK=1 adds where it was raised. A bug of oprd shows its traceback.
     """
     guard_output()
     wanted = os.environ.get("OPRD_TRACEBACK", "0") not in ("", "0") or "--traceback" in sys.argv

@@ -66,9 +66,8 @@ def demo(
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
     found = judge_run(summary)
-    say(
-        f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}"
-    )
+    verdict = found.text if found else "trained"
+    say(f"{verdict} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
     write_report(json_file, summary)
 
 

@@ -1,4 +1,4 @@
-"""Finds the learning rate of a run: a few steps from the same weights at rates a factor of three apart, judged on held-out rollouts.
+"""Finds the learning rate of a run: a few steps from the same weights at several rates, judged on held-out rollouts.
 
 `probe_learning_rate` is called before there is a trainer. It leaves weights and random generators as it found them.
 """
@@ -300,8 +300,8 @@ def _choose_prompts(prompts: Sequence[Prompt] | None, seed: int) -> tuple[list[l
     count = len(prompts or [])
     if prompts is None or count < 2:
         raise ValueError(
-            f"learning_rate: {AUTO} needs 2 prompts or more, some to learn from and some to hold out; train_dataset has {count}: add "
-            "prompts, or give learning_rate a number"
+            f"learning_rate: {AUTO} needs 2 prompts or more, some to learn from and some to hold out; train_dataset has {count}: "
+            "add prompts, or give learning_rate a number"
         )
     generator = torch.Generator().manual_seed(derive_seed(seed, "learning_rate prompts"))
     order = torch.randperm(count, generator=generator).tolist()
