@@ -31,7 +31,8 @@ def summary(before, after, teacher=None) -> dict:
     ("before", "after", "teacher", "worse", "text"),
     [
         (0.2, 0.8, 1.0, False, "closed 75% [67, 83] of the gap to the teacher; +60.0 points [+52.9, +67.1] of Avg@k"),
-        (0.5, 0.3, 0.9, True, "the student got worse: the gap to the teacher grew by 50% [27, 73]; -20.0 points [-27.1, -12.9] of Avg@k"),
+        (0.5, 0.3, 0.9, True,
+         "the student got worse: the gap to the teacher grew by 50% [27, 73]; -20.0 points [-27.1, -12.9] of Avg@k"),
         (0.5, 0.52, 0.9, False,
          f"{NOTHING}: 5% [-12, 22] of the gap to the teacher closed; +2.0 points [-5.1, +9.1] of Avg@k"),
         (0.5, 0.48, 0.9, False,
