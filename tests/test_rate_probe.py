@@ -19,7 +19,17 @@ from oprd.resolve import resolve
 from oprd.rollouts.engine import EngineAbilities
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.training import run as run_module
-from oprd.training.rate_probe import FIRST, RATES, STEPS, choose, describe_cost, probe_learning_rate, search
+from oprd.training.rate_probe import (
+    FIRST,
+    HELD_OUT,
+    RATES,
+    ROLLOUTS,
+    STEPS,
+    choose,
+    describe_cost,
+    probe_learning_rate,
+    search,
+)
 from oprd.training.run import build_trainer, train_and_evaluate
 from oprd.training.trainer import OPRDTrainer
 from tiny import prompt_rows, scripted_generate, tiny_model, tiny_tokenizer
@@ -117,7 +127,8 @@ def test_the_losses_are_those_of_plain_pytorch(tmp_path):
         model = tiny_model()
         model.lm_head.requires_grad_(False)
         optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=rate, weight_decay=0.0)
-        for _ in range(STEPS):
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = rate * (step + 1) / STEPS
             optimizer.zero_grad()
             loss(model).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -183,19 +194,19 @@ def test_a_teacher_equal_to_the_student_has_no_rate(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides(tmp_path):
-    seen = []
+    seen: list[list[int]] = []
 
     class Watched(Scripted):
         @staticmethod
         def generate(model, prompt_ids, *, rows, **more):
-            seen.append(set(rows))
+            seen.append(list(rows))
             return scripted_generate(model, prompt_ids, rows=rows, **more)
 
     probe_learning_rate(resolved(tmp_path, engine=Watched()))
-    *steps, held_out = seen
-    assert len(steps) == STEPS
-    assert held_out
-    assert not held_out & set().union(*steps)
+    (rows,) = seen
+    learnt, held_out = rows[: STEPS * ROLLOUTS], rows[STEPS * ROLLOUTS :]
+    assert len(held_out) == HELD_OUT
+    assert not {*held_out} & {*learnt}
 
 
 def test_a_trainer_takes_a_number(tmp_path):

@@ -93,8 +93,9 @@ def describe_cost(args: OPRDConfig) -> str:
 def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     """Find a learning rate by the held-out loss after a few steps. Every process of a run calls it and gets the same rate.
 
-    The rollouts are drawn once, from the start weights. The rates are tried at a constant rate without warm-up, in the run's own
-    objective with the weights of its first step; terms that need fresh rollouts (policy gradient, sampled tokens) are left out.
+    The rollouts are drawn once, from the start weights. Each rate is reached by a linear warm-up over the steps: without one,
+    Adam's first steps overshoot and low rates win. The objective is the run's own with the weights of its first step; terms that
+    need fresh rollouts (policy gradient, sampled tokens) are left out.
 
     Args:
         resolved: the run; its models are moved to the run's device.
@@ -116,9 +117,8 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(evaluating(model))
-        draw = _Draw(resolved, model)
-        batches = [draw(prompts, step) for step, prompts in enumerate(train)]
-        learner = _Learner(resolved, objective, model, batches, draw(held_out, STEPS))
+        *batches, apart = _draw(resolved, model, [*train, held_out])
+        learner = _Learner(resolved, objective, model, batches, apart)
         stack.enter_context(learner.restoring())
         if args.activation_checkpointing:
             stack.enter_context(recomputed_blocks(model))
@@ -139,11 +139,12 @@ def search(loss_at: Callable[[float], float]) -> dict[float, float]:
     """
     first = RATES.index(FIRST)
     tried = {FIRST: loss_at(FIRST)}
-    for direction in (1, -1):
+    for direction in (1, -1) if math.isfinite(tried[FIRST]) else (-1,):
         place = first + direction
         while 0 <= place < len(RATES):
-            tried[RATES[place]] = loss_at(RATES[place])
-            if not tried[RATES[place]] < tried[RATES[place - direction]]:
+            before = tried[RATES[place - direction]]
+            loss = tried[RATES[place]] = loss_at(RATES[place])
+            if math.isfinite(before) and not loss < before:
                 break
             place += direction
         if place != first + direction:  # the loss has fallen this way: it rises the other way
@@ -170,26 +171,30 @@ def choose(curve: Mapping[float, float], before: float) -> float:
     return best
 
 
-class _Draw:
-    """Draws the rollouts of a list of prompts, one each, as the run would."""
-
-    def __init__(self, resolved: ResolvedRun, model: nn.Module) -> None:
-        self.resolved, self.model = resolved, model
-
-    def __call__(self, prompts: Sequence[Prompt], step: int) -> Batch:
-        args, pair = self.resolved.run.args, self.resolved.pair
+def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Prompt]]) -> list[Batch]:
+    """One rollout of each prompt, written by who writes those of the step with the batch's number; each writer is asked once."""
+    args, pair = resolved.run.args, resolved.pair
+    found: dict[int, Batch] = {}
+    by_student = [student_writes(args.lmbda, args.seed, step) for step in range(len(batches))]
+    for student in sorted({*by_student}):
+        steps = [step for step, own in enumerate(by_student) if own is student]
+        prompts = [prompt for step in steps for prompt in batches[step]]
         with ExitStack() as stack:
-            writer: nn.Module = self.model
-            if not student_writes(args.lmbda, args.seed, step):
+            writer: nn.Module = model
+            if not student:
                 assert isinstance(pair.teacher, CanSample), "checked when the run was resolved"
                 writer = stack.enter_context(pair.teacher.sampler())
             stack.enter_context(_precision(args))
-            rollouts = self.resolved.engine.generate(
+            rollouts = resolved.engine.generate(
                 writer, [p.ids for p in prompts], num_generations=1, sampling=args.sampling,
-                seed=derive_seed(args.seed, step, "learning_rate"), rows=[p.index for p in prompts],
+                seed=derive_seed(args.seed, "learning_rate", int(student)), rows=[p.index for p in prompts],
             ).rollouts  # fmt: skip
-        pairs, _ = pair.align(rollouts, {p.index: p.row for p in prompts})
-        return Batch(rollouts, [None] * len(rollouts), pairs=pairs)
+        start = 0
+        for step in steps:
+            own = rollouts.select(range(start, start := start + len(batches[step])))
+            pairs, _ = pair.align(own, {p.index: p.row for p in batches[step]})
+            found[step] = Batch(own, [None] * len(own), pairs=pairs)
+    return [found[step] for step in range(len(batches))]
 
 
 class _Learner:
@@ -218,10 +223,12 @@ class _Learner:
             self._restore()
 
     def loss_at(self, rate: float) -> float:
-        """Held-out loss after one step on each batch at this rate; infinite if loss or gradients are not finite."""
+        """Held-out loss after one step on each batch, up to this rate; infinite if loss or gradients are not finite."""
         self._restore()
         optimizer = self._optimizer(rate)
         for step, batch in enumerate(self.batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (step + 1) / len(self.batches)
             torch.manual_seed(derive_seed(self.args.seed, step, "learning_rate dropout"))
             self.model.train()
             loss = self._loss(batch, learn=True)
