@@ -3,8 +3,8 @@
     python benchmarks/learning_rate.py [--only NAME …] [--models models] [--json benchmarks/results/learning_rate.json]
 
 The grids of the embedded same-origin pair are the committed tuning runs of E1 and those of SmolLM2 of E11, both on seed 10; probes
-use the settings of those runs. The other pairs are run here at every rate: two with bridges, and one of another task, shape and
-rate that this script trains (digits are written in reverse). A rate that a grid lacks is run. One process and one thread; each
+use the settings of those runs. The other pairs are run here at every rate: two with bridges, and two of other tasks and shapes
+that this script trains (digits are reversed, or sorted). A rate that a grid lacks is run. One process and one thread; each
 result is written at once, and a second call does what is missing. Seconds are CPU seconds of this process.
 """
 
@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from oprd.data.rows import PromptRow
 from oprd.tasks.task import FunctionGrader, Task
 
 ROOT = Path(__file__).parent.parent
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 SHARE = 0.9  # of the best of the grid: what is wanted
 SHARED = {
     "max_steps": 60, "per_device_train_batch_size": 16, "reduction": "token", "seed": 10, "eval_num_generations": 2,
     "generation_batch_size": 256, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    "log_completions": False,
 }  # fmt: skip
 OUTPUT_ONLY = {"representation_weight": 0}
 DIGITS = 6
@@ -67,69 +69,81 @@ CASES = {
     "top_4": _e1("top_4", **OUTPUT_ONLY, output_space="top_k", output_top_k=4),
     "supervised": _e1("supervised", **OUTPUT_ONLY, output_space="cross_entropy", lmbda=0.0),
     "states_off_policy": _e1("states_off_policy", lmbda=0.0),
-    "wider": Case({"teacher_model": "embedded:wider/teacher"}, rates=RATES),
-    "other_tokenizer": Case({"teacher_model": "embedded:other-tokenizer/teacher"}, rates=RATES),
-    "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES),
+    "wider": Case({"teacher_model": "embedded:wider/teacher"}, rates=RATES, fitted=True),
+    "other_tokenizer": Case({"teacher_model": "embedded:other-tokenizer/teacher"}, rates=RATES, fitted=True),
+    "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES, fitted=True),
+    "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES),
     "smollm2_representation": _e11("representation"),
     "smollm2_full_reverse_kl": _e11("full_reverse_kl", **OUTPUT_ONLY, output_space="reverse_kl"),
 }
 
 
-def _numbers(n: int, seed: int, split: str) -> list[PromptRow]:
-    draw = random.Random(f"reversal {seed} {split}")
+def _numbers(name: str, answer: Callable[[str], str], n: int, seed: int, split: str) -> list[PromptRow]:
+    draw = random.Random(f"{name} {seed} {split}")
     found = [str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in range(n)]
-    return [PromptRow(f"{number}=", number[::-1], source=f"{split} number {i}") for i, number in enumerate(found)]
+    return [PromptRow(f"{number}=", answer(number), source=f"{split} number {i}") for i, number in enumerate(found)]
 
 
-def reversal() -> Task:
-    """Digits in reverse: `123456=` → `654321`."""
-    grade = FunctionGrader(lambda response, answer: response.strip() == answer)
-    return Task("reversal", "digits in reverse", lambda: grade, problems=_numbers)
+def _task(name: str, answer: Callable[[str], str]) -> Task:
+    grade = FunctionGrader(lambda response, wanted: response.strip() == wanted)
+    return Task(name, f"digits: {name}", lambda: grade, problems=partial(_numbers, name, answer))
 
 
-def build_reversal(folder: Path, *, student_step: int = 300, teacher_step: int = 700) -> None:
-    """Train a Llama of 3 layers and width 96 to reverse digits; two snapshots of one run are student and teacher."""
+reversal = _task("reversal", lambda number: number[::-1])  # 123456= → 654321
+sorting = _task("sorting", lambda number: "".join(sorted(number)))  # 312312= → 112233
+MADE = {"reversal": (reversal, {"hidden_size": 96, "num_hidden_layers": 3}, 3),
+        "sorting": (sorting, {"hidden_size": 128, "num_hidden_layers": 2}, 4)}  # fmt: skip
+"""Name → task, shape and seed of a pair that is trained here."""
+
+
+def build_pair(name: str, folder: Path) -> None:
+    """Train a small Llama on one of the tasks; student and teacher are the first weights that solve 25 % and 99 % of a batch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from oprd.resolve import load_tokenizer
 
+    task, shape, seed = MADE[name]
     tokenizer = load_tokenizer("embedded:tiny/student")
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.05, **ends,
+        vocab_size=len(tokenizer), intermediate_size=256, num_attention_heads=4, max_position_embeddings=64,
+        tie_word_embeddings=True, initializer_range=0.05, **shape, **ends,
     ))  # fmt: skip
-    rows = [tokenizer.encode(f"{row.prompt}{row.answer}") for row in _numbers(teacher_step * 64, 5, "train")]
+    assert task.problems is not None
+    rows = [tokenizer.encode(f"{row.prompt}{row.answer}") for row in task.problems(1000 * 64, 5, "train")]
     ids = torch.tensor([[*row, tokenizer.eos_token_id] for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    snapshots = {student_step: "student", teacher_step: "teacher"}
-    for step in range(1, teacher_step + 1):
-        batch = ids[(step - 1) * 64 : step * 64]
+    wanted = [("student", 0.25), ("teacher", 0.99)]
+    for step, batch in enumerate(ids.split(64), 1):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(step / 50, 1.0)
-        logits = model(input_ids=batch, use_cache=False).logits[:, DIGITS:-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, DIGITS + 1 :].flatten())
+        logits, labels = model(input_ids=batch, use_cache=False).logits[:, DIGITS:-1], batch[:, DIGITS + 1 :]
+        solved = (logits.argmax(-1) == labels).all(1).float().mean().item()
+        if solved >= wanted[0][1]:
+            part, _ = wanted.pop(0)
+            print(f"{name}: {part} at step {step}", flush=True)
+            model.save_pretrained(folder / part)
+            tokenizer.save_pretrained(folder / part)
+            if not wanted:
+                return
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"reversal: step {step}, loss {loss.item():.3f}", flush=True)
-        if step in snapshots:
-            model.save_pretrained(folder / snapshots[step])
-            tokenizer.save_pretrained(folder / snapshots[step])
+    raise SystemExit(f"{name}: 1000 steps have not made a teacher")
 
 
 def prepared(name: str, runs: Path, models: Path) -> dict[str, Any]:
     """Make what a case needs, a bridge or a pair, and return its settings."""
     settings = {**SHARED, **CASES[name].settings}
-    if name == "reversal":
-        folder = runs / "reversal"
+    if name in MADE:
+        folder = runs / name
         if not (folder / "teacher").exists():
-            build_reversal(folder)
-        data = {f"{kind}_dataset": "generated:learning_rate:reversal" for kind in ("train", "eval")}
+            build_pair(name, folder)
+        data = {f"{kind}_dataset": f"generated:learning_rate:{name}" for kind in ("train", "eval")}
         settings |= {"model": str(folder / "student"), "teacher_model": str(folder / "teacher"), **data}
         settings |= {"max_completion_length": DIGITS + 2}
     elif name in ("wider", "other_tokenizer"):

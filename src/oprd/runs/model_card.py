@@ -89,7 +89,7 @@ def _rate(summary: Mapping[str, Any]) -> str | None:
     probe = summary.get("learning_rate_probe")
     if not probe:
         return None
-    return f"{probe['learning_rate']:g}, the lowest held-out loss of {len(probe['rates'])} rates (`{RATE_PROBE}`)"
+    return f"{probe['learning_rate']:g}, {probe['rule']} (`{RATE_PROBE}`)"
 
 
 def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

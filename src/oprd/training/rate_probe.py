@@ -25,7 +25,7 @@ from oprd.models.architecture import evaluating
 from oprd.models.recomputation import recomputed_blocks
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepTotals
-from oprd.objectives.terms import HeadTerm, LayerTerm, unobserved
+from oprd.objectives.terms import HeadTerm, LayerTerm, Representation, unobserved
 from oprd.resolve import ResolvedRun
 from oprd.rollouts.engine import derive_seed, student_writes
 from oprd.states.capture import read_through_forward
@@ -35,9 +35,10 @@ from oprd.training.finite import clip_gradients
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
 """What may be tried, a factor of about three apart."""
-FIRST = 1e-4
-STEPS, ROLLOUTS, HELD_OUT = 4, 8, 16
-_USUAL = 5  # rates that a search tries, for the cost that is said before it
+FIRST = 3e-4
+STEPS, ROLLOUTS, HELD_OUT = 6, 8, 16
+TOLERATED, SHORT_RUN = 1.5, 30  # fitted in benchmarks/learning_rate.py
+_USUAL = 3  # rates that a search tries, for the cost that is said before it
 _GIVE = "give learning_rate a number (oprd diagnose shows the same probe)"
 
 
@@ -49,6 +50,7 @@ class RateProbe:
         learning_rate: the rate to train with.
         curve: rate → held-out loss after the steps; infinite where the loss or the gradients were not finite.
         before: held-out loss of the start weights.
+        tolerated: how the rate was chosen (`choose`).
         left_out: terms of the objective that the probe leaves out.
         seconds: that it took.
     """
@@ -56,14 +58,22 @@ class RateProbe:
     learning_rate: float
     curve: Mapping[float, float]
     before: float
+    tolerated: float = 0.0
     left_out: Sequence[str] = ()
     seconds: float = 0.0
+
+    @property
+    def rule(self) -> str:
+        """How the rate was chosen, in words."""
+        if self.tolerated:
+            return f"the highest rate whose held-out loss stays below {self.tolerated:g} × that before"
+        return "the rate with the lowest held-out loss"
 
     def as_json(self) -> dict[str, Any]:
         """For the run folder; a loss that is not finite is None."""
         losses = [loss if math.isfinite(loss) else None for loss in self.curve.values()]
         return {
-            "learning_rate": self.learning_rate, "rates": [*self.curve], "held_out_loss": losses,
+            "learning_rate": self.learning_rate, "rule": self.rule, "rates": [*self.curve], "held_out_loss": losses,
             "held_out_loss_before": self.before, "steps": STEPS, "rollouts_a_step": ROLLOUTS, "held_out_rollouts": HELD_OUT,
             "left_out": [*self.left_out], "seconds": round(self.seconds, 2),
         }  # fmt: skip
@@ -73,8 +83,8 @@ class RateProbe:
         curve = ", ".join(f"{rate:g}: {loss:.4g}" for rate, loss in self.curve.items())
         without = f"; without {', '.join(self.left_out)}" if self.left_out else ""
         return (
-            f"learning_rate: {self.learning_rate:g}, from {STEPS} steps at each of {len(self.curve)} rates; held-out loss {curve}; "
-            f"before {self.before:.4g}{without} ({self.seconds:.1f} s)"
+            f"learning_rate: {self.learning_rate:g}, {self.rule} after {STEPS} steps: {curve}; before {self.before:.4g}{without} "
+            f"({self.seconds:.1f} s)"
         )
 
 
@@ -93,9 +103,8 @@ def describe_cost(args: OPRDConfig) -> str:
 def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     """Find a learning rate by the held-out loss after a few steps. Every process of a run calls it and gets the same rate.
 
-    The rollouts are drawn once, from the start weights. Each rate is reached by a linear warm-up over the steps: without one,
-    Adam's first steps overshoot and low rates win. The objective is the run's own with the weights of its first step; terms that
-    need fresh rollouts (policy gradient, sampled tokens) are left out.
+    The rollouts are drawn once, from the start weights, and the rates are constant. The objective is the run's own with the weights
+    of its first step; terms that need fresh rollouts (policy gradient, sampled tokens) are left out.
 
     Args:
         resolved: the run; its models are moved to the run's device.
@@ -123,41 +132,53 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
         if args.activation_checkpointing:
             stack.enter_context(recomputed_blocks(model))
         before = learner.held_out_loss()
-        curve = search(learner.loss_at)
-    rate = broadcast_object_list([choose(curve, before)])[0]  # of the first process: GPUs may differ in the last bits
-    return RateProbe(rate, curve, before, left_out, time.perf_counter() - started)
+        tolerated = tolerance(args, objective, len(resolved.train_prompts or ())) if not left_out else 0.0
+        curve = search(learner.loss_at, before, tolerated)
+    rate = broadcast_object_list([choose(curve, before, tolerated)])[
+        0
+    ]  # of the first process: GPUs may differ in the last bits
+    return RateProbe(rate, curve, before, tolerated, left_out, time.perf_counter() - started)
 
 
-def search(loss_at: Callable[[float], float]) -> dict[float, float]:
-    """Try rates of `RATES` from `FIRST` on, upwards and else downwards, until the loss rises.
+def search(loss_at: Callable[[float], float], before: float, tolerated: float = 0.0) -> dict[float, float]:
+    """Try rates of `RATES` from `FIRST` on, upwards and else downwards, while the loss falls or is tolerated.
 
     Args:
         loss_at: rate → held-out loss after the steps.
+        before: held-out loss of the start weights.
+        tolerated: multiple of it up to which a loss is taken; 0: the lowest loss is looked for.
 
     Returns:
         Rate → loss, ascending.
     """
-    first = RATES.index(FIRST)
-    tried = {FIRST: loss_at(FIRST)}
-    for direction in (1, -1) if math.isfinite(tried[FIRST]) else (-1,):
-        place = first + direction
-        while 0 <= place < len(RATES):
-            before = tried[RATES[place - direction]]
-            loss = tried[RATES[place]] = loss_at(RATES[place])
-            if math.isfinite(before) and not loss < before:
-                break
-            place += direction
-        if place != first + direction:  # the loss has fallen this way: it rises the other way
-            break
+    tried: dict[float, float] = {}
+
+    def loss(place: int) -> float:
+        if RATES[place] not in tried:
+            tried[RATES[place]] = loss_at(RATES[place])
+        return tried[RATES[place]]
+
+    first = highest = lowest = RATES.index(FIRST)
+    loss(first)
+    while highest + 1 < len(RATES) and (loss(highest + 1) <= tolerated * before or loss(highest + 1) < loss(highest)):
+        highest += 1
+    if tolerated:
+        while lowest > 0 and min(tried.values()) >= before:
+            lowest -= 1
+            loss(lowest)
+    elif highest == first:
+        while lowest > 0 and (not math.isfinite(loss(lowest)) or loss(lowest - 1) < loss(lowest)):
+            lowest -= 1
     return dict(sorted(tried.items()))
 
 
-def choose(curve: Mapping[float, float], before: float) -> float:
-    """The rate to train with: that of the lowest loss.
+def choose(curve: Mapping[float, float], before: float, tolerated: float = 0.0) -> float:
+    """The rate to train with: that of the lowest loss, or the highest one whose loss is tolerated.
 
     Args:
         curve: rate → held-out loss.
         before: held-out loss of the start weights.
+        tolerated: as in `search`.
 
     Raises:
         ValueError: no rate lowers the loss.
@@ -168,7 +189,25 @@ def choose(curve: Mapping[float, float], before: float) -> float:
             f"learning_rate: {AUTO} found no rate that lowers the held-out loss: {before:.4g} before, {curve[best]:.4g} after "
             f"{STEPS} steps at {best:g}; check the pair (oprd diagnose), or {_GIVE}"
         )
-    return best
+    return max((rate for rate, loss in curve.items() if loss <= tolerated * before), default=best)
+
+
+def tolerance(args: OPRDConfig, objective: CompositeObjective, prompts: int) -> float:
+    """What a run tolerates in its first steps: a multiple of the loss before, or 0.
+
+    A squared distance of states overshoots in Adam's first steps and recovers, and a higher rate then goes further; a run of few
+    steps has no time for it, and a loss on distributions, which is bounded, does not show how far it has overshot.
+
+    Args:
+        args: the run's settings.
+        objective: what is probed.
+        prompts: of the train_dataset.
+    """
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * prompts / a_step
+    terms = [term.objective for term in objective.terms.values()]
+    squared = all(isinstance(term, Representation) and not term.normalize for term in terms)
+    return TOLERATED if squared and steps >= SHORT_RUN else 0.0
 
 
 def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Prompt]]) -> list[Batch]:
@@ -223,12 +262,10 @@ class _Learner:
             self._restore()
 
     def loss_at(self, rate: float) -> float:
-        """Held-out loss after one step on each batch, up to this rate; infinite if loss or gradients are not finite."""
+        """Held-out loss after one step on each batch at this rate; infinite if loss or gradients are not finite."""
         self._restore()
         optimizer = self._optimizer(rate)
         for step, batch in enumerate(self.batches):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (step + 1) / len(self.batches)
             torch.manual_seed(derive_seed(self.args.seed, step, "learning_rate dropout"))
             self.model.train()
             loss = self._loss(batch, learn=True)

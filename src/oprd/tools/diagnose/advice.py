@@ -224,8 +224,7 @@ def _rate(report: Report) -> dict[str, Any]:
     )
     return _rule(
         "learning rate", f"{probe['learning_rate']:g}",
-        f"held-out loss after {probe['steps']} steps at each rate from the same weights: {curve}; before "
-        f"{probe['held_out_loss_before']:.3g}",
+        f"{probe['rule']} after {probe['steps']} steps from the same weights: {curve}; before {probe['held_out_loss_before']:.3g}",
         learning_rate=probe["learning_rate"],
     )  # fmt: skip
 

@@ -14,6 +14,8 @@ from oprd.resolve import resolve
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.training.rate_probe import describe_cost, probe_learning_rate
 
+LONG_RUN = 100  # steps of the run that the rate is for
+
 
 def find_rate(
     pair: ModelPair, rows: Sequence[PromptRow], settings: Mapping[str, Any], say: Callable[[str], None]
@@ -32,7 +34,9 @@ def find_rate(
     if settings.get("bridge"):
         return {"problem": "a bridge must be fitted first"}
     (student, teacher), tokenizers = pair.models, pair.tokenizers
-    args = OPRDConfig("diagnose", use_cpu=not torch.cuda.is_available(), report_to="none", **settings)
+    args = OPRDConfig(
+        "diagnose", max_steps=LONG_RUN, use_cpu=not torch.cuda.is_available(), report_to="none", **settings
+    )
     say(describe_cost(args))
     student.requires_grad_(True)  # loaded to be read
     try:
