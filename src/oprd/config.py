@@ -68,7 +68,7 @@ class OPRDConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float | Literal["auto"] = field(  # type: ignore[assignment]  # a number once the run has begun
+    learning_rate: float | Literal["auto"] = field(  # a number once the run has begun
         default=1e-5,
         metadata=_help("Peak learning rate. auto: a short probe on held-out rollouts finds it (oprd train only)."),
     )

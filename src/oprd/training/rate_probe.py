@@ -301,7 +301,7 @@ class _Learner:
         return sums
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
-        make, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+        make, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)) or {"params", "model"} & {*kwargs}:
             raise ValueError(f"learning_rate: {AUTO} does not work with optim={self.args.optim}; {_GIVE}")
         return make([*self.trained.values()], **{**kwargs, "lr": rate})

@@ -108,8 +108,8 @@ def diagnose_pair(
     report["verdict"] = judge(report)
     report["learning_rate_probe"] = None
     if probe_rate:
-        sizes = {"max_completion_length": max_completion_length, "micro_batch_tokens": micro_batch_tokens, "seed": seed}
-        sizes |= {"max_prompt_length": max_prompt_length, "generation_batch_size": batch_size}
+        sizes: dict[str, Any] = {"max_completion_length": max_completion_length, "max_prompt_length": max_prompt_length}
+        sizes |= {"micro_batch_tokens": micro_batch_tokens, "generation_batch_size": batch_size, "seed": seed}
         report["learning_rate_probe"] = rounded(find_rate(pair, rows, {**advised_settings(report), **sizes}, say))
     return {**report, **advise(report)}
 
