@@ -82,7 +82,7 @@ def test_the_card_says_it():
     )
     lost = {"student_before": before, "student_after": {**after, "avg_at_k": 0.05}, "gap_closed": -0.4}
     card = model_card({**SUMMARY, **lost}, SETTINGS)
-    assert "that training closed: -40.0%. The student got worse: the gap to the teacher grew by 40% [" in card
+    assert "Verdict: the student got worse: the gap to the teacher grew by 40% [" in card
 
 
 @pytest.mark.parametrize(
