@@ -15,7 +15,7 @@ from test_model_card import SETTINGS, SUMMARY
 from tiny import tiny_trainer
 
 NO_LEAD = "the teacher was not ahead of the student, so there was no gap to close"
-NOTHING = "nothing was learnt that this evaluation shows"
+NOTHING = "no change that this evaluation tells from chance"
 
 
 def measures(average: float, spread: float = 0.05) -> dict:
@@ -34,9 +34,9 @@ def summary(before, after, teacher=None) -> dict:
         (0.5, 0.3, 0.9, True,
          "the student got worse: the gap to the teacher grew by 50% [27, 73]; -20.0 points [-27.1, -12.9] of Avg@k"),
         (0.5, 0.52, 0.9, False,
-         f"{NOTHING}: 5% [-12, 22] of the gap to the teacher closed; +2.0 points [-5.1, +9.1] of Avg@k"),
+         f"{NOTHING}: 5% [-12, 22] of the gap to the teacher; +2.0 points [-5.1, +9.1] of Avg@k"),
         (0.5, 0.48, 0.9, False,
-         f"{NOTHING}: -5% [-23, 13] of the gap to the teacher closed; -2.0 points [-9.1, +5.1] of Avg@k"),
+         f"{NOTHING}: -5% [-23, 13] of the gap to the teacher; -2.0 points [-9.1, +5.1] of Avg@k"),
         (0.5, 0.6, None, False, "the student is better: +10.0 points [+2.9, +17.1] of Avg@k; the teacher was not evaluated"),
         (0.5, 0.4, 0.5, True,
          f"the student is worse: -10.0 points [-17.1, -2.9] of Avg@k; {NO_LEAD}"),

@@ -30,6 +30,10 @@ _Task = Annotated[
     str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
 ]
 
+_ProbeRate = Annotated[
+    bool, typer.Option(help="Find a learning rate by a few steps; the optimizer needs memory, the weights stay.")
+]
+
 
 def diagnose(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
@@ -42,9 +46,7 @@ def diagnose(
     figure: Annotated[Path | None, typer.Option(help="Draw CKA and the curve over positions here (PNG).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Write the recipe fragment here (YAML).")] = None,
     sample: Annotated[int, typer.Option(min=4, help="Positions for the CKA of all pairs of layers.")] = 1024,
-    probe_rate: Annotated[
-        bool, typer.Option(help="Find a learning rate by a few steps; the optimizer needs memory, the weights stay.")
-    ] = True,
+    probe_rate: _ProbeRate = True,
     micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,

@@ -63,7 +63,7 @@ def judge_run(summary: Mapping[str, Any]) -> Verdict | None:
     elif better:
         text = f"closed {share:.0%} {interval} of the gap to the teacher"
     else:
-        text = f"nothing was learnt that this evaluation shows: {share:.0%} {interval} of the gap to the teacher closed"
+        text = f"no change that this evaluation tells from chance: {share:.0%} {interval} of the gap to the teacher"
     return Verdict(f"{text}; {points} of Avg@k", share, ci95, worse)
 
 
