@@ -79,9 +79,7 @@ def diagnose(
         chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map,
         split_special_tokens, chat_template_date,
     )  # fmt: skip
-    for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
-        if file is not None and file.is_dir():
-            raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
+    _refuse_folders(json=json_file, figure=figure, recipe=recipe)
     grading = None if task is None else get_task(task)
     read = replace(
         reading(prompt_column, answer_column, dataset_config, merge_system_prompt), graded=grading is not None
@@ -97,6 +95,12 @@ def diagnose(
     )  # fmt: skip
     _show(report)
     _write(report, json_file, figure, recipe)
+
+
+def _refuse_folders(**files: Path | None) -> None:
+    for name, file in files.items():
+        if file is not None and file.is_dir():
+            raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
 
 
 def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Path | None) -> None:

@@ -17,21 +17,32 @@ WORSE = 3
 """Exit code of --fail-if-worse."""
 
 
+_FailIfWorse = Annotated[
+    bool,
+    typer.Option(
+        "--fail-if-worse",
+        "--fail_if_worse",
+        help="Exit code 3 if the student is worse than before, beyond the interval.",
+    ),
+]
+_Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        "--resume-from-checkpoint",
+        "--resume_from_checkpoint",
+        help="auto: go on if there is a checkpoint, else start; true: the newest good checkpoint; or a checkpoint's folder.",
+    ),
+]
+
+
 def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "--dry_run", help="Check everything that needs no model, print the plan, stop.")
     ] = False,
-    resume_from_checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--resume",
-            "--resume-from-checkpoint",
-            "--resume_from_checkpoint",
-            help="auto: go on if there is a checkpoint, else start; true: the newest good checkpoint; or a checkpoint's folder.",
-        ),
-    ] = None,
+    resume_from_checkpoint: _Resume = None,
     accept_changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,14 +51,7 @@ def train(
             help="Settings or data (such as prompts) that you mean to change in a resumed run.",
         ),
     ] = None,
-    fail_if_worse: Annotated[
-        bool,
-        typer.Option(
-            "--fail-if-worse",
-            "--fail_if_worse",
-            help="Exit code 3 if the student is worse than before, beyond the interval.",
-        ),
-    ] = False,
+    fail_if_worse: _FailIfWorse = False,
     json_file: JsonFile = None,
 ) -> None:
     """Distil a teacher into a student. --key value sets any key of the recipe; they are listed below."""
