@@ -3,8 +3,8 @@
     python benchmarks/learning_rate.py [--only NAME …] [--models models] [--json benchmarks/results/learning_rate.json]
 
 The grids of the embedded same-origin pair are the committed tuning runs of E1 and those of SmolLM2 of E11, both on seed 10; probes
-use the settings of those runs. The other pairs are run here at every rate: two with bridges, and two of other tasks and shapes
-that this script trains (digits are reversed, or sorted). A rate that a grid lacks is run. One process and one thread; each
+use the settings of those runs. The other pairs are run here at every rate: two with bridges, and three of other tasks and
+shapes that this script trains (digits are reversed, sorted, rotated). A rate that a grid lacks is run. One process and one thread; each
 result is written at once, and a second call does what is missing. Seconds are CPU seconds of this process.
 """
 
@@ -72,7 +72,8 @@ CASES = {
     "wider": Case({"teacher_model": "embedded:wider/teacher"}, rates=RATES, fitted=True),
     "other_tokenizer": Case({"teacher_model": "embedded:other-tokenizer/teacher"}, rates=RATES, fitted=True),
     "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES, fitted=True),
-    "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES),
+    "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES, fitted=True),
+    "rotation": Case({"task": "learning_rate:rotation"}, rates=RATES),
     "smollm2_representation": _e11("representation"),
     "smollm2_full_reverse_kl": _e11("full_reverse_kl", **OUTPUT_ONLY, output_space="reverse_kl"),
 }
@@ -91,6 +92,7 @@ def _task(name: str, answer: Callable[[str], str]) -> Task:
 
 reversal = _task("reversal", lambda number: number[::-1])  # 123456= → 654321
 sorting = _task("sorting", lambda number: "".join(sorted(number)))  # 312312= → 112233
+rotation = _task("rotation", lambda number: number[3:] + number[:3])  # 123456= → 456123
 MADE = {"reversal": (reversal, {"hidden_size": 96, "num_hidden_layers": 3}, 3),
         "sorting": (sorting, {"hidden_size": 128, "num_hidden_layers": 2}, 4)}  # fmt: skip
 """Name → task, shape and seed of a pair that is trained here."""
