@@ -4,8 +4,8 @@
 
 The grids of the embedded same-origin pair are the committed tuning runs of E1 and those of SmolLM2 of E11, both on seed 10; probes
 use the settings of those runs. The other pairs are run here at every rate: two with bridges, and three of other tasks and
-shapes that this script trains (digits are reversed, sorted, rotated). A rate that a grid lacks is run. One process and one thread; each
-result is written at once, and a second call does what is missing. Seconds are CPU seconds of this process.
+shapes that this script trains (digits are reversed, sorted, rotated). A rate that a grid lacks is run. One process and one
+thread; each result is written at once, and a second call does what is missing. Seconds are CPU seconds of this process.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ reversal = _task("reversal", lambda number: number[::-1])  # 123456= → 654321
 sorting = _task("sorting", lambda number: "".join(sorted(number)))  # 312312= → 112233
 rotation = _task("rotation", lambda number: number[3:] + number[:3])  # 123456= → 456123
 MADE = {"reversal": (reversal, {"hidden_size": 96, "num_hidden_layers": 3}, 3),
-        "sorting": (sorting, {"hidden_size": 128, "num_hidden_layers": 2}, 4)}  # fmt: skip
+        "sorting": (sorting, {"hidden_size": 128, "num_hidden_layers": 2}, 4),
+        "rotation": (rotation, {"hidden_size": 64, "num_hidden_layers": 4}, 5)}  # fmt: skip
 """Name → task, shape and seed of a pair that is trained here."""
 
 
