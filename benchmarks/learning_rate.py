@@ -63,7 +63,17 @@ def _e11(objective: str, **settings: Any) -> Case:
     return Case(own, "evidence/e11_real_model/recipe.yaml", ("evidence/e11_real_model/result.json", objective))
 
 
+# As `oprd demo`: what a probe costs beside a whole run. There is no grid.
+DEMO = {
+    "max_steps": 100,
+    "per_device_train_batch_size": 32,
+    "reduction": "rollout",
+    "eval_num_generations": 4,
+    "seed": 0,
+}
+
 CASES = {
+    "demo": Case(DEMO, fitted=True),
     "representation": _e1("representation"),
     "full_reverse_kl": _e1("full_reverse_kl", **OUTPUT_ONLY, output_space="reverse_kl"),
     "top_4": _e1("top_4", **OUTPUT_ONLY, output_space="top_k", output_top_k=4),
@@ -228,11 +238,16 @@ def judged(case: Case, found: Mapping[str, Any]) -> dict[str, Any]:
     runs, rate = found["runs"], f"{found['probe']['learning_rate']:g}"
     if rate not in runs or any(f"{r:g}" not in runs for r in case.rates):
         return {"share_of_best": None}
+    cost = {}
+    if "cpu_seconds" in runs[rate]:
+        cost = {"run_over_probe": round(runs[rate]["cpu_seconds"] / found["probe"]["cpu_seconds"], 1)}
+    if not case.committed and not case.rates:
+        return cost
     best = max(runs, key=lambda r: runs[r]["final"])
     return {
         "best_rate": float(best), "best": runs[best]["final"], "at_probed": runs[rate]["final"],
         "share_of_best": round(runs[rate]["final"] / runs[best]["final"], 4),
-        "holds": runs[rate]["final"] >= SHARE * runs[best]["final"],
+        "holds": runs[rate]["final"] >= SHARE * runs[best]["final"], **cost,
     }  # fmt: skip
 
 
@@ -271,7 +286,7 @@ def main() -> None:
             keep(name, lambda result, rate=rate, one=one: result["runs"].update({rate: one}))
             print(f"{name} at {rate}: {one}", flush=True)
         print(
-            f"{name}: { ({key: results[name].get(key) for key in ('best_rate', 'share_of_best', 'holds')}) }",
+            f"{name}: { ({key: results[name].get(key) for key in ('best_rate', 'share_of_best', 'holds', 'run_over_probe')}) }",
             flush=True,
         )
 
