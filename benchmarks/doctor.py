@@ -308,7 +308,9 @@ def measure(name: str, *, only_times: bool = False) -> dict[str, Any]:
                  "num_key_value_heads": 2}  # fmt: skip
         # loads what is loaded at first use, which the measurement excludes
         if not only_times:
-            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train(outputs=False)
+            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train(
+                outputs=False
+            )
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()

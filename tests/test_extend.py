@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 from oprd.models.lm_head import LMHead, divergence
 from oprd.models.lm_head.head import Heads
 from oprd.objectives.terms import LogProbError, PackedPositions
+from oprd.resolve import build_terms
+from oprd.run_config import RunConfig
 from oprd.training.overrides import NOT_CALLED
 from oprd.training.trainer import OPRDTrainer
 from test_docs import FENCE
@@ -91,7 +93,7 @@ def test_the_page_shows_every_part():
     assert {path.name for path in EXAMPLES.glob("my_*.py")} == set(re.findall(r"^\[(my_\w+\.py)\]", PAGE, re.MULTILINE))
 
 
-@pytest.mark.parametrize("recipe", map(yaml.safe_load, RECIPES), ids=[block.partition(":")[0] for block in RECIPES])
+@pytest.mark.parametrize("recipe", [*map(yaml.safe_load, RECIPES)], ids=[block.partition(":")[0] for block in RECIPES])
 def test_the_recipes_of_the_page_run(tmp_path, monkeypatch, capsys, server, recipe):
     if isinstance(teacher := recipe.get("teacher_model"), dict):
         teacher["url"] = server
@@ -155,23 +157,21 @@ def test_a_function_of_log_probabilities_equals_the_shipped_divergence(monkeypat
     ],
 )  # fmt: skip
 def test_what_a_function_reads_is_checked(examples, tmp_path, entry, message):
-    from oprd.run_config import RunConfig
-
     entry = {"use": "my_objective:huber", "reads": "log_probs", **entry}
     with pytest.raises(ValueError, match=message):
-        from oprd.resolve import build_terms
-
         build_terms(RunConfig.parse({**TINY, "output_dir": str(tmp_path), "objectives": [entry]}))
 
 
 def test_one_error_a_position_is_needed(tmp_path):
     states, head = torch.randn(3, 4), LMHead(torch.randn(5, 4))
     at = PackedPositions(torch.zeros(3, dtype=torch.long), torch.ones(3))
-    with pytest.raises(ValueError, match=r"a_mean returned shape \[\]; a function of the log-probabilities must return one"):
 
-        def a_mean(student, teacher):
-            return (student - teacher).mean()
+    def a_mean(student, teacher):
+        return (student - teacher).mean()
 
+    with pytest.raises(
+        ValueError, match=r"a_mean returned shape \[\]; a function of the log-probabilities must return one"
+    ):
         LogProbError(a_mean).head_loss(Heads(head, head, head), states, states, at)
     constant = LogProbError(lambda student, teacher: teacher.sum(-1))
     leaf = states.clone().requires_grad_()
@@ -235,7 +235,9 @@ ELSEWHERE = {
 
 def test_what_a_run_never_calls_is_known(tmp_path, monkeypatch):
     """No method of the table is called by a run that trains, evaluates and saves, and no other public hook is left out of it."""
-    public = {n for n, f in vars(transformers.Trainer).items() if callable(f) and (n in NOT_CALLED or not n.startswith("_"))}
+    public = {
+        n for n, f in vars(transformers.Trainer).items() if callable(f) and (n in NOT_CALLED or not n.startswith("_"))
+    }
     counts = collections.Counter()
 
     def counting(name, method):

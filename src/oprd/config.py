@@ -197,7 +197,7 @@ class OPRDConfig(TrainingArguments):
     objectives: list[Any] | None = field(
         default=None,
         metadata=_help(
-            "Terms of your own to add: a list of {use: module:attribute, weight: 1.0, reads: states or log_probs, further arguments}."
+            "Terms of your own to add: a list of {use: module:attribute, weight: 1.0, further arguments} (docs/extend.md)."
         ),
     )
     reduction: str = field(
@@ -292,7 +292,7 @@ class OPRDConfig(TrainingArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata=_help(
-            "Reward functions: a list of module:function with TRL's signature (docs/extend.md); `task` among them is the task's verdict."
+            "Reward functions: a list of module:function with TRL's signature; `task` is the task's verdict (docs/extend.md)."
         ),
     )
     reward_weights: list[float] | None = field(
@@ -456,14 +456,8 @@ class OPRDConfig(TrainingArguments):
 def _check_rewards(config: OPRDConfig) -> None:
     """Import the reward functions that the settings name, and check their weights."""
     check_weights(config.reward_weights)
-    named = config.reward_funcs
-    if named is None:
-        return
-    if isinstance(named, str) or not all(isinstance(name, str) for name in named):
-        raise ValueError(
-            f"reward_funcs: {named!r} is not a list of module:function; give functions to OPRDTrainer(reward_funcs=[…])"
-        )
-    reward_functions(named, None, config.reward_weights, graded=True)  # whether there is a task is not known here
+    if config.reward_funcs is not None:  # whether there is a task is not known here
+        reward_functions(config.reward_funcs, None, config.reward_weights, graded=True)
 
 
 def _check_datasets(config: OPRDConfig) -> None:

@@ -303,8 +303,8 @@ def build_rewards(run: RunConfig) -> RewardFunctions | None:
         return None
     if args.lmbda == 0 and not run.eval_dataset:
         raise ValueError(
-            f"reward_funcs: nothing would call {', '.join(rewards.names)}: with lmbda: 0 the teacher writes all rollouts, and there is "
-            "no eval_dataset; leave them out, or set one of the two"
+            f"reward_funcs: nothing would call {', '.join(rewards.names)}: with lmbda: 0 the teacher writes all rollouts, and "
+            "there is no eval_dataset; leave them out, or set one of the two"
         )
     if is_on(args.policy_gradient_weight) and not any(function.weight for function in rewards.functions):
         raise ValueError(
@@ -352,9 +352,7 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
     return objective
 
 
-def _rows(
-    run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions | None
-) -> Sequence[PromptRow] | None:
+def _rows(run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions | None) -> Sequence[PromptRow] | None:
     """Rows of the train or eval dataset, by name or as given, their answers as the task compares them."""
     dataset = getattr(run, f"{kind}_dataset")
     if dataset is None or (isinstance(dataset, str) and not dataset):

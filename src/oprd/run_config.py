@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +178,7 @@ def _in_words(value: Any) -> str:
     if isinstance(value, list | tuple) and not isinstance(value[0] if value else None, Mapping):
         return ", ".join(map(_in_words, value))
     name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
-    count = f" of {len(value)}" if isinstance(value, Sequence | Mapping) and not isinstance(value, str) else ""
+    count = f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, str) else ""
     return f"<{name or type(value).__name__}{count}{_GIVEN}"
 
 

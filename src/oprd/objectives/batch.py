@@ -57,9 +57,7 @@ class Batch:
 
     def with_grades(self, grades: Grades) -> Batch:
         """The batch with what its rollouts were graded."""
-        return replace(
-            self, rewards=grades.rewards, verdicts=grades.verdicts, rewards_by_function=grades.by_function
-        )
+        return replace(self, rewards=grades.rewards, verdicts=grades.verdicts, rewards_by_function=grades.by_function)
 
     @property
     def correct(self) -> Sequence[bool | float | None]:

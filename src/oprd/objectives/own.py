@@ -152,7 +152,9 @@ def _objective(key: str, entry: Mapping[str, Any], reads: str | None, temperatur
     found, arguments = resolve_with_arguments(key, entry, {})
     is_term = not isinstance(found, type) and isinstance(found, LayerTerm | HeadTerm | PolicyTerm)
     if reads is not None and (is_term or isinstance(found, type)):
-        raise ValueError(f"{key}: reads: {reads!r} is for a function; the methods of {use!r} say what it reads. Remove it")
+        raise ValueError(
+            f"{key}: reads: {reads!r} is for a function; the methods of {use!r} say what it reads. Remove it"
+        )
     if is_term and arguments:
         raise ValueError(f"{key}: {use!r} is an object and takes no arguments; remove {', '.join(arguments)}")
     if is_term:

@@ -130,8 +130,8 @@ class LayerError:
 class LogProbError:
     """A function `(student [n, V], teacher [n, V]) -> error [n]` of log-probabilities over the events that both models have.
 
-    It is called with chunks of positions, so that no `[N, V]` tensor exists, and differentiated by autograd. An impossible event has
-    log-probability −100 and gets no gradient.
+    It is called with chunks of positions, so that no `[N, V]` tensor exists, and differentiated by autograd. An impossible event
+    has log-probability −100 and gets no gradient.
 
     Args:
         error: the function.

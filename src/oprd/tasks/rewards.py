@@ -4,8 +4,8 @@
         return [1 / (1 + len(text)) for text in completions]
 
 A function receives `prompts`, `completions`, `completion_ids`, `trainer_state` and each further column of the dataset, one entry a
-rollout, as far as it has arguments of these names or takes `**kwargs`. It returns one finite number a rollout, or None where it does
-not apply. It may be `async`; all async functions of a batch run at the same time.
+rollout, as far as it has arguments of these names or takes `**kwargs`. It returns one finite number a rollout, or None where it
+does not apply. It may be `async`; all async functions of a batch run at the same time.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class RewardFunctions:
         for function in self.functions:
             if lacking := [name for name in function.needed if name not in found]:
                 raise ValueError(
-                    f"reward_funcs: {function.name} needs the column {lacking[0]!r}, which {dataset} does not have; its columns beside "
-                    f"the prompt are {', '.join(map(repr, found)) or 'none'}. Add it, or give the argument a default"
+                    f"reward_funcs: {function.name} needs the column {lacking[0]!r}, which {dataset} does not have; its columns "
+                    f"beside the prompt are {', '.join(map(repr, found)) or 'none'}. Add it, or give the argument a default"
                 )
 
     def measure(
@@ -205,6 +205,10 @@ def reward_functions(
     """
     if named is not None and given is not None:
         raise ValueError("reward_funcs: they are given to the trainer and in its settings; leave out one of the two")
+    if named is not None and (isinstance(named, str) or not all(isinstance(name, str) for name in named)):
+        raise ValueError(
+            f"reward_funcs: {named!r} is not a list of module:function; give functions to OPRDTrainer(reward_funcs=[…])"
+        )
     entries = named if given is None else given if isinstance(given, list | tuple) else [given]
     if entries is None:
         if weights is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 _LOSS = "the loss is a sum of terms: give objectives={name: Term(…)} (docs/extend.md), or override training_step"
-_EVALUATION = "evaluate samples completions and grades them: give a task or reward_funcs (docs/extend.md), or override evaluate"
+_EVALUATION = (
+    "evaluate samples completions and grades them: give a task or reward_funcs (docs/extend.md), or override evaluate"
+)
 _BATCH = "a batch is a list of prompts, which the rollout engine completes: override training_step"
 _ROLLOUTS = "completions come from the rollout engine: give rollout_engine=… (docs/extend.md)"
 _REWARDS = "rewards come from functions: give reward_funcs=[…] (docs/extend.md)"

@@ -56,11 +56,11 @@ from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
 from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
+from oprd.training.outcome import Say, leave_results, measure_before
+from oprd.training.overrides import refuse_overrides
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.probe import probe_run
 from oprd.training.processes import check_shared, explaining_lost_processes
-from oprd.training.outcome import Say, leave_results, measure_before
-from oprd.training.overrides import refuse_overrides
 from oprd.training.recorder import Recorder, StepRecord
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
@@ -145,16 +145,10 @@ class OPRDTrainer(Trainer):
         if resolved is not None and any(given is not None for given in (model, teacher_model, args, train_dataset)):
             raise ValueError("resolved: it holds models, settings and datasets already; leave these arguments out")
         if resolved is None:
-            args = args if args is not None else OPRDConfig("oprd-output")
-            check_one_device(args)
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
-            evaluated: dict[str, Any] = {
-                "eval_dataset": eval_dataset,
-                "eval_before": eval_before,
-                "eval_teacher": eval_teacher,
-            }
-            resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
+            evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
+            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
         self.run_config, self.seconds_to_resolve = resolved.run, resolved.seconds
         self.summary: dict[str, Any] = {}
         args, pair = resolved.run.args, resolved.pair
@@ -589,6 +583,13 @@ class OPRDTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.checkpoints.load_parts(checkpoint)
+
+
+def _resolve(args: OPRDConfig | None, *models_and_data: Any, **more: Any) -> ResolvedRun:
+    """What the arguments of a trainer make; as `RunConfig`, with its checks."""
+    args = args if args is not None else OPRDConfig("oprd-output")
+    check_one_device(args)
+    return resolve(RunConfig(args, *models_and_data, **more))
 
 
 def check_one_device(args: OPRDConfig) -> None:
