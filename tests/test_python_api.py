@@ -248,9 +248,7 @@ def test_a_users_script_passes_mypy_strict(tmp_path):
     """From outside the source tree, so that py.typed is what makes oprd's annotations count."""
     (tmp_path / "script.py").write_text(USERS_SCRIPT)
     (tmp_path / "mypy.ini").write_text(
-        "[mypy]\nstrict = true\nignore_missing_imports = true\n"
-        + "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("transformers", "peft", "accelerate"))
-        + "[mypy-oprd.*]\nignore_errors = true\n"
+        "[mypy]\nstrict = true\nignore_missing_imports = true\n" + "[mypy-oprd.*]\nignore_errors = true\n"
     )
     search = {"MYPYPATH": str(Path(oprd.__file__).parent.parent)}
     checked = subprocess.run(
@@ -258,5 +256,6 @@ def test_a_users_script_passes_mypy_strict(tmp_path):
         env=os.environ | search,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout
-    for revealed in ("Mapping[builtins.str, builtins.float]", "list[builtins.dict[builtins.str, Any]]", "builtins.int"):
-        assert revealed in checked.stdout, checked.stdout
+    found = checked.stdout.replace("builtins.", "")
+    for revealed in ("Mapping[str, float]", "list[dict[str, Any]]", 'type is "int"'):
+        assert revealed in found, found
