@@ -33,7 +33,7 @@ BLOCKS = FENCE.findall(PAGE)
 RECIPES = [block for language, block in BLOCKS if language == "yaml"]
 TINY = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "task": "addition",
-    "train_dataset": "generated:addition", "train_limit": 8, "eval_limit": 2, "eval_num_generations": 2, "max_steps": 2,
+    "train_dataset": "generated:addition", "train_limit": 8, "eval_limit": 1, "eval_num_generations": 1, "max_steps": 2,
     "per_device_train_batch_size": 2, "max_completion_length": 16, "save_strategy": "no", "use_cpu": True,
     "learning_rate": 1e-4,
 }  # fmt: skip

@@ -308,14 +308,13 @@ def test_grpo_learns_from_the_reward_functions(tmp_path, rows_file, users_code):
 
 
 def test_without_a_task_rewards_grade_rollouts_and_evaluations(tmp_path, rows_file, users_code):
-    settings = {"reward_funcs": ["users_rewards:longer"], "eval_dataset": str(rows_file), "eval_num_generations": 2,
-                "eval_max_completion_length": 60}  # fmt: skip
+    settings = {"reward_funcs": ["users_rewards:longer"], "eval_dataset": str(rows_file), "eval_num_generations": 2}
     trainer, steps = train(tmp_path, rows_file, **settings)
     assert all(step["accuracy"] == step["reward"] == step["completions/mean_length"] for step in steps)
     measured = trainer.evaluate()
     assert measured["eval_avg_at_k"] == pytest.approx(measured["eval_mean_length"])
     assert measured["eval_rewards/longer/mean"] == pytest.approx(measured["eval_mean_length"])
-    assert measured["eval_rewards/longer/std"] > 0
+    assert measured["eval_rewards/longer/std"] == 0  # all reach the limit
 
 
 def test_rewards_that_are_only_measured_change_nothing(tmp_path, rows_file, users_code):

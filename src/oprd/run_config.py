@@ -301,7 +301,7 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
         )
     if values.get("eval_dataset") and not values.get("task") and not values.get("reward_funcs"):
         raise ValueError(
-            f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded (or give reward_funcs)"
+            f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded, here or by reward_funcs"
         )
     for key in ("train_limit", "eval_limit"):
         if (value := values.get(key)) is not None and value < 1:

@@ -162,12 +162,10 @@ class OPRDTrainer(Trainer):
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
         self.run_folder = RunFolder(args.output_dir)
         self.checkpoints = CheckpointStore(
-            Path(args.output_dir),
-            writes=args.should_save,
-            save_total_limit=args.save_total_limit,
+            Path(args.output_dir), writes=args.should_save, save_total_limit=args.save_total_limit,
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
             identity=self.identity.as_json() if self.identity else None,
-        )
+        )  # fmt: skip
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
