@@ -34,7 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/oprd")
-COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "pyproject.toml", "README.md")
+COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "docs", "pyproject.toml", "README.md")
 WANTED = 0.95  # share of mutants that must be killed
 SECONDS = 300  # that a run of a mutant may take
 NO_TEST = 5  # pytest's exit status where it deselects all tests: then nothing notices

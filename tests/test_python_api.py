@@ -94,7 +94,7 @@ CLOCK = {
 }
 RUN = {
     "max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 12, "save_steps": 2, "use_cpu": True,
-    "learning_rate": 1e-3, "task": "addition", "eval_num_generations": 1, "num_completions_to_log": 1,
+    "learning_rate": 1e-2, "warmup_steps": 0, "task": "addition", "eval_num_generations": 1, "num_completions_to_log": 1,
 }  # fmt: skip
 
 
@@ -150,8 +150,11 @@ def test_a_run_from_python_leaves_what_the_command_leaves(tmp_path, monkeypatch,
     assert {"config.yaml", "summary.json", "curves.png", "model/README.md", "model/model.safetensors"} <= mine.keys()
     run = oprd.load_run(tmp_path / "b")
     assert run.summary == json.loads(json.dumps(trainer.summary))
+    assert (
+        run.summary["student_after"] == json.loads(json.dumps(trainer.evaluate_now())) != run.summary["student_before"]
+    )
     assert run.summary["student_after"]["problems"] == 8
-    assert (run.config["train_dataset"], run.config["learning_rate"]) == (file, 1e-3)
+    assert (run.config["train_dataset"], run.config["learning_rate"]) == (file, 1e-2)
     assert [row["step"] for row in run.metrics if "loss" in row] == [1, 2]
     assert {"step", "prompt", "completion", "correct"} <= run.completions[0].keys()
     assert [figure.name for figure in run.figures] == ["curves.png"]

@@ -141,14 +141,15 @@ class RunConfig:
         Defaults come from the fields, because a second `OPRDConfig` to compare with would reset accelerate's shared state.
         """
         base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
-        values = self.args.to_dict()
+        values, types = self.args.to_dict(), typing.get_type_hints(OPRDConfig)
         shown = {}
         for setting in dataclasses.fields(OPRDConfig):
             name = setting.name
             ours = name not in base or name in _ALWAYS_SHOWN
             hidden = name in _NEVER_SHOWN or name in NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
             if not hidden and (ours or values[name] != setting.default):
-                shown[name] = values[name]
+                whole = type(values[name]) is int and types[name] in (float, float | None)  # as a recipe reads it
+                shown[name] = float(values[name]) if whole else values[name]
         return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
 
     def shown(self) -> dict[str, Any]:
