@@ -584,9 +584,12 @@ class OPRDTrainer(Trainer):
 
 
 def _resolve(args: OPRDConfig | None, *models_and_data: Any, **more: Any) -> ResolvedRun:
-    """What the arguments of a trainer make; as `RunConfig`, with its checks."""
+    """What the arguments of a trainer make. Where there is a run to resume, its chat template goes on printing the run's date."""
     args = args if args is not None else OPRDConfig("oprd-output")
     check_one_device(args)
+    if args.chat_template_date is None and any(Path(args.output_dir).glob("checkpoint-*")):  # `train` may resume
+        stored = RunFolder(args.output_dir).read_run()
+        args.chat_template_date = stored.get("settings", {}).get("chat_template_date")
     return resolve(RunConfig(args, *models_and_data, **more))
 
 
