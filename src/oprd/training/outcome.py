@@ -79,7 +79,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
         summary["student_after"] = trainer.evaluate_now()
         say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
     summary["gap_closed"] = gap_closed(summary)
-    summary |= {"seconds": round(trainer.seconds_to_resolve + time.perf_counter() - started, 2)}
+    summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
     if trainer.is_world_process_zero():
         write_model_card(folder / "model", summary, settings)
         write_json(folder / SUMMARY, summary)

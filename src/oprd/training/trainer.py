@@ -149,7 +149,7 @@ class OPRDTrainer(Trainer):
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
             evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
             resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
-        self.run_config, self.seconds_to_resolve = resolved.run, resolved.seconds
+        self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
@@ -228,6 +228,7 @@ class OPRDTrainer(Trainer):
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
+        self.seconds_to_load = time.perf_counter() - self._loading_since
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
