@@ -152,8 +152,6 @@ class OPRDTrainer(Trainer):
         self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
         args, pair = resolved.run.args, resolved.pair
-        _check_rate(args)
-        self.rate_probe: dict[str, Any] | None = None  # what found the learning rate; set by `oprd.training.run`
         student, teacher = pair.student.model, pair.teacher
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
@@ -191,6 +189,8 @@ class OPRDTrainer(Trainer):
     def _connect(self, resolved: ResolvedRun) -> None:
         """Make the collaborators, now that transformers' Trainer has set up the processes."""
         args, pair = self.args, self.pair
+        _check_rate(args)
+        self.rate_probe: dict[str, Any] | None = None  # what found the learning rate; set by `oprd.training.run`
         self.parallel = Parallel(
             self.accelerator, args, self.model, pair.teacher.modules, place=self.place_model_on_device
         )
