@@ -87,7 +87,7 @@ class Claim(Protocol):
     """A module `evidence/eNN_name/claim.py`."""
 
     ID: str
-    """E1 … E12."""
+    """E1 … E13."""
     TITLE: str
     CLAIM: str
     """What the paper (or the field) says, in one sentence, with its section."""

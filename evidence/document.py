@@ -14,7 +14,7 @@ DETAILS = "README.md"
 Claims = Sequence[tuple[Path, Claim]]
 _PAGE = """# Evidence
 
-Twelve claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
+Thirteen claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
 checkpoints on its test sets and has no full-vocabulary baseline. The models here are small: a verdict may differ at 7B.
 
 {verdicts}
