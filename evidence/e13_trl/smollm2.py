@@ -2,7 +2,7 @@
 
 It takes E11's models, prompts, steps, rollouts and rates, whatever E11's comparison says, and needs E11's two models
 (`python -m evidence --only E11` gets and builds them) and its result. With E11's 12 steps of 16 rollouts a run takes a few minutes on one
-core, and there are 27: about an hour and a half. GKD and GOLD are left out: they want an answer for each prompt.
+core, and there are 21: about an hour and a half. GKD and GOLD are left out: they want an answer for each prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from evidence.e11_real_model.claim import FILE
 from evidence.e13_trl.claim import OURS, Pair, judge, measure_pair
 
 SMOLLM2 = Pair(
-    FILE, (*OURS, "distillation_as_ours", "distillation", "distillation_default"), (5.0e-5, 1.5e-4, 5.0e-4), 3
+    FILE,
+    (*OURS, "distillation_as_ours", "distillation", "distillation_default"),
+    {"distillation": (5.0e-5, 1.5e-4, 5.0e-4)},
+    3,
 )
 
 

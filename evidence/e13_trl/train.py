@@ -61,11 +61,12 @@ def train(recipe: Mapping[str, Any], trainer: str, own: Mapping[str, Any]) -> di
     """
     clock = CpuClock()
     with tempfile.TemporaryDirectory() as folder:
-        run = RunConfig.parse({**recipe, "output_dir": folder, "eval_before": False, "eval_teacher": False})
-        resolved = resolve(run)
+        resolved = _resolved(recipe, folder)
         model, rate = TRAINERS[trainer](resolved, own, clock)
         after = _evaluated(model, resolved)
-    print(f"  {trainer}, rate {rate:g}, seed {run.args.seed}: {after['avg_at_k']:.3f}, {clock.seconds:.0f} s", flush=True)
+    print(
+        f"  {trainer}, rate {rate:g}, seed {recipe['seed']}: {after['avg_at_k']:.3f}, {clock.seconds:.0f} s", flush=True
+    )
     return {
         "learning_rate": rate,
         "steps": len(clock.ends),
@@ -76,9 +77,25 @@ def train(recipe: Mapping[str, Any], trainer: str, own: Mapping[str, Any]) -> di
     }
 
 
+def reference(recipe: Mapping[str, Any]) -> dict[str, float]:
+    """Avg@k of the recipe's student before training, and of its teacher, on the problems on which `train` evaluates."""
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = _resolved(recipe, folder)
+        student, teacher, _ = _models(resolved)
+        return {
+            "before": _evaluated(student, resolved)["avg_at_k"],
+            "teacher": _evaluated(teacher, resolved)["avg_at_k"],
+        }
+
+
+def _resolved(recipe: Mapping[str, Any], folder: str) -> ResolvedRun:
+    return resolve(RunConfig.parse({**recipe, "output_dir": folder, "eval_before": False, "eval_teacher": False}))
+
+
 def _evaluated(model: Any, resolved: ResolvedRun) -> dict[str, Any]:
     args = resolved.run.args
-    assert resolved.task is not None and resolved.eval_prompts is not None, "the recipe has problems"
+    assert resolved.task is not None, "the recipe grades"
+    assert resolved.eval_prompts is not None, "the recipe has problems"
     with resolved.task.grader() as grader, evaluating(model):
         return evaluate(
             model, resolved.engine, resolved.eval_prompts, grader, k=args.eval_num_generations,
