@@ -39,13 +39,15 @@ class Finding:
 
     Args:
         verdict: whether the claim holds here.
-        number: the one number that decides, with its interval, for the page of verdicts.
+        number: one sentence for the page of verdicts: the numbers that decide, with their intervals.
         paragraph: Markdown for the claim's own README: results and their meaning. Every number comes from the result.
+        against: one line where the result contradicts the paper: both numbers, and why. Empty where it does not.
     """
 
     verdict: Verdict
     number: str
     paragraph: str
+    against: str = ""
 
 
 def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -89,6 +91,7 @@ class Claim(Protocol):
     ID: str
     """E1 … E13."""
     TITLE: str
+    """What *holds* means here, as a statement. It is never shown without the verdict."""
     CLAIM: str
     """What the paper (or the field) says, in one sentence, with its section."""
     SETTING: str
@@ -99,9 +102,21 @@ class Claim(Protocol):
         ...
 
     def judge(self, result: Result) -> Finding:
-        """The verdict and its text, from the result alone."""
+        """Holds if … ; in part if …: the rule of the verdict, which the pages show. Computes it and its text from the result alone."""
         ...
 
     def draw(self, result: Result, figure: Any) -> None:
         """Draw the result into an empty matplotlib figure."""
         ...
+
+
+def rule(claim: Claim) -> str:
+    """The rule of a claim's verdict: the first paragraph of its `judge`'s docstring, in one line.
+
+    Raises:
+        ValueError: `judge` has no docstring that begins with "Holds if".
+    """
+    text = " ".join((claim.judge.__doc__ or "").split("\n\n")[0].split())
+    if not text.startswith("Holds if "):
+        raise ValueError(f"{claim.ID}: the docstring of judge must begin with 'Holds if', it is {text!r}")
+    return text

@@ -7,20 +7,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Claim, Result
-from evidence.words import VERDICTS, table
+from evidence.claim import Claim, Finding, Result, rule
+from evidence.words import COMPARISONS, NOT_MEASURED, RULES, VERDICTS, table
 
 DETAILS = "README.md"
 Claims = Sequence[tuple[Path, Claim]]
 _PAGE = """# Evidence
 
-Thirteen claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
+{count} claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
 checkpoints on its test sets and has no full-vocabulary baseline. The models here are small: a verdict may differ at 7B.
+
+{words}
+
+{comparisons}
 
 {verdicts}
 
-`judge` in each claim's `claim.py` computes the verdict from `result.json` alone. Intervals are 95 %, Student's t over seeds; `±` is half of one, over
-differences seed by seed. Each claim's folder has the figure, all numbers, the setting and the script.
+Intervals are 95 %, Student's t over seeds; `±` is half of one, over differences seed by seed. Each claim's folder has the figure, all numbers, the
+setting and the script.
+
+## Rules
+
+`judge` in each claim's `claim.py` computes the verdict from `result.json` alone, by this rule:
+
+{rules}
+
+## Against the paper
+
+{against}
+
+## Measure again
 
     make evidence                            # measures every claim; continues after an interruption
     make evidence-quick                      # a tenth of the work, written to runs/: checks that it runs, not the verdicts
@@ -34,7 +50,7 @@ these: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bri
 
 
 def document(page: Path, claims: Claims, results: Mapping[str, Result], whole: Mapping[str, Any] | None) -> str:
-    """The page of verdicts, one row a claim.
+    """The page of verdicts: what the words mean, one row a claim, the rules, and what contradicts the paper.
 
     Args:
         page: the file that will hold the page; its links are relative to it.
@@ -42,23 +58,40 @@ def document(page: Path, claims: Claims, results: Mapping[str, Result], whole: M
         results: claim → its result; a claim without one is listed as not measured.
         whole: seconds, cpus, workers of the call that measured all claims; None: there was none.
     """
+    findings = {claim.ID: claim.judge(results[claim.ID]) for _, claim in claims if claim.ID in results}
     rows = []
     for folder, claim in claims:
-        if claim.ID not in results:
-            rows.append([claim.ID, claim.TITLE, "not measured", ""])
+        if claim.ID not in findings:
+            rows.append([claim.ID, claim.TITLE, NOT_MEASURED, ""])
             continue
-        finding = claim.judge(results[claim.ID])
+        finding = findings[claim.ID]
         link = f"[{claim.ID}]({os.path.relpath(folder / DETAILS, page.parent)})"
         rows.append([link, claim.TITLE, f"**{VERDICTS[finding.verdict]}**", finding.number])
-    return _PAGE.format(verdicts=table(["", "claim", "verdict", "measured"], rows), whole=_took(whole))
+    return _PAGE.format(
+        count=len(claims),
+        words=table(["verdict", "when"], [[f"**{word}**", when] for word, when in RULES.items()]),
+        comparisons=COMPARISONS,
+        verdicts=table(["", "claim", "verdict", "measured"], rows),
+        rules="\n".join(f"- **{claim.ID}** {rule(claim)}" for _, claim in claims),
+        against=_against(findings),
+        whole=_took(whole),
+    )
+
+
+def _against(findings: Mapping[str, Finding]) -> str:
+    """Every line in which a result contradicts the paper."""
+    lines = [f"- **{name}** {finding.against}" for name, finding in findings.items() if finding.against]
+    return "\n".join(lines) or "No measured claim contradicts the paper."
 
 
 def details(claim: Claim, result: Result) -> str:
-    """The README of a claim's folder: claim, figure, numbers, setting."""
+    """The README of a claim's folder: claim, verdict with its rule, figure, numbers, setting."""
     finding = claim.judge(result)
+    against = f"**Against the paper.** {finding.against}\n\n" if finding.against else ""
     return (
-        f"# {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n\n![{claim.TITLE}](figure.png)\n\n"
-        f"{finding.paragraph.strip()}\n\n**Setting.** {claim.SETTING}\n\n`python -m evidence --only {claim.ID}` measures it again. "
+        f"# {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n\n"
+        f"**{VERDICTS[finding.verdict].capitalize()}**: {finding.number}. *Rule*: {rule(claim)}\n\n![{claim.TITLE}](figure.png)\n\n"
+        f"{finding.paragraph.strip()}\n\n{against}**Setting.** {claim.SETTING}\n\n`python -m evidence --only {claim.ID}` measures it again. "
         "Script: [claim.py](claim.py). Numbers: [result.json](result.json). All verdicts: [docs/evidence.md](../../docs/evidence.md).\n"
     )
 

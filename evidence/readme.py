@@ -10,8 +10,9 @@ from typing import Any
 
 from evidence.claim import Claim
 from evidence.comparisons import difference, gap_closed, of
-from evidence.e05_cost.claim import gpu_saving
-from evidence.words import VERDICTS, mean_of, percent, points
+from evidence.e01_accuracy.claim import end_of_rates
+from evidence.e05_cost.claim import gpu_saving, gpu_time_saving
+from evidence.words import VERDICTS, less, mean_of, percent, points
 from oprd.tools.compare.interval import mean_and_interval
 
 HERE = Path(__file__).parent
@@ -53,14 +54,17 @@ def _picture(claims: Claims, results: Results) -> str:
     runs = results["E1"]["runs"]
     ours = of(runs, "representation")
     before, teacher, after = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher", "final"))
-    full, sampled = (
-        mean_and_interval([r["final"] for r in of(runs, name)])[0] for name in ("full_reverse_kl", "sampled_token")
+    off_policy, full, sampled = (
+        mean_and_interval([r["final"] for r in of(runs, name)])[0]
+        for name in ("states_off_policy", "full_reverse_kl", "sampled_token")
     )
+    end = end_of_rates(results["E1"]["tuning"], "sampled_token")
+    edge = f" ({end} rate tried)" if end else ""
     return (
-        f"![final accuracy of each objective over {len(ours)} seeds, and over learning rates](evidence/{_folder(claims, 'E1')}/figure.png)\n\n"
-        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds. Student before "
-        f"{percent(before, 0)}, teacher {percent(teacher)}. After training: hidden states {percent(after)}, full reverse KL {percent(full)}, "
-        f"sampled-token {percent(sampled)}. Each objective uses the learning rate that did best on a separate tuning seed.*"
+        f"![final accuracy by objective and learning rate](evidence/{_folder(claims, 'E1')}/figure.png)\n\n"
+        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds: {percent(before, 0)} before, teacher "
+        f"{percent(teacher)}. Hidden states {percent(after)} (on the teacher's responses {percent(off_policy)}), full reverse KL {percent(full)}, sampled-token "
+        f"{percent(sampled)}{edge}.*"
     )
 
 
@@ -71,8 +75,8 @@ def _claims(claims: Claims, results: Results) -> str:
         _LINES[name](results[name], VERDICTS[_judged(claims, results, name)]) for name in _LINES if name in results
     ]
     return (
-        f"Of {len(verdicts)} claims, {count['holds']} hold here, {count['partly']} partly, {count['not']} not "
-        "([verdicts](docs/evidence.md)).\n\n" + "\n".join(f"- {line}" for line in lines)
+        f"Of {len(verdicts)} claims, {count['holds']} hold, {count['partly']} hold in part, {count['not']} do not "
+        "([rules](docs/evidence.md)).\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
 
@@ -83,13 +87,14 @@ def _judged(claims: Claims, results: Results, name: str) -> str:
 def _accuracy(result: Mapping[str, Any], verdict: str) -> str:
     lead = difference(result["runs"], "representation", "full_reverse_kl")
     closed = percent(gap_closed(of(result["runs"], "representation"))[0], 0)
-    return f"**Accuracy** ({verdict}): {points(*lead[:2])} over the full reverse KL; {closed} of the gap to the teacher closed."
+    return f"**Accuracy** ({verdict}): {closed} of the gap closed; {points(*lead[:2])} over the full reverse KL."
 
 
 def _cost(result: Mapping[str, Any], verdict: str) -> str:
+    saved = less(gpu_saving(result["gpu"], "top16")), less(gpu_time_saving(result["gpu"], "top16"))
     return (
-        f"**Cost** ({verdict}): {gpu_saving(result['gpu'], 'dense_top16')} % less GPU memory than dense top-16 (paper: 54), "
-        f"{gpu_saving(result['gpu'], 'top16')} % less than oprd's top-16."
+        f"**Cost** ({verdict}): {saved[0]} GPU memory and {saved[1]} time than chunked top-16; {less(gpu_saving(result['gpu'], 'dense_top16'))} memory than "
+        "dense (paper: 54)."
     )
 
 
@@ -101,8 +106,11 @@ def _positions(result: Mapping[str, Any], verdict: str) -> str:
 
 
 def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
-    closed = [percent(gap_closed(of(result[key], "rank_16"))[0], 0) for key in ("wider", "other_tokenizer")]
-    return f"**Bridge** ({verdict}): closes {closed[0]} of the gap to a wider teacher, {closed[1]} across tokenizers."
+    closed, alone = (
+        [percent(gap_closed(of(result[key], name))[0], 0).replace("-", "−") for key in ("wider", "other_tokenizer")]
+        for name in ("rank_16", "output_alone")
+    )
+    return f"**Bridge** ({verdict}): {closed[0]} of the gap to a wider teacher (full reverse KL alone {alone[0]}), {closed[1]} across tokenizers ({alone[1]})."
 
 
 def _real_model(result: Mapping[str, Any], verdict: str) -> str:
@@ -141,7 +149,7 @@ def _smollm2(claims: Claims, results: Results) -> str:
         f"![loss and cosine of the SmolLM2 run](../../docs/smollm2.png)\n\n{len(steps)} steps of {steps[0]['rollouts']:.0f} rollouts of 64 tokens "
         f"on one busy core: loss {steps[0]['loss']:.1f} → {steps[-1]['loss']:.1f}, cosine to the teacher's states {steps[0]['cosine']:.3f} → "
         f"{steps[-1]['cosine']:.3f}. On {math['problems']} problems of MATH-500 its Avg@{math['k']} is {percent(math['avg_at_k'], 0)}: the run "
-        f"shows that the method converges on a real model, not that it teaches competition mathematics. On {teacher['problems']} held-out "
+        f"shows that the loss falls on a real model, not that the student learns competition mathematics. On {teacher['problems']} held-out "
         f"problems of the teacher's own kind the teacher has Avg@{teacher['k']} {percent(teacher['avg_at_k'], 0)} [{100 * low:.0f}, "
         f"{100 * high:.0f}]; the student that it was trained from has {percent(student['avg_at_k'], 0)} (it boxes {percent(boxed, 0)} of its answers)."
     )

@@ -1,13 +1,27 @@
-"""How the documents format numbers and tables."""
+"""The words of a verdict with their rules, and how the documents format numbers, comparisons and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from oprd.tools.compare.interval import mean_and_interval
 
-VERDICTS = {"holds": "holds here", "partly": "partly", "not": "not here"}
+NOT_MEASURED = "not measured"
+VERDICTS = {"holds": "holds", "partly": "holds in part", "not": "does not hold"}
+"""What `judge` returns → the words that every page, README and card uses for it."""
+RULES = {
+    VERDICTS["holds"]: "The committed result meets the whole condition of the claim's rule.",
+    VERDICTS["partly"]: "It meets only the condition after *in part if*.",
+    VERDICTS["not"]: "It meets neither. A difference that was not found counts as not met.",
+    NOT_MEASURED: "There is no committed result.",
+}
+"""The words of a verdict → when they are used."""
+COMPARISONS = (
+    "*Ahead* and *behind*: the 95 % interval of the difference lies wholly on that side of 0. *Not significantly different*: it contains 0, which does "
+    "not mean equal."
+)
+STANDINGS = {1: "ahead of", 0: "not significantly different from", -1: "behind"}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -15,10 +29,15 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def share(mean: float | None, interval: Sequence[float] | None, digits: int = 0) -> str:
+    """A share with its interval: "90 % [89, 91]"."""
+    ends = "" if interval is None else f" [{100 * interval[0]:.{digits}f}, {100 * interval[1]:.{digits}f}]"
+    return percent(mean, digits) + ends
+
+
 def mean_of(values: Sequence[float]) -> str:
     """Mean of shares and its 95 % t-interval over seeds: "94.1 % [92.5, 95.7]"."""
-    mean, interval = mean_and_interval(values)
-    return percent(mean) + ("" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]")
+    return share(*mean_and_interval(values), digits=1)
 
 
 def points(mean: float, interval: Sequence[float] | None) -> str:
@@ -38,3 +57,32 @@ def surely(interval: Sequence[float] | None) -> int:
     if interval is None:
         return 0
     return 1 if interval[0] > 0 else -1 if interval[1] < 0 else 0
+
+
+def standing(interval: Sequence[float] | None) -> str:
+    """`ahead of`, `behind` or `not significantly different from`, by the interval of a difference."""
+    return STANDINGS[surely(interval)]
+
+
+def standings(differences: Mapping[str, Sequence[float] | None]) -> str:
+    """Where one stands against others: "ahead of a and b; behind c".
+
+    Args:
+        differences: name of another → the 95 % interval of the lead over it.
+    """
+    said = []
+    for sign, word in STANDINGS.items():
+        if names := [name for name, interval in differences.items() if surely(interval) == sign]:
+            said.append(f"{word} {listed(names)}")
+    return "; ".join(said)
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`; `none` without names."""
+    *first, last = list(names) or ["none"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def less(per_cent: int) -> str:
+    """`4` as "4 % less", `-4` as "4 % more"."""
+    return f"{abs(per_cent)} % {'less' if per_cent > 0 else 'more'}"

@@ -2,8 +2,9 @@
 
     python scripts/build_reasoning_teacher.py --model models/SmolLM2-135M-Instruct --output models/SmolLM2-135M-chain-sum
 
-Prompts are raw questions, without a chat template. The loss is on the solution's tokens only, in float32. The same seed and
-thread count give the same result on one machine. build.json records the settings and the losses.
+Prompts are raw questions, without a chat template. The loss is on the solution's tokens only. Weights are float32; with --bf16
+the forward runs in bfloat16, which is three times as fast on a CPU with AMX. The same seed and thread count give the same result
+on one machine. build.json records the settings and the losses.
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16; weights and their updates stay float32"
+    )
     args = parser.parse_args()
     if args.output.exists():
         raise SystemExit(f"--output: {args.output} is there already; remove it to build the teacher anew")
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, dtype=torch.float32).train(), load_tokenizer(args.model)
+    # Eager attention: on a CPU the backward of SDPA takes a third of the step at these lengths.
+    model = load_model(args.model, dtype=torch.float32, init_kwargs={"attn_implementation": "eager"}).train()
+    tokenizer = load_tokenizer(args.model)
     problems = get_task("chain_sum").problems
     assert problems is not None
     rows = problems(args.steps * args.batch, 1000 + args.seed, "train")
@@ -45,7 +51,9 @@ def main() -> None:
         for group in optimizer.param_groups:  # warm-up over a tenth of the steps, then linear decay to a tenth
             group["lr"] = args.learning_rate * min((step + 1) / (args.steps / 10), 1.0) * (1 - 0.9 * step / args.steps)
         batch = rows[step * args.batch : (step + 1) * args.batch]
-        loss = solution_loss(model, tokenizer, [(row.prompt, worked_solution(str(row.prompt))) for row in batch])
+        pairs = [(row.prompt, worked_solution(str(row.prompt))) for row in batch]
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = solution_loss(model, tokenizer, pairs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

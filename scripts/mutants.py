@@ -943,6 +943,16 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("what every problem says is content", "set(words) - stock", "set(words)",
          "test_contamination.py::test_words_of_most_problems_are_no_content"),
     ],
+    "runs/model_card.py": [
+        ("a lost gap is called closed", "    if closed < 0:\n", "    if closed < -1:\n",
+         "test_model_card.py::test_a_run_that_did_harm_says_so"),
+        ("the teacher's responses are called the student's", 'return float(settings.get("lmbda", 1.0))', "return 1.0",
+         "test_model_card.py::test_the_card_names_what_was_done"),
+        ("a card without OPRD's loss names the paper", 'settings.get("representation_weight", 1.0) == 0',
+         'settings.get("representation_weight", 1.0) is None', "test_model_card.py::test_the_card_names_what_was_done"),
+        ("intervals that overlap are not mentioned", "before[1] < after[0] or", "before[0] < after[0] or",
+         "test_model_card.py::test_intervals_that_overlap_are_said"),
+    ],
     "runs/pictures.py": [
         ("names at the ends of lines stay on each other", "moved.append(max(middle, least))", "moved.append(middle)",
          "test_picture_style.py::test_texts_that_are_apart_stay"),

@@ -8,6 +8,7 @@
     oprd bench step --quick --drawn --completion 96 --prompts 16 --rounds 5 --json benchmarks/results/step_drawn.json
     oprd bench step --quick --drawn --completion 96 --prompts 8 --generations 8 --rounds 5 \\
       --json benchmarks/results/step_groups.json
+    OMP_NUM_THREADS=1 python benchmarks/long_sequences.py
     OMP_NUM_THREADS=1 .venv-vllm/bin/oprd bench rollout --model models/SmolLM2-135M-Instruct --json benchmarks/results/rollout.json
     python scripts/write_benchmarks_doc.py
 
@@ -89,6 +90,14 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Mapping[str, Any]], str]]] = 
     ),
 }
 """Result file → title, command, what it is, its table."""
+LONG = {
+    "ours": "representation",
+    "uncut": "representation, whole rollout at once",
+    "ours_full_kl": "full reverse KL",
+    "floor": "floor",
+    "dense_top16": "top-16, dense",
+}
+"""Ways of `benchmarks/long_sequences.py`, and their names in the table."""
 
 
 def overlap_table(report: Mapping[str, Any]) -> str:
@@ -114,6 +123,24 @@ def overlap_table(report: Mapping[str, Any]) -> str:
     )
 
 
+def long_table(report: Mapping[str, Any]) -> str:
+    """Memory of an update with one long rollout, by way and length (`benchmarks/long_sequences.py`)."""
+    rows = [row for row in report["rows"] if row["layers"] == max(row["layers"] for row in report["rows"])]
+    lengths = sorted({row["tokens"] for row in rows})
+    lines = [f"| MiB | {' | '.join(f'{length:,} tokens' for length in lengths)} |", "| --- |" + " --- |" * len(lengths)]
+    for way, name in LONG.items():
+        own = {row["tokens"]: row["peak_bytes"] / 2**20 for row in rows if row["way"] == way}
+        lines.append(f"| {name} | {' | '.join(f'{own[length]:,.0f}' for length in lengths)} |")
+    layers, model, machine = rows[0]["layers"], report["model"], report["machine"]
+    (check,) = (check for check in report["checks"] if check["layers"] == layers)
+    return "\n".join(lines) + (
+        f"\n\nAt {lengths[-1]:,} tokens oprd takes {check['ratio']:.2f} times what {report['micro_batch_tokens']:,} take, uncut it "
+        f"takes {check['uncut_ratio']:.1f} times; the gradients differ by at most {check['gradient_difference']:.0e}. "
+        f"{layers} layers of width {model['hidden_size']}, |V| = {model['vocab_size']:,}, {machine['dtype']}, one thread, "
+        f"torch {machine['torch']}, {report['date']}.\n"
+    )
+
+
 def render(results: Path = RESULTS) -> str:
     """The whole page."""
     parts, missing = [HEAD], []
@@ -124,6 +151,11 @@ def render(results: Path = RESULTS) -> str:
             parts.append(f"## {title}\n\n`{command}`. {text}\n\n{table(report)}")
         else:
             missing.append(f"`{command}`")
+    long = results / "long_sequences.json"
+    if long.exists():
+        command, budget = "`python benchmarks/long_sequences.py`", "`micro_batch_tokens: 1024`"
+        text = f"{command}. Peak extra memory of one update with one rollout, {budget}."
+        parts.append(f"## One long rollout\n\n{text}\n\n{long_table(json.loads(long.read_text()))}")
     overlap = results / "overlap.json"
     if overlap.exists():
         text = (

@@ -110,7 +110,7 @@ def test_what_is_right_neither_way_is_refused():
 
 
 def exact(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution that transformers' warpers leave: temperature, the k best, then the fewest best with top_p together."""
+    """The distribution that transformers' warpers leave: temperature, top-k, top-p, min-p, in this order."""
     p = (logits_V.double() / sampling.temperature).softmax(-1)
     order = p.argsort(descending=True)
     if sampling.top_k:
@@ -118,12 +118,13 @@ def exact(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         p /= p.sum()
     above = p[order].cumsum(-1) - p[order]
     p[order[above >= sampling.top_p]] = 0
+    p[p < sampling.min_p * p.max()] = 0
     return p / p.sum()
 
 
 CASES = [
     Sampling(1), Sampling(1, 0.6), Sampling(1, 1.7), Sampling(1, top_k=5), Sampling(1, top_p=0.7), Sampling(1, top_p=0.5),
-    Sampling(1, 1.3, 0.8, 20),
+    Sampling(1, 1.3, 0.8, 20), Sampling(1, min_p=0.2), Sampling(1, 1.2, 0.8, 20, 0.1),
 ]  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_draws_follow_the_exact_distribution(sampling, vocabulary):
     counts, probability = drawn.tokens_B.bincount(minlength=vocabulary), exact(logits_V, sampling)
     assert not counts[probability == 0].any()
     assert chi_squared(counts, probability) < 4
-    other = Sampling(1, sampling.temperature * 1.5, sampling.top_p, sampling.top_k)
+    other = Sampling(1, sampling.temperature * 1.5, sampling.top_p, sampling.top_k, sampling.min_p)
     assert chi_squared(counts, exact(logits_V, other)) > 10  # and the measure sees a difference
 
 
@@ -250,7 +251,7 @@ def test_rows_of_the_head_beyond_the_vocabulary_are_never_drawn():
     model = tiny_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = 50 * model.lm_head.weight[:1]
-    for sampling in (GREEDY, Sampling(9), Sampling(9, top_k=3), Sampling(9, top_p=0.5)):
+    for sampling in (GREEDY, Sampling(9), Sampling(9, top_k=3), Sampling(9, top_p=0.5), Sampling(9, min_p=0.3)):
         assert max(max(c) for c in sample(model, sampling=sampling)) < VOCABULARY
 
 

@@ -64,6 +64,14 @@ def test_a_whole_model_is_verified(tmp_path, monkeypatch, family, tied, largest)
     assert ("loaded again, its logits are" in found.text) is (largest > 0)
 
 
+def test_eager_attention_in_16_bits_is_not_taken_for_another_model(tmp_path):
+    # With weights of this size, eager and SDPA differ by a tenth of the largest logit in bfloat16.
+    model = tiny_model("llama", initializer_range=0.3, num_hidden_layers=6)
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path / "out")
+    assert check(model, tmp_path / "out", autocast=torch.bfloat16).verified is True
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_verified(base, tmp_path, kind):
     model = adapter(base, tmp_path / "out", **KINDS[kind])

@@ -68,7 +68,7 @@ def test_the_card_of_a_run(tmp_path):
     after = summary["student_after"]
     low, high = after["ci95"]
     for piece in (
-        "# `embedded:tiny/student`, distilled with OPRD",
+        "# `embedded:tiny/student`, trained with oprd",
         "- teacher: `embedded:tiny/teacher`\n",
         "- training prompts: `generated:addition` (split `train`, the first 16 rows)",
         "- loss: 1 x representation, a mean over rollouts",
@@ -127,7 +127,10 @@ def test_values_and_metadata():
     assert metadata(card)["base_model"] == "owner/student-1.5B"
     assert metadata(card)["datasets"] == ["owner/prompts"]
     assert "| student before | 25.0% | 25.0% to 62.5% | 4 | 30 | 75.0% | 100.0% | 123 tokens |" in card
-    assert "that training closed: 50.0%." in card
+    assert (
+        "Training closed 50.0% of the gap to the teacher. The intervals of the student before and after overlap."
+        in card
+    )
     assert "3 of the 30 evaluation problems are also" in card
     assert "On `problems.jsonl` (the first 30 rows), graded as task `math`" in card
     assert "top-p 0.95, most tokens 4096." in card
@@ -159,6 +162,55 @@ def test_values_and_metadata():
 )  # fmt: skip
 def test_what_was_not_measured_is_said_to_be_so(changes, piece):
     assert piece in model_card({**SUMMARY, **changes}, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"gap_closed": -0.3}, "Training lost 30.0% of the gap to the teacher: the student ended further from it than it began."),
+        ({"gap_closed": 1.12}, "Training closed 112.0% of the gap to the teacher: the student ended ahead of it."),
+        ({"gap_closed": 0.0}, "Training closed 0.0% of the gap to the teacher."),
+        ({"gap_closed": None, "teacher": {**MEASURED, "avg_at_k": 0.2}, "student_after": {**MEASURED, "avg_at_k": 0.1}},
+         "the teacher was not ahead of the student. The student ended below its start."),
+    ],
+)  # fmt: skip
+def test_a_run_that_did_harm_says_so(changes, sentence):
+    card = model_card({**SUMMARY, **changes}, SETTINGS)
+    assert sentence in card
+    assert ("closed" in card) is not sentence.startswith("Training lost")
+
+
+def test_intervals_that_overlap_are_said():
+    def card(low, high):
+        return model_card({**SUMMARY, "student_after": {**MEASURED, "ci95": [low, high]}}, SETTINGS)
+
+    overlap = "The intervals of the student before and after overlap."
+    assert [overlap in card(*ends) for ends in ((0.7, 0.8), (0.6, 0.8), (0.0, 0.2), (0.0, 0.3))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence", "on_policy"),
+    [
+        ({}, "trained on its own rollouts towards a teacher by [On-Policy", True),
+        ({"lmbda": 0.0}, "trained on its teacher's responses towards a teacher by [On-Policy", False),
+        ({"lmbda": 0.5}, "trained on its own rollouts and its teacher's towards a teacher by [On-Policy", True),
+        (
+            {"representation_weight": 0},
+            "trained on its own rollouts, without the representation loss of [On-Policy",
+            True,
+        ),
+        ({"representation_weight": {"schedule": "linear"}}, "towards a teacher by [On-Policy", True),
+    ],
+)
+def test_the_card_names_what_was_done(settings, sentence, on_policy):
+    card = model_card(SUMMARY, {**SETTINGS, **settings})
+    assert sentence in card
+    assert ("on-policy-distillation" in metadata(card)["tags"]) is on_policy
 
 
 def test_an_old_summary_makes_a_card():

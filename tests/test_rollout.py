@@ -161,6 +161,7 @@ def test_the_measure_of_leaks_sees_them():
     assert distance_to_softmax(peaky_model(), Sampling(1, temperature=0.6)) > 0.15
     assert distance_to_softmax(peaky_model(), Sampling(1, top_p=0.5)) > 0.15
     assert distance_to_softmax(peaky_model(), Sampling(1, top_k=5)) > 0.15
+    assert distance_to_softmax(peaky_model(), Sampling(1, min_p=0.5)) > 0.15
 
 
 def test_generations_lie_prompt_after_prompt():
@@ -194,7 +195,14 @@ def test_what_is_not_allowed_is_named():
         engine().generate(tiny_model(), PROMPTS, num_generations=0, sampling=Sampling(1), seed=0)
     with pytest.raises(ValueError, match="generation_batch_size: 0"):
         engine(batch_size=0)
-    for bad in ({"max_completion_length": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}):
+    for bad in (
+        {"max_completion_length": 0},
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 1.1},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**{"max_completion_length": 4, **bad})
 

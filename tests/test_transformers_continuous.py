@@ -130,7 +130,7 @@ def test_the_first_token_follows_the_softmax(sampling):
     assert counts[VOCABULARY:].sum() == 0
 
 
-def test_top_k_and_top_p_cut_the_tail():
+def test_top_k_top_p_and_min_p_cut_the_tail():
     model = peaky_model()
     probability = next_token_logits(model).softmax(-1)
     likeliest = probability.argsort(descending=True)
@@ -139,6 +139,8 @@ def test_top_k_and_top_p_cut_the_tail():
     assert set(first_tokens(model, Sampling(1, top_p=0.5)).nonzero().flatten().tolist()) == set(
         likeliest[:kept].tolist()
     )
+    kept = set((probability >= 0.3 * probability.max()).nonzero().flatten().tolist())
+    assert set(first_tokens(model, Sampling(1, min_p=0.3)).nonzero().flatten().tolist()) == kept
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

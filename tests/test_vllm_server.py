@@ -58,7 +58,7 @@ def sample(engine, model, seed=0, **settings):
 def test_each_generate_sends_the_weights_first_and_asks_for_every_completion(fake, tmp_path):
     engine = engine_for(fake, tmp_path)
     model = model_with()
-    first = sample(engine, model, temperature=0.7, top_p=0.9, top_k=3)
+    first = sample(engine, model, temperature=0.7, top_p=0.9, top_k=3, min_p=0.1)
     paths = [path for path, _ in fake.calls]
     assert paths[:6] == [
         "/weight_info", "/v1/models", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/weight_info"
@@ -67,11 +67,12 @@ def test_each_generate_sends_the_weights_first_and_asks_for_every_completion(fak
     assert sorted(body["token_ids"] for body in asked) == sorted(2 * PROMPTS)
     assert len({body["sampling_params"]["seed"] for body in asked}) == 10
     drawn = asked[0]["sampling_params"]
-    assert (drawn["temperature"], drawn["top_p"], drawn["top_k"], drawn["max_tokens"]) == (0.7, 0.9, 3, 6)
+    assert (drawn["temperature"], drawn["top_p"], drawn["top_k"], drawn["min_p"]) == (0.7, 0.9, 3, 0.1)
+    assert drawn["max_tokens"] == 6
     assert (drawn["stop_token_ids"], drawn["ignore_eos"]) == (STOPS, True)
     # Ids that the tokenizer does not know mean no token.
     assert drawn["logit_bias"] == {str(i): -100.0 for i in range(len(tiny_tokenizer()), 64)}
-    assert sample(engine, model, temperature=0.7, top_p=0.9, top_k=3) == first
+    assert sample(engine, model, temperature=0.7, top_p=0.9, top_k=3, min_p=0.1) == first
     assert sample(engine, model, seed=1) != first
     with torch.no_grad():
         model.lm_head.weight.add_(0.5)

@@ -11,7 +11,7 @@ from evidence.e01_accuracy.claim import FILE as MAIN
 from evidence.e01_accuracy.claim import NAMES, SHARED, chosen_rates, tune
 from evidence.e10_bridge.claim import HERE as BRIDGES
 from evidence.permuted import save_permuted
-from evidence.words import percent, table
+from evidence.words import listed, percent, table
 from oprd.runs.pictures import INK, MARKERS, colour, in_percent
 
 ID = "E12"
@@ -22,6 +22,7 @@ SETTING = (
     "E1, E9 and E10. The alarm has its default, `alarm_window: 20`. A bad run: cosine rises over the run and the student ends below its start."
 )
 RATE = 1.0e-3
+ENOUGH = 29  # bad runs: if all of them ring, a share below 90 % is excluded at 95 %
 FILE = Path(__file__).parent / "comparison.yaml"
 
 
@@ -64,7 +65,9 @@ def is_bad(record: Record) -> bool:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if there are bad runs and the alarm triggers in 90 % of them and in at most 10 % of the runs that improve."""
+    """Holds if the alarm rings in 90 % of the bad runs and in at most 10 % of those that end no worse than they began; in part if it rings in half of the
+    bad ones.
+    """
     runs = result["runs"]
     bad = [r for r in runs if is_bad(r)]
     good = [r for r in runs if r["final"] >= r["before"]]
@@ -84,22 +87,20 @@ def judge(result: Result) -> Finding:
     header = ["runs of", "loss", "rate", "runs", "before", "after", "cosine", "alarm", "first at step"]
     text = (
         f"{len(runs)} runs: {len(good)} end at or above their start, {len(bad)} below it although cosine rises (the table), {len(worse)} below it "
-        f"with cosine falling or not measured.\n\n{table(header, rows)}\n\nThe alarm triggers in {caught} of the {len(bad)} bad runs and in {false} "
-        f"of the {len(good)} good ones. {_false(good)}"
+        f"with cosine falling or not measured.\n\n{table(header, rows)}\n\nThe alarm rings in {caught} of the {len(bad)} bad runs ({len(_groups(bad))} "
+        f"settings), in {false} of the {len(good)} good ones{_steps(good)} and in {sum(bool(r['alarms']) for r in worse)} of the {len(worse)} others."
+        + (f" With {len(bad)} bad runs a share of 90 % cannot be shown." if len(bad) < ENOUGH else "")
     )
-    number = f"alarm in {caught} of {len(bad)} bad runs, in {false} of {len(good)} good ones"
+    number = (
+        f"alarm in {caught} of {len(bad)} bad runs ({len(_groups(bad))} settings), in {false} of {len(good)} good ones"
+    )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
-def _false(good: list[Record]) -> str:
-    rung = [r for r in good if r["alarms"]]
-    if not rung:
-        return "There is no false alarm."
-    early = sum(max(r["alarms"]) <= 30 for r in rung)
-    return (
-        f"{early} of these {len(rung)} has its alarms only in the first 30 steps, where accuracy falls for a while before it rises (E1's rates are high). "
-        "A single early alarm in a run that then improves is harmless."
-    )
+def _steps(runs: list[Record]) -> str:
+    """The steps at which the alarm rings in some runs, in brackets."""
+    steps = sorted(step for r in runs for step in r["alarms"])
+    return f" (at step {listed(map(str, steps))})" if steps else ""
 
 
 def _name(objective: str) -> str:

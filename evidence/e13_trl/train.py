@@ -108,11 +108,7 @@ Trained = tuple[Any, float]
 
 
 def _oprd(resolved: ResolvedRun, own: Mapping[str, Any], clock: CpuClock) -> Trained:
-    trainer = OPRDTrainer(resolved=resolved, callbacks=[clock])
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.train()
-    return trainer.model, resolved.run.args.learning_rate
+    return _quietly(OPRDTrainer(resolved=resolved, callbacks=[clock])), resolved.run.args.learning_rate
 
 
 def _distillation(resolved: ResolvedRun, own: Mapping[str, Any], clock: CpuClock) -> Trained:
@@ -125,8 +121,8 @@ def _distillation(resolved: ResolvedRun, own: Mapping[str, Any], clock: CpuClock
     args = {**_budget(resolved.run.args), "max_completion_length": resolved.run.args.max_completion_length, **own}
     config = trl.DistillationConfig(**args)
     data = Dataset.from_list([{"prompt": prompt.row.prompt} for prompt in prompts])
-    trl.DistillationTrainer(student, teacher, config, data, processing_class=tokenizer, callbacks=[clock]).train()
-    return student, config.learning_rate
+    trainer = trl.DistillationTrainer(student, teacher, config, data, processing_class=tokenizer, callbacks=[clock])
+    return _quietly(trainer), config.learning_rate
 
 
 def _gkd(resolved: ResolvedRun, own: Mapping[str, Any], clock: CpuClock) -> Trained:
@@ -162,10 +158,17 @@ def _with_answers(
         mask = [0] * len(prompt.ids) + [1] * len(answer)
         rows.append({"prompt": text, "input_ids": [*prompt.ids, *answer], "completion_mask": mask})
     args = config(**{**_budget(resolved.run.args), **length, "lmbda": 1.0, **own})
-    trainer(
-        student, teacher, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
-    ).train()
-    return student, args.learning_rate
+    data = Dataset.from_list(rows)
+    made = trainer(student, teacher, args, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+    return _quietly(made), args.learning_rate
+
+
+def _quietly(trainer: Any) -> Any:
+    """Train without printed lines; returns the model."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    return trainer.model
 
 
 def _models(resolved: ResolvedRun) -> tuple[Any, Any, Any]:

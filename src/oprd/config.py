@@ -158,6 +158,10 @@ class OPRDConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata=_help("Sampling temperature; 1 is on-policy."))
     top_p: float = field(default=1.0, metadata=_help("Nucleus truncation; 1 is on-policy."))
     top_k: int = field(default=0, metadata=_help("Top-k truncation; 0 is on-policy."))
+    min_p: float = field(
+        default=0.0,
+        metadata=_help("Tokens below this share of the most probable one's probability are not drawn; 0 is on-policy."),
+    )
     rollout_engine: str = field(
         default="decode", metadata=_help(f"One of {', '.join(ENGINES)}, or module:attribute of your own.")
     )
@@ -414,7 +418,7 @@ class OPRDConfig(TrainingArguments):
     @property
     def sampling(self) -> Sampling:
         """How training rollouts are sampled."""
-        return Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k)
+        return Sampling(self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p)
 
     @property
     def eval_sampling(self) -> Sampling:

@@ -55,7 +55,7 @@ def _signed(value: int) -> int:
 
 
 def draw_tokens(logits_BV: Float[Tensor, "B V"], sampling: Sampling, seeds_B: Int[Tensor, " B"], step: int) -> Drawn:
-    """Draw a token of each row after temperature, top-k and top-p, in this order, as transformers' `generate` truncates.
+    """Draw a token of each row after temperature, top-k, top-p and min-p, in this order, as transformers' `generate` truncates.
 
     Args:
         logits_BV: of the tokens that may be drawn.
@@ -72,6 +72,10 @@ def draw_tokens(logits_BV: Float[Tensor, "B V"], sampling: Sampling, seeds_B: In
     if sampling.temperature != 1:
         logits_BV = logits_BV.float() / sampling.temperature
     p_BV = logits_BV.softmax(-1, dtype=torch.float32)
+    if (
+        sampling.min_p > 0
+    ):  # what is more probable than a kept token is kept: the nucleus is not changed by doing this first
+        p_BV = p_BV.where(p_BV >= sampling.min_p * p_BV.amax(-1, keepdim=True), 0.0)
     if sampling.top_p < 1:
         places_B = _from_nucleus(p_BV, sampling.top_p, seeds_B, step)
     else:

@@ -22,12 +22,14 @@ class Sampling:
         temperature: 0 for greedy.
         top_p: 1.0 for no nucleus truncation.
         top_k: 0 for no top-k truncation.
+        min_p: a token below this share of the most probable token's probability is not drawn; 0 for no such truncation.
     """
 
     max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -38,6 +40,8 @@ class Sampling:
             raise ValueError(f"top_p: {self.top_p} is not allowed; it lies in (0, 1], 1 truncates nothing")
         if self.top_k < 0:
             raise ValueError(f"top_k: {self.top_k} is not allowed; 0 (no truncation) or more")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: {self.min_p} is not allowed; it lies in [0, 1], 0 truncates nothing")
 
 
 @dataclass(frozen=True)

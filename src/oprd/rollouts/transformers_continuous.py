@@ -184,6 +184,8 @@ class TransformersContinuousEngine:
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.min_p > 0:
+            drawn["min_p"] = sampling.min_p
         return GenerationConfig(
             do_sample=sampling.temperature > 0,
             max_new_tokens=sampling.max_completion_length,

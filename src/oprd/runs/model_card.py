@@ -36,16 +36,21 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     adapter = settings.get("lora") is not None
     student, train = settings["model"], settings["train_dataset"]
     data = ModelCardData(
-        base_model=student if _on_hub(student) else None,
-        datasets=[train] if _on_hub(train) else None,
+        base_model=student if on_hub(student) else None,
+        datasets=[train] if on_hub(train) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["oprd", "distillation", "on-policy-distillation", *(["lora"] if adapter else [])],
+        tags=[
+            "oprd",
+            "distillation",
+            *(["on-policy-distillation"] if _own_share(settings) else []),
+            *(["lora"] if adapter else []),
+        ],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_code(student)}, distilled with OPRD",
-        f"{'An adapter for the student' if adapter else 'The student'}, trained on its own rollouts towards a teacher by {_PAPER}.",
+        f"# {_code(student)}, trained with oprd",
+        f"{'An adapter for the student' if adapter else 'The student'}, {_how(settings)}",
         _origin(summary, settings),
         "## Results",
         _results(summary, settings),
@@ -62,6 +67,22 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def write_model_card(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write the card atomically into a model's folder. Replaces an existing card, such as PEFT's."""
     write_text(folder / CARD, model_card(summary, settings))
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    """Whose responses it was trained on, and whether the loss is the paper's."""
+    own = _own_share(settings)
+    whose = (
+        "its own rollouts" if own == 1 else "its own rollouts and its teacher's" if own else "its teacher's responses"
+    )
+    if settings.get("representation_weight", 1.0) == 0:
+        return f"trained on {whose}, without the representation loss of {_PAPER}: the loss is named below."
+    return f"trained on {whose} towards a teacher by {_PAPER}."
+
+
+def _own_share(settings: Mapping[str, Any]) -> float:
+    """Share of the steps in which the student wrote the responses."""
+    return float(settings.get("lmbda", 1.0))
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -97,9 +118,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
     ]
-    return "\n\n".join(
-        [head, "\n".join(rows), f"Share of the gap to the teacher that training closed: {_gap(summary)}."]
-    )
+    return "\n\n".join([head, "\n".join(rows), _gap(summary)])
 
 
 def _measures(measured: Mapping[str, Any] | None) -> list[str]:
@@ -120,10 +139,35 @@ def _measures(measured: Mapping[str, Any] | None) -> list[str]:
 
 
 def _gap(summary: Mapping[str, Any]) -> str:
-    if summary.get("gap_closed") is not None:
-        return f"{summary['gap_closed']:.1%}"
-    accuracies = [(summary.get(name) or {}).get("avg_at_k") for name in _MODELS]
-    return NOT_MEASURED if None in accuracies else "there was none, the teacher was not ahead of the student"
+    """What became of the gap to the teacher, in one or two sentences."""
+    closed = summary.get("gap_closed")
+    if closed is None:
+        before, after, teacher = ((summary.get(name) or {}).get("avg_at_k") for name in _MODELS)
+        why = (
+            NOT_MEASURED
+            if None in (before, after, teacher)
+            else "there was none, the teacher was not ahead of the student"
+        )
+        worse = before is not None and after is not None and after < before
+        text = f"Share of the gap to the teacher that training closed: {why}."
+        return f"{text} The student ended below its start." if worse else text
+    if closed < 0:
+        text = (
+            f"Training lost {-closed:.1%} of the gap to the teacher: the student ended further from it than it began."
+        )
+    elif closed > 1:
+        text = f"Training closed {closed:.1%} of the gap to the teacher: the student ended ahead of it."
+    else:
+        text = f"Training closed {closed:.1%} of the gap to the teacher."
+    return text + _uncertain(summary)
+
+
+def _uncertain(summary: Mapping[str, Any]) -> str:
+    """Says so where the change lies within what the choice of problems can do."""
+    before, after = ((summary.get(name) or {}).get("ci95") for name in ("student_before", "student_after"))
+    if before is None or after is None or before[1] < after[0] or after[1] < before[0]:
+        return ""
+    return " The intervals of the student before and after overlap."
 
 
 def _contamination(found: Mapping[str, Any] | None) -> str:
@@ -198,7 +242,8 @@ def _software(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
 
 
-def _on_hub(name: str) -> bool:
+def on_hub(name: str) -> bool:
+    """Whether a name may be one of the hub: the hub allows it, and no local file has it."""
     try:
         validate_repo_id(name)
     except HFValidationError:

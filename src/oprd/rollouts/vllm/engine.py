@@ -232,6 +232,7 @@ def sampling_arguments(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
         "max_tokens": sampling.max_completion_length,
         "stop_token_ids": list(stop_token_ids),
         "ignore_eos": True,  # only `stop_token_ids` end a completion, not the model's config

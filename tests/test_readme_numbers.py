@@ -1,0 +1,309 @@
+"""Every number in README.md is in a table here, with the committed file that it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oprd.tools.compare.interval import mean_and_interval, t_quantile
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+E1, E3, E5, E10, E11 = (
+    f"evidence/{name}/result.json"
+    for name in ("e01_accuracy", "e03_positions", "e05_cost", "e10_bridge", "e11_real_model")
+)
+DEMO = "evidence/first_light/demo_summary.json"
+NUMBER = re.compile(r"(?<![\w@.-])[+−]?\d(?:[\d.,]*\d)?")  # not the number of a name: top-16, H200, Avg@2
+
+
+@cache
+def read(file: str) -> Any:
+    return json.loads((ROOT / file).read_text())
+
+
+def finals(file: str, objective: str, key: str = "final", runs: str = "runs") -> dict[int, float]:
+    """Seed → a value of an objective's runs in a claim's result."""
+    return {r["seed"]: r[key] for r in read(file)[runs] if r["objective"] == objective}
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    assert value is not None
+    return f"{100 * value:.{digits}f}".replace("-", "−")
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def after(file: str, *objectives: str) -> list[str]:
+    return [percent(mean(list(finals(file, name).values()))) for name in objectives]
+
+
+def with_ends(file: str, objective: str) -> list[str]:
+    average, ends = mean_and_interval(list(finals(file, objective).values()))
+    assert ends is not None
+    return [percent(average), *map(percent, ends)]
+
+
+def lead(file: str, one: str, other: str) -> list[str]:
+    """Mean of the differences seed by seed and half of its interval, in points, with a sign."""
+    mine, theirs = finals(file, one), finals(file, other)
+    average, ends = mean_and_interval([mine[seed] - theirs[seed] for seed in mine])
+    assert average is not None
+    assert ends is not None
+    return [f"{100 * average:+.1f}".replace("-", "−"), f"{50 * (ends[1] - ends[0]):.1f}"]
+
+
+def closed(file: str, objective: str, runs: str = "runs") -> str:
+    before, teacher, final = (finals(file, objective, key, runs) for key in ("before", "teacher", "final"))
+    return percent(mean([(final[s] - before[s]) / (teacher[s] - before[s]) for s in final]), 0)
+
+
+def setting() -> list[str]:
+    from oprd.tasks.task import get_task
+
+    problems = get_task("addition").problems
+    assert problems is not None
+    digits = {len(number) for number in re.findall(r"\d+", problems(1, 0, "test")[0].prompt)}
+    assert len(digits) == 1
+    runs = [r for r in read(E1)["runs"] if r["objective"] == "representation"]
+    return [
+        str(digits.pop()), str(runs[0]["steps"]), str(read(E1)["rollouts"]), str(len(runs)),
+        percent(mean([r["before"] for r in runs]), 0),
+        percent(mean([r["teacher"] for r in runs])),
+    ]  # fmt: skip
+
+
+def demo() -> list[str]:
+    run = read(DEMO)
+    low, high = run["student_after"]["ci95"]
+    before, end, teacher = (run[name]["avg_at_k"] for name in ("student_before", "student_after", "teacher"))
+    return [
+        percent(before, 0), percent(end, 0), confidence(), percent(low, 0), percent(high, 0), percent(teacher), str(run["steps"]),
+        f"{run['seconds']:.0f}",
+    ]  # fmt: skip
+
+
+def confidence() -> str:
+    return f"{100 * signature(t_quantile).parameters['confidence'].default:.0f}"
+
+
+def verdicts() -> list[str]:
+    from evidence.__main__ import HERE, claims, results
+
+    known = results(HERE)
+    found = [claim.judge(known[claim.ID]).verdict for _, claim in claims() if claim.ID in known]
+    return [str(len(found)), *(str(found.count(name)) for name in ("holds", "partly", "not"))]
+
+
+def saved() -> list[str]:
+    rows = {row["name"]: row for row in read(E5)["gpu"]["rows"] if row["checkpointing"]}
+
+    def less(name: str, key: str) -> str:
+        return f"{100 * (1 - rows['representation'][key] / rows[name][key]):.0f}"
+
+    return [less("top16", "bytes_with_weights"), less("top16", "seconds"), less("dense_top16", "bytes_with_weights")]
+
+
+def papers_saving() -> str:
+    """From the claim's own text: 20.5 GB against top-16's 45.0."""
+    from evidence.e05_cost.claim import CLAIM
+
+    ours, top_16 = (float(re.search(pattern, CLAIM)[1]) for pattern in (r"takes ([\d.]+) GB", r"top-16 ([\d.]+)"))  # type: ignore[index]
+    return f"{100 * (1 - ours / top_16):.0f}"
+
+
+def python() -> list[str]:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    return [wanted.removeprefix(">=")]
+
+
+def in_file(file: str, text: str, *numbers: str) -> list[str]:
+    """Numbers of a text that must stand in a file."""
+    assert text.format(*numbers) in (ROOT / file).read_text()
+    return list(numbers)
+
+
+# Text of README.md, without code and addresses → its numbers, from their sources. `{}` is a number.
+SOURCES: dict[str, Callable[[], list[str]]] = {
+    "*{}-digit addition, {} steps of {} rollouts, {} seeds: {} % before, teacher {} %.": setting,
+    "Hidden states {} % (on the teacher's responses {} %), full reverse KL {} %, sampled-token {} %": partial(
+        after, E1, "representation", "states_off_policy", "full_reverse_kl", "sampled_token"
+    ),
+    "`…`: {} % → {} % ({} % interval over problems {}–{} %; teacher {} %), {} steps, {} s on one CPU core.": demo,
+    "Python {} or newer": python,
+    "the default is Eq. {} on all layers": partial(in_file, "docs/objectives.md", "**representation** (Eq. {})", "6"),
+    "Of {} claims, {} hold, {} hold in part, {} do not": verdicts,
+    "{} % of the gap closed": lambda: [closed(E1, "representation")],
+    "{} ± {} points over the full reverse KL": partial(lead, E1, "representation", "full_reverse_kl"),
+    "{} % less GPU memory and {} % less time than chunked top-16; {} % less memory than dense (paper: {})": lambda: [
+        *saved(), papers_saving(),
+    ],
+    "{} % [{}, {}]; all positions {} % [{}, {}]": lambda: [*with_ends(E3, "states_last"), *with_ends(E3, "representation")],
+    "{} % of the gap to a wider teacher (full reverse KL alone {} %), {} % across tokenizers ({} %)": lambda: [
+        closed(E10, name, runs) for runs in ("wider", "other_tokenizer") for name in ("rank_16", "output_alone")
+    ],
+    "short training, {} ± {} points against the full reverse KL": partial(lead, E11, "representation", "full_reverse_kl"),
+    "Cite arXiv {} for the method": partial(in_file, "CITATION.cff", "https://arxiv.org/abs/{}", "2606.06021"),
+}  # fmt: skip
+
+
+def prose(text: str) -> str:
+    """Markdown without blocks of code, comments and addresses, in one line; inline code becomes `…`."""
+    for pattern, put in ((r"^```.*?^```", ""), (r"<!--.*?-->", ""), (r"\]\([^)\s]+\)", "]"), (r"`[^`\n]*`", "`…`")):
+        text = re.sub(pattern, put, text, flags=re.DOTALL | re.MULTILINE)
+    return " ".join(text.split())
+
+
+def problems(text: str, sources: dict[str, Callable[[], list[str]]]) -> list[str]:
+    """What is wrong with the numbers of a text: one that its source gives otherwise, one without a source."""
+    wrong, known = [], set()
+    for template, source in sources.items():
+        numbers = source()
+        said = template.format(*numbers)
+        if (start := text.find(said)) < 0:
+            wrong.append(f"not in the text: {said!r}")
+            continue
+        for part, number in zip(template.split("{}")[:-1], numbers, strict=True):
+            start += len(part)
+            known |= set(range(start, start + len(number)))
+            start += len(number)
+    for found in NUMBER.finditer(text):
+        if not set(range(*found.span())) <= known:
+            wrong.append(f"no source for {found[0]!r} in {text[max(found.start() - 40, 0) : found.end() + 30]!r}")
+    return wrong
+
+
+def test_every_number_in_the_readme_has_its_source():
+    assert not problems(prose(README.read_text()), SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("seconds", "12 seconds", "no source for '12'"),
+        ("+1.5", "+1.6", "not in the text"),
+        ("5-digit", "6-digit", "not in the text"),
+    ],
+)
+def test_a_number_without_a_source_or_with_another_value_is_found(old, new, complaint):
+    text = "5-digit sums, +1.5 points in a few seconds; top-16 and Avg@2 on an H200 are names."
+    sources = {"{}-digit sums": lambda: ["5"], "{} points": lambda: ["+1.5"]}
+    assert problems(text, sources) == []
+    assert complaint in problems(text.replace(old, new, 1), sources)[0]
+
+
+def test_code_and_addresses_are_no_prose():
+    text = "a `1.0` b\n```\n2\n```\n[c 3](https://x/4)\n<!-- 5 -->\nd"
+    assert prose(text) == "a `…` b [c 3] d"
+
+
+ROWS = {
+    "representation": "representation",
+    "sampled-token + 10 × representation": "composite_mu_10",
+    "full reverse KL": "full_reverse_kl",
+    "tail-sampled top-4 (TT-OPD)": "tail_sampled_top_4",
+    "top-4, renormalised": "top_4",
+    "sampled-token + 1 × representation": "composite_mu_1",
+    "sampled-token": "sampled_token",
+    "GRPO": "grpo",
+    "µ = 10 with L_OPD summed over tokens": "composite_sum_mu_10",
+}
+
+
+def objectives_row(name: str, label: str, seconds: str) -> str:
+    """The row of docs/objectives.md for an objective, from the committed comparison."""
+    rows = {r["learning_rate"]: r for r in read("evidence/objectives/compare.json")["rows"] if r["objective"] == name}
+
+    def cell(rate: float) -> str:
+        low, high = rows[rate]["final_ci95"]
+        return f"{100 * rows[rate]['final_avg']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+    best = max(sorted(rows), key=lambda rate: rows[rate]["final_avg"])
+    shown = f"{best:.0e}".replace("e-0", "e-")
+    cells = [cell(rate) if rate in rows else "" for rate in (3e-4, 1e-3)]
+    return f"| {label} | {' | '.join(cells)} | {cell(best)} at {shown} | {seconds} |"
+
+
+@pytest.mark.parametrize("label", ROWS)
+def test_the_table_of_objectives_is_the_committed_comparison(label):
+    lines = (ROOT / "docs" / "objectives.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {label} |") and " at " in line]
+    seconds = line.split("|")[-2].strip()
+    assert line.replace("|  |", "| |") == objectives_row(ROWS[label], label, seconds).replace("|  |", "| |")
+
+
+def test_only_two_objectives_are_best_inside_the_rates_that_docs_objectives_shows():
+    rows = read("evidence/objectives/compare.json")["rows"]
+    inside = set()
+    for name in {r["objective"] for r in rows}:
+        tried = {r["learning_rate"]: r["final_avg"] for r in rows if r["objective"] == name}
+        best = max(sorted(tried), key=tried.__getitem__)
+        inside |= {name} if min(tried) < best < max(tried) else set()
+    assert inside == {"grpo", "full_reverse_kl"}
+    assert "only GRPO's and the full reverse KL's lie inside the rates tried" in prose(
+        (ROOT / "docs" / "objectives.md").read_text()
+    )
+
+
+def gibibytes() -> list[str]:
+    rows = {row["name"]: row for row in read(E5)["gpu"]["rows"] if row["checkpointing"]}
+    ways = ("representation", "top16", "trl_distillation", "reference_way")
+    return [f"{rows[name]['bytes_with_weights'] / 2**30:.1f}" for name in ways]
+
+
+ALTERNATIVES: dict[str, Callable[[], list[str]]] = {
+    "Others' documents were read on {}-11-28": lambda: ["2026"],
+    "**{} GiB**; its chunked top-16 {} ([E5]) | measured by the same script: TRL's loss {}, the published code's way {}": gibibytes,
+    "**`…`, {} s on one core": lambda: demo()[-1:],
+    "none: {}M parameters at most": partial(in_file, "evidence/e11_real_model/claim.py", "SmolLM2-{}M", "135"),
+    "{}B on AIME": partial(in_file, "evidence/e11_real_model/claim.py", "R1-Distill-Qwen-{}B", "1.5"),
+}
+
+
+def test_the_alternatives_are_ten_facts_with_their_sources():
+    text = (ROOT / "docs" / "alternatives.md").read_text()
+    assert not problems(prose(text), ALTERNATIVES)
+    _, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 10
+    for row in rows:
+        assert "](" in row, row
+    ahead = [row.split("|")[3] for row in rows if "**" in row.split("|")[3]]
+    assert len(ahead) >= 3, "where others are ahead, the table says so"
+
+
+def lead_at(one: tuple[str, float], other: tuple[str, float]) -> str:
+    """Lead in the committed comparison of one objective at a rate over another, seed by seed: "+2.6 ± 1.8"."""
+    rows = {
+        (r["objective"], r["learning_rate"]): r["final_by_seed"]
+        for r in read("evidence/objectives/compare.json")["rows"]
+    }
+    average, ends = mean_and_interval([rows[one][seed] - rows[other][seed] for seed in rows[one]])
+    assert average is not None
+    assert ends is not None
+    return f"{100 * average:+.1f} ± {50 * (ends[1] - ends[0]):.1f}".replace("-", "−")
+
+
+def test_the_differences_of_objectives_are_those_of_the_committed_comparison():
+    text = prose((ROOT / "docs" / "objectives.md").read_text())
+    ours, full, ten = "representation", "full_reverse_kl", "composite_mu_10"
+    leads = [lead_at((ours, rate), (full, best)) for rate, best in ((3e-4, 3e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
+    assert f"full reverse KL: {leads[0]} at 3e-4, {leads[1]} at 1e-3, {leads[2]} at each one's best rate" in text
+    leads = [lead_at((ten, rate), (ours, rate)) for rate in (1e-3, 2e-3)]
+    assert f"not significantly different here ({leads[0]} at 1e-3, {leads[1]} at 2e-3)" in text
+    leads = [lead_at(("tail_sampled_top_4", rate), ("top_4", rate)) for rate in (3e-4, 1e-3)]
+    assert f"renormalised top-4: {leads[0]} and {leads[1]}, no significant difference" in text
+    number, half = lead("evidence/e02_composite/result.json", "composite_mu_100", "representation")
+    assert f"the best of three µ, 100, ahead by {number.removeprefix('+')} ± {half} ([E2])" in text
+    report = read("evidence/objectives/compare.json")
+    before, teacher = (percent(report[key]["avg"]) for key in ("student_before", "teacher"))
+    assert f"Student before {before}, teacher {teacher}" in text
