@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, keys, push, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
+app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)

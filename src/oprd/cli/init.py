@@ -1,0 +1,55 @@
+"""`oprd init`: write a first recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oprd.files import write_text
+
+_BRIDGE_PROMPTS = 1000
+
+
+def init(
+    student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
+    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    output: Annotated[Path, typer.Option(help="The recipe's file; the run's folder is runs/<its name>.")],
+    eval_dataset: Annotated[str | None, typer.Option("--eval", help="Problems with answers, in the same ways.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="How answers are graded; default: math, where it can read all of them.")
+    ] = None,
+) -> None:
+    """Write a recipe that runs: looks at the models' files, the data and this machine, and asks nothing."""
+    from oprd.cli import bridge
+    from oprd.cli.console import quiet_libraries, say
+
+    if output.exists():
+        raise ValueError(f"--output: {output} is there already; choose another name, or remove it")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {output.parent}")
+    quiet_libraries()
+    from oprd.resolve import plan
+    from oprd.run_config import RunConfig
+    from oprd.tools.first_recipe import Machine, first_recipe
+
+    made = first_recipe(
+        student, teacher, prompts, eval_dataset=eval_dataset, task=task, output=output, machine=Machine.this()
+    )
+    values = made.values
+    if made.needs_bridge:
+        say(f"the models differ in shape or tokenizer: fitting a bridge, {values['bridge']}")
+        bridge.fit(
+            student, teacher, prompts, Path(values["bridge"]), limit=min(made.prompts, _BRIDGE_PROMPTS),
+            max_completion_length=values["max_completion_length"],
+        )  # fmt: skip
+    text = made.text()
+    on_cpu = {} if values.get("use_cpu") else {"use_cpu": False}
+    plan(RunConfig.parse({**values, **on_cpu}, str(output))).describe()  # refuses what a run would refuse
+    write_text(output, text)
+    say(text)
+    for warning in made.warnings:
+        say(f"WARNING: {warning}")
+    say(f"written to {output}; next: oprd train --config {output} --dry-run, then without --dry-run")
