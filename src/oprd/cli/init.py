@@ -18,9 +18,7 @@ def init(
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     output: Annotated[Path, typer.Option(help="The recipe's file; the run's folder is runs/<its name>.")],
     eval_dataset: Annotated[str | None, typer.Option("--eval", help="Problems with answers, in the same ways.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="How answers are graded; default: math, where it can read all of them.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="How the answers of --eval are graded; default: math.")] = None,
 ) -> None:
     """Write a recipe that runs: looks at the models' files, the data and this machine, and asks nothing."""
     from oprd.cli import bridge
@@ -30,14 +28,19 @@ def init(
         raise ValueError(f"--output: {output} is there already; choose another name, or remove it")
     if not output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {output.parent}")
+    if task is not None and eval_dataset is None and not prompts.startswith("generated:"):
+        raise ValueError(f"--task: {task!r} grades the answers of --eval, which is not given")
     quiet_libraries()
+    import torch
+
     from oprd.resolve import plan
     from oprd.run_config import RunConfig
-    from oprd.tools.first_recipe import Machine, first_recipe
+    from oprd.tools.doctor.probe import probe_cpu
+    from oprd.tools.doctor.time import measure_device, predict_seconds
+    from oprd.tools.first_recipe import Machine, first_recipe, workload_for
 
-    made = first_recipe(
-        student, teacher, prompts, eval_dataset=eval_dataset, task=task, output=output, machine=Machine.this()
-    )
+    machine = Machine.this()
+    made = first_recipe(student, teacher, prompts, eval_dataset=eval_dataset, task=task, output=output, machine=machine)
     values = made.values
     if made.needs_bridge:
         say(f"the models differ in shape or tokenizer: fitting a bridge, {values['bridge']}")
@@ -46,10 +49,13 @@ def init(
             max_completion_length=values["max_completion_length"],
         )  # fmt: skip
     text = made.text()
-    on_cpu = {} if values.get("use_cpu") else {"use_cpu": False}
-    plan(RunConfig.parse({**values, **on_cpu}, str(output))).describe()  # refuses what a run would refuse
+    work = workload_for(values, made.longest_prompt, machine)
+    device = measure_device(torch.bfloat16, torch.device("cuda")) if machine.cuda else probe_cpu(work)
+    plan(RunConfig.parse(values, str(output))).describe()  # refuses what a run would refuse
     write_text(output, text)
     say(text)
     for warning in made.warnings:
         say(f"WARNING: {warning}")
+    seconds = sum(predict_seconds(work, device).values())
+    say(f"at most about {seconds:.2g} s a step on this machine, an estimate for completions of full length")
     say(f"written to {output}; next: oprd train --config {output} --dry-run, then without --dry-run")

@@ -19,7 +19,7 @@ from oprd.tasks.problems import GENERATED
 from oprd.tasks.task import get_task
 from oprd.tools.check_data import DatasetReport, DatasetSettings, examine
 from oprd.tools.doctor.memory import predict_memory
-from oprd.tools.doctor.workload import workload_of
+from oprd.tools.doctor.workload import Workload, workload_of
 
 GENERATED_PROMPTS, MOST_PROBLEMS = 4096, 250
 _HEAD = """# yaml-language-server: $schema=schema.json
@@ -58,6 +58,7 @@ class FirstRecipe:
         reasons: key → why it has this value, where the value does not say it.
         needs_bridge: the bridge that it names has to be fitted first.
         prompts: number of rows of the training data.
+        longest_prompt: its tokens.
         warnings: what its reader must know.
     """
 
@@ -65,6 +66,7 @@ class FirstRecipe:
     reasons: Mapping[str, str]
     needs_bridge: bool
     prompts: int
+    longest_prompt: int
     warnings: tuple[str, ...]
 
     def text(self) -> str:
@@ -93,39 +95,42 @@ def first_recipe(
         teacher: likewise.
         prompts: file, hub name or `generated:<task>`.
         eval_dataset: likewise, problems with answers; None: for generated prompts those of the test split.
-        task: how answers are graded; None: `math` where it can read all answers, else no grading.
+        task: how the answers of `eval_dataset` are graded; None: `math`, where it can compare all of them.
         output: the recipe's file; the run's folder is named after it.
         machine: where it is to run.
 
     Raises:
-        ValueError: a model's config, its tokenizer or a row cannot be read, or a prompt leaves no room for a completion.
+        ValueError: a model's config, its tokenizer or a row cannot be read, a task cannot use the answers, or no completion fits after
+            the longest prompt.
     """
-    infos = {name: _info(role, name) for role, name in (("student", student), ("teacher", teacher))}
+    own, other = _info("student", student), _info("teacher", teacher)
     tokenizers = [load_tokenizer(resolve_name(name)) for name in (student, teacher)]
     if eval_dataset is None and prompts.startswith(GENERATED):
         eval_dataset = prompts
-    train, graded = _read(prompts, "train", tokenizers[0]), _read(eval_dataset, "test", tokenizers[0])
-    values: dict[str, Any] = {"model": student, "teacher_model": teacher}
-    reasons: dict[str, str] = {}
-    values |= _data_values(prompts, eval_dataset, task or _guess_task(eval_dataset or prompts, graded or train), reasons)
-    if graded is None:
+    train, reasons = _read(prompts, "train", tokenizers[0]), dict[str, str]()
+    values: dict[str, Any] = {"model": student, "teacher_model": teacher, **_data_values(prompts)}
+    if eval_dataset is None:
         reasons["train_dataset"] = "no eval_dataset: the run shows loss and cosine, no accuracy"
+    else:
+        problems = _read(eval_dataset, "test", tokenizers[0])
+        values |= {"eval_dataset": eval_dataset, "eval_limit": MOST_PROBLEMS}
+        reasons["eval_limit"] = "problems at most; more narrow the interval"
+        values |= {"eval_num_generations": 4 if machine.cuda else 2}
+        reasons["eval_num_generations"] = "answers a problem, before and after training"
+        values["task"] = get_task(task).name if task else _guess_task(eval_dataset, problems)
     values["output_dir"] = f"runs/{output.stem}"
-    needs_bridge = _compare_values(infos[student], infos[teacher], different_tokens(*tokenizers), values, reasons)
+    needs_bridge = _compare_values(own, other, different_tokens(*tokenizers), values, reasons)
     longest = int(train.lengths.max())
-    values["max_completion_length"] = _completion_length(infos[student], longest, machine)
+    values["max_completion_length"] = _completion_length(own, longest, machine)
     reasons["max_completion_length"] = f"tokens; the longest prompt has {longest}"
     values["learning_rate"] = "auto"
     reasons["learning_rate"] = "a probe before the run finds it; a number skips the probe"
     values |= {"bf16": True} if machine.cuda else {"use_cpu": True}
     warnings = _size_values(values, reasons, longest, machine)
-    steps = max(50, min(200, math.ceil(4 * train.rows / values["per_device_train_batch_size"])))
-    values["max_steps"] = steps
-    reasons["max_steps"] = f"of {values['per_device_train_batch_size']} rollouts; there are {train.rows} prompts"
-    if graded is not None:
-        values["eval_num_generations"] = 4 if machine.cuda else 2
-        reasons["eval_num_generations"] = "answers a problem, before and after training"
-    return FirstRecipe(values, reasons, needs_bridge, train.rows, tuple(warnings))
+    batch = values["per_device_train_batch_size"]
+    values["max_steps"] = max(50, min(200, math.ceil(4 * train.rows / batch)))
+    reasons["max_steps"] = f"of {batch} rollouts; there are {train.rows} prompts"
+    return FirstRecipe(values, reasons, needs_bridge, train.rows, longest, tuple(warnings))
 
 
 def _info(role: str, name: str) -> ModelInfo:
@@ -137,9 +142,7 @@ def _info(role: str, name: str) -> ModelInfo:
     return info
 
 
-def _read(dataset: str | None, split: str, tokenizer: Any) -> DatasetReport | None:
-    if dataset is None:
-        return None
+def _read(dataset: str, split: str, tokenizer: Any) -> DatasetReport:
     limits = {"train": GENERATED_PROMPTS, "test": MOST_PROBLEMS}
     limit = limits[split] if dataset.startswith(GENERATED) else None
     found = examine(DatasetSettings(dataset, split, limit), tokenizer)
@@ -148,32 +151,25 @@ def _read(dataset: str | None, split: str, tokenizer: Any) -> DatasetReport | No
     return found
 
 
-def _guess_task(dataset: str, report: DatasetReport) -> str | None:
-    """The task of generated problems, or `math` where all rows have an answer that it can compare."""
+def _guess_task(dataset: str, report: DatasetReport) -> str:
+    """The task of generated problems, or `math` where it can compare all answers."""
     if dataset.startswith(GENERATED):
         return dataset.removeprefix(GENERATED)
-    if report.answered < report.rows:
-        return None
+    if missing := report.rows - report.answered:
+        raise ValueError(
+            f"--eval: {missing} of {report.rows} rows of {dataset} have no answer; remove them, or leave --eval out"
+        )
     try:
         examine(DatasetSettings(dataset, task=get_task("math")))
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise ValueError(
+            f"--eval: the task math cannot use its answers ({error}); say --task, or leave --eval out"
+        ) from None
     return "math"
 
 
-def _data_values(
-    prompts: str, eval_dataset: str | None, task: str | None, reasons: dict[str, str]
-) -> dict[str, Any]:
-    values: dict[str, Any] = {"train_dataset": prompts}
-    if prompts.startswith(GENERATED):
-        values["train_limit"] = GENERATED_PROMPTS
-    if eval_dataset is not None:
-        values |= {"eval_dataset": eval_dataset, "eval_limit": MOST_PROBLEMS}
-        reasons["eval_limit"] = "problems at most; more narrow the interval"
-    if task is not None and eval_dataset is not None:
-        values["task"] = task
-        reasons["task"] = "grades the answers of eval_dataset"
-    return values
+def _data_values(prompts: str) -> dict[str, Any]:
+    return {"train_dataset": prompts, **({"train_limit": GENERATED_PROMPTS} if prompts.startswith(GENERATED) else {})}
 
 
 def _compare_values(
@@ -211,9 +207,11 @@ def _size_values(values: dict[str, Any], reasons: dict[str, str], longest: int, 
             values["per_device_train_batch_size"] = batch
             if recomputed:
                 values["activation_checkpointing"] = True
-            peak = _peak(values, longest, machine)
+            peak = predict_memory(workload_for(values, longest, machine)).peak
             if peak <= _ROOM * free:
-                reasons["per_device_train_batch_size"] = f"prompts a step; about {peak / 1e9:.1f} of {free / 1e9:.1f} GB"
+                reasons["per_device_train_batch_size"] = (
+                    f"prompts a step; about {peak / 1e9:.1f} of {free / 1e9:.1f} GB"
+                )
                 return []
     return [
         f"the run needs about {peak / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: use several GPUs (docs/scale.md) or train an "
@@ -221,12 +219,18 @@ def _size_values(values: dict[str, Any], reasons: dict[str, str], longest: int, 
     ]
 
 
-def _peak(values: Mapping[str, Any], longest: int, machine: Machine) -> float:
-    """Estimated bytes of a step; without the bridge, which is not there yet and small beside the rest."""
+def workload_for(values: Mapping[str, Any], longest: int, machine: Machine) -> Workload:
+    """What a step of a recipe takes; without the bridge, which may not be there yet and is small beside the rest.
+
+    Args:
+        values: key → value.
+        longest: tokens of the longest prompt.
+        machine: where it is to run.
+    """
     left_out = ("bridge", "learning_rate", "bf16")
     known = {key: value for key, value in values.items() if key not in left_out}
     run = RunConfig.parse({**known, "use_cpu": not torch.cuda.is_available()})
-    return predict_memory(workload_of(run, prompt=longest, bf16=machine.cuda, accelerator=machine.cuda)).peak
+    return workload_of(run, prompt=longest, bf16=machine.cuda, accelerator=machine.cuda)
 
 
 def _written(value: Any) -> str:
