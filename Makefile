@@ -49,8 +49,11 @@ test-deepspeed: $(SCALE_VENV)/.ready
 test-wheel: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_wheel.py
 
-# Links, names, commands and lengths of the documents.
-docs: $(VENV)/.ready-dev
+# The site, in build/docs: warnings are errors, links and anchors inside it are checked. Then names, commands and lengths of the pages.
+docs: $(VENV)/.ready-docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	$(BIN)/python scripts/check_site.py build/docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
 # Source distribution and wheel.
@@ -92,6 +95,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready locks/dev.txt
 	$(BIN)/$(LOCKED) locks/dev.txt
 	touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready-dev locks/docs.txt
+	$(BIN)/$(LOCKED) locks/docs.txt
+	touch $@
+
 $(AUDIT_VENV)/.ready: locks/audit.txt
 	$(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/$(LOCKED) locks/audit.txt
@@ -117,4 +124,4 @@ $(VENV)/.ready-evidence: $(VENV)/.ready-dev locks/evidence.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) build runs dist .pytest_cache .ruff_cache .mypy_cache
