@@ -13,7 +13,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs dist lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs notebooks dist lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -55,6 +55,10 @@ docs: $(VENV)/.ready-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 	$(BIN)/python scripts/check_site.py build/docs
 	$(BIN)/python -m pytest tests/test_docs.py
+
+# Executes examples/notebooks/ and writes their outputs into them.
+notebooks: $(VENV)/.ready-docs
+	$(BIN)/python scripts/run_notebooks.py
 
 # Source distribution and wheel.
 dist: $(VENV)/.ready

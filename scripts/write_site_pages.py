@@ -49,7 +49,7 @@ def recipes(text: str) -> str:
 def first_sentence(page: str) -> str:
     """First sentence of a page's first paragraph, in plain words."""
     text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
-    paragraphs = [part for part in re.split(r"\n\s*\n", text) if re.match(r"[\w`*\[]", part.strip())]
+    paragraphs = [part for part in re.split(r"\n\s*\n", text) if re.match(r"[^\W\d]|[`\[]", part.strip())]
     plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(paragraphs[0].split())) if paragraphs else ""
     return re.split(r"(?<=[.:])\s", plain)[0].rstrip(":.")
 
@@ -60,14 +60,15 @@ def title(page: str) -> str:
 
 
 def llms() -> str:
-    """docs/llms.txt (llmstxt.org): the sections of docs/index.md, with each page's title and first sentence."""
+    """docs/llms.txt (llmstxt.org): the sections of docs/index.md, with each page's title and what is
+    said of it there, or else its first sentence."""
     index = INDEX.read_text()
     lines = [f"# {title(index)}", "", f"> {first_sentence(index)}."]
     for section in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
         lines += ["", f"## {section.splitlines()[0]}", ""]
-        for name in re.findall(r"\]\(([\w./-]+\.md)\)", section):
+        for name, said in re.findall(r"\]\(([\w./-]+\.md)\)(?:: (.+))?", section):
             page = (INDEX.parent / name).read_text()
-            lines.append(f"- [{title(page)}]({name}): {first_sentence(page)}.")
+            lines.append(f"- [{title(page)}]({name}): {said or first_sentence(page)}.")
     return "\n".join(lines) + "\n"
 
 
