@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, keys, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, keys, push, report, train
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -31,6 +31,7 @@ app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("push")(push.push)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)

@@ -36,8 +36,8 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     adapter = settings.get("lora") is not None
     student, train = settings["model"], settings["train_dataset"]
     data = ModelCardData(
-        base_model=student if _on_hub(student) else None,
-        datasets=[train] if _on_hub(train) else None,
+        base_model=student if on_hub(student) else None,
+        datasets=[train] if on_hub(train) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[
@@ -242,7 +242,8 @@ def _software(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
 
 
-def _on_hub(name: str) -> bool:
+def on_hub(name: str) -> bool:
+    """Whether a name may be one of the hub: the hub allows it, and no local file has it."""
     try:
         validate_repo_id(name)
     except HFValidationError:
