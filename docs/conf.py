@@ -69,6 +69,11 @@ def _from_root(page: str) -> str:
     return (ROOT / "docs" / page).resolve().relative_to(ROOT).as_posix()
 
 
+def _unlink_folders(app: Sphinx, name: str, text: list[str]) -> None:
+    """Leave the words of links to folders: these are pages on GitHub, and none here."""
+    text[0] = re.sub(r"\[([^\]]+)\]\([\w./-]*/\)", r"\1", text[0])
+
+
 def _add_toctrees(app: Sphinx, name: str, text: list[str]) -> None:
     """Give the first page its toctrees, and one each to the pages that it does not name: of docs/, and elsewhere."""
     if name != root_doc:
@@ -101,7 +106,8 @@ def _copy_sources(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the three."""
+    """Connect them."""
+    app.connect("source-read", _unlink_folders)
     app.connect("source-read", _add_toctrees)
     app.connect("autodoc-process-signature", _without_settings)
     app.connect("build-finished", _copy_sources)
