@@ -129,7 +129,7 @@ def hub(status: int = 200) -> Iterator[tuple[str, dict[str, bytes]]]:
             self.reply({})
 
         def do_GET(self):
-            self.reply({"id": "me/mine", "sha": "0" * 40, "siblings": []})
+            self.reply({"id": "me/mine", "sha": "0" * 40, "siblings": []}, status)
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

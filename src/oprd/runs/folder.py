@@ -175,10 +175,12 @@ class RunFolder:
         rollouts: Rollouts,
         rewards: Sequence[bool | float | None],
         answers: Sequence[str | None],
+        by_function: Mapping[str, Sequence[float | None]] | None = None,
     ) -> None:
-        """Append the completions of a step, one JSON line each, with their problems' reference answers."""
-        for row in _completion_rows(prompts, rollouts, rewards, answers):
-            self.append(COMPLETIONS, {"step": step, **row})
+        """Append the completions of a step, one JSON line each, with reference answers and what reward functions give."""
+        for index, row in enumerate(_completion_rows(prompts, rollouts, rewards, answers)):
+            given = {name: values[index] for name, values in (by_function or {}).items()}
+            self.append(COMPLETIONS, {"step": step, **row, **({"rewards": given} if given else {})})
 
     def write_completions(
         self,
