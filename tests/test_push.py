@@ -194,6 +194,7 @@ def test_all_files_arrive_in_one_commit(run):
     assert kept["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.further
 def test_a_hub_that_refuses_or_is_away_is_said_in_one_sentence(run):
     with hub(status=403) as (address, kept):
         refused = pushed(run, HF_ENDPOINT=address)

@@ -12,8 +12,9 @@ import psutil
 import torch
 import yaml
 
-from oprd.models.loading import ModelInfo, load_tokenizer, resolve_name
+from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
+from oprd.resolve import ModelInfo, load_tokenizer
 from oprd.run_config import RunConfig
 from oprd.tasks.problems import GENERATED
 from oprd.tasks.task import get_task
@@ -100,8 +101,8 @@ def first_recipe(
         machine: where it is to run.
 
     Raises:
-        ValueError: a model's config, its tokenizer or a row cannot be read, a task cannot use the answers, or no completion fits after
-            the longest prompt.
+        ValueError: a model's config, its tokenizer or a row cannot be read, a task cannot use the answers, or the longest prompt
+            leaves no room for a completion.
     """
     own, other = _info("student", student), _info("teacher", teacher)
     tokenizers = [load_tokenizer(resolve_name(name)) for name in (student, teacher)]
