@@ -238,6 +238,7 @@ def day_in(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.further
 def test_a_resumed_run_prints_the_date_of_its_first_day(dated_pair, day_in, tmp_path, caplog):
     student, teacher, prompts = dated_pair
 

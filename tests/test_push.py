@@ -180,6 +180,7 @@ def pushed(run: Path, *words: str, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(command, env={**kept, **home, **environment}, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.further
 def test_all_files_arrive_in_one_commit(run):
     with hub() as (address, kept):
         shown = pushed(run, "--dry-run", HF_ENDPOINT=address)
