@@ -13,7 +13,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs dist lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs notebooks dist lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -49,9 +49,16 @@ test-deepspeed: $(SCALE_VENV)/.ready
 test-wheel: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_wheel.py
 
-# Links, names, commands and lengths of the documents.
-docs: $(VENV)/.ready-dev
+# The site, in build/docs: warnings are errors, links and anchors inside it are checked. Then names, commands and lengths of the pages.
+docs: $(VENV)/.ready-docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	$(BIN)/python scripts/check_site.py build/docs
 	$(BIN)/python -m pytest tests/test_docs.py
+
+# Executes examples/notebooks/ and writes their outputs into them.
+notebooks: $(VENV)/.ready-docs
+	$(BIN)/python scripts/run_notebooks.py
 
 # Source distribution and wheel.
 dist: $(VENV)/.ready
@@ -92,6 +99,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready locks/dev.txt
 	$(BIN)/$(LOCKED) locks/dev.txt
 	touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready-dev locks/docs.txt
+	$(BIN)/$(LOCKED) locks/docs.txt
+	touch $@
+
 $(AUDIT_VENV)/.ready: locks/audit.txt
 	$(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/$(LOCKED) locks/audit.txt
@@ -117,4 +128,4 @@ $(VENV)/.ready-evidence: $(VENV)/.ready-dev locks/evidence.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) runs dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(SCALE_VENV) $(AUDIT_VENV) build runs dist .pytest_cache .ruff_cache .mypy_cache

@@ -308,14 +308,16 @@ def measure(name: str, *, only_times: bool = False) -> dict[str, Any]:
                  "num_key_value_heads": 2}  # fmt: skip
         # loads what is loaded at first use, which the measurement excludes
         if not only_times:
-            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train()
+            make_trainer(name, small, FixedRollouts([[7] * 8] * len(whole)), f"{folder}/small", Measured).train(
+                outputs=False
+            )
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated() if gpu else resident_bytes()
         trainer = make_trainer(name, model, None if timed else FixedRollouts(whole), f"{folder}/run", Measured)
         trainer.engine.stop_token_ids = [model["vocab_size"]]  # never drawn, so all completions have the maximal length
-        trainer.train()
+        trainer.train(outputs=False)
         if timed:
             row = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[-1])
             seen["seconds"] = {phase: round(row[f"time/{phase}"], 4) for phase in PHASES}

@@ -89,7 +89,7 @@ class Claim(Protocol):
     """A module `evidence/eNN_name/claim.py`."""
 
     ID: str
-    """E1 … E12."""
+    """E1 … E13."""
     TITLE: str
     """What *holds* means here, as a statement. It is never shown without the verdict."""
     CLAIM: str

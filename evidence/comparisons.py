@@ -139,7 +139,7 @@ def diagnosed(work: Work) -> dict[str, Any]:
 
     rows = load_rows("generated:addition", "train", 32 if work.quick else 128, TUNING_SEED)
     pair = load_pair("embedded:tiny/student", "embedded:tiny/teacher")
-    return diagnose_pair(pair, rows, max_completion_length=64)
+    return diagnose_pair(pair, rows, max_completion_length=64, probe_rate=False)
 
 
 def _record(run: Run, of_seed: Mapping[str, float]) -> Record:

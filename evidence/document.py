@@ -14,7 +14,7 @@ DETAILS = "README.md"
 Claims = Sequence[tuple[Path, Claim]]
 _PAGE = """# Evidence
 
-{count} claims of the paper (arXiv 2606.06021) and of the field, each measured at a scale that anyone can re-run. The paper reports one seed, chooses
+{count} claims of the paper (arXiv 2606.06021) and of the field, each at a scale that anyone can re-run. The paper reports one seed, chooses
 checkpoints on its test sets and has no full-vocabulary baseline. The models here are small: a verdict may differ at 7B.
 
 {words}
@@ -23,8 +23,8 @@ checkpoints on its test sets and has no full-vocabulary baseline. The models her
 
 {verdicts}
 
-Intervals are 95 %, Student's t over seeds; `±` is half of one, over differences seed by seed. Each claim's folder has the figure, all numbers, the
-setting and the script.
+Intervals are 95 %, Student's t over seeds; `±` is half of one, over differences seed by seed. Each claim's folder has figure, numbers, setting and
+script.
 
 ## Rules
 
@@ -38,14 +38,14 @@ setting and the script.
 
 ## Measure again
 
-    make evidence                            # measures every claim; continues after an interruption
-    make evidence-quick                      # a tenth of the work, written to runs/: checks that it runs, not the verdicts
+    make evidence                            # measures every claim; continues after interruptions
+    make evidence-quick                      # a tenth of the work, in runs/: checks that it runs
     .venv/bin/python -m evidence --only E7   # one claim
-    .venv/bin/python -m evidence --tune      # also chooses the learning rates of E1, E2 and E11 again
-    .venv/bin/python -m evidence --document  # rewrites the pages, pictures and README from the committed results
+    .venv/bin/python -m evidence --tune      # also chooses the learning rates again
+    .venv/bin/python -m evidence --document  # rewrites pages and pictures from committed results
 
-{whole}Learning rates were chosen by earlier runs on a separate tuning seed; those runs are in the committed results. Larger measurements, earlier than
-these: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bridge/README.md), [demo and SmolLM2](../evidence/first_light/README.md).
+{whole}Learning rates were chosen on a separate tuning seed; those runs are in the committed results. Larger, earlier
+measurements: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bridge/README.md), [demo and SmolLM2](../evidence/first_light/README.md).
 """
 
 

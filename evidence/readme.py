@@ -118,12 +118,18 @@ def _real_model(result: Mapping[str, Any], verdict: str) -> str:
     return f"**A pretrained model** ({verdict}): SmolLM2-135M, short training, {points(*lead[:2])} against the full reverse KL."
 
 
+def _beside_trl(result: Mapping[str, Any], verdict: str) -> str:
+    lead = difference(result["runs"], "representation", "distillation")
+    return f"**Beside TRL** ({verdict}): {points(*lead[:2])} over its tuned `DistillationTrainer`."
+
+
 _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "E1": _accuracy,
     "E5": _cost,
     "E3": _positions,
     "E10": _other_teachers,
     "E11": _real_model,
+    "E13": _beside_trl,
 }
 
 

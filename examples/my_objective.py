@@ -1,9 +1,10 @@
-"""Two objectives of your own: a function of hidden states, and a class that sees layers and weights.
+"""Objectives of your own: a function of hidden states, one of log-probabilities, and a class that sees layers and weights.
 
 In the recipe (YAML), with this file's folder on PYTHONPATH:
 
     objectives:
-      - {use: "my_objective:huber", weight: 0.5, delta: 1.0}      # keys other than use and weight are arguments
+      - {use: "my_objective:huber", weight: 0.5, delta: 1.0}      # further keys are arguments
+      - {use: "my_objective:skewed_kl", reads: log_probs, weight: 0.1}
       - {use: "my_objective:UpperLayers", weight: 0.1, first: 3}
 
 or on the command line:
@@ -15,6 +16,8 @@ oprd adds them to the terms of the settings; with `representation_weight: 0` onl
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -33,6 +36,18 @@ def huber(student_ND: Tensor, teacher_ND: Tensor, delta: float = 1.0) -> Tensor:
         delta: distance from which an outlier counts linearly.
     """
     return torch.nn.functional.huber_loss(student_ND, teacher_ND, reduction="none", delta=delta).mean(-1)
+
+
+def skewed_kl(student_NV: Tensor, teacher_NV: Tensor, share: float = 0.1) -> Tensor:
+    """KL of the student from a mixture of both models: one error per position, `[N]`.
+
+    Args:
+        student_NV: `[N, V]`, log-probabilities of the next token, of some of the positions; receives the gradient.
+        teacher_NV: `[N, V]`, without gradient.
+        share: of the student in the mixture.
+    """
+    mixture_NV = torch.logaddexp(student_NV + math.log(share), teacher_NV + math.log1p(-share))
+    return (student_NV.exp() * (student_NV - mixture_NV)).sum(-1)
 
 
 class UpperLayers:

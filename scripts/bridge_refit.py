@@ -84,7 +84,7 @@ def main() -> None:
     })  # fmt: skip
     refit = Refit(arguments.every)
     trainer = refit.trainer = build_trainer(run, [refit])
-    trainer.train()
+    trainer.train(outputs=False)
     measured = trainer.evaluate_now()
     summary = {"every": arguments.every, "seed": arguments.seed, "r2_at_refits": refit.r2, "student_after": measured}
     (arguments.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -34,7 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/oprd")
-COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "pyproject.toml", "README.md")
+COPIED = ("src", "tests", "scripts", "recipes", "comparisons", "examples", "docs", "pyproject.toml", "README.md")
 WANTED = 0.95  # share of mutants that must be killed
 SECONDS = 300  # that a run of a mutant may take
 NO_TEST = 5  # pytest's exit status where it deselects all tests: then nothing notices
@@ -68,6 +68,25 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "models/nearest_folder.py": [
         ("the nearest folder is any", "if not (alike := difflib.get_close_matches(part, beside, n=1)):",
          "if not (alike := beside):", "test_messages.py::test_the_message"),
+    ],
+    "tasks/rewards.py": [
+        ("weights of reward functions do not count", "[weight * reward for weight", "[reward for weight",
+         "test_rewards.py::test_the_reward_is_the_weighted_sum_of_those_that_apply"),
+        ("a reward that is not a number passes", "if not math.isfinite(number):", "if math.isinf(number):",
+         "test_rewards.py::test_what_a_function_returns_is_checked"),
+        ("each batch of async functions has an event loop of its own", "if self._runner is None:", "if True:",
+         "test_rewards.py::test_async_functions_run_at_the_same_time_also_within_a_loop"),
+        ("a conversation's completion is text", "text if isinstance(row.prompt, str) else", "text if True else",
+         "test_rewards.py::test_a_function_gets_what_trl_gives_it"),
+    ],
+    "training/overrides.py": [
+        ("an override of compute_loss passes", '("compute_loss", "compute_loss_context', '("compute_loss_context',
+         "test_extend.py::test_what_a_run_never_calls_is_known"),
+    ],
+    "training/outcome.py": [
+        ("the summary lacks what was measured after training", 'summary["student_after"] = trainer.evaluate_now()',
+         'summary["student_after"] = summary["student_before"]',
+         "test_python_api.py::test_a_run_from_python_leaves_what_the_command_leaves"),
     ],
     "tools/evaluate.py": [
         ("all rows in place of the first", '"dataset", reading)[:limit]', '"dataset", reading)',
@@ -120,6 +139,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_composite.py::test_a_weight_is_on_if_it_ever_counts"),
     ],
     "objectives/batch.py": [
+        ("a rollout without a reward has a part in its group's mean",
+         "{i: float(reward) for i in group if (reward := self.rewards[i]) is not None}",
+         "{i: float(self.rewards[i] or 0) for i in group}",
+         "test_rewards.py::test_metrics_and_advantages_are_those_of_trl"),
         ("columns stay in order when rollouts are selected", "[column[i] for i in indices]", "list(column[: len(indices)])",
          "test_objectives_in_training.py::test_all_three_terms_together_equal_plain_pytorch"),
         ("pairs stay those of the whole batch", "self.pairs.select(indices)", "self.pairs",
@@ -263,6 +286,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_lm_head_weighted_sum.py::test_it_equals_the_dense_sum"),
     ],
     "models/lm_head/logit_functions.py": [
+        ("weights do not reach the gradient of a function of log-probabilities", "leaf_nV, upstream_n1[:, 0])",
+         "leaf_nV, torch.ones_like(upstream_n1[:, 0]))",
+         "test_extend.py::test_a_function_of_log_probabilities_equals_the_shipped_divergence"),
         ("the JSD's gradient without its share", ".mul_(upstream_n1 * (1 - beta))", ".mul_(upstream_n1)",
          "test_lm_head.py::test_a_divergence_equals_the_dense_one"),
         ("impossible events pull on the student", "q_nV.masked_fill_(impossible_nV, 0)", "pass",
@@ -649,14 +675,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_overlap.py::test_without_change_of_weights_it_is_the_run_without_overlap"),
     ],
     "training/recorder.py": [
-        ("the teacher's rollouts count as the student's accuracy", "batch.rewards if terms.on_policy else []",
-         "batch.rewards", "test_off_policy.py::test_the_teachers_accuracy_is_not_logged_as_the_students"),
+        ("the teacher's rollouts count as the student's accuracy", "batch.correct if mine else []",
+         "batch.correct", "test_off_policy.py::test_the_teachers_accuracy_is_not_logged_as_the_students"),
         ("padding of accumulated batches adds up", "padding_share=share * padding_share(", "padding_share=padding_share(",
          "test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
         ("an unfinished step counts in the next call",
-         '            earlier: lines of metrics.jsonl of the steps before, where the run is resumed.\n        """\n '
-         "       self._metrics = StepMetrics()\n",
-         '            earlier: lines of metrics.jsonl of the steps before, where the run is resumed.\n        """\n',
+         "self._metrics, self._batches, self._prompts = StepMetrics(), [], []", "self._batches, self._prompts = [], []",
          "test_trainer.py::test_an_interrupted_step_does_not_count_in_the_next_call"),
     ],
     "training/finite.py": [
@@ -753,7 +777,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("ranks add up", "row = {n: v / ranks for n, v in sums.items()}", "row = dict(sums)",
          "test_distributed.py::test_two_processes_equal_one_with_twice_the_batch"),
     ],
+    "training/rate_probe.py": [
+        ("a rate starts where the one before ended", "        self._restore()\n        optimizer = self._optimizer(rate)",
+         "        optimizer = self._optimizer(rate)", "test_rate_probe.py::test_the_losses_are_those_of_plain_pytorch"),
+        ("the run starts where the probe ended", "        finally:\n            self._restore()", "        finally:\n            pass",
+         "test_rate_probe.py::test_a_run_equals_one_with_the_number_and_resuming_does_not_probe"),
+        ("held-out prompts are learnt from", "order[:held], order[held:]", "order[:held], order",
+         "test_rate_probe.py::test_no_prompt_is_on_both_sides"),
+        ("sampled tokens are judged on old rollouts", ' and not getattr(term.objective, "on_policy_only", False)', "",
+         "test_rate_probe.py::test_terms_that_need_fresh_rollouts_are_left_out_and_named"),
+    ],
+    "runs/verdict.py": [
+        ("any fall is worse", "change + spread < 0, change", "change < 0, change",
+         "test_verdict.py::test_the_verdict_has_its_interval"),
+    ],
     "training/alarm.py": [
+        ("one step makes a loss rise", " or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance)", "",
+         "test_verdict.py::test_noise_and_progress_do_not_ring"),
         ("cut-off completions do not count", 'elif totals["finished"] == 0:', 'elif totals["finished"] < 0:',
          "test_useless_steps.py::test_they_are_counted_from_the_first_step"),
         ("a useful step does not end the row", "self._in_a_row + 1 if self._reason else 0", "self._in_a_row + bool(self._reason)",
@@ -983,8 +1023,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_evaluate.py::test_parts_of_ranks_come_back_in_the_order_of_the_problems"),
         ("verdicts move up where an answer is missing", "zip(gradable, graded, strict=True)", "enumerate(graded)",
          "test_evaluate.py::test_rows_without_an_answer_are_not_graded"),
-        ("a closed grader is used again", "            finally:\n                self._grader = None",
-         "            finally:\n                pass",
+        ("a closed grader is used again", "            stack.callback(self._closed)\n", "",
          "test_evaluate.py::test_a_grader_is_opened_once_at_a_time_and_anew_after_it_was_closed"),
     ],
     "children.py": [

@@ -31,8 +31,7 @@ each gives `num_generations` rollouts.
 
 Different from `TrainingArguments` by default: {changed}.
 
-Your own code: `objectives`, `rollout_engine`, `task` and `teacher_model` also take `module:attribute`; a part with arguments is
-`{{use: "module:attribute", argument: value}}` ([ARCHITECTURE.md](../ARCHITECTURE.md#your-own-parts)). """
+Your own code: `objectives`, `reward_funcs`, `rollout_engine`, `task` and `teacher_model` ([extend](extend.md)). """
 
 MODELS_AND_DATA = "models and datasets"
 # The first key of each group, in the order of `OPRDConfig`.

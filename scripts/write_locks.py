@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LOCKS = ROOT / "locks"
 BUILD = ["hatchling", "editables"]  # what builds this package
 OF_TORCH = ["networkx", "setuptools"]  # what torch needs beside packages that are there anyway
-EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"], "evidence": ["dev", "reasoning"]}
+EXTRAS: dict[str, list[str]] = {"run": [], "dev": ["dev"], "docs": ["dev", "docs"], "evidence": ["dev", "reasoning"]}
 
 
 def compile_lock(name: str, inputs: list[str], *options: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -85,6 +87,19 @@ def _seeded():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _train_only(monkeypatch):
+    """`trainer.train()` leaves metrics and checkpoints alone: model, card and curves take longer than most tests. Ask for them."""
+    if (module := sys.modules.get("oprd.training.trainer")) is not None:
+        train = module.OPRDTrainer.train
+
+        @functools.wraps(train)
+        def shorter(self, *args, outputs=False, **kwargs):
+            return train(self, *args, outputs=outputs, **kwargs)
+
+        monkeypatch.setattr(module.OPRDTrainer, "train", shorter)
 
 
 @pytest.fixture(scope="session")

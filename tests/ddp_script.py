@@ -115,14 +115,14 @@ def train_all(out: Path, rank: int) -> None:
         counts = groups.setdefault(name, [])
         oprd.training.parallel.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = trainer_of(name, out / name, 2)
-        trainer.train()
+        trainer.train(outputs=False)
         finish(name, trainer)
     oprd.training.parallel.plan_micro_batches = plan
     trainer = lora_trainer(out / "lora")
-    trainer.train()
+    trainer.train(outputs=False)
     finish("lora", trainer)
     trainer = greedy_trainer(out / "greedy", 2)
-    trainer.train()
+    trainer.train(outputs=False)
     finish("greedy", trainer)
     for count in (3, 1):  # one problem for two ranks: one of them has none
         rollouts = trainer.evaluate_model(trainer.model, trainer.eval_dataset[:count]).rollouts
@@ -135,6 +135,6 @@ def train_all(out: Path, rank: int) -> None:
             out / name, tiny_model("gpt2"), tiny_model("gpt2", 1), save_strategy="steps", save_steps=1,
             **{**COMMON, "max_steps": steps, "per_device_train_batch_size": 2},
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=True if resumed else None)
+        trainer.train(resume_from_checkpoint=True if resumed else None, outputs=False)
         finish(name, trainer)
     (out / f"groups-{rank}.json").write_text(json.dumps(groups))

@@ -93,14 +93,14 @@ def train_all(out: Path, rank: int) -> None:
         counts = groups.setdefault(name, [])
         oprd.training.parallel.plan_micro_batches = lambda *a, counts=counts: counts.append(len(plan(*a))) or plan(*a)
         trainer = sharded_trainer(name, out / name)
-        trainer.train()
+        trainer.train(outputs=False)
         finish(name, {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
     oprd.training.parallel.plan_micro_batches = plan
     for steps, resumed in ((2, False), (3, True)):  # saved by two ranks, resumed by two, and by one in the test
         trainer = sharded_trainer("tied", out / "saved", max_steps=steps, save_strategy="steps", save_steps=1)
-        trainer.train(resume_from_checkpoint=True if resumed else None)
+        trainer.train(resume_from_checkpoint=True if resumed else None, outputs=False)
         finish(f"saved-{steps}", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
     trainer = sampled_trainer(out / "sampled")
-    trainer.train()
+    trainer.train(outputs=False)
     finish("sampled", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
     (out / f"groups-{rank}.json").write_text(json.dumps(groups))

@@ -65,7 +65,7 @@ def train_all(out: Path, rank: int) -> None:
     for name, (_, memory) in MENDED.items():
         trainer = trainer_of(name, out / name, 2)
         failing = Memory(trainer.model, **memory, scarce=lambda t=trainer, n=name: rank == 1 and in_last_batch(t, n))
-        trainer.train()
+        trainer.train(outputs=False)
         failures[name] = failing.failures
         save_file(weights(trainer.model), out / f"{name}-{rank}.safetensors")
         watch()
@@ -75,7 +75,7 @@ def train_all(out: Path, rank: int) -> None:
     trainer.engine.generate = emptying([1], rank, lambda: trainer.state.global_step)
     said = {"useless": "", "failures": failures}
     try:
-        trainer.train()
+        trainer.train(outputs=False)
     except RunStopped as error:
         said["useless"] = str(error)
     said["steps"] = trainer.state.global_step
@@ -87,7 +87,7 @@ def main(out: Path) -> None:
     rank = join(out)
     trainer = trainer_of("forward", out / "stopped", 2, micro_batch_tokens=16384)  # the only micro-batch is the last
     Memory(trainer.model, tokens=30, scarce=lambda: rank == 1)
-    trainer.train()
+    trainer.train(outputs=False)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def train(out: Path, rank: int) -> None:
     """Both ways; the weights that this rank ends with are files in folder `out`."""
     for way, (name, settings) in WAYS.items():
         trainer = trainer_of(name, out / way, 2, max_steps=STEPS, **settings)
-        trainer.train()
+        trainer.train(outputs=False)
         found = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in trainer.model.named_parameters()}
         save_file({n: p.detach().clone() for n, p in found.items()}, out / f"{way}-{rank}.safetensors")
         watch()
@@ -36,7 +36,7 @@ def train_apart(out: Path, rank: int) -> None:
     """Each node has a disk of its own."""
     oprd.training.processes.SHOWN_SECONDS = 0.2
     try:
-        trainer_of("uneven", out / f"disk-of-{rank}", 2).train()
+        trainer_of("uneven", out / f"disk-of-{rank}", 2).train(outputs=False)
     except ValueError as error:
         (out / f"apart-{rank}.txt").write_text(str(error))
 

@@ -177,7 +177,8 @@ def test_the_public_names():
     import oprd
 
     assert oprd.__all__ == [
-        "LoadedRun", "OPRDConfig", "OPRDTrainer", "Rollouts", "Sampling", "States", "TransformersEngine", "capture_states",
+        "LayerError", "LoadedRun", "LogProbError", "OPRDConfig", "OPRDTrainer", "Rollouts", "Sampling", "States", "StepRecord",
+        "Task", "Term", "TransformersEngine", "capture_states",
         "clipped_policy_loss", "evaluate", "full_vocabulary_loss", "group_advantages", "lm_head_of", "load_run", "log_probs",
         "match_heads",
         "plan_micro_batches", "position_weights", "representation_error", "representation_loss", "request_states",
@@ -212,7 +213,8 @@ def test_the_settings():
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
         "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "prompt_column",
         "reduction",
-        "representation_weight", "rollout_engine", "rollout_engine_kwargs", "save_seconds", "scale_rewards",
+        "representation_weight", "reward_funcs", "reward_weights",
+        "rollout_engine", "rollout_engine_kwargs", "save_seconds", "scale_rewards",
         "special_token_map", "split_special_tokens", "task",
         "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
         "temperature", "top_k", "top_p", "trust_remote_code",

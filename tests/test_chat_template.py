@@ -23,6 +23,7 @@ from oprd.run_config import RunConfig
 from oprd.runs.checkpoints import list_checkpoints
 from oprd.tools.evaluate import evaluate_checkpoint
 from oprd.training.run import train_and_evaluate
+from oprd.training.trainer import OPRDTrainer
 from oprd.types import Rollouts
 from tiny import tiny_tokenizer
 
@@ -237,16 +238,23 @@ def day_in(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.further
 def test_a_resumed_run_prints_the_date_of_its_first_day(dated_pair, day_in, tmp_path, caplog):
     student, teacher, prompts = dated_pair
 
-    def train(folder, *, resume=None, **changes):
-        run = RunConfig.parse({
-            "model": student, "teacher_model": teacher, "train_dataset": prompts, "output_dir": str(folder), "max_steps": 2,
-            "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 4,
-            "report_to": "none", "lr_scheduler_type": "constant", "use_cpu": True, **changes,
-        })  # fmt: skip
-        train_and_evaluate(run, say=lambda _: None, resume_from_checkpoint=resume)
+    settings_of_all = {
+        "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2,
+        "max_completion_length": 4, "report_to": "none", "lr_scheduler_type": "constant", "use_cpu": True,
+    }  # fmt: skip
+    models = {"model": student, "teacher_model": teacher, "train_dataset": prompts}
+
+    def train(folder, *, resume=None, from_python=False, **changes):
+        if from_python:
+            args = OPRDConfig(output_dir=str(folder), **settings_of_all)
+            OPRDTrainer(**models, args=args).train(resume_from_checkpoint=resume, outputs=True)
+        else:
+            run = RunConfig.parse({**models, "output_dir": str(folder), **settings_of_all, **changes})
+            train_and_evaluate(run, say=lambda _: None, resume_from_checkpoint=resume)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines], yaml.safe_load((folder / "config.yaml").read_text())
 
@@ -256,12 +264,14 @@ def test_a_resumed_run_prints_the_date_of_its_first_day(dated_pair, day_in, tmp_
     date = settings["chat_template_date"]
     assert f"the chat template prints the date: chat_template_date is {date} in this run" in caplog.text
     assert datetime.fromisoformat(date).date() == datetime.now().date()
-    for name in ("auto", "named"):
+    for name in ("auto", "named", "python"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoint-2")
     day_in("BBB-12")
     assert datetime.fromisoformat(date).date() != datetime.now().date()
     assert train(tmp_path / "auto", resume="auto") == (losses, {**settings, "output_dir": str(tmp_path / "auto")})
+    from_python = train(tmp_path / "python", resume=True, from_python=True)
+    assert from_python == (losses, {**settings, "output_dir": str(tmp_path / "python")})
     checkpoint = str(list_checkpoints(tmp_path / "named")[-1])
     assert train(tmp_path / "named", resume=checkpoint)[1]["chat_template_date"] == date
     again, _ = train(tmp_path / "again", chat_template_date=date)  # as with the run's config.yaml

@@ -81,6 +81,7 @@ def test_workers_end_while_they_evaluate_hostile_answers(killed, all_work):
     assert killed(program, all_work) == set()
 
 
+@pytest.mark.further
 def test_a_trainer_that_is_killed_while_it_grades_leaves_no_process(killed, all_work):
     program = r"""
         import sys

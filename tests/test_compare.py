@@ -405,7 +405,7 @@ def test_other_settings_and_other_peoples_folders_are_refused(comparison):
     run_all(planned(comparison()), workers=2, threads=1, say=str, command=fake(DONE))
     changed = planned(comparison(settings={"eval_strategy": "steps", "eval_steps": 2, "weight_decay": 0.1}))
     with pytest.raises(
-        ValueError, match=r"holds a run with other settings: eval_steps was 1.0 and is 2; weight_decay was"
+        ValueError, match=r"holds a run with other settings: eval_steps was 1.0 and is 2.0; weight_decay was"
     ) as no:
         open_runs(changed)
     assert "eval_before" not in str(no.value)

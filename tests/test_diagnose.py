@@ -33,12 +33,13 @@ ROWS = problems(12, 0, "train")
 
 
 def diagnosis(teacher, **options):
-    return diagnose_pair(load_pair(STUDENT, teacher), ROWS, max_completion_length=60, **options)
+    settings = {"max_completion_length": 60, "probe_rate": False, **options}
+    return diagnose_pair(load_pair(STUDENT, teacher), ROWS, **settings)
 
 
 @pytest.fixture(scope="module")
 def same_origin():
-    return diagnosis(TEACHER, task="addition")
+    return diagnosis(TEACHER, task="addition", probe_rate=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,11 @@ def test_one_origin(same_origin):
     assert recipe["layers"] == recipe["positions"] == "all"
     assert "bridge" not in recipe
     assert same_origin["bridge_command"] is None
+    probe = same_origin["learning_rate_probe"]
+    assert recipe["learning_rate"] == probe["learning_rate"]
+    assert min(probe["held_out_loss"]) < probe["held_out_loss_before"]
+    (rule,) = (rule for rule in same_origin["advice"] if rule["about"] == "learning rate")
+    assert " after 6 steps from the same weights: " in rule["because"]
 
 
 def test_the_same_function_in_other_coordinates(same_origin, permuted):
@@ -137,6 +143,14 @@ def test_another_tokenizer_is_read_in_its_own_tokens(other_tokenizer):
     assert ends["teacher"]["likeliest_token"] == "<|end|>"
     assert ends["teacher"]["mass_on_students_ids"] is None
     assert "output_space" not in yaml.safe_load(other_tokenizer["recipe"])
+
+
+def test_a_bridge_comes_before_its_rate(wider):
+    report = diagnosis("embedded:wider/teacher", probe_rate=True)
+    assert report["learning_rate_probe"] == {"problem": "a bridge must be fitted first"}
+    assert wider["learning_rate_probe"] is None
+    for found in (report, wider):
+        assert yaml.safe_load(found["recipe"])["learning_rate"] == "auto"
 
 
 def test_two_ends_are_seen(same_origin, tmp_path):
@@ -234,8 +248,10 @@ def test_micro_batches_make_no_difference(same_origin):
 
 
 def test_a_model_and_itself():
-    report = diagnosis(STUDENT)
+    report = diagnosis(STUDENT, probe_rate=True)
     assert report["verdict"]["kind"] == "same origin"
+    assert "found no rate that lowers the held-out loss" in report["learning_rate_probe"]["problem"]
+    assert "learning_rate" not in yaml.safe_load(report["recipe"])
     assert report["layers"]["cka"] == pytest.approx([1] * 4)
     assert report["layers"]["squared_difference"] == [0] * 4
     assert report["output"]["reverse_kl"] == 0
@@ -320,7 +336,7 @@ def test_long_rollouts_take_the_papers_last_k(same_origin):
 
 
 def test_rollouts_that_never_end():
-    report = diagnose_pair(load_pair(STUDENT, TEACHER), ROWS, max_completion_length=5)
+    report = diagnosis(TEACHER, max_completion_length=5)
     assert report["ends"]["positions"] == 0
     assert report["positions"]["cosine"]["at_end"] is None
     assert any("no rollout ended" in rule["because"] for rule in report["advice"])
@@ -379,6 +395,7 @@ def test_the_command(oprd, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "verdict: same origin, no bridge is needed" in out
+    assert "learning_rate: auto: 6 steps of 8 rollouts at about 3 rates" in out
     report = json.loads(files["json"].read_text())
     assert files["recipe"].read_text() == report["recipe"]
     assert f"{report['layers']['cka'][0]:.3f}" in out

@@ -47,15 +47,14 @@ def test_an_engine_of_ones_own_keeps_the_best_candidates(monkeypatch):
     assert list(found.rows) == [7, 7, 9, 9]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_an_engine_of_ones_own_is_plugged_in_by_a_line_of_yaml(tmp_path, monkeypatch, capsys, overlap):
+def test_an_engine_of_ones_own_samples_during_the_update(tmp_path, monkeypatch, capsys):
     from oprd.cli import main
 
     recipe = {
         "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "task": "addition",
         "train_dataset": "generated:addition", "train_limit": 8, "eval_dataset": "generated:addition", "eval_limit": 2,
         "eval_num_generations": 1, "max_steps": 2, "per_device_train_batch_size": 2, "max_completion_length": 16,
-        "save_strategy": "no", "use_cpu": True, "output_dir": str(tmp_path / "run"), "overlap_rollouts": overlap,
+        "save_strategy": "no", "use_cpu": True, "output_dir": str(tmp_path / "run"), "overlap_rollouts": True,
         "rollout_engine": "my_engine:BestOfEngine", "rollout_engine_kwargs": {"candidates": 2},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -103,7 +103,8 @@ def test_the_schema_has_types_and_limits():
     properties = SCHEMA["properties"]
     assert SCHEMA["additionalProperties"] is False
     assert properties["learning_rate"] | {"description": "", "x-group": ""} == {
-        "type": "number", "minimum": 0, "default": 1e-5, "description": "", "x-group": "",
+        "anyOf": [{"type": "number"}, {"const": "auto", "type": "string"}],
+        "minimum": 0, "default": 1e-5, "description": "", "x-group": "",
     }  # fmt: skip
     assert properties["save_steps"]["exclusiveMinimum"] == 0
     assert {"type": "null"} in properties["task"]["anyOf"]

@@ -80,7 +80,8 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     ({"lmbda": 2}, "lmbda: 2.0 is not allowed; a share from 0 (the teacher writes) to 1 (the student)"),
     ({"train_limit": 0}, "mine.yaml: train_limit: 0 is not allowed; at least 1, or leave it out for all rows"),
     ({"model": ""}, "mine.yaml: the key 'model' is missing; see recipes/ for complete files"),
-    ({"eval_dataset": "x.jsonl"}, "mine.yaml: the key 'task' is missing: eval_dataset needs to know how answers are graded"),
+    ({"eval_dataset": "x.jsonl"}, "mine.yaml: the key 'task' is missing: eval_dataset needs to know how answers are graded, here "
+     "or by reward_funcs"),
     ({"layers": [9]}, "layers: 9 is out of range; the model has layers 1 to 4 (the embedding is not a layer, the last one is the "
      "state after the final norm)"),
     ({"position_k": 5}, "position_k: 5 has no effect with positions='all'; remove it or use one of first_k, last_k"),

@@ -167,7 +167,8 @@ def test_what_was_not_measured_is_said_to_be_so(changes, piece):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gap_closed": -0.3}, "Training lost 30.0% of the gap to the teacher: the student ended further from it than it began."),
+        ({"gap_closed": -0.3, "student_after": {**MEASURED, "avg_at_k": 0.1}},
+         "Training lost 30.0% of the gap to the teacher: the student ended further from it than it began."),
         ({"gap_closed": 1.12}, "Training closed 112.0% of the gap to the teacher: the student ended ahead of it."),
         ({"gap_closed": 0.0}, "Training closed 0.0% of the gap to the teacher."),
         ({"gap_closed": None, "teacher": {**MEASURED, "avg_at_k": 0.2}, "student_after": {**MEASURED, "avg_at_k": 0.1}},

@@ -17,9 +17,9 @@ from oprd.tools.compare.interval import mean_and_interval, t_quantile
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-E1, E3, E5, E10, E11 = (
+E1, E3, E5, E10, E11, E13 = (
     f"evidence/{name}/result.json"
-    for name in ("e01_accuracy", "e03_positions", "e05_cost", "e10_bridge", "e11_real_model")
+    for name in ("e01_accuracy", "e03_positions", "e05_cost", "e10_bridge", "e11_real_model", "e13_trl")
 )
 DEMO = "evidence/first_light/demo_summary.json"
 NUMBER = re.compile(r"(?<![\w@.-])[+−]?\d(?:[\d.,]*\d)?")  # not the number of a name: top-16, H200, Avg@2
@@ -153,6 +153,7 @@ SOURCES: dict[str, Callable[[], list[str]]] = {
         closed(E10, name, runs) for runs in ("wider", "other_tokenizer") for name in ("rank_16", "output_alone")
     ],
     "short training, {} ± {} points against the full reverse KL": partial(lead, E11, "representation", "full_reverse_kl"),
+    "{} ± {} points over its tuned `…`": partial(lead, E13, "representation", "distillation"),
     "Cite arXiv {} for the method": partial(in_file, "CITATION.cff", "https://arxiv.org/abs/{}", "2606.06021"),
 }  # fmt: skip
 

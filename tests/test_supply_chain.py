@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("run", "dev", "evidence")
+LOCKS = ("run", "dev", "docs", "evidence")
 
 
 def locked(name: str) -> dict[str, set[str]]:
@@ -44,11 +44,12 @@ def test_the_locks_fit_the_constraints_and_each_other():
             assert everything[canonicalize_name(package)] == {version}, f"{package}: run make lock"
     run, dev = locked("run"), locked("dev")
     assert run.items() <= dev.items() <= everything.items()
+    assert dev.items() <= locked("docs").items()
 
 
 def test_the_locks_hold_what_the_package_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"run": [], "dev": ["dev", "peft", "gguf"], "evidence": ["reasoning"]}
+    extras = {"run": [], "dev": ["dev", "peft", "gguf"], "docs": ["docs"], "evidence": ["reasoning"]}
     for name, chosen in extras.items():
         wanted = project["dependencies"] + [
             text for extra in chosen for text in project["optional-dependencies"][extra]
@@ -112,8 +113,8 @@ def test_workflows_call_what_developers_call(path):
             if (command := step.get("run", "")).startswith("make "):
                 assert {*command.split()[1:]} <= targets, command
     said = path.read_text()
-    assert "make test" in said
-    assert "make dist" in said
+    for target in {"docs": ["make docs"]}.get(path.stem, ["make test", "make dist"]):
+        assert target in said
 
 
 def test_every_python_that_is_promised_is_tested():

@@ -111,6 +111,7 @@ def test_a_tracker_that_works_gets_every_step(with_wandb):
     assert found["token"] == "<redacted>"
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     ("fault", "why"),
     [

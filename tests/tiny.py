@@ -190,7 +190,9 @@ def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, 
     from oprd.config import OPRDConfig  # here, so that tests of leaves need not wait for it
     from oprd.training.trainer import OPRDTrainer
 
-    own = ("eval_dataset", "callbacks", "peft_config", "optimizers", "processing_class", "teacher_processing_class")
+    own = (
+        "eval_dataset", "callbacks", "peft_config", "optimizers", "processing_class", "teacher_processing_class", "reward_funcs",
+    )  # fmt: skip
     arguments = {name: settings.pop(name) for name in own if name in settings}
     arguments.setdefault("processing_class", tiny_tokenizer())
     defaults = {

@@ -16,7 +16,7 @@ def main(out: Path, url: str) -> None:
         out / "run", rollout_engine="vllm_server", rows=prompt_rows(8), per_device_train_batch_size=2,
         rollout_engine_kwargs={"weights_dir": str(out / "weights"), "base_url": url, "timeout": 1},
     )  # fmt: skip
-    trainer.train()
+    trainer.train(outputs=False)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     __version__: str
     from oprd.config import OPRDConfig
     from oprd.models.lm_head import lm_head_of, log_probs, match_heads
+    from oprd.objectives.composite import Term
     from oprd.objectives.output_space import full_vocabulary_loss, sampled_token_loss, tail_sampled_loss, top_k_loss
     from oprd.objectives.policy_gradient import clipped_policy_loss, group_advantages
     from oprd.objectives.reduction import position_weights, representation_loss
     from oprd.objectives.representation import representation_error
+    from oprd.objectives.terms import LayerError, LogProbError
     from oprd.rollouts.engine import Sampling
     from oprd.rollouts.transformers_engine import TransformersEngine
     from oprd.runs.loaded import LoadedRun, load_run
@@ -29,17 +31,24 @@ if TYPE_CHECKING:
     from oprd.states.layers import resolve_layers
     from oprd.states.positions import select_positions
     from oprd.states.requests import plan_micro_batches, request_states
+    from oprd.tasks.task import Task
     from oprd.tools.evaluate import evaluate
+    from oprd.training.recorder import StepRecord
     from oprd.training.trainer import OPRDTrainer
     from oprd.types import Rollouts, States
 
 _HOME = {
+    "LayerError": "oprd.objectives.terms",
     "LoadedRun": "oprd.runs.loaded",
+    "LogProbError": "oprd.objectives.terms",
     "OPRDConfig": "oprd.config",
     "OPRDTrainer": "oprd.training.trainer",
     "Rollouts": "oprd.types",
     "Sampling": "oprd.rollouts.engines",
     "States": "oprd.types",
+    "StepRecord": "oprd.training.recorder",
+    "Task": "oprd.tasks.task",
+    "Term": "oprd.objectives.composite",
     "TransformersEngine": "oprd.rollouts.engines",
     "capture_states": "oprd.states.capture",
     "clipped_policy_loss": "oprd.objectives.policy_gradient",
@@ -63,12 +72,17 @@ _HOME = {
 }
 
 __all__ = [  # written out for type checkers
+    "LayerError",
     "LoadedRun",
+    "LogProbError",
     "OPRDConfig",
     "OPRDTrainer",
     "Rollouts",
     "Sampling",
     "States",
+    "StepRecord",
+    "Task",
+    "Term",
     "TransformersEngine",
     "capture_states",
     "clipped_policy_loss",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from inspect import cleandoc
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,9 +25,12 @@ from oprd.sanitize import redacted
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.tasks.answer_formats import FORMATS, check_format
+from oprd.tasks.rewards import check_weights, reward_functions
 from oprd.tasks.task import TASKS, get_task
 
 NAN_POLICIES = ("stop", "skip")
+AUTO = "auto"
+"""Value of `learning_rate`: a probe finds the rate before the run (`oprd.training.rate_probe`)."""
 
 _ANY, _ABOVE_0, _SHARE, _SEED = (
     "0 or more",
@@ -66,7 +70,10 @@ class OPRDConfig(TrainingArguments):
     """
 
     # Defaults of TrainingArguments that differ here.
-    learning_rate: float = field(default=1e-5, metadata=_help("Peak learning rate."))
+    learning_rate: float | Literal["auto"] = field(  # a number once the run has begun
+        default=1e-5,
+        metadata=_help("Peak learning rate. auto: a short probe on held-out rollouts finds it (oprd train only)."),
+    )
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning rate schedule."))
     warmup_steps: float = field(default=0.03, metadata=_help("Warm-up steps; below 1 a share of all steps."))
     logging_steps: float = field(default=1, metadata=_help("Steps between two reports to `report_to`."))
@@ -190,7 +197,7 @@ class OPRDConfig(TrainingArguments):
     )
     policy_gradient_weight: float | dict[str, Any] = field(
         default=0.0,
-        metadata=_help("Factor on GRPO's loss, rewarded by the task; 0 is off; may be a schedule."),
+        metadata=_help("Factor on GRPO's loss, rewarded by task or reward_funcs; 0 is off; may be a schedule."),
     )
     crossfade_steps: int | None = field(
         default=None,
@@ -198,7 +205,9 @@ class OPRDConfig(TrainingArguments):
     )
     objectives: list[Any] | None = field(
         default=None,
-        metadata=_help("Terms of your own to add: a list of {use: module:attribute, weight: 1.0, further arguments}."),
+        metadata=_help(
+            "Terms of your own to add: a list of {use: module:attribute, weight: 1.0, further arguments} (docs/extend.md)."
+        ),
     )
     reduction: str = field(
         default="rollout", metadata=_help("rollout: all rollouts weigh the same; token: all response tokens do.")
@@ -289,6 +298,15 @@ class OPRDConfig(TrainingArguments):
             f"How answers are graded: {', '.join(TASKS)}, or module:attribute of your own; None: they are not."
         ),
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Reward functions: a list of module:function with TRL's signature; `task` is the task's verdict (docs/extend.md)."
+        ),
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=_help("Weight of each of them in the reward (default: 1 each).")
+    )
     eval_num_generations: int = field(default=4, metadata=_help("Samples per problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
     eval_top_p: float = field(default=0.95, metadata=_help("Nucleus truncation of evaluation."))
@@ -322,6 +340,7 @@ class OPRDConfig(TrainingArguments):
         abilities = engine_abilities(self.rollout_engine)
         if self.task is not None:
             get_task(self.task)
+        _check_rewards(self)
         _check_datasets(self)
         _ = self.prompt_rendering  # checks its settings
         if self.overlap_rollouts:
@@ -352,8 +371,12 @@ class OPRDConfig(TrainingArguments):
                 f"max_steps: {self.max_steps} is not allowed; 1 or more, or -1 to train for num_train_epochs"
             )
         for name in ("learning_rate", "temperature", "eval_temperature"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; a finite number")
+            value = getattr(self, name)
+            if name == "learning_rate" and value == AUTO:
+                continue
+            if isinstance(value, str) or not math.isfinite(value):
+                or_auto = f", or {AUTO}" if name == "learning_rate" else ""
+                raise ValueError(f"{name}: {value} is not allowed; a finite number{or_auto}")
 
     def _check_training(self) -> None:
         if self.nan_policy not in NAN_POLICIES:
@@ -441,6 +464,13 @@ class OPRDConfig(TrainingArguments):
     def prompt_rendering(self) -> TeacherPromptSettings:
         """How the prompts of both models are rendered."""
         return TeacherPromptSettings.of(self)
+
+
+def _check_rewards(config: OPRDConfig) -> None:
+    """Import the reward functions that the settings name, and check their weights."""
+    check_weights(config.reward_weights)
+    if config.reward_funcs is not None:  # whether there is a task is not known here
+        reward_functions(config.reward_funcs, None, config.reward_weights, graded=True)
 
 
 def _check_datasets(config: OPRDConfig) -> None:
@@ -583,3 +613,17 @@ def _check_iterations(config: Any) -> None:
                 f"{name}: {value} is not allowed with num_iterations={config.num_iterations}: a checkpoint between two updates on "
                 "the same rollouts could not be resumed from; take a multiple of it"
             )
+
+
+def _documented(kind: type[Any]) -> str:
+    """The class's docstring with a line for each of its settings, those of transformers last."""
+    base = {setting.name for setting in fields(TrainingArguments)}
+    lines: tuple[list[str], list[str]] = ([], [])
+    for setting in fields(kind):
+        text = " ".join(str(setting.metadata.get("help", "")).replace("%%", "%").split())
+        lines[setting.name in base].append(f"    {setting.name}: {text or 'see TrainingArguments.'}")
+    own, inherited = ("\n".join(part) for part in lines)
+    return f"{cleandoc(kind.__doc__ or '')}\n\nArgs:\n{own}\n\nOf TrainingArguments:\n{inherited}\n"
+
+
+OPRDConfig.__doc__ = _documented(OPRDConfig)

@@ -6,6 +6,7 @@ Only this module looks names up and loads models. Trainer, command line and tool
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,7 @@ from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
+from oprd.tasks.rewards import RewardFunctions, reward_functions
 from oprd.tasks.task import Task, check_task, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
@@ -81,7 +83,9 @@ class ResolvedRun:
         pair: student and teacher.
         objective: the loss.
         engine: samples the rollouts.
-        task: grades them; None where nothing is graded.
+        task: grades them; None where nothing is graded, or by `rewards` alone.
+        rewards: reward functions; None without any.
+        seconds: it took to make them.
         train_prompts: prompts of the train_dataset as the student reads them; None without one.
         eval_prompts: prompts of the eval_dataset; None without one.
     """
@@ -93,6 +97,8 @@ class ResolvedRun:
     task: Task | None
     train_prompts: Sequence[Prompt] | None
     eval_prompts: Sequence[Prompt] | None
+    rewards: RewardFunctions | None = None
+    seconds: float = 0.0
 
     @property
     def evaluates_teacher(self) -> bool:
@@ -106,13 +112,15 @@ def resolve(run: RunConfig) -> ResolvedRun:
     Raises:
         ValueError: models, tokenizers, datasets, bridge or settings that do not fit; says what is wrong and how to fix it.
     """
+    started = time.perf_counter()
     args, given = run.args, run.given
     terms = build_terms(run)
     check_trackers(args.report_to)
     _check_one_adapter(run)
     task = _task(run)
+    rewards = build_rewards(run)
     train, evaluated = (
-        _rows(run, task, kind) for kind in PER_DATASET
+        _rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
@@ -152,6 +160,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
         run, pair, objective, engine, task,
         train_prompts=prepare(pair, args, task, train, "train_dataset"),
         eval_prompts=prepare(pair, args, task, evaluated, "eval_dataset"),
+        rewards=rewards, seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -172,7 +181,7 @@ def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjectiv
             a prompt that the teacher cannot read.
     """
     args, pair, objective = resolved.run.args, resolved.pair, resolved.objective
-    if objective.uses(PolicyTerm):
+    if objective.uses(PolicyTerm) and resolved.rewards is None:
         unanswered = next((p.row.source for p in resolved.train_prompts or [] if p.row.answer is None), None)
         if unanswered:
             raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
@@ -275,10 +284,41 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
         terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
     if is_on(args.policy_gradient_weight):
         terms["policy_gradient"] = Term(PolicyGradient(args.epsilon, args.epsilon_high), args.policy_gradient_weight)
-    terms |= named_terms(args.objectives or [], {*terms})
+    temperature = args.output_temperature or args.temperature or 1.0
+    terms |= named_terms(args.objectives or [], {*terms}, temperature)
     terms |= given_terms(run.given.objectives or {}, {*terms})
-    check_terms(terms, args, graded=run.given.task is not None or args.task is not None)
+    check_terms(terms, args, graded=_graded(run) or _reward_funcs(run) is not None)
     return terms
+
+
+def build_rewards(run: RunConfig) -> RewardFunctions | None:
+    """The reward functions of a run; None without any.
+
+    Raises:
+        ValueError: one of the user's that cannot be imported or is none, weights that do not fit, or nothing that would call them.
+    """
+    args = run.args
+    rewards = reward_functions(args.reward_funcs, run.given.reward_funcs, args.reward_weights, graded=_graded(run))
+    if rewards is None:
+        return None
+    if args.lmbda == 0 and not run.eval_dataset:
+        raise ValueError(
+            f"reward_funcs: nothing would call {', '.join(rewards.names)}: with lmbda: 0 the teacher writes all rollouts, and "
+            "there is no eval_dataset; leave them out, or set one of the two"
+        )
+    if is_on(args.policy_gradient_weight) and not any(function.weight for function in rewards.functions):
+        raise ValueError(
+            f"reward_weights: {args.reward_weights} leaves policy_gradient_weight nothing to learn from; give a weight other than 0"
+        )
+    return rewards
+
+
+def _reward_funcs(run: RunConfig) -> Any:
+    return run.args.reward_funcs if run.given.reward_funcs is None else run.given.reward_funcs
+
+
+def _graded(run: RunConfig) -> bool:
+    return run.given.task is not None or run.args.task is not None
 
 
 def _have(terms: Mapping[str, Term], kind: Any) -> bool:
@@ -312,21 +352,24 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
     return objective
 
 
-def _rows(run: RunConfig, task: Task | None, kind: str) -> Sequence[PromptRow] | None:
+def _rows(run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions | None) -> Sequence[PromptRow] | None:
     """Rows of the train or eval dataset, by name or as given, their answers as the task compares them."""
     dataset = getattr(run, f"{kind}_dataset")
     if dataset is None or (isinstance(dataset, str) and not dataset):
         return None
     if not isinstance(dataset, str):
-        return given_rows(dataset, run.args, task, kind)
+        return given_rows(dataset, run.args, task, kind, rewards)
     reading = Reading.of(
-        vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval"
-    )
+        vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval",
+        columns=rewards is not None,
+    )  # fmt: skip
     rows = load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed, reading)
-    return _with_answers(rows, run.args, task, kind)
+    return _checked_rows(rows, run.args, task, kind, rewards)
 
 
-def given_rows(dataset: Any, args: OPRDConfig, task: Task | None, kind: str) -> Sequence[PromptRow]:
+def given_rows(
+    dataset: Any, args: OPRDConfig, task: Task | None, kind: str, rewards: RewardFunctions | None = None
+) -> Sequence[PromptRow]:
     """Rows of a dataset that Python code gives, their answers as the task compares them.
 
     Args:
@@ -334,15 +377,20 @@ def given_rows(dataset: Any, args: OPRDConfig, task: Task | None, kind: str) -> 
         args: which columns are read, and how answers are written.
         task: grades by the answers; None: they are not read.
         kind: "train" or "eval".
+        rewards: read the other columns.
 
     Raises:
-        ValueError: a row or an answer that cannot be used.
+        ValueError: a row or an answer that cannot be used, or no column that a reward function needs.
     """
-    reading = Reading.of(vars(args), kind, graded=task is not None)
-    return _with_answers(as_prompt_rows(dataset, f"{kind}_dataset", reading), args, task, kind)
+    reading = Reading.of(vars(args), kind, graded=task is not None, columns=rewards is not None)
+    return _checked_rows(as_prompt_rows(dataset, f"{kind}_dataset", reading), args, task, kind, rewards)
 
 
-def _with_answers(rows: Sequence[PromptRow], args: OPRDConfig, task: Task | None, kind: str) -> Sequence[PromptRow]:
+def _checked_rows(
+    rows: Sequence[PromptRow], args: OPRDConfig, task: Task | None, kind: str, rewards: RewardFunctions | None
+) -> Sequence[PromptRow]:
+    if rewards is not None:
+        rewards.check_columns(rows, f"{kind}_dataset")
     answer_format = for_dataset(args.answer_format, kind)
     if task is None:
         if answer_format is not None:
@@ -740,6 +788,7 @@ def plan(run: RunConfig) -> PlannedRun:
         for name in (run.model, run.teacher_model)
     )
     terms = build_terms(run)
+    build_rewards(run)
     if isinstance(run.teacher_model, Mapping):
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
@@ -810,5 +859,5 @@ def _dataset_line(run: RunConfig, role: str) -> str:
         return f"{role} dataset: none"
     if not name.startswith(GENERATED) and not name.endswith(_FILES):
         return f"{role} dataset: {name} (hub, not checked)"
-    rows = _rows(run, _task(run), role) or []
+    rows = _rows(run, _task(run), role, build_rewards(run)) or []
     return f"{role} dataset: {name}: {len(rows)} rows, {sum(r.answer is not None for r in rows)} with an answer"

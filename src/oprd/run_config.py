@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class GivenObjects:
         objectives: name → `oprd.objectives.composite.Term`; beside those that the settings turn on.
         rollout_engine: in place of `OPRDConfig.rollout_engine`.
         task: in place of `OPRDConfig.task`.
+        reward_funcs: a function, or a list of functions and names; in place of `OPRDConfig.reward_funcs`.
     """
 
     processing_class: Any = None
@@ -42,6 +43,7 @@ class GivenObjects:
     objectives: Mapping[str, Any] | None = None
     rollout_engine: Any = None
     task: Any = None
+    reward_funcs: Any = None
 
 
 @dataclass(repr=False)
@@ -126,6 +128,7 @@ class RunConfig:
         types = recipe_types()
         _check_keys(values, where)
         refuse_redacted(values, where)
+        refuse_given(values, where)
         typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
         _check_needed(typed, where)
         own = {key: typed.pop(key) for key in recipe_keys() if key in typed}
@@ -138,18 +141,46 @@ class RunConfig:
         Defaults come from the fields, because a second `OPRDConfig` to compare with would reset accelerate's shared state.
         """
         base = {f.name for f in dataclasses.fields(OPRDConfig.__mro__[1])}
-        values = self.args.to_dict()
+        values, types = self.args.to_dict(), typing.get_type_hints(OPRDConfig)
         shown = {}
         for setting in dataclasses.fields(OPRDConfig):
             name = setting.name
             ours = name not in base or name in _ALWAYS_SHOWN
             hidden = name in _NEVER_SHOWN or name in NO_EFFECT or (name in _SHOWN_IF_SET and values[name] is None)
             if not hidden and (ours or values[name] != setting.default):
-                shown[name] = values[name]
+                whole = type(values[name]) is int and types[name] in (float, float | None)  # as a recipe reads it
+                shown[name] = float(values[name]) if whole else values[name]
         return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
+
+    def shown(self) -> dict[str, Any]:
+        """`settings` for people and files: objects that Python code gives are named there in words, which `parse` refuses."""
+        given = {
+            "lora": self.given.peft_config, "objectives": self.given.objectives, "rollout_engine": self.given.rollout_engine,
+            "task": self.given.task, "reward_funcs": self.given.reward_funcs,
+        }  # fmt: skip
+        settings = self.settings()
+        for key in ("model", "teacher_model", "train_dataset", "eval_dataset"):
+            if not isinstance(settings[key], str | Mapping | None):
+                settings[key] = _in_words(settings[key])
+        return settings | {key: _in_words(value) for key, value in given.items() if value is not None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings()})"
+
+
+_GIVEN = " given in Python>"
+
+
+def _in_words(value: Any) -> str:
+    """A loaded model by the name that it was loaded by, any other object by its name or its kind."""
+    loaded_by = getattr(getattr(value, "config", None), "name_or_path", "")
+    if isinstance(loaded_by, str) and loaded_by:
+        return loaded_by
+    if isinstance(value, list | tuple) and not isinstance(value[0] if value else None, Mapping):
+        return ", ".join(map(_in_words, value))
+    name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
+    count = f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, str) else ""
+    return f"<{name or type(value).__name__}{count}{_GIVEN}"
 
 
 def recipe_keys() -> list[str]:
@@ -201,6 +232,19 @@ def refuse_redacted(values: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: {', '.join(keys)}: {REDACTED!r} stands for a secret, which is not written to files; write the secret there, "
             "or take the key out and set an environment variable (HF_TOKEN for the hub, VLLM_API_KEY for a rollout server)"
+        )
+
+
+def refuse_given(values: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of a file that a Python script has left, in which objects are named in words.
+
+    Raises:
+        ValueError: names the keys.
+    """
+    if keys := [key for key, value in values.items() if isinstance(value, str) and value.endswith(_GIVEN)]:
+        raise ValueError(
+            f"{where}: {', '.join(keys)}: {values[keys[0]]!r} stands for an object of a Python script, which no file holds; name a "
+            "file, a hub name or module:attribute there, or go on in that script"
         )
 
 
@@ -256,8 +300,10 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
             f"{where}: the key 'teacher_model' is missing (only with 'lora', or an adapter as 'model', the base model can be the "
             "teacher)"
         )
-    if values.get("eval_dataset") and not values.get("task"):
-        raise ValueError(f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded")
+    if values.get("eval_dataset") and not values.get("task") and not values.get("reward_funcs"):
+        raise ValueError(
+            f"{where}: the key 'task' is missing: eval_dataset needs to know how answers are graded, here or by reward_funcs"
+        )
     for key in ("train_limit", "eval_limit"):
         if (value := values.get(key)) is not None and value < 1:
             raise ValueError(f"{where}: {key}: {value} is not allowed; at least 1, or leave it out for all rows")
@@ -323,7 +369,7 @@ _NEVER_SHOWN = (
 )  # fmt: skip  # the last row: filled in by transformers, the same for every run unless set
 
 
-_SHOWN_IF_SET = ("objectives",)
+_SHOWN_IF_SET = ("objectives", "reward_funcs", "reward_weights")
 
 
 # Settings that may change when a run resumes: its length, what is recorded and where, and memory.

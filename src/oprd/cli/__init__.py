@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, keys, report, train
+from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -27,10 +27,12 @@ app = typer.Typer(
 )
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
+app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("push")(push.push)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
@@ -62,8 +64,8 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 2 for bad input; 1 for a fault of the surroundings (disk, network, values that are not finite) and for a bug;
-    128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or OPRD_TRACEBACK=1 adds where it was raised.
-    A bug of oprd shows its traceback.
+    3 of `train --fail-if-worse`; 128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or
+    OPRD_TRACEBACK=1 adds where it was raised. A bug of oprd shows its traceback.
     """
     guard_output()
     wanted = os.environ.get("OPRD_TRACEBACK", "0") not in ("", "0") or "--traceback" in sys.argv

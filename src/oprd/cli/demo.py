@@ -42,6 +42,7 @@ def demo(
     check_json(json_file)
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig
+    from oprd.runs.verdict import judge_run
 
     quiet_libraries()
     import torch
@@ -64,8 +65,9 @@ def demo(
         summary = train_and_evaluate(run, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):
         say(f"{name.replace('_', ' '):<15} {describe_accuracy(summary[name])}")
-    closed = "no gap to close" if summary["gap_closed"] is None else f"{summary['gap_closed']:.0%} of the gap closed"
-    say(f"{closed} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+    found = judge_run(summary)
+    verdict = found.text if found else "trained"
+    say(f"{verdict} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
     write_report(json_file, summary)
 
 

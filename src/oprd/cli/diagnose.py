@@ -1,4 +1,4 @@
-"""`oprd diagnose`: how alike two models are, and which settings suit them. Trains nothing."""
+"""`oprd diagnose`: how alike two models are, and which settings suit them. Changes no model."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ _Task = Annotated[
     str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
 ]
 
+_ProbeRate = Annotated[
+    bool, typer.Option(help="Find a learning rate by a few steps; the optimizer needs memory, the weights stay.")
+]
+
 
 def diagnose(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
@@ -42,6 +46,7 @@ def diagnose(
     figure: Annotated[Path | None, typer.Option(help="Draw CKA and the curve over positions here (PNG).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Write the recipe fragment here (YAML).")] = None,
     sample: Annotated[int, typer.Option(min=4, help="Positions for the CKA of all pairs of layers.")] = 1024,
+    probe_rate: _ProbeRate = True,
     micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
@@ -60,8 +65,8 @@ def diagnose(
     teacher_dtype: Annotated[str, typer.Option(help="Of the teacher's weights; auto: the checkpoint's.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
 ) -> None:
-    """Compare two models on the student's rollouts: same origin or not, where they differ, what to set. Trains nothing."""
-    from oprd.cli.console import count_completions, quiet_libraries
+    """Compare two models on the student's rollouts: same origin or not, where they differ, what to set. Changes nothing."""
+    from oprd.cli.console import count_completions, quiet_libraries, say
 
     quiet_libraries()
     from oprd.resolve import load_pair
@@ -74,9 +79,7 @@ def diagnose(
         chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map,
         split_special_tokens, chat_template_date,
     )  # fmt: skip
-    for name, file in (("json", json_file), ("figure", figure), ("recipe", recipe)):
-        if file is not None and file.is_dir():
-            raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
+    _refuse_folders(json=json_file, figure=figure, recipe=recipe)
     grading = None if task is None else get_task(task)
     read = replace(
         reading(prompt_column, answer_column, dataset_config, merge_system_prompt), graded=grading is not None
@@ -88,10 +91,16 @@ def diagnose(
         load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
         rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,
         micro_batch_tokens=micro_batch_tokens, sample=sample, teacher_dtype=teacher_dtype, prompts_name=prompts,
-        on_rollouts=count_completions(),
+        on_rollouts=count_completions(), probe_rate=probe_rate, say=say,
     )  # fmt: skip
     _show(report)
     _write(report, json_file, figure, recipe)
+
+
+def _refuse_folders(**files: Path | None) -> None:
+    for name, file in files.items():
+        if file is not None and file.is_dir():
+            raise ValueError(f"{name}: {str(file)!r} is a folder; name a file")
 
 
 def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Path | None) -> None:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from oprd.cli.options import JsonFile, check_json, write_report
 from oprd.cli.resume import resumable, resume_command
+
+if TYPE_CHECKING:
+    from oprd.run_config import RunConfig
+
+WORSE = 3
+"""Exit code of --fail-if-worse."""
+
+
+_FailIfWorse = Annotated[
+    bool,
+    typer.Option(
+        "--fail-if-worse",
+        "--fail_if_worse",
+        help="Exit code 3 if the student is worse than before, beyond the interval.",
+    ),
+]
+_Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        "--resume-from-checkpoint",
+        "--resume_from_checkpoint",
+        help="auto: go on if there is a checkpoint, else start; true: the newest good checkpoint; or a checkpoint's folder.",
+    ),
+]
 
 
 def train(
@@ -17,15 +42,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "--dry_run", help="Check everything that needs no model, print the plan, stop.")
     ] = False,
-    resume_from_checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--resume",
-            "--resume-from-checkpoint",
-            "--resume_from_checkpoint",
-            help="auto: go on if there is a checkpoint, else start; true: the newest good checkpoint; or a checkpoint's folder.",
-        ),
-    ] = None,
+    resume_from_checkpoint: _Resume = None,
     accept_changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,24 +51,25 @@ def train(
             help="Settings or data (such as prompts) that you mean to change in a resumed run.",
         ),
     ] = None,
+    fail_if_worse: _FailIfWorse = False,
     json_file: JsonFile = None,
 ) -> None:
     """Distil a teacher into a student. --key value sets any key of the recipe; they are listed below."""
     from oprd.cli.console import live_progress, quiet_libraries, say
     from oprd.run_config import RunConfig, parse_overrides
     from oprd.runs.folder import restore_config
+    from oprd.runs.verdict import judge_run
 
     check_json(json_file)
     quiet_libraries()
     overrides = parse_overrides(context.args)
     if dry_run:
-        from oprd.resolve import plan
-
-        for line in plan(RunConfig.load_on_cpu(config, overrides)).describe():
-            say(line)
+        _plan(RunConfig.load_on_cpu(config, overrides))
         return
     restore_config(Path(config))
     run = RunConfig.load(config, overrides)
+    if fail_if_worse and not (run.eval_dataset and run.eval_before):
+        raise ValueError("--fail-if-worse: nothing would be compared; set eval_dataset, and leave eval_before on")
     from oprd.training.run import train_and_evaluate
     from oprd.training.stopping import follow_launcher
 
@@ -64,9 +82,21 @@ def train(
         summary = train_and_evaluate(
             run, say=say, callbacks=[callback], resume_from_checkpoint=resume, accept_changes=accepted
         )
-    if summary["gap_closed"] is not None:
-        say(
-            f"closed {summary['gap_closed']:.0%} of the gap to the teacher in {summary['steps']} steps, {summary['seconds']:.0f} s"
-        )
+    found = judge_run(summary)
+    say(f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s")
     say(f"written to {run.args.output_dir} (summary.json, curves.png, model/)")
     write_report(json_file, summary)
+    if fail_if_worse and found is not None and found.worse:
+        raise typer.Exit(WORSE)
+
+
+def _plan(run: RunConfig) -> None:
+    """Print what the run would do and cost."""
+    from oprd.cli.console import say
+    from oprd.config import AUTO
+    from oprd.resolve import plan
+    from oprd.training.rate_probe import describe_cost
+
+    *lines, last = plan(run).describe()
+    for line in [*lines, *([describe_cost(run.args)] if run.args.learning_rate == AUTO else []), last]:
+        say(line)

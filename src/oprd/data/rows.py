@@ -9,7 +9,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class PromptRow:
     answer: str | None = None
     source: str = ""
     """Origin of the row ("file:line", "dataset row 3"), for error messages."""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Its other columns, where they are kept (`Reading.columns`)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Reading:
         merge_system_prompt: put a system message at the head of the first user message.
         graded: answers are compared, so that one that may be the place of a choice in another column is refused.
         answers_needed: a dataset without any answer, but with columns that may hold it, is refused.
+        columns: keep the columns beside the prompt, for reward functions; but for values that JSON does not hold.
     """
 
     prompt_column: str | None = None
@@ -70,10 +73,17 @@ class Reading:
     merge_system_prompt: bool = False
     graded: bool = False
     answers_needed: bool = False
+    columns: bool = False
 
     @classmethod
     def of(
-        cls, settings: Mapping[str, Any], kind: str, *, graded: bool = False, answers_needed: bool = False
+        cls,
+        settings: Mapping[str, Any],
+        kind: str,
+        *,
+        graded: bool = False,
+        answers_needed: bool = False,
+        columns: bool = False,
     ) -> Reading:
         """The reading of one dataset of a run.
 
@@ -82,6 +92,7 @@ class Reading:
             kind: "train" or "eval".
             graded: whether its answers are compared.
             answers_needed: whether it must have some.
+            columns: whether its other columns are kept.
         """
         names = ("prompt_column", "answer_column", "dataset_config")
         chosen = {name: for_dataset(settings.get(name), kind) for name in names}
@@ -90,6 +101,7 @@ class Reading:
             merge_system_prompt=bool(settings.get("merge_system_prompt")),
             graded=graded,
             answers_needed=answers_needed,
+            columns=columns,
         )
 
 
@@ -146,7 +158,25 @@ def _parse(row: Mapping[str, Any], source: str, reading: Reading) -> _Parsed:
         notes.append("system messages put into the user's turn")
     notes += [f"column {c!r} not read" for c in _BESIDE_PROMPT if c != name and str(row.get(c) or "").strip()]
     answer, column = _parse_answer(row, source, reading)
-    return _Parsed(PromptRow(prompt=prompt, answer=answer, source=source), name, column, tuple(dict.fromkeys(notes)))
+    columns = _other_columns(row, name, notes) if reading.columns else {}
+    parsed = PromptRow(prompt=prompt, answer=answer, source=source, columns=columns)
+    return _Parsed(parsed, name, column, tuple(dict.fromkeys(notes)))
+
+
+def _other_columns(row: Mapping[str, Any], prompt_column: str, notes: list[str]) -> dict[str, Any]:
+    """The columns beside the prompt, but for those whose values JSON does not hold, which are noted."""
+    kept = {}
+    for name, value in row.items():
+        value = _python_value(value)
+        if name == prompt_column:
+            continue
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            notes.append(f"column {name!r} ({type(value).__name__}) not given to reward_funcs")
+            continue
+        kept[str(name)] = value
+    return kept
 
 
 def _parse_prompt(value: Any, name: str, source: str, notes: list[str], *, named: bool) -> str | Messages:
@@ -342,7 +372,8 @@ class _Rows:
             if len(self.refused) < _MOST_NAMED:
                 self.refused.append(source if self.refused else str(error))
             return
-        self.content.append([parsed.row.prompt, parsed.row.answer])
+        columns = [dict(parsed.row.columns)] if self.reading.columns else []
+        self.content.append([parsed.row.prompt, parsed.row.answer, *columns])
         self.numbers.append(number)
         self.prompt_columns[parsed.prompt_column] += 1
         if parsed.answer_column is not None:
@@ -353,8 +384,8 @@ class _Rows:
             self.unread = dict.fromkeys(str(k) for k, v in row.items() if v is not None and k != parsed.prompt_column)
 
     def row(self, place: int) -> PromptRow:
-        prompt, answer = self.content[place]
-        return PromptRow(prompt, answer, f"{self.prefix}{self.numbers[place]}")
+        prompt, answer, *columns = self.content[place]
+        return PromptRow(prompt, answer, f"{self.prefix}{self.numbers[place]}", *columns)
 
     def check(self, name: str) -> None:
         """Raise for rows that were refused, naming the first and their number, and where there is nothing to grade by."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from oprd.alignment.position_pairs import PositionPairs, input_lengths
 from oprd.objectives.policy_gradient import Scale, group_advantages
+from oprd.tasks.evaluation import Grades
 from oprd.types import Rollouts
 
 
@@ -21,6 +22,8 @@ class Batch:
     Args:
         rollouts: prompt after prompt, each prompt's generations in a row.
         rewards: verdict (bool) or reward (float) of each rollout; None where it was not graded.
+        verdicts: the task's, where reward functions give the rewards; None: they are the rewards.
+        rewards_by_function: reward function → its reward of each rollout, None where it does not apply.
         advantages: one a rollout, where there is a policy-gradient term.
         old_log_probs: log-probabilities of each rollout's tokens under the policy that sampled it; None before the first update.
         pairs: what the teacher reads, where it reads its own tokens.
@@ -31,6 +34,8 @@ class Batch:
     advantages: Sequence[float] | None = None
     old_log_probs: Sequence[Tensor] | None = None
     pairs: PositionPairs | None = None
+    verdicts: Sequence[bool | float | None] | None = None
+    rewards_by_function: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     @property
     def input_lengths(self) -> list[int]:
@@ -41,20 +46,48 @@ class Batch:
         """The rollouts at `indices`, in that order."""
         columns: dict[str, Any] = {
             name: None if column is None else [column[i] for i in indices]
-            for name in ("rewards", "advantages", "old_log_probs")
+            for name in ("rewards", "verdicts", "advantages", "old_log_probs")
             for column in (getattr(self, name),)
         }
         pairs = None if self.pairs is None else self.pairs.select(indices)
-        return replace(self, rollouts=self.rollouts.select(indices), pairs=pairs, **columns)
+        rewards = {name: [values[i] for i in indices] for name, values in self.rewards_by_function.items()}
+        return replace(
+            self, rollouts=self.rollouts.select(indices), pairs=pairs, rewards_by_function=rewards, **columns
+        )
+
+    def with_grades(self, grades: Grades) -> Batch:
+        """The batch with what its rollouts were graded."""
+        return replace(self, rewards=grades.rewards, verdicts=grades.verdicts, rewards_by_function=grades.by_function)
+
+    @property
+    def correct(self) -> Sequence[bool | float | None]:
+        """What accuracy is the mean of: the verdicts, or else the rewards."""
+        return self.rewards if self.verdicts is None else self.verdicts
 
     def with_advantages(self, num_generations: int, scale: Scale) -> Batch:
         """Each rollout's advantage over the other rollouts of its prompt (`group_advantages`).
 
+        One without a reward, to which no reward function applies, has advantage 0 and does not count among the others.
+
         Raises:
-            ValueError: a rollout that was not graded.
+            ValueError: a rollout without a reward and there are no reward functions.
         """
+        if self.rewards_by_function and None in self.rewards:
+            return replace(self, advantages=self._advantages_of_rewarded(num_generations, scale))
         rewards = torch.tensor([float("nan") if r is None else float(r) for r in self.rewards], dtype=torch.float64)
         return replace(self, advantages=group_advantages(rewards, num_generations, scale).tolist())
+
+    def _advantages_of_rewarded(self, num_generations: int, scale: Scale) -> list[float]:
+        advantages = [0.0] * len(self.rewards)
+        for start in range(0, len(self.rewards), num_generations):
+            group = range(start, start + num_generations)
+            known = {i: float(reward) for i in group if (reward := self.rewards[i]) is not None}
+            if len(known) > 1:  # a single one is its own mean
+                rewards = torch.tensor([*known.values()], dtype=torch.float64)
+                found = group_advantages(rewards, len(known), scale).tolist()
+                for place, advantage in zip(known, found, strict=True):
+                    advantages[place] = advantage
+        return advantages
 
     @property
     def zero_advantage_share(self) -> float:

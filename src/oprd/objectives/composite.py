@@ -100,6 +100,12 @@ class CompositeObjective:
         other.diagnostic_steps = 0
         return other
 
+    def with_terms(self, terms: Mapping[str, Term]) -> CompositeObjective:
+        """The same loss of other terms."""
+        other = copy(self)
+        other.terms = dict(terms)
+        return other
+
     def uses(self, kind: type) -> bool:
         """Whether a term is of this kind: `LayerTerm`, `HeadTerm` or `PolicyTerm`."""
         return any(isinstance(term.objective, kind) for term in self.terms.values())

@@ -8,10 +8,12 @@ from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
 from oprd.objectives.schedules import check_weight, is_on
-from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, Objective, PolicyTerm
+from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
 from oprd.registry import arguments_problem, resolve_with_arguments
 
 _METHODS = "a method layer_loss, head_loss or policy_loss (oprd.objectives.terms)"
+READS = ("states", "log_probs")
+"""What a function of the user's reads of both models."""
 _FREE_FORM = "each entry is a mapping such as {use: my_losses:huber, weight: 0.5, delta: 1.0}"
 
 
@@ -32,15 +34,18 @@ def check_entries(entries: Any) -> None:
                 f"{name}: use: {entry['use']!r} is not text of the form module:attribute; give objects to "
                 "OPRDTrainer(objectives={name: Term(…)})"
             )
+        if entry.get("reads", "states") not in READS:
+            raise ValueError(f"{name}: reads: {entry['reads']!r} is not one of {', '.join(READS)}")
         check_weight(f"{name}.weight", entry.get("weight", 1.0))
 
 
-def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[str, Term]:
-    """The terms that `objectives` names: `use` is a function of the states, or a class whose instances are terms.
+def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str], temperature: float = 1.0) -> dict[str, Term]:
+    """The terms that `objectives` names: `use` is a function of both models' states or log-probabilities, or a class of terms.
 
     Args:
-        entries: as `check_entries` takes them. Keys other than `use` and `weight` are arguments of the function or class.
+        entries: as `check_entries` takes them. Keys other than `use`, `weight` and `reads` are arguments of the function or class.
         taken: names of terms that exist already; an entry with such a name gets its number as a suffix.
+        temperature: divides the logits of both models before a function reads log-probabilities.
 
     Raises:
         ValueError: an entry that cannot be imported, is not an objective, or does not accept its arguments.
@@ -48,7 +53,8 @@ def named_terms(entries: Sequence[Mapping[str, Any]], taken: set[str]) -> dict[s
     terms: dict[str, Term] = {}
     for number, entry in enumerate(entries):
         weight = entry.get("weight", 1.0)
-        found = _objective(f"objectives[{number}]", {k: v for k, v in entry.items() if k != "weight"})
+        own = {k: v for k, v in entry.items() if k not in ("weight", "reads")}
+        found = _objective(f"objectives[{number}]", own, entry.get("reads"), temperature)
         name = term_name(entry["use"])
         if name in taken or name in terms:
             name = f"{name}_{number}"
@@ -76,7 +82,7 @@ def given_terms(terms: Any, taken: set[str]) -> dict[str, Term]:
         if isinstance(term.objective, type) or not isinstance(term.objective, LayerTerm | HeadTerm | PolicyTerm):
             raise ValueError(
                 f"objectives: {name}: {term.objective!r} is no objective; it needs to be an object with {_METHODS}, or "
-                "LayerError(function) of (student, teacher) states"
+                "LayerError(function) of (student, teacher) states, or LogProbError(function) of their log-probabilities"
             )
     return {name: term for name, term in terms.items() if is_on(term.weight)}
 
@@ -140,11 +146,15 @@ def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:
             )
 
 
-def _objective(key: str, entry: Mapping[str, Any]) -> Objective:
+def _objective(key: str, entry: Mapping[str, Any], reads: str | None, temperature: float) -> Objective:
     use = entry["use"]
     found: Any
     found, arguments = resolve_with_arguments(key, entry, {})
     is_term = not isinstance(found, type) and isinstance(found, LayerTerm | HeadTerm | PolicyTerm)
+    if reads is not None and (is_term or isinstance(found, type)):
+        raise ValueError(
+            f"{key}: reads: {reads!r} is for a function; the methods of {use!r} say what it reads. Remove it"
+        )
     if is_term and arguments:
         raise ValueError(f"{key}: {use!r} is an object and takes no arguments; remove {', '.join(arguments)}")
     if is_term:
@@ -158,10 +168,11 @@ def _objective(key: str, entry: Mapping[str, Any]) -> Objective:
     if problem := arguments_problem(found, *states, **arguments):
         called = ", ".join([*(["student", "teacher"] if states else []), *(f"{name}=…" for name in arguments)])
         raise ValueError(
-            f"{key}: {use!r} cannot be called with ({called}): {problem}. Keys other than use and weight are its arguments"
+            f"{key}: {use!r} cannot be called with ({called}): {problem}. Keys other than use, weight and reads are its arguments"
         )
     if not isinstance(found, type):
-        return LayerError(partial(found, **arguments) if arguments else found)
+        error = partial(found, **arguments) if arguments else found
+        return LogProbError(error, temperature) if reads == "log_probs" else LayerError(error)
     made = found(**arguments)
     if not isinstance(made, LayerTerm | HeadTerm | PolicyTerm):
         raise ValueError(f"{key}: {use!r} makes a {type(made).__name__}, which is no objective: it needs {_METHODS}")

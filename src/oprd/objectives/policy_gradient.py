@@ -33,7 +33,7 @@ def group_advantages(rewards_R: Float[Tensor, " R"], group_size: int, scale: Sca
     """Advantage of each rollout over the other rollouts of its prompt.
 
     "group" (DeepSeekMath): A = (r − mean)/(std + 1e-4) over the rollout's group, with the unbiased std (divided by G − 1) and
-    TRL's 1e-4, so |A| < (G − 1)/√G. "none" (Dr. GRPO, arXiv 2503.20783): A = r − mean, which does not weight prompts by
+    TRL's 1e-4, so A lies within ±(G − 1)/√G. "none" (Dr. GRPO, arXiv 2503.20783): A = r − mean, which does not weight prompts by
     difficulty. If all rewards of a group are equal, A = 0 and the group gives no gradient.
 
     The mean includes the rollout's own reward. With "none", the expected gradient is therefore (G − 1)/G times that of the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oprd.models.lm_head import Heads
+from oprd.models.lm_head.chunked import weighted_sum
+from oprd.models.lm_head.logit_functions import of_log_probs
 from oprd.objectives.output_space import OutputTerm
 from oprd.objectives.policy_gradient import clipped_policy_loss, clipped_share
 from oprd.objectives.representation import representation_error
@@ -119,14 +122,56 @@ class LayerError:
             ValueError: the function does not return one error a position.
         """
         error_N = self.error(student_ND, teacher_ND)
-        if not isinstance(error_N, Tensor) or error_N.shape != at.weights.shape:
-            found = f"shape {list(error_N.shape)}" if isinstance(error_N, Tensor) else type(error_N).__name__
-            function = getattr(self.error, "func", self.error)  # inside a partial
-            raise ValueError(
-                f"objectives: {getattr(function, '__name__', function)} returned {found}; a function of the states must return one "
-                f"error a position, here shape {list(at.weights.shape)}"
-            )
+        _check_errors(self.error, error_N, at.weights.shape, "states")
         return (error_N * at.weights).sum()
+
+
+@dataclass(frozen=True)
+class LogProbError:
+    """A function `(student [n, V], teacher [n, V]) -> error [n]` of log-probabilities over the events that both models have.
+
+    It is called with chunks of positions, so that no `[N, V]` tensor exists, and differentiated by autograd. An impossible event
+    has log-probability −100 and gets no gradient.
+
+    Args:
+        error: the function.
+        temperature: divides the logits of both models.
+    """
+
+    error: Callable[[Tensor, Tensor], Tensor]
+    temperature: float = 1.0
+
+    def head_loss(self, heads: Heads, student_ND: Tensor, teacher_NE: Tensor, at: PackedPositions) -> Tensor:
+        """Σ_n weights_n · error_n, a scalar.
+
+        Raises:
+            ValueError: the function does not return one error a position.
+        """
+
+        def error(student_nV: Tensor, teacher_nV: Tensor) -> Tensor:
+            error_n = self.error(student_nV, teacher_nV)
+            _check_errors(self.error, error_n, student_nV.shape[:1], "log-probabilities")
+            return error_n
+
+        function = partial(of_log_probs, error=error, teacher_head=heads.teacher, temperature=self.temperature)
+        inputs = (teacher_NE.detach(),)
+        return weighted_sum(heads.student, student_ND, function, inputs, at.weights, self.temperature, None)
+
+
+def _check_errors(function: Any, error_N: Any, shape: torch.Size, read: str) -> None:
+    """Refuse what is not one error a position.
+
+    Raises:
+        ValueError: names the function, what it returned, and the shape.
+    """
+    if isinstance(error_N, Tensor) and error_N.shape == shape:
+        return
+    found = f"shape {list(error_N.shape)}" if isinstance(error_N, Tensor) else type(error_N).__name__
+    function = getattr(function, "func", function)  # inside a partial
+    raise ValueError(
+        f"objectives: {getattr(function, '__name__', function)} returned {found}; a function of the {read} must return one error a "
+        f"position, here shape {list(shape)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ EVAL_COMPLETIONS = "eval_completions.jsonl"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 RUN = "run.json"
+RATE_PROBE = "learning_rate_probe.json"
 LOCK = "_lock"  # hub uploads skip names that start with an underscore
 # Files of a run; those of an attempt that ended before its first checkpoint are moved to a folder of their own.
-_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, RUN, CONFIG, SUMMARY, "curves.png")
+_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, RUN, CONFIG, SUMMARY, RATE_PROBE, "curves.png")
 
 
 class RunFolder:
@@ -94,14 +95,24 @@ class RunFolder:
                 f"output_dir: {self.path} already holds a run, which has no checkpoint to go on from; choose another folder"
             )
 
+    def check_free(self) -> bool:
+        """Check that a new run may begin here, and leave everything as it is; whether there is no attempt to move aside.
+
+        Raises:
+            ValueError: as `make_free`.
+        """
+        ended = bool(self._begun or self.read_run().get("finished", True) or any(self.path.glob("checkpoint-*")))
+        if ended:
+            self.refuse_used()
+        return ended
+
     def make_free(self) -> None:
         """Make the folder free for a new run: an attempt that ended before its first checkpoint is moved to `attempt-N/`.
 
         Raises:
             ValueError: the folder contains a run that finished, or that can be resumed.
         """
-        if self._begun or self.read_run().get("finished", True) or any(self.path.glob("checkpoint-*")):
-            self.refuse_used()
+        if self.check_free():
             return
         number = 1
         while (aside := self.path / f"attempt-{number}").exists():
@@ -175,10 +186,12 @@ class RunFolder:
         rollouts: Rollouts,
         rewards: Sequence[bool | float | None],
         answers: Sequence[str | None],
+        by_function: Mapping[str, Sequence[float | None]] | None = None,
     ) -> None:
-        """Append the completions of a step, one JSON line each, with their problems' reference answers."""
-        for row in _completion_rows(prompts, rollouts, rewards, answers):
-            self.append(COMPLETIONS, {"step": step, **row})
+        """Append the completions of a step, one JSON line each, with reference answers and what reward functions give."""
+        for index, row in enumerate(_completion_rows(prompts, rollouts, rewards, answers)):
+            given = {name: values[index] for name, values in (by_function or {}).items()}
+            self.append(COMPLETIONS, {"step": step, **row, **({"rewards": given} if given else {})})
 
     def write_completions(
         self,

@@ -20,6 +20,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings
+from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import TASKS, Task
 
 logger = logging.getLogger("oprd")
@@ -41,7 +42,7 @@ class RunIdentity:
     Args:
         settings: key → value, as in `config.yaml`.
         digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, bridge_content,
-            task, and with an adapter base_model.
+            task, reward_functions, and with an adapter base_model.
     """
 
     settings: Mapping[str, Any]
@@ -98,6 +99,7 @@ def identify(
     train_prompts: Iterable[Prompt] | None,
     eval_prompts: Iterable[Prompt] | None,
     task: Task | None,
+    rewards: RewardFunctions | None = None,
 ) -> RunIdentity:
     """The identity of a run. Reads the teacher's weights once; call it before models are sharded or a checkpoint is loaded.
 
@@ -107,6 +109,7 @@ def identify(
         train_prompts: as the student reads them.
         eval_prompts: likewise.
         task: the grader's task.
+        rewards: reward functions.
     """
     given = run.settings().items()
     settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
@@ -123,7 +126,10 @@ def identify(
         if prompts is not None:
             digests[name] = _of_prompts(prompts)
     if task is not None and task not in TASKS.values():
-        digests["task"] = _of_grader(task)
+        digests["task"] = _of_code(task.name, task.grader)
+    if rewards is not None:
+        code = [_of_code(function.name, function.function) for function in rewards.functions if function.function]
+        digests["reward_functions"] = hashlib.sha256(" ".join(code).encode()).hexdigest()
     return RunIdentity(json.loads(json.dumps(settings, default=str)), digests)
 
 
@@ -132,6 +138,8 @@ def _of_prompts(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         found.update(np.asarray(prompt.ids, dtype=np.int64).tobytes())
         found.update(repr(prompt.row.answer).encode("utf-8", errors="replace"))
+        if prompt.row.columns:
+            found.update(repr(dict(prompt.row.columns)).encode("utf-8", errors="replace"))
     return found.hexdigest()
 
 
@@ -150,12 +158,12 @@ def _of_teacher(pair: ModelPair) -> str:
     return weights_checksum(weights)
 
 
-def _of_grader(task: Task) -> str:
-    """Of the module that defines the task's grader, so that an edit of it is noticed."""
-    module = inspect.getmodule(task.grader)
+def _of_code(name: str, function: Any) -> str:
+    """Of the module that defines a grader or a reward function, so that an edit of it is noticed."""
+    module = inspect.getmodule(function)
     file = getattr(module, "__file__", None)
     content = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
-    return hashlib.sha256(f"{task.name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
+    return hashlib.sha256(f"{name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
 
 
 def _diff(changes: Mapping[str, tuple[Any, Any]]) -> str:

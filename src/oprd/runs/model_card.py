@@ -13,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.files import write_text
+from oprd.runs.folder import RATE_PROBE
+from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
 
 CARD = "README.md"
@@ -36,8 +38,8 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     adapter = settings.get("lora") is not None
     student, train = settings["model"], settings["train_dataset"]
     data = ModelCardData(
-        base_model=student if _on_hub(student) else None,
-        datasets=[train] if _on_hub(train) else None,
+        base_model=student if on_hub(student) else None,
+        datasets=[train] if on_hub(train) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[
@@ -94,12 +96,21 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),
         "loss": _recorded(summary.get("objective")),
+        "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
         "seconds of training (of its last part, where it was resumed)": _recorded(summary.get("train_seconds")),
         "seed": _recorded(settings.get("seed")),
         "software": _software(summary),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def _rate(summary: Mapping[str, Any]) -> str | None:
+    """Where the learning rate is from, if a probe found it."""
+    probe = summary.get("learning_rate_probe")
+    if not probe:
+        return None
+    return f"{probe['learning_rate']:g}, {probe['rule']} (`{RATE_PROBE}`)"
 
 
 def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -118,7 +129,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
     ]
-    return "\n\n".join([head, "\n".join(rows), _gap(summary)])
+    return "\n\n".join([head, "\n".join(rows), _gap(summary) + _verdict(summary)])
 
 
 def _measures(measured: Mapping[str, Any] | None) -> list[str]:
@@ -168,6 +179,12 @@ def _uncertain(summary: Mapping[str, Any]) -> str:
     if before is None or after is None or before[1] < after[0] or after[1] < before[0]:
         return ""
     return " The intervals of the student before and after overlap."
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    """The run's verdict as a sentence; empty where accuracy before and after was not measured."""
+    found = judge_run(summary)
+    return "" if found is None else f" Verdict: {found.text}."
 
 
 def _contamination(found: Mapping[str, Any] | None) -> str:
@@ -242,7 +259,8 @@ def _software(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded"
 
 
-def _on_hub(name: str) -> bool:
+def on_hub(name: str) -> bool:
+    """Whether a name may be one of the hub: the hub allows it, and no local file has it."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from numbers import Real
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 from torch import nn
 
 from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow
 from oprd.rollouts.engine import RolloutEngine, Sampling
-from oprd.tasks.measures import Sample, summarize
+from oprd.tasks.measures import Sample, mean_and_std, summarize
+from oprd.tasks.rewards import Reward, RewardFunctions
 from oprd.tasks.task import Grader, Task, decided_by
 from oprd.types import Rollouts
 
@@ -27,36 +29,100 @@ class Evaluation:
         summary: measures, ready for JSON: avg_at_k, best_at_k, ci95, k, dist_4, mean_length, finished, …, grader_timeouts.
         rollouts: the completions, k consecutive ones per problem.
         correct: reward (a verdict or a number) of each completion; None if its row has no answer or there is no grader.
+        rewards: reward function → its reward of each completion.
     """
 
     summary: dict[str, Any]
     rollouts: Rollouts
     correct: list[bool | float | None]
+    rewards: Mapping[str, list[Reward]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grades:
+    """How good rollouts are, one entry a rollout.
+
+    Args:
+        verdicts: of the task; without one, the rewards. Accuracy is their mean.
+        rewards: what a policy gradient learns from: the weighted sum of the reward functions; without them, the verdicts.
+        by_function: reward function → its reward; empty without reward functions.
+        timeouts: answers that took too long to grade; None without a task.
+    """
+
+    verdicts: list[bool | float | None]
+    rewards: list[bool | float | None]
+    by_function: Mapping[str, list[Reward]] = field(default_factory=dict)
+    timeouts: int | None = None
 
 
 class Grading:
-    """Opens a task's grader once, however many ask for it at a time.
+    """Grades rollouts by a task and by reward functions. Opens both once, however many ask for them at a time.
 
     Args:
-        task: None: nothing is graded.
+        task: None: there are no verdicts but the rewards.
+        rewards: None: there are no rewards but the verdicts.
     """
 
-    def __init__(self, task: Task | None) -> None:
-        self.task = task
+    def __init__(self, task: Task | None, rewards: RewardFunctions | None = None) -> None:
+        self.task, self.rewards = task, rewards
         self._grader: Grader | None = None
+        self._is_open = False
 
     @contextmanager
     def open(self) -> Iterator[Grader | None]:
-        """The grader; the one that is open already, or a new one that closes with this context. None without a task."""
-        if self._grader is not None or self.task is None:
+        """The task's grader; the one that is open already, or a new one that closes with this context. None without a task."""
+        if self._is_open:
             yield self._grader
             return
-        with self.task.grader() as grader:
-            self._grader = grader
-            try:
-                yield grader
-            finally:
-                self._grader = None
+        with ExitStack() as stack:
+            stack.callback(self._closed)
+            if self.rewards is not None:
+                stack.enter_context(self.rewards)
+            if self.task is not None:
+                self._grader = stack.enter_context(self.task.grader())
+            self._is_open = True
+            yield self._grader
+
+    def _closed(self) -> None:
+        self._grader, self._is_open = None, False
+
+    def grade(
+        self,
+        rollouts: Rollouts,
+        row_of: Callable[[int], PromptRow],
+        source_of: Callable[[int], str] = "row {}".format,
+    ) -> Grades:
+        """Grade rollouts.
+
+        Args:
+            rollouts: graded by their texts.
+            row_of: dataset row → its content.
+            source_of: dataset row → its name in messages.
+
+        Raises:
+            ValueError: a grader or reward function returns something else than one finite number a rollout.
+            RunStopped: a reward function raises an error.
+        """
+        with self.open() as grader:
+            return grade(rollouts, row_of, grader, self.rewards, source_of)
+
+
+def grade(
+    rollouts: Rollouts,
+    row_of: Callable[[int], PromptRow],
+    grader: Grader | None,
+    rewards: RewardFunctions | None = None,
+    source_of: Callable[[int], str] = "row {}".format,
+) -> Grades:
+    """Grade rollouts by a task's grader, by reward functions, or by both; see `Grading.grade`."""
+    before = decided_by(grader)["timed_out"]
+    verdicts = grade_rollouts(rollouts, lambda row: row_of(row).answer, grader, source_of)
+    timeouts = None if grader is None else decided_by(grader)["timed_out"] - before
+    if rewards is None:
+        return Grades(verdicts, verdicts, timeouts=timeouts)
+    measured = rewards.measure(rollouts, row_of, verdicts, source_of)
+    summed: list[bool | float | None] = [*rewards.combine(measured)]
+    return Grades(summed if grader is None else verdicts, summed, measured, timeouts)
 
 
 def grade_rollouts(
@@ -114,6 +180,7 @@ def evaluate(
     k: int,
     sampling: Sampling,
     seed: int = 0,
+    rewards: RewardFunctions | None = None,
 ) -> Evaluation:
     """Sample k completions per prompt, grade them, and compute the measures.
 
@@ -121,10 +188,11 @@ def evaluate(
         model: a causal LM.
         engine: rollout engine that samples the completions.
         prompts: rendered problems.
-        grader: grades the completions; None leaves all samples ungraded.
+        grader: grades the completions; None leaves them to the rewards, or ungraded.
         k: samples per problem.
         sampling: sampling settings.
         seed: sampling seed.
+        rewards: reward functions.
 
     Raises:
         ValueError: there is no prompt, or k is below 1.
@@ -135,22 +203,29 @@ def evaluate(
     rollouts = engine.generate(
         model, [p.ids for p in prompts], num_generations=k, sampling=sampling, seed=seed, rows=rows
     ).rollouts
-    before = decided_by(grader)["timed_out"]
-    correct = grade_rollouts(rollouts, lambda row: prompts[row].row.answer, grader, lambda row: prompts[row].name)
-    timeouts = decided_by(grader)["timed_out"] - before
-    return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts), rollouts, correct)
+    row_of, source_of = (lambda row: prompts[row].row), (lambda row: prompts[row].name)
+    grades = grade(rollouts, row_of, grader, rewards, source_of)
+    summary = summarize_rollouts(rollouts, grades.verdicts, k, grades.timeouts or 0, grades.by_function)
+    return Evaluation(summary, rollouts, grades.verdicts, grades.by_function)
 
 
 def summarize_rollouts(
-    rollouts: Rollouts, correct: Sequence[bool | float | None], k: int, grader_timeouts: int = 0
+    rollouts: Rollouts,
+    correct: Sequence[bool | float | None],
+    k: int,
+    grader_timeouts: int = 0,
+    rewards: Mapping[str, Sequence[Reward]] | None = None,
 ) -> dict[str, Any]:
-    """The measures of rollouts ordered as k consecutive ones per problem, and how many took too long to grade."""
+    """The measures of rollouts ordered as k consecutive ones per problem, how many took too long to grade, and mean rewards."""
     samples = [
         Sample(correct=c, num_tokens=len(ids), finished=reason == "stop", token_ids=list(ids))
         for c, ids, reason in zip(correct, rollouts.completion_ids, rollouts.finish_reasons, strict=True)
     ]
     measures = summarize([samples[start : start + k] for start in range(0, len(samples), k)])
-    return {**measures, "grader_timeouts": grader_timeouts}
+    found = {name: mean_and_std([v for v in values if v is not None]) for name, values in (rewards or {}).items()}
+    means = {f"rewards/{name}/mean": mean for name, (mean, _) in found.items()}
+    stds = {f"rewards/{name}/std": std for name, (_, std) in found.items()}
+    return {**measures, "grader_timeouts": grader_timeouts, **means, **stds}
 
 
 def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
@@ -162,10 +237,12 @@ def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evalua
     order = [starts[i % len(parts)] + i // len(parts) * k + sample for i in range(num_problems) for sample in range(k)]
     verdicts = [verdict for part in parts for verdict in part.correct]
     correct = [verdicts[i] for i in order]
+    given = {name: [reward for part in parts for reward in part.rewards[name]] for name in parts[0].rewards}
+    rewards = {name: [values[i] for i in order] for name, values in given.items()}
     rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
     rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
     timeouts = sum(part.summary.get("grader_timeouts", 0) for part in parts[:num_problems])
-    return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts), rollouts, correct)
+    return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts, rewards), rollouts, correct, rewards)
 
 
 def describe_accuracy(summary: dict[str, Any]) -> str:

@@ -33,6 +33,13 @@ def best_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
     return float(_problems_by_samples(correct).max(axis=1).mean())
 
 
+def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (divided by n − 1) of values; None where there are too few."""
+    if not values:
+        return None, None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 class DistinctN(NamedTuple):
     """Result of `distinct_n`: the mean (None if no problem has an n-gram) and the number of problems left out."""
 

@@ -17,6 +17,7 @@ from oprd.data.rows import PromptRow
 from oprd.registry import arguments_problem, resolve_object
 from oprd.tasks import addition, reasoning
 from oprd.tasks.math import INSTRUCTION, BoxedGrader, check_answer
+from oprd.tasks.rewards import takes_completions
 
 
 @runtime_checkable
@@ -131,6 +132,8 @@ def get_task(name: str) -> Task:
     found: Any = resolve_object("task", name, TASKS)
     if not isinstance(found, Task) and callable(found):
         problem = arguments_problem(found)
+        if problem and takes_completions(found):
+            raise ValueError(f"task: {name!r} is a reward function; name it in reward_funcs (docs/extend.md)")
         if problem:
             raise ValueError(
                 f"task: {name!r} is called without arguments to make a Task, and does not allow it ({problem})"

@@ -1,4 +1,5 @@
-"""Alarms: states come closer while the model gets worse (all-layer matching of unrelated models), and steps teach nothing."""
+"""Alarms: states come closer while the model gets worse (all-layer matching of unrelated models), the loss rises, and steps teach
+nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from typing import Any
 
 from oprd.config import OPRDConfig
 from oprd.faults import RunStopped
+from oprd.objectives.schedules import is_on
+from oprd.objectives.terms import ON_POLICY_KINDS
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
+_RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
+_MEAN_OF = 5  # steps: of one step the loss is noisy
 
 
 class AlarmWatch:
@@ -49,6 +54,61 @@ class AlarmWatch:
         if alarm:
             self._rows.clear()
         return alarm
+
+
+class RisingLoss:
+    """Tells when a term's loss has risen to a multiple of the lowest so far: the usual sign of too high a learning rate.
+
+    It watches the representation loss, and an output-space loss that is a distance, before their weights. Compared are geometric
+    means over five steps, since a loss varies by factors; the loss of the first step counts as one too. After an alarm it is
+    quiet for `alarm_window` steps.
+
+    Where something else than the rate may raise a loss, it is not watched: a weight that fades, rewards, two writers.
+
+    Args:
+        args: the run's settings; with `alarm_window: 0` it never tells.
+    """
+
+    def __init__(self, args: OPRDConfig) -> None:
+        self.args, self._steps, self._quiet_until = args, 0, 0
+        self._last: dict[str, deque[float]] = {}
+        self._lowest: dict[str, tuple[float, Any, float]] = {}  # mean logarithm, its last step, variance of the mean
+        alone = args.crossfade_steps is None and args.lmbda in (0, 1) and not is_on(args.policy_gradient_weight)
+        distance = args.output_term is not None and args.output_term.kind not in ON_POLICY_KINDS
+        weights = {"representation": args.representation_weight, "output_space": args.output_weight if distance else 0}
+        watched = args.alarm_window > 0 and alone
+        self._terms = [n for n, weight in weights.items() if watched and is_on(weight) and not isinstance(weight, dict)]
+
+    def watch(self, row: Mapping[str, Any]) -> str | None:
+        """Take one step's metrics; a sentence when a loss has risen."""
+        self._steps += 1
+        found = [text for name in self._terms if (text := self._look(name, row))]
+        if not found or self._steps <= self._quiet_until:
+            return None
+        self._quiet_until = self._steps + self.args.alarm_window
+        return f"{' and '.join(found)}; lower learning_rate (now {self.args.learning_rate:g}), or set it to auto"
+
+    def _look(self, name: str, row: Mapping[str, Any]) -> str | None:
+        loss = row.get(f"loss/{name}")
+        if loss is None or not loss > 0:
+            return None
+        last = self._last.setdefault(name, deque(maxlen=_MEAN_OF))
+        last.append(math.log(loss))
+        if name not in self._lowest:
+            self._lowest[name] = last[0], row.get("step", "?"), 0.0
+        if len(last) < _MEAN_OF:
+            return None
+        mean = sum(last) / _MEAN_OF
+        variance = sum((value - mean) ** 2 for value in last) / (_MEAN_OF - 1) / _MEAN_OF
+        lowest, since, its_variance = self._lowest[name]
+        if mean < lowest:
+            self._lowest[name] = mean, row.get("step", "?"), variance
+            return None
+        if mean - lowest < math.log(_RISE) or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance):
+            return None
+        what = "" if len(self._terms) == 1 else f" ({name})"
+        rise, low, now = (math.exp(value) for value in (mean - lowest, lowest, mean))
+        return f"the loss{what} rises: {rise:.2g} × since step {since} ({low:.3g} -> {now:.3g})"
 
 
 class UselessSteps:

@@ -43,7 +43,7 @@ class Evaluator:
         with self.grading.open() as grader, precision:
             part = evaluate(
                 self.parallel.unwrap(model), engine or self.engine, share, grader, k=k,
-                sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank),
+                sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank), rewards=self.grading.rewards,
             )  # fmt: skip
         if world == 1:
             return part

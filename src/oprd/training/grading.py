@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from oprd.data.prompts import Prompt
-from oprd.tasks.evaluation import Grading, grade_rollouts
-from oprd.tasks.task import decided_by
+from oprd.tasks.evaluation import Grades, Grading
 from oprd.types import Rollouts
-
-Graded = tuple[list[bool | float | None], int | None]
-"""The reward of each rollout, and how many answers took too long; None without a task."""
 
 
 class BatchGrading:
@@ -25,12 +21,13 @@ class BatchGrading:
     def __init__(self, grading: Grading, *, at_once: bool) -> None:
         self.grading, self.at_once = grading, at_once
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
-        self._graded: Future[Graded] | None = None
+        self._graded: Future[Grades] | None = None
 
-    def begin(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Graded | None:
+    def begin(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Grades | None:
         """Grade a batch; None where `finish` gives the grades.
 
-        A grader that is not in worker processes grades at once: it may share random numbers or a device with the models.
+        A grader that is not in worker processes grades at once, and so do reward functions: they may share random numbers or a
+        device with the models.
 
         Args:
             rollouts: of the batch.
@@ -38,14 +35,16 @@ class BatchGrading:
 
         Raises:
             ValueError: a rollout that cannot be graded.
+            RunStopped: a reward function raises an error.
         """
+        at_once = self.at_once or self.grading.rewards is not None
         with self.grading.open() as grader:
-            if self.at_once or not getattr(grader, "in_processes", False):
+            if at_once or not getattr(grader, "in_processes", False):
                 return self._grade(rollouts, prompts)
         self._graded = self._thread.submit(self._grade, rollouts, prompts)
         return None
 
-    def finish(self) -> Graded | None:
+    def finish(self) -> Grades | None:
         """What `begin` has left for later; None if there is nothing.
 
         Raises:
@@ -60,9 +59,6 @@ class BatchGrading:
         if graded is not None:
             graded.exception()
 
-    def _grade(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Graded:
+    def _grade(self, rollouts: Rollouts, prompts: Sequence[Prompt]) -> Grades:
         of_row = {p.index: p for p in prompts}
-        with self.grading.open() as grader:
-            before = decided_by(grader)["timed_out"]
-            rewards = grade_rollouts(rollouts, lambda row: of_row[row].row.answer, grader, lambda row: of_row[row].name)
-            return rewards, None if grader is None else decided_by(grader)["timed_out"] - before
+        return self.grading.grade(rollouts, lambda row: of_row[row].row, lambda row: of_row[row].name)

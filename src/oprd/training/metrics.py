@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from oprd.types import Rollouts
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
 _TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
+_REWARD = ("|sum", "|square", "|count")  # likewise, of each reward function
 _COUNTS = ("grader_timeouts", "long_sequences")  # likewise; reported as they are, by steps that have them
 
 
@@ -34,6 +35,18 @@ def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) 
         "correct_square": sum(reward * reward for reward in graded),
         "graded": len(graded),
     }
+
+
+def reward_metrics(
+    rewards: Sequence[float | None], by_function: Mapping[str, Sequence[float | None]]
+) -> dict[str, float]:
+    """Sums of the rewards and of those of each function; `StepMetrics.close` turns them into means and standard deviations."""
+    found: dict[str, float] = {}
+    for name, values in {"reward": rewards, **{f"rewards/{name}": v for name, v in by_function.items()}}.items():
+        known = [float(value) for value in values if value is not None]
+        sums = (sum(known), sum(value * value for value in known), float(len(known)))
+        found |= {f"{name}{part}": value for part, value in zip(_REWARD, sums, strict=True)}
+    return found
 
 
 class StepMetrics:
@@ -99,7 +112,8 @@ class StepMetrics:
         totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
         counts = {name: sums.pop(name) for name in _COUNTS if name in sums}
-        row = {n: v / ranks for n, v in sums.items()} | counts
+        rewards = _rewards(sums, totals["rollouts"])
+        row = {n: v / ranks for n, v in sums.items()} | counts | rewards
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)
@@ -133,6 +147,21 @@ class StepMetrics:
                 collected[name].append(value)
         self._closed.clear()
         return {name: sum(values) / len(values) for name, values in collected.items()}
+
+
+def _rewards(sums: dict[str, float], rollouts: float) -> dict[str, float]:
+    """Take the sums of `reward_metrics` out of `sums`; mean and standard deviation (divided by n − 1, as TRL's) of each."""
+    row: dict[str, float] = {}
+    for name in [key.removesuffix("|count") for key in sums if key.endswith("|count")]:
+        total, square, count = (sums.pop(f"{name}{part}") for part in _REWARD)
+        mean, std = ("reward", "reward_std") if name == "reward" else (f"{name}/mean", f"{name}/std")
+        if name == "reward" and count < rollouts:
+            row["reward_missing"] = 1 - count / rollouts
+        if count:
+            row[mean] = total / count
+        if count > 1:
+            row[std] = max((square - total * total / count) / (count - 1), 0.0) ** 0.5
+    return row
 
 
 def _synchronize() -> None:

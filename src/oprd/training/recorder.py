@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,16 +14,43 @@ from torch import Tensor
 
 from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
+from oprd.data.rows import Messages
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
-from oprd.training.alarm import AlarmWatch, UselessSteps
-from oprd.training.metrics import StepMetrics, rollout_metrics
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps
+from oprd.training.metrics import StepMetrics, reward_metrics, rollout_metrics
 from oprd.training.parallel import MicroBatch, Parallel
+from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a training step has done, for callbacks: `trainer.last_step`.
+
+    Prompts, rollouts and rewards are those of this process, one entry a rollout; losses and metrics are over all processes.
+
+    Args:
+        step: counted from 1.
+        prompts: text or messages.
+        rollouts: token ids and texts of prompts and completions.
+        rewards: what the rollouts were rewarded, or the task's verdicts; None where they were not.
+        rewards_by_function: reward function → its rewards.
+        losses: `loss`, and `loss/<term>` of each term before its weight.
+        metrics: the step's line of `metrics.jsonl`.
+    """
+
+    step: int
+    prompts: Sequence[str | Messages]
+    rollouts: Rollouts
+    rewards: Sequence[bool | float | None]
+    rewards_by_function: Mapping[str, Sequence[float | None]]
+    losses: Mapping[str, float]
+    metrics: Mapping[str, float]
 
 
 class Recorder:
@@ -32,6 +60,9 @@ class Recorder:
         folder: of the run.
         args: the run's settings.
         parallel: the training processes.
+
+    Attributes:
+        last_step: the step that was closed last.
     """
 
     def __init__(self, folder: RunFolder, args: OPRDConfig, parallel: Parallel) -> None:
@@ -39,8 +70,13 @@ class Recorder:
         self.main = args.process_index == 0
         self._metrics = StepMetrics()
         self._alarms = AlarmWatch(0)
+        self._rising = RisingLoss(args)
         self._useless = UselessSteps(args)
         self._last_backward = 0.0
+        self._batches: list[Batch] = []
+        self._prompts: list[str | Messages] = []
+        self._said_missing = False
+        self.last_step: StepRecord | None = None
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         """Begin a call of `train`: drop the unfinished step of an earlier call.
@@ -48,7 +84,8 @@ class Recorder:
         Args:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
         """
-        self._metrics = StepMetrics()
+        self._metrics, self._batches, self._prompts = StepMetrics(), [], []
+        self._rising = RisingLoss(self.args)
         useless = 0.0
 
         def lines() -> Iterator[Mapping[str, Any]]:
@@ -56,6 +93,7 @@ class Recorder:
             for row in earlier:
                 if "loss" in row:
                     useless = row.get("useless_steps", 0.0)
+                    self._rising.watch(row)
                 yield row
 
         self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
@@ -95,10 +133,12 @@ class Recorder:
             logger.warning("student and teacher agree exactly on the first rollouts: there is nothing to learn")
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
-        rewards = (
-            batch.rewards if terms.on_policy else []
-        )  # those of the teacher's rollouts are not the student's accuracy
-        self.observe(**rollout_metrics(batch.rollouts, rewards), micro_batches=len(groups))
+        mine = terms.on_policy  # grades of the teacher's rollouts are not the student's
+        self.observe(**rollout_metrics(batch.rollouts, batch.correct if mine else []), micro_batches=len(groups))
+        if mine and batch.rewards_by_function:
+            self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))
+            self._warn_of_missing(terms.step + 1, batch.rewards)
+        self._batches.append(batch)
         if self.args.lmbda < 1:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
@@ -107,14 +147,25 @@ class Recorder:
                 self.observe(alike=sum(a == 0 for a in batch.advantages))
         self._last_backward = time.perf_counter()
 
+    def _warn_of_missing(self, step: int, rewards: Sequence[float | None]) -> None:
+        missing = sum(reward is None for reward in rewards)
+        if missing and not self._said_missing:
+            self._said_missing = True
+            logger.warning(
+                "step %d: every reward function returned None for %d of %d rollouts, which teach no reward; from here on, "
+                "reward_missing counts them",
+                step, missing, len(rewards),
+            )  # fmt: skip
+
     def completions(self, step: int, prompts: Sequence[Prompt], batch: Batch) -> None:
-        """Write some of a batch's completions to the run folder."""
+        """Write some of a batch's completions to the run folder, and keep its prompts for `last_step`."""
+        rows = {p.index: p.row for p in prompts}
+        self._prompts += [rows[row].prompt for row in batch.rollouts.rows]
         if self.args.log_completions and self.main:
             rollouts = batch.rollouts
             shown = rollouts.select(range(min(self.args.num_completions_to_log, len(rollouts))))
-            rows = {p.index: p.row for p in prompts}
             texts, answers = [rows[row].prompt for row in shown.rows], [rows[row].answer for row in shown.rows]
-            self.folder.append_completions(step, texts, shown, batch.rewards, answers)
+            self.folder.append_completions(step, texts, shown, batch.correct, answers, batch.rewards_by_function)
 
     def close_step(self, step: int, grad_norm: Any, learning_rate: float | None) -> None:
         """Write the metrics of the step that was just taken. Does nothing if no step ran since the last call.
@@ -133,11 +184,27 @@ class Recorder:
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
         if self.main:
-            for alarm in filter(None, (self._alarms.watch({"step": step, **row}), self._useless.alarm())):
+            here = {"step": step, **row}
+            for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
             self.folder.append(METRICS, {"step": step, **row})
+        self.last_step = self._record(step, row)
         self._useless.check(step)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> StepRecord:
+        """The record of the step that ends, of this process's batches."""
+        batches, prompts, self._batches, self._prompts = self._batches, self._prompts, [], []
+        names = batches[0].rewards_by_function if batches else ()
+        return StepRecord(
+            step,
+            prompts,
+            Rollouts.concatenate([batch.rollouts for batch in batches]),
+            [reward for batch in batches for reward in batch.rewards],
+            {name: [reward for batch in batches for reward in batch.rewards_by_function[name]] for name in names},
+            {name: value for name, value in metrics.items() if name.split("/")[0] == "loss"},
+            metrics,
+        )
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the measures of an evaluation during training."""

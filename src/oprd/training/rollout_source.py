@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
 from oprd.states.teachers import CanSample
-from oprd.tasks.evaluation import Grading
+from oprd.tasks.evaluation import Grades, Grading
 from oprd.training.grading import BatchGrading
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
@@ -153,7 +153,7 @@ class RolloutSource:
         self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
         batch = Batch(rollouts, [None] * len(rollouts), pairs=pairs)
         if graded is not None:
-            batch = self._with_rewards(batch, *graded)
+            batch = self._with_grades(batch, graded)
         if not self.objective.uses(PolicyTerm):
             return batch
         return batch.with_advantages(self.args.num_generations, self.args.scale_rewards)  # type: ignore[arg-type]
@@ -190,16 +190,16 @@ class RolloutSource:
         with self.recorder.timed("grade"):
             graded = self.grading.finish()
         if graded is not None:
-            batch = self._with_rewards(batch, *graded)
+            batch = self._with_grades(batch, graded)
         if self.args.num_iterations > 1 and batch.old_log_probs is None:
             ordered = [log_probs[i] for i in range(len(batch.rollouts))]
             self._kept[self._batch_of_step] = replace(batch, old_log_probs=ordered)
         return batch
 
-    def _with_rewards(self, batch: Batch, rewards: Sequence[bool | float | None], timeouts: int | None) -> Batch:
-        if timeouts is not None:
-            self.recorder.observe(grader_timeouts=timeouts)
-        return replace(batch, rewards=rewards)
+    def _with_grades(self, batch: Batch, grades: Grades) -> Batch:
+        if grades.timeouts is not None:
+            self.recorder.observe(grader_timeouts=grades.timeouts)
+        return batch.with_grades(grades)
 
     @contextmanager
     def dropout_seed(self, terms: StepObjective, batch_of_step: int, part: MicroBatch) -> Iterator[None]:

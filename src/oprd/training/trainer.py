@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import TrainOutput
 
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import OPRDConfig
+from oprd.config import AUTO, OPRDConfig
 from oprd.data.order import RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
@@ -55,10 +56,12 @@ from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
 from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
+from oprd.training.outcome import Say, leave_results, measure_before
+from oprd.training.overrides import refuse_overrides
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.probe import probe_run
 from oprd.training.processes import check_shared, explaining_lost_processes
-from oprd.training.recorder import Recorder
+from oprd.training.recorder import Recorder, StepRecord
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
 from oprd.training.trackers import guarded, make_trackers
@@ -95,10 +98,17 @@ class OPRDTrainer(Trainer):
         objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
         rollout_engine: in place of `args.rollout_engine`.
         task: in place of `args.task`.
+        reward_funcs: a reward function, or a list of them (`oprd.tasks.rewards`), in place of `args.reward_funcs`.
+        eval_before: whether `train` evaluates the student on the eval_dataset before it trains.
+        eval_teacher: whether it evaluates the teacher.
         resolved: a run that is resolved already, in place of all arguments but `callbacks` and `optimizers`.
 
+    Attributes:
+        summary: of the last `train`, as in `summary.json`.
+
     Raises:
-        ValueError: models, datasets or settings that do not fit, before anything is trained; says what and how to mend it.
+        ValueError: models, datasets or settings that do not fit, before anything is trained; says what and how to mend it. A
+            subclass overrides a method of transformers' Trainer that is never called here.
 
     Example:
         >>> trainer = OPRDTrainer("embedded:tiny/student", "embedded:tiny/teacher",
@@ -126,34 +136,36 @@ class OPRDTrainer(Trainer):
         objectives: Mapping[str, Any] | None = None,
         rollout_engine: RolloutEngine | None = None,
         task: Task | None = None,
+        reward_funcs: Any = None,
+        eval_before: bool = True,
+        eval_teacher: bool = True,
         resolved: ResolvedRun | None = None,
     ) -> None:
+        refuse_overrides(type(self), OPRDTrainer)
         if resolved is not None and any(given is not None for given in (model, teacher_model, args, train_dataset)):
             raise ValueError("resolved: it holds models, settings and datasets already; leave these arguments out")
         if resolved is None:
-            args = args if args is not None else OPRDConfig("oprd-output")
-            check_one_device(args)
             tokenizers = processing_class, teacher_processing_class
-            given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task)
-            # A trainer evaluates the teacher only when `evaluate_teacher` is called.
-            evaluated: dict[str, Any] = {"eval_dataset": eval_dataset, "eval_teacher": False}
-            resolved = resolve(RunConfig(args, model, teacher_model, train_dataset, given=given, **evaluated))
+            given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
+            evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
+            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
+        self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
+        self.summary: dict[str, Any] = {}
         args, pair = resolved.run.args, resolved.pair
         student, teacher = pair.student.model, pair.teacher
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
-            self.identity = identify(resolved.run, pair, resolved.train_prompts, resolved.eval_prompts, resolved.task)
+            prompts = resolved.train_prompts, resolved.eval_prompts
+            self.identity = identify(resolved.run, pair, *prompts, resolved.task, resolved.rewards)
         if args.fully_shard:
             shard_models((student, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
         self.run_folder = RunFolder(args.output_dir)
         self.checkpoints = CheckpointStore(
-            Path(args.output_dir),
-            writes=args.should_save,
-            save_total_limit=args.save_total_limit,
+            Path(args.output_dir), writes=args.should_save, save_total_limit=args.save_total_limit,
             bridge_digest=teacher.digest if isinstance(teacher, BridgedTeacher) else None,
             identity=self.identity.as_json() if self.identity else None,
-        )
+        )  # fmt: skip
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
@@ -177,6 +189,8 @@ class OPRDTrainer(Trainer):
     def _connect(self, resolved: ResolvedRun) -> None:
         """Make the collaborators, now that transformers' Trainer has set up the processes."""
         args, pair = self.args, self.pair
+        _check_rate(args)
+        self.rate_probe: dict[str, Any] | None = None  # what found the learning rate; set by `oprd.training.run`
         self.parallel = Parallel(
             self.accelerator, args, self.model, pair.teacher.modules, place=self.place_model_on_device
         )
@@ -188,7 +202,8 @@ class OPRDTrainer(Trainer):
             pair.teacher.to(args.device)
         self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
         self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
-        self.grading = Grading(self.task)
+        rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
+        self.grading = Grading(self.task, rewards)
         self.recorder = Recorder(self.run_folder, args, self.parallel)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
@@ -215,6 +230,7 @@ class OPRDTrainer(Trainer):
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
+        self.seconds_to_load = time.perf_counter() - self._loading_since
 
     def training_step(
         self, model: nn.Module, inputs: list[Prompt], num_items_in_batch: Tensor | int | None = None
@@ -284,9 +300,18 @@ class OPRDTrainer(Trainer):
         return loss, log_probs
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *, accept_changes: Sequence[str] = (), **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        accept_changes: Sequence[str] = (),
+        outputs: bool = True,
+        say: Say = logger.info,
+        **kwargs: Any,
     ) -> Any:
-        """Train; with `resume_from_checkpoint=True`, go on from the newest checkpoint of `output_dir` that verifies.
+        """Train, as `oprd train` does; with `resume_from_checkpoint=True`, go on from the newest checkpoint that verifies.
+
+        `output_dir` then holds `config.yaml`, `metrics.jsonl`, `completions.jsonl`, checkpoints, `model/` with its card,
+        `summary.json` (also in `summary`) and `curves.png`. With an eval_dataset, student and teacher are evaluated.
 
         Resuming from the last step restores it and trains nothing. SIGTERM, SIGINT or SIGHUP end the run after the running step,
         with a checkpoint.
@@ -294,28 +319,44 @@ class OPRDTrainer(Trainer):
         Args:
             resume_from_checkpoint: true; the folder of a checkpoint; or "auto", which starts anew where there is no checkpoint.
             accept_changes: settings and digests (`oprd.runs.identity`) that may differ from those that the run began with.
+            outputs: false: train only. Nothing is evaluated before and after, and only metrics, completions and checkpoints are
+                written.
+            say: called with each line of news; the default logs it.
             kwargs: as in any Trainer.
 
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
-            RunStopped: memory does not hold the smallest batch, or `max_useless_steps`.
+            RunStopped: memory does not hold the smallest batch, `max_useless_steps`, or a reward function raises an error.
             LostProcessError: another process of the run has ended.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
         if not self.train_dataset:
             raise ValueError("train_dataset: there is none")
+        started, main = time.perf_counter(), self.is_world_process_zero()
         with ExitStack() as stack:
             stack.enter_context(explaining_lost_processes())
             stack.enter_context(self.signals.listening())
-            if self.is_world_process_zero():
+            if main:
                 stack.enter_context(self.run_folder.hold())
             if not self._begun:
                 self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
             checkpoint, self._begun = self._checkpoint, False
-            if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
-                output = self._restore_finished(checkpoint)
-            else:
+            if outputs:
+                self.summary = measure_before(self, resumed=checkpoint is not None, say=say)
+            train_started = time.perf_counter()
+            output = self._train_from(checkpoint, **kwargs)
+            if outputs:
+                self.summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+                leave_results(self, self.summary, started=started, say=say)
+        return output
+
+    def _train_from(self, checkpoint: Path | None, **kwargs: Any) -> Any:
+        """Train from a checkpoint, or from the beginning, and record in the folder that the run has reached its end."""
+        if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
+            output = self._restore_finished(checkpoint)
+        else:
+            with ExitStack() as stack:
                 stack.enter_context(
                     say_what_to_lower("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
                 )
@@ -324,9 +365,17 @@ class OPRDTrainer(Trainer):
                 with self.signals.in_steps():
                     output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
-            if self.is_world_process_zero():
-                self.run_folder.end_run()
+        if self.is_world_process_zero():
+            self.run_folder.end_run()
         return output
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """Rollouts, rewards, losses and metrics of the step taken last; None before the first.
+
+        Of the events of a callback, `on_log`, `on_evaluate` and `on_save` come after it is set, `on_step_end` comes before.
+        """
+        return self.recorder.last_step
 
     def begin_run(self, checkpoint: Path | None, accept_changes: Sequence[str] = ()) -> None:
         """Make the run folder ready and record there what the run is. The next `train` goes on from here.
@@ -381,7 +430,7 @@ class OPRDTrainer(Trainer):
         """
         prompts: Sequence[Prompt] | None = self.eval_dataset
         if eval_dataset is not None:
-            rows = given_rows(eval_dataset, self.args, self.task, "eval")
+            rows = given_rows(eval_dataset, self.args, self.task, "eval", self.grading.rewards)
             prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
         if not prompts:
             raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
@@ -535,6 +584,30 @@ class OPRDTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.checkpoints.load_parts(checkpoint)
+
+
+def _resolve(args: OPRDConfig | None, *models_and_data: Any, **more: Any) -> ResolvedRun:
+    """What the arguments of a trainer make. Where there is a run to resume, its chat template goes on printing the run's date."""
+    args = args if args is not None else OPRDConfig("oprd-output")
+    check_one_device(args)
+    _check_rate(args)
+    if args.chat_template_date is None and any(Path(args.output_dir).glob("checkpoint-*")):  # `train` may resume
+        stored = RunFolder(args.output_dir).read_run()
+        args.chat_template_date = stored.get("settings", {}).get("chat_template_date")
+    return resolve(RunConfig(args, *models_and_data, **more))
+
+
+def _check_rate(args: OPRDConfig) -> None:
+    """Refuse a learning rate that is not found yet.
+
+    Raises:
+        ValueError: says where it is found.
+    """
+    if args.learning_rate == AUTO:
+        raise ValueError(
+            f"learning_rate: {AUTO!r} is for oprd train and oprd.training.run (build_trainer, train_and_evaluate), which find the "
+            "number first; OPRDTrainer takes a number"
+        )
 
 
 def check_one_device(args: OPRDConfig) -> None:

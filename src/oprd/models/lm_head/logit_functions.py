@@ -149,6 +149,30 @@ def sampled_token_reverse_kl(
     return finite_(value_n1), p_nV.mul_(-upstream_n1).scatter_add_(1, tokens_n1, upstream_n1)
 
 
+def of_log_probs(
+    logits_nV: Tensor,
+    inputs: tuple[Tensor, ...],
+    upstream_n1: Tensor | None,
+    *,
+    error: Callable[[Tensor, Tensor], Tensor],
+    teacher_head: LMHead,
+    temperature: float,
+) -> ValuesAndGradient:
+    """Any function of both models' log-probabilities `[n, V]`, differentiated by autograd. Input: the teacher's states `[n, E]`."""
+    teacher_nV = finite_(_log_softmax_(teacher_head.event_logits(inputs[0], temperature))).to(logits_nV.dtype)
+    with torch.enable_grad():
+        leaf_nV = logits_nV.detach().requires_grad_(upstream_n1 is not None)
+        impossible_nV = leaf_nV.isneginf()
+        log_p_nV = leaf_nV.log_softmax(-1).masked_fill(impossible_nV, LOG_ZERO)
+        value_n = error(log_p_nV, teacher_nV)
+    if upstream_n1 is None:
+        return value_n.detach()[:, None], None
+    if not value_n.requires_grad:  # the student's do not enter it
+        return value_n[:, None], torch.zeros_like(logits_nV)
+    (grad_nV,) = torch.autograd.grad(value_n, leaf_nV, upstream_n1[:, 0])
+    return value_n.detach()[:, None], grad_nV.masked_fill_(impossible_nV, 0)
+
+
 def finite_(log_p: Tensor) -> Tensor:
     """Replace −inf by `LOG_ZERO`, in place. NaN stays, so that it is noticed."""
     return log_p.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=LOG_ZERO)

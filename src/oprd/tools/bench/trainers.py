@@ -296,9 +296,10 @@ def run_trainer(name: str, setup: Setup, *, memory: bool = False) -> dict[str, A
         trainer = TRAINERS[name](setup, models, f"{folder}/run", watch)
         if name.startswith("trl"):
             watch.watch(models[0])
+            trainer.train()
         else:
             watch.watch_engine(trainer.engine)
-        trainer.train()
+            trainer.train(outputs=False)
     found: dict[str, Any] = {"steps": watch.steps}
     return {**found, "peak_bytes": resident_bytes("VmHWM") - before} if memory else found
 

@@ -6,7 +6,6 @@ All functions here depend on the report alone (`oprd.tools.diagnose.measure`).
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+from oprd.config import AUTO
 from oprd.sanitize import printable
 from oprd.tools.diagnose.verdict import agreeing, spread
 
@@ -25,8 +25,6 @@ GATE_CKA = 0.98
 # Where the student ends a text, a teacher that agrees gives its end ids at least this share of the student's end probability.
 # A share and not an absolute value, since both models often find a sampled end improbable.
 END_SHARE = 0.5
-# Recipes that we ran or that were published: name, number of parameters, learning rate for hidden states.
-RATES = (("recipes/tiny.yaml", 8.6e5, 2e-3), ("recipes/smollm2.yaml", 1.35e8, 2e-4), ("the paper", 1.5e9, 1e-5))
 PAPER_LAST_K = 2000
 
 
@@ -36,17 +34,25 @@ def advise(report: Report) -> dict[str, Any]:
     Returns:
         `advice`: list of `{"about", "choose", "because", "settings"}`. `recipe`: YAML. `bridge_command`: None if none is needed.
     """
-    rules = [
-        rule
-        for make in (_bridge, _layers, _positions, _output, _ends, _rate, _gap)
-        for rule in [make(report)]
-        if rule is not None
-    ]
+    rules = [*_rules(report), *filter(None, (_rate(report), _gap(report)))]
     settings = {"model": report["student"], "teacher_model": report["teacher"], **_text(report)}
     for rule in rules:
         settings |= rule["settings"]
     command = bridge_command(report) if report["verdict"]["bridge"] else None
     return {"advice": rules, "recipe": yaml.safe_dump(settings, sort_keys=False), "bridge_command": command}
+
+
+def advised_settings(report: Report) -> dict[str, Any]:
+    """The settings that all rules but the learning rate's set together, without the models."""
+    settings = _text(report)
+    for rule in _rules(report):
+        settings |= rule["settings"]
+    return settings
+
+
+def _rules(report: Report) -> list[dict[str, Any]]:
+    makers = (_bridge, _layers, _positions, _output, _ends)
+    return [rule for make in makers for rule in [make(report)] if rule is not None]
 
 
 def _rule(about: str, choose: str, because: str, **settings: Any) -> dict[str, Any]:
@@ -198,15 +204,28 @@ def ends_differ(report: Report) -> bool:
 
 
 def _rate(report: Report) -> dict[str, Any]:
-    size = report["models"]["student"]["parameters"]
-    name, parameters, rate = min(RATES, key=lambda known: abs(math.log(known[1] / size)))
-    because = f"the student has {size:.2g} parameters; {name} has {parameters:.2g} and uses {rate:g} for hidden states"
-    if report["verdict"]["bridge"]:
-        # Half, as in comparisons/tiny_bridge.yaml. In evidence/objectives, reverse KL collapsed at the full rate.
-        rate, because = rate / 2, f"{because}, our comparisons with a bridge use half of it"
+    probe = report["learning_rate_probe"]
+    if probe is None:
+        return _rule(
+            "learning rate",
+            "auto: a probe before the run finds it",
+            "it was not probed here (--probe-rate)",
+            learning_rate=AUTO,
+        )
+    if "problem" in probe:
+        if report["verdict"]["bridge"] and report["verdict"]["kind"] != "unrelated":
+            return _rule(
+                "learning rate", "auto: the same probe runs through the bridge", probe["problem"], learning_rate=AUTO
+            )
+        return _rule("learning rate", "none was found", probe["problem"])
+    curve = ", ".join(
+        f"{rate:g}: {'not finite' if loss is None else f'{loss:.3g}'}"
+        for rate, loss in zip(probe["rates"], probe["held_out_loss"], strict=True)
+    )
     return _rule(
-        "learning rate", f"{rate:g}; try a third of it too", f"{because}. A starting point, not a result",
-        learning_rate=rate,
+        "learning rate", f"{probe['learning_rate']:g}",
+        f"{probe['rule']} after {probe['steps']} steps from the same weights: {curve}; before {probe['held_out_loss_before']:.3g}",
+        learning_rate=probe["learning_rate"],
     )  # fmt: skip
 
 

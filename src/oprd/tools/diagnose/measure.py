@@ -21,7 +21,8 @@ from oprd.states.layer_maps import layer_map
 from oprd.states.similarity import position_curve
 from oprd.tasks.evaluation import evaluate, grade_rollouts, summarize_rollouts
 from oprd.tasks.task import get_task
-from oprd.tools.diagnose.advice import advise
+from oprd.tools.diagnose.advice import advise, advised_settings
+from oprd.tools.diagnose.rate import find_rate
 from oprd.tools.diagnose.read import MEASURES, EndReading, Readings, read_pair
 from oprd.tools.diagnose.theory import theory_figures
 from oprd.tools.diagnose.verdict import judge
@@ -46,6 +47,8 @@ def diagnose_pair(
     teacher_dtype: str = "auto",
     prompts_name: str = "PROMPTS",
     on_rollouts: Callable[[int, int], None] | None = None,
+    probe_rate: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Let the student answer the prompts and both models read the answers; report how alike they are and what to set.
 
@@ -62,6 +65,8 @@ def diagnose_pair(
         teacher_dtype: as given to `load_pair`; only written into the report.
         prompts_name: source of the rows, for the commands in the report.
         on_rollouts: called with (rollouts read, of all).
+        probe_rate: find a learning rate by a few steps, after which the weights are as before.
+        say: called with what that will cost.
 
     Returns:
         The report. docs/diagnose.md describes its keys.
@@ -101,6 +106,11 @@ def diagnose_pair(
     }  # fmt: skip
     report = rounded(report)
     report["verdict"] = judge(report)
+    report["learning_rate_probe"] = None
+    if probe_rate:
+        sizes: dict[str, Any] = {"max_completion_length": max_completion_length, "max_prompt_length": max_prompt_length}
+        sizes |= {"micro_batch_tokens": micro_batch_tokens, "generation_batch_size": batch_size, "seed": seed}
+        report["learning_rate_probe"] = rounded(find_rate(pair, rows, {**advised_settings(report), **sizes}, say))
     return {**report, **advise(report)}
 
 

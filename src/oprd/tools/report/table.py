@@ -90,6 +90,18 @@ def _objective(record: RunRecord) -> Cell:
     return Cell(objective_of(record.config) or NOTHING if record.config else NOTHING)
 
 
+def _rate(record: RunRecord) -> Cell:
+    cell = _setting("learning_rate")(record)
+    probe = record.summary.get("learning_rate_probe")
+    found = isinstance(probe, Mapping) and cell.text != NOTHING
+    return Cell(f"{cell.text}, found by a probe", cell.value) if found else cell
+
+
+def _verdict(record: RunRecord) -> Cell:
+    text = record.summary.get("verdict")
+    return Cell(text if isinstance(text, str) else NOTHING)
+
+
 def _steps(record: RunRecord) -> Cell:
     done = number(record.summary, "steps")
     if done is not None:
@@ -174,12 +186,13 @@ _ROWS: dict[str, Callable[[RunRecord], Cell]] = {
     "teacher": _teacher,
     "bridge": _setting("bridge"),
     "seed": _seed,
-    "learning rate": _setting("learning_rate"),
+    "learning rate": _rate,
     "steps": _steps,
     "Avg@k before [95 %]": _accuracy("student_before"),
     "Avg@k after [95 %]": _accuracy("student_after"),
     "Avg@k of the teacher [95 %]": _accuracy("teacher"),
     "gap closed": _of_summary("gap_closed", percent),
+    "verdict": _verdict,
     "Best@k after": _of_evaluation("student_after", "best_at_k", percent),
     "mean length before": _of_evaluation("student_before", "mean_length", _tokens),
     "mean length after": _of_evaluation("student_after", "mean_length", _tokens),

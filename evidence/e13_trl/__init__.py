@@ -1,0 +1,1 @@
+"""E13: accuracy beside TRL's distillation trainers, at equal steps and at equal seconds."""

@@ -1,0 +1,61 @@
+"""`oprd init`: write a first recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oprd.files import write_text
+
+_BRIDGE_PROMPTS = 1000
+
+
+def init(
+    student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
+    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    output: Annotated[Path, typer.Option(help="The recipe's file; the run's folder is runs/<its name>.")],
+    eval_dataset: Annotated[str | None, typer.Option("--eval", help="Problems with answers, in the same ways.")] = None,
+    task: Annotated[str | None, typer.Option(help="How the answers of --eval are graded; default: math.")] = None,
+) -> None:
+    """Write a recipe that runs: looks at the models' files, the data and this machine, and asks nothing."""
+    from oprd.cli import bridge
+    from oprd.cli.console import quiet_libraries, say
+
+    if output.exists():
+        raise ValueError(f"--output: {output} is there already; choose another name, or remove it")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {output.parent}")
+    if task is not None and eval_dataset is None and not prompts.startswith("generated:"):
+        raise ValueError(f"--task: {task!r} grades the answers of --eval, which is not given")
+    quiet_libraries()
+    import torch
+
+    from oprd.resolve import plan
+    from oprd.run_config import RunConfig
+    from oprd.tools.doctor.probe import probe_cpu
+    from oprd.tools.doctor.time import measure_device, predict_seconds
+    from oprd.tools.first_recipe import Machine, first_recipe, workload_for
+
+    machine = Machine.this()
+    made = first_recipe(student, teacher, prompts, eval_dataset=eval_dataset, task=task, output=output, machine=machine)
+    values = made.values
+    if made.needs_bridge:
+        say(f"the models differ in shape or tokenizer: fitting a bridge, {values['bridge']}")
+        bridge.fit(
+            student, teacher, prompts, Path(values["bridge"]), limit=min(made.prompts, _BRIDGE_PROMPTS),
+            max_completion_length=values["max_completion_length"],
+        )  # fmt: skip
+    text = made.text()
+    work = workload_for(values, made.longest_prompt, machine)
+    device = measure_device(torch.bfloat16, torch.device("cuda")) if machine.cuda else probe_cpu(work)
+    plan(RunConfig.parse(values, str(output))).describe()  # refuses what a run would refuse
+    write_text(output, text)
+    say(text)
+    for warning in made.warnings:
+        say(f"WARNING: {warning}")
+    seconds = sum(predict_seconds(work, device).values())
+    say(f"at most about {seconds:.2g} s a step on this machine, an estimate for completions of full length")
+    say(f"written to {output}; next: oprd train --config {output} --dry-run, then without --dry-run")

@@ -1,0 +1,240 @@
+"""`oprd push`: a run's model for the hub, with its card, checked before anything is sent."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import metadata_save
+from huggingface_hub.utils import validate_repo_id
+
+from oprd.data.hub import hub_answers, why_no_hub
+from oprd.faults import RunStopped
+from oprd.files import write_text
+from oprd.runs.loaded import LoadedRun, load_run
+from oprd.runs.model_card import CARD, on_hub
+from oprd.sanitize import REDACTED, redacted
+
+MODEL = "model"
+BESIDE_MODEL = ("config.yaml", "summary.json", "curves.png")
+"""Files of the run that go to the folder `oprd` of the repository."""
+SENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".png")
+"""Kinds of files that are sent; no pickle."""
+_TEXT = (".json", ".jinja", ".txt", ".md", ".yaml")
+
+
+@dataclass(frozen=True)
+class Push:
+    """What would be sent.
+
+    Args:
+        repo: `owner/name` on the hub.
+        files: path in the repository → file.
+        card: the model card.
+        warnings: what its reader must know.
+    """
+
+    repo: str
+    files: Mapping[str, Path]
+    card: str
+    warnings: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the card."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    def lines(self) -> list[str]:
+        """What would be sent, as lines of text."""
+        found = [f"{self.repo}: {len(self.files) + 1} files, {self.size / 1e6:.1f} MB"]
+        found += [f"  {name}  {file.stat().st_size:,} bytes" for name, file in self.files.items()]
+        found += [
+            f"  {CARD}  {len(self.card.encode()):,} bytes",
+            "",
+            *self.card.split("## Results")[0].rstrip().splitlines(),
+            "",
+        ]
+        return found + [f"WARNING: {warning}" for warning in self.warnings]
+
+
+def plan_push(folder: str | Path, repo: str) -> Push:
+    """Check a run's model and write its card for a repository. Changes and sends nothing.
+
+    Args:
+        folder: the run's.
+        repo: `owner/name` on the hub.
+
+    Raises:
+        ValueError: no complete run, a name that the hub does not allow, a file of a kind that is not sent, or a secret in a file.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo: {repo!r} is not allowed on the hub: {error}") from None
+    if "/" not in repo:
+        raise ValueError(f"--repo: {repo!r} has no owner; write owner/name")
+    run = load_run(folder)
+    files = _files(run)
+    _refuse_secrets(files)
+    return Push(repo, files, _card(run, repo), tuple(_warnings(run)))
+
+
+def send(push: Push, *, private: bool, api: HfApi | None = None) -> str:
+    """Create the repository where it is missing and send all files in one commit; the address of the commit.
+
+    Args:
+        push: what is sent.
+        private: of a new repository.
+        api: of the hub.
+
+    Raises:
+        RunStopped: the hub does not answer, or refuses. Then the repository has all files of before, or all of these.
+    """
+    if not hub_answers():
+        raise RunStopped(f"push: nothing was sent: {why_no_hub()}")
+    api = api or HfApi()
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        for name, file in push.files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(file, staged / name)
+        write_text(staged / CARD, push.card)
+        try:
+            api.create_repo(push.repo, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=push.repo, folder_path=staged, commit_message="Model and card by oprd")
+        except Exception as error:  # the hub's library raises errors of its HTTP library too
+            raise RunStopped(
+                f"push: {push.repo} was not updated: {next(iter(str(error).strip().splitlines()), error)}"
+            ) from error
+    return str(done.commit_url)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file.resolve())
+    except OSError:  # another disk
+        shutil.copyfile(file, target)
+
+
+def _files(run: LoadedRun) -> dict[str, Path]:
+    model = run.folder / MODEL
+    if not model.is_dir():
+        raise ValueError(
+            f"{run.folder}: it has no {MODEL}/, because the run did not end; finish it with oprd train --resume auto"
+        )
+    inside = {file.relative_to(model).as_posix(): file for file in sorted(model.rglob("*")) if file.is_file()}
+    inside.pop(CARD, None)
+    if other := [name for name in inside if Path(name).suffix not in SENT]:
+        raise ValueError(
+            f"{model / other[0]}: files of this kind are not sent ({', '.join(SENT)} are); remove it, or keep it elsewhere"
+        )
+    if not any(name.endswith(".safetensors") for name in inside):
+        raise ValueError(f"{model}: it has no .safetensors file")
+    beside = {f"oprd/{name}": run.folder / name for name in BESIDE_MODEL if (run.folder / name).is_file()}
+    return inside | beside
+
+
+def _refuse_secrets(files: Mapping[str, Path]) -> None:
+    for file in files.values():
+        if file.suffix not in _TEXT:
+            continue
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+            if REDACTED not in line and redacted(line, by_name=False) != line:
+                raise ValueError(
+                    f"{file}:{number}: the line holds what looks like a secret; remove it before it is published"
+                )
+
+
+def _card(run: LoadedRun, repo: str) -> str:
+    """The run's card with results in the hub's form, a licence where it is known, and how to load the model."""
+    file = run.folder / MODEL / CARD
+    if not file.is_file():
+        raise ValueError(f"{file}: the run's model has no card")
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / CARD
+        write_text(copy, file.read_text())
+        added: dict[str, Any] = {}
+        if results := _results(run):
+            data = ModelCardData(model_name=repo, eval_results=results)
+            added["model-index"] = data.to_dict()["model-index"]
+        known = {name for name in _licences(run).values() if name}
+        if len(known) == 1:
+            added["license"] = known.pop()
+        if added:
+            metadata_save(copy, {**(metadata_load(copy) or {}), **added})
+        text = copy.read_text()
+    head, mark, rest = text.partition("## Results")
+    return f"{head}{_usage(run, repo)}\n\n{mark}{rest}"
+
+
+def _results(run: LoadedRun) -> list[EvalResult]:
+    after, config = run.summary.get("student_after") or {}, run.config
+    if after.get("avg_at_k") is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type=str(config.get("eval_dataset")), dataset_name=str(config.get("eval_dataset")),
+            dataset_split=config.get("eval_split"), metric_type="accuracy", metric_name=f"Avg@{after['k']}",
+            metric_value=round(after["avg_at_k"], 4),
+        )
+    ]  # fmt: skip
+
+
+def _usage(run: LoadedRun, repo: str) -> str:
+    adapter = run.config.get("lora") is not None
+    name = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    lines = (
+        imports if adapter else "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = {name}.from_pretrained("{repo}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+    )
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _licences(run: LoadedRun) -> dict[str, str | None]:
+    """Student and teacher → the licence in their own cards; None where it is not known here."""
+    names = {side: run.config.get(key) for side, key in (("student", "model"), ("teacher", "teacher_model"))}
+    return {side: _licence(name) for side, name in names.items() if isinstance(name, str)}
+
+
+def _licence(name: str) -> str | None:
+    card = Path(name).expanduser() / CARD
+    if card.is_file():
+        found = (metadata_load(card) or {}).get("license")
+        return found if isinstance(found, str) else None
+    if not on_hub(name) or not hub_answers():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(name).data.to_dict().get("license")
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _warnings(run: LoadedRun) -> Iterator[str]:
+    licences = _licences(run)
+    known = {side: name for side, name in licences.items() if name}
+    if len({*known.values()}) > 1:
+        yield f"licences differ: {_listed(known)}; the card names none: read both, and set license yourself"
+    if missing := [side for side, name in licences.items() if not name]:
+        yield f"the licence of the {' and the '.join(missing)} is not known here: read it before you publish"
+    if (closed := run.summary.get("gap_closed")) is not None and closed < 0:
+        yield f"the run lost {-closed:.0%} of the gap to its teacher"
+    if run.summary.get("export_verified") is False:
+        yield "the saved model is not the one that was trained (export_verified is false in summary.json)"
+    if not run.config.get("eval_dataset"):
+        yield "accuracy was not measured: the card says so"
+
+
+def _listed(known: Mapping[str, str]) -> str:
+    return ", ".join(f"{side} {name}" for side, name in known.items())

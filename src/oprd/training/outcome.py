@@ -1,0 +1,210 @@
+"""What a run leaves beside its metrics and checkpoints: config, measures before and after, verified model with card, curves."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from transformers.core_model_loading import revert_weight_conversion
+
+from oprd.data.compact import OnAccess
+from oprd.data.contamination import say_overlap
+from oprd.data.prompts import Prompt
+from oprd.data.rows import PromptRow
+from oprd.files import write_json, write_text, writing_folder
+from oprd.models.architecture import causal_lm
+from oprd.models.export_check import ExportCheck, check_export, compare_files
+from oprd.models.sharding import is_sharded, whole_weights
+from oprd.resolve import describe_objective
+from oprd.runs.curves import plot_run
+from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
+from oprd.runs.model_card import write_model_card
+from oprd.runs.verdict import judge_run
+from oprd.tasks.evaluation import Evaluation, describe_accuracy
+
+if TYPE_CHECKING:
+    from oprd.training.trainer import OPRDTrainer
+
+logger = logging.getLogger("oprd")
+
+Say = Callable[[str], None]
+
+
+def measure_before(trainer: OPRDTrainer, *, resumed: bool, say: Say) -> dict[str, Any]:
+    """Write `config.yaml`, and evaluate teacher and student before training, as the run asks for. All processes take part.
+
+    Args:
+        trainer: whose run has begun.
+        resumed: take what an earlier part of the run has measured.
+        say: called with each line of news.
+
+    Returns:
+        The summary so far.
+    """
+    summary: dict[str, Any] = dict.fromkeys(
+        ("student_before", "student_after", "teacher", "gap_closed", "contamination")
+    )
+    if resumed:  # on every rank: all must agree on what is left to evaluate together
+        summary |= _measured_before(trainer.run_folder)
+    if trainer.is_world_process_zero():
+        write_text(trainer.run_folder.path / CONFIG, yaml.safe_dump(_settings(trainer), sort_keys=False))
+        if trainer.rate_probe is not None:
+            write_json(trainer.run_folder.path / RATE_PROBE, trainer.rate_probe)
+    say(_describe(trainer))
+    if trainer.eval_dataset:
+        _evaluate_before(trainer, summary, say)
+    return summary
+
+
+def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: float, say: Say) -> None:
+    """Save the model with its card, verify it, evaluate the student, and write `summary.json` and `curves.png`.
+
+    All processes take part.
+
+    Args:
+        trainer: it has trained.
+        summary: of `measure_before`, with `train_seconds`; it is completed.
+        started: when the call of `train` began (`time.perf_counter`).
+        say: called with each line of news.
+    """
+    folder, settings = trainer.run_folder.path, _settings(trainer)
+    summary |= _about(trainer)
+    _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
+    summary["export_verified"] = _verify_export(trainer, folder / "model")
+    if trainer.eval_dataset:
+        summary["student_after"] = trainer.evaluate_now()
+        say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
+    summary["gap_closed"] = gap_closed(summary)
+    summary |= _verdict(summary)
+    summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
+    if trainer.is_world_process_zero():
+        write_model_card(folder / "model", summary, settings)
+        write_json(folder / SUMMARY, summary)
+        if (folder / METRICS).exists():
+            plot_run(folder, folder / "curves.png")
+
+
+def _settings(trainer: OPRDTrainer) -> dict[str, Any]:
+    """Every setting as used."""
+    return trainer.run_config.shown() | {"diagnostic_steps": trainer.objective.diagnostic_steps}
+
+
+def _export(trainer: OPRDTrainer, folder: Path, summary: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Save the model and its card, whole or not at all. All processes take part; one writes."""
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(folder))
+        return
+    with writing_folder(folder) as staged:
+        trainer.save_model(str(staged))
+        write_model_card(staged, summary, settings)
+
+
+def _verify_export(trainer: OPRDTrainer, folder: Path) -> bool | None:
+    """Whether the saved model is the trained one; None where it was not checked. All processes of a sharded model take part."""
+    args, model, main = trainer.args, trainer.model, trainer.is_world_process_zero()
+    if trainer.is_deepspeed_enabled:
+        found = ExportCheck(None, "DeepSpeed holds its weights")
+    elif is_sharded(model):
+        weights = whole_weights(model, keep=main)
+        lm = causal_lm(model)
+        found = compare_files(lm, folder, revert_weight_conversion(lm, weights)) if main else ExportCheck(None, "")
+    elif main:
+        given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        found = check_export(model, folder, trainer.pair.tokenizer, init_kwargs=given, autocast=autocast)
+    if not main:
+        return None
+    if found.verified:
+        logger.info("%s is verified: %s", folder, found.text)
+    else:
+        what = "was not verified" if found.verified is None else "is NOT the model that was trained"
+        logger.warning("%s %s: %s", folder, what, found.text)
+    return found.verified
+
+
+def _evaluate_before(trainer: OPRDTrainer, summary: dict[str, Any], say: Say) -> None:
+    """Evaluate teacher and student before training, unless an earlier part of the run did, and keep each result at once."""
+    main, file, run = trainer.is_world_process_zero(), trainer.run_folder.path / SUMMARY, trainer.run_config
+    if main:
+        summary["contamination"] = say_overlap(_rows(trainer.train_dataset), _rows(trainer.eval_dataset), say=say)
+    wanted = {
+        "teacher": (run.eval_teacher, "teacher", trainer.evaluate_teacher),
+        "student_before": (run.eval_before, "student before", lambda: trainer.evaluate_model(trainer.model)),
+    }
+    for key, (asked, name, evaluate) in wanted.items():
+        if asked and summary[key] is None:
+            summary[key] = _say_evaluation(name, evaluate(), say)
+            if main:
+                write_json(file, summary)
+
+
+def _rows(prompts: Sequence[Prompt]) -> Sequence[PromptRow]:
+    return OnAccess(lambda place: prompts[place].row, range(len(prompts)))
+
+
+def _about(trainer: OPRDTrainer) -> dict[str, Any]:
+    """Facts for the summary: objective, steps, seed, software."""
+    packages = ("oprd", "torch", "transformers", *(["peft"] if hasattr(trainer.model, "peft_config") else []))
+    return {
+        "objective": describe_objective(trainer.args, trainer.objective.terms),
+        "steps": trainer.state.global_step,
+        "seed": trainer.args.seed,
+        "probe": trainer.probe,
+        "learning_rate_probe": _rate_probe(trainer),
+        "processes": trainer.args.world_size,
+        "software": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+    }
+
+
+def _rate_probe(trainer: OPRDTrainer) -> dict[str, Any] | None:
+    """What found the run's learning rate, also in an earlier part of the run; None where it was given."""
+    probe = trainer.run_folder.read_json(RATE_PROBE)
+    return probe if probe.get("learning_rate") == trainer.args.learning_rate else None
+
+
+def _measured_before(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier part of this run measured before it trained."""
+    earlier = folder.read_json(SUMMARY)
+    measured = {name: earlier.get(name) for name in ("student_before", "teacher")}
+    return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
+
+
+def gap_closed(summary: dict[str, Any]) -> float | None:
+    """Share of the teacher's lead in Avg@k that training closed; None where it was not measured or there is no lead."""
+    before, after, teacher = (
+        (summary[name] or {}).get("avg_at_k") for name in ("student_before", "student_after", "teacher")
+    )
+    if before is None or after is None or teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def _verdict(summary: dict[str, Any]) -> dict[str, Any]:
+    """For the summary: what the run did to the student, in words, and the interval of `gap_closed`."""
+    found = judge_run(summary)
+    return {"gap_closed_ci95": found.ci95 if found else None, "verdict": found.text if found else None}
+
+
+def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, Any]:
+    say(f"{name:<15} {describe_accuracy(evaluation.summary)}")
+    return evaluation.summary
+
+
+def _describe(trainer: OPRDTrainer) -> str:
+    args = trainer.args
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    rollouts = (
+        args.per_device_train_batch_size * args.num_generations * args.world_size * args.gradient_accumulation_steps
+    )
+    return (
+        f"{trained / 1e6:.2f} M parameters to train, {len(trainer.pair.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
+        f"{rollouts} rollouts a step; loss: {describe_objective(args, trainer.objective.terms)}"
+    )

@@ -1,0 +1,153 @@
+"""`oprd init` writes a recipe that runs, from what models, data and machine say."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from oprd.cli import app
+from oprd.run_config import RunConfig
+from oprd.tools.first_recipe import Machine, first_recipe
+from oprd.training.run import train_and_evaluate
+from tiny import tiny_model, tiny_tokenizer
+
+GIB = 2**30
+LAPTOP = Machine(cuda=False, free_bytes=16 * GIB)
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """Two models of one shape, and rows with answers that are numbers."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher"):
+        tiny_model("llama").save_pretrained(name)
+        tiny_tokenizer().save_pretrained(name)
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made(**changes):
+    own = {
+        "student": "student",
+        "teacher": "teacher",
+        "prompts": "rows.jsonl",
+        "output": Path("mine.yaml"),
+        "machine": LAPTOP,
+    }
+    return first_recipe(**{**own, **changes})
+
+
+def init(*words: str):
+    own = ("--student", "student", "--teacher", "teacher", "--prompts", "rows.jsonl", "--output", "mine.yaml")
+    return CliRunner().invoke(app, ["init", *own, *words])
+
+
+def test_what_it_writes_trains_at_once(pair):
+    done = init("--eval", "rows.jsonl")
+    assert done.exit_code == 0, done.output
+    text = Path("mine.yaml").read_text()
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 20
+    assert text.startswith("# yaml-language-server: $schema=")
+    values = yaml.safe_load(text)
+    assert (values["learning_rate"], values["layers"], values["task"]) == ("auto", "all", "math")
+    assert text in done.output
+    assert "oprd train --config mine.yaml" in done.output
+    summary = train_and_evaluate(
+        RunConfig.load("mine.yaml", {"max_steps": 2, "max_completion_length": 4, "learning_rate": 1e-3})
+    )
+    assert summary["steps"] == 2
+    assert Path("runs/mine/model/model.safetensors").is_file()
+
+
+def test_another_shape_gets_a_bridge_that_is_there(pair):
+    tiny_model("llama", hidden_size=24, num_hidden_layers=4).save_pretrained("teacher")
+    done = init()
+    assert done.exit_code == 0, done.output
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    assert values["bridge"] == "runs/mine-bridge"
+    assert Path("runs/mine-bridge/bridge.json").is_file()
+    assert (values["layers"], values["output_space"]) == ("all", "reverse_kl")
+
+
+def test_another_tokenizer_gets_a_bridge_and_no_output_space(pair):
+    tiny_tokenizer(extra="xyz").save_pretrained("teacher")
+    found = made()
+    assert found.needs_bridge
+    assert "output_space" not in found.values
+    assert found.reasons["bridge"] == "the teacher has another tokenizer"
+
+
+def test_without_problems_nothing_is_graded(pair):
+    found = made()
+    assert {"task", "eval_dataset", "eval_num_generations"}.isdisjoint(found.values)
+    assert "no accuracy" in found.reasons["train_dataset"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["7", "1/2"], None),
+        (["7", "nan"], "--eval: the task math cannot use its answers"),
+        (["7", None], "--eval: 1 of 2 rows of problems.jsonl have no answer"),
+    ],
+)
+def test_math_grades_where_it_can_read_every_answer(pair, answers, said):
+    rows = [{"prompt": "say", **({} if answer is None else {"answer": answer})} for answer in answers]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if said is None:
+        assert made(eval_dataset="problems.jsonl").values["task"] == "math"
+    else:
+        with pytest.raises(ValueError, match=said):
+            made(eval_dataset="problems.jsonl")
+
+
+def test_generated_prompts_bring_their_problems(pair):
+    values = made(prompts="generated:addition").values
+    assert (values["eval_dataset"], values["task"], values["train_limit"]) == ("generated:addition", "addition", 4096)
+
+
+def test_a_smaller_memory_gets_a_smaller_batch_then_recomputation_then_a_warning(pair):
+    def chosen(free: float) -> tuple[int, bool, int]:
+        found = made(machine=Machine(False, int(free)))
+        values = found.values
+        return values["per_device_train_batch_size"], "activation_checkpointing" in values, len(found.warnings)
+
+    sizes = [chosen(free) for free in (16 * GIB, 14e6, 4e6, 1e5)]
+    assert sizes[0] == (32, False, 0)
+    assert sizes[0][0] > sizes[1][0]
+    assert sizes[-1] == (4, True, 1)
+    assert all(one[0] >= other[0] or other[1] for one, other in pairwise(sizes))
+
+
+def test_a_gpu_computes_in_bfloat16_and_writes_longer(pair):
+    values = made(machine=Machine(True, 80 * GIB)).values
+    assert values["bf16"] is True
+    assert "use_cpu" not in values
+    assert (
+        values["max_completion_length"] > made().values["max_completion_length"]
+        or values["max_completion_length"] < 128
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--student", "nowhere"), "nowhere"),
+        (("--prompts", "missing.jsonl"), "missing.jsonl"),
+        (("--output", "rows.jsonl"), "--output: rows.jsonl is there already"),
+        (("--output", "no/mine.yaml"), "--output: there is no folder no"),
+        (("--task", "math"), "--task: 'math' grades the answers of --eval, which is not given"),
+        (("--eval", "rows.jsonl", "--task", "maths"), "maths"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_written(pair, words, said):
+    before = sorted(map(str, Path().rglob("*")))
+    done = init(*words)
+    assert isinstance(done.exception, ValueError)
+    assert said in str(done.exception)
+    assert sorted(map(str, Path().rglob("*"))) == before
