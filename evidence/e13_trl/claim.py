@@ -355,8 +355,8 @@ def _again(result: Result) -> str:
     gaps = [abs(r["final"] - known[r["objective"], r["seed"]]) for r in own]
     return (
         f"**Against the committed runs** of their comparison: {sum(not gap for gap in gaps)} of oprd's {len(own)} runs have exactly the same accuracy; "
-        f"the largest difference is {100 * max(gaps, default=0):.1f} points. Where they differ, the processor or the version was another one; then "
-        "other rollouts are drawn."
+        f"the largest difference is {100 * max(gaps, default=0):.1f} points. Where they differ, another engine, version or processor drew the "
+        "rollouts."
     )
 
 

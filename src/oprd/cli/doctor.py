@@ -75,17 +75,13 @@ def _device(
     work: Workload, cpu: bool, tflops: float | None, bandwidth: float | None, measure: bool, engine: str
 ) -> Device:
     """The device that was described, or this machine, measured."""
-    import torch
-
-    from oprd.tools.doctor.probe import probe_cpu
-    from oprd.tools.doctor.time import Device, measure_device
+    from oprd.tools.doctor.probe import measure_machine
+    from oprd.tools.doctor.time import Device
 
     if cpu and tflops and bandwidth:
         return Device(tflops, bandwidth, 1.0, 1.0)
-    if cpu or (measure and not torch.cuda.is_available()):
-        return probe_cpu(work, engine)
-    if measure:
-        return measure_device(torch.bfloat16 if work.compute_bytes == 2 else torch.float32, torch.device("cuda"))
+    if cpu or measure:
+        return measure_machine(work, engine, cpu=cpu)
     return Device(tflops or Device.tflops, bandwidth or Device.bandwidth)
 
 

@@ -31,12 +31,10 @@ def init(
     if task is not None and eval_dataset is None and not prompts.startswith("generated:"):
         raise ValueError(f"--task: {task!r} grades the answers of --eval, which is not given")
     quiet_libraries()
-    import torch
-
     from oprd.resolve import plan
     from oprd.run_config import RunConfig
-    from oprd.tools.doctor.probe import probe_cpu
-    from oprd.tools.doctor.time import measure_device, predict_seconds
+    from oprd.tools.doctor.probe import measure_machine
+    from oprd.tools.doctor.time import predict_seconds
     from oprd.tools.first_recipe import Machine, first_recipe, workload_for
 
     machine = Machine.this()
@@ -50,12 +48,11 @@ def init(
         )  # fmt: skip
     text = made.text()
     work = workload_for(values, made.longest_prompt, machine)
-    device = measure_device(torch.bfloat16, torch.device("cuda")) if machine.cuda else probe_cpu(work)
+    seconds = sum(predict_seconds(work, measure_machine(work)).values())
     plan(RunConfig.parse(values, str(output))).describe()  # refuses what a run would refuse
     write_text(output, text)
     say(text)
     for warning in made.warnings:
         say(f"WARNING: {warning}")
-    seconds = sum(predict_seconds(work, device).values())
     say(f"at most about {seconds:.2g} s a step on this machine, an estimate for completions of full length")
     say(f"written to {output}; next: oprd train --config {output} --dry-run, then without --dry-run")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.repocard import metadata_save
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.data.hub import hub_answers, why_no_hub
 from oprd.faults import RunStopped
-from oprd.files import write_text
 from oprd.runs.loaded import LoadedRun, load_run
 from oprd.runs.model_card import CARD, on_hub
 from oprd.sanitize import REDACTED, redacted
@@ -85,41 +81,29 @@ def plan_push(folder: str | Path, repo: str) -> Push:
     return Push(repo, files, _card(run, repo), tuple(_warnings(run)))
 
 
-def send(push: Push, *, private: bool, api: HfApi | None = None) -> str:
+def send(push: Push, *, private: bool) -> str:
     """Create the repository where it is missing and send all files in one commit; the address of the commit.
 
     Args:
         push: what is sent.
         private: of a new repository.
-        api: of the hub.
 
     Raises:
         RunStopped: the hub does not answer, or refuses. Then the repository has all files of before, or all of these.
     """
     if not hub_answers():
         raise RunStopped(f"push: nothing was sent: {why_no_hub()}")
-    api = api or HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
-        staged = Path(temporary)
-        for name, file in push.files.items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(file, staged / name)
-        write_text(staged / CARD, push.card)
-        try:
-            api.create_repo(push.repo, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=push.repo, folder_path=staged, commit_message="Model and card by oprd")
-        except Exception as error:  # the hub's library raises errors of its HTTP library too
-            raise RunStopped(
-                f"push: {push.repo} was not updated: {next(iter(str(error).strip().splitlines()), error)}"
-            ) from error
-    return str(done.commit_url)
-
-
-def _link(file: Path, target: Path) -> None:
+    api = HfApi()
+    operations = [CommitOperationAdd(name, file) for name, file in push.files.items()]
+    operations.append(CommitOperationAdd(CARD, push.card.encode()))
     try:
-        target.hardlink_to(file.resolve())
-    except OSError:  # another disk
-        shutil.copyfile(file, target)
+        api.create_repo(push.repo, private=private, exist_ok=True)
+        done = api.create_commit(push.repo, operations, commit_message="Model and card by oprd")
+    except Exception as error:  # the hub's library raises errors of its HTTP library too
+        raise RunStopped(
+            f"push: {push.repo} was not updated: {next(iter(str(error).strip().splitlines()), error)}"
+        ) from error
+    return str(done.commit_url)
 
 
 def _files(run: LoadedRun) -> dict[str, Path]:
@@ -156,20 +140,14 @@ def _card(run: LoadedRun, repo: str) -> str:
     file = run.folder / MODEL / CARD
     if not file.is_file():
         raise ValueError(f"{file}: the run's model has no card")
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / CARD
-        write_text(copy, file.read_text())
-        added: dict[str, Any] = {}
-        if results := _results(run):
-            data = ModelCardData(model_name=repo, eval_results=results)
-            added["model-index"] = data.to_dict()["model-index"]
-        known = {name for name in _licences(run).values() if name}
-        if len(known) == 1:
-            added["license"] = known.pop()
-        if added:
-            metadata_save(copy, {**(metadata_load(copy) or {}), **added})
-        text = copy.read_text()
-    head, mark, rest = text.partition("## Results")
+    card = ModelCard(file.read_text())
+    data: Any = card.data  # its class names only what all kinds of cards have
+    if results := _results(run):
+        data.model_name, data.eval_results = repo, results
+    known = {name for name in _licences(run).values() if name}
+    if len(known) == 1:
+        data.license = known.pop()
+    head, mark, rest = str(card).partition("## Results")
     return f"{head}{_usage(run, repo)}\n\n{mark}{rest}"
 
 
@@ -212,8 +190,6 @@ def _licence(name: str) -> str | None:
         return found if isinstance(found, str) else None
     if not on_hub(name) or not hub_answers():
         return None
-    from huggingface_hub import ModelCard
-
     try:
         found = ModelCard.load(name).data.to_dict().get("license")
     except (HfHubHTTPError, OSError, ValueError):

@@ -81,8 +81,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
     if trainer.eval_dataset:
         summary["student_after"] = trainer.evaluate_now()
         say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
-    summary["gap_closed"] = gap_closed(summary)
-    summary |= _verdict(summary)
+    summary |= _judged(summary)
     summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
     if trainer.is_world_process_zero():
         write_model_card(folder / "model", summary, settings)
@@ -177,20 +176,12 @@ def _measured_before(folder: RunFolder) -> dict[str, Any]:
     return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
 
 
-def gap_closed(summary: dict[str, Any]) -> float | None:
-    """Share of the teacher's lead in Avg@k that training closed; None where it was not measured or there is no lead."""
-    before, after, teacher = (
-        (summary[name] or {}).get("avg_at_k") for name in ("student_before", "student_after", "teacher")
-    )
-    if before is None or after is None or teacher is None or teacher <= before:
-        return None
-    return (after - before) / (teacher - before)
-
-
-def _verdict(summary: dict[str, Any]) -> dict[str, Any]:
-    """For the summary: what the run did to the student, in words, and the interval of `gap_closed`."""
+def _judged(summary: dict[str, Any]) -> dict[str, Any]:
+    """For the summary: the verdict in words, and the share of the gap that training closed, with its interval."""
     found = judge_run(summary)
-    return {"gap_closed_ci95": found.ci95 if found else None, "verdict": found.text if found else None}
+    if found is None:
+        return dict.fromkeys(("gap_closed", "gap_closed_ci95", "verdict"))
+    return {"gap_closed": found.gap_closed, "gap_closed_ci95": found.ci95, "verdict": found.text}
 
 
 def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, Any]:

@@ -134,9 +134,8 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
         before = learner.held_out_loss()
         tolerated = tolerance(args, objective, len(resolved.train_prompts or ())) if not left_out else 0.0
         curve = search(learner.loss_at, before, tolerated)
-    rate = broadcast_object_list([choose(curve, before, tolerated)])[
-        0
-    ]  # of the first process: GPUs may differ in the last bits
+    # That of the first process: GPUs may differ in the last bits.
+    (rate,) = broadcast_object_list([choose(curve, before, tolerated)])
     return RateProbe(rate, curve, before, tolerated, left_out, time.perf_counter() - started)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, silu
 
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, make_engine
-from oprd.tools.doctor.time import Device
+from oprd.tools.doctor.time import Device, measure_device
 from oprd.tools.doctor.workload import Workload
 
 _WIDE_VOCABULARY, _STEPS, _DEEP = 8192, 16, 7
@@ -49,6 +49,19 @@ def probe_cpu(work: Workload, engine: str = "decode") -> Device:
         block_seconds=max(0.0, block),
         threads=torch.get_num_threads(),
     )
+
+
+def measure_machine(work: Workload, engine: str = "decode", *, cpu: bool = False) -> Device:
+    """This machine: its GPU, or its CPU where there is none or `cpu` asks for it.
+
+    Args:
+        work: what is to run.
+        engine: as in `probe_cpu`.
+        cpu: measure the CPU in any case.
+    """
+    if cpu or not torch.cuda.is_available():
+        return probe_cpu(work, engine)
+    return measure_device(torch.bfloat16 if work.compute_bytes == 2 else torch.float32, torch.device("cuda"))
 
 
 def best(run: Callable[[], object], times: int = 5) -> float:
