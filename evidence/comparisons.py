@@ -80,19 +80,17 @@ def run_comparison(
 
 def tune_inside(
     run: Callable[[Mapping[str, Sequence[float]]], list[Record]],
-    names: Collection[str],
+    start: Mapping[str, Sequence[float]],
     ladder: Sequence[float],
-    start: Sequence[float],
 ) -> list[Record]:
     """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side.
 
     Args:
         run: makes what is missing of objective → rates, on one seed, and returns its records.
-        names: the objectives.
+        start: objective → rates of the ladder that it tries first.
         ladder: all rates that may be tried, rising. At its ends the best rate may stay at an edge.
-        start: rates of the ladder that every objective tries.
     """
-    tried = {name: sorted(start) for name in names}
+    tried = {name: sorted(rates) for name, rates in start.items()}
     while True:
         records = run(tried)
         wider = {name: _beyond(best_rate(records, name), rates, ladder) for name, rates in tried.items()}

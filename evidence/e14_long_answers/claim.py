@@ -79,7 +79,7 @@ def _runs(work: Work, rates: Any, seeds: list[int]) -> list[Record]:
 
 def _tuned(work: Work) -> list[Record]:
     ladder, start = (START[:1], START[:1]) if work.quick else (LADDER, START)
-    return tune_inside(partial(_runs, work, seeds=[TUNING_SEED]), TUNED, ladder, start)
+    return tune_inside(partial(_runs, work, seeds=[TUNING_SEED]), dict.fromkeys(TUNED, start), ladder)
 
 
 def _committed() -> list[Record]:
