@@ -207,21 +207,22 @@ def test_the_settings():
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "max_skipped_steps", "max_useless_steps", "merge_system_prompt",
-        "micro_batch_tokens", "min_p", "model_init_kwargs", "nan_policy", "normalize",
+        "micro_batch_tokens", "min_p", "mix_teachers", "model_init_kwargs", "nan_policy", "normalize",
         "num_completions_to_log", "num_generations",
-        "num_iterations", "objectives", "output_baseline", "output_beta",
+        "num_iterations", "objectives", "offload_teachers", "output_baseline", "output_beta",
         "output_position_k", "output_positions", "output_space", "output_support", "output_temperature",
         "output_top_k", "output_weight", "overlap_rollouts", "policy_gradient_weight", "position_k", "positions", "prompt_column",
         "reduction",
         "representation_weight", "reward_funcs", "reward_weights",
         "rollout_engine", "rollout_engine_kwargs", "save_seconds", "scale_rewards",
         "special_token_map", "split_special_tokens", "task",
-        "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_system_prompt",
+        "teacher_chat_template_kwargs", "teacher_model_init_kwargs", "teacher_prompt", "teacher_sync_steps",
+        "teacher_system_prompt", "teacher_update_rate", "teachers_per_prompt",
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(recipe_keys()) == [
         "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
-        "teacher_model",
+        "teacher_model", "teachers",
         "train_dataset", "train_limit", "train_split",
     ]  # fmt: skip
 

@@ -5,10 +5,11 @@ Only this module looks names up and loads models. Trainer, command line and tool
 
 from __future__ import annotations
 
+import difflib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from oprd.alignment.aligner import Aligner
 from oprd.alignment.model_pair import ModelPair
+from oprd.alignment.privileged import columns_needed
 from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
@@ -26,7 +28,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_default_ends
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt
-from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset
+from oprd.data.rows import PER_DATASET, TEACHER_ID, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
@@ -41,7 +43,7 @@ from oprd.models.loading import (
     with_tokenizer,
 )
 from oprd.models.nearest_folder import nearest_hint
-from oprd.models.tokens import say_ends, vocabulary_size
+from oprd.models.tokens import check_same_tokens, say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import is_on
@@ -62,6 +64,9 @@ from oprd.runs.reporting import check_trackers, not_installed
 from oprd.states.capture import install_state_forward, read_states
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.self_teacher import FollowingTeacher, copy_of
+from oprd.states.several import SeveralTeachers, teachers_of
+from oprd.states.teacher_settings import check_teachers, is_student, model_of_entry
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
@@ -117,6 +122,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     terms = build_terms(run)
     check_trackers(args.report_to)
     _check_one_adapter(run)
+    check_teachers(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
@@ -125,9 +131,10 @@ def resolve(run: RunConfig) -> ResolvedRun:
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
-    check_teacher(run, terms, teacher)
-    if _have(terms, LayerTerm) and args.bridge is None:
-        check_same_shape(student.info, teacher.info)
+    for one in teachers_of(teacher):
+        check_teacher(run, terms, one)
+        if _have(terms, LayerTerm) and args.bridge is None:
+            check_same_shape(student.info, one.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
     if args.bridge is not None:
         teacher = _bridged(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
@@ -186,7 +193,7 @@ def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjectiv
         if unanswered:
             raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
     compares_heads = objective.uses(HeadTerm) or objective.uses(PolicyTerm)
-    if args.diagnostic_steps and not isinstance(pair.teacher, HasHead):
+    if args.diagnostic_steps and not pair.has_teacher_head:
         logger.warning(
             "diagnostics are off: the teacher %s has no LM head here, so next-token distributions cannot be compared",
             type(pair.teacher).__name__,
@@ -358,17 +365,50 @@ def _rows(run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions
     if dataset is None or (isinstance(dataset, str) and not dataset):
         return None
     if not isinstance(dataset, str):
-        return given_rows(dataset, run.args, task, kind, rewards)
+        return _with_teacher_ids(
+            run, given_rows(dataset, run.args, task, kind, rewards, columns=_keeps_columns(run, rewards)), kind
+        )
     reading = Reading.of(
         vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval",
-        columns=rewards is not None,
+        columns=_keeps_columns(run, rewards),
     )  # fmt: skip
     rows = load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed, reading)
-    return _checked_rows(rows, run.args, task, kind, rewards)
+    return _with_teacher_ids(run, _checked_rows(rows, run.args, task, kind, rewards), kind)
+
+
+def _keeps_columns(run: RunConfig, rewards: RewardFunctions | None) -> bool:
+    """Whether rows keep the columns beside prompt and answer: for reward functions, teacher ids, or the teacher's prompt."""
+    return rewards is not None or run.teachers is not None or columns_needed(run.args.teacher_prompt)
+
+
+def _with_teacher_ids(run: RunConfig, rows: Sequence[PromptRow], kind: str) -> Sequence[PromptRow]:
+    """The rows, whose teacher_id names one of the run's teachers where each prompt has one.
+
+    Raises:
+        ValueError: a row's does not; names it.
+    """
+    if run.teachers is None or run.args.teachers_per_prompt == "all" or (kind == "eval" and not run.eval_teacher):
+        return rows
+    for row in rows:
+        if str(named := row.columns.get(TEACHER_ID)) not in run.teachers:
+            near = difflib.get_close_matches(str(named), run.teachers, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            wrong = "the row has no teacher_id" if named is None else f"teacher_id {named!r} is none of the teachers"
+            raise ValueError(
+                f"{row.source}: {wrong}: {', '.join(run.teachers)} are those of the run{hint}; fill it in, remove the "
+                "row, or set teachers_per_prompt: all"
+            )
+    return rows
 
 
 def given_rows(
-    dataset: Any, args: OPRDConfig, task: Task | None, kind: str, rewards: RewardFunctions | None = None
+    dataset: Any,
+    args: OPRDConfig,
+    task: Task | None,
+    kind: str,
+    rewards: RewardFunctions | None = None,
+    *,
+    columns: bool | None = None,
 ) -> Sequence[PromptRow]:
     """Rows of a dataset that Python code gives, their answers as the task compares them.
 
@@ -378,11 +418,13 @@ def given_rows(
         task: grades by the answers; None: they are not read.
         kind: "train" or "eval".
         rewards: read the other columns.
+        columns: keep the other columns; None: where there are `rewards`.
 
     Raises:
         ValueError: a row or an answer that cannot be used, or no column that a reward function needs.
     """
-    reading = Reading.of(vars(args), kind, graded=task is not None, columns=rewards is not None)
+    kept = rewards is not None if columns is None else columns
+    reading = Reading.of(vars(args), kind, graded=task is not None, columns=kept)
     return _checked_rows(as_prompt_rows(dataset, f"{kind}_dataset", reading), args, task, kind, rewards)
 
 
@@ -479,17 +521,69 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
 
 def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
     """The teacher and its tokenizer (None when unknown)."""
-    args, tokenizer = run.args, run.given.teacher_processing_class
+    args = run.args
+    if run.teachers is not None:
+        return _several_teachers(run, student)
     if run.teacher_model is None:
         if args.bridge is not None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         return AdapterOffTeacher(student.model, student.info), student.tokenizer
-    if isinstance(run.teacher_model, nn.Module | str):
-        loaded = _load_teacher(run, student)
+    if is_student(run.teacher_model):
+        return _self_teacher(run, student), student.tokenizer
+    return _one_teacher(run, student, run.teacher_model, args.teacher_model_init_kwargs)
+
+
+def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
+    """The student as its own teacher: as it starts, without a copy where a fresh adapter can be turned off, or following it."""
+    args = run.args
+    if args.teacher_update_rate > 0:
+        return FollowingTeacher(
+            student.model, student.info, update_rate=args.teacher_update_rate, sync_steps=args.teacher_sync_steps,
+            writes=args.should_save,
+        )  # fmt: skip
+    if run.lora is not None or run.given.peft_config is not None:
+        return AdapterOffTeacher(student.model, student.info)
+    return copy_of(student.model, student.info)
+
+
+def _several_teachers(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teachers, each model loaded once, and the tokenizer that they share with the student.
+
+    Raises:
+        ValueError: a teacher reads other tokens than the student.
+    """
+    assert run.teachers is not None, "the caller has checked"
+    assert student.tokenizer is not None, "a student always has a tokenizer"
+    made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
+    found: dict[str, Teacher] = {}
+    for teacher_id, entry in run.teachers.items():
+        model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
+        key = repr((model, init_kwargs)) if isinstance(model, str) else id(model)
+        try:
+            if key not in made:
+                made[key] = _one_teacher(run, student, model, init_kwargs)
+            found[teacher_id], tokenizer = made[key]
+            if tokenizer is not None:
+                check_same_tokens(student.tokenizer, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"teachers: {teacher_id}: {error}") from error
+    several = SeveralTeachers(
+        found, per_prompt=run.args.teachers_per_prompt, offload=run.args.offload_teachers  # type: ignore[arg-type]
+    )  # fmt: skip
+    return several, tokenizer if tokenizer is not None else student.tokenizer
+
+
+def _one_teacher(
+    run: RunConfig, student: LoadedModel, given: Any, init_kwargs: Mapping[str, Any] | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """A teacher by name, as a model or of the user's own, and its tokenizer (None when unknown)."""
+    tokenizer = run.given.teacher_processing_class
+    if isinstance(given, nn.Module | str):
+        loaded = _load_teacher(run, student, given, init_kwargs)
         teacher: Teacher = FrozenTeacher(loaded.model, loaded.info)
         tokenizer = loaded.tokenizer
     else:
-        teacher = _own_teacher(run.teacher_model)
+        teacher = _own_teacher(given)
         tokenizer = tokenizer or getattr(teacher, "tokenizer", None)
         if tokenizer is None:
             logger.warning(
@@ -499,14 +593,14 @@ def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedT
     return teacher, tokenizer
 
 
-def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
+def _load_teacher(
+    run: RunConfig, student: LoadedModel, model: Any, init_kwargs: Mapping[str, Any] | None
+) -> LoadedModel:
     args, tokenizer = run.args, run.given.teacher_processing_class
-    if isinstance(run.teacher_model, str):
+    if isinstance(model, str):
         return load(
-            run.teacher_model, dtype="auto", init_kwargs=args.teacher_model_init_kwargs,
-            trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
-        )  # fmt: skip
-    model = run.teacher_model
+            model, dtype="auto", init_kwargs=init_kwargs, trust_remote_code=args.trust_remote_code, tokenizer=tokenizer
+        )
     if model is student.model:
         raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
     name = model.config.name_or_path
@@ -712,12 +806,14 @@ class PlannedRun:
         terms: terms of the loss.
         student: facts from the student's config file; None if it cannot be read.
         teacher: facts from the teacher's config file; None if it cannot be read or there is no teacher_model.
+        several: teacher_id → these facts, where there are several teachers.
     """
 
     run: RunConfig
     terms: Mapping[str, Term]
     student: ModelInfo | None
     teacher: ModelInfo | None
+    several: Mapping[str, ModelInfo | None] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Lines about what the run would do, and what cannot be checked here (no hub, no file).
@@ -734,7 +830,7 @@ class PlannedRun:
             f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
             f"loss: {describe_objective(args, self.terms)}",
             _model_line("student", run.model, self.student),
-            _model_line("teacher", run.teacher_model, self.teacher),
+            *self._teacher_lines(),
         ]
         if self.student is not None:
             chosen = resolve_layers(args.layers, self.student.layers)
@@ -749,6 +845,26 @@ class PlannedRun:
             _dataset_line(run, "eval"),
             "dry run: nothing was trained or written",
         ]
+
+    def _teacher_lines(self) -> list[str]:
+        run, args = self.run, self.run.args
+        if run.teachers is not None:
+            lines = [
+                _model_line(f"teacher {teacher_id}", model_of_entry(run.teachers[teacher_id], None)[0], info)
+                for teacher_id, info in self.several.items()
+            ]
+            one = "several in one update" if args.mix_teachers else "one an update"
+            how = (
+                "all read every rollout"
+                if args.teachers_per_prompt == "all"
+                else f"the column {TEACHER_ID} names it, {one}"
+            )
+            return [*lines, f"teachers: {how}"]
+        if is_student(run.teacher_model):
+            rate = args.teacher_update_rate
+            follows = f"follows it at {rate:g} every {args.teacher_sync_steps} steps" if rate else "as it starts"
+            return [f"teacher: the student, {follows}"]
+        return [_model_line("teacher", run.teacher_model, self.teacher)]
 
     def _bridge_line(self, folder: str) -> str:
         run, args = self.run, self.run.args
@@ -783,10 +899,10 @@ def plan(run: RunConfig) -> PlannedRun:
     args = run.args
     check_trackers(args.report_to)
     _check_one_adapter(run)
-    student, teacher = (
-        ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
-        for name in (run.model, run.teacher_model)
-    )
+    check_teachers(run)
+    theirs = run.model if is_student(run.teacher_model) else run.teacher_model
+    student, teacher = (_info_of(run, name) for name in (run.model, theirs))
+    several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
     terms = build_terms(run)
     build_rewards(run)
     if isinstance(run.teacher_model, Mapping):
@@ -795,7 +911,17 @@ def plan(run: RunConfig) -> PlannedRun:
             check_teacher(run, terms, make)
     if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
         check_same_shape(student, teacher)
-    return PlannedRun(run, terms, student, teacher)
+    for teacher_id, info in several.items():
+        if student is not None and info is not None and _have(terms, LayerTerm):
+            try:
+                check_same_shape(student, info)
+            except ValueError as error:
+                raise ValueError(f"teachers: {teacher_id}: {error}") from error
+    return PlannedRun(run, terms, student, teacher, several)
+
+
+def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:
+    return ModelInfo.from_config(name, trust_remote_code=run.args.trust_remote_code) if isinstance(name, str) else None
 
 
 def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:
@@ -829,10 +955,15 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
 def _tokenizer_line(run: RunConfig) -> str:
     args = run.args
     try:
-        names = [resolve_name(name) for name in (run.model, run.teacher_model) if isinstance(name, str)]
+        own = is_student(run.teacher_model)
+        names = [
+            resolve_name(name) for name in (run.model, run.model if own else run.teacher_model) if isinstance(name, str)
+        ]
     except ValueError:
         return "tokenizers: not reachable from here, not checked"
     found = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names if Path(name).is_dir()]
+    if run.teachers is not None:
+        return "tokenizers: one for the student and all teachers, checked when they are loaded"
     if run.teacher_model is None:
         return "tokenizers: one"
     if not isinstance(run.teacher_model, str):

@@ -54,7 +54,7 @@ class RunConfig:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
         teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
-            it.
+            it; `student`: the student as it is when the run begins, or following it (`teacher_update_rate`).
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; of a generated task, how many.
@@ -64,6 +64,7 @@ class RunConfig:
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
+        teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}} or {use: …}.
         given: objects from Python.
     """
 
@@ -79,7 +80,14 @@ class RunConfig:
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
+    teachers: dict[str, Any] | None = None
     given: GivenObjects = field(default_factory=GivenObjects)
+
+    def __post_init__(self) -> None:
+        # TRL gives several teachers as `teacher_model={id: …}`. `use` and `url` describe one.
+        given = self.teacher_model
+        if isinstance(given, Mapping) and not {"use", "url"} & {*given} and self.teachers is None:
+            self.teachers, self.teacher_model = dict(given), None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -159,6 +167,8 @@ class RunConfig:
             "task": self.given.task, "reward_funcs": self.given.reward_funcs,
         }  # fmt: skip
         settings = self.settings()
+        if settings["teachers"] is not None:
+            settings["teachers"] = {name: _entry_in_words(entry) for name, entry in settings["teachers"].items()}
         for key in ("model", "teacher_model", "train_dataset", "eval_dataset"):
             if not isinstance(settings[key], str | Mapping | None):
                 settings[key] = _in_words(settings[key])
@@ -181,6 +191,15 @@ def _in_words(value: Any) -> str:
     name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
     count = f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, str) else ""
     return f"<{name or type(value).__name__}{count}{_GIVEN}"
+
+
+def _entry_in_words(entry: Any) -> Any:
+    """One of several teachers, its model in words where Python gives an object."""
+    if isinstance(entry, Mapping):
+        return {
+            key: value if key != "model" or isinstance(value, str) else _in_words(value) for key, value in entry.items()
+        }
+    return entry if isinstance(entry, str) else _in_words(entry)
 
 
 def recipe_keys() -> list[str]:
@@ -295,10 +314,11 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
     for key in ("model", "train_dataset"):
         if not values.get(key):
             raise ValueError(f"{where}: the key {key!r} is missing; see recipes/ for complete files")
-    if values.get("teacher_model") is None and values.get("lora") is None and not is_adapter_folder(values["model"]):
+    none = values.get("teacher_model") is None and values.get("teachers") is None
+    if none and values.get("lora") is None and not is_adapter_folder(values["model"]):
         raise ValueError(
-            f"{where}: the key 'teacher_model' is missing (only with 'lora', or an adapter as 'model', the base model can be the "
-            "teacher)"
+            f"{where}: the key 'teacher_model' is missing, and so is 'teachers' (only with 'lora', or an adapter as 'model', the "
+            "base model can be the teacher)"
         )
     if values.get("eval_dataset") and not values.get("task") and not values.get("reward_funcs"):
         raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
-from oprd.objectives.batch import Batch
+from oprd.objectives.batch import Batch, of_teacher
 from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
@@ -197,6 +197,7 @@ class CompositeLoss:
     ) -> None:
         self.terms, self.batch, self.request, self.totals = terms, batch, request, totals
         self.heads, self.observe = heads, observe
+        self.teacher_id = batch.teacher_id
         self.teacher_states: dict[int, Tensor] = {}
         if teacher is not None:
             _check_states(teacher, request)
@@ -205,6 +206,7 @@ class CompositeLoss:
                 self.teacher_states[HEAD] = teacher.head_MD
         self.log_probs_M: Tensor | None = None
         self.weights_N = self._weights(request.rollout_index, totals.positions)
+        self._observe_of_teacher(share=self._share())
 
     def read(self, layer: int, student: Tensor) -> Tensor:
         """What one layer's states `[N, D]` (with `HEAD`, the LM head's input `[M, D]`) add to the loss."""
@@ -220,7 +222,9 @@ class CompositeLoss:
         objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
         if objective.project is not None:
             student_ND = objective.project(layer, student_ND)
-        self.observe(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * self.weights_N).sum()})
+        alike = (cosine(student_ND, teacher_ND) * self.weights_N).sum()
+        self.observe(**{f"cosine/layer_{layer:02d}": alike})
+        self._observe_of_teacher(cosine=alike / objective.num_layers)
         mine = self._of_kind(LayerTerm)
         at = PackedPositions(
             self.request.rollout_index,
@@ -304,7 +308,20 @@ class CompositeLoss:
 
     def _weighted(self, name: str, value: Tensor) -> Tensor:
         self.observe(**{f"loss/{name}": value.detach()})
-        return self.terms.weights[name] * value
+        weighted = self.terms.weights[name] * value
+        self._observe_of_teacher(loss=weighted.detach())
+        return weighted
+
+    def _share(self) -> float:
+        """What this micro-batch is of all that counts in the step."""
+        if self.terms.objective.reduction == "rollout":
+            return self.request.num_rollouts / self.totals.rollouts
+        return len(self.request.rollout_index) / self.totals.positions
+
+    def _observe_of_teacher(self, **values: float | Tensor) -> None:
+        """Sums for the metrics of this micro-batch's teacher, where there are several."""
+        if self.teacher_id is not None:
+            self.observe(**{of_teacher(self.teacher_id, name): value for name, value in values.items()})
 
 
 def _scalar(name: str, method: str, value: Any) -> Tensor:

@@ -20,6 +20,8 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings
+from oprd.states.several import HoldsTeachers, modules_of
+from oprd.states.teachers import Teacher
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import TASKS, Task
 
@@ -29,6 +31,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _OBJECTS = (
     "model",
     "teacher_model",
+    "teachers",
     "train_dataset",
     "eval_dataset",
 )  # in Python these may be objects; digests cover them
@@ -41,8 +44,8 @@ class RunIdentity:
 
     Args:
         settings: key → value, as in `config.yaml`.
-        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, bridge_content,
-            task, reward_functions, and with an adapter base_model.
+        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher/<teacher_id> of several,
+            teacher_tokenizer, bridge_content, task, reward_functions, and with an adapter base_model.
     """
 
     settings: Mapping[str, Any]
@@ -114,7 +117,9 @@ def identify(
     given = run.settings().items()
     settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
     student, teacher = pair.student.model, pair.teacher
-    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_teacher(pair)}
+    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
+    if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
+        digests |= {f"teacher/{name}": _of_weights(one) for name, one in teacher.teachers.items()}
     if pair.teacher_tokenizer is not None:
         digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:
@@ -147,11 +152,11 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
 
 
-def _of_teacher(pair: ModelPair) -> str:
+def _of_weights(teacher: Teacher) -> str:
     """Of its weights where they are in this process, else of what it says that it is."""
-    modules = pair.teacher.modules
+    modules = modules_of(teacher)
     if not modules:
-        return hashlib.sha256(pair.teacher.identity.encode()).hexdigest()
+        return hashlib.sha256(teacher.identity.encode()).hexdigest()
     weights = (
         (f"{i}.{name}", weight) for i, module in enumerate(modules) for name, weight in module.named_parameters()
     )

@@ -49,6 +49,7 @@ class StateRequest:
         num_rollouts: number of rollouts in the batch.
         layers: 1-based layers, ascending; may be empty if `head` is given.
         head: response positions at which to read the LM head's input as well; None for none.
+        teacher: teacher_id of the teacher that answers, where a run has several; None: there is one.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -59,6 +60,7 @@ class StateRequest:
     num_rollouts: int
     layers: tuple[int, ...]
     head: HeadRequest | None = None
+    teacher: str | None = None
 
     def to(self, device: torch.device | str) -> StateRequest:
         """A copy with all tensors on `device`."""
@@ -101,7 +103,8 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[i
 def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
     """Share of padding among all tokens of the padded groups, 0 (none) to 1."""
     padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
-    return 1.0 - sum(lengths) / padded if padded else 0.0
+    own = sum(lengths[i] for group in groups for i in group)
+    return 1.0 - own / padded if padded else 0.0
 
 
 def request_states(

@@ -137,12 +137,16 @@ class Parallel:
             token_budget: most padded tokens of a micro-batch.
             model: the student as accelerate wrapped it.
         """
-        groups = plan_micro_batches(batch.input_lengths, token_budget)
+        teacher_ids, groups = plan_for_teachers(batch, token_budget)
         rounds = even_rounds(groups, (model, *self.teacher_modules), self.accelerator)
+        last = len(rounds) - 1
         return [
-            MicroBatch(batch.select(group), group, number, number == len(rounds) - 1, number >= len(groups))
+            MicroBatch(
+                batch.select(group, teacher_ids[min(number, len(groups) - 1)]), group, number, number == last,
+                number >= len(groups),
+            )
             for number, group in enumerate(rounds)
-        ]
+        ]  # fmt: skip
 
     @contextmanager
     def accumulate(self, model: nn.Module, part: MicroBatch) -> Iterator[None]:
@@ -170,6 +174,24 @@ class Parallel:
         # DeepSpeed would divide by the number of accumulated batches; the loss is a share of the step already.
         settings = {"scale_wrt_gas": False} if self.deepspeed else {}
         self.accelerator.backward(loss * 0.0 if part.idle else loss, **settings)
+
+
+def plan_for_teachers(batch: Batch, token_budget: int) -> tuple[list[str | None], list[list[int]]]:
+    """The micro-batches of a batch, each read by one teacher: its teacher_id (None where there is one teacher) and its rollouts.
+
+    Args:
+        batch: rollouts, with their `readers` where there are several teachers.
+        token_budget: most padded tokens of a micro-batch.
+    """
+    lengths = batch.input_lengths
+    if batch.readers is None:
+        groups = plan_micro_batches(lengths, token_budget)
+        return [None] * len(groups), groups
+    found: list[tuple[str | None, list[int]]] = []
+    for teacher_id, places in batch.readers.items():
+        planned = plan_micro_batches([lengths[place] for place in places], token_budget)
+        found += [(teacher_id, [places[i] for i in group]) for group in planned]
+    return [teacher_id for teacher_id, _ in found], [group for _, group in found]
 
 
 def check_launch(fully_sharded: bool, accelerator: Any) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from oprd.objectives.terms import HeadTerm, LayerTerm, Representation, unobserve
 from oprd.resolve import ResolvedRun
 from oprd.rollouts.engine import derive_seed, student_writes
 from oprd.states.capture import read_through_forward
-from oprd.states.requests import plan_micro_batches
 from oprd.states.teachers import CanSample
 from oprd.training.finite import clip_gradients
+from oprd.training.parallel import plan_for_teachers
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
 """What may be tried, a factor of about three apart."""
@@ -230,8 +231,9 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
         start = 0
         for step in steps:
             own = rollouts.select(range(start, start := start + len(batches[step])))
-            pairs, _ = pair.align(own, {p.index: p.row for p in batches[step]})
-            found[step] = Batch(own, [None] * len(own), pairs=pairs)
+            rows = {p.index: p.row for p in batches[step]}
+            pairs, _ = pair.align(own, rows)
+            found[step] = Batch(own, [None] * len(own), pairs=pairs, readers=pair.readers(own, rows))
     return [found[step] for step in range(len(batches))]
 
 
@@ -285,13 +287,15 @@ class _Learner:
     def _loss(self, batch: Batch, *, learn: bool) -> float:
         counts = [max(float(count), 1e-9) for count in self.pair.count(batch.rollouts, batch.pairs)]
         totals, terms, sums = StepTotals(*counts), self.terms, 0.0
-        for group in plan_micro_batches(batch.input_lengths, self.args.micro_batch_tokens):
-            part = batch.select(group)
+        for reader, group in zip(*plan_for_teachers(batch, self.args.micro_batch_tokens), strict=True):
+            part = batch.select(group, reader)
             request, asked = self.pair.requests(
-                part.rollouts, part.pairs, layers=terms.needs_layers, head=terms.needs_head, device=self.args.device
-            )
+                part.rollouts, part.pairs, layers=terms.needs_layers, head=terms.needs_head, device=self.args.device,
+                teacher_id=reader,
+            )  # fmt: skip
             teacher = self.pair.teacher.states(asked) if terms.needs_teacher else None
-            losses = terms.on(part, request, teacher, totals, heads=self.pair.heads, observe=unobserved)
+            heads = partial(self.pair.heads, reader)
+            losses = terms.on(part, request, teacher, totals, heads=heads, observe=unobserved)
             with _precision(self.args):
                 loss: Tensor = torch.stack(read_through_forward(self.model, request, losses.read)).sum()
             if learn:

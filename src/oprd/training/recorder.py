@@ -21,7 +21,7 @@ from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
 from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps
-from oprd.training.metrics import StepMetrics, reward_metrics, rollout_metrics
+from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
 
@@ -134,7 +134,10 @@ class Recorder:
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         mine = terms.on_policy  # grades of the teacher's rollouts are not the student's
-        self.observe(**rollout_metrics(batch.rollouts, batch.correct if mine else []), micro_batches=len(groups))
+        correct = batch.correct if mine else []
+        self.observe(**rollout_metrics(batch.rollouts, correct), micro_batches=len(groups))
+        self.observe(**teacher_metrics(batch.readers, correct, cosine=terms.needs_layers))
+        self.observe(**quote_metrics(batch.quotes if mine else None, correct))
         if mine and batch.rewards_by_function:
             self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))
             self._warn_of_missing(terms.step + 1, batch.rewards)

@@ -24,6 +24,7 @@ from oprd.objectives.terms import PolicyTerm
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
+from oprd.states.several import SeveralTeachers
 from oprd.states.teachers import CanSample
 from oprd.tasks.evaluation import Grades, Grading
 from oprd.training.grading import BatchGrading
@@ -147,11 +148,15 @@ class RolloutSource:
         with self.recorder.timed("grade"):
             graded = self.grading.begin(rollouts, prompts)
         with self.recorder.timed("teacher"):
-            pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
+            rows = {p.index: p.row for p in prompts}
+            pairs, stats = self.pair.align(rollouts, rows)
         if stats is not None:
             self.recorder.observe(**stats.counts())
         self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
-        batch = Batch(rollouts, [None] * len(rollouts), pairs=pairs)
+        batch = Batch(
+            rollouts, [None] * len(rollouts), pairs=pairs, readers=self.pair.readers(rollouts, rows),
+            quotes=self.pair.quotes(rollouts, rows),
+        )  # fmt: skip
         if graded is not None:
             batch = self._with_grades(batch, graded)
         if not self.objective.uses(PolicyTerm):
@@ -187,6 +192,8 @@ class RolloutSource:
         Raises:
             ValueError: a rollout that cannot be graded.
         """
+        if isinstance(self.pair.teacher, SeveralTeachers) and self.pair.teacher.offload:
+            self.recorder.observe(teacher_moves=float(self.pair.teacher.take_moved()))
         with self.recorder.timed("grade"):
             graded = self.grading.finish()
         if graded is not None:

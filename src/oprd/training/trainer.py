@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import AUTO, OPRDConfig
-from oprd.data.order import RepeatedSteps
+from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.memory import HalvedSize, say_what_to_lower
@@ -49,11 +49,13 @@ from oprd.runs.checkpoints import (
 from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
+from oprd.states.self_teacher import FollowsStudent
 from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
+from oprd.training.following import FollowStudent
 from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.outcome import Say, leave_results, measure_before
@@ -83,8 +85,10 @@ class OPRDTrainer(Trainer):
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
         teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name, as a model, or any
-            `oprd.states.teachers.Teacher`. None: the student without its adapter. This needs a trained adapter or a
-            `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
+            `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id` names theirs).
+            "student": the student as it is now, or following it (`args.teacher_update_rate`), with a `teacher_prompt`. None: the
+            student without its adapter. This needs a trained adapter, or a `teacher_prompt` or `teacher_system_prompt`: a fresh
+            adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
             file, hub dataset or `generated:<task>`.
@@ -218,6 +222,9 @@ class OPRDTrainer(Trainer):
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
+        if isinstance(pair.teacher, FollowsStudent):
+            self.checkpoints.parts.append(pair.teacher)
+            self.add_callback(FollowStudent(pair.teacher))
         engine = self.engine
         self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
         self.stopping = StopOrSave(self.signals, args)
@@ -271,19 +278,18 @@ class OPRDTrainer(Trainer):
         observe: Callable[..., None],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss of a batch's micro-batches, whose gradients are added, and log-probabilities by place of the rollout."""
-        heads = partial(self.pair.heads, in_place=self.parallel.in_place)
         loss = torch.zeros((), device=self.args.device)
         log_probs: dict[int, Tensor] = {}
         for part in parts:
-            wanted: dict[str, Any] = {
-                "layers": terms.needs_layers,
-                "head": terms.needs_head,
-                "device": self.args.device,
-            }
-            request, teacher_request = self.pair.requests(part.batch.rollouts, part.batch.pairs, **wanted)
+            teacher_id = part.batch.teacher_id  # None where there is one teacher
+            request, teacher_request = self.pair.requests(
+                part.batch.rollouts, part.batch.pairs, layers=terms.needs_layers, head=terms.needs_head,
+                device=self.args.device, teacher_id=teacher_id,
+            )  # fmt: skip
             with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
             seen = unobserved if part.idle else observe
+            heads = partial(self.pair.heads, teacher_id, in_place=self.parallel.in_place)
             losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=seen)
             del teacher  # `losses` frees it layer by layer
             with (
@@ -500,10 +506,12 @@ class OPRDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
-        if args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
         prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
+        if (teacher_ids := self.pair.teacher_ids(self.train_dataset)) is not None and not args.mix_teachers:
+            return OneTeacherSteps(teacher_ids, prompts_a_step, args.num_iterations, seed)
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
         return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,125 @@
+"""Settings of several teachers, and of a student that is its own teacher: which fit together. Nothing is loaded for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+TeachersPerPrompt = Literal["one", "all"]
+STUDENT = "student"
+"""Value of `teacher_model`: the student is its own teacher."""
+
+_TEACHER_ID = re.compile(r"[\w.-]+")
+
+
+def check_per_prompt(value: Any) -> None:
+    """Refuse an unknown way of sharing prompts among teachers.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if value not in get_args(TeachersPerPrompt):
+        raise ValueError(
+            f"teachers_per_prompt: {value!r} is not one of {', '.join(get_args(TeachersPerPrompt))}: one: the row's teacher_id "
+            "names it, all: every teacher reads every rollout"
+        )
+
+
+def is_student(teacher_model: Any) -> bool:
+    """Whether the student is its own teacher (`teacher_model: student`)."""
+    return isinstance(teacher_model, str) and teacher_model == STUDENT
+
+
+def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any] | None]:
+    """The model that an entry of `teachers` names, or the teacher that it is, and the arguments of from_pretrained."""
+    if isinstance(entry, Mapping) and "use" not in entry:
+        return entry["model"], entry.get("init_kwargs", init_kwargs)
+    return entry, init_kwargs
+
+
+def check_teachers(run: Any) -> None:
+    """Refuse settings of several teachers, or of a student that is its own teacher, that do not fit. Nothing is loaded for it.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    args = run.args
+    if run.teachers is None:
+        for key, default in (("teachers_per_prompt", "one"), ("mix_teachers", False), ("offload_teachers", False)):
+            if getattr(args, key) != default:
+                raise ValueError(
+                    f"{key}: {getattr(args, key)} has no effect without several teachers; set teachers, or leave it out"
+                )
+    else:
+        _check_entries(run)
+    if args.teacher_update_rate > 0 and not is_student(run.teacher_model):
+        raise ValueError(
+            f"teacher_update_rate: {args.teacher_update_rate:g} is for a teacher that follows the student; set teacher_model: "
+            f"{STUDENT}, or leave it out"
+        )
+    if not is_student(run.teacher_model):
+        return
+    if args.teacher_update_rate > 0 and args.fully_shard:
+        raise ValueError(
+            f"teacher_update_rate: {args.teacher_update_rate:g} does not go with fully_shard, under which no process holds "
+            "whole weights; set one of the two off"
+        )
+    if args.bridge is not None:
+        raise ValueError(
+            f"bridge: it does not go with teacher_model: {STUDENT}, which has the student's own states; leave it out"
+        )
+    if not args.prompt_rendering.of_teacher and args.teacher_update_rate == 0:
+        raise ValueError(
+            f"teacher_model: {STUDENT} reads what the student reads, and starts as the student: there is nothing to learn; give "
+            "it a teacher_prompt or a teacher_system_prompt"
+        )
+
+
+def _check_entries(run: Any) -> None:
+    """Refuse several teachers that are not well described, or that a setting does not go with."""
+    args, teachers = run.args, run.teachers or {}
+    if run.teacher_model is not None:
+        raise ValueError("teachers: there is a teacher_model too; keep one of the two")
+    if not teachers:
+        raise ValueError("teachers: {} has no teacher; write {teacher_id: name, …}, or one teacher_model")
+    for teacher_id, entry in teachers.items():
+        if not _TEACHER_ID.fullmatch(str(teacher_id)):
+            raise ValueError(
+                f"teachers: {teacher_id!r} is not a teacher_id; letters, digits, '_', '-' and '.' are allowed"
+            )
+        if is_student(entry):
+            raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
+        if not isinstance(entry, Mapping) or "use" in entry:
+            continue
+        if "bridge" in entry:
+            raise ValueError(
+                f"teachers: {teacher_id}: bridge is not supported with several teachers, which share the student's depth and "
+                "width; leave it out, or train on one teacher_model with a bridge"
+            )
+        if unknown := {*entry} - {"model", "init_kwargs"}:
+            raise ValueError(
+                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model and init_kwargs, or use "
+                "with its arguments"
+            )
+        if not entry.get("model"):
+            raise ValueError(
+                f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
+            )
+    one_a_step = args.teachers_per_prompt == "one" and not args.mix_teachers
+    for key, off, why in (
+        ("bridge", args.bridge is None, "which projects the states of one teacher"),
+        ("lmbda", args.lmbda == 1, "below 1 lets one teacher write"),
+        ("fully_shard", one_a_step or not args.fully_shard, "under which all processes ask the same teacher at a time"),
+        (
+            "offload_teachers",
+            not (args.offload_teachers and args.fully_shard),
+            "beside fully_shard, which spreads weights itself",
+        ),
+    ):
+        if not off:
+            raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
+    if args.teachers_per_prompt == "all" and args.mix_teachers:
+        raise ValueError(
+            "mix_teachers: true has no effect with teachers_per_prompt: all, where all read every rollout; leave it out"
+        )
