@@ -64,7 +64,8 @@ def test_the_loss_is_that_of_a_teacher_which_reads_the_hint(tmp_path):
         rollouts.texts,
         rollouts.rows,
     )
-    own, other = capture_states(student, rollouts), capture_states(teacher, theirs)
+    with torch.no_grad():
+        own, other = capture_states(student, rollouts), capture_states(teacher, theirs)
     expected = representation_loss(own.stacked(), other.stacked(), own.rollout_index)
     assert trainer.last_step.metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -235,7 +235,7 @@ def test_a_request_goes_to_the_teacher_that_it_names():
 def test_weights_are_in_memory_once_for_each_model(tmp_path):
     named = {"a": "embedded:tiny/teacher", "b": {"model": "embedded:tiny/teacher"}, "c": "embedded:tiny/student"}
     trainer = OPRDTrainer(
-        "embedded:tiny/student", named, OPRDConfig(str(tmp_path), max_steps=1, max_completion_length=9, use_cpu=True, teachers_per_prompt="all"),
+        "embedded:tiny/student", named, OPRDConfig(str(tmp_path), max_completion_length=9, use_cpu=True, teachers_per_prompt="all"),
         train_dataset=[{"prompt": "1+2="}],
     )  # fmt: skip
     several = trainer.pair.teacher

@@ -16,6 +16,7 @@ from oprd.files import write_text
 from oprd.runs.folder import RATE_PROBE
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
+from oprd.states.teacher_settings import describe_teacher, is_student
 
 CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
@@ -88,10 +89,11 @@ def _own_share(settings: Mapping[str, Any]) -> float:
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    teacher, bridge = settings.get("teacher_model"), settings.get("bridge")
+    bridge, named = settings.get("bridge"), settings.get("teacher_model")
+    own = settings.get("teachers") or is_student(named) or not named
     lines = {
         "student": _code(settings["model"]),
-        "teacher": _code(teacher) if teacher else "the student without its adapter",
+        "teacher": describe_teacher(settings) if own else _code(named),
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),

@@ -38,6 +38,21 @@ def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[A
     return entry, init_kwargs
 
 
+def describe_teacher(settings: Mapping[str, Any]) -> str:
+    """Who teaches, in words.
+
+    Args:
+        settings: of a run, as `config.yaml` has them.
+    """
+    if several := settings.get("teachers"):
+        return ", ".join(f"{name}: {model_of_entry(entry, None)[0]}" for name, entry in several.items())
+    teacher = settings.get("teacher_model")
+    if is_student(teacher):
+        rate = settings.get("teacher_update_rate") or 0.0
+        return f"the student, followed at {rate:g}" if rate else "the student as it started"
+    return str(teacher) if teacher else "the student without its adapter"
+
+
 def check_teachers(run: Any) -> None:
     """Refuse settings of several teachers, or of a student that is its own teacher, that do not fit. Nothing is loaded for it.
 

@@ -16,6 +16,7 @@ from oprd.faults import RunStopped
 from oprd.runs.loaded import LoadedRun, load_run
 from oprd.runs.model_card import CARD, on_hub
 from oprd.sanitize import REDACTED, redacted
+from oprd.states.teacher_settings import is_student, model_of_entry
 
 MODEL = "model"
 BESIDE_MODEL = ("config.yaml", "summary.json", "curves.png")
@@ -180,6 +181,11 @@ def _usage(run: LoadedRun, repo: str) -> str:
 def _licences(run: LoadedRun) -> dict[str, str | None]:
     """Student and teacher → the licence in their own cards; None where it is not known here."""
     names = {side: run.config.get(key) for side, key in (("student", "model"), ("teacher", "teacher_model"))}
+    if is_student(names["teacher"]):
+        del names["teacher"]
+    names |= {
+        f"teacher {name}": model_of_entry(entry, None)[0] for name, entry in (run.config.get("teachers") or {}).items()
+    }
     return {side: _licence(name) for side, name in names.items() if isinstance(name, str)}
 
 

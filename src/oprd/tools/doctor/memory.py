@@ -148,6 +148,8 @@ class _Held:
             self.gradients *= 2  # DDP's buckets are a second copy
         other = work.teacher or shape
         self.teacher = 0.0 if work.teacher is None else work.teacher_bytes * other.parameters
+        if work.several:
+            self.teacher = max(work.several.values()) if work.offload else sum(work.several.values())
         self.teacher /= self.split
         # fully_shard gathers the root's weights and two blocks (one prefetched) at a time; in backward also their gradients.
         root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters

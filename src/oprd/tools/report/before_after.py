@@ -18,6 +18,7 @@ from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.sanitize import redacted, without_redacted
+from oprd.states.teacher_settings import is_student
 from oprd.states.teachers import Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
@@ -67,6 +68,8 @@ def measure_distances(
     teacher: Teacher | None = None
     layers: tuple[int, ...] = ()
     try:  # the student's answers are shown without its teacher too
+        if config.get("teachers"):
+            raise ValueError("teachers: there are several, and distances are to one")
         loaded = load(
             teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
         )
@@ -230,7 +233,8 @@ def _model_names(record: RunRecord) -> tuple[str, str, str]:
         raise ValueError(
             f"--distances: {record.folder} has no model/: the run did not come to its end. Leave --distances out"
         )
-    return str(config["model"]), str(after), str(config.get("teacher_model") or config["model"])
+    teacher = config.get("teacher_model")
+    return str(config["model"]), str(after), str(config["model"] if not teacher or is_student(teacher) else teacher)
 
 
 def _init_kwargs(config: Row, key: str) -> dict[str, Any]:

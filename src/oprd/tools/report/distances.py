@@ -27,7 +27,7 @@ from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher
 from oprd.types import Rollouts
 
 _MICRO_BATCH_TOKENS = 4096
-_OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
+_OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map")
 
 
 def comparable_teacher(

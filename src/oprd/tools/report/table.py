@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from oprd.runs.columns import number
+from oprd.states.teacher_settings import describe_teacher
 from oprd.tools.report.curves import peak_memory
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
@@ -79,7 +80,7 @@ def _setting(key: str) -> Callable[[RunRecord], Cell]:
 def _teacher(record: RunRecord) -> Cell:
     if not record.config:
         return Cell(NOTHING)
-    return Cell(word(record.config.get("teacher_model") or "the student without its adapter"))
+    return Cell(word(describe_teacher(record.config)))
 
 
 def _seed(record: RunRecord) -> Cell:
