@@ -353,6 +353,24 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("nothing is equal", "return self.off[way] <= self.allowed[way]", "return False",
          "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
     ],
+    "states/several.py": [
+        ("where all teachers read, each reads its own rollouts", "everywhere or own == name", "own == name",
+         "test_several_teachers.py::test_where_all_teachers_read_a_rollout_each_counts_equally"),
+        ("a rollout counts once however many read it", 'return len(self.teachers) if self.per_prompt == "all" else 1',
+         "return 1", "test_several_teachers.py::test_where_all_teachers_read_a_rollout_each_counts_equally"),
+    ],
+    "states/self_teacher.py": [
+        ("the teacher moves in every step", "if step % self.sync_steps:", "if False:",
+         "test_privileged.py::test_the_teacher_follows_by_the_closed_form"),
+        ("a resumed teacher starts anew", "            weight.copy_(found[name])\n", "            pass\n",
+         "test_privileged.py::test_a_resumed_run_goes_on_with_the_same_teacher"),
+    ],
+    "alignment/privileged.py": [
+        ("words of the student's own prompt are quotations", "_runs(_text(hidden)) - _runs(_text(shown))", "_runs(_text(hidden))",
+         "test_privileged.py::test_a_quotation_is_four_words_in_a_row_that_only_the_teacher_was_shown"),
+        ("a column that the row lacks is empty", "    if value is None:\n", "    if False:\n",
+         "test_privileged.py::test_a_row_without_the_column_is_named"),
+    ],
     "states/teachers.py": [
         ("the base samples with the adapter on", "        with _adapter_off(self.model):\n            yield self.model",
          "        if True:\n            yield self.model",
@@ -700,7 +718,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_stopping.py::test_a_stop_waits_for_the_last_update_on_the_same_rollouts"),
     ],
     "runs/identity.py": [
-        ("another teacher is not noticed", '{"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_teacher(pair)}',
+        ("another teacher is not noticed", '{"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}',
          '{"tokenizer": _of_tokenizer(pair.tokenizer)}', "test_stopping.py::test_other_inputs_are_shown_and_refused"),
         ("answers do not count", 'found.update(repr(prompt.row.answer)', 'found.update(""',
          "test_stopping.py::test_other_answers_are_other_prompts"),
@@ -819,6 +837,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_nodes.py::test_a_node_that_is_lost_ends_the_other_with_one_sentence"),
     ],
     "training/parallel.py": [
+        ("micro-batches of several teachers ask the first", "return [teacher_id for teacher_id, _ in found]",
+         "return [found[0][0] for _ in found]",
+         "test_several_teachers.py::test_routed_rows_learn_what_each_teacher_alone_would_teach"),
         ("a rank repeats one micro-batch at most", "[groups[-1][:1]] * missing]", "[groups[-1][:1]] * min(missing, 1)]",
          "test_fsdp.py::test_a_rank_repeats_one_rollout_until_it_has_as_many_micro_batches_as_any"),
         ("means are over one of the accumulated batches", "device=self.args.device) / share", "device=self.args.device)",
@@ -845,8 +866,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a step counts in part", "share = len(inputs) / int(num_items_in_batch or len(inputs))", "share = 1.0",
          "test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
         ("the shuffle ignores data_seed",
-         "seed = args.seed if args.data_seed is None else args.data_seed\n        return RepeatedSteps",
-         "seed = args.seed\n        return RepeatedSteps",
+         "seed = args.seed if args.data_seed is None else args.data_seed",
+         "seed = args.seed",
          "test_prompt_order.py::test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates"),
     ],
     "runs/checkpoints.py": [
@@ -948,7 +969,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "unwritten = special", "test_control_tokens.py::test_marks_of_a_turn_that_are_not_special_are_not_written_by_a_student"),
     ],
     "data/order.py": [
-        ("neighbouring seeds share epochs", "self.seed * 1_000_003 + self.epoch", "self.seed + self.epoch",
+        ("the steps of a teacher come in a row", "for number in torch.randperm(len(steps), generator=generator).tolist():",
+         "for number in range(len(steps)):",
+         "test_several_teachers.py::test_the_steps_of_the_teachers_are_shuffled_by_seed_and_epoch"),
+        ("neighbouring seeds share epochs", "seed * 1_000_003 + epoch", "seed + epoch",
          "test_prompt_order.py::test_each_epoch_and_each_seed_has_an_order_of_its_own"),
         ("an epoch ends with a partial step", "range(0, len(order) - self.prompts_a_step + 1, self.prompts_a_step)",
          "range(0, len(order), self.prompts_a_step)",
@@ -1018,8 +1042,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_measures.py"),
     ],
     "tasks/evaluation.py": [
-        ("parts of ranks are joined in the wrong order", "starts[i % len(parts)] + i // len(parts) * k + sample",
-         "starts[i % len(parts)] + i // len(parts) + sample",
+        ("parts of ranks are joined in the wrong order", "place: start + number * k", "place: start + number",
          "test_evaluate.py::test_parts_of_ranks_come_back_in_the_order_of_the_problems"),
         ("verdicts move up where an answer is missing", "zip(gradable, graded, strict=True)", "enumerate(graded)",
          "test_evaluate.py::test_rows_without_an_answer_are_not_graded"),

@@ -27,14 +27,14 @@ CLAIM = (
     "with hidden states of the last layers and larger models."
 )
 SETTING = (
-    "The embedded student; the embedded teacher for additions of five digits, and a teacher for three digits, which 600 supervised steps on three-digit "
+    "The embedded student; the embedded teacher for additions of five digits, and a teacher for three digits, which 300 supervised steps on three-digit "
     "additions made of the student. 2048 prompts of each domain, 100 steps of 16 rollouts, all layers, three seeds. Avg@2 over 125 new problems "
     "of each domain. Rates are tuned on seed 10."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
 NAMES = {"one_domain": "one domain an update", "mixed": "both in one update"}
 DOMAINS = {"five": 5, "three": 3}
-TEACHER_STEPS = 600
+TEACHER_STEPS = 300
 
 
 def prepare(work: Work) -> dict[str, Any]:

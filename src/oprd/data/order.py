@@ -40,8 +40,7 @@ class RepeatedSteps(Sampler[int]):
         return self.num_prompts // self.prompts_a_step * self.prompts_a_step * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        # Not seed + epoch: neighbouring seeds would then share epochs.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = _generator(self.seed, self.epoch)
         order = torch.randperm(self.num_prompts, generator=generator)
         for start in range(0, len(order) - self.prompts_a_step + 1, self.prompts_a_step):
             for _ in range(self.repeats):
@@ -87,7 +86,7 @@ class OneTeacherSteps(Sampler[int]):
         return steps * self.prompts_a_step * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = _generator(self.seed, self.epoch)
         steps: list[list[int]] = []
         for _, places in sorted(self.places.items()):
             order = [places[i] for i in torch.randperm(len(places), generator=generator).tolist()]
@@ -96,3 +95,8 @@ class OneTeacherSteps(Sampler[int]):
         for number in torch.randperm(len(steps), generator=generator).tolist():
             for _ in range(self.repeats):
                 yield from steps[number]
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    # Not seed + epoch: neighbouring seeds would then share epochs.
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
