@@ -396,7 +396,7 @@ def _with_teacher_ids(run: RunConfig, rows: Sequence[PromptRow], kind: str) -> S
             wrong = "the row has no teacher_id" if named is None else f"teacher_id {named!r} is none of the teachers"
             raise ValueError(
                 f"{row.source}: {wrong}: {', '.join(run.teachers)} are those of the run{hint}; fill it in, remove the "
-                "row, or set teachers_per_prompt: all"
+                f"row, or set {'eval_teacher: false' if kind == 'eval' else 'teachers_per_prompt: all'}"
             )
     return rows
 

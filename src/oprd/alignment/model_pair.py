@@ -367,6 +367,8 @@ class ModelPair:
         """
         ids: list[Any] = [*self.teacher.teachers] if isinstance(self.teacher, HoldsTeachers) else [None]
         for teacher_id in ids:
+            if isinstance(self.teacher, SeveralTeachers):
+                self.teacher.ready(teacher_id, next(self.student.model.parameters()).device)
             heads, reader = self.heads(teacher_id), self._reader(teacher_id)
             _check_whole(heads.student, self.student.model)
             if isinstance(reader, CanSample) and isinstance(reader, HasHead):

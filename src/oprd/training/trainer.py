@@ -50,6 +50,7 @@ from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
 from oprd.states.self_teacher import FollowsStudent
+from oprd.states.several import modules_of
 from oprd.states.teachers import Teacher
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
@@ -215,7 +216,7 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         long_sequences = LongSequences(
-            self.parallel.student, self.parallel.teacher_modules,
+            self.parallel.student, modules_of(pair.teacher),
             recomputed=bool(args.activation_checkpointing), deepspeed=self.parallel.deepspeed,
         )  # fmt: skip
         self.memory = MemoryGuard(args, self.parallel, self.recorder, long_sequences)
@@ -354,6 +355,7 @@ class OPRDTrainer(Trainer):
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
                 self.summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+                self.summary["resumed_from_step"] = step_of(checkpoint) if checkpoint else 0
                 leave_results(self, self.summary, started=started, say=say)
         return output
 
