@@ -19,6 +19,8 @@ from oprd.run_config import RunConfig
 from oprd.states.requests import request_states
 from oprd.states.several import SeveralTeachers, modules_of
 from oprd.states.teachers import FrozenTeacher
+from oprd.training.alarm import AlarmWatch, RisingLoss
+from oprd.training.metrics import teacher_metrics
 from oprd.training.trainer import OPRDTrainer
 from tiny import prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -132,6 +134,17 @@ def test_accuracy_is_counted_by_teacher(tmp_path):
     assert trainer.last_step.metrics["teacher/b/accuracy"] == 0.0
 
 
+@pytest.mark.parametrize("cosine", [True, False])
+def test_the_metrics_of_a_teacher_have_the_same_names_whether_it_read_a_rollout_here_or_not(cosine):
+    """Processes add metrics up by their place among the sorted names."""
+    some = teacher_metrics({"a": [0, 1], "b": []}, [True, None], cosine=cosine)
+    none = teacher_metrics({"a": [], "b": []}, [], cosine=cosine)
+    assert [*some] == [*none]
+    assert (some["teacher/a/rollouts"], some["teacher/a/correct"], some["teacher/a/graded"]) == (2, 1, 1)
+    assert ("teacher/a/cosine" in some) is cosine
+    assert teacher_metrics(None, [True], cosine=cosine) == {}
+
+
 # The order of the prompts
 
 
@@ -214,6 +227,28 @@ def test_one_teacher_an_update_also_after_resuming_within_an_epoch(tmp_path):
 def test_teachers_may_be_mixed_within_an_update(tmp_path):
     steps, _ = run(tmp_path, mix_teachers=True)
     assert "ab" in steps
+
+
+def test_alarms_compare_the_steps_of_a_teacher_with_each_other(tmp_path):
+    """One teacher's loss is a hundredth of the other's, and its rollouts are all correct: that is no rise and no fall."""
+    args = OPRDConfig(str(tmp_path), use_cpu=True, alarm_window=4)
+    watch, rising = AlarmWatch(4), RisingLoss(args)
+
+    def row(step, name, loss, cosine, accuracy):
+        both = {f"teacher/{other}/rollouts": 8.0 * (other == name) for other in "ab"}
+        return {
+            "step": step, "loss/representation": loss, "loss": loss, "cosine": cosine, "accuracy": accuracy, "rollouts": 8.0,
+            **both,
+        }  # fmt: skip
+
+    easy, hard = (1e-4, 0.5, 1.0), (1e-2, 0.9, 0.0)
+    rows = [row(step, "a", *easy) for step in range(6)] + [row(6 + step, "b", *hard) for step in range(6)]
+    assert [watch.watch(each) for each in rows] == [None] * 12
+    assert [rising.watch(each) for each in rows] == [None] * 12
+    worse = [row(12 + step, "b", 1e-1, 0.9 + step / 100, 0.0) for step in range(6)]
+    assert any(rising.watch(each) for each in worse)
+    fallen = [row(20 + step, "a", 1e-4, 0.6, 0.0) for step in range(6)]
+    assert any(watch.watch(each) for each in fallen)
 
 
 # Models and memory

@@ -23,7 +23,7 @@ _MEAN_OF = 5  # steps: of one step the loss is noisy
 class AlarmWatch:
     """Compares the two halves of the last `window` steps, and tells once when cosine rose while accuracy or KL worsened.
 
-    After an alarm it is quiet until a whole new window has passed.
+    After an alarm it is quiet until a whole new window has passed. Steps of one of several teachers have a window of their own.
 
     Args:
         window: steps looked at; 0: never.
@@ -32,28 +32,42 @@ class AlarmWatch:
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
-        self._rows: deque[Mapping[str, Any]] = deque(maxlen=window)
+        self._rows: dict[str, deque[Mapping[str, Any]]] = {}
         for row in earlier if window else ():
             if "loss" not in row:
                 continue
-            self._rows.append(row)
+            rows = self._window_of(row)
             if row.get("alarm"):  # another alarm may have been told there
-                self._judge()
+                self._judge(rows)
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""
         if not self.window:
             return None
-        self._rows.append(row)
-        return self._judge()
+        return self._judge(self._window_of(row))
 
-    def _judge(self) -> str | None:
-        if len(self._rows) < self.window:
+    def _window_of(self, row: Mapping[str, Any]) -> deque[Mapping[str, Any]]:
+        rows = self._rows.setdefault(only_teacher(row), deque(maxlen=self.window))
+        rows.append(row)
+        return rows
+
+    def _judge(self, rows: deque[Mapping[str, Any]]) -> str | None:
+        if len(rows) < self.window:
             return None
-        alarm = find_alarm(list(self._rows))
+        alarm = find_alarm(list(rows))
         if alarm:
-            self._rows.clear()
+            rows.clear()
         return alarm
+
+
+def only_teacher(row: Mapping[str, Any]) -> str:
+    """teacher_id of the one of several teachers that read all rollouts of a step; empty where there is one teacher, or they mix.
+
+    Args:
+        row: metrics of the step.
+    """
+    read = [key for key, value in row.items() if key.startswith("teacher/") and key.endswith("/rollouts") and value]
+    return read[0].split("/")[1] if len(read) == 1 else ""
 
 
 class RisingLoss:
@@ -61,7 +75,7 @@ class RisingLoss:
 
     It watches the representation loss, and an output-space loss that is a distance, before their weights. Compared are geometric
     means over five steps, since a loss varies by factors; the loss of the first step counts as one too. After an alarm it is
-    quiet for `alarm_window` steps.
+    quiet for `alarm_window` steps. Steps of one of several teachers are compared with each other.
 
     Where something else than the rate may raise a loss, it is not watched: a weight that fades, rewards, two writers.
 
@@ -92,17 +106,18 @@ class RisingLoss:
         loss = row.get(f"loss/{name}")
         if loss is None or not loss > 0:
             return None
-        last = self._last.setdefault(name, deque(maxlen=_MEAN_OF))
+        series = f"{name} {only_teacher(row)}"
+        last = self._last.setdefault(series, deque(maxlen=_MEAN_OF))
         last.append(math.log(loss))
-        if name not in self._lowest:
-            self._lowest[name] = last[0], row.get("step", "?"), 0.0
+        if series not in self._lowest:
+            self._lowest[series] = last[0], row.get("step", "?"), 0.0
         if len(last) < _MEAN_OF:
             return None
         mean = sum(last) / _MEAN_OF
         variance = sum((value - mean) ** 2 for value in last) / (_MEAN_OF - 1) / _MEAN_OF
-        lowest, since, its_variance = self._lowest[name]
+        lowest, since, its_variance = self._lowest[series]
         if mean < lowest:
-            self._lowest[name] = mean, row.get("step", "?"), variance
+            self._lowest[series] = mean, row.get("step", "?"), variance
             return None
         if mean - lowest < math.log(_RISE) or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance):
             return None
