@@ -15,7 +15,7 @@ from oprd.alignment.privileged import fields_of, privileged_row, quotes
 from oprd.data.rows import PromptRow
 from oprd.models.loading import ModelInfo
 from oprd.resolve import plan
-from oprd.run_config import RunConfig
+from oprd.run_config import RunConfig, parse_overrides
 from oprd.states.self_teacher import FollowingTeacher
 from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher
 from oprd.types import Rollouts
@@ -278,7 +278,7 @@ def recipe(folder, **keys):
 @pytest.mark.parametrize(
     ("keys", "wrong"),
     [
-        ({"teacher_prompt": None}, "teacher_model: student reads what the student reads"),
+        ({"teacher_prompt": None, "teacher_update_rate": 0.1}, "teacher_model: student reads what the student reads"),
         ({"bridge": "folder"}, "bridge: it does not go with teacher_model: student"),
         ({"teacher_update_rate": 0.1, "fully_shard": True}, "teacher_update_rate: 0.1 does not go with fully_shard"),
         (
@@ -292,6 +292,12 @@ def recipe(folder, **keys):
 def test_settings_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path, keys, wrong):
     with pytest.raises(ValueError, match=wrong):
         plan(recipe(tmp_path, **keys))
+
+
+def test_a_template_may_begin_with_what_yaml_does_not_read_as_text():
+    words = ["--teacher_prompt", "#{answer} {prompt}", "--teachers", "{a: b}", "--task", "null"]
+    assert parse_overrides(words) == {"teacher_prompt": "#{answer} {prompt}", "teachers": {"a": "b"}, "task": None}
+    assert parse_overrides(["--teacher-prompt={prompt}{answer}"]) == {"teacher_prompt": "{prompt}{answer}"}
 
 
 def test_the_plan_says_who_teaches(tmp_path):

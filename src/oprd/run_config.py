@@ -345,7 +345,7 @@ def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
+    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML, a text that begins with # or { as it is.
 
     Raises:
         ValueError: a word without a key, a key that is no flag without a value, or a value that is not YAML.
@@ -363,12 +363,21 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             text = "true"
         if not text.strip():
             raise ValueError(f"--{key}: the value is missing; write --{key} VALUE, or --{key} null to unset it")
+        name = key.replace("-", "_")
+        if _takes_text(name) and text.lstrip()[0] in "#{":
+            overrides[name] = text  # to YAML a comment or a mapping, which no text can be
+            continue
         try:
-            overrides[key.replace("-", "_")] = yaml.safe_load(text)
+            overrides[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             shown = redacted_text(text)
             raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error
     return overrides
+
+
+def _takes_text(key: str) -> bool:
+    """Whether the value of a key is text, or none."""
+    return recipe_types().get(key) in (str, str | None)
 
 
 def _may_be_flag(key: str) -> bool:
