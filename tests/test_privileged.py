@@ -279,6 +279,14 @@ def recipe(folder, **keys):
     ("keys", "wrong"),
     [
         ({"teacher_prompt": None, "teacher_update_rate": 0.1}, "teacher_model: student reads what the student reads"),
+        (
+            {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+            "teacher_model_init_kwargs: .* has no effect with teacher_model",
+        ),
+        (
+            {"teacher_model_init_kwargs": {"revision": "a"}},
+            "teacher_model_init_kwargs: .* has no effect with teacher_model",
+        ),
         ({"bridge": "folder"}, "bridge: it does not go with teacher_model: student"),
         ({"teacher_update_rate": 0.1, "fully_shard": True}, "teacher_update_rate: 0.1 does not go with fully_shard"),
         (

@@ -80,6 +80,12 @@ def check_teachers(run: Any) -> None:
             f"teacher_update_rate: {args.teacher_update_rate:g} does not go with fully_shard, under which no process holds "
             "whole weights; set one of the two off"
         )
+    loading = args.teacher_model_init_kwargs or {}
+    if {*loading} - {"dtype"} or loading.get("dtype", "float32") != "float32":
+        raise ValueError(
+            f"teacher_model_init_kwargs: {loading} has no effect with teacher_model: {STUDENT}, which has the student's weights; leave "
+            "it out"
+        )
     if args.bridge is not None:
         raise ValueError(
             f"bridge: it does not go with teacher_model: {STUDENT}, which has the student's own states; leave it out"
