@@ -66,7 +66,8 @@ def gained(embedded: float, reader: float) -> dict:
             record(name, seed, 0.2 + gain + 0.002 * seed, student=student)
             for (student, name), gain in gains.items()
             for seed in range(3)
-        ]
+        ],
+        "tuning": [record(name, 10, 0.2, student=student) for student, name in gains],
     }
 
 

@@ -82,11 +82,22 @@ def judge(result: Result) -> Finding:
         f"{table(header, rows)}\n\nThe hint is the answer. The teacher can only show what its weights make of it: where the hint does not make the teacher "
         "more accurate, there is nothing to learn from it."
     )
+    grids = "; ".join(
+        f"{text} "
+        + ", ".join(f"{r['learning_rate']:g}: {100 * r['final']:.0f}" for r in _by_rate(result["tuning"], *key))
+        for key, text in NAMES.items()
+    )
+    text += f" Rates on the tuning seed, Avg@2 in percent: {grids}. Where the lowest rate is best, training harms."
     return Finding(verdict, said, text)  # type: ignore[arg-type]
 
 
 def _of(runs: list[Record], student: str, name: str) -> list[Record]:
     return sorted((r for r in runs if (r["student"], r["objective"]) == (student, name)), key=lambda r: r["seed"])
+
+
+def _by_rate(tuning: list[Record], student: str, name: str) -> list[Record]:
+    own = (r for r in tuning if (r["student"], r["objective"]) == (student, name))
+    return sorted(own, key=lambda r: r["learning_rate"])
 
 
 def _gain(runs: list[Record]) -> tuple[float, list[float] | None]:

@@ -83,8 +83,8 @@ def check_teachers(run: Any) -> None:
     loading = args.teacher_model_init_kwargs or {}
     if {*loading} - {"dtype"} or loading.get("dtype", "float32") != "float32":
         raise ValueError(
-            f"teacher_model_init_kwargs: {loading} has no effect with teacher_model: {STUDENT}, which has the student's weights; leave "
-            "it out"
+            f"teacher_model_init_kwargs: {loading} has no effect with teacher_model: {STUDENT}, which has the student's weights; "
+            "leave it out"
         )
     if args.bridge is not None:
         raise ValueError(
