@@ -64,6 +64,7 @@ class RunConfig:
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
+        base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
         given: objects from Python.
     """
 
@@ -79,6 +80,7 @@ class RunConfig:
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
+    base_model: Any = None
     given: GivenObjects = field(default_factory=GivenObjects)
 
     @classmethod
@@ -159,7 +161,7 @@ class RunConfig:
             "task": self.given.task, "reward_funcs": self.given.reward_funcs,
         }  # fmt: skip
         settings = self.settings()
-        for key in ("model", "teacher_model", "train_dataset", "eval_dataset"):
+        for key in ("model", "teacher_model", "base_model", "train_dataset", "eval_dataset"):
             if not isinstance(settings[key], str | Mapping | None):
                 settings[key] = _in_words(settings[key])
         return settings | {key: _in_words(value) for key, value in given.items() if value is not None}
@@ -190,7 +192,8 @@ def recipe_keys() -> list[str]:
 
 # In YAML these keys are text; in Python they may be objects.
 _RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
-    "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
+    "model": str, "teacher_model": str | dict[str, Any] | None, "base_model": str | None, "train_dataset": str,
+    "eval_dataset": str | None,
 }  # fmt: skip
 
 

@@ -74,6 +74,13 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight["start"] + (weight["end"] - weight["start"]) * progress
 
 
+def scaled(weight: Weight, factor: float) -> Weight:
+    """The weight times a factor, at every step."""
+    if not isinstance(weight, Mapping):
+        return weight * factor
+    return {**weight, "start": weight["start"] * factor, "end": weight["end"] * factor}
+
+
 def is_on(weight: Weight) -> bool:
     """Whether the weight is above 0 at some step."""
     return max(weight["start"], weight["end"]) > 0 if isinstance(weight, Mapping) else weight > 0

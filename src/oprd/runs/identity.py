@@ -29,6 +29,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _OBJECTS = (
     "model",
     "teacher_model",
+    "base_model",
     "train_dataset",
     "eval_dataset",
 )  # in Python these may be objects; digests cover them

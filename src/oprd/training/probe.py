@@ -15,6 +15,7 @@ from oprd.models.architecture import num_layers
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
+from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
 from oprd.training.parallel import Parallel
@@ -46,6 +47,10 @@ def probe_run(
     teacher, layers = pair.teacher, pair.layers
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+        teacher = teacher.teacher
+    if isinstance(teacher, ExtrapolatedTeacher):
+        if isinstance(teacher.base, FrozenTeacher):
+            found["base"] = _probe(teacher.base.model, layers, nullcontext(), None)
         teacher = teacher.teacher
     if isinstance(teacher, FrozenTeacher):
         writes = isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)

@@ -95,6 +95,7 @@ class OPRDTrainer(Trainer):
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
+        base_model: what the teacher was trained from, for `args.extrapolation`. None: the student as it is now.
         objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
         rollout_engine: in place of `args.rollout_engine`.
         task: in place of `args.task`.
@@ -133,6 +134,7 @@ class OPRDTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any | None = None,
         *,
+        base_model: str | PreTrainedModel | None = None,
         objectives: Mapping[str, Any] | None = None,
         rollout_engine: RolloutEngine | None = None,
         task: Task | None = None,
@@ -148,7 +150,8 @@ class OPRDTrainer(Trainer):
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
             evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
-            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
+            more = {"base_model": base_model, **evaluation}
+            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **more)
         self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
         args, pair = resolved.run.args, resolved.pair

@@ -37,6 +37,7 @@ class Workload:
     Args:
         student: the student's shape.
         teacher: the teacher's shape; None: the teacher is the student without its adapter.
+        base: shape of the base of an extrapolation past the teacher; None: there is none, or it is the student without its adapter.
         rollouts: rollouts per step and device.
         prompt: tokens per prompt.
         completion: tokens per completion.
@@ -54,6 +55,7 @@ class Workload:
         bf16: whether the student computes in bfloat16 (autocast).
         student_bytes: bytes per element of the student's weights; an adapter has 4.
         teacher_bytes: bytes per element of the teacher's weights and states.
+        base_bytes: bytes per element of the base's.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
         prompt_readers: completions of a prompt that share one reading of it.
@@ -82,6 +84,7 @@ class Workload:
     bf16: bool = False
     student_bytes: int = 4
     teacher_bytes: int = 4
+    base_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
     prompt_readers: int = 1
@@ -89,6 +92,7 @@ class Workload:
     devices: int = 1
     sharding: str = "none"
     accelerator: bool = True
+    base: Shape | None = None
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDING:
@@ -193,6 +197,7 @@ def workload_of(
         )
     if run.teacher_model is not None:
         teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
+    base, base_bytes = _base(run, student, student_bytes)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
     longest_prompt = prompt or config.max_prompt_length or 256
@@ -219,6 +224,8 @@ def workload_of(
         bf16=config.bf16 if bf16 is None else bf16,
         student_bytes=student_bytes,
         teacher_bytes=student_bytes if teacher is None else _weight_bytes(others.get("dtype", "auto"), teacher),
+        base=base,
+        base_bytes=base_bytes,
         generation_batch=config.generation_batch_size,
         prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
@@ -226,6 +233,16 @@ def workload_of(
         sharding=sharding or ("none" if devices == 1 else "ddp"),
         accelerator=accelerator,
     )
+
+
+def _base(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | None, int]:
+    """Shape and bytes a weight of what an extrapolation past the teacher keeps in memory besides the other two models."""
+    if run.args.extrapolation == 1 or (run.base_model is None and run.lora is not None):
+        return None, student_bytes
+    if run.base_model is None:
+        return student, student_bytes
+    base = read_shape(run.base_model, trust_remote_code=run.args.trust_remote_code)
+    return base, _weight_bytes((run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"), base)
 
 
 def _bridge_rank(config: OPRDConfig) -> int | None:
