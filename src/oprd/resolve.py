@@ -44,7 +44,7 @@ from oprd.models.loading import (
 from oprd.models.nearest_folder import nearest_hint
 from oprd.models.tokens import different_tokens, say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
-from oprd.objectives.own import check_terms, given_terms, named_terms
+from oprd.objectives.own import check_terms, compares_states, given_terms, named_terms
 from oprd.objectives.schedules import is_on, scaled
 from oprd.objectives.terms import (
     HeadTerm,
@@ -131,7 +131,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     teacher, teacher_tokenizer = _teacher(run, student)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
     check_teacher(run, terms, teacher)
-    if _have(terms, LayerTerm) and args.bridge is None:
+    if compares_states(terms) and args.bridge is None:
         check_same_shape(student.info, teacher.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
     if args.extrapolation != 1:
@@ -733,7 +733,7 @@ def _aligner(
     stops = student.info.stop_token_ids, teacher.info.stop_token_ids
     aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
     if aligner is not None:
-        check_one_text(aligner, compares_states=_have(terms, LayerTerm) and args.bridge is None)
+        check_one_text(aligner, compares_states=compares_states(terms) and args.bridge is None)
         if _have(terms, HeadTerm):
             logger.warning(
                 "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
@@ -910,7 +910,7 @@ def plan(run: RunConfig) -> PlannedRun:
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
-    if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
+    if student is not None and teacher is not None and args.bridge is None and compares_states(terms):
         check_same_shape(student, teacher)
     return PlannedRun(run, terms, student, teacher)
 
