@@ -135,7 +135,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a schedule one step early", 'min(step / weight["steps"], 1.0)', 'min((step + 1) / weight["steps"], 1.0)',
          "test_composite.py::test_weights_by_hand"),
         ("a jump after the first step", "float(x >= 1)", "float(x > 0)", "test_composite.py::test_weights_by_hand"),
-        ("a weight that fades in counts as off", 'max(weight["start"], weight["end"]) > 0', 'weight["start"] > 0',
+        ("a weight that fades in counts as off", 'max(weight["start"], weight["end"])', 'weight["start"]',
          "test_composite.py::test_a_weight_is_on_if_it_ever_counts"),
     ],
     "objectives/batch.py": [

@@ -221,7 +221,7 @@ def test_the_settings():
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(recipe_keys()) == [
-        "base_model", "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
+        "base_model", "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model", "preset",
         "teacher_model",
         "train_dataset", "train_limit", "train_split",
     ]  # fmt: skip

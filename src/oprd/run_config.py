@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from oprd.config import OPRDConfig
 from oprd.files import shipped_folders
 from oprd.models.adapters import is_adapter_folder
+from oprd.objectives.presets import find_preset, keys_of_presets
 from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
 RECIPE_FOLDERS = shipped_folders("recipes")
@@ -65,6 +66,8 @@ class RunConfig:
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
         base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
+        preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
+            ride or phf.
         given: objects from Python.
     """
 
@@ -81,6 +84,7 @@ class RunConfig:
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
     base_model: Any = None
+    preset: str | None = None
     given: GivenObjects = field(default_factory=GivenObjects)
 
     @classmethod
@@ -95,7 +99,7 @@ class RunConfig:
             ValueError: no such file, not YAML, unknown key (nearest suggested), or a value that is not allowed.
         """
         file = find_recipe(path)
-        return cls.parse({**read_yaml(file), **(overrides or {})}, str(file))
+        return cls.parse(_merged(read_yaml(file), overrides or {}), str(file))
 
     @classmethod
     def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -127,7 +131,7 @@ class RunConfig:
         Raises:
             ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a missing key.
         """
-        types = recipe_types()
+        types, values = recipe_types(), with_preset(values)
         _check_keys(values, where)
         refuse_redacted(values, where)
         refuse_given(values, where)
@@ -183,6 +187,28 @@ def _in_words(value: Any) -> str:
     name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
     count = f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, str) else ""
     return f"<{name or type(value).__name__}{count}{_GIVEN}"
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those of their `preset`, which they replace.
+
+    Keys that other presets set and this one does not are at their defaults: a preset is a whole objective.
+
+    Raises:
+        ValueError: there is no preset of this name.
+    """
+    if values.get("preset") is None:
+        return dict(values)
+    found = find_preset(values["preset"])
+    defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig) if f.name in keys_of_presets()}
+    return {**defaults, **found.keys, **values}
+
+
+def _merged(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, replaced by `overrides`. Their preset replaces the recipe's objective."""
+    if "preset" in overrides:
+        file = {key: value for key, value in file.items() if key != "preset"}
+    return {**with_preset(file), **with_preset(overrides)}
 
 
 def recipe_keys() -> list[str]:
@@ -380,6 +406,7 @@ _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
     "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
+    "preset",  # a name: its keys are compared themselves
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",

@@ -81,9 +81,14 @@ def scaled(weight: Weight, factor: float) -> Weight:
     return {**weight, "start": weight["start"] * factor, "end": weight["end"] * factor}
 
 
+def peak(weight: Weight) -> float:
+    """The largest weight over all steps."""
+    return float(max(weight["start"], weight["end"]) if isinstance(weight, Mapping) else weight)
+
+
 def is_on(weight: Weight) -> bool:
     """Whether the weight is above 0 at some step."""
-    return max(weight["start"], weight["end"]) > 0 if isinstance(weight, Mapping) else weight > 0
+    return peak(weight) > 0
 
 
 def crossfade(step: int, steps: int | None) -> tuple[float, float]:
