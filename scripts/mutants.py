@@ -138,6 +138,16 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a weight that fades in counts as off", 'max(weight["start"], weight["end"])', 'weight["start"]',
          "test_composite.py::test_a_weight_is_on_if_it_ever_counts"),
     ],
+    "objectives/head_metric.py": [
+        ("no α of 0", "(1 - self.alpha) * whole", "whole",
+         "test_head_metric.py::test_alpha_0_is_the_representation_loss_and_the_share_is_linear"),
+    ],
+    "objectives/flow.py": [
+        ("a step leads into the next rollout", "(index_N[1:] == index_N[:-1])", "(index_N[1:] >= index_N[:-1])",
+         "test_flow.py::test_value_and_gradient_equal_the_loops"),
+        ("a rollout's steps have the weight of its positions but one", "* spread_S", "",
+         "test_flow.py::test_value_and_gradient_equal_the_loops"),
+    ],
     "objectives/batch.py": [
         ("a rollout without a reward has a part in its group's mean",
          "{i: float(reward) for i in group if (reward := self.rewards[i]) is not None}",
@@ -286,6 +296,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_lm_head_weighted_sum.py::test_it_equals_the_dense_sum"),
     ],
     "models/lm_head/logit_functions.py": [
+        ("the variance is not halved", "keepdim=True).mul_(0.5)\n    if upstream", "keepdim=True)\n    if upstream",
+         "test_head_metric.py::test_it_is_the_kl_to_second_order"),
+        ("what the student cannot write counts", "log_q_nV.exp().masked_fill_(impossible_nV, 0)", "log_q_nV.exp()",
+         "test_head_metric.py::test_impossible_events_stay_finite"),
         ("weights do not reach the gradient of a function of log-probabilities", "leaf_nV, upstream_n1[:, 0])",
          "leaf_nV, torch.ones_like(upstream_n1[:, 0]))",
          "test_extend.py::test_a_function_of_log_probabilities_equals_the_shipped_divergence"),
@@ -919,7 +933,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the loss does not know the temperature of the sampling", "        temperature=args.temperature,\n", "",
          "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
         ("models of another shape are not refused",
-         "if _have(terms, LayerTerm) and args.bridge is None:", "if False:",
+         "if compares_states(terms) and args.bridge is None:", "if False:",
          "test_bridge_training.py::test_without_a_bridge_shapes_must_agree"),
     ],
     "run_config.py": [

@@ -13,9 +13,9 @@ LayerSpec = str | int | Sequence[int]
 LAYERS: dict[str, Callable[[int], Sequence[int]]] = {
     "last": lambda num_layers: [num_layers],
     "all": lambda num_layers: range(1, num_layers + 1),
-    "last_three": lambda num_layers: range(max(1, num_layers - 2), num_layers + 1),
     "even": lambda num_layers: range(2, num_layers + 1, 2),
     "odd": lambda num_layers: range(1, num_layers + 1, 2),
+    "last_three": lambda num_layers: range(max(1, num_layers - 2), num_layers + 1),
 }
 
 
@@ -23,7 +23,7 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> tuple[int, ...]:
     """Turn a layer spec into layer numbers, ascending.
 
     Args:
-        spec: "last", "all", "last_three", "even", "odd", one layer, or a list of layers; numbers count from 1.
+        spec: "last", "all", "even", "odd", "last_three", one layer, or a list of layers; numbers count from 1.
         num_layers: number of blocks in the model.
 
     Raises:

@@ -149,10 +149,8 @@ class OPRDTrainer(Trainer):
         if resolved is None:
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
-            evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
-            resolved = _resolve(
-                args, model, teacher_model, train_dataset, base_model=base_model, given=given, **evaluation
-            )
+            rest = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
+            resolved = _resolve(args, model, teacher_model, train_dataset, base_model=base_model, given=given, **rest)
         self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
         args, pair, teacher = resolved.run.args, resolved.pair, resolved.pair.teacher
