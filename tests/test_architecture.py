@@ -204,6 +204,7 @@ def test_the_settings():
         "end_of_turn",
         "epsilon", "epsilon_high",
         "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",
+        "extrapolation",
         "fully_shard",
         "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
         "max_skipped_steps", "max_useless_steps", "merge_system_prompt",
@@ -221,7 +222,7 @@ def test_the_settings():
         "temperature", "top_k", "top_p", "trust_remote_code",
     ]  # fmt: skip
     assert sorted(recipe_keys()) == [
-        "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model",
+        "base_model", "eval_before", "eval_dataset", "eval_limit", "eval_split", "eval_teacher", "lora", "model", "preset",
         "teacher_model", "teachers",
         "train_dataset", "train_limit", "train_split",
     ]  # fmt: skip

@@ -249,6 +249,12 @@ class OPRDConfig(TrainingArguments):
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions (2 − 2·cos) instead of raw states."))
+    extrapolation: float = field(
+        default=1.0,
+        metadata=_help(
+            "Match states past the teacher: h_T + (extrapolation − 1)·(h_T − h_base), weighed by 1/extrapolation² (RIDE); 1 is off."
+        ),
+    )
 
     end_of_turn: str = field(
         default="merge",
@@ -551,6 +557,10 @@ def _check_objective(config: Any) -> None:
         )
     if config.bridge_rank is not None and config.bridge is None:
         raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")
+    if not 1 <= config.extrapolation < math.inf:
+        raise ValueError(
+            f"extrapolation: {config.extrapolation} is not allowed; 1 (off) or more, such as 1.25 (the paper's)"
+        )
     for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations", "bridge_rank"):
         _check_at_least_one(config, name)
     for name in ("diagnostic_steps", "alarm_window", "max_useless_steps"):

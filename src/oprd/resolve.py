@@ -5,6 +5,7 @@ Only this module looks names up and loads models. Trainer, command line and tool
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import time
@@ -30,7 +31,7 @@ from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PER_DATASET, TEACHER_ID, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
-from oprd.models.architecture import freeze_above
+from oprd.models.architecture import evaluating, freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import (
@@ -43,10 +44,10 @@ from oprd.models.loading import (
     with_tokenizer,
 )
 from oprd.models.nearest_folder import nearest_hint
-from oprd.models.tokens import check_same_tokens, say_ends, vocabulary_size
+from oprd.models.tokens import check_same_tokens, different_tokens, say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
-from oprd.objectives.own import check_terms, given_terms, named_terms
-from oprd.objectives.schedules import is_on
+from oprd.objectives.own import check_terms, compares_states, given_terms, named_terms
+from oprd.objectives.schedules import is_on, scaled
 from oprd.objectives.terms import (
     HeadTerm,
     LayerTerm,
@@ -62,8 +63,10 @@ from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers, not_installed
 from oprd.states.capture import install_state_forward, read_states
+from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
 from oprd.states.several import SeveralTeachers, teachers_of
 from oprd.states.teacher_settings import check_teachers, is_student, model_of_entry
@@ -72,6 +75,7 @@ from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.rewards import RewardFunctions, reward_functions
 from oprd.tasks.task import Task, check_task, get_task, with_instruction
+from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
 
@@ -123,6 +127,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     check_trackers(args.report_to)
     _check_one_adapter(run)
     check_teachers(run)
+    _check_extrapolation(run, terms)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
@@ -133,9 +138,11 @@ def resolve(run: RunConfig) -> ResolvedRun:
     _keep_date(args, student.tokenizer, teacher_tokenizer)
     for one in teachers_of(teacher):
         check_teacher(run, terms, one)
-        if _have(terms, LayerTerm) and args.bridge is None:
+        if compares_states(terms) and args.bridge is None:
             check_same_shape(student.info, one.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
+    if args.extrapolation != 1:
+        teacher = ExtrapolatedTeacher(teacher, _base(run, student, teacher, teacher_tokenizer), args.extrapolation)
     if args.bridge is not None:
         teacher = _bridged(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
     pair = ModelPair(
@@ -286,7 +293,9 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
     """
     args, terms = run.args, {}
     if is_on(args.representation_weight):
-        terms["representation"] = Term(Representation(args.normalize), args.representation_weight, "out")
+        # RIDE: the target lies λ times as far, and its squared distance is λ² times as much.
+        weight = scaled(args.representation_weight, args.extrapolation**-2)
+        terms["representation"] = Term(Representation(args.normalize), weight, "out")
     if (loss := args.output_term) is not None:
         terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
     if is_on(args.policy_gradient_weight):
@@ -479,14 +488,122 @@ def _check_one_adapter(run: RunConfig) -> None:
     if run.lora is None and run.given.peft_config is None:
         return
     key = "lora" if run.lora is not None else "peft_config"
-    adapted = isinstance(run.model, nn.Module) and hasattr(run.model, "peft_config")
-    if isinstance(run.model, str):
-        adapted = find_adapter(resolve_name(run.model), run.args.model_init_kwargs) is not None
-    if adapted:
+    if _is_adapter(run):
         name = f"{run.model!r}" if isinstance(run.model, str) else "the given model"
         raise ValueError(
             f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or "
             "merge it into its base model first (merge_and_unload) and name the merged model"
+        )
+
+
+def _is_adapter(run: RunConfig) -> bool:
+    """Whether the student is an adapter that was trained before."""
+    if isinstance(run.model, str):
+        return find_adapter(resolve_name(run.model), run.args.model_init_kwargs) is not None
+    return isinstance(run.model, nn.Module) and hasattr(run.model, "peft_config")
+
+
+def _check_extrapolation(run: RunConfig, terms: Mapping[str, Term]) -> None:
+    """Refuse an extrapolation past the teacher that has no effect, or for which no base is known.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    strength, base = run.args.extrapolation, run.base_model
+    if strength == 1:
+        if base is not None:
+            raise ValueError(
+                "base_model: it has no effect with extrapolation: 1; set extrapolation, such as 1.25, or leave base_model out"
+            )
+        return
+    if not _have(terms, LayerTerm):
+        raise ValueError(
+            f"extrapolation: {strength} moves the target of losses on hidden states, and this run has none; set "
+            "representation_weight, or extrapolation: 1"
+        )
+    if run.teachers is not None:
+        raise ValueError(
+            f"extrapolation: {strength} is for one teacher_model; leave teachers out, or set extrapolation: 1"
+        )
+    if base is not None and (base is run.teacher_model or (isinstance(base, str) and base == run.teacher_model)):
+        raise ValueError("base_model: it is the teacher itself; name the model that the teacher was trained from")
+    if base is not None:
+        return
+    why = None
+    if run.teacher_model is None:
+        why = "the teacher is the student without its adapter, which is the student's start too"
+    elif is_student(run.teacher_model):
+        why = "the teacher has the student's own weights"
+    elif run.args.bridge is not None:
+        why = "through a bridge the student is not what the teacher was trained from"
+    elif _is_adapter(run):
+        why = "the student is an adapter that was trained before, and without it the student is not as at its start"
+    if why is not None:
+        raise ValueError(f"extrapolation: {why}; name the model that the teacher was trained from: base_model")
+
+
+def _base(run: RunConfig, student: LoadedModel, teacher: Teacher, tokenizer: PreTrainedTokenizerBase | None) -> Teacher:
+    """The model that the teacher was trained from: `base_model`, or the student as it is at the start of the run.
+
+    An adapter leaves the start's weights as they are; otherwise a frozen copy is kept.
+
+    Raises:
+        ValueError: a base of another shape or other tokens than the teacher's, or a new adapter that changes the student.
+    """
+    if run.base_model is None and hasattr(student.model, "peft_config"):
+        base = AdapterOffTeacher(student.model, student.info)
+        _check_unchanged(student.model, base)
+        return base
+    if run.base_model is None:
+        logger.info("extrapolation: a frozen copy of the student as it is now stays in memory, as the base")
+        return FrozenTeacher(copy.deepcopy(student.model), student.info)
+    if isinstance(run.base_model, str):
+        dtype = (run.args.teacher_model_init_kwargs or {}).get("dtype", "auto")
+        loaded = load(run.base_model, dtype=dtype, trust_remote_code=run.args.trust_remote_code)
+    else:
+        if run.base_model is student.model:
+            raise ValueError("base_model: it is the student itself, which is trained; leave it out, or pass a copy")
+        check_finite(run.base_model, run.base_model.config.name_or_path or "the given base_model")
+        loaded = LoadedModel(run.base_model, None, ModelInfo.of(run.base_model, run.base_model.config.name_or_path))
+    _check_base_shape(loaded.info, teacher.info)
+    _check_base_tokens(loaded.tokenizer, tokenizer)
+    return FrozenTeacher(loaded.model, loaded.info)
+
+
+def _check_base_shape(base: ModelInfo, teacher: ModelInfo) -> None:
+    """Refuse a base whose states cannot be subtracted from the teacher's."""
+    if (base.layers, base.width) != (teacher.layers, teacher.width):
+        raise ValueError(
+            f"base_model: it has {base.layers} layers of width {base.width}, the teacher {teacher.layers} of {teacher.width}; name "
+            "the model that the teacher was trained from"
+        )
+
+
+def _check_base_tokens(base: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a base that reads other tokens under the teacher's ids, save those that training may have added."""
+    if base is None or teacher is None:
+        logger.warning("base_model: its tokenizer cannot be compared with the teacher's")
+        return
+    added = {*teacher.get_added_vocab().values()}
+    if other := [i for i in different_tokens(teacher, base) if i not in added]:
+        names = [side.convert_ids_to_tokens(other[0]) for side in (teacher, base)]
+        raise ValueError(
+            f"base_model: {len(other)} of the teacher's token ids are other tokens there (id {other[0]}: teacher {names[0]!r}, "
+            f"base {names[1]!r}); name the model that the teacher was trained from"
+        )
+
+
+@torch.no_grad()
+def _check_unchanged(student: nn.Module, base: Teacher) -> None:
+    """Refuse a new adapter that already changes the student: without it the student is then not as at its start."""
+    request = request_states(Rollouts([[0]], [[1, 0]], ["length"], [""], [0]), (base.info.layers,))
+    request = request.to(next(student.parameters()).device)
+    with evaluating(student):
+        own = read_states(student, request, lambda _, states_ND: states_ND)[0]
+    if not torch.equal(own, base.states(request).values[0]):
+        raise ValueError(
+            "extrapolation: the new adapter changes the student, or the weights below it, before it is trained "
+            "(init_lora_weights), so that the base cannot be the student without it; name the base: base_model"
         )
 
 
@@ -685,7 +802,8 @@ def _bridged(
     student: ModelInfo,
     own_print: Fingerprint | None,
 ) -> BridgedTeacher:
-    if not isinstance(teacher, FrozenTeacher):
+    own = teacher.teacher if isinstance(teacher, ExtrapolatedTeacher) else teacher
+    if not isinstance(own, FrozenTeacher):
         raise ValueError(
             "bridge: it needs a teacher_model whose weights are in this process, to compare them with those it was fitted for"
         )
@@ -694,7 +812,7 @@ def _bridged(
     bridge = Bridge.load(
         args.bridge,
         student=own_print,
-        teacher=fingerprint(teacher.model, tokenizer, teacher.info.name or "teacher"),
+        teacher=fingerprint(own.model, tokenizer, own.info.name or "teacher"),
         layers=resolve_layers(args.layers, student.layers),
         rank=args.bridge_rank,
     )
@@ -715,7 +833,7 @@ def _aligner(
     stops = student.info.stop_token_ids, teacher.info.stop_token_ids
     aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
     if aligner is not None:
-        check_one_text(aligner, compares_states=_have(terms, LayerTerm) and args.bridge is None)
+        check_one_text(aligner, compares_states=compares_states(terms) and args.bridge is None)
         if _have(terms, HeadTerm):
             logger.warning(
                 "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
@@ -832,6 +950,8 @@ class PlannedRun:
             _model_line("student", run.model, self.student),
             *self._teacher_lines(),
         ]
+        if args.extrapolation != 1:
+            lines.append(f"base: {run.base_model or 'the student as it is at the start'}")
         if self.student is not None:
             chosen = resolve_layers(args.layers, self.student.layers)
             lines.append(f"layers: {len(chosen)} of {self.student.layers}")
@@ -901,15 +1021,18 @@ def plan(run: RunConfig) -> PlannedRun:
     _check_one_adapter(run)
     check_teachers(run)
     theirs = run.model if is_student(run.teacher_model) else run.teacher_model
-    student, teacher = (_info_of(run, name) for name in (run.model, theirs))
+    student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
     several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
     terms = build_terms(run)
+    _check_extrapolation(run, terms)
+    if base is not None and teacher is not None:
+        _check_base_shape(base, teacher)
     build_rewards(run)
     if isinstance(run.teacher_model, Mapping):
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
-    if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
+    if student is not None and teacher is not None and args.bridge is None and compares_states(terms):
         check_same_shape(student, teacher)
     for teacher_id, info in several.items():
         if student is not None and info is not None and _have(terms, LayerTerm):
@@ -929,7 +1052,11 @@ def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:
     summands = [f"{_weight(term.weight)} x {_shown_name(name, term)}" for name, term in terms.items()]
     fading = f", crossfade over {args.crossfade_steps} steps" if args.crossfade_steps else ""
     of = "rollouts" if args.reduction == "rollout" else "response tokens"
-    return f"{' + '.join(summands)}{fading}, a mean over {of}"
+    past = ""
+    if args.extrapolation != 1:
+        beyond = f"{args.extrapolation - 1:g}"
+        past = f"; states match h_T + {beyond}·(h_T − h_base), and the representation weight holds 1/{args.extrapolation:g}²"
+    return f"{' + '.join(summands)}{fading}, a mean over {of}{past}"
 
 
 def _shown_name(name: str, term: Term) -> str:

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from oprd.config import OPRDConfig
 from oprd.files import shipped_folders
 from oprd.models.adapters import is_adapter_folder
+from oprd.objectives.presets import find_preset, keys_of_presets
 from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
 RECIPE_FOLDERS = shipped_folders("recipes")
@@ -65,6 +66,9 @@ class RunConfig:
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
         teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}} or {use: …}.
+        base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
+        preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
+            ride or phf.
         given: objects from Python.
     """
 
@@ -81,6 +85,8 @@ class RunConfig:
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
     teachers: dict[str, Any] | None = None
+    base_model: Any = None
+    preset: str | None = None
     given: GivenObjects = field(default_factory=GivenObjects)
 
     def __post_init__(self) -> None:
@@ -101,7 +107,7 @@ class RunConfig:
             ValueError: no such file, not YAML, unknown key (nearest suggested), or a value that is not allowed.
         """
         file = find_recipe(path)
-        return cls.parse({**read_yaml(file), **(overrides or {})}, str(file))
+        return cls.parse(_merged(read_yaml(file), overrides or {}), str(file))
 
     @classmethod
     def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -133,7 +139,7 @@ class RunConfig:
         Raises:
             ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a missing key.
         """
-        types = recipe_types()
+        types, values = recipe_types(), with_preset(values)
         _check_keys(values, where)
         refuse_redacted(values, where)
         refuse_given(values, where)
@@ -169,7 +175,7 @@ class RunConfig:
         settings = self.settings()
         if settings["teachers"] is not None:
             settings["teachers"] = {name: _entry_in_words(entry) for name, entry in settings["teachers"].items()}
-        for key in ("model", "teacher_model", "train_dataset", "eval_dataset"):
+        for key in ("model", "teacher_model", "base_model", "train_dataset", "eval_dataset"):
             if not isinstance(settings[key], str | Mapping | None):
                 settings[key] = _in_words(settings[key])
         return settings | {key: _in_words(value) for key, value in given.items() if value is not None}
@@ -202,6 +208,28 @@ def _entry_in_words(entry: Any) -> Any:
     return entry if isinstance(entry, str) else _in_words(entry)
 
 
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those of their `preset`, which they replace.
+
+    Keys that other presets set and this one does not are at their defaults: a preset is a whole objective.
+
+    Raises:
+        ValueError: there is no preset of this name.
+    """
+    if values.get("preset") is None:
+        return dict(values)
+    found = find_preset(values["preset"])
+    defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig) if f.name in keys_of_presets()}
+    return {**defaults, **found.keys, **values}
+
+
+def _merged(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, replaced by `overrides`. Their preset replaces the recipe's objective."""
+    if "preset" in overrides:
+        file = {key: value for key, value in file.items() if key != "preset"}
+    return {**with_preset(file), **with_preset(overrides)}
+
+
 def recipe_keys() -> list[str]:
     """The keys of a recipe that are not settings of `OPRDConfig`."""
     return [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("args", "given")]
@@ -209,7 +237,8 @@ def recipe_keys() -> list[str]:
 
 # In YAML these keys are text; in Python they may be objects.
 _RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
-    "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
+    "model": str, "teacher_model": str | dict[str, Any] | None, "base_model": str | None, "train_dataset": str,
+    "eval_dataset": str | None,
 }  # fmt: skip
 
 
@@ -406,6 +435,7 @@ _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
     "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
+    "preset",  # a name: its keys are compared themselves
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",

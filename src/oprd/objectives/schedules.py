@@ -74,9 +74,21 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight["start"] + (weight["end"] - weight["start"]) * progress
 
 
+def scaled(weight: Weight, factor: float) -> Weight:
+    """The weight times a factor, at every step."""
+    if not isinstance(weight, Mapping):
+        return weight * factor
+    return {**weight, "start": weight["start"] * factor, "end": weight["end"] * factor}
+
+
+def peak(weight: Weight) -> float:
+    """The largest weight over all steps."""
+    return float(max(weight["start"], weight["end"]) if isinstance(weight, Mapping) else weight)
+
+
 def is_on(weight: Weight) -> bool:
     """Whether the weight is above 0 at some step."""
-    return max(weight["start"], weight["end"]) > 0 if isinstance(weight, Mapping) else weight > 0
+    return peak(weight) > 0
 
 
 def crossfade(step: int, steps: int | None) -> tuple[float, float]:

@@ -88,7 +88,9 @@ ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
 Objective = LayerTerm | HeadTerm | PolicyTerm
-"""Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
+"""Attribute `compares_states = True` of a `HeadTerm` (default: False): it also subtracts the two models' states from each other.
+
+Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
 student draws."""
 
 

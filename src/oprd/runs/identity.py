@@ -32,6 +32,7 @@ _OBJECTS = (
     "model",
     "teacher_model",
     "teachers",
+    "base_model",
     "train_dataset",
     "eval_dataset",
 )  # in Python these may be objects; digests cover them

@@ -10,14 +10,17 @@ from typing import Any
 
 from oprd.config import OPRDConfig
 from oprd.faults import RunStopped
-from oprd.objectives.schedules import is_on
-from oprd.objectives.terms import ON_POLICY_KINDS
+from oprd.objectives.composite import Term
+from oprd.objectives.schedules import is_on, peak
+from oprd.objectives.terms import ON_POLICY_KINDS, PolicyTerm
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
 _RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
 _MEAN_OF = 5  # steps: of one step the loss is noisy
+_UNEQUAL = 100.0  # times: no noise of a step
+_SCALES_AT = 5  # the step whose terms are compared: one alone, so that a resumed run tells the same
 
 
 class AlarmWatch:
@@ -247,3 +250,33 @@ def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None
+
+
+def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[float, str] | None:
+    """Whether one distance's part of the loss is a hundred times another's: the ratio, and a sentence; else None.
+
+    It looks at one early step, at full weights: a fade is not a difference of scale. Terms on rewards and sampled tokens are left
+    out, since their value does not say how large their gradient is.
+
+    Args:
+        row: metrics of a step, with `loss/<term>`.
+        terms: of the loss.
+    """
+    if row.get("step") != _SCALES_AT:
+        return None
+    parts: dict[str, float] = {}
+    for name, term in terms.items():
+        sampled = getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm))
+        part = abs(row.get(f"loss/{name}", 0.0)) * peak(term.weight)
+        if not sampled and part > 0:
+            parts[name] = part
+    if len(parts) < 2:
+        return None
+    small, large = min(parts, key=lambda name: parts[name]), max(parts, key=lambda name: parts[name])
+    ratio = parts[large] / parts[small]
+    if ratio < _UNEQUAL:
+        return None
+    return ratio, (
+        f"{large} is {ratio:.3g} times as much of the loss as {small} ({parts[large]:.3g} and {parts[small]:.3g}, with their "
+        f"weights): {small} may teach nothing; change a weight, if that is not meant"
+    )

@@ -15,6 +15,7 @@ from oprd.models.architecture import num_layers
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
+from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layouts import check_causal, check_layout, probe_layouts
 from oprd.states.self_teacher import FollowingTeacher
 from oprd.states.several import SeveralTeachers
@@ -48,6 +49,10 @@ def probe_run(
     teacher, layers = pair.teacher, pair.layers
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+        teacher = teacher.teacher
+    if isinstance(teacher, ExtrapolatedTeacher):
+        if isinstance(teacher.base, FrozenTeacher):
+            found["base"] = _probe(teacher.base.model, layers, nullcontext(), None)
         teacher = teacher.teacher
     if isinstance(teacher, SeveralTeachers):
         names = {f"teacher/{name}": teacher.ready(name, args.device) for name in teacher.teachers}

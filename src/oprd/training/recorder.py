@@ -16,11 +16,11 @@ from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.data.rows import Messages
 from oprd.objectives.batch import Batch
-from oprd.objectives.composite import StepObjective
+from oprd.objectives.composite import StepObjective, Term
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
-from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
 from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
@@ -76,6 +76,7 @@ class Recorder:
         self._batches: list[Batch] = []
         self._prompts: list[str | Messages] = []
         self._said_missing = False
+        self._terms: Mapping[str, Term] = {}
         self.last_step: StepRecord | None = None
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -143,6 +144,7 @@ class Recorder:
             self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))
             self._warn_of_missing(terms.step + 1, batch.rewards)
         self._batches.append(batch)
+        self._terms = terms.objective.terms
         if self.args.lmbda < 1:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
@@ -192,6 +194,9 @@ class Recorder:
             for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
+            if found := unequal_terms(here, self._terms):
+                row["unequal_terms"], sentence = found
+                logger.warning("step %d: %s", step, sentence)
             self.folder.append(METRICS, {"step": step, **row})
         self.last_step = self._record(step, row)
         self._useless.check(step)

@@ -100,6 +100,7 @@ class OPRDTrainer(Trainer):
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
+        base_model: what the teacher was trained from, for `args.extrapolation`. None: the student as it is now.
         objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
         rollout_engine: in place of `args.rollout_engine`.
         task: in place of `args.task`.
@@ -138,6 +139,7 @@ class OPRDTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any | None = None,
         *,
+        base_model: str | PreTrainedModel | None = None,
         objectives: Mapping[str, Any] | None = None,
         rollout_engine: RolloutEngine | None = None,
         task: Task | None = None,
@@ -152,18 +154,17 @@ class OPRDTrainer(Trainer):
         if resolved is None:
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
-            evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
-            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
+            rest = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
+            resolved = _resolve(args, model, teacher_model, train_dataset, base_model=base_model, given=given, **rest)
         self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
-        args, pair = resolved.run.args, resolved.pair
-        student, teacher = pair.student.model, pair.teacher
+        args, pair, teacher = resolved.run.args, resolved.pair, resolved.pair.teacher
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
             prompts = resolved.train_prompts, resolved.eval_prompts
             self.identity = identify(resolved.run, pair, *prompts, resolved.task, resolved.rewards)
         if args.fully_shard:
-            shard_models((student, *teacher.modules), args.device)
+            shard_models((pair.student.model, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
         self.run_folder = RunFolder(args.output_dir)
         self.checkpoints = CheckpointStore(
@@ -174,7 +175,7 @@ class OPRDTrainer(Trainer):
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
-            model=student,
+            model=pair.student.model,
             args=args,
             data_collator=list,
             train_dataset=resolved.train_prompts,

@@ -14,7 +14,7 @@ from oprd.tools.doctor.workload import Workload
 GPU = 80e9
 DEVICE_COUNTS = (1, 8, 64)
 _PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activations", "state cache",
-          "vocabulary chunks", "rollout KV cache")  # fmt: skip
+          "vocabulary chunks", "rollout KV cache", "base weights")  # fmt: skip
 
 
 def examine(work: Workload, device: Device) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
         "",
         "memory of a device, by part (each at its largest)",
     ]
-    lines += [f"  {name:<20} {_size(found['parts'][name])}" for name in _PARTS]
+    lines += [f"  {name:<20} {_size(found['parts'][name])}" for name in _PARTS if name in found["parts"]]
     lines += _teacher_lines(found)
     lines += ["", "memory of a device, by phase"]
     for name, size in found["phases"].items():

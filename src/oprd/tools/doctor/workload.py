@@ -38,6 +38,7 @@ class Workload:
     Args:
         student: the student's shape.
         teacher: the teacher's shape; None: the teacher is the student without its adapter.
+        base: shape of the base of an extrapolation past the teacher; None: there is none, or it is the student without its adapter.
         rollouts: rollouts per step and device.
         prompt: tokens per prompt.
         completion: tokens per completion.
@@ -55,6 +56,7 @@ class Workload:
         bf16: whether the student computes in bfloat16 (autocast).
         student_bytes: bytes per element of the student's weights; an adapter has 4.
         teacher_bytes: bytes per element of the teacher's weights and states.
+        base_bytes: bytes per element of the base's.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
         prompt_readers: completions of a prompt that share one reading of it.
@@ -86,6 +88,7 @@ class Workload:
     bf16: bool = False
     student_bytes: int = 4
     teacher_bytes: int = 4
+    base_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
     prompt_readers: int = 1
@@ -95,6 +98,7 @@ class Workload:
     accelerator: bool = True
     several: Mapping[str, float] = field(default_factory=dict)
     offload: bool = False
+    base: Shape | None = None
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDING:
@@ -193,6 +197,7 @@ def workload_of(
     student = read_shape(run.model, own, trust_remote_code=config.trust_remote_code)
     student_bytes = _weight_bytes(own.get("dtype", "float32"), student)
     teacher, teacher_bytes, several = _teachers(run, student, student_bytes)
+    base, base_bytes = _base(run, student, student_bytes)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
     longest_prompt = prompt or config.max_prompt_length or 256
@@ -221,6 +226,8 @@ def workload_of(
         teacher_bytes=teacher_bytes,
         several=several,
         offload=config.offload_teachers,
+        base=base,
+        base_bytes=base_bytes,
         generation_batch=config.generation_batch_size,
         prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
@@ -259,6 +266,16 @@ def _shape_of_teacher(run: RunConfig, name: Any, init_kwargs: Mapping[str, Any] 
     given = dict(init_kwargs or {})
     shape = read_shape(name, given, trust_remote_code=run.args.trust_remote_code)
     return shape, _weight_bytes(given.get("dtype", "auto"), shape)
+
+
+def _base(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | None, int]:
+    """Shape and bytes a weight of what an extrapolation past the teacher keeps in memory besides the other two models."""
+    if run.args.extrapolation == 1 or (run.base_model is None and run.lora is not None):
+        return None, student_bytes
+    if run.base_model is None:
+        return student, student_bytes
+    base = read_shape(run.base_model, trust_remote_code=run.args.trust_remote_code)
+    return base, _weight_bytes((run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"), base)
 
 
 def _bridge_rank(config: OPRDConfig) -> int | None:
