@@ -22,6 +22,7 @@ from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.sanitize import redacted
+from oprd.states.layer_maps import check_setting
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.tasks.answer_formats import FORMATS, check_format
@@ -215,6 +216,13 @@ class OPRDConfig(TrainingArguments):
 
     # Its representation term
     layers: Any = field(default="all", metadata=_help(f"{', '.join(LAYERS)}, or a list of layers counted from 1."))
+    layer_map: Any = field(
+        default=None,
+        metadata=_help(
+            "For a student of another depth, same width and tokens: proportional, kept (a pruned student's own layers), [[student "
+            "layer, teacher layer], …], or the teacher layer of each student layer."
+        ),
+    )
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions (2 − 2·cos) instead of raw states."))
@@ -509,6 +517,12 @@ def _check_objective(config: Any) -> None:
     check_end_of_turn(config.end_of_turn)
     if isinstance(config.layers, str) and config.layers not in LAYERS:
         raise ValueError(f"layers: {config.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
+    check_setting(config.layer_map)
+    if config.layer_map is not None and config.bridge is not None:
+        raise ValueError(
+            f"layer_map: {config.layer_map!r} does not go with a bridge, which was fitted with a layer map of its own (oprd "
+            "bridge fit --layer-map); leave one of the two out"
+        )
     if config.reduction not in get_args(Reduction):
         raise ValueError(f"reduction: {config.reduction!r} is not one of {', '.join(get_args(Reduction))}")
     if config.reduction == "token" and config.gradient_accumulation_steps > 1:

@@ -41,6 +41,7 @@ from oprd.models.loading import (
     with_tokenizer,
 )
 from oprd.models.nearest_folder import nearest_hint
+from oprd.models.pruning import KeptBlocks
 from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
@@ -60,8 +61,10 @@ from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers, not_installed
 from oprd.states.capture import install_state_forward, read_states
+from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.mapped import map_teacher
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
@@ -117,16 +120,19 @@ def resolve(run: RunConfig) -> ResolvedRun:
     terms = build_terms(run)
     check_trackers(args.report_to)
     _check_one_adapter(run)
+    _check_layer_map(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
         _rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
-    student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
+    student, own_print, kept = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
     check_teacher(run, terms, teacher)
-    if _have(terms, LayerTerm) and args.bridge is None:
+    if args.layer_map is not None:
+        teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
+    elif _have(terms, LayerTerm) and args.bridge is None:
         check_same_shape(student.info, teacher.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
     if args.bridge is not None:
@@ -401,8 +407,8 @@ def _checked_rows(
     return read_answers(rows, task, answer_format, f"{kind}_dataset")
 
 
-def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
-    """The student, ready to train, and with a bridge its fingerprint, taken before an adapter is added.
+def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None, KeptBlocks | None]:
+    """The student, ready to train; with a bridge its fingerprint, with layer_map: kept its blocks, both without an added adapter.
 
     A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
     one. Parameters that the loss does not reach are frozen.
@@ -412,7 +418,8 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     loaded = _load_student(run)
     model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
     assert tokenizer is not None, "a student always has a tokenizer"
-    layers = resolve_layers(args.layers, info.layers)
+    layers = compared_layers(args.layer_map, args.layers, info.layers)
+    kept = KeptBlocks.of(model) if args.layer_map == KEPT else None
     own_print = fingerprint(model, tokenizer, info.name or "student") if args.bridge else None
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
@@ -425,7 +432,7 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
     _require_full_precision(model)
     install_state_forward(model)
-    return replace(loaded, model=model), own_print
+    return replace(loaded, model=model), own_print, kept
 
 
 def _check_one_adapter(run: RunConfig) -> None:
@@ -445,6 +452,19 @@ def _check_one_adapter(run: RunConfig) -> None:
         raise ValueError(
             f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or "
             "merge it into its base model first (merge_and_unload) and name the merged model"
+        )
+
+
+def _check_layer_map(run: RunConfig) -> None:
+    """Refuse `layer_map: kept` where there is no original to have kept layers of.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if run.args.layer_map == KEPT and run.teacher_model is None:
+        raise ValueError(
+            "layer_map: kept needs a teacher_model, the original that the student was cut from; without one the teacher is the "
+            "student itself, whose layers are the student's: leave layer_map out"
         )
 
 
@@ -635,10 +655,11 @@ def _comparable_layers(
     args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
 ) -> tuple[int, ...]:
     """The student's layers whose states can be compared with the teacher's; empty for another shape or tokens without a bridge."""
-    layers = resolve_layers(args.layers, student.layers)
+    layers = compared_layers(args.layer_map, args.layers, student.layers)
     if args.bridge is not None:
         return layers
-    alike = (student.layers, student.width) == (teacher.info.layers, teacher.info.width)
+    same_depth = args.layer_map is not None or student.layers == teacher.info.layers
+    alike = same_depth and student.width == teacher.info.width
     if alike and (aligner is None or aligner.same_ids):
         return layers
     logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
@@ -737,8 +758,7 @@ class PlannedRun:
             _model_line("teacher", run.teacher_model, self.teacher),
         ]
         if self.student is not None:
-            chosen = resolve_layers(args.layers, self.student.layers)
-            lines.append(f"layers: {len(chosen)} of {self.student.layers}")
+            lines.append(self._layers_line(self.student))
         if args.bridge is not None:
             lines.append(self._bridge_line(args.bridge))
         lines.append(_tokenizer_line(run))
@@ -749,6 +769,17 @@ class PlannedRun:
             _dataset_line(run, "eval"),
             "dry run: nothing was trained or written",
         ]
+
+    def _layers_line(self, student: ModelInfo) -> str:
+        args = self.run.args
+        chosen = compared_layers(args.layer_map, args.layers, student.layers)
+        line = f"layers: {len(chosen)} of {student.layers}"
+        if args.layer_map is None:
+            return line
+        if self.teacher is None or (args.layer_map == KEPT and student.kept is None):
+            return f"{line}, layer_map: {args.layer_map} (read from the models' weights when they are loaded)"
+        pairs = _planned_pairs(args, student, self.teacher)
+        return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
     def _bridge_line(self, folder: str) -> str:
         run, args = self.run, self.run.args
@@ -783,6 +814,7 @@ def plan(run: RunConfig) -> PlannedRun:
     args = run.args
     check_trackers(args.report_to)
     _check_one_adapter(run)
+    _check_layer_map(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
         for name in (run.model, run.teacher_model)
@@ -793,9 +825,23 @@ def plan(run: RunConfig) -> PlannedRun:
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
-    if student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
+    if student is not None:
+        compared_layers(args.layer_map, args.layers, student.layers)
+    if student is not None and teacher is not None and args.layer_map is not None:
+        check_same_shape(student, teacher, mapped=True)
+        if args.layer_map != KEPT or student.kept is not None:
+            _planned_pairs(args, student, teacher)
+    elif student is not None and teacher is not None and args.bridge is None and _have(terms, LayerTerm):
         check_same_shape(student, teacher)
     return PlannedRun(run, terms, student, teacher)
+
+
+def _planned_pairs(args: OPRDConfig, student: ModelInfo, teacher: ModelInfo) -> dict[int, int]:
+    """Student layer → teacher layer, of what the config files say."""
+    kept = None
+    if args.layer_map == KEPT:
+        kept = KeptBlocks(student.kept).in_teacher(teacher.layers, None)
+    return layer_pairs(args.layer_map, args.layers, student.layers, teacher.layers, kept)
 
 
 def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:

@@ -16,6 +16,7 @@ from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
 from oprd.states.layouts import check_causal, check_layout, probe_layouts
+from oprd.states.mapped import MappedTeacher
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
 from oprd.training.parallel import Parallel
 
@@ -46,6 +47,9 @@ def probe_run(
     teacher, layers = pair.teacher, pair.layers
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+        teacher = teacher.teacher
+    elif isinstance(teacher, MappedTeacher):
+        layers = tuple(teacher.layers[layer] for layer in layers)
         teacher = teacher.teacher
     if isinstance(teacher, FrozenTeacher):
         writes = isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
