@@ -76,7 +76,7 @@ def test_layers_that_do_not_fit_are_refused(spec, layers, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cka", "layer_map: 'cka' is not one of proportional, kept.*it is a map for oprd bridge fit"),
+        ("cka", r"layer_map: 'cka' is not one of proportional, kept.*it is a map for oprd bridge fit"),
         ("middle", "layer_map: 'middle' is not one of"),
         ([], r"layer_map: \[\] is not one of"),
         ([[1, 2], 3], "layer_map: 3 is no pair"),
@@ -193,7 +193,9 @@ def test_kept_is_read_from_the_config_or_from_weights():
 def test_a_block_that_equals_none_is_named():
     student, original = pruned(kept=(1, 3, 4))
     unrecorded(student).model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match="kept: layer 2 of the student equals no layer of the teacher: it was trained"):
+    with pytest.raises(
+        ValueError, match=r"kept: layer 2 of the student equals no layer of the teacher: it was trained"
+    ):
         KeptBlocks.of(student).in_teacher(6, original)
     with pytest.raises(ValueError, match=f"has no {KEPT_LAYERS}, and the teacher's weights are not here"):
         KeptBlocks.of(student).in_teacher(6, None)
@@ -205,7 +207,7 @@ def test_a_block_that_equals_none_is_named():
 @pytest.mark.parametrize(
     ("kept", "before", "message"),
     [
-        ([1, 2, 4], 8, "cut from a model of 8 layers .* and the teacher has 6"),
+        ([1, 2, 4], 8, r"cut from a model of 8 layers .* and the teacher has 6"),
         ([2, 1, 4], 6, "expected are ascending layers"),
         ([1, 2, 9], 6, "expected are ascending layers"),
         ([1, 2], 6, "names 2 layers, and the student has 3"),
@@ -316,7 +318,7 @@ def recipe(folders, **settings):
 
 
 def test_without_a_map_the_refusal_names_it(folders):
-    message = "6 layers of width 32, the student 4 of 32.*layer_map: kept.*OPRD-Bridge"
+    message = r"6 layers of width 32, the student 4 of 32.*layer_map: kept.*OPRD-Bridge"
     for refuse in (plan, resolve):
         with pytest.raises(ValueError, match=message):
             refuse(recipe(folders))
@@ -325,7 +327,7 @@ def test_without_a_map_the_refusal_names_it(folders):
 def test_another_width_is_refused_with_a_map(folders):
     tiny_model("llama", num_hidden_layers=6, hidden_size=64).save_pretrained(folders / "teacher")
     for refuse in (plan, resolve):
-        with pytest.raises(ValueError, match="width 64, the student 4 of 32.*in place of layer_map"):
+        with pytest.raises(ValueError, match=r"width 64, the student 4 of 32.*in place of layer_map"):
             refuse(recipe(folders, layer_map="proportional"))
 
 

@@ -13,7 +13,22 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
+from oprd.cli import (
+    bench,
+    bridge,
+    compare,
+    data,
+    demo,
+    diagnose,
+    doctor,
+    evaluation,
+    init,
+    keys,
+    prune,
+    push,
+    report,
+    train,
+)
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -33,6 +48,7 @@ app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("push")(push.push)
+app.command("prune")(prune.prune)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
