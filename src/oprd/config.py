@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.rows import PER_DATASET, for_dataset
+from oprd.models.quantization import GRIDS
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
@@ -95,6 +96,12 @@ class OPRDConfig(TrainingArguments):
     # Models
     model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a student given by name.")
+    )
+    student_quantization: str | None = field(
+        default=None,
+        metadata=_help(
+            f"Train a student that computes with rounded weights: {', '.join(GRIDS)} (channels, groups of 32); None: as they are."
+        ),
     )
     teacher_model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a teacher given by name.")
@@ -330,6 +337,7 @@ class OPRDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_objective(self)
+        _check_quantization(self)
         self._check_numbers()
         self._check_rollouts()
         self._take_older_spelling()
@@ -546,6 +554,34 @@ def _check_objective(config: Any) -> None:
     if config.scale_rewards not in get_args(Scale):
         raise ValueError(f"scale_rewards: {config.scale_rewards!r} is not one of {', '.join(get_args(Scale))}")
     _check_iterations(config)
+
+
+def _check_quantization(config: Any) -> None:
+    """Refuse what would read the student's full weights where its rounded ones are meant.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    kind = config.student_quantization
+    if kind is None:
+        return
+    if kind not in GRIDS:
+        raise ValueError(
+            f"student_quantization: {kind!r} is not one of {', '.join(GRIDS)}; leave it out for full weights"
+        )
+    if config.fully_shard or config.deepspeed:
+        key = "fully_shard" if config.fully_shard else "deepspeed"
+        raise ValueError(f"student_quantization: {kind} is not supported with {key}, which splits weights; use DDP")
+    if config.rollout_engine in ("vllm", "vllm_server"):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with rollout_engine={config.rollout_engine}, which would sample with the "
+            "full weights; set rollout_engine: decode"
+        )
+    if "weights_dtype" in (config.rollout_engine_kwargs or {}):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with weights_dtype in rollout_engine_kwargs: weights that are rounded "
+            "twice are others; leave weights_dtype out"
+        )
 
 
 def _check_writer(config: Any) -> None:

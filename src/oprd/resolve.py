@@ -28,7 +28,7 @@ from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
-from oprd.models.architecture import freeze_above
+from oprd.models.architecture import causal_lm, freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import (
@@ -42,6 +42,7 @@ from oprd.models.loading import (
 )
 from oprd.models.nearest_folder import nearest_hint
 from oprd.models.pruning import KeptBlocks
+from oprd.models.quantization import fake_quantize
 from oprd.models.tokens import say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
@@ -121,6 +122,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     check_trackers(args.report_to)
     _check_one_adapter(run)
     _check_layer_map(run)
+    _check_quantized(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
@@ -421,6 +423,10 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     layers = compared_layers(args.layer_map, args.layers, info.layers)
     kept = KeptBlocks.of(model) if args.layer_map == KEPT else None
     own_print = fingerprint(model, tokenizer, info.name or "student") if args.bridge else None
+    _check_trainable(model, added=peft_config is not None)
+    if args.student_quantization is not None:
+        count = fake_quantize(model, args.student_quantization)
+        logger.info("student_quantization: %d linear layers compute in %s", count, args.student_quantization)
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
@@ -452,6 +458,57 @@ def _check_one_adapter(run: RunConfig) -> None:
         raise ValueError(
             f"{key}: {name} is an adapter already, and adapters are not stacked: leave {key} out to continue its training, or "
             "merge it into its base model first (merge_and_unload) and name the merged model"
+        )
+
+
+def _check_quantized(run: RunConfig) -> None:
+    """Refuse quantised weights without an adapter, and two quantisations of one student.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    kwargs, kind = run.args.model_init_kwargs or {}, run.args.student_quantization
+    has_lora = run.lora is not None or run.given.peft_config is not None
+    if wrong := next((key for key in ("load_in_4bit", "load_in_8bit") if kwargs.get(key)), None):
+        raise ValueError(
+            f"model_init_kwargs: {wrong} is no argument of from_pretrained; write quantization_config: "
+            f"{{quant_method: bitsandbytes, {wrong}: true}}"
+        )
+    quantized = kwargs.get("quantization_config")
+    adapter = "an adapter on a quantised model is lora with quantization_config in model_init_kwargs"
+    if kind is not None and (has_lora or quantized is not None):
+        other = "lora" if has_lora else "quantization_config in model_init_kwargs"
+        raise ValueError(
+            f"student_quantization: {kind} trains all weights so that they round well, and does not go with {other}; leave one "
+            f"of the two out ({adapter})"
+        )
+    four_bits = _of(quantized, "quant_method") == "bitsandbytes" and _of(quantized, "load_in_4bit")
+    if four_bits and run.args.device.type == "cpu":
+        raise ValueError(
+            "model_init_kwargs: bitsandbytes trains nothing on 4-bit weights on a CPU (once it has sampled with them it passes no "
+            "gradient through); run it on a GPU, or set load_in_8bit: true"
+        )
+    full = quantized is None or _of(quantized, "dequantize")
+    named = isinstance(run.model, str) and not has_lora
+    if named and not full and find_adapter(resolve_name(run.model), kwargs) is None:
+        raise ValueError(
+            "model_init_kwargs: quantization_config loads weights that no step changes, so without lora there is nothing to train; "
+            "add lora: {r: 16}, or load the full weights and set student_quantization: int8 or int4"
+        )
+
+
+def _of(settings: Any, name: str) -> Any:
+    """A setting of a mapping or of an object."""
+    return settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
+
+
+def _check_trainable(model: nn.Module, *, added: bool) -> None:
+    """Refuse a student with quantised weights, which no step changes, unless an adapter is trained on them."""
+    adapted = added or hasattr(model, "peft_config")
+    if not adapted and getattr(causal_lm(model), "is_quantized", False):
+        raise ValueError(
+            "model: its weights are quantised, and no step changes those: train an adapter on them (lora: {r: 16}), or load the "
+            "full weights and set student_quantization"
         )
 
 
@@ -815,6 +872,7 @@ def plan(run: RunConfig) -> PlannedRun:
     check_trackers(args.report_to)
     _check_one_adapter(run)
     _check_layer_map(run)
+    _check_quantized(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
         for name in (run.model, run.teacher_model)

@@ -135,7 +135,7 @@ def skipping(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         received = block_input(args, kwargs)
-        return (received, *output[1:]) if isinstance(output, tuple) else received
+        return type(output)((received, *output[1:])) if isinstance(output, (tuple, list)) else received
 
     handles = [blocks(model)[layer - 1].register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
