@@ -482,18 +482,18 @@ def _check_quantized(run: RunConfig) -> None:
             f"student_quantization: {kind} trains all weights so that they round well, and does not go with {other}; leave one "
             f"of the two out ({adapter})"
         )
-    four_bits = _of(quantized, "quant_method") == "bitsandbytes" and _of(quantized, "load_in_4bit")
-    if four_bits and run.args.device.type == "cpu":
-        raise ValueError(
-            "model_init_kwargs: bitsandbytes trains nothing on 4-bit weights on a CPU (once it has sampled with them it passes no "
-            "gradient through); run it on a GPU, or set load_in_8bit: true"
-        )
     full = quantized is None or _of(quantized, "dequantize")
     named = isinstance(run.model, str) and not has_lora
     if named and not full and find_adapter(resolve_name(run.model), kwargs) is None:
         raise ValueError(
             "model_init_kwargs: quantization_config loads weights that no step changes, so without lora there is nothing to train; "
             "add lora: {r: 16}, or load the full weights and set student_quantization: int8 or int4"
+        )
+    four_bits = _of(quantized, "quant_method") == "bitsandbytes" and _of(quantized, "load_in_4bit")
+    if four_bits and run.args.device.type == "cpu":
+        raise ValueError(
+            "model_init_kwargs: bitsandbytes trains nothing on 4-bit weights on a CPU (once it has sampled with them it passes no "
+            "gradient through); run it on a GPU, or set load_in_8bit: true"
         )
 
 
