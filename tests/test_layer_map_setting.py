@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
-from oprd.models.loading import ModelInfo
+from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.pruning import KEPT_LAYERS, LAYERS_BEFORE, KeptBlocks, block_digests, cut_blocks, match_blocks
 from oprd.resolve import plan, resolve
 from oprd.run_config import RunConfig
@@ -18,6 +19,7 @@ from oprd.states.layer_maps import check_setting, compared_layers, layer_pairs
 from oprd.states.mapped import MappedTeacher
 from oprd.states.requests import HEAD, request_states
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, StreamsStates
+from oprd.tools.report.distances import comparable_teacher, token_distances
 from oprd.types import States
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -293,6 +295,20 @@ def test_the_student_without_its_adapter_may_be_mapped():
     found = mapped.states(request_states(random_rollouts(), (1, 3)))
     assert all(torch.equal(a, b) for a, b in zip(found.values, whole.values, strict=True))
     assert mapped.modules == ()
+
+
+def test_the_report_compares_the_layers_of_the_run():
+    student, original = pruned()
+    loaded = [LoadedModel(model, tiny_tokenizer(), ModelInfo.of(model)) for model in (student, original)]
+    teacher, layers = comparable_teacher(*loaded, {"layer_map": "kept", "layers": [1, 3]})
+    assert layers == (1, 3)
+    assert teacher.layers == {1: 1, 3: 4}
+    rollouts = random_rollouts(count=2)
+    found = token_distances(ModelPair(loaded[0], teacher, layers=layers), rollouts)
+    own, theirs = capture_states(student, rollouts, [1, 3]).values, capture_states(original, rollouts, [1, 4]).values
+    cosines = [torch.nn.functional.cosine_similarity(a, b, dim=-1) for a, b in zip(own, theirs, strict=True)]
+    expected = (1 - torch.stack(cosines).mean(0)).tolist()
+    assert [d for ids in found for d in ids] == pytest.approx(expected, abs=2e-6)
 
 
 # Runs from folders: plan, resume, refusals.
