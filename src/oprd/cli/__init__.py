@@ -28,7 +28,8 @@ from oprd.cli import (
     push,
     report,
     train,
-)
+    watch,
+)  # fmt: skip
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -46,6 +47,7 @@ app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.command("watch")(watch.watch)
 app.command("report")(report.report)
 app.command("push")(push.push)
 app.command("prune")(prune.prune)
