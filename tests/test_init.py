@@ -11,6 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from oprd.cli import app
+from oprd.models.pruning import cut_blocks
+from oprd.resolve import plan
 from oprd.run_config import RunConfig
 from oprd.tools.first_recipe import Machine, first_recipe
 from oprd.training.run import train_and_evaluate
@@ -151,3 +153,15 @@ def test_bad_input_stops_before_anything_is_written(pair, words, said):
     assert isinstance(done.exception, ValueError)
     assert said in str(done.exception)
     assert sorted(map(str, Path().rglob("*"))) == before
+
+
+def test_a_pruned_student_is_mapped_to_what_it_kept(pair):
+    tiny_model("llama", num_hidden_layers=5).save_pretrained("teacher")
+    cut_blocks(tiny_model("llama", num_hidden_layers=5), (1, 3, 5)).save_pretrained("student")
+    found = made()
+    assert found.values["layer_map"] == "kept"
+    assert "layer_map: kept" in found.text()
+    assert not found.needs_bridge
+    plan(RunConfig.parse({**yaml.safe_load(found.text()), "learning_rate": 1e-3}))
+    tiny_model("llama", num_hidden_layers=6).save_pretrained("teacher")  # not its original
+    assert made().needs_bridge

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.rows import PER_DATASET, for_dataset
+from oprd.models.quantization import GRIDS
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
@@ -22,6 +23,7 @@ from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.sanitize import redacted
+from oprd.states.layer_maps import check_setting
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
 from oprd.states.teacher_settings import check_per_prompt
@@ -95,6 +97,12 @@ class OPRDConfig(TrainingArguments):
     # Models
     model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a student given by name.")
+    )
+    student_quantization: str | None = field(
+        default=None,
+        metadata=_help(
+            f"Train a student that computes with rounded weights: {', '.join(GRIDS)} (channels, groups of 32); None: as they are."
+        ),
     )
     teacher_model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a teacher given by name.")
@@ -246,6 +254,13 @@ class OPRDConfig(TrainingArguments):
 
     # Its representation term
     layers: Any = field(default="all", metadata=_help(f"{', '.join(LAYERS)}, or a list of layers counted from 1."))
+    layer_map: Any = field(
+        default=None,
+        metadata=_help(
+            "For a student of another depth, same width and tokens: proportional, kept (a pruned student's own layers), [[student "
+            "layer, teacher layer], …], or the teacher layer of each student layer."
+        ),
+    )
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions (2 − 2·cos) instead of raw states."))
@@ -359,6 +374,7 @@ class OPRDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_objective(self)
+        _check_quantization(self)
         self._check_numbers()
         self._check_rollouts()
         self._take_older_spelling()
@@ -547,6 +563,12 @@ def _check_objective(config: Any) -> None:
     check_end_of_turn(config.end_of_turn)
     if isinstance(config.layers, str) and config.layers not in LAYERS:
         raise ValueError(f"layers: {config.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
+    check_setting(config.layer_map)
+    if config.layer_map is not None and config.bridge is not None:
+        raise ValueError(
+            f"layer_map: {config.layer_map!r} does not go with a bridge, which was fitted with a layer map of its own (oprd "
+            "bridge fit --layer-map); leave one of the two out"
+        )
     if config.reduction not in get_args(Reduction):
         raise ValueError(f"reduction: {config.reduction!r} is not one of {', '.join(get_args(Reduction))}")
     if config.reduction == "token" and config.gradient_accumulation_steps > 1:
@@ -574,6 +596,34 @@ def _check_objective(config: Any) -> None:
     if config.scale_rewards not in get_args(Scale):
         raise ValueError(f"scale_rewards: {config.scale_rewards!r} is not one of {', '.join(get_args(Scale))}")
     _check_iterations(config)
+
+
+def _check_quantization(config: Any) -> None:
+    """Refuse what would read the student's full weights where its rounded ones are meant.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    kind = config.student_quantization
+    if kind is None:
+        return
+    if kind not in GRIDS:
+        raise ValueError(
+            f"student_quantization: {kind!r} is not one of {', '.join(GRIDS)}; leave it out for full weights"
+        )
+    if config.fully_shard or config.deepspeed:
+        key = "fully_shard" if config.fully_shard else "deepspeed"
+        raise ValueError(f"student_quantization: {kind} is not supported with {key}, which splits weights; use DDP")
+    if config.rollout_engine in ("vllm", "vllm_server"):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with rollout_engine={config.rollout_engine}, which would sample with the "
+            "full weights; set rollout_engine: decode"
+        )
+    if "weights_dtype" in (config.rollout_engine_kwargs or {}):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with weights_dtype in rollout_engine_kwargs: weights that are rounded "
+            "twice are others; leave weights_dtype out"
+        )
 
 
 def _check_writer(config: Any) -> None:

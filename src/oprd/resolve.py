@@ -31,7 +31,7 @@ from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PER_DATASET, TEACHER_ID, PromptRow, Reading, as_prompt_rows, for_dataset
 from oprd.models.adapters import find_adapter
-from oprd.models.architecture import evaluating, freeze_above
+from oprd.models.architecture import causal_lm, evaluating, freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
 from oprd.models.loading import (
@@ -44,6 +44,8 @@ from oprd.models.loading import (
     with_tokenizer,
 )
 from oprd.models.nearest_folder import nearest_hint
+from oprd.models.pruning import KeptBlocks
+from oprd.models.quantization import fake_quantize
 from oprd.models.tokens import check_same_tokens, different_tokens, say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, compares_states, given_terms, named_terms
@@ -64,8 +66,10 @@ from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers, not_installed
 from oprd.states.capture import install_state_forward, read_states
 from oprd.states.extrapolation import ExtrapolatedTeacher
+from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.mapped import map_teacher
 from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
 from oprd.states.several import SeveralTeachers, teachers_of
@@ -128,18 +132,22 @@ def resolve(run: RunConfig) -> ResolvedRun:
     _check_one_adapter(run)
     check_teachers(run)
     _check_extrapolation(run, terms)
+    _check_layer_map(run)
+    _check_quantized(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
         _rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
-    student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
+    student, own_print, kept = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
     teacher, teacher_tokenizer = _teacher(run, student)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
     for one in teachers_of(teacher):
         check_teacher(run, terms, one)
-        if compares_states(terms) and args.bridge is None:
+        if compares_states(terms) and args.bridge is None and args.layer_map is None:
             check_same_shape(student.info, one.info)
+    if args.layer_map is not None:
+        teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
     if args.extrapolation != 1:
         teacher = ExtrapolatedTeacher(teacher, _base(run, student, teacher, teacher_tokenizer), args.extrapolation)
@@ -452,8 +460,8 @@ def _checked_rows(
     return read_answers(rows, task, answer_format, f"{kind}_dataset")
 
 
-def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None]:
-    """The student, ready to train, and with a bridge its fingerprint, taken before an adapter is added.
+def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None, KeptBlocks | None]:
+    """The student, ready to train; with a bridge its fingerprint, with layer_map: kept its blocks, both without an added adapter.
 
     A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
     one. Parameters that the loss does not reach are frozen.
@@ -463,8 +471,13 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
     loaded = _load_student(run)
     model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
     assert tokenizer is not None, "a student always has a tokenizer"
-    layers = resolve_layers(args.layers, info.layers)
+    layers = compared_layers(args.layer_map, args.layers, info.layers)
+    kept = KeptBlocks.of(model) if args.layer_map == KEPT else None
     own_print = fingerprint(model, tokenizer, info.name or "student") if args.bridge else None
+    _check_trainable(model, added=peft_config is not None)
+    if args.student_quantization is not None:
+        count = fake_quantize(model, args.student_quantization)
+        logger.info("student_quantization: %d linear layers compute in %s", count, args.student_quantization)
     if peft_config is not None:
         from peft import get_peft_model  # an extra: only users of LoRA need it
 
@@ -476,7 +489,7 @@ def _student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | 
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
     _require_full_precision(model)
     install_state_forward(model)
-    return replace(loaded, model=model), own_print
+    return replace(loaded, model=model), own_print, kept
 
 
 def _check_one_adapter(run: RunConfig) -> None:
@@ -604,6 +617,78 @@ def _check_unchanged(student: nn.Module, base: Teacher) -> None:
         raise ValueError(
             "extrapolation: the new adapter changes the student, or the weights below it, before it is trained "
             "(init_lora_weights), so that the base cannot be the student without it; name the base: base_model"
+        )
+
+
+def _check_quantized(run: RunConfig) -> None:
+    """Refuse quantised weights without an adapter, and two quantisations of one student.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    kwargs, kind = run.args.model_init_kwargs or {}, run.args.student_quantization
+    has_lora = run.lora is not None or run.given.peft_config is not None
+    if wrong := next((key for key in ("load_in_4bit", "load_in_8bit") if kwargs.get(key)), None):
+        raise ValueError(
+            f"model_init_kwargs: {wrong} is no argument of from_pretrained; write quantization_config: "
+            f"{{quant_method: bitsandbytes, {wrong}: true}}"
+        )
+    quantized = kwargs.get("quantization_config")
+    adapter = "an adapter on a quantised model is lora with quantization_config in model_init_kwargs"
+    if kind is not None and (has_lora or quantized is not None):
+        other = "lora" if has_lora else "quantization_config in model_init_kwargs"
+        raise ValueError(
+            f"student_quantization: {kind} trains all weights so that they round well, and does not go with {other}; leave one "
+            f"of the two out ({adapter})"
+        )
+    full = quantized is None or _of(quantized, "dequantize")
+    named = isinstance(run.model, str) and not has_lora
+    if named and not full and find_adapter(resolve_name(run.model), kwargs) is None:
+        raise ValueError(
+            "model_init_kwargs: quantization_config loads weights that no step changes, so without lora there is nothing to train; "
+            "add lora: {r: 16}, or load the full weights and set student_quantization: int8 or int4"
+        )
+    four_bits = _of(quantized, "quant_method") == "bitsandbytes" and _of(quantized, "load_in_4bit")
+    if four_bits and run.args.device.type == "cpu":
+        raise ValueError(
+            "model_init_kwargs: bitsandbytes trains nothing on 4-bit weights on a CPU (once it has sampled with them it passes no "
+            "gradient through); run it on a GPU, or set load_in_8bit: true"
+        )
+
+
+def _of(settings: Any, name: str) -> Any:
+    """A setting of a mapping or of an object."""
+    return settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
+
+
+def _check_trainable(model: nn.Module, *, added: bool) -> None:
+    """Refuse a student with quantised weights, which no step changes, unless an adapter is trained on them."""
+    adapted = added or hasattr(model, "peft_config")
+    if not adapted and getattr(causal_lm(model), "is_quantized", False):
+        raise ValueError(
+            "model: its weights are quantised, and no step changes those: train an adapter on them (lora: {r: 16}), or load the "
+            "full weights and set student_quantization"
+        )
+
+
+def _check_layer_map(run: RunConfig) -> None:
+    """Refuse `layer_map: kept` where there is no original to have kept layers of.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if run.args.layer_map is None:
+        return
+    if run.teachers is not None or run.args.extrapolation != 1:
+        other = "teachers" if run.teachers is not None else "extrapolation"
+        raise ValueError(
+            f"layer_map: {run.args.layer_map} is for one teacher_model whose own states are the target; leave {other} or "
+            "layer_map out"
+        )
+    if run.args.layer_map == KEPT and run.teacher_model is None:
+        raise ValueError(
+            "layer_map: kept needs a teacher_model, the original that the student was cut from; without one the teacher is the "
+            "student itself, whose layers are the student's: leave layer_map out"
         )
 
 
@@ -847,10 +932,11 @@ def _comparable_layers(
     args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
 ) -> tuple[int, ...]:
     """The student's layers whose states can be compared with the teacher's; empty for another shape or tokens without a bridge."""
-    layers = resolve_layers(args.layers, student.layers)
+    layers = compared_layers(args.layer_map, args.layers, student.layers)
     if args.bridge is not None:
         return layers
-    alike = (student.layers, student.width) == (teacher.info.layers, teacher.info.width)
+    same_depth = args.layer_map is not None or student.layers == teacher.info.layers
+    alike = same_depth and student.width == teacher.info.width
     if alike and (aligner is None or aligner.same_ids):
         return layers
     logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
@@ -953,8 +1039,7 @@ class PlannedRun:
         if args.extrapolation != 1:
             lines.append(f"base: {run.base_model or 'the student as it is at the start'}")
         if self.student is not None:
-            chosen = resolve_layers(args.layers, self.student.layers)
-            lines.append(f"layers: {len(chosen)} of {self.student.layers}")
+            lines.append(self._layers_line(self.student))
         if args.bridge is not None:
             lines.append(self._bridge_line(args.bridge))
         lines.append(_tokenizer_line(run))
@@ -985,6 +1070,17 @@ class PlannedRun:
             follows = f"follows it at {rate:g} every {args.teacher_sync_steps} steps" if rate else "as it starts"
             return [f"teacher: the student, {follows}"]
         return [_model_line("teacher", run.teacher_model, self.teacher)]
+
+    def _layers_line(self, student: ModelInfo) -> str:
+        args = self.run.args
+        chosen = compared_layers(args.layer_map, args.layers, student.layers)
+        line = f"layers: {len(chosen)} of {student.layers}"
+        if args.layer_map is None:
+            return line
+        if self.teacher is None or (args.layer_map == KEPT and student.kept is None):
+            return f"{line}, layer_map: {args.layer_map} (read from the models' weights when they are loaded)"
+        pairs = _planned_pairs(args, student, self.teacher)
+        return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
     def _bridge_line(self, folder: str) -> str:
         run, args = self.run, self.run.args
@@ -1020,6 +1116,8 @@ def plan(run: RunConfig) -> PlannedRun:
     check_trackers(args.report_to)
     _check_one_adapter(run)
     check_teachers(run)
+    _check_layer_map(run)
+    _check_quantized(run)
     theirs = run.model if is_student(run.teacher_model) else run.teacher_model
     student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
     several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
@@ -1032,7 +1130,13 @@ def plan(run: RunConfig) -> PlannedRun:
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
-    if student is not None and teacher is not None and args.bridge is None and compares_states(terms):
+    if student is not None:
+        compared_layers(args.layer_map, args.layers, student.layers)
+    if student is not None and teacher is not None and args.layer_map is not None:
+        check_same_shape(student, teacher, mapped=True)
+        if args.layer_map != KEPT or student.kept is not None:
+            _planned_pairs(args, student, teacher)
+    elif student is not None and teacher is not None and args.bridge is None and compares_states(terms):
         check_same_shape(student, teacher)
     for teacher_id, info in several.items():
         if student is not None and info is not None and _have(terms, LayerTerm):
@@ -1045,6 +1149,14 @@ def plan(run: RunConfig) -> PlannedRun:
 
 def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:
     return ModelInfo.from_config(name, trust_remote_code=run.args.trust_remote_code) if isinstance(name, str) else None
+
+
+def _planned_pairs(args: OPRDConfig, student: ModelInfo, teacher: ModelInfo) -> dict[int, int]:
+    """Student layer → teacher layer, of what the config files say."""
+    kept = None
+    if args.layer_map == KEPT:
+        kept = KeptBlocks(student.kept).in_teacher(teacher.layers, None)
+    return layer_pairs(args.layer_map, args.layers, student.layers, teacher.layers, kept)
 
 
 def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oprd.bridge.bridge import Bridge
 from oprd.models.lm_head import LMHead
 from oprd.states.requests import HEAD, StateRequest
-from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
+from oprd.states.teachers import CanSample, HasHead, Teacher, hand_over
 from oprd.types import States
 
 
@@ -46,7 +46,7 @@ class BridgedTeacher:
                 return
             found.update({own: self.bridge.project_teacher(own, states) for own in served[layer]})
 
-        _read(self.teacher, replace(request, layers=tuple(sorted(served))), read)
+        hand_over(self.teacher, replace(request, layers=tuple(sorted(served))), read)
         values = tuple(found[layer] for layer in request.layers)
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
 
@@ -77,15 +77,3 @@ class BridgedTeacher:
     def to(self, device: Any) -> None:
         """Move the projections to `device`."""
         self.bridge = self.bridge.to(device)
-
-
-def _read(teacher: Teacher, request: StateRequest, read: Any) -> None:
-    """Hand the teacher's states to `read`, layer by layer where the teacher can, so that only projections are kept."""
-    if isinstance(teacher, StreamsStates):
-        teacher.read(request, read)
-        return
-    states = teacher.states(request)
-    for layer, values in zip(states.layers, states.values, strict=True):
-        read(layer, values)
-    if states.head_MD is not None:
-        read(HEAD, states.head_MD)

@@ -24,6 +24,7 @@ from oprd.cli import (
     evaluation,
     init,
     keys,
+    prune,
     push,
     report,
     train,
@@ -49,6 +50,7 @@ app.command("compare")(compare.compare)
 app.command("watch")(watch.watch)
 app.command("report")(report.report)
 app.command("push")(push.push)
+app.command("prune")(prune.prune)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
-from oprd.states.requests import StateRequest
+from oprd.states.requests import HEAD, StateRequest
 from oprd.types import States
 
 
@@ -73,6 +73,26 @@ class ProjectsStudent(Protocol):
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
         """The student's states `[N, D]` of a layer in the space of the teacher's."""
         ...
+
+
+def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> None:
+    """Call `read(layer, states [N, D])` for each layer of `request`, one by one where the teacher can; then few are held at once.
+
+    Raises:
+        ValueError: the teacher returned other layers.
+    """
+    if isinstance(teacher, StreamsStates):
+        teacher.read(request, read)
+        return
+    states = teacher.states(request)
+    if tuple(states.layers) != tuple(request.layers):
+        raise ValueError(
+            f"teacher_model: it returned states of layers {list(states.layers)}; requested were {list(request.layers)}"
+        )
+    for layer, values in zip(states.layers, states.values, strict=True):
+        read(layer, values)
+    if states.head_MD is not None:
+        read(HEAD, states.head_MD)
 
 
 class FrozenTeacher:

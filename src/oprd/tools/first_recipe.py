@@ -16,6 +16,7 @@ from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
 from oprd.run_config import RunConfig
+from oprd.states.layer_maps import KEPT
 from oprd.tasks.problems import GENERATED
 from oprd.tasks.task import get_task
 from oprd.tools.check_data import DatasetReport, DatasetSettings, examine
@@ -180,6 +181,10 @@ def _compare_values(
     values["layers"] = "all"
     if (student.layers, student.width) == (teacher.layers, teacher.width) and not different:
         reasons["layers"] = f"both models have {student.layers} layers of width {student.width}, and the same tokens"
+        return False
+    if student.width == teacher.width and not different and student.kept and student.kept[1] == teacher.layers:
+        values["layer_map"] = KEPT
+        reasons["layer_map"] = f"the student was cut from a model of {teacher.layers} layers (its config.json)"
         return False
     values["bridge"] = f"{values['output_dir']}-bridge"
     what = "another tokenizer" if different else f"{teacher.layers} layers of width {teacher.width}"

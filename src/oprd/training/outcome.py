@@ -21,6 +21,7 @@ from oprd.data.rows import PromptRow
 from oprd.files import write_json, write_text, writing_folder
 from oprd.models.architecture import causal_lm
 from oprd.models.export_check import ExportCheck, check_export, compare_files
+from oprd.models.quantization import rounded_weights
 from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective
 from oprd.runs.curves import plot_run
@@ -76,8 +77,9 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
     """
     folder, settings = trainer.run_folder.path, _settings(trainer)
     summary |= _about(trainer)
-    _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
-    summary["export_verified"] = _verify_export(trainer, folder / "model")
+    with rounded_weights(trainer.model):
+        _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
+        summary["export_verified"] = _verify_export(trainer, folder / "model")
     if trainer.eval_dataset:
         summary["student_after"] = trainer.evaluate_now()
         say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")

@@ -17,6 +17,7 @@ from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
 from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layouts import check_causal, check_layout, probe_layouts
+from oprd.states.mapped import MappedTeacher
 from oprd.states.self_teacher import FollowingTeacher
 from oprd.states.several import SeveralTeachers
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, Teacher
@@ -49,6 +50,9 @@ def probe_run(
     teacher, layers = pair.teacher, pair.layers
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+        teacher = teacher.teacher
+    elif isinstance(teacher, MappedTeacher):
+        layers = tuple(teacher.layers[layer] for layer in layers)
         teacher = teacher.teacher
     if isinstance(teacher, ExtrapolatedTeacher):
         if isinstance(teacher.base, FrozenTeacher):

@@ -9,7 +9,7 @@ from typing import Any
 from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
-from oprd.states.layers import resolve_layers
+from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
 from oprd.states.teacher_settings import is_student, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
@@ -211,7 +211,7 @@ def workload_of(
         prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
-        layers=resolve_layers(config.layers, student.layers) if compares else (),
+        layers=compared_layers(config.layer_map, config.layers, student.layers) if compares else (),
         positions=len(select_positions(length, config.positions, config.position_k)),
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
         bridge_rank=_bridge_rank(config),

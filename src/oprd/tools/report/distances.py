@@ -19,10 +19,12 @@ from oprd.bridge import Bridge
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import LoadedModel, check_same_shape
+from oprd.models.pruning import KeptBlocks
 from oprd.models.tokens import check_same_tokens
 from oprd.objectives.representation import cosine
 from oprd.states.capture import gather_states
-from oprd.states.layers import resolve_layers
+from oprd.states.layer_maps import KEPT, compared_layers
+from oprd.states.mapped import map_teacher
 from oprd.states.requests import plan_micro_batches, request_states
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher
 from oprd.types import Rollouts
@@ -54,8 +56,12 @@ def comparable_teacher(
         check_same_tokens(student.tokenizer, teacher.tokenizer)
     except ValueError as error:
         raise ValueError(f"the teacher has another tokenizer, so tokens have no partner ({error})") from error
-    layers = resolve_layers(config.get("layers", "all"), student.info.layers)
+    chosen, spec = config.get("layers", "all"), config.get("layer_map")
+    layers = compared_layers(spec, chosen, student.info.layers)
     frozen = FrozenTeacher(teacher.model, teacher.info)
+    if spec is not None:
+        kept = KeptBlocks.of(student.model) if spec == KEPT else None
+        return map_teacher(frozen, spec, chosen, student.info, kept), layers
     if not config.get("bridge"):
         check_same_shape(student.info, teacher.info)
         return frozen, layers
