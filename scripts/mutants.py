@@ -604,10 +604,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rollouts/vllm/http.py": [
         ("a completion may be drawn partly by old weights", "if drawn_by != {version}:", "if version not in drawn_by:",
          "test_vllm_server.py::test_a_completion_that_two_sets_of_weights_drew_is_not_used"),
+    ],
+    "http/client.py": [
         ("a request may take as long as bytes come", "with anyio.fail_after(self.timeout):", "with anyio.fail_after(None):",
          "test_vllm_server_faults.py::test_a_passing_fault_changes_no_rollout"),
     ],
-    "rollouts/vllm/patience.py": [
+    "http/patience.py": [
         ("a server is asked again before it wants to be", "asked + _jitter.uniform(0, limit)", "_jitter.uniform(0, limit)",
          "test_vllm_server_faults.py::test_a_busy_server_is_left_alone_as_long_as_it_asks"),
     ],

@@ -6,10 +6,12 @@ Only this module looks names up and loads models. Trainer, command line and tool
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,13 +25,14 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import OPRDConfig, check_default_ends
+from oprd.config import AUTO, OPRDConfig, check_default_ends
 from oprd.data.chat_template import now, prints_date
-from oprd.data.prompts import Prompt
-from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset
+from oprd.data.prompts import Prompt, PromptRenderer
+from oprd.data.responses import FixedResponses, read_responses
+from oprd.data.rows import PER_DATASET, PromptRow, Reading, as_prompt_rows, for_dataset, load_prompts
 from oprd.models.adapters import find_adapter
 from oprd.models.architecture import freeze_above
-from oprd.models.fingerprint import Fingerprint, fingerprint
+from oprd.models.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from oprd.models.finite import check_finite
 from oprd.models.loading import (
     LoadedModel,
@@ -59,10 +62,22 @@ from oprd.rollouts.engines import check_engine, make_engine
 from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers, not_installed
+from oprd.states.cache.folder import CachedPositions, read_index
+from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import install_state_forward, read_states
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
-from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
+from oprd.states.remote.teacher import RemoteTeacher
+from oprd.states.sources import TeacherSource, teacher_source
+from oprd.states.teachers import (
+    AdapterOffTeacher,
+    CanSample,
+    FrozenTeacher,
+    HasHead,
+    OfKnownWeights,
+    ProjectsStudent,
+    Teacher,
+)
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.rewards import RewardFunctions, reward_functions
@@ -85,6 +100,7 @@ class ResolvedRun:
         engine: samples the rollouts.
         task: grades them; None where nothing is graded, or by `rewards` alone.
         rewards: reward functions; None without any.
+        responses: fixed ones that are the rollouts where the teacher would write; None: it writes.
         seconds: it took to make them.
         train_prompts: prompts of the train_dataset as the student reads them; None without one.
         eval_prompts: prompts of the eval_dataset; None without one.
@@ -98,6 +114,7 @@ class ResolvedRun:
     train_prompts: Sequence[Prompt] | None
     eval_prompts: Sequence[Prompt] | None
     rewards: RewardFunctions | None = None
+    responses: FixedResponses | None = None
     seconds: float = 0.0
 
     @property
@@ -117,15 +134,17 @@ def resolve(run: RunConfig) -> ResolvedRun:
     terms = build_terms(run)
     check_trackers(args.report_to)
     _check_one_adapter(run)
+    source = _source(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
         _rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
     student, own_print = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
-    teacher, teacher_tokenizer = _teacher(run, student)
+    teacher, teacher_tokenizer = _teacher(run, student, source)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
-    check_teacher(run, terms, teacher)
+    check_teacher(run, terms, teacher, source)
+    _check_unprojected(args, teacher)
     if _have(terms, LayerTerm) and args.bridge is None:
         check_same_shape(student.info, teacher.info)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
@@ -144,6 +163,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )
     if aligner is not None:
         _check_own_text(args, pair)
+    _check_cache(pair)
     _check_readable(pair)
     _say_ends(pair)
     objective = _objective(args, terms, pair)
@@ -156,11 +176,12 @@ def resolve(run: RunConfig) -> ResolvedRun:
             f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
             "(can.background); set it to false"
         )
+    prompts = prepare(pair, args, task, train, "train_dataset")
     return ResolvedRun(
         run, pair, objective, engine, task,
-        train_prompts=prepare(pair, args, task, train, "train_dataset"),
+        train_prompts=prompts,
         eval_prompts=prepare(pair, args, task, evaluated, "eval_dataset"),
-        rewards=rewards, seconds=time.perf_counter() - started,
+        rewards=rewards, responses=_responses(args, pair, source, prompts), seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -477,15 +498,43 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
 
 
-def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+def _source(run: RunConfig) -> TeacherSource | None:
+    """Where the teacher is, if `teacher_model` is a server, a cache, or has fixed responses.
+
+    Raises:
+        ValueError: it is not allowed, or not with the other settings.
+    """
+    source = teacher_source(run.teacher_model)
+    if source is None:
+        return None
+    source.check_writer(run.args.lmbda)
+    if run.args.learning_rate == AUTO and (source.cache is not None or source.responses is not None):
+        raise ValueError(
+            f"learning_rate: {AUTO!r} samples rollouts of its own, and responses are fixed; give a number, or find it in "
+            "a run with a model or a server as teacher_model"
+        )
+    if source.cache is not None:
+        read_index(source.cache)
+    return source
+
+
+def _teacher(
+    run: RunConfig, student: LoadedModel, source: TeacherSource | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
     """The teacher and its tokenizer (None when unknown)."""
     args, tokenizer = run.args, run.given.teacher_processing_class
+    if source is not None and source.remote is not None:
+        remote = RemoteTeacher(source.remote, os.environ.get(source.remote.token_env, ""), args.device)
+        logger.info("teacher's server: %s at %s (%s)", remote.info.name, source.remote.url, remote.served.dtype)
+        return remote, tokenizer or _tokenizer_of(remote)
+    if source is not None and source.cache is not None:
+        return CachedTeacher(source.cache, verify=args.local_process_index == 0), student.tokenizer
     if run.teacher_model is None:
         if args.bridge is not None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         return AdapterOffTeacher(student.model, student.info), student.tokenizer
-    if isinstance(run.teacher_model, nn.Module | str):
-        loaded = _load_teacher(run, student)
+    if source is not None or isinstance(run.teacher_model, nn.Module | str):
+        loaded = _load_teacher(run, student, run.teacher_model if source is None else source.model)
         teacher: Teacher = FrozenTeacher(loaded.model, loaded.info)
         tokenizer = loaded.tokenizer
     else:
@@ -499,14 +548,70 @@ def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedT
     return teacher, tokenizer
 
 
-def _load_teacher(run: RunConfig, student: LoadedModel) -> LoadedModel:
+def _tokenizer_of(remote: RemoteTeacher) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher's server, from the files that it sends.
+
+    Raises:
+        ConnectionError: they are not those of the teacher's tokenizer.
+    """
+    with TemporaryDirectory(prefix="oprd-") as folder:
+        for name, content in remote.tokenizer_files().items():
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = load_tokenizer(folder)
+    if tokenizer_digest(tokenizer) != remote.served.tokenizer:
+        raise ConnectionError(
+            f"teacher_model: {remote.settings.url} sends a tokenizer that is not its teacher's; use the same versions of "
+            "transformers and tokenizers on both sides"
+        )
+    return tokenizer
+
+
+def _responses(
+    args: OPRDConfig, pair: ModelPair, source: TeacherSource | None, prompts: Sequence[Prompt] | None
+) -> FixedResponses | None:
+    """The fixed responses of a run, which every prompt of the train_dataset has; None where it has none."""
+    if source is None:
+        return None
+    found = None
+    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    if isinstance(teacher, CachedTeacher):
+        found = teacher.responses
+    elif source.responses is not None:
+        found = load_responses(args, pair, source.responses)
+    if found is not None and prompts is not None:
+        found.check(prompts, args.num_generations)
+    return found
+
+
+def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedResponses:
+    """The responses of a file (`oprd.data.responses.read_responses`), in the student's tokens.
+
+    Raises:
+        ValueError: no such file, a row without a prompt or a response, or one that does not fit the model's context.
+    """
+    rows = load_prompts(str(file), reading=Reading.of(vars(args), "train", columns=True))
+    prompts = prepare(pair, args, None, rows, "responses") or []
+    renderer = PromptRenderer(pair.tokenizer, pair.template_kwargs, pair.rendering.split_special_tokens)
+    ends, eos = pair.student.info.stop_token_ids, pair.tokenizer.eos_token_id
+
+    def end_of(prompt: Prompt) -> int:
+        turn = pair.turn_end_ids if not isinstance(prompt.row.prompt, str) else ()
+        return next((i for i in (*turn, eos) if i in ends), ends[0])
+
+    def text_of(ids: Sequence[int]) -> str:
+        return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+
+    longest = args.max_completion_length
+    return FixedResponses(read_responses(prompts, renderer.completion_ids, text_of, end_of, longest=longest), str(file))
+
+
+def _load_teacher(run: RunConfig, student: LoadedModel, model: Any) -> LoadedModel:
     args, tokenizer = run.args, run.given.teacher_processing_class
-    if isinstance(run.teacher_model, str):
+    if isinstance(model, str):
         return load(
-            run.teacher_model, dtype="auto", init_kwargs=args.teacher_model_init_kwargs,
+            model, dtype="auto", init_kwargs=args.teacher_model_init_kwargs,
             trust_remote_code=args.trust_remote_code, tokenizer=tokenizer,
         )  # fmt: skip
-    model = run.teacher_model
     if model is student.model:
         raise ValueError("teacher_model: it is the student itself, which would be frozen; pass a copy or another model")
     name = model.config.name_or_path
@@ -552,13 +657,14 @@ def _teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return make, arguments
 
 
-def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> None:
+def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any, source: TeacherSource | None = None) -> None:
     """Refuse a run that needs an LM head or sampling of a teacher without it.
 
     Args:
         run: the configuration.
         terms: of the loss.
         teacher: the teacher, or its class.
+        source: where it and its responses are.
 
     Raises:
         ValueError: a term reads the teacher's LM head and there is none, or the teacher must write completions and cannot sample.
@@ -572,7 +678,8 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> No
         )
     if isinstance(teacher, CanSample):
         return
-    if run.args.lmbda < 1:
+    fixed = source is not None and (source.cache is not None or source.responses is not None)
+    if run.args.lmbda < 1 and not fixed:
         raise ValueError(
             f"lmbda: {run.args.lmbda} lets the teacher write, and {name} cannot sample here; set lmbda: 1, or give it a method "
             "sampler (oprd.states.teachers.CanSample)"
@@ -591,22 +698,55 @@ def _bridged(
     student: ModelInfo,
     own_print: Fingerprint | None,
 ) -> BridgedTeacher:
-    if not isinstance(teacher, FrozenTeacher):
-        raise ValueError(
-            "bridge: it needs a teacher_model whose weights are in this process, to compare them with those it was fitted for"
-        )
     assert tokenizer is not None, "at least the student's"
     assert args.bridge is not None, "the caller has checked"
+    if isinstance(teacher, FrozenTeacher):
+        theirs = fingerprint(teacher.model, tokenizer, teacher.info.name or "teacher")
+    elif isinstance(teacher, OfKnownWeights):
+        theirs = teacher.fingerprint
+    else:
+        raise ValueError(
+            "bridge: it needs a teacher_model whose weights are in this process, or a server or cache that knows their "
+            "fingerprint, to compare them with those it was fitted for"
+        )
     bridge = Bridge.load(
         args.bridge,
         student=own_print,
-        teacher=fingerprint(teacher.model, tokenizer, teacher.info.name or "teacher"),
+        teacher=theirs,
         layers=resolve_layers(args.layers, student.layers),
         rank=args.bridge_rank,
     )
     kind, layers = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
-    return BridgedTeacher(teacher, bridge, folder_digest(Path(args.bridge)))
+    digest = folder_digest(Path(args.bridge))
+    through = teacher.projected_by if isinstance(teacher, OfKnownWeights) else None
+    if through is not None and through != (digest, bridge.rank):
+        raise ValueError(
+            f"bridge: the teacher's states come through another bridge or rank than {args.bridge} at rank {bridge.rank}; give the "
+            "server or cache this one, with the same rank"
+        )
+    return BridgedTeacher(teacher, bridge, digest, projected=through is not None)
+
+
+def _check_unprojected(args: OPRDConfig, teacher: Teacher) -> None:
+    """Refuse states that come through a bridge in a run without one."""
+    if args.bridge is None and isinstance(teacher, OfKnownWeights) and teacher.projected_by is not None:
+        raise ValueError(
+            "teacher_model: its states come through a bridge; set bridge to a copy of the same folder, for the student's side"
+        )
+
+
+def _check_cache(pair: ModelPair) -> None:
+    """Refuse a cache without what the run compares."""
+    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_request(pair.layers, cached_positions(pair), tokenizer_digest(pair.tokenizer))
+
+
+def cached_positions(pair: ModelPair) -> CachedPositions:
+    """The positions whose states a pair compares, as a cache names them."""
+    compared = pair.compared
+    return CachedPositions(compared.positions, compared.position_k, compared.end_of_turn == "skip")
 
 
 def _aligner(
@@ -783,13 +923,19 @@ def plan(run: RunConfig) -> PlannedRun:
     args = run.args
     check_trackers(args.report_to)
     _check_one_adapter(run)
+    source = _source(run)
     student, teacher = (
         ModelInfo.from_config(name, trust_remote_code=args.trust_remote_code) if isinstance(name, str) else None
-        for name in (run.model, run.teacher_model)
+        for name in (run.model, run.teacher_model if source is None else source.model)
     )
+    if source is not None and source.cache is not None:
+        teacher = read_index(source.cache).content.info
     terms = build_terms(run)
     build_rewards(run)
-    if isinstance(run.teacher_model, Mapping):
+    if source is not None:
+        kind = RemoteTeacher if source.remote else CachedTeacher if source.cache else FrozenTeacher
+        check_teacher(run, terms, kind, source)
+    elif isinstance(run.teacher_model, Mapping):
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
@@ -822,7 +968,9 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     if name is None:
         return f"{role}: the student without its adapter"
     hint = nearest_hint(name) if isinstance(name, str) else ""
-    shape = f"{info.layers} layers of width {info.width}" if info else f"not reachable from here, not checked{hint}"
+    elsewhere = isinstance(name, Mapping) and "url" in name
+    unknown = "asked when the run starts" if elsewhere else f"not reachable from here, not checked{hint}"
+    shape = f"{info.layers} layers of width {info.width}" if info else unknown
     return f"{role}: {name}: {shape}"
 
 
@@ -836,7 +984,7 @@ def _tokenizer_line(run: RunConfig) -> str:
     if run.teacher_model is None:
         return "tokenizers: one"
     if not isinstance(run.teacher_model, str):
-        return "tokenizers: of a teacher of your own, not checked"
+        return "tokenizers: of a teacher that is not loaded by name, not checked"
     if len(found) < len(names):
         return "tokenizers: on the hub, not checked"
     student, teacher = found

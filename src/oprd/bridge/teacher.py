@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from oprd.bridge.bridge import Bridge
 from oprd.models.lm_head import LMHead
+from oprd.rollouts.engine import CanInterrupt
 from oprd.states.requests import HEAD, StateRequest
-from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
+from oprd.states.teachers import CanSample, CountsRequests, HasHead, StreamsStates, Teacher
 from oprd.types import States
 
 
@@ -24,10 +25,11 @@ class BridgedTeacher:
         teacher: any teacher of the bridge's shape.
         bridge: of the student's layers that requests name.
         digest: of the bridge's folder where it was loaded from one; a resumed run must find the same.
+        projected: the teacher's states come through the bridge already, one tensor for each student layer.
     """
 
-    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None) -> None:
-        self.teacher, self.bridge, self.digest = teacher, bridge, digest
+    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None, *, projected: bool = False) -> None:
+        self.teacher, self.bridge, self.digest, self.projected = teacher, bridge, digest, projected
         self.info = teacher.info
         self.identity = f"{teacher.identity} through bridge {digest or 'in memory'}"
         self.modules: Sequence[nn.Module] = teacher.modules
@@ -35,6 +37,8 @@ class BridgedTeacher:
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""
+        if self.projected:
+            return self.teacher.states(request)
         served: dict[int, list[int]] = {}
         for layer in request.layers:
             served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
@@ -73,6 +77,20 @@ class BridgedTeacher:
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
         """The student's side of the comparison, `[N, r]`: P_S h_S of `layer`."""
         return self.bridge.project_student(layer, states_ND)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the teacher behind the bridge waits for another process, which has only failed since its last answer."""
+        return isinstance(self.teacher, CanInterrupt) and self.teacher.failing
+
+    def interrupt(self) -> None:
+        """Make a request of the teacher behind the bridge, in another thread, raise a KeyboardInterrupt."""
+        if isinstance(self.teacher, CanInterrupt):
+            self.teacher.interrupt()
+
+    def take_counts(self) -> Mapping[str, float]:
+        """What the teacher behind the bridge counts."""
+        return self.teacher.take_counts() if isinstance(self.teacher, CountsRequests) else {}
 
     def to(self, device: Any) -> None:
         """Move the projections to `device`."""

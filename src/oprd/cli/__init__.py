@@ -13,7 +13,23 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
+from oprd.cli import (
+    bench,
+    bridge,
+    cache_teacher,
+    compare,
+    data,
+    demo,
+    diagnose,
+    doctor,
+    evaluation,
+    init,
+    keys,
+    push,
+    report,
+    serve_teacher,
+    train,
+)
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -36,6 +52,8 @@ app.command("push")(push.push)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
+app.command("serve-teacher")(serve_teacher.serve_teacher)
+app.command("cache-teacher", context_settings=_SETTINGS)(cache_teacher.cache_teacher)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")

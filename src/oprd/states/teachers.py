@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from oprd.models.fingerprint import Fingerprint
 from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
@@ -72,6 +73,31 @@ class ProjectsStudent(Protocol):
 
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
         """The student's states `[N, D]` of a layer in the space of the teacher's."""
+        ...
+
+
+@runtime_checkable
+class OfKnownWeights(Protocol):
+    """A teacher whose weights are not in this process, and whose fingerprint is known, so that a bridge can be checked.
+
+    Attributes:
+        fingerprint: of the weights.
+    """
+
+    fingerprint: Fingerprint
+
+    @property
+    def projected_by(self) -> tuple[str, int] | None:
+        """Digest and rank of the bridge through which its states come; None: they are whole."""
+        ...
+
+
+@runtime_checkable
+class CountsRequests(Protocol):
+    """A teacher that counts what it asks another process for."""
+
+    def take_counts(self) -> Mapping[str, float]:
+        """Metrics since the last call: `teacher_retries`, `teacher_mib`."""
         ...
 
 

@@ -17,7 +17,12 @@ from oprd.types import Rollouts
 _TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
 _REWARD = ("|sum", "|square", "|count")  # likewise, of each reward function
-_COUNTS = ("grader_timeouts", "long_sequences")  # likewise; reported as they are, by steps that have them
+_COUNTS = (
+    "grader_timeouts",
+    "long_sequences",
+    "teacher_retries",
+    "teacher_mib",
+)  # likewise; reported as they are, by steps that have them
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:

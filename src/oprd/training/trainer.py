@@ -49,7 +49,7 @@ from oprd.runs.checkpoints import (
 from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
-from oprd.states.teachers import Teacher
+from oprd.states.teachers import CountsRequests, Teacher
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
@@ -204,10 +204,12 @@ class OPRDTrainer(Trainer):
         self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
         self.grading = Grading(self.task, rewards)
-        self.recorder = Recorder(self.run_folder, args, self.parallel)
+        requests = pair.teacher if isinstance(pair.teacher, CountsRequests) else None
+        self.recorder = Recorder(self.run_folder, args, self.parallel, requests)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
+            responses=resolved.responses,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         long_sequences = LongSequences(
@@ -218,8 +220,8 @@ class OPRDTrainer(Trainer):
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
-        engine = self.engine
-        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
+        waits = [part for part in (self.engine, pair.teacher) if isinstance(part, CanInterrupt)]
+        self.signals = StopSignals(lambda: any(part.failing for part in waits))
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
