@@ -82,9 +82,9 @@ def cache_teacher(
     _remove_parts(folder)
     planned, total = writer.missing(found), len(writer.index.shards)
     rows, done = (sum(shard.rows for shard in shards) for shards in ([s for _, s in planned], writer.index.shards))
-    size = (rows + done) * content.bytes_a_position
+    size = (rows + done) * content.bytes_a_position / 2**20
     say(
-        f"{len(found)} responses, {rows + done} positions, {len(content.widths)} layers in {content.dtype}: {size / 2**20:,.1f} MiB "
+        f"{len(found)} responses, {rows + done} positions, {len(content.widths)} layers in {content.dtype}: {size:,.1f} MiB "
         f"in {len(planned) + total} file(s) in {folder}" + (f"; {total} of them are written" if total else "")
     )
     last = time.monotonic()

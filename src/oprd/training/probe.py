@@ -52,7 +52,7 @@ def probe_run(
         found["teacher"] = _probe(teacher.model, layers, nullcontext(), engine if writes else None)
     else:
         adapter = isinstance(teacher, AdapterOffTeacher)
-        found["teacher"] = "the student without its adapter" if adapter else "not probed: a teacher of your own"
+        found["teacher"] = "the student without its adapter" if adapter else "not probed: its model is not loaded here"
     return found
 
 

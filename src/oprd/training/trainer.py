@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -364,7 +364,7 @@ class OPRDTrainer(Trainer):
                 )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
-                with self.signals.in_steps():
+                with self.signals.in_steps(), self._saving_what_is_learnt():
                     output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
         if self.is_world_process_zero():
@@ -401,6 +401,26 @@ class OPRDTrainer(Trainer):
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
+
+    @contextmanager
+    def _saving_what_is_learnt(self) -> Iterator[None]:
+        """Where a server is lost in a step, or a signal ends a step that waits for one, save the steps before it.
+
+        Of several processes, the others wait elsewhere and cannot save; rollouts that are sampled ahead, or serve another update,
+        belong to a later step than the weights.
+        """
+        try:
+            yield
+        except (ConnectionError, StoppedBySignal) as error:
+            step, args = self.state.global_step, self.args
+            if args.world_size > 1 or args.overlap_rollouts or not step or step % args.num_iterations:
+                raise
+            checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+            if not checkpoint.exists():
+                self._save_checkpoint(self.model, None)
+            if isinstance(error, StoppedBySignal):
+                raise StoppedBySignal(error.signal, str(checkpoint)) from error
+            raise ConnectionError(f"{error}. {checkpoint} is saved; --resume auto goes on from it") from error
 
     def _stop_if_asked(self) -> None:
         """End the run if any rank has received a signal during its steps.
