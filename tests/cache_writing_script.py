@@ -28,4 +28,4 @@ if __name__ == "__main__":
         count += 1
 
     cached.save_file = die_in_the_middle
-    cache_teacher(run_of(models, folder / "unused"), folder, Path(responses), shard_mib=1)
+    cache_teacher(run_of(models, folder / "unused", max_completion_length=60), folder, Path(responses), shard_mib=1)

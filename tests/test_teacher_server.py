@@ -195,6 +195,7 @@ def bridge_for(teacher: Path, folder: Path, **settings) -> Path:
     return folder
 
 
+@pytest.mark.further
 def test_states_can_be_sent_through_a_bridge(tmp_path, folders):
     bridge, wide = bridge_for(folders["wide"], tmp_path / "bridge"), folders["wide"]
     settings = {"bridge": str(bridge), "output_space": None}
@@ -349,7 +350,8 @@ def address(url: str) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("faults", "settings"),
     [
-        ([{"kind": "status", "status": 503, "headers": {"Retry-After": "0"}}, {"kind": "status", "status": 429}, {"kind": "half"}], {}),
+        ([{"kind": "status", "status": 503, "headers": {"Retry-After": "0"}}, {"kind": "status", "status": 429},
+          {"kind": "half"}], {}),
         ([{"kind": "flip"}, {"kind": "flip"}], {}),
         ([{"kind": "hang"}], {"timeout": 1}),
     ],
@@ -484,7 +486,7 @@ def _args(folder, **settings):
     [
         ({"url": "ftp://x"}, "teacher_model: url: 'ftp://x' is not allowed; http://HOST:PORT"),
         ({"url": "http://u:p@x"}, "teacher_model: url: user names and passwords are not allowed in an address"),
-        ({"url": "http://x", "token": "abc"}, "teacher_model: token is not allowed, since settings are written to files; put it into"),
+        ({"url": "http://x", "token": "abc"}, "teacher_model: token is not allowed, since settings are written to files"),
         ({"url": "http://x", "timout": 3}, "teacher_model: 'timout' is not one of .*; did you mean 'timeout'"),
         ({"url": "http://x", "timeout": 0}, "teacher_model: timeout: 0, wait: 600 are not allowed"),
         ({"url": "http://x", "timeout": "soon"}, "teacher_model: timeout: Input should be a valid number"),

@@ -53,8 +53,9 @@ class RunConfig:
     Args:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
-        teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
-            it.
+        teacher_model: teacher, likewise; {url: http://HOST:PORT} of oprd serve-teacher; {cache: FOLDER} of oprd cache-teacher;
+            {model: NAME, responses: FILE} for fixed responses; {use: module:attribute, further arguments}; None with an adapter:
+            the student without it.
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; of a generated task, how many.
