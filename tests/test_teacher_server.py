@@ -282,7 +282,7 @@ def test_what_is_no_request_is_refused(service):
         "not safetensors": b"junk", "not safetensors that": good[:-3], "do not say which layers": save(tensors),
         "layers: 9 is not served": changed((9,)), "ascending": changed((3, 1)), "whole numbers": changed((True,)),
         "at least one, or": changed(()), "flat_index holds 1000000": changed(flat_index=ints["far"]),
-        "flat_index holds -1": changed(flat_index=ints["negative"]), "input_ids holds 64; 0 to 63": changed(input_ids=ids + 64),
+        "flat_index holds -1": changed(flat_index=ints["negative"]), "input_ids holds 127; 0 to 63": changed(input_ids=ids + 64),
         "lacks position_ids": changed(position_ids=None), "position_ids has shape": changed(position_ids=ids[:1]),
         "attention_mask holds 2": changed(attention_mask=tensors["attention_mask"] * 2),
         "is not one of auto": changed(dtype="int32"), "lacks input_ids": changed(input_ids=ids.double()),

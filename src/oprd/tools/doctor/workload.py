@@ -189,7 +189,7 @@ def workload_of(
     teacher = None
     if isinstance(run.teacher_model, Mapping):
         raise ValueError(
-            "teacher_model: the doctor reads sizes from a config file, and a teacher of your own has none; name a model of its size"
+            "teacher_model: the doctor reads sizes from a config file, and this teacher has none here; name a model of its size"
         )
     if run.teacher_model is not None:
         teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
