@@ -29,6 +29,7 @@ from oprd.cli import (
     report,
     serve_teacher,
     train,
+    watch,
 )
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
@@ -47,6 +48,7 @@ app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.command("watch")(watch.watch)
 app.command("report")(report.report)
 app.command("push")(push.push)
 app.command("keys")(keys.keys)
