@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from oprd.bridge import Bridge
@@ -38,6 +38,7 @@ from oprd.tools.teacher_server import load_service
 from oprd.training.stopping import StoppedBySignal
 from teacher_proxy import ProxyProcess
 from test_bridge_training import WIDE, fit
+from test_distributed import run_two_ranks
 from tiny import prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -153,6 +154,17 @@ def test_a_run_with_a_teacher_in_another_process_has_the_same_bits(tmp_path, fol
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.further
+@pytest.mark.timeout(700)
+def test_each_of_two_processes_asks_for_its_own(tmp_path, server):
+    (tmp_path / "url").write_text(server)
+    run_two_ranks("teacher_ranks_script.py", tmp_path)
+    found = [load_file(tmp_path / f"{name}-{rank}.safetensors") for name in ("here", "there") for rank in (0, 1)]
+    assert all(equal(found[0], other) for other in found[1:])
+    rows = [json.loads(line) for line in (tmp_path / "there" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["teacher_mib"] > 0 and row["teacher_retries"] == 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ def cache_teacher(
     """
     if shard_mib < 1:
         raise ValueError(f"--shard-mib: {shard_mib} is not allowed; at least 1")
+    if run.args.world_size > 1:
+        raise ValueError("cache-teacher: one process writes a cache; start it without a launcher")
     source = teacher_source(run.teacher_model)
     if source is not None:
         raise ValueError("teacher_model: a cache is written by the machine that has the teacher; name a model there")
