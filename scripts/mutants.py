@@ -673,12 +673,42 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rollouts/vllm/http.py": [
         ("a completion may be drawn partly by old weights", "if drawn_by != {version}:", "if version not in drawn_by:",
          "test_vllm_server.py::test_a_completion_that_two_sets_of_weights_drew_is_not_used"),
+    ],
+    "http/client.py": [
         ("a request may take as long as bytes come", "with anyio.fail_after(self.timeout):", "with anyio.fail_after(None):",
          "test_vllm_server_faults.py::test_a_passing_fault_changes_no_rollout"),
     ],
-    "rollouts/vllm/patience.py": [
+    "http/patience.py": [
         ("a server is asked again before it wants to be", "asked + _jitter.uniform(0, limit)", "_jitter.uniform(0, limit)",
          "test_vllm_server_faults.py::test_a_busy_server_is_left_alone_as_long_as_it_asks"),
+    ],
+    "states/remote/teacher.py": [
+        ("another model's states are learnt from", "now != served.identity", "False",
+         "test_teacher_server.py::test_what_waiting_does_not_mend_is_one_sentence"),
+        ("a flipped bit is learnt from", "not in (None, wire.digest(answer.content))", "not in (None, answer.headers.get(wire.SHA256))",
+         "test_teacher_server.py::test_a_passing_fault_changes_no_state"),
+    ],
+    "states/remote/wire.py": [
+        ("states of another shape are taken", "if wrong[name] != shapes[name]]", "if wrong[name] == 'nothing']",
+         "test_teacher_server.py::test_what_waiting_does_not_mend_is_one_sentence"),
+        ("a client reads beyond the batch", '"flat_index": tokens, "head_index"', '"flat_index": None, "head_index"',
+         "test_teacher_server.py::test_what_is_no_request_is_refused"),
+    ],
+    "states/remote/server.py": [
+        ("a server is open to others without a token", "if not token and not is_loopback(host):", "if False:",
+         "test_teacher_server.py::test_others_are_let_in_with_a_token_alone"),
+        ("any token is let in", "if not hmac.compare_digest(", "if False and not hmac.compare_digest(",
+         "test_teacher_server.py::test_a_token_is_asked_for"),
+    ],
+    "states/cache/teacher.py": [
+        ("states of a neighbouring position", "return shard, start + wanted[0] - first, end", "return shard, start, end - wanted[0] + first",
+         "test_teacher_cache.py::test_states_are_found_by_what_is_read"),
+    ],
+    "states/cache/folder.py": [
+        ("a damaged shard is read", "or file_digest(file) != sha256:", "or False:",
+         "test_teacher_cache.py::test_damage_is_noticed_before_training_and_mended_by_the_writer"),
+        ("a killed writer starts over from nothing", "self._keep_what_is_whole()", "self.index = CacheIndex(content)",
+         "test_teacher_cache.py::test_a_killed_writer_goes_on_and_leaves_the_same_bytes"),
     ],
     "rollouts/vllm/requests.py": [
         ("a restarted server draws before it has the weights", "if attempt and await", "if False and await",

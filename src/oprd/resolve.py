@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,13 +28,14 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import OPRDConfig, check_default_ends
+from oprd.config import AUTO, OPRDConfig, check_default_ends
 from oprd.data.chat_template import now, prints_date
-from oprd.data.prompts import Prompt
-from oprd.data.rows import PER_DATASET, TEACHER_ID, PromptRow, Reading, as_prompt_rows, for_dataset
+from oprd.data.prompts import Prompt, PromptRenderer
+from oprd.data.responses import FixedResponses, read_responses
+from oprd.data.rows import PER_DATASET, TEACHER_ID, PromptRow, Reading, as_prompt_rows, for_dataset, load_prompts
 from oprd.models.adapters import find_adapter
 from oprd.models.architecture import causal_lm, evaluating, freeze_above
-from oprd.models.fingerprint import Fingerprint, fingerprint
+from oprd.models.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from oprd.models.finite import check_finite
 from oprd.models.loading import (
     LoadedModel,
@@ -64,17 +67,29 @@ from oprd.rollouts.engines import check_engine, make_engine
 from oprd.rollouts.probe import check_decoding, probe_decoding
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers, not_installed
+from oprd.states.cache.folder import CachedPositions, read_index
+from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import install_state_forward, read_states
 from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
+from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
 from oprd.states.several import SeveralTeachers, teachers_of
+from oprd.states.sources import TeacherSource, teacher_source
 from oprd.states.teacher_settings import check_teachers, is_student, model_of_entry
-from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, ProjectsStudent, Teacher
+from oprd.states.teachers import (
+    AdapterOffTeacher,
+    CanSample,
+    FrozenTeacher,
+    HasHead,
+    OfKnownWeights,
+    ProjectsStudent,
+    Teacher,
+)
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.rewards import RewardFunctions, reward_functions
@@ -98,6 +113,7 @@ class ResolvedRun:
         engine: samples the rollouts.
         task: grades them; None where nothing is graded, or by `rewards` alone.
         rewards: reward functions; None without any.
+        responses: fixed ones that are the rollouts where the teacher would write; None: it writes.
         seconds: it took to make them.
         train_prompts: prompts of the train_dataset as the student reads them; None without one.
         eval_prompts: prompts of the eval_dataset; None without one.
@@ -111,6 +127,7 @@ class ResolvedRun:
     train_prompts: Sequence[Prompt] | None
     eval_prompts: Sequence[Prompt] | None
     rewards: RewardFunctions | None = None
+    responses: FixedResponses | None = None
     seconds: float = 0.0
 
     @property
@@ -134,16 +151,18 @@ def resolve(run: RunConfig) -> ResolvedRun:
     _check_extrapolation(run, terms)
     _check_layer_map(run)
     _check_quantized(run)
+    source = _source(run)
     task = _task(run)
     rewards = build_rewards(run)
     train, evaluated = (
         _rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
     student, own_print, kept = _student(run, head=_have(terms, HeadTerm | PolicyTerm))
-    teacher, teacher_tokenizer = _teacher(run, student)
+    teacher, teacher_tokenizer = _teacher(run, student, source)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
     for one in teachers_of(teacher):
-        check_teacher(run, terms, one)
+        check_teacher(run, terms, one, source)
+        _check_unprojected(args, one)
         if compares_states(terms) and args.bridge is None and args.layer_map is None:
             check_same_shape(student.info, one.info)
     if args.layer_map is not None:
@@ -166,6 +185,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )
     if aligner is not None:
         _check_own_text(args, pair)
+    _check_cache(pair)
     _check_readable(pair)
     _say_ends(pair)
     objective = _objective(args, terms, pair)
@@ -178,11 +198,12 @@ def resolve(run: RunConfig) -> ResolvedRun:
             f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
             "(can.background); set it to false"
         )
+    prompts = prepare(pair, args, task, train, "train_dataset")
     return ResolvedRun(
         run, pair, objective, engine, task,
-        train_prompts=prepare(pair, args, task, train, "train_dataset"),
+        train_prompts=prompts,
         eval_prompts=prepare(pair, args, task, evaluated, "eval_dataset"),
-        rewards=rewards, seconds=time.perf_counter() - started,
+        rewards=rewards, responses=_responses(args, pair, source, prompts), seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -721,18 +742,47 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
         raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
 
 
-def _teacher(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+def _source(run: RunConfig) -> TeacherSource | None:
+    """Where the teacher is, if `teacher_model` is a server, a cache, or has fixed responses.
+
+    Raises:
+        ValueError: it is not allowed, or not with the other settings.
+    """
+    source = teacher_source(run.teacher_model)
+    if source is None:
+        return None
+    source.check_writer(run.args.lmbda)
+    if run.args.learning_rate == AUTO and (source.cache is not None or source.responses is not None):
+        raise ValueError(
+            f"learning_rate: {AUTO!r} samples rollouts of its own, and responses are fixed; give a number, or find it in "
+            "a run with a model or a server as teacher_model"
+        )
+    if source.cache is not None:
+        read_index(source.cache)
+    return source
+
+
+def _teacher(
+    run: RunConfig, student: LoadedModel, source: TeacherSource | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
     """The teacher and its tokenizer (None when unknown)."""
     args = run.args
     if run.teachers is not None:
         return _several_teachers(run, student)
+    if source is not None and source.remote is not None:
+        remote = RemoteTeacher(source.remote, os.environ.get(source.remote.token_env, ""), args.device)
+        logger.info("teacher's server: %s at %s (%s)", remote.info.name, source.remote.url, remote.served.dtype)
+        return remote, run.given.teacher_processing_class or _tokenizer_of(remote)
+    if source is not None and source.cache is not None:
+        return CachedTeacher(source.cache, verify=args.local_process_index == 0), student.tokenizer
     if run.teacher_model is None:
         if args.bridge is not None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         return AdapterOffTeacher(student.model, student.info), student.tokenizer
     if is_student(run.teacher_model):
         return _self_teacher(run, student), student.tokenizer
-    return _one_teacher(run, student, run.teacher_model, args.teacher_model_init_kwargs)
+    named = run.teacher_model if source is None else source.model
+    return _one_teacher(run, student, named, args.teacher_model_init_kwargs)
 
 
 def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
@@ -795,6 +845,63 @@ def _one_teacher(
     return teacher, tokenizer
 
 
+def _tokenizer_of(remote: RemoteTeacher) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher's server, from the files that it sends.
+
+    Raises:
+        ConnectionError: they are not those of the teacher's tokenizer.
+    """
+    with TemporaryDirectory(prefix="oprd-") as folder:
+        for name, content in remote.tokenizer_files().items():
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = load_tokenizer(folder)
+    if tokenizer_digest(tokenizer) != remote.served.tokenizer:
+        raise ConnectionError(
+            f"teacher_model: {remote.settings.url} sends a tokenizer that is not its teacher's; use the same versions of "
+            "transformers and tokenizers on both sides"
+        )
+    return tokenizer
+
+
+def _responses(
+    args: OPRDConfig, pair: ModelPair, source: TeacherSource | None, prompts: Sequence[Prompt] | None
+) -> FixedResponses | None:
+    """The fixed responses of a run, which every prompt of the train_dataset has; None where it has none."""
+    if source is None:
+        return None
+    found = None
+    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    if isinstance(teacher, CachedTeacher):
+        found = teacher.responses
+    elif source.responses is not None:
+        found = load_responses(args, pair, source.responses)
+    if found is not None and prompts is not None:
+        found.check(prompts, args.num_generations)
+    return found
+
+
+def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedResponses:
+    """The responses of a file (`oprd.data.responses.read_responses`), in the student's tokens.
+
+    Raises:
+        ValueError: no such file, a row without a prompt or a response, or one that does not fit the model's context.
+    """
+    rows = load_prompts(str(file), reading=Reading.of(vars(args), "train", columns=True))
+    prompts = prepare(pair, args, None, rows, "responses") or []
+    renderer = PromptRenderer(pair.tokenizer, pair.template_kwargs, pair.rendering.split_special_tokens)
+    ends, eos = pair.student.info.stop_token_ids, pair.tokenizer.eos_token_id
+
+    def end_of(prompt: Prompt) -> int:
+        turn = pair.turn_end_ids if not isinstance(prompt.row.prompt, str) else ()
+        return next((i for i in (*turn, eos) if i in ends), ends[0])
+
+    def text_of(ids: Sequence[int]) -> str:
+        return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+
+    longest = args.max_completion_length
+    return FixedResponses(read_responses(prompts, renderer.completion_ids, text_of, end_of, longest=longest), str(file))
+
+
 def _load_teacher(
     run: RunConfig, student: LoadedModel, model: Any, init_kwargs: Mapping[str, Any] | None
 ) -> LoadedModel:
@@ -848,13 +955,14 @@ def _teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return make, arguments
 
 
-def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> None:
+def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any, source: TeacherSource | None = None) -> None:
     """Refuse a run that needs an LM head or sampling of a teacher without it.
 
     Args:
         run: the configuration.
         terms: of the loss.
         teacher: the teacher, or its class.
+        source: where it and its responses are.
 
     Raises:
         ValueError: a term reads the teacher's LM head and there is none, or the teacher must write completions and cannot sample.
@@ -868,7 +976,8 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any) -> No
         )
     if isinstance(teacher, CanSample):
         return
-    if run.args.lmbda < 1:
+    fixed = source is not None and (source.cache is not None or source.responses is not None)
+    if run.args.lmbda < 1 and not fixed:
         raise ValueError(
             f"lmbda: {run.args.lmbda} lets the teacher write, and {name} cannot sample here; set lmbda: 1, or give it a method "
             "sampler (oprd.states.teachers.CanSample)"
@@ -888,22 +997,60 @@ def _bridged(
     own_print: Fingerprint | None,
 ) -> BridgedTeacher:
     own = teacher.teacher if isinstance(teacher, ExtrapolatedTeacher) else teacher
-    if not isinstance(own, FrozenTeacher):
-        raise ValueError(
-            "bridge: it needs a teacher_model whose weights are in this process, to compare them with those it was fitted for"
-        )
     assert tokenizer is not None, "at least the student's"
     assert args.bridge is not None, "the caller has checked"
+    if isinstance(own, FrozenTeacher):
+        theirs = fingerprint(own.model, tokenizer, own.info.name or "teacher")
+    elif isinstance(own, OfKnownWeights):
+        theirs = own.fingerprint
+    else:
+        raise ValueError(
+            "bridge: it needs a teacher_model whose weights are in this process, or a server or cache that knows their "
+            "fingerprint, to compare them with those it was fitted for"
+        )
     bridge = Bridge.load(
         args.bridge,
         student=own_print,
-        teacher=fingerprint(own.model, tokenizer, own.info.name or "teacher"),
+        teacher=theirs,
         layers=resolve_layers(args.layers, student.layers),
         rank=args.bridge_rank,
     )
     kind, layers = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
-    return BridgedTeacher(teacher, bridge, folder_digest(Path(args.bridge)))
+    digest = folder_digest(Path(args.bridge))
+    through = own.projected_by if isinstance(own, OfKnownWeights) else None
+    if through is not None and own is not teacher:
+        raise ValueError(
+            "extrapolation: the server or cache projects the teacher's states, from which the base's cannot be subtracted; let it "
+            "give whole states, or set extrapolation: 1"
+        )
+    if through is not None and through != (digest, bridge.rank):
+        raise ValueError(
+            f"bridge: the teacher's states come through another bridge or rank than {args.bridge} at rank {bridge.rank}; give the "
+            "server or cache this one, with the same rank"
+        )
+    return BridgedTeacher(teacher, bridge, digest, projected=through is not None)
+
+
+def _check_unprojected(args: OPRDConfig, teacher: Teacher) -> None:
+    """Refuse states that come through a bridge in a run without one."""
+    if args.bridge is None and isinstance(teacher, OfKnownWeights) and teacher.projected_by is not None:
+        raise ValueError(
+            "teacher_model: its states come through a bridge; set bridge to a copy of the same folder, for the student's side"
+        )
+
+
+def _check_cache(pair: ModelPair) -> None:
+    """Refuse a cache without what the run compares."""
+    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_request(pair.layers, cached_positions(pair), tokenizer_digest(pair.tokenizer))
+
+
+def cached_positions(pair: ModelPair) -> CachedPositions:
+    """The positions whose states a pair compares, as a cache names them."""
+    compared = pair.compared
+    return CachedPositions(compared.positions, compared.position_k, compared.end_of_turn == "skip")
 
 
 def _aligner(
@@ -1118,15 +1265,21 @@ def plan(run: RunConfig) -> PlannedRun:
     check_teachers(run)
     _check_layer_map(run)
     _check_quantized(run)
-    theirs = run.model if is_student(run.teacher_model) else run.teacher_model
+    source = _source(run)
+    theirs = run.model if is_student(run.teacher_model) else run.teacher_model if source is None else source.model
     student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
+    if source is not None and source.cache is not None:
+        teacher = read_index(source.cache).content.info
     several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
     terms = build_terms(run)
     _check_extrapolation(run, terms)
     if base is not None and teacher is not None:
         _check_base_shape(base, teacher)
     build_rewards(run)
-    if isinstance(run.teacher_model, Mapping):
+    if source is not None:
+        kind = RemoteTeacher if source.remote else CachedTeacher if source.cache else FrozenTeacher
+        check_teacher(run, terms, kind, source)
+    elif isinstance(run.teacher_model, Mapping):
         make, _ = _teacher_maker(run.teacher_model)
         if isinstance(make, type):
             check_teacher(run, terms, make)
@@ -1187,7 +1340,9 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     if name is None:
         return f"{role}: the student without its adapter"
     hint = nearest_hint(name) if isinstance(name, str) else ""
-    shape = f"{info.layers} layers of width {info.width}" if info else f"not reachable from here, not checked{hint}"
+    elsewhere = isinstance(name, Mapping) and "url" in name
+    unknown = "asked when the run starts" if elsewhere else f"not reachable from here, not checked{hint}"
+    shape = f"{info.layers} layers of width {info.width}" if info else unknown
     return f"{role}: {name}: {shape}"
 
 
@@ -1206,7 +1361,7 @@ def _tokenizer_line(run: RunConfig) -> str:
     if run.teacher_model is None:
         return "tokenizers: one"
     if not isinstance(run.teacher_model, str):
-        return "tokenizers: of a teacher of your own, not checked"
+        return "tokenizers: of a teacher that is not loaded by name, not checked"
     if len(found) < len(names):
         return "tokenizers: on the hub, not checked"
     student, teacher = found

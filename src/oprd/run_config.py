@@ -54,8 +54,9 @@ class RunConfig:
     Args:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
-        teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
-            it; `student`: the student as it is when the run begins, or following it (`teacher_update_rate`).
+        teacher_model: teacher, likewise; {url: http://HOST:PORT} of oprd serve-teacher; {cache: FOLDER} of oprd cache-teacher;
+            {model: NAME, responses: FILE} for fixed responses; {use: module:attribute, further arguments}; None with an adapter:
+            the student without it; `student`: the student as it is when the run begins, or following it (`teacher_update_rate`).
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; of a generated task, how many.
@@ -92,7 +93,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         # TRL gives several teachers as `teacher_model={id: …}`. `use` and `url` describe one.
         given = self.teacher_model
-        if isinstance(given, Mapping) and not {"use", "url"} & {*given} and self.teachers is None:
+        if (
+            isinstance(given, Mapping)
+            and not {"use", "url", "cache", "model", "responses"} & {*given}
+            and self.teachers is None
+        ):
             self.teachers, self.teacher_model = dict(given), None
 
     @classmethod

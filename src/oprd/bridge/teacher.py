@@ -24,10 +24,11 @@ class BridgedTeacher:
         teacher: any teacher of the bridge's shape.
         bridge: of the student's layers that requests name.
         digest: of the bridge's folder where it was loaded from one; a resumed run must find the same.
+        projected: the teacher's states come through the bridge already, one tensor for each student layer.
     """
 
-    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None) -> None:
-        self.teacher, self.bridge, self.digest = teacher, bridge, digest
+    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None, *, projected: bool = False) -> None:
+        self.teacher, self.bridge, self.digest, self.projected = teacher, bridge, digest, projected
         self.info = teacher.info
         self.identity = f"{teacher.identity} through bridge {digest or 'in memory'}"
         self.modules: Sequence[nn.Module] = teacher.modules
@@ -35,6 +36,8 @@ class BridgedTeacher:
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""
+        if self.projected:
+            return self.teacher.states(request)
         served: dict[int, list[int]] = {}
         for layer in request.layers:
             served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)

@@ -16,6 +16,7 @@ import typer
 from oprd.cli import (
     bench,
     bridge,
+    cache_teacher,
     compare,
     data,
     demo,
@@ -27,9 +28,10 @@ from oprd.cli import (
     prune,
     push,
     report,
+    serve_teacher,
     train,
     watch,
-)  # fmt: skip
+)
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -54,6 +56,8 @@ app.command("prune")(prune.prune)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
+app.command("serve-teacher")(serve_teacher.serve_teacher)
+app.command("cache-teacher", context_settings=_SETTINGS)(cache_teacher.cache_teacher)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from oprd.models.fingerprint import Fingerprint
 from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
@@ -93,6 +94,38 @@ def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> None:
         read(layer, values)
     if states.head_MD is not None:
         read(HEAD, states.head_MD)
+
+
+def innermost(teacher: Teacher) -> Teacher:
+    """The teacher that others stand before, such as a bridge, a map of layers or an extrapolation: it answers the requests."""
+    while (behind := getattr(teacher, "teacher", None)) is not None:
+        teacher = behind
+    return teacher
+
+
+@runtime_checkable
+class OfKnownWeights(Protocol):
+    """A teacher whose weights are not in this process, and whose fingerprint is known, so that a bridge can be checked.
+
+    Attributes:
+        fingerprint: of the weights.
+    """
+
+    fingerprint: Fingerprint
+
+    @property
+    def projected_by(self) -> tuple[str, int] | None:
+        """Digest and rank of the bridge through which its states come; None: they are whole."""
+        ...
+
+
+@runtime_checkable
+class CountsRequests(Protocol):
+    """A teacher that counts what it asks another process for."""
+
+    def take_counts(self) -> Mapping[str, float]:
+        """Metrics since the last call: `teacher_retries`, `teacher_mib`."""
+        ...
 
 
 class FrozenTeacher:

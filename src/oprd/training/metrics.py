@@ -23,6 +23,8 @@ _COUNTS = (
     "grader_timeouts",
     "long_sequences",
     "teacher_moves",
+    "teacher_retries",
+    "teacher_mib",
 )  # likewise; reported as they are, by steps that have them
 
 

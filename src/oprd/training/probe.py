@@ -74,7 +74,7 @@ def _probe_teacher(teacher: Teacher, layers: Sequence[int], engine: RolloutEngin
     if isinstance(teacher, FollowingTeacher):
         return _probe(teacher.teacher.model, layers, nullcontext(), engine)
     adapter = isinstance(teacher, AdapterOffTeacher)
-    return "the student without its adapter" if adapter else "not probed: a teacher of your own"
+    return "the student without its adapter" if adapter else "not probed: its model is not loaded here"
 
 
 def _probe(

@@ -20,6 +20,7 @@ from oprd.objectives.composite import StepObjective, Term
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
+from oprd.states.teachers import CountsRequests
 from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
 from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
@@ -60,13 +61,16 @@ class Recorder:
         folder: of the run.
         args: the run's settings.
         parallel: the training processes.
+        requests: counts requests to another process; None: there are none.
 
     Attributes:
         last_step: the step that was closed last.
     """
 
-    def __init__(self, folder: RunFolder, args: OPRDConfig, parallel: Parallel) -> None:
-        self.folder, self.args, self.parallel = folder, args, parallel
+    def __init__(
+        self, folder: RunFolder, args: OPRDConfig, parallel: Parallel, requests: CountsRequests | None = None
+    ) -> None:
+        self.folder, self.args, self.parallel, self._requests = folder, args, parallel, requests
         self.main = args.process_index == 0
         self._metrics = StepMetrics()
         self._alarms = AlarmWatch(0)
@@ -182,6 +186,8 @@ class Recorder:
         if not self._metrics.pending:
             return
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})
+        if self._requests is not None:
+            self.observe(**self._requests.take_counts())
         row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
         if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
             del row["micro_batch_tokens"]  # shown where memory ran out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
+from oprd.data.responses import FixedResponses
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective
 from oprd.objectives.terms import PolicyTerm
@@ -51,6 +52,7 @@ class RolloutSource:
         parallel: the training processes.
         recorder: takes times and metrics.
         background: samples during the update; None: sampling waits for it.
+        responses: fixed ones, in place of what the teacher would write.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class RolloutSource:
         parallel: Parallel,
         recorder: Recorder,
         background: BackgroundSampler | None = None,
+        responses: FixedResponses | None = None,
     ) -> None:
         self.pair, self.objective, self.engine, self.args = pair, objective, engine, args
+        self.responses = responses
         self.parallel, self.recorder, self.background = parallel, recorder, background
         self.grading = BatchGrading(grading, at_once=objective.uses(PolicyTerm))
         self._parity = ParityWatch()
@@ -244,6 +248,9 @@ class RolloutSource:
         seed = self._seed(terms.step, self._batch_of_step - 1)
         if terms.on_policy:
             return self._generate(student, prompts, seed, terms.measuring)
+        if self.responses is not None:
+            ids, rows, count = [p.ids for p in prompts], [p.index for p in prompts], self.args.num_generations
+            return Sampled(self.responses.rollouts(ids, num_generations=count, seed=seed, rows=rows))
         assert isinstance(self.pair.teacher, CanSample), "checked when the run was resolved"
         with self.pair.teacher.sampler() as writer:
             return self._generate(writer, prompts, seed, terms.measuring)

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
 from oprd.states.self_teacher import FollowsStudent
 from oprd.states.several import modules_of
-from oprd.states.teachers import Teacher
+from oprd.states.teachers import CountsRequests, Teacher, innermost
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
@@ -210,10 +210,13 @@ class OPRDTrainer(Trainer):
         self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
         self.grading = Grading(self.task, rewards)
-        self.recorder = Recorder(self.run_folder, args, self.parallel)
+        asked = innermost(pair.teacher)
+        requests = asked if isinstance(asked, CountsRequests) else None
+        self.recorder = Recorder(self.run_folder, args, self.parallel, requests)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
+            responses=resolved.responses,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         long_sequences = LongSequences(
@@ -227,8 +230,8 @@ class OPRDTrainer(Trainer):
         if isinstance(pair.teacher, FollowsStudent):
             self.checkpoints.parts.append(pair.teacher)
             self.add_callback(FollowStudent(pair.teacher))
-        engine = self.engine
-        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
+        waits = [part for part in (self.engine, asked) if isinstance(part, CanInterrupt)]
+        self.signals = StopSignals(lambda: any(part.failing for part in waits))
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
@@ -371,7 +374,7 @@ class OPRDTrainer(Trainer):
                 )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
-                with self.signals.in_steps():
+                with self.signals.in_steps(), self._saving_what_is_learnt():
                     output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
         if self.is_world_process_zero():
@@ -408,6 +411,26 @@ class OPRDTrainer(Trainer):
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
+
+    @contextmanager
+    def _saving_what_is_learnt(self) -> Iterator[None]:
+        """Where a server is lost in a step, or a signal ends a step that waits for one, save the steps before it.
+
+        Of several processes, the others wait elsewhere and cannot save; rollouts that are sampled ahead, or serve another update,
+        belong to a later step than the weights.
+        """
+        try:
+            yield
+        except (ConnectionError, StoppedBySignal) as error:
+            step, args = self.state.global_step, self.args
+            if args.world_size > 1 or args.overlap_rollouts or not step or step % args.num_iterations:
+                raise
+            checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+            if not checkpoint.exists():
+                self._save_checkpoint(self.model, None)
+            if isinstance(error, StoppedBySignal):
+                raise StoppedBySignal(error.signal, str(checkpoint)) from error
+            raise ConnectionError(f"{error}. {checkpoint} is saved; --resume auto goes on from it") from error
 
     def _stop_if_asked(self) -> None:
         """End the run if any rank has received a signal during its steps.

@@ -261,7 +261,7 @@ def _teachers(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape
 def _shape_of_teacher(run: RunConfig, name: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Shape, int]:
     if isinstance(name, Mapping):
         raise ValueError(
-            "teacher_model: the doctor reads sizes from a config file, and a teacher of your own has none; name a model of its size"
+            "teacher_model: the doctor reads sizes from a config file, and this teacher has none here; name a model of its size"
         )
     given = dict(init_kwargs or {})
     shape = read_shape(name, given, trust_remote_code=run.args.trust_remote_code)
