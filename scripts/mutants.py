@@ -986,7 +986,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "runs/model_card.py": [
         ("a lost gap is called closed", "    if closed < 0:\n", "    if closed < -1:\n",
          "test_model_card.py::test_a_run_that_did_harm_says_so"),
-        ("the teacher's responses are called the student's", 'return float(settings.get("lmbda", 1.0))', "return 1.0",
+        ("the teacher's responses are called the student's", 'return sum(bounds(settings.get("lmbda", 1.0))) / 2', "return 1.0",
          "test_model_card.py::test_the_card_names_what_was_done"),
         ("a card without OPRD's loss names the paper", 'settings.get("representation_weight", 1.0) == 0',
          'settings.get("representation_weight", 1.0) is None', "test_model_card.py::test_the_card_names_what_was_done"),

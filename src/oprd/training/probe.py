@@ -12,6 +12,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.models.architecture import num_layers
+from oprd.objectives.schedules import bounds
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
@@ -48,7 +49,7 @@ def probe_run(
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
         teacher = teacher.teacher
     if isinstance(teacher, FrozenTeacher):
-        writes = isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
+        writes = isinstance(teacher, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
         found["teacher"] = _probe(teacher.model, layers, nullcontext(), engine if writes else None)
     else:
         adapter = isinstance(teacher, AdapterOffTeacher)
