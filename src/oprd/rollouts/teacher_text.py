@@ -154,8 +154,7 @@ class Rewriter:
         kept: dict[int, list[int]] = {}
         cut, incomplete, reasons, examples = 0, 0, Counter[str](), []
         for place, prompt in enumerate(prompts):
-            ids, found = self._rewrite(written, place, prompt)
-            reason = self._lost(found, written.completion_ids[place], written.finish_reasons[place])
+            ids, reason = self._rewrite(written.completion_ids[place], written.finish_reasons[place], prompt)
             if reason := reason or ("" if ids else "cut_character"):
                 reasons[reason] += 1
                 examples.append(printable(written.texts[place])[:80])
@@ -174,15 +173,16 @@ class Rewriter:
         )  # fmt: skip
         return Written(rollouts, [*kept], counts)
 
-    def _rewrite(self, written: Rollouts, place: int, prompt: Prompt) -> tuple[list[int], Alignment]:
-        """One response in the student's ids; none if nothing of it can be written."""
+    def _rewrite(self, completion: Sequence[int], finished: FinishReason, prompt: Prompt) -> tuple[list[int], str]:
+        """One response in the student's ids, none if nothing of it can be written; and why a part is missing, "" if none is."""
         theirs, own_space, teacher_space = self.aligner.render(prompt.row)
+        opening = self.mirror.student.opening(theirs, teacher_space)
         found = align_completion(
             self.mirror,
             self.same_ids,
-            written.completion_ids[place],
-            finish_reason=written.finish_reasons[place],
-            student_opening=self.mirror.student.opening(theirs, teacher_space),
+            completion,
+            finish_reason=finished,
+            student_opening=opening,
             teacher_opening=self.mirror.teacher.opening(prompt.ids, own_space),
         )
         ids = list(found.teacher_ids)
@@ -191,17 +191,21 @@ class Rewriter:
         if found.ended:
             ids.append(self._end(prompt.row))
         # The student writes the whitespace before a response itself.
-        return [*found.teacher_opening, *ids] if ids else [], found
+        return [*found.teacher_opening, *ids] if ids else [], self._lost(found, completion, finished, opening)
 
     def _end(self, row: PromptRow) -> int:
         """The id with which the student ends a response: a turn as its chat template does, if that id ends a rollout."""
         return self.mirror.end_id if isinstance(row.prompt, str) else next(iter(self.turn_end_ids), self.mirror.end_id)
 
-    def _lost(self, found: Alignment, completion: Sequence[int], reason: FinishReason) -> str:
+    def _lost(self, found: Alignment, completion: Sequence[int], finished: FinishReason, opening: str) -> str:
         """Why a part of the response is missing; "" if none is. The part of a character that a length limit cut is none."""
         why = next((name for name in _LOST if name in found.dropped), "")
-        if why or (reason == "stop" and found.ended):
-            return why
-        known = (self.mirror.student.pieces, self.mirror.special_map, self.same_ids)
-        body = completion if reason == "length" else completion[:-1]
-        return "special_token" if any(not any(i in ids for ids in known) for i in body) else ""
+        if why or finished == "stop":
+            return why or ("" if found.ended else "special_token")
+        # The last token of a response without an end has no position after it, so that no count of positions shows it.
+        pieces, mapped = self.mirror.student.pieces, self.mirror.special_map
+        if any(i not in pieces and i not in mapped and i not in self.same_ids for i in completion):
+            return "special_token"
+        text = b"".join(b"\xff" if i in mapped else pieces.get(i, b"") for i in completion)
+        rest = text.removeprefix(opening.encode())[len(found.content) :]
+        return "unknown_to_teacher" if rest.decode(errors="ignore") else ""
