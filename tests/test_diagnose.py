@@ -314,8 +314,9 @@ def test_a_far_pair_starts_with_the_teachers_responses(other_tokenizer, wider, s
     rule = start(other_tokenizer, finished=0.55, kl=1.4, accuracy=answers((0.55, 0.98), (21.0, 6.0)))
     assert rule["choose"] == "start with 20 steps on the teacher's responses"
     assert rule["because"] == (
-        "the student finishes 55% of its answers, the teacher 98%; the student's tokens cost the teacher 1.9 nats each, the student "
-        "0.5; its answers have 21 tokens on average, the teacher's 6: another style, about which the teacher's states say little"
+        "the student finishes 55% of its answers, the teacher 98%; the student's tokens cost the teacher 1.9 nats each, the "
+        "student 0.5; its answers have 21 tokens on average, the teacher's 6: another style, about which the teacher's states say "
+        "little"
     )
     assert rule["settings"] == {"lmbda": FIRST, "output_space": "cross_entropy", "reduction": "token"}
     assert start(wider, finished=0.55)["settings"] == {"lmbda": FIRST}  # beside its reverse KL
