@@ -25,7 +25,7 @@ from oprd.run_config import GivenObjects, RunConfig
 from oprd.training.trainer import OPRDTrainer
 from oprd.types import Rollouts
 from test_alignment import completions
-from test_cross_tokenizer_training import CHARACTERS, OTHERS, PIECES, Side, pair_by_text
+from test_cross_tokenizer_training import CHARACTERS, OTHERS, PIECES, Side, pair_by_text, pieces, side
 from tiny import tiny_tokenizer, tiny_trainer, weights, without_times
 from tokenizer_kinds import KINDS, pieces_of, tokenizer_of
 
@@ -185,6 +185,14 @@ def test_what_the_student_cannot_write_ends_its_response_and_is_said():
     assert last.counts.incomplete == 1
 
 
+def test_a_last_character_that_the_student_lacks_is_counted():
+    """After the last token of a response without an end there is no position that could show the loss."""
+    theirs = side(pieces("1", "x", end="<eot>"))
+    found = by_hand(CHARACTERS_WITHOUT_X, theirs, ["1", "x"], "length")
+    assert found.rollouts.completion_ids == [CHARACTERS_WITHOUT_X.split("1")]
+    assert found.counts.reasons == {"unknown_to_teacher": 1}
+
+
 def test_a_response_of_which_nothing_can_be_written_is_left_out_and_the_others_stay():
     aligner = Aligner(PIECES.tokenizer, OTHERS.tokenizer)
     prompts = [Prompt(i, [4, 5], PromptRow("1+2=")) for i in (5, 6)]
@@ -254,6 +262,7 @@ def far_trainer(folder, *, ours=CHARACTERS, theirs=PIECES, teacher_writes=None, 
     return trainer, seen
 
 
+CHARACTERS_WITHOUT_X = side(pieces("1", "2"))
 RESPONSES = [PIECES.split("12", "=", "ab", "<end>"), PIECES.split("01", "+1"), PIECES.split("<end>")]
 
 

@@ -36,6 +36,8 @@ PAIRS = {"wider": "a deeper, wider teacher", "other_tokenizer": "a teacher with 
 PROJECTORS = ("least_squares", "procrustes")
 UNITS = ("", "_none", "_direction")
 SIDE = ("procrustes_rank_32", "procrustes_normalized")
+INSIDE = ("least_squares_inside", "procrustes_inside")
+"""Only of the pair with two tokenizers."""
 NAMES = {
     "least_squares": "least squares",
     "least_squares_none": "least squares, units none",
@@ -45,6 +47,8 @@ NAMES = {
     "procrustes_direction": "Procrustes, units direction",
     "procrustes_rank_32": "Procrustes, rank 32",
     "procrustes_normalized": "Procrustes, normalised",
+    "least_squares_inside": "least squares, states inside tokens interpolated",
+    "procrustes_inside": "Procrustes, states inside tokens interpolated",
 }
 RATES = (3.0e-4, 1.0e-3, 3.0e-3)
 
@@ -60,12 +64,17 @@ def measure(work: Work) -> dict[str, Any]:
             tuning = [r for r in committed_tuning(HERE, PROJECTORS) if r["pair"] == pair]
         rates = {projector: best_rate(tuning, projector) for projector in PROJECTORS}
         found["tuning"] += [{**r, "pair": pair} for r in tuning]
-        own = {name: [rates[_projector(name)]] for name in NAMES}
+        own = {name: [rates[_projector(name)]] for name in names_of(pair)}
         main = {name: rate for name, rate in own.items() if name not in SIDE}
         found[pair] = run_comparison(file, work, folder=folder, seeds=first_seeds(work, 5), rates=main)
         beside = {name: own[name] for name in SIDE}
         found[pair] += run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=beside)
     return found
+
+
+def names_of(pair: str) -> list[str]:
+    """What is trained on a pair."""
+    return [name for name in NAMES if name not in INSIDE or pair == "other_tokenizer"]
 
 
 def _projector(name: str) -> str:
@@ -98,7 +107,16 @@ def _units(result: Result) -> str:
             gaps = {unit[1:]: difference(result[pair], name + unit, name) for unit in UNITS[1:]}
             said = ", ".join(f"`{unit}` {points(*gap[:2])}" for unit, gap in gaps.items())
             parts.append(f"{NAMES[name]}, {teacher}: {said}")
-    return f"Units against `mean`: {'; '.join(parts)}."
+    across = result["other_tokenizer"]
+    inside = (
+        f"{NAMES[p]} {points(*difference(across, f'{p}_inside', p)[:2])}"
+        for p in PROJECTORS
+        if of(across, f"{p}_inside")
+    )
+    return (
+        f"Units against `mean`: {'; '.join(parts)}.\n\nInterpolating the teacher's states inside its tokens (`inside_tokens: interpolate`) against "
+        f"leaving these positions out: {'; '.join(inside)}."
+    )
 
 
 def draw(result: Result, figure: Any) -> None:

@@ -28,7 +28,7 @@ CLAIM = (
     "(the usual cold start; of hidden states across tokenizers no public result was found)."
 )
 SETTING = (
-    "Stand-in for a pair of two public models (`recipes/far_pair.yaml`, not measured): the embedded student, and a teacher of 6 layers with another "
+    "Stand-in for a pair of two public models (`evidence/e23_far_pair/recipe.yaml`, not measured): the embedded student, and a teacher of 6 layers with another "
     "tokenizer and chat template, trained separately. Bridge of rank 16 from 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, three seeds. "
     "Each loss has its own rate, tuned on seed 10 on a grid that grows until the best rate is inside. The teacher's responses are decoded and tokenised again "
     "for the student."
@@ -52,7 +52,15 @@ SHORT = {
     "states_and_output_space": "states +\nfull reverse KL",
 }
 BOTH = "supervised_then_states"
-RATES = (3.0e-4, 1.0e-3, 3.0e-3)
+GRIDS = {
+    "supervised": (3.0e-5, 1.0e-4, 3.0e-4),
+    "states": (3.0e-4, 1.0e-3, 3.0e-3),
+    "supervised_then_states": (1.0e-4, 3.0e-4, 1.0e-3),
+    "mixed": (1.0e-4, 3.0e-4, 1.0e-3),
+    "output_space": (3.0e-5, 1.0e-4, 3.0e-4),
+    "states_and_output_space": (1.0e-4, 3.0e-4, 1.0e-3),
+}
+"""Rates to begin with."""
 
 
 def measure(work: Work) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def measure(work: Work) -> dict[str, Any]:
     names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(NAMES)
     folder = "far_pair"
     if work.tune:
-        tuning = tune_inside(FILE, work, folder=folder, grids=dict.fromkeys(names, RATES))
+        tuning = tune_inside(FILE, work, folder=folder, grids={name: GRIDS[name] for name in names})
     else:
         tuning = committed_tuning(HERE, names)
     rates = {name: best_rate(tuning, name) for name in names}

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.alignment.model_pair import ComparedPositions
+from oprd.alignment.position_pairs import InsideTokens
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.rows import PER_DATASET, for_dataset
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
@@ -227,6 +228,14 @@ class OPRDConfig(TrainingArguments):
         metadata=_help(
             "merge: ids that end a text for either model are one event; by_id: they are different events; skip: do "
             "not distil where the end is predicted."
+        ),
+    )
+
+    inside_tokens: str = field(
+        default="skip",
+        metadata=_help(
+            "With a bridge across tokenizers, at positions inside a token of the teacher: skip, or interpolate its states "
+            "(experimental)."
         ),
     )
 
@@ -461,6 +470,7 @@ class OPRDConfig(TrainingArguments):
             self.output_positions,
             self.output_position_k,
             self.end_of_turn,  # type: ignore[arg-type]
+            self.inside_tokens,  # type: ignore[arg-type]
         )
 
     @property
@@ -519,6 +529,12 @@ def _check_objective(config: Any) -> None:
             f"gradient_accumulation_steps: {config.gradient_accumulation_steps} does not go with reduction='token', whose mean "
             "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
             "generation_batch_size bound the memory)"
+        )
+    if config.inside_tokens not in get_args(InsideTokens):
+        raise ValueError(f"inside_tokens: {config.inside_tokens!r} is not one of {', '.join(get_args(InsideTokens))}")
+    if config.inside_tokens != "skip" and config.bridge is None:
+        raise ValueError(
+            f"inside_tokens: {config.inside_tokens!r} has no effect without a bridge; set bridge to its folder, or leave it at skip"
         )
     if config.bridge_rank is not None and config.bridge is None:
         raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
-from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
+from oprd.alignment.position_pairs import InsideTokens, PositionPairs, pair_positions, request_pair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
 from oprd.data.prompts import Prompt, prepare_prompts
@@ -36,6 +36,7 @@ class ComparedPositions:
         output_positions: position set of the next-token distributions.
         output_position_k: k of last_k and first_k for these.
         end_of_turn: how ids that end a text are treated (`OPRDConfig.end_of_turn`).
+        inside_tokens: what is matched inside a token of a teacher with its own tokens (`OPRDConfig.inside_tokens`).
     """
 
     positions: str = "all"
@@ -43,6 +44,7 @@ class ComparedPositions:
     output_positions: str = "all"
     output_position_k: int | None = None
     end_of_turn: EndOfTurn = "merge"
+    inside_tokens: InsideTokens = "skip"
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,9 @@ class ModelPair:
         event_of = self.shared_vocabulary.event_of if heads else {}
         where = self.compared
         pairs = pair_positions(
-            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k
-        )
+            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k,
+            inside_tokens=where.inside_tokens,
+        )  # fmt: skip
         return pairs, stats
 
     def requests(
