@@ -64,11 +64,12 @@ def measure(work: Work) -> dict[str, Any]:
             tuning = [r for r in committed_tuning(HERE, PROJECTORS) if r["pair"] == pair]
         rates = {projector: best_rate(tuning, projector) for projector in PROJECTORS}
         found["tuning"] += [{**r, "pair": pair} for r in tuning]
-        own = {name: [rates[_projector(name)]] for name in names_of(pair)}
+        names = [n for n in (*PROJECTORS, *INSIDE) if n in names_of(pair)] if work.quick else names_of(pair)
+        own = {name: [rates[_projector(name)]] for name in names}
         main = {name: rate for name, rate in own.items() if name not in SIDE}
         found[pair] = run_comparison(file, work, folder=folder, seeds=first_seeds(work, 5), rates=main)
-        beside = {name: own[name] for name in SIDE}
-        found[pair] += run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=beside)
+        if beside := {name: own[name] for name in SIDE if name in own}:
+            found[pair] += run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=beside)
     return found
 
 
@@ -104,7 +105,8 @@ def _units(result: Result) -> str:
     parts = []
     for pair, teacher in PAIRS.items():
         for name in PROJECTORS:
-            gaps = {unit[1:]: difference(result[pair], name + unit, name) for unit in UNITS[1:]}
+            tried = [unit for unit in UNITS[1:] if of(result[pair], name + unit)]
+            gaps = {unit[1:]: difference(result[pair], name + unit, name) for unit in tried}
             said = ", ".join(f"`{unit}` {points(*gap[:2])}" for unit, gap in gaps.items())
             parts.append(f"{NAMES[name]}, {teacher}: {said}")
     across = result["other_tokenizer"]
