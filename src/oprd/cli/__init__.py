@@ -13,7 +13,22 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
+from oprd.cli import (
+    bench,
+    bridge,
+    compare,
+    data,
+    demo,
+    diagnose,
+    doctor,
+    evaluation,
+    init,
+    keys,
+    push,
+    report,
+    train,
+    watch,
+)  # fmt: skip
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -31,6 +46,7 @@ app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.command("watch")(watch.watch)
 app.command("report")(report.report)
 app.command("push")(push.push)
 app.command("keys")(keys.keys)

@@ -348,6 +348,7 @@ class OPRDTrainer(Trainer):
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
                 self.summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+                self.summary["resumed_from_step"] = step_of(checkpoint) if checkpoint else 0
                 leave_results(self, self.summary, started=started, say=say)
         return output
 

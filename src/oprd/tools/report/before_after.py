@@ -23,12 +23,24 @@ from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
-from oprd.tools.report.distances import comparable_teacher, token_distances, token_texts
+from oprd.tools.report.distances import comparable_teacher, layer_distances, rounded, token_texts
 from oprd.tools.report.read import RunRecord
-from oprd.tools.report.rollouts import FORMAT, Distances, Pair, Side, as_side, logged_pairs, prompt_text
+from oprd.tools.report.rollouts import (
+    FORMAT,
+    Distances,
+    Pair,
+    Side,
+    as_side,
+    best_and_worst,
+    logged_pairs,
+    prompt_text,
+)
 from oprd.types import Rollouts
 
 Row = Mapping[str, Any]
+
+_ANSWERS = 4  # to each problem, of which the first is shown before and after
+_MOST_LAYERS = 6  # whose distances are kept one by one
 
 
 def measure_distances(
@@ -77,7 +89,7 @@ def measure_distances(
     reader = _Reader(tokenizer, sorted(stops), config, longest, teacher, layers)
     prompts = reader.prompts(record.completions, problems, notes)
     candidates = logged_pairs(record.completions, problems)
-    fresh: list[list[Side]] = []
+    fresh: list[list[list[Side]]] = []
     logged: list[list[Side | None]] = []
     for end, who in enumerate(("before", "after")):
         if end:
@@ -95,10 +107,16 @@ def measure_distances(
         bridge=config.get("bridge"),
         sampling=reader.describe_sampling(),
         unavailable=unavailable,
-        before_after=[Pair(early, late) for early, late in zip(*fresh, strict=True)],
+        before_after=[Pair(early[0], late[0]) for early, late in zip(*fresh, strict=True)],
         logged=[Pair(early, late) for early, late in zip(*logged, strict=True) if early and late],
         notes=notes,
+        shown_layers=reader.shown_layers,
+        best_worst=sorted(filter(None, map(best_and_worst, fresh[1])), key=_equal_verdicts),
     )
+
+
+def _equal_verdicts(pair: Pair) -> bool:
+    return pair.early.correct == pair.late.correct
 
 
 class _Reader:
@@ -115,6 +133,7 @@ class _Reader:
     ) -> None:
         self.tokenizer, self.config, self.longest = tokenizer, config, longest
         self.teacher, self.layers = teacher, layers
+        self.shown_layers = _few(layers) if teacher is not None else []
         limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
         self.sampling = Sampling(
             min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
@@ -159,10 +178,11 @@ class _Reader:
             split_special_tokens=self.renderer.split_special_tokens,
         )  # fmt: skip
 
-    def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[Side]:
-        """One completion per prompt, graded, with distances."""
+    def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[list[Side]]:
+        """Completions of each prompt, graded, with distances: several where they are sampled, one where they are greedy."""
+        count = _ANSWERS if self.sampling.temperature else 1
         rollouts = self.engine.generate(
-            student.model, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
+            student.model, [p.ids for p in prompts], num_generations=count, sampling=self.sampling,
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
         ).rollouts  # fmt: skip
         if self.task is None:
@@ -179,7 +199,8 @@ class _Reader:
                 rollouts.rows, rollouts.texts, verdicts, rollouts.finish_reasons, rollouts.completion_ids, strict=True
             )
         ]  # fmt: skip
-        return self._read(student, sides, rollouts)
+        read = self._read(student, sides, rollouts)
+        return [read[start : start + count] for start in range(0, len(read), count)]
 
     def read_again(self, student: LoadedModel, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
         """Logged rollouts with distances; None for one without tokens. A run records text alone, so this tokenizes it again."""
@@ -214,11 +235,21 @@ class _Reader:
     def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
         if self.teacher is None:
             return list(sides)
-        distances = token_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        found = layer_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        kept = [self.layers.index(layer) for layer in self.shown_layers]
         return [
-            replace(side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(own))
-            for side, ids, own in zip(sides, rollouts.completion_ids, distances, strict=True)
-        ]
+            replace(
+                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(own_LT.mean(0))),
+                by_layer=tuple(tuple(rounded(own_LT[place])) for place in kept),
+            )
+            for side, ids, own_LT in zip(sides, rollouts.completion_ids, found, strict=True)
+        ]  # fmt: skip
+
+
+def _few(layers: Sequence[int]) -> list[int]:
+    """The first and the last layer and some between, at equal distances."""
+    count = min(len(layers), _MOST_LAYERS)
+    return [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def _model_names(record: RunRecord) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
@@ -69,29 +70,41 @@ def comparable_teacher(
 
 
 @torch.no_grad()
-def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
-    """The distance at every response token of every rollout (defined at the top of this module).
+def layer_distances(pair: ModelPair, rollouts: Rollouts) -> list[Tensor]:
+    """The distance of every layer at every response token: for each rollout one tensor `[layers, tokens]`, float32.
 
     Args:
-        pair: student and teacher; both read the same tokens.
+        pair: student and teacher; both read the same tokens. Its layers are compared.
         rollouts: what they read.
 
     Raises:
         ValueError: `pair.layers` names a layer that one of the models does not have.
     """
     model, device = pair.student.model, next(pair.student.model.parameters()).device
-    results: list[list[float]] = [[] for _ in range(len(rollouts))]
+    results: list[Tensor] = [torch.empty(0)] * len(rollouts)
     for group in plan_micro_batches(rollouts.input_lengths, _MICRO_BATCH_TOKENS):
         request = request_states(rollouts.select(group), pair.layers, pad_token_id=pair.pad_token_id).to(device)
         student, teacher = gather_states(model, request), pair.teacher.states(request)
-        total_N = torch.zeros(len(student.rollout_index), device=device)
+        lines = []
         for layer, own, theirs in zip(student.layers, student.values, teacher.values, strict=True):
             if isinstance(pair.teacher, ProjectsStudent):
                 own = pair.teacher.project_student(layer, own)
-            total_N += (1 - cosine(own, theirs)).clamp_min(0) / len(pair.layers)
+            lines.append((1 - cosine(own, theirs)).clamp_min(0))
+        distances_LN = torch.stack(lines).cpu()
+        index_N = student.rollout_index.cpu()
         for place, index in enumerate(group):
-            results[index] = [round(d, 6) for d in total_N[student.rollout_index == place].tolist()]
+            results[index] = distances_LN[:, index_N == place]
     return results
+
+
+def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
+    """The distance at every response token of every rollout: the mean over layers of `layer_distances`."""
+    return [rounded(own.mean(0)) for own in layer_distances(pair, rollouts)]
+
+
+def rounded(distances_T: Tensor) -> list[float]:
+    """Distances for a file."""
+    return [round(distance, 6) for distance in distances_T.tolist()]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
