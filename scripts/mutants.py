@@ -595,7 +595,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_parity.py::test_gaps_are_in_the_order_of_the_rollouts"),
     ],
     "rollouts/teacher_text.py": [
-        ("a finished response keeps no end", "            ids.append(self._end(prompt.row))", "            pass",
+        ("a finished response keeps no end", "            ids.append(self._end(row))", "            pass",
          "test_teacher_text.py::test_a_finished_response_ends_with_the_students_end"),
         ("a response may be longer than the limit", "kept[place] = ids[:limit]", "kept[place] = ids",
          "test_teacher_text.py::test_more_tokens_than_allowed_are_cut_and_counted"),

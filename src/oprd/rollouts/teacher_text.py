@@ -153,8 +153,12 @@ class Rewriter:
         """
         kept: dict[int, list[int]] = {}
         cut, incomplete, reasons, examples = 0, 0, Counter[str](), []
+        openings: dict[int, tuple[str, str]] = {}  # of each dataset row
         for place, prompt in enumerate(prompts):
-            ids, reason = self._rewrite(written.completion_ids[place], written.finish_reasons[place], prompt)
+            if prompt.index not in openings:
+                openings[prompt.index] = self._openings(prompt)
+            response = written.completion_ids[place], written.finish_reasons[place]
+            ids, reason = self._rewrite(*response, prompt.row, *openings[prompt.index])
             if reason := reason or ("" if ids else "cut_character"):
                 reasons[reason] += 1
                 examples.append(printable(written.texts[place])[:80])
@@ -173,23 +177,28 @@ class Rewriter:
         )  # fmt: skip
         return Written(rollouts, [*kept], counts)
 
-    def _rewrite(self, completion: Sequence[int], finished: FinishReason, prompt: Prompt) -> tuple[list[int], str]:
-        """One response in the student's ids, none if nothing of it can be written; and why a part is missing, "" if none is."""
+    def _openings(self, prompt: Prompt) -> tuple[str, str]:
+        """The whitespace before a response that is not part of it: of the teacher and of the student."""
         theirs, own_space, teacher_space = self.aligner.render(prompt.row)
-        opening = self.mirror.student.opening(theirs, teacher_space)
+        return self.mirror.student.opening(theirs, teacher_space), self.mirror.teacher.opening(prompt.ids, own_space)
+
+    def _rewrite(
+        self, completion: Sequence[int], finished: FinishReason, row: PromptRow, opening: str, own_opening: str
+    ) -> tuple[list[int], str]:
+        """One response in the student's ids, none if nothing of it can be written; and why a part is missing, "" if none is."""
         found = align_completion(
             self.mirror,
             self.same_ids,
             completion,
             finish_reason=finished,
             student_opening=opening,
-            teacher_opening=self.mirror.teacher.opening(prompt.ids, own_space),
+            teacher_opening=own_opening,
         )
         ids = list(found.teacher_ids)
         if ids[-1:] == [self.mirror.end_id]:  # also where it only marks the last position of a response without an end
             ids.pop()
         if found.ended:
-            ids.append(self._end(prompt.row))
+            ids.append(self._end(row))
         # The student writes the whitespace before a response itself.
         return [*found.teacher_opening, *ids] if ids else [], self._lost(found, completion, finished, opening)
 
