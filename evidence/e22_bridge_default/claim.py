@@ -28,8 +28,8 @@ CLAIM = (
 )
 SETTING = (
     "Embedded student (4 layers, width 128) and two teachers of 6 layers, trained separately: width 160 with the same tokenizer, and width 128 with "
-    "another. Bridges of rank 16 from the same 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, five seeds; rank 32 and normalised states "
-    "on three. Each projector's rate is tuned on seed 10 with the units `mean`, on a grid that grows until the best rate is inside."
+    "another. Bridges of rank 16 from the same 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, five seeds; rank 32, normalised states and "
+    "interpolation inside tokens on three. Each projector's rate is tuned on seed 10 with the units `mean`, on a grid that grows until the best rate is inside."
 )
 HERE = Path(__file__).parent
 PAIRS = {"wider": "a deeper, wider teacher", "other_tokenizer": "a teacher with another tokenizer"}
@@ -66,9 +66,9 @@ def measure(work: Work) -> dict[str, Any]:
         found["tuning"] += [{**r, "pair": pair} for r in tuning]
         names = [n for n in (*PROJECTORS, *INSIDE) if n in names_of(pair)] if work.quick else names_of(pair)
         own = {name: [rates[_projector(name)]] for name in names}
-        main = {name: rate for name, rate in own.items() if name not in SIDE}
+        main = {name: rate for name, rate in own.items() if name not in (*SIDE, *INSIDE)}
         found[pair] = run_comparison(file, work, folder=folder, seeds=first_seeds(work, 5), rates=main)
-        if beside := {name: own[name] for name in SIDE if name in own}:
+        if beside := {name: rate for name, rate in own.items() if name not in main}:
             found[pair] += run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=beside)
     return found
 

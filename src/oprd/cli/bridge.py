@@ -81,7 +81,6 @@ def fit(
     quiet_libraries()
     from oprd.bridge.collect import check_fitting, fit_bridge
     from oprd.bridge.files import refuse_existing
-    from oprd.bridge.fit import DEFAULT_PROJECTOR
     from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
 
@@ -93,7 +92,7 @@ def fit(
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
     fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
-    fitting |= {"projector": projector or DEFAULT_PROJECTOR, "ridge": _ridge(ridge)}
+    fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
     check_fitting(len(rows), held_out, **fitting)
     pair = load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code)
     bridge = fit_bridge(
