@@ -135,7 +135,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a schedule one step early", 'min(step / weight["steps"], 1.0)', 'min((step + 1) / weight["steps"], 1.0)',
          "test_composite.py::test_weights_by_hand"),
         ("a jump after the first step", "float(x >= 1)", "float(x > 0)", "test_composite.py::test_weights_by_hand"),
-        ("a weight that fades in counts as off", 'max(weight["start"], weight["end"])', 'weight["start"]',
+        ("a weight that fades in counts as off", 'return bounds(weight)[1] > 0', 'return bounds(weight)[0] > 0',
          "test_composite.py::test_a_weight_is_on_if_it_ever_counts"),
     ],
     "objectives/head_metric.py": [
@@ -172,6 +172,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          'ON_POLICY_KINDS = ("sampled_token",)', "test_off_policy.py::test_what_cannot_be_is_refused"),
     ],
     "objectives/composite.py": [
+        ("the student's own tokens are learned too", "        if on_policy:\n            weights |=", "        if False:\n            weights |=",
+         "test_teacher_text.py::test_a_supervised_term_counts_where_the_teacher_writes"),
         ("the policy gradient fades in, too", '"none": 1.0}', '"none": fade_in}',
          "test_objectives_in_training.py::test_a_crossfade_leaves_the_policy_gradient_alone"),
         ("clip_ratio is a share of the matched positions", "self._observer(self.totals.tokens),",
@@ -179,7 +181,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_objectives_in_training.py::test_clipping_is_counted_over_all_tokens_whichever_positions_the_other_terms_have"),
         ("layers are summed", "self._weighted(name, value / objective.num_layers)", "self._weighted(name, value)",
          "test_trainer.py::test_two_steps_equal_plain_pytorch"),
-        ("distributions are divided by all tokens", "else self.totals.compared)\n", "else self.totals.tokens)\n",
+        ("distributions are divided by all tokens", "self._at(index_P, events_P, self.totals.compared)", "self._at(index_P, events_P, self.totals.tokens)",
          "test_off_policy.py::test_positions_of_the_output_space_loss_by_hand"),
         ("the policy gradient is divided by the matched positions", "self._weights(index_M, self.totals.tokens)",
          "self._weights(index_M, self.totals.positions)",
@@ -661,6 +663,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("rollouts in the order of the micro-batches", "[own[i] for i in range(len(rollouts))]", "list(own.values())",
          "test_parity.py::test_gaps_are_in_the_order_of_the_rollouts"),
     ],
+    "rollouts/teacher_text.py": [
+        ("a finished response keeps no end", "            ids.append(self._end(row))", "            pass",
+         "test_teacher_text.py::test_a_finished_response_ends_with_the_students_end"),
+        ("a response may be longer than the limit", "kept[place] = ids[:limit]", "kept[place] = ids",
+         "test_teacher_text.py::test_more_tokens_than_allowed_are_cut_and_counted"),
+        ("a lost last token is not said", 'return "unknown_to_teacher" if rest.decode(errors="ignore") else ""', 'return ""',
+         "test_teacher_text.py::test_a_last_character_that_the_student_lacks_is_counted"),
+    ],
     "rollouts/engine.py": [
         ("the stop token is cut off", "completion[: index + 1]", "completion[:index]",
          "test_rollout.py::test_a_completion_ends_with_its_first_stop_token_or_at_the_limit"),
@@ -1095,7 +1105,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "runs/model_card.py": [
         ("a lost gap is called closed", "    if closed < 0:\n", "    if closed < -1:\n",
          "test_model_card.py::test_a_run_that_did_harm_says_so"),
-        ("the teacher's responses are called the student's", 'return float(settings.get("lmbda", 1.0))', "return 1.0",
+        ("the teacher's responses are called the student's", 'return sum(bounds(settings.get("lmbda", 1.0))) / 2', "return 1.0",
          "test_model_card.py::test_the_card_names_what_was_done"),
         ("a card without OPRD's loss names the paper", 'settings.get("representation_weight", 1.0) == 0',
          'settings.get("representation_weight", 1.0) is None', "test_model_card.py::test_the_card_names_what_was_done"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.alignment.model_pair import ComparedPositions
+from oprd.alignment.position_pairs import InsideTokens
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.rows import PER_DATASET, for_dataset
 from oprd.models.quantization import GRIDS
@@ -18,7 +20,7 @@ from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
-from oprd.objectives.schedules import check_weight, is_on
+from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, engine_abilities
@@ -218,9 +220,11 @@ class OPRDConfig(TrainingArguments):
         default=False,
         metadata=_help("Sample the next step's rollouts during the update, one step off-policy."),
     )
-    lmbda: float = field(
+    lmbda: float | dict[str, Any] = field(
         default=1.0,
-        metadata=_help("Share of steps in which the student writes the rollouts, else the teacher; 1 is on-policy."),
+        metadata=_help(
+            "Share of steps in which the student writes the rollouts, else the teacher; 1 is on-policy; may be a schedule."
+        ),
     )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
@@ -276,6 +280,14 @@ class OPRDConfig(TrainingArguments):
         metadata=_help(
             "merge: ids that end a text for either model are one event; by_id: they are different events; skip: do "
             "not distil where the end is predicted."
+        ),
+    )
+
+    inside_tokens: str = field(
+        default="skip",
+        metadata=_help(
+            "With a bridge across tokenizers, at positions inside a token of the teacher: skip, or interpolate its states "
+            "(experimental)."
         ),
     )
 
@@ -512,6 +524,7 @@ class OPRDConfig(TrainingArguments):
             self.output_positions,
             self.output_position_k,
             self.end_of_turn,  # type: ignore[arg-type]
+            self.inside_tokens,  # type: ignore[arg-type]
         )
 
     @property
@@ -577,6 +590,12 @@ def _check_objective(config: Any) -> None:
             "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
             "generation_batch_size bound the memory)"
         )
+    if config.inside_tokens not in get_args(InsideTokens):
+        raise ValueError(f"inside_tokens: {config.inside_tokens!r} is not one of {', '.join(get_args(InsideTokens))}")
+    if config.inside_tokens != "skip" and config.bridge is None:
+        raise ValueError(
+            f"inside_tokens: {config.inside_tokens!r} has no effect without a bridge; set bridge to its folder, or leave it at skip"
+        )
     if config.bridge_rank is not None and config.bridge is None:
         raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")
     if not 1 <= config.extrapolation < math.inf:
@@ -628,17 +647,20 @@ def _check_quantization(config: Any) -> None:
 
 def _check_writer(config: Any) -> None:
     """Refuse a writer of the rollouts from whom the loss cannot learn."""
-    if not 0 <= config.lmbda <= 1:
+    if isinstance(config.lmbda, Mapping):
+        check_weight("lmbda", config.lmbda)
+    least, greatest = bounds(config.lmbda)
+    if not 0 <= least <= greatest <= 1:
         raise ValueError(
             f"lmbda: {config.lmbda} is not allowed; a share from 0 (the teacher writes) to 1 (the student)"
         )
     kind = None if config.output_term is None else config.output_term.kind
-    if config.lmbda < 1 and (kind in ON_POLICY_KINDS or is_on(config.policy_gradient_weight)):
+    if least < 1 and (kind in ON_POLICY_KINDS or is_on(config.policy_gradient_weight)):
         raise ValueError(
             f"lmbda: {config.lmbda} is not allowed with output_space={', '.join(ON_POLICY_KINDS)} or "
             "policy_gradient_weight, whose gradients are expectations over the student's own tokens; set it to 1"
         )
-    if kind == "cross_entropy" and config.lmbda == 1:
+    if kind == "cross_entropy" and least == 1:
         raise ValueError(
             "output_space: cross_entropy on the student's own tokens has no gradient in expectation; let the teacher write "
             "(lmbda: 0)"
@@ -661,7 +683,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
             f"overlap_rollouts: not with output_space={', '.join(ON_POLICY_KINDS)} or policy_gradient_weight, whose "
             "gradients are expectations over tokens that the student of the same step has drawn; set it to false"
         )
-    if config.lmbda < 1:
+    if bounds(config.lmbda)[0] < 1:
         raise ValueError(
             f"overlap_rollouts: not with lmbda={config.lmbda}, which lets the teacher write; set one of the two off"
         )
@@ -676,13 +698,18 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
         )
 
 
-def check_default_ends(config: Any) -> None:
+def check_own_tokens(config: Any) -> None:
     """Refuse settings that are not supported with a teacher that reads its own prompts and tokens.
 
     Raises:
         ValueError: names the key and the value.
     """
-    for name, default in (("output_positions", "all"), ("end_of_turn", "merge"), ("lmbda", 1.0)):
+    if bounds(config.lmbda)[0] < 1 and config.rollout_engine in ("vllm", "vllm_server"):
+        raise ValueError(
+            f"rollout_engine: {config.rollout_engine!r} holds one model, and with lmbda={config.lmbda} a teacher with its own "
+            "prompts and tokens writes too; set rollout_engine to decode, or lmbda to 1"
+        )
+    for name, default in (("output_positions", "all"), ("end_of_turn", "merge")):
         if getattr(config, name) != default:
             raise ValueError(
                 f"{name}: {getattr(config, name)!r} is not supported with a teacher that reads its own prompts and tokens (another "

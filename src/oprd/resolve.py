@@ -28,7 +28,7 @@ from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
-from oprd.config import AUTO, OPRDConfig, check_default_ends
+from oprd.config import AUTO, OPRDConfig, check_own_tokens
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, PromptRenderer
 from oprd.data.responses import FixedResponses, read_responses
@@ -52,7 +52,7 @@ from oprd.models.quantization import fake_quantize
 from oprd.models.tokens import check_same_tokens, different_tokens, say_ends, vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import check_terms, compares_states, given_terms, named_terms
-from oprd.objectives.schedules import is_on, scaled
+from oprd.objectives.schedules import bounds, is_on, scaled
 from oprd.objectives.terms import (
     HeadTerm,
     LayerTerm,
@@ -60,6 +60,7 @@ from oprd.objectives.terms import (
     PolicyGradient,
     PolicyTerm,
     Representation,
+    is_supervised,
 )  # fmt: skip
 from oprd.registry import arguments_problem, resolve_with_arguments
 from oprd.rollouts.engine import RolloutEngine
@@ -184,7 +185,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
         head_dtype=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
     )
     if aligner is not None:
-        _check_own_text(args, pair)
+        _check_own_text(run, pair)
     _check_cache(pair)
     _check_readable(pair)
     _say_ends(pair)
@@ -346,7 +347,7 @@ def build_rewards(run: RunConfig) -> RewardFunctions | None:
     rewards = reward_functions(args.reward_funcs, run.given.reward_funcs, args.reward_weights, graded=_graded(run))
     if rewards is None:
         return None
-    if args.lmbda == 0 and not run.eval_dataset:
+    if bounds(args.lmbda)[1] == 0 and not run.eval_dataset:
         raise ValueError(
             f"reward_funcs: nothing would call {', '.join(rewards.names)}: with lmbda: 0 the teacher writes all rollouts, and "
             "there is no eval_dataset; leave them out, or set one of the two"
@@ -977,7 +978,7 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any, sourc
     if isinstance(teacher, CanSample):
         return
     fixed = source is not None and (source.cache is not None or source.responses is not None)
-    if run.args.lmbda < 1 and not fixed:
+    if bounds(run.args.lmbda)[0] < 1 and not fixed:
         raise ValueError(
             f"lmbda: {run.args.lmbda} lets the teacher write, and {name} cannot sample here; set lmbda: 1, or give it a method "
             "sampler (oprd.states.teachers.CanSample)"
@@ -1066,7 +1067,7 @@ def _aligner(
     aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
     if aligner is not None:
         check_one_text(aligner, compares_states=compares_states(terms) and args.bridge is None)
-        if _have(terms, HeadTerm):
+        if any(isinstance(term.objective, HeadTerm) and not is_supervised(term.objective) for term in terms.values()):
             logger.warning(
                 "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
                 "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
@@ -1090,9 +1091,15 @@ def _comparable_layers(
     return ()
 
 
-def _check_own_text(args: OPRDConfig, pair: ModelPair) -> None:
+def _check_own_text(run: RunConfig, pair: ModelPair) -> None:
     """Check the settings for a teacher that reads its own prompts and tokens."""
-    check_default_ends(args)
+    check_own_tokens(run.args)
+    if bounds(run.args.lmbda)[0] < 1 and run.given.rollout_engine is not None:
+        raise ValueError(
+            f"rollout_engine: the given {type(run.given.rollout_engine).__name__} samples in the student's tokens, and with lmbda="
+            f"{run.args.lmbda} a teacher with its own prompts and tokens writes too; name the engine in OPRDConfig, so that one is "
+            "made for each, or set lmbda to 1"
+        )
     assert pair.aligner is not None, "the caller has checked"
     logger.info(
         "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
@@ -1370,6 +1377,7 @@ def _tokenizer_line(run: RunConfig) -> str:
     aligner = args.prompt_rendering.aligner(student, teacher, *ends)
     if aligner is None:
         return "tokenizers: the teacher gives the student's ids the same tokens"
+    check_own_tokens(args)
     check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
     shared = len(aligner.shared_vocabulary()[0])
     return (

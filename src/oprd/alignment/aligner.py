@@ -187,7 +187,7 @@ class Aligner:
         prompts, alignments = [], []
         for index, number in enumerate(rollouts.rows):
             if number not in rendered:
-                rendered[number] = self._render(rows[number])
+                rendered[number] = self.render(rows[number])
             prompt, student_space, teacher_space = rendered[number]
             alignment = align_completion(
                 self.pair,
@@ -232,7 +232,12 @@ class Aligner:
         shared = {ours: i for ours, i in shared.items() if ours not in self.pair.stop_ids and i not in taken} | meant
         return sorted(shared), [shared[i] for i in sorted(shared)]
 
-    def _render(self, row: PromptRow) -> tuple[list[int], str, str]:
+    def render(self, row: PromptRow) -> tuple[list[int], str, str]:
+        """The teacher's prompt, and the whitespace that the student's and the teacher's template insert before a response.
+
+        Raises:
+            ValueError: the teacher's template cannot render the prompt; the message names the row.
+        """
         theirs = self.teacher_row(row)
         return (
             self.teacher_renderer.render(theirs),

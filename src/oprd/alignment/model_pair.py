@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats
-from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
+from oprd.alignment.position_pairs import InsideTokens, PositionPairs, pair_positions, request_pair
 from oprd.alignment.privileged import quotes
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
@@ -38,6 +38,7 @@ class ComparedPositions:
         output_positions: position set of the next-token distributions.
         output_position_k: k of last_k and first_k for these.
         end_of_turn: how ids that end a text are treated (`OPRDConfig.end_of_turn`).
+        inside_tokens: what is matched inside a token of a teacher with its own tokens (`OPRDConfig.inside_tokens`).
     """
 
     positions: str = "all"
@@ -45,6 +46,7 @@ class ComparedPositions:
     output_positions: str = "all"
     output_position_k: int | None = None
     end_of_turn: EndOfTurn = "merge"
+    inside_tokens: InsideTokens = "skip"
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,9 @@ class ModelPair:
         event_of = self.shared_vocabulary.event_of if heads else {}
         where = self.compared
         pairs = pair_positions(
-            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k
-        )
+            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k,
+            inside_tokens=where.inside_tokens,
+        )  # fmt: skip
         return pairs, stats
 
     def requests(

@@ -49,8 +49,10 @@ class BridgedTeacher:
                 return
             found.update({own: self.bridge.project_teacher(own, states) for own in served[layer]})
 
-        hand_over(self.teacher, replace(request, layers=tuple(sorted(served))), read)
+        hand_over(self.teacher, replace(request.with_neighbours(), layers=tuple(sorted(served))), read)
         values = tuple(found[layer] for layer in request.layers)
+        if request.between is not None:  # of projections, which are affine: the same as of states
+            values = tuple(map(request.between.mix, values))
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
 
     def head(self) -> LMHead:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
-from oprd.objectives.schedules import check_weight, is_on
+from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
 from oprd.registry import arguments_problem, resolve_with_arguments
 
@@ -150,7 +150,7 @@ def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:
     for name, term in terms.items():
         if not getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)):
             continue
-        if config.lmbda < 1:
+        if bounds(config.lmbda)[0] < 1:
             raise ValueError(
                 f"lmbda: {config.lmbda} is not allowed with {_label(name)}, whose gradient is an expectation over the student's "
                 "own tokens (on_policy_only); set it to 1"

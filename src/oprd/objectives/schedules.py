@@ -1,4 +1,4 @@
-"""Weights of the objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD) and their schedules over a run.
+"""Weights of the objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD), the share `lmbda`, and their schedules over a run.
 
 A weight is a number, or a mapping as in a recipe:
 
@@ -81,14 +81,15 @@ def scaled(weight: Weight, factor: float) -> Weight:
     return {**weight, "start": weight["start"] * factor, "end": weight["end"] * factor}
 
 
-def peak(weight: Weight) -> float:
-    """The largest weight over all steps."""
-    return float(max(weight["start"], weight["end"]) if isinstance(weight, Mapping) else weight)
+def bounds(weight: Weight) -> tuple[float, float]:
+    """The least and the greatest value over all steps."""
+    ends = (weight["start"], weight["end"]) if isinstance(weight, Mapping) else (weight, weight)
+    return float(min(ends)), float(max(ends))
 
 
 def is_on(weight: Weight) -> bool:
     """Whether the weight is above 0 at some step."""
-    return peak(weight) > 0
+    return bounds(weight)[1] > 0
 
 
 def crossfade(step: int, steps: int | None) -> tuple[float, float]:

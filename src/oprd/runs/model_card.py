@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.files import write_text
+from oprd.objectives.schedules import bounds
 from oprd.runs.folder import RATE_PROBE
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
@@ -84,8 +85,8 @@ def _how(settings: Mapping[str, Any]) -> str:
 
 
 def _own_share(settings: Mapping[str, Any]) -> float:
-    """Share of the steps in which the student wrote the responses."""
-    return float(settings.get("lmbda", 1.0))
+    """Share of the steps in which the student wrote the responses; of a schedule the mean of its ends."""
+    return sum(bounds(settings.get("lmbda", 1.0))) / 2
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class TeacherSource:
     cache: Path | None = None
     responses: Path | None = None
 
-    def check_writer(self, lmbda: float) -> None:
+    def check_writer(self, lmbda: float | Mapping[str, Any]) -> None:
         """Check who writes the rollouts.
 
         Raises:

@@ -12,6 +12,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.models.architecture import num_layers
+from oprd.objectives.schedules import bounds
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
@@ -63,7 +64,7 @@ def probe_run(
     else:
         names = {"teacher": teacher}
     for name, one in names.items():
-        writes = isinstance(one, CanSample) and (args.lmbda < 1 or evaluates_teacher)
+        writes = isinstance(one, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
         found[name] = _probe_teacher(one, layers, engine if writes else None)
     return found
 

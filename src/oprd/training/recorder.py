@@ -17,6 +17,7 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import Messages
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective, Term
+from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
@@ -149,7 +150,7 @@ class Recorder:
             self._warn_of_missing(terms.step + 1, batch.rewards)
         self._batches.append(batch)
         self._terms = terms.objective.terms
-        if self.args.lmbda < 1:
+        if bounds(self.args.lmbda)[0] < 1:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
             self.observe(frac_reward_zero_std=share * batch.zero_advantage_share)

@@ -21,12 +21,13 @@ from oprd.data.prompts import Prompt
 from oprd.data.responses import FixedResponses
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective
+from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import PolicyTerm
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
+from oprd.rollouts.teacher_text import RewriteCounts, TeacherWriter
 from oprd.states.several import SeveralTeachers
-from oprd.states.teachers import CanSample
 from oprd.tasks.evaluation import Grades, Grading
 from oprd.training.grading import BatchGrading
 from oprd.training.parallel import MicroBatch, Parallel
@@ -73,6 +74,9 @@ class RolloutSource:
         self.parallel, self.recorder, self.background = parallel, recorder, background
         self.grading = BatchGrading(grading, at_once=objective.uses(PolicyTerm))
         self._parity = ParityWatch()
+        self.teacher_writer: TeacherWriter | None = None
+        if bounds(args.lmbda)[0] < 1 and responses is None:
+            self.teacher_writer = TeacherWriter(pair, engine, args.rollout_engine, **args.engine_kwargs)
         self._batch_of_step = 0  # counted from 1
         self._kept: dict[int, Batch] = {}
         self._epoch: Iterator[list[Prompt]] | None = None
@@ -80,7 +84,7 @@ class RolloutSource:
         self._next_batches: list[list[Prompt]] = []  # of the step after it, where the epoch has one
         self._last_step = False
         self._drawn: list[Rollouts] = []
-        self._said_off_template = args.process_index != 0
+        self._said_off_template = self._said_lost = args.process_index != 0
 
     @property
     def batch_of_step(self) -> int:
@@ -142,7 +146,7 @@ class RolloutSource:
             return self._kept[self._batch_of_step]
         with self.recorder.timed("rollout"):
             if self.background is None:
-                sampled = self._sample(prompts, terms, student)
+                sampled = self._sample(prompts, terms, student, share)
                 rollouts = sampled.rollouts
             else:
                 sampled, rollouts = None, self._from_background(self.background, terms, student)
@@ -244,16 +248,27 @@ class RolloutSource:
     def _background_file(self, folder: Path) -> Path:
         return folder / f"rollouts_ahead_{self.args.process_index}.json"
 
-    def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module) -> Sampled:
+    def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module, share: float) -> Sampled:
         seed = self._seed(terms.step, self._batch_of_step - 1)
         if terms.on_policy:
             return self._generate(student, prompts, seed, terms.measuring)
         if self.responses is not None:
             ids, rows, count = [p.ids for p in prompts], [p.index for p in prompts], self.args.num_generations
             return Sampled(self.responses.rollouts(ids, num_generations=count, seed=seed, rows=rows))
-        assert isinstance(self.pair.teacher, CanSample), "checked when the run was resolved"
-        with self.pair.teacher.sampler() as writer:
-            return self._generate(writer, prompts, seed, terms.measuring)
+        assert self.teacher_writer is not None, "lmbda is below 1"
+        written = self.teacher_writer.write(
+            prompts, num_generations=self.args.num_generations, sampling=self.args.sampling, seed=seed
+        )
+        if written.counts is not None:
+            self._observe_text(written.counts, terms.step, share)
+        return Sampled(written.rollouts)
+
+    def _observe_text(self, counts: RewriteCounts, step: int, share: float) -> None:
+        """Record what the student's tokens cannot write of the teacher's responses; the first time, also in the log."""
+        self.recorder.observe(**{name: share * value for name, value in counts.shares().items()})
+        if (lost := counts.warning()) and not self._said_lost:
+            self._said_lost = True
+            logger.warning("step %d: %s; teacher_text/incomplete and teacher_text/left_out count them", step + 1, lost)
 
     def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Sampled:
         return self.engine.generate(

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.bridge.collect import fit_bridge
+from oprd.bridge.fit import DEFAULT_PROJECTOR
 from oprd.data.rows import Reading
 from oprd.files import write_text
 from oprd.resolve import load_pair
@@ -31,7 +32,7 @@ class BridgeSpec:
     rank: int | None = None
     max_rank: int | None = None
     scale: str = "mean"
-    projector: str = "least_squares"
+    projector: str = DEFAULT_PROJECTOR
     ridge: float | str = 1e-4
     intercept: bool = True
     held_out: float = 0.2
