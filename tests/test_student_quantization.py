@@ -169,17 +169,17 @@ def test_blocks_that_cannot_be_rounded_are_named(family, kind, message):
     assert not any(isinstance(module, FakeQuantizedLinear) for module in model.modules())
 
 
-def train(folder, steps, resume=False, **more):
+def train(folder, steps, resume=False, outputs=False):
     trainer = tiny_trainer(
         folder, tiny_model("llama", **WIDE), tiny_model("llama", seed=1, **WIDE), max_steps=steps, save_strategy="steps",
-        save_steps=1, student_quantization="int4", layer_map="proportional", **more,
+        save_steps=1, student_quantization="int4", layer_map="proportional",
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume, accept_changes=["max_steps"] if resume else ())
+    trainer.train(resume_from_checkpoint=resume, accept_changes=["max_steps"] if resume else (), outputs=outputs)
     return trainer
 
 
 def test_training_rounds_saves_and_resumes_exactly(tmp_path):
-    whole = train(tmp_path / "whole", 3)
+    whole = train(tmp_path / "whole", 3, outputs=True)
     before = tiny_model("llama", **WIDE).state_dict()
     name = "model.layers.1.self_attn.q_proj.weight"
     live = whole.model.state_dict()
@@ -280,7 +280,7 @@ def test_an_adapter_on_a_bitsandbytes_student(tmp_path):
     })  # fmt: skip
     trainer = OPRDTrainer(resolved=resolve(run))
     before = weights(trainer.model)
-    trainer.train()
+    trainer.train(outputs=True)
     assert next(trainer.pair.teacher.model.parameters()).dtype == torch.float32
     changed = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
     assert changed
