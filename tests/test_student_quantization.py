@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from oprd.config import OPRDConfig
 from oprd.models.quantization import GRIDS, FakeQuantizedLinear, fake_quantize, round_to_grid, rounded_weights
-from oprd.resolve import plan
-from oprd.run_config import RunConfig
+from oprd.resolve import check_inputs, plan, resolve
+from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -225,6 +226,15 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, given_settings, 
         OPRDConfig(str(tmp_path), **{"student_quantization": "int8", "use_cpu": True, **given_settings})
 
 
+def test_deepspeed_is_refused_also_where_accelerate_starts_it(tmp_path):
+    run = RunConfig(
+        OPRDConfig(str(tmp_path), student_quantization="int8", use_cpu=True, report_to="none"), tiny_model("llama")
+    )
+    run = replace(run, teacher_model=tiny_model("llama", seed=1), given=GivenObjects(processing_class=tiny_tokenizer()))
+    with pytest.raises(ValueError, match="student_quantization: int8 is not supported with DeepSpeed"):
+        check_inputs(resolve(run), deepspeed=True)
+
+
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
@@ -263,7 +273,6 @@ def test_an_adapter_on_a_bitsandbytes_student(tmp_path):
     """The teacher stays in its own precision; only the adapter changes."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
-    from oprd.resolve import resolve
     from oprd.training.trainer import OPRDTrainer
 
     tiny_model("llama", **WIDE).save_pretrained(tmp_path / "student")
