@@ -82,8 +82,8 @@ class OPRDTrainer(Trainer):
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same width, depth (unless there is a `layer_map`) and tokens (with a `bridge`, any), by name, as
-            a model, or any `oprd.states.teachers.Teacher`. None: the student without its adapter. This needs a trained adapter or a
+        teacher_model: teacher of the same width, depth (unless `layer_map` is set) and tokens (with a `bridge`, any), by name, as a
+            model, or any `oprd.states.teachers.Teacher`. None: the student without its adapter. This needs a trained adapter or a
             `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
