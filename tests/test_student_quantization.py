@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from oprd.config import OPRDConfig
 from oprd.models.quantization import GRIDS, FakeQuantizedLinear, fake_quantize, round_to_grid, rounded_weights
-from oprd.resolve import plan
-from oprd.run_config import RunConfig
+from oprd.resolve import check_inputs, plan, resolve
+from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -169,17 +170,17 @@ def test_blocks_that_cannot_be_rounded_are_named(family, kind, message):
     assert not any(isinstance(module, FakeQuantizedLinear) for module in model.modules())
 
 
-def train(folder, steps, resume=False, **more):
+def train(folder, steps, resume=False, outputs=False):
     trainer = tiny_trainer(
         folder, tiny_model("llama", **WIDE), tiny_model("llama", seed=1, **WIDE), max_steps=steps, save_strategy="steps",
-        save_steps=1, student_quantization="int4", layer_map="proportional", **more,
+        save_steps=1, student_quantization="int4", layer_map="proportional",
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume, accept_changes=["max_steps"] if resume else ())
+    trainer.train(resume_from_checkpoint=resume, accept_changes=["max_steps"] if resume else (), outputs=outputs)
     return trainer
 
 
 def test_training_rounds_saves_and_resumes_exactly(tmp_path):
-    whole = train(tmp_path / "whole", 3)
+    whole = train(tmp_path / "whole", 3, outputs=True)
     before = tiny_model("llama", **WIDE).state_dict()
     name = "model.layers.1.self_attn.q_proj.weight"
     live = whole.model.state_dict()
@@ -225,6 +226,15 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, given_settings, 
         OPRDConfig(str(tmp_path), **{"student_quantization": "int8", "use_cpu": True, **given_settings})
 
 
+def test_deepspeed_is_refused_also_where_accelerate_starts_it(tmp_path):
+    run = RunConfig(
+        OPRDConfig(str(tmp_path), student_quantization="int8", use_cpu=True, report_to="none"), tiny_model("llama")
+    )
+    run = replace(run, teacher_model=tiny_model("llama", seed=1), given=GivenObjects(processing_class=tiny_tokenizer()))
+    with pytest.raises(ValueError, match="student_quantization: int8 is not supported with DeepSpeed"):
+        check_inputs(resolve(run), deepspeed=True)
+
+
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
@@ -263,7 +273,6 @@ def test_an_adapter_on_a_bitsandbytes_student(tmp_path):
     """The teacher stays in its own precision; only the adapter changes."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
-    from oprd.resolve import resolve
     from oprd.training.trainer import OPRDTrainer
 
     tiny_model("llama", **WIDE).save_pretrained(tmp_path / "student")
@@ -280,7 +289,7 @@ def test_an_adapter_on_a_bitsandbytes_student(tmp_path):
     })  # fmt: skip
     trainer = OPRDTrainer(resolved=resolve(run))
     before = weights(trainer.model)
-    trainer.train()
+    trainer.train(outputs=True)
     assert next(trainer.pair.teacher.model.parameters()).dtype == torch.float32
     changed = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
     assert changed

@@ -229,6 +229,10 @@ def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjectiv
         unanswered = next((p.row.source for p in resolved.train_prompts or [] if p.row.answer is None), None)
         if unanswered:
             raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
+    if deepspeed and args.student_quantization is not None:
+        raise ValueError(
+            f"student_quantization: {args.student_quantization} is not supported with DeepSpeed, which splits weights; use DDP"
+        )
     compares_heads = objective.uses(HeadTerm) or objective.uses(PolicyTerm)
     if args.diagnostic_steps and not pair.has_teacher_head:
         logger.warning(

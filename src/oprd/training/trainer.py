@@ -85,11 +85,11 @@ class OPRDTrainer(Trainer):
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name, as a model, or any
-            `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id` names theirs).
-            "student": the student as it is now, or following it (`args.teacher_update_rate`), with a `teacher_prompt`. None: the
-            student without its adapter. This needs a trained adapter, or a `teacher_prompt` or `teacher_system_prompt`: a fresh
-            adapter changes nothing, so there is nothing to learn.
+        teacher_model: teacher of the same width, depth (unless `layer_map` is set) and tokens (with a `bridge`, any), by name, as a
+            model, or any `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id`
+            names theirs). "student": the student as it is now, or following it (`args.teacher_update_rate`), with a
+            `teacher_prompt`. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
+            `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
             file, hub dataset or `generated:<task>`.
