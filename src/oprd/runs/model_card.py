@@ -92,6 +92,7 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     lines = {
         "student": _code(settings["model"]),
         "teacher": _code(teacher) if teacher else "the student without its adapter",
+        "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),
