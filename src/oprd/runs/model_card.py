@@ -95,6 +95,7 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     lines = {
         "student": _code(settings["model"]),
         "teacher": describe_teacher(settings) if own else _code(named),
+        "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),
