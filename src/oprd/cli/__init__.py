@@ -111,5 +111,5 @@ def is_expected(error: BaseException) -> bool:
     if not isinstance(error, ValueError):
         return True
     files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
-    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/resolve.py", "/oprd/data/rows.py")
-    return "/oprd/" in files[-1] or any(file.endswith(reading) for file in files)
+    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/data/rows.py")
+    return "/oprd/" in files[-1] or any(file.endswith(reading) or "/oprd/resolve/" in file for file in files)
