@@ -33,6 +33,7 @@ LOSSES = {
 }
 
 QUICK = ("both", "by token")
+QUICK_AND_FURTHER = [*QUICK, *(pytest.param(name, marks=pytest.mark.further) for name in LOSSES if name not in QUICK)]
 
 
 def rows(*teacher_ids: str) -> list[dict[str, str]]:
