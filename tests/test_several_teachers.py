@@ -32,6 +32,9 @@ LOSSES = {
     "by token": {"reduction": "token"},
 }
 
+QUICK = ("both", "by token")
+QUICK_AND_FURTHER = [*QUICK, *(pytest.param(name, marks=pytest.mark.further) for name in LOSSES if name not in QUICK)]
+
 
 def rows(*teacher_ids: str) -> list[dict[str, str]]:
     return [row | {"teacher_id": name} for row, name in zip(prompt_rows(len(teacher_ids)), teacher_ids, strict=True)]
@@ -64,7 +67,9 @@ def counted(metrics, reduction) -> float:
     return metrics["tokens"] if reduction == "token" else metrics["rollouts"]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [*QUICK, *(pytest.param(name, marks=pytest.mark.further) for name in sorted({*LOSSES} - {*QUICK}))]
+)
 def test_routed_rows_learn_what_each_teacher_alone_would_teach(tmp_path, loss):
     """Loss and gradient are those of two runs with one teacher each, weighted by their rollouts (or tokens)."""
     settings, teachers = LOSSES[loss], pool()
@@ -87,7 +92,9 @@ def test_routed_rows_learn_what_each_teacher_alone_would_teach(tmp_path, loss):
         torch.testing.assert_close(change, expected, rtol=1e-3, atol=2e-7)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [*QUICK, *(pytest.param(name, marks=pytest.mark.further) for name in sorted({*LOSSES} - {*QUICK}))]
+)
 def test_where_all_teachers_read_a_rollout_each_counts_equally(tmp_path, loss):
     """The loss is the mean of the teachers' losses on the same rollouts: a long answer does not weigh more."""
     settings, teachers = LOSSES[loss], pool()
@@ -224,6 +231,7 @@ def test_one_teacher_an_update_also_after_resuming_within_an_epoch(tmp_path):
     assert all(torch.equal(after[name], resumed[name]) for name in after)
 
 
+@pytest.mark.further
 def test_teachers_may_be_mixed_within_an_update(tmp_path):
     steps, _ = run(tmp_path, mix_teachers=True)
     assert "ab" in steps
