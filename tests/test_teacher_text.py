@@ -294,7 +294,11 @@ def test_the_supervised_loss_reads_every_token_of_the_student(tmp_path, reductio
 
 def test_supervised_steps_do_not_ask_the_teacher_to_read(tmp_path, monkeypatch):
     trainer, _ = far_trainer(tmp_path, teacher_writes=RESPONSES)
-    monkeypatch.setattr(trainer.pair.teacher, "states", None)
+
+    def states(request):
+        raise AssertionError("the teacher was asked to read")
+
+    monkeypatch.setattr(trainer.pair.teacher, "states", states)
     trainer.train()
 
 
