@@ -91,13 +91,11 @@ class RunConfig:
     given: GivenObjects = field(default_factory=GivenObjects)
 
     def __post_init__(self) -> None:
-        # TRL gives several teachers as `teacher_model={id: …}`. `use` and `url` describe one.
+        # TRL gives several teachers as `teacher_model={id: …}`. The words below describe one.
         given = self.teacher_model
-        if (
-            isinstance(given, Mapping)
-            and not {"use", "url", "cache", "model", "responses"} & {*given}
-            and self.teachers is None
-        ):
+        one = {"use", "url", "cache", "model", "responses"}
+        named = isinstance(given, Mapping) and not one & {*given} and not any(_is_plain(v) for v in given.values())
+        if named and self.teachers is None:
             self.teachers, self.teacher_model = dict(given), None
 
     @classmethod
@@ -202,6 +200,11 @@ def _in_words(value: Any) -> str:
     name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
     count = f" of {len(value)}" if isinstance(value, Sized) and not isinstance(value, str) else ""
     return f"<{name or type(value).__name__}{count}{_GIVEN}"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value cannot be a teacher: a number, a list or nothing."""
+    return value is None or isinstance(value, int | float | list)
 
 
 def _entry_in_words(entry: Any) -> Any:
