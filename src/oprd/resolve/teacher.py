@@ -158,12 +158,13 @@ def _several_teachers(run: RunConfig, student: LoadedModel) -> tuple[Teacher, Pr
     """The teachers, each model loaded once, and the tokenizer that they share with the student.
 
     Raises:
-        ValueError: a teacher reads other tokens than the student.
+        ValueError: a teacher reads other tokens than the student, or prompts of its own that another would render otherwise.
     """
     assert run.teachers is not None, "the caller has checked"
     assert student.tokenizer is not None, "a student always has a tokenizer"
     made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
     found: dict[str, Teacher] = {}
+    rendering: dict[str, PreTrainedTokenizerBase] = {}
     for teacher_id, entry in run.teachers.items():
         model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
         key = repr((model, init_kwargs)) if isinstance(model, str) else id(model)
@@ -175,10 +176,30 @@ def _several_teachers(run: RunConfig, student: LoadedModel) -> tuple[Teacher, Pr
                 check_same_tokens(student.tokenizer, tokenizer)
         except ValueError as error:
             raise ValueError(f"teachers: {teacher_id}: {error}") from error
+        rendering[teacher_id] = student.tokenizer if tokenizer is None else tokenizer
+    if of_teacher := run.args.prompt_rendering.of_teacher:
+        _check_one_rendering(rendering, of_teacher[0])
     several = SeveralTeachers(
         found, per_prompt=run.args.teachers_per_prompt, offload=run.args.offload_teachers  # type: ignore[arg-type]
     )  # fmt: skip
     return several, tokenizer if tokenizer is not None else student.tokenizer
+
+
+def _check_one_rendering(tokenizers: Mapping[str, PreTrainedTokenizerBase], key: str) -> None:
+    """Refuse several teachers that would render one prompt differently: prompts of the teacher's own are rendered once.
+
+    Args:
+        tokenizers: teacher_id → its tokenizer, or the student's where it is unknown.
+        key: the setting that gives the teacher its own prompts.
+    """
+    (first, one), *others = tokenizers.items()
+    for teacher_id, other in others:
+        for name in ("chat_template", "bos_token", "eos_token"):
+            if getattr(one, name) != getattr(other, name):
+                raise ValueError(
+                    f"{key}: teachers {first} and {teacher_id} differ in {name}, and all teachers read one prompt; name teachers "
+                    f"that agree in it, or leave {key} out: then they read what the student reads"
+                )
 
 
 def _one_teacher(
