@@ -420,7 +420,9 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ({"teachers": {"a": "embedded:wider/teacher"}}, "teachers: a: teacher_model: it has"),
         ({"bridge": "folder"}, "teachers: they do not go with bridge: folder"),
         ({"lmbda": 0.5}, "teachers: they do not go with lmbda: 0.5"),
-        ({"teachers_per_prompt": "all", "fully_shard": True}, "teachers: they do not go with fully_shard: True"),
+        ({"teachers_per_prompt": "all", "fully_shard": True}, "teachers_per_prompt: all does not go with fully_shard, under"),
+        ({"mix_teachers": True, "fully_shard": True}, "mix_teachers: True does not go with fully_shard, under"),
+        ({"offload_teachers": True, "fully_shard": True}, "offload_teachers: True does not go with fully_shard, which"),
         (
             {"teachers_per_prompt": "all", "mix_teachers": True},
             "mix_teachers: true has no effect with teachers_per_prompt: all",

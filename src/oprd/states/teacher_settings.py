@@ -73,13 +73,10 @@ def check_teachers(run: Any) -> None:
             f"teacher_update_rate: {args.teacher_update_rate:g} is for a teacher that follows the student; set teacher_model: "
             f"{STUDENT}, or leave it out"
         )
+    if args.fully_shard:
+        check_sharded(args, "fully_shard")
     if not is_student(run.teacher_model):
         return
-    if args.teacher_update_rate > 0 and args.fully_shard:
-        raise ValueError(
-            f"teacher_update_rate: {args.teacher_update_rate:g} does not go with fully_shard, under which no process holds "
-            "whole weights; set one of the two off"
-        )
     loading = args.teacher_model_init_kwargs or {}
     if {*loading} - {"dtype"} or loading.get("dtype", "float32") != "float32":
         raise ValueError(
@@ -94,6 +91,44 @@ def check_teachers(run: Any) -> None:
         raise ValueError(
             f"teacher_model: {STUDENT} reads what the student reads, and starts as the student: there is nothing to learn; give "
             "it a teacher_prompt or a teacher_system_prompt"
+        )
+
+
+def check_sharded(args: Any, by: str) -> None:
+    """Refuse settings of the teachers that do not work where weights are spread over the processes.
+
+    Args:
+        args: the settings.
+        by: what spreads them, for messages.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    check_followed_whole(args, by)
+    same = "under which all processes ask the same teacher at a time"
+    for key, off, why in (
+        ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
+        ("mix_teachers", not args.mix_teachers, same),
+        ("offload_teachers", not args.offload_teachers, "which spreads weights itself"),
+    ):
+        if not off:
+            raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")
+
+
+def check_followed_whole(args: Any, by: str) -> None:
+    """Refuse a teacher that follows the student where no process holds the student's whole weights.
+
+    Args:
+        args: the settings.
+        by: what spreads them, for messages.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    if args.teacher_update_rate > 0:
+        raise ValueError(
+            f"teacher_update_rate: {args.teacher_update_rate:g} does not go with {by}, under which no process holds whole "
+            "weights; set one of the two off"
         )
 
 
@@ -127,16 +162,9 @@ def _check_entries(run: Any) -> None:
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
             )
-    one_a_step = args.teachers_per_prompt == "one" and not args.mix_teachers
     for key, off, why in (
         ("bridge", args.bridge is None, "which projects the states of one teacher"),
         ("lmbda", args.lmbda == 1, "below 1 lets one teacher write"),
-        ("fully_shard", one_a_step or not args.fully_shard, "under which all processes ask the same teacher at a time"),
-        (
-            "offload_teachers",
-            not (args.offload_teachers and args.fully_shard),
-            "beside fully_shard, which spreads weights itself",
-        ),
     ):
         if not off:
             raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")

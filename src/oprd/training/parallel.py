@@ -24,6 +24,7 @@ from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
+from oprd.states.teacher_settings import check_followed_whole, check_sharded
 from oprd.training.processes import check_joined
 
 
@@ -73,6 +74,7 @@ class Parallel:
         self.student, self.teacher_modules = student, tuple(teacher_modules)
         check_launch(args.fully_shard, accelerator)
         check_joined(accelerator)
+        check_shards(args, accelerator)
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
         self.fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
         if place:
@@ -225,6 +227,30 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
             "fsdp_cpu_ram_efficient_loading: set it to false in accelerate's config; it would leave the teacher of all ranks but "
             "the first without weights"
         )
+
+
+def check_shards(args: OPRDConfig, accelerator: Any) -> None:
+    """Refuse settings that need whole weights where accelerate's FSDP, or DeepSpeed ZeRO-3, splits them.
+
+    The settings `fully_shard` and `deepspeed` are refused before a model is loaded; the launcher's choice is known only here.
+
+    Args:
+        args: the run's settings.
+        accelerator: the trainer's.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        by = "accelerate's FSDP"
+        check_sharded(args, by)
+        if args.student_quantization is not None:
+            raise ValueError(
+                f"student_quantization: {args.student_quantization} is not supported with {by}, which splits weights; use DDP"
+            )
+    elif deepspeed is not None and deepspeed.zero_stage == 3:
+        check_followed_whole(args, "DeepSpeed ZeRO-3")
 
 
 @contextmanager
