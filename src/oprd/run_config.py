@@ -177,7 +177,7 @@ class RunConfig:
         }  # fmt: skip
         settings = self.settings()
         if settings["teachers"] is not None:
-            settings["teachers"] = {name: _entry_in_words(entry) for name, entry in settings["teachers"].items()}
+            settings["teachers"] = {name: entry_in_words(entry) for name, entry in settings["teachers"].items()}
         for key in ("model", "teacher_model", "base_model", "train_dataset", "eval_dataset"):
             if not isinstance(settings[key], str | Mapping | None):
                 settings[key] = _in_words(settings[key])
@@ -207,7 +207,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, int | float | list)
 
 
-def _entry_in_words(entry: Any) -> Any:
+def entry_in_words(entry: Any) -> Any:
     """One of several teachers, its model in words where Python gives an object."""
     if isinstance(entry, Mapping):
         return {

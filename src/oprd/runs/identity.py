@@ -19,7 +19,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
-from oprd.run_config import RunConfig, changed_settings
+from oprd.run_config import RunConfig, changed_settings, entry_in_words
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, modules_of
 from oprd.states.teachers import Teacher
@@ -118,6 +118,8 @@ def identify(
     """
     given = run.settings().items()
     settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
+    if settings["teachers"] is not None:  # the address of an object is another one in the next process
+        settings["teachers"] = {name: entry_in_words(entry) for name, entry in settings["teachers"].items()}
     student, teacher = pair.student.model, pair.teacher
     digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
     if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
