@@ -280,6 +280,13 @@ def recipe(folder, **keys):
     [
         ({"teacher_prompt": None, "teacher_update_rate": 0.1}, "teacher_model: student reads what the student reads"),
         (
+            {
+                "teacher_prompt": None,
+                "policy_gradient_weight": {"schedule": "linear", "start": 0.0, "end": 0.0, "steps": 2},
+            },
+            "teacher_model: student reads what the student reads",
+        ),
+        (
             {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
             "teacher_model_init_kwargs: .* has no effect with teacher_model",
         ),

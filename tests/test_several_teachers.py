@@ -368,6 +368,29 @@ def test_a_resumed_run_names_the_teacher_that_has_changed(tmp_path):
     assert "teacher/a" not in str(refused.value)
 
 
+class OwnTeacher(FrozenTeacher):
+    """A teacher that a script makes."""
+
+
+def test_a_run_whose_teachers_are_objects_of_a_script_can_be_resumed(tmp_path):
+    """Each process makes objects anew, at other addresses."""
+
+    def made(steps):
+        teachers = {name: OwnTeacher(model) for name, model in pool().items()}
+        kept.append(teachers)  # so that no address comes twice
+        return tiny_trainer(
+            tmp_path, teacher=teachers, rows=rows("a", "b", "a", "b"), scripted=True, max_steps=steps, save_strategy="steps",
+            save_steps=1, mix_teachers=True,
+        )  # fmt: skip
+
+    kept: list[object] = []
+    made(1).train(outputs=False)
+    resumed = made(2)
+    resumed.train(True, outputs=False)
+    assert resumed.state.global_step == 2
+    assert resumed.identity.settings["teachers"]["a"] == "<OwnTeacher given in Python>"
+
+
 # What is refused
 
 
@@ -418,7 +441,18 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ({"teachers": {"a": {"init_kwargs": {}}}}, "teachers: a: the key 'model' is missing"),
         ({"teachers": {"a": "student"}}, "teachers: a: student is for teacher_model alone"),
         ({"teachers": {"a": "embedded:wider/teacher"}}, "teachers: a: teacher_model: it has"),
+        (
+            {
+                "teachers": {"a": "embedded:wider/teacher"}, "representation_weight": 0.0,
+                "objectives": [{"use": "oprd.objectives.head_metric:HeadMetric", "alpha": 0.5}],
+            },
+            "teachers: a: teacher_model: it has",
+        ),
         ({"bridge": "folder"}, "teachers: they do not go with bridge: folder"),
+        (
+            {"lmbda": {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 2}},
+            "teachers: they do not go with lmbda: {'schedule': 'linear'",
+        ),
         ({"lmbda": 0.5}, "teachers: they do not go with lmbda: 0.5"),
         ({"teachers_per_prompt": "all", "fully_shard": True}, "teachers_per_prompt: all does not go with fully_shard, under"),
         ({"mix_teachers": True, "fully_shard": True}, "mix_teachers: True does not go with fully_shard, under"),
@@ -437,6 +471,11 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
 def test_settings_that_do_not_fit_are_refused_before_a_model_is_loaded(tmp_path, keys, wrong):
     with pytest.raises(ValueError, match=re.escape(wrong)):
         plan(recipe(tmp_path, **keys))
+
+
+def test_a_schedule_by_which_the_student_writes_every_step_is_allowed(tmp_path):
+    schedule = {"schedule": "linear", "start": 1.0, "end": 1.0, "steps": 2}
+    assert plan(recipe(tmp_path, lmbda=schedule)).several.keys() == {"math", "code"}
 
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):

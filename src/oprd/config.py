@@ -499,6 +499,16 @@ class OPRDConfig(TrainingArguments):
         )
 
     @property
+    def student_writes(self) -> bool:
+        """Whether the student writes the rollouts of every step."""
+        return bounds(self.lmbda)[0] == 1
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether the policy gradient counts in some step."""
+        return is_on(self.policy_gradient_weight)
+
+    @property
     def engine_kwargs(self) -> dict[str, Any]:
         """Arguments of the rollout engine. Under bf16, vLLM computes in bfloat16, as the trainer's autocast does."""
         own = {"dtype": "bfloat16"} if self.rollout_engine in ("vllm", "vllm_server") and self.bf16 else {}

@@ -22,13 +22,10 @@ from oprd.models.pruning import KeptBlocks
 from oprd.objectives.composite import Term
 from oprd.objectives.own import compares_states
 from oprd.objectives.schedules import is_on
-from oprd.objectives.terms import (
-    LayerTerm,
-)  # fmt: skip
 from oprd.resolve.checks import check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, task_of
 from oprd.resolve.teacher import check_base_shape, teacher_maker
-from oprd.resolve.terms import build_rewards, build_terms, describe_objective, have_kind
+from oprd.resolve.terms import build_rewards, build_terms, describe_objective
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import not_installed
 from oprd.states.cache.folder import read_index
@@ -182,7 +179,7 @@ def plan(run: RunConfig) -> PlannedRun:
     elif student is not None and teacher is not None and args.bridge is None and compares_states(terms):
         check_same_shape(student, teacher)
     for teacher_id, info in several.items():
-        if student is not None and info is not None and have_kind(terms, LayerTerm):
+        if student is not None and info is not None and compares_states(terms):
             try:
                 check_same_shape(student, info)
             except ValueError as error:

@@ -87,7 +87,7 @@ def check_teachers(run: Any) -> None:
         raise ValueError(
             f"bridge: it does not go with teacher_model: {STUDENT}, which has the student's own states; leave it out"
         )
-    if not args.prompt_rendering.of_teacher and args.policy_gradient_weight == 0:
+    if not args.prompt_rendering.of_teacher and not args.learns_from_rewards:
         raise ValueError(
             f"teacher_model: {STUDENT} reads what the student reads, and starts as the student: there is nothing to learn; give "
             "it a teacher_prompt or a teacher_system_prompt"
@@ -164,7 +164,7 @@ def _check_entries(run: Any) -> None:
             )
     for key, off, why in (
         ("bridge", args.bridge is None, "which projects the states of one teacher"),
-        ("lmbda", args.lmbda == 1, "below 1 lets one teacher write"),
+        ("lmbda", args.student_writes, "below 1 lets one teacher write"),
     ):
         if not off:
             raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
