@@ -319,6 +319,17 @@ def test_a_student_that_is_its_own_teacher_is_copied_unless_its_adapter_can_be_t
     assert predict_memory(found).parts["teacher weights"] == copies * 4 * found.student.parameters
 
 
+def test_a_teacher_beside_fixed_responses_is_loaded_here_and_counted(tmp_path):
+    named = {"output_dir": str(tmp_path), "lmbda": 0.0, "eval_teacher": False}
+    plain, beside = (
+        workload_of(RunConfig.load("tiny", {**named, "teacher_model": teacher}))
+        for teacher in ("embedded:wider/teacher", {"model": "embedded:wider/teacher", "responses": "r.jsonl"})
+    )
+    assert beside == plain
+    with pytest.raises(ValueError, match="this teacher has none here"):
+        workload_of(RunConfig.load("tiny", {**named, "teacher_model": {"cache": "folder"}}))
+
+
 def test_other_blocks_are_refused():
     with pytest.raises(ValueError, match="are for blocks with q_proj"):
         shape_of(tiny_model("phi").config)

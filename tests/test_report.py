@@ -853,6 +853,16 @@ def reordered_tokenizer():
     )
 
 
+def test_distances_are_to_the_model_of_a_teacher_beside_fixed_responses(trained, tmp_path):
+    folder = str(tmp_path / "teacher")
+    run = trained(teacher_model={"model": folder, "responses": "r.jsonl"})
+    found = measured(run, problems=1, longest=4)
+    assert (found.unavailable, found.teacher) == (None, folder)
+    shutil.rmtree(run)
+    found = measured(trained(teacher_model={"url": "http://127.0.0.1:1"}), problems=1, longest=4)
+    assert found.unavailable.startswith("teacher_model: a model on a server (http://127.0.0.1:1), and distances are to")
+
+
 def test_other_reasons_why_there_are_no_distances(trained, tmp_path):
     assert "teacher_system_prompt" in measured(trained(teacher_system_prompt="be good")).unavailable
     for name in ("run", "before", "teacher"):

@@ -90,11 +90,10 @@ def _own_share(settings: Mapping[str, Any]) -> float:
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    bridge, named = settings.get("bridge"), settings.get("teacher_model")
-    own = settings.get("teachers") or is_student(named) or not named
+    bridge = settings.get("bridge")
     lines = {
         "student": _code(settings["model"]),
-        "teacher": describe_teacher(settings) if own else _code(named),
+        "teacher": _teacher(settings),
         "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
@@ -107,6 +106,14 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "software": _software(summary),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def _teacher(settings: Mapping[str, Any]) -> str:
+    """Who taught. A server's address and a cache's folder say nothing to a reader elsewhere."""
+    words, named = describe_teacher(settings, places=False), settings.get("teacher_model")
+    elsewhere = isinstance(named, Mapping) and not {"model", "use"} & {*named}
+    ours = not settings.get("teachers") and (not named or is_student(named) or elsewhere)
+    return words if ours else _code(words)
 
 
 def _rate(summary: Mapping[str, Any]) -> str | None:

@@ -38,19 +38,48 @@ def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[A
     return entry, init_kwargs
 
 
-def describe_teacher(settings: Mapping[str, Any]) -> str:
+def model_here(teacher_model: Any) -> str | None:
+    """The name of the model that `teacher_model` loads in this process.
+
+    Args:
+        teacher_model: the setting, as `config.yaml` has it.
+
+    Returns:
+        None for the student itself, a server, a cache, or code of the user's.
+    """
+    if isinstance(teacher_model, Mapping):
+        named = None if "use" in teacher_model else teacher_model.get("model")
+    else:
+        named = None if is_student(teacher_model) else teacher_model
+    return named if isinstance(named, str) else None
+
+
+def describe_teacher(settings: Mapping[str, Any], *, places: bool = True) -> str:
     """Who teaches, in words.
 
     Args:
         settings: of a run, as `config.yaml` has them.
+        places: say the address of a server and the folder of a cache.
     """
     if several := settings.get("teachers"):
-        return ", ".join(f"{name}: {model_of_entry(entry, None)[0]}" for name, entry in several.items())
+        found = {name: model_of_entry(entry, None)[0] for name, entry in several.items()}
+        return ", ".join(f"{name}: {_in_words(model, places)}" for name, model in found.items())
     teacher = settings.get("teacher_model")
     if is_student(teacher):
         rate = settings.get("teacher_update_rate") or 0.0
         return f"the student, followed at {rate:g}" if rate else "the student as it started"
-    return str(teacher) if teacher else "the student without its adapter"
+    return _in_words(teacher, places) if teacher else "the student without its adapter"
+
+
+def _in_words(teacher: Any, places: bool) -> str:
+    if not isinstance(teacher, Mapping):
+        return str(teacher)
+    if model := teacher.get("model"):
+        return f"{model} with fixed responses" if "responses" in teacher else str(model)
+    for key, words in (("url", "a model on a server"), ("cache", "a model's states in a cache")):
+        if key in teacher:
+            return f"{words} ({teacher[key]})" if places else words
+    return str(teacher.get("use", teacher))
 
 
 def check_teachers(run: Any) -> None:

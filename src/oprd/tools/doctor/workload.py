@@ -11,7 +11,7 @@ from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
-from oprd.states.teacher_settings import is_student, model_of_entry
+from oprd.states.teacher_settings import is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
 SHARDING = ("none", "ddp", "fsdp")
@@ -258,8 +258,9 @@ def _teachers(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape
     return *found[max(several, key=lambda name: several[name])], several
 
 
-def _shape_of_teacher(run: RunConfig, name: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Shape, int]:
-    if isinstance(name, Mapping):
+def _shape_of_teacher(run: RunConfig, teacher: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Shape, int]:
+    name = model_here(teacher) if isinstance(teacher, Mapping) else teacher
+    if name is None:
         raise ValueError(
             "teacher_model: the doctor reads sizes from a config file, and this teacher has none here; name a model of its size"
         )

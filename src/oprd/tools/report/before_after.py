@@ -18,7 +18,7 @@ from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.sanitize import redacted, without_redacted
-from oprd.states.teacher_settings import is_student
+from oprd.states.teacher_settings import describe_teacher, is_student, model_here
 from oprd.states.teachers import Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
@@ -82,6 +82,10 @@ def measure_distances(
     try:  # the student's answers are shown without its teacher too
         if config.get("teachers"):
             raise ValueError("teachers: there are several, and distances are to one")
+        if teacher_name is None:
+            raise ValueError(
+                f"teacher_model: {describe_teacher(config)}, and distances are to a model that can be loaded here"
+            )
         loaded = load(
             teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
         )
@@ -105,7 +109,7 @@ def measure_distances(
         format=FORMAT,
         steps=record.summary.get("steps"),
         student=before,
-        teacher=teacher_name,
+        teacher=teacher_name or describe_teacher(config),
         layers=list(layers),
         bridge=config.get("bridge"),
         sampling=reader.describe_sampling(),
@@ -255,8 +259,8 @@ def _few(layers: Sequence[int]) -> list[int]:
     return [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
-def _model_names(record: RunRecord) -> tuple[str, str, str]:
-    """Student before, student after, teacher."""
+def _model_names(record: RunRecord) -> tuple[str, str, str | None]:
+    """Student before, student after, teacher; None where the teacher is no model that is loaded by name."""
     config, after = record.config, record.folder / "model"
     if not config.get("model"):
         raise ValueError(f"--distances: {record.folder} has no config.yaml that names a model, so none can be loaded")
@@ -264,8 +268,8 @@ def _model_names(record: RunRecord) -> tuple[str, str, str]:
         raise ValueError(
             f"--distances: {record.folder} has no model/: the run did not come to its end. Leave --distances out"
         )
-    teacher = config.get("teacher_model")
-    return str(config["model"]), str(after), str(config["model"] if not teacher or is_student(teacher) else teacher)
+    teacher, before = config.get("teacher_model"), str(config["model"])
+    return before, str(after), before if not teacher or is_student(teacher) else model_here(teacher)
 
 
 def _init_kwargs(config: Row, key: str) -> dict[str, Any]:
