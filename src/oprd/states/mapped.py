@@ -44,7 +44,11 @@ class MappedTeacher:
             self.sampler = teacher.sampler
 
     def states(self, request: StateRequest) -> States:
-        """The states of `request`, each layer's a tensor of its own."""
+        """The states of `request`, `[N, D]` for each layer, a tensor of its own; at head positions `[M, D]`.
+
+        Raises:
+            KeyError: the request names a layer that the map does not have.
+        """
         values = self.read(request, lambda _, states_ND: states_ND)
         head_MD = values.pop() if len(values) > len(request.layers) else None
         return States(request.layers, tuple(values), request.rollout_index, request.num_rollouts, head_MD)
@@ -52,8 +56,16 @@ class MappedTeacher:
     def read(self, request: StateRequest, read: ReadState) -> list[Any]:
         """Call `read(student layer, states [N, D])` as soon as the teacher hands a layer over, in the order of its layers.
 
+        Args:
+            request: asks for student layers; N positions in all.
+            read: gets a tensor of its own for each layer, `[N, D]` with the teacher's width D, and may overwrite it; then `HEAD`
+                and `[M, D]`, where the request has M head positions.
+
         Returns:
             What each call returned, in the order of `request`.
+
+        Raises:
+            KeyError: the request names a layer that the map does not have.
         """
         served: dict[int, list[int]] = {}
         for layer in request.layers:

@@ -27,15 +27,33 @@ class FollowsStudent(Protocol):
     """A teacher that changes with the student. Its state is part of a checkpoint."""
 
     def follow(self, step: int) -> None:
-        """Called after each optimizer step, with the number of steps taken."""
+        """Take notice of an optimizer step.
+
+        Args:
+            step: number of steps taken, from 1.
+        """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the state into the checkpoint's folder."""
+        """Write the state.
+
+        Args:
+            folder: of the checkpoint; it exists.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
+        """Restore what `save` wrote.
+
+        Args:
+            folder: of the checkpoint.
+
+        Raises:
+            ValueError: it does not hold the state of this teacher.
+        """
         ...
 
 
@@ -67,7 +85,14 @@ class FollowingTeacher:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Move the teacher, if `step` is a multiple of `sync_steps`."""
+        """Move the teacher, if `step` is a multiple of `sync_steps`: each weight in its own shape and dtype.
+
+        Args:
+            step: number of optimizer steps taken, from 1.
+
+        Raises:
+            RuntimeError: the student's weights no longer have the copy's shapes, as where they are split over processes.
+        """
         if step % self.sync_steps:
             return
         student = dict(self.student.named_parameters())
@@ -91,17 +116,28 @@ class FollowingTeacher:
         return self.teacher.sampler()
 
     def save(self, folder: Path) -> None:
-        """Write the weights that move, in the process that writes."""
+        """Write the weights that move, in the process that writes.
+
+        Args:
+            folder: of the checkpoint; it exists.
+
+        Raises:
+            SafetensorError: the file cannot be written.
+        """
         if self.writes:
             tensors = {name: weight.detach().to("cpu").contiguous() for name, weight in self._weights.items()}
             save_file(tensors, folder / _FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Restore them.
+        """Restore the weights that move.
+
+        Args:
+            folder: of the checkpoint.
 
         Raises:
-            ValueError: the file is missing, or holds other weights.
+            ValueError: the file is missing, or holds weights of other names or shapes.
+            SafetensorError: it is damaged.
         """
         file = folder / _FILE
         if not file.is_file():
