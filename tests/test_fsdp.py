@@ -162,9 +162,15 @@ def deepspeed(stage: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"teachers_per_prompt": "all"}, "teachers_per_prompt: all does not go with accelerate's FSDP, under which all"),
+        (
+            {"teachers_per_prompt": "all"},
+            "teachers_per_prompt: all does not go with accelerate's FSDP, under which all",
+        ),
         ({"mix_teachers": True}, "mix_teachers: True does not go with accelerate's FSDP, under which all processes"),
-        ({"offload_teachers": True}, "offload_teachers: True does not go with accelerate's FSDP, which spreads weights"),
+        (
+            {"offload_teachers": True},
+            "offload_teachers: True does not go with accelerate's FSDP, which spreads weights",
+        ),
         ({"teacher_update_rate": 0.1}, "teacher_update_rate: 0.1 does not go with accelerate's FSDP, under which no"),
         ({"student_quantization": "int8"}, "student_quantization: int8 is not supported with accelerate's FSDP, which"),
     ],
@@ -177,7 +183,9 @@ def test_what_fully_shard_refuses_accelerates_own_fsdp_refuses_too(tmp_path, key
 
 def test_a_teacher_cannot_follow_a_student_that_deepspeed_splits(tmp_path):
     args = OPRDConfig(str(tmp_path), use_cpu=True, teacher_update_rate=0.1)
-    with pytest.raises(ValueError, match="teacher_update_rate: 0.1 does not go with DeepSpeed ZeRO-3, under which no"):
+    with pytest.raises(
+        ValueError, match=r"teacher_update_rate: 0\.1 does not go with DeepSpeed ZeRO-3, under which no"
+    ):
         Parallel(deepspeed(3), args, tiny_model())
     assert Parallel(deepspeed(2), args, tiny_model()).deepspeed
     assert Parallel(deepspeed(3), OPRDConfig(str(tmp_path), use_cpu=True), tiny_model()).deepspeed

@@ -77,7 +77,10 @@ def test_licences_that_differ_or_are_unknown_are_said(run, licences, said):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"teacher_model": {"model": "OTHER", "responses": "r.jsonl"}}, "licences differ: student apache-2.0, teacher mit"),
+        (
+            {"teacher_model": {"model": "OTHER", "responses": "r.jsonl"}},
+            "licences differ: student apache-2.0, teacher mit",
+        ),
         ({"base_model": "OTHER"}, "licences differ: student apache-2.0, teacher apache-2.0, base model mit"),
         ({"teacher_model": {"url": "http://inner:1"}}, "the licence of the teacher is not known here"),
         ({"teacher_model": {"url": "http://inner:1"}}, "name the teacher's url, http://inner:1: see whether"),

@@ -443,7 +443,8 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ({"teachers": {"a": "embedded:wider/teacher"}}, "teachers: a: teacher_model: it has"),
         (
             {
-                "teachers": {"a": "embedded:wider/teacher"}, "representation_weight": 0.0,
+                "teachers": {"a": "embedded:wider/teacher"},
+                "representation_weight": 0.0,
                 "objectives": [{"use": "oprd.objectives.head_metric:HeadMetric", "alpha": 0.5}],
             },
             "teachers: a: teacher_model: it has",
@@ -454,7 +455,10 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
             "teachers: they do not go with lmbda: {'schedule': 'linear'",
         ),
         ({"lmbda": 0.5}, "teachers: they do not go with lmbda: 0.5"),
-        ({"teachers_per_prompt": "all", "fully_shard": True}, "teachers_per_prompt: all does not go with fully_shard, under"),
+        (
+            {"teachers_per_prompt": "all", "fully_shard": True},
+            "teachers_per_prompt: all does not go with fully_shard, under",
+        ),
         ({"mix_teachers": True, "fully_shard": True}, "mix_teachers: True does not go with fully_shard, under"),
         ({"offload_teachers": True, "fully_shard": True}, "offload_teachers: True does not go with fully_shard, which"),
         (
@@ -486,7 +490,8 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "theirs"), [("chat_template", "{% for m in messages %}9{{ m.content }}{% endfor %}"), ("eos_token", "a")]
+    ("attribute", "theirs"),
+    [("chat_template", "{% for m in messages %}9{{ m.content }}{% endfor %}"), ("eos_token", "a")],
 )
 def test_teachers_that_would_render_one_prompt_differently_are_refused(tmp_path, attribute, theirs):
     """In either order: before, all of them read the prompt as the last one renders it."""
@@ -500,9 +505,9 @@ def test_teachers_that_would_render_one_prompt_differently_are_refused(tmp_path,
     asked = {
         "rows": rows("a", "b", "a", "b"), "mix_teachers": True, "processing_class": tiny_tokenizer(chat=True),
     }  # fmt: skip
-    for given in (names, dict(reversed(names.items()))):
-        with pytest.raises(ValueError, match=rf"teacher_prompt: teachers {' and '.join(given)} differ in {attribute}"):
-            tiny_trainer(tmp_path / "run", teacher=given, teacher_prompt="{prompt}", **asked)
+    for named in (names, dict(reversed(names.items()))):
+        with pytest.raises(ValueError, match=rf"teacher_prompt: teachers {' and '.join(named)} differ in {attribute}"):
+            tiny_trainer(tmp_path / "run", teacher=named, teacher_prompt="{prompt}", **asked)
     tiny_trainer(tmp_path / "run", teacher=names, **asked)
     tiny_trainer(tmp_path / "run", teacher={**names, "b": names["a"]}, teacher_prompt="{prompt}", **asked)
 

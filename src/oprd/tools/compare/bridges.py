@@ -108,8 +108,8 @@ def fit_missing(
         teacher = model_here(run.teacher_model)
         if teacher is None:
             raise ValueError(
-                f"bridges: {name}: teacher_model: {describe_teacher(run.settings())}, and a bridge is fitted to a model that is loaded "
-                "here; name one, or make the bridge with oprd bridge fit and set bridge to its folder"
+                f"bridges: {name}: teacher_model: {describe_teacher(run.settings())}, and a bridge is fitted to a model that is "
+                "loaded here; name one, or make the bridge with oprd bridge fit and set bridge to its folder"
             )
         rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed, Reading.of(vars(run.args), "train"))
         pair = load_pair(run.model, teacher, args.prompt_rendering, trust_remote_code=args.trust_remote_code)
