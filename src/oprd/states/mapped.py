@@ -43,6 +43,11 @@ class MappedTeacher:
         if isinstance(teacher, CanSample):
             self.sampler = teacher.sampler
 
+    @property
+    def behind(self) -> Teacher:
+        """The teacher whose layers are mapped."""
+        return self.teacher
+
     def states(self, request: StateRequest) -> States:
         """The states of `request`, each layer's a tensor of its own."""
         values = self.read(request, lambda _, states_ND: states_ND)
