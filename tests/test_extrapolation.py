@@ -21,7 +21,7 @@ from oprd.runs.folder import RunFolder
 from oprd.states.capture import capture_states, gather_states
 from oprd.states.extrapolation import ExtrapolatedTeacher, extrapolated
 from oprd.states.requests import request_states
-from oprd.states.teachers import CanSample, FrozenTeacher, HasHead
+from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, innermost
 from oprd.tools.doctor.memory import predict_memory
 from oprd.tools.doctor.workload import workload_of
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
@@ -240,6 +240,15 @@ REFUSED = {
         {"extrapolation": 1.25, "teacher_model": None, "lora": {"r": 4}}, "which is the student's start too; name the model",
     ),
     "a bridge": ({"extrapolation": 1.25, "bridge": "b"}, "through a bridge the student is not what the teacher was trained from"),
+    "several teachers": (
+        {"extrapolation": 1.25, "teacher_model": None, "teachers": {"a": "embedded:tiny/teacher"}}, "is for one teacher_model",
+    ),
+    "the teacher as base, with its responses": (
+        {"extrapolation": 1.25, "teacher_model": {"model": "embedded:tiny/teacher"}, "base_model": "embedded:tiny/teacher"},
+        "base_model: it is the teacher itself",
+    ),
+    "a rounded start": ({"extrapolation": 1.25, "student_quantization": "int8"}, "computes with rounded weights from its start on"),
+    "mapped layers": ({"extrapolation": 1.25, "layer_map": "proportional"}, "leave extrapolation or layer_map out"),
     "another shape": (
         {"extrapolation": 1.25, "base_model": "embedded:wider/teacher"}, r"base_model: it has \d+ layers .*, the teacher 4 of 128",
     ),
@@ -259,6 +268,8 @@ def test_a_plan_shows_target_and_weight():
         "weight holds 1/1.25²" in lines  # fmt: skip
     assert "base: the student as it is at the start" in lines
     assert not [line for line in planned().describe() if line.startswith("base:")]
+    directions = planned(extrapolation=1.25, normalize=True).describe()
+    assert "loss: 1 x representation, a mean over rollouts; states match h_T + 0.25·(h_T − h_base)" in directions
 
 
 def test_an_adapter_that_is_not_the_start_is_refused(tmp_path):
@@ -311,3 +322,36 @@ def test_the_doctor_counts_the_base(tmp_path):
     assert memory(extrapolation=1.25, base_model="embedded:tiny/student", lora={"r": 4}, **narrow)[1].parts[
         "base weights"
     ] == (2 * work.student.parameters)
+
+
+def test_a_teacher_that_follows_the_student_follows_behind_an_extrapolation(tmp_path):
+    settings = {
+        "teacher": "student",
+        "teacher_prompt": "a {prompt}",
+        "teacher_update_rate": 0.5,
+        "max_steps": 1,
+        **QUIET,
+    }
+    trainer = tiny_trainer(
+        tmp_path, **settings, extrapolation=1.5, base_model=tiny_model(seed=4), save_strategy="steps"
+    )
+    follower = innermost(trainer.pair.teacher)
+    before = weights(follower.teacher.model)
+    trainer.train(outputs=False)
+    after = weights(follower.teacher.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert [*tmp_path.glob("checkpoint-*/following_teacher.safetensors")]
+
+
+def test_another_teacher_elsewhere_is_another_run(tmp_path):
+    """Its weights are not here: what it says that it is must be in the digest beside the base's weights."""
+
+    def digest(name):
+        teacher = Whole(tiny_model(seed=1))
+        teacher.identity = name
+        trainer = tiny_trainer(
+            tmp_path / name, teacher=teacher, extrapolation=1.5, base_model=tiny_model(seed=4), **QUIET
+        )
+        return trainer.identity.digests["teacher"]
+
+    assert digest("one") != digest("other")

@@ -83,16 +83,25 @@ def test_a_preset_of_the_command_line_replaces_the_objective_of_the_file(tmp_pat
     assert (run.args.layers, run.args.output_space, run.args.extrapolation) == ("odd", "jsd", 1.25)
     run = RunConfig.load(file, {"preset": "lastopd", "output_top_k": 3})
     assert (run.args.layers, run.args.output_space, run.args.extrapolation) == ("last", "top_k", 1.0)
-    assert (run.args.output_top_k, run.args.max_steps, run.preset) == (3, 7, "lastopd")
+    assert (run.args.output_top_k, run.args.max_steps, run.args.extrapolation) == (3, 7, 1.0)
     assert RunConfig.load(file, {"preset": None}).args.extrapolation == 1.0
 
 
 def test_what_is_recorded_gives_the_same_run(tmp_path):
     run = parsed(preset="phf", output_weight=2.0)
     recorded = run.settings()
-    assert recorded["preset"] == "phf"
     again = RunConfig.parse({**{k: v for k, v in recorded.items() if v is not None}, "use_cpu": True})
     assert loss_of(again) == loss_of(run)
+    without = parsed(preset="phf", objectives=None)
+    assert "flow" not in loss_of(without)
+    assert loss_of(RunConfig.parse({**without.settings(), "use_cpu": True})) == loss_of(without)
+
+
+def test_a_preset_beside_settings_of_python_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"preset: it is a key of recipes; in Python give its keys: .*preset\('ride'\)"
+    ):
+        RunConfig(OPRDConfig(str(tmp_path), use_cpu=True), preset="ride")
 
 
 def test_in_python_a_preset_is_arguments(tmp_path):

@@ -91,6 +91,11 @@ class RunConfig:
     given: GivenObjects = field(default_factory=GivenObjects)
 
     def __post_init__(self) -> None:
+        if self.preset is not None:
+            raise ValueError(
+                f"preset: it is a key of recipes; in Python give its keys: OPRDConfig(…, **preset({self.preset!r})), from "
+                "oprd.objectives.presets"
+            )
         # TRL gives several teachers as `teacher_model={id: …}`. The words below describe one.
         given = self.teacher_model
         one = {"use", "url", "cache", "model", "responses"}
@@ -149,6 +154,7 @@ class RunConfig:
         typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
         _check_needed(typed, where)
         own = {key: typed.pop(key) for key in recipe_keys() if key in typed}
+        own.pop("preset", None)  # its keys are among the values
         return cls(args=OPRDConfig(**typed), **own)
 
     def settings(self) -> dict[str, Any]:
@@ -167,7 +173,7 @@ class RunConfig:
             if not hidden and (ours or values[name] != setting.default):
                 whole = type(values[name]) is int and types[name] in (float, float | None)  # as a recipe reads it
                 shown[name] = float(values[name]) if whole else values[name]
-        return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
+        return redacted({**{key: getattr(self, key) for key in recipe_keys() if key != "preset"}, **shown})
 
     def shown(self) -> dict[str, Any]:
         """`settings` for people and files: objects that Python code gives are named there in words, which `parse` refuses."""

@@ -33,6 +33,11 @@ class BridgedTeacher:
         self.identity = f"{teacher.identity} through bridge {digest or 'in memory'}"
         self.modules: Sequence[nn.Module] = teacher.modules
 
+    @property
+    def behind(self) -> Teacher:
+        """The teacher whose states are projected."""
+        return self.teacher
+
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""

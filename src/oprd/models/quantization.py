@@ -2,8 +2,7 @@
 
 The rounded weights are q · scale with whole numbers q: int8 with one scale for each output channel, int4 with one for each group of
 32 inputs. The scale is max(−min / 2^(b−1), max / (2^(b−1) − 1)): nothing is clipped, and rounded weights round to themselves.
-32 inputs. The scale is max(−min / 2^(b−1), max / (2^(b−1) − 1)): nothing is clipped, and rounded weights stay as they are.
-rounded: activations, embeddings, norms and the LM head are not.
+Activations, embeddings, norms and the LM head are not rounded.
 """
 
 from __future__ import annotations

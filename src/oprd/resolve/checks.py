@@ -92,7 +92,8 @@ def _check_extrapolation(run: RunConfig, terms: Mapping[str, Term]) -> None:
         raise ValueError(
             f"extrapolation: {strength} is for one teacher_model; leave teachers out, or set extrapolation: 1"
         )
-    if base is not None and (base is run.teacher_model or (isinstance(base, str) and base == run.teacher_model)):
+    named = run.teacher_model.get("model") if isinstance(run.teacher_model, Mapping) else run.teacher_model
+    if base is not None and (base is named or (isinstance(base, str) and base == named)):
         raise ValueError("base_model: it is the teacher itself; name the model that the teacher was trained from")
     if base is not None:
         return
@@ -101,6 +102,8 @@ def _check_extrapolation(run: RunConfig, terms: Mapping[str, Term]) -> None:
         why = "the teacher is the student without its adapter, which is the student's start too"
     elif is_student(run.teacher_model):
         why = "the teacher has the student's own weights"
+    elif run.args.student_quantization is not None:
+        why = "the student computes with rounded weights from its start on"
     elif run.args.bridge is not None:
         why = "through a bridge the student is not what the teacher was trained from"
     elif _is_adapter(run):
@@ -163,6 +166,11 @@ def _check_layer_map(run: RunConfig) -> None:
         raise ValueError(
             f"layer_map: {run.args.layer_map} is for one teacher_model whose own states are the target; leave {other} or "
             "layer_map out"
+        )
+    if isinstance(run.teacher_model, Mapping) and "cache" in run.teacher_model:
+        raise ValueError(
+            f"layer_map: {run.args.layer_map} is not for a cache, which holds the states of the layers that it was written for; "
+            "name a model or a server as teacher_model"
         )
     if run.args.layer_map == KEPT and run.teacher_model is None:
         raise ValueError(

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment.aligner import Aligner
 from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
-from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig, check_own_tokens
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, PromptRenderer
@@ -60,6 +59,7 @@ from oprd.states.teachers import (
     FrozenTeacher,
     ProjectsStudent,
     Teacher,
+    innermost,
 )
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import Task
@@ -291,7 +291,7 @@ def _responses(
     if source is None:
         return None
     found = None
-    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    teacher = innermost(pair.teacher)
     if isinstance(teacher, CachedTeacher):
         found = teacher.responses
     elif source.responses is not None:
@@ -325,7 +325,7 @@ def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedRespon
 
 def _check_cache(pair: ModelPair) -> None:
     """Refuse a cache without what the run compares."""
-    teacher = pair.teacher.teacher if isinstance(pair.teacher, BridgedTeacher) else pair.teacher
+    teacher = innermost(pair.teacher)
     if isinstance(teacher, CachedTeacher):
         teacher.check_request(pair.layers, cached_positions(pair), tokenizer_digest(pair.tokenizer))
 

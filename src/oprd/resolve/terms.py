@@ -27,8 +27,8 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
     """
     args, terms = run.args, {}
     if is_on(args.representation_weight):
-        # RIDE: the target lies λ times as far, and its squared distance is λ² times as much.
-        weight = scaled(args.representation_weight, args.extrapolation**-2)
+        # RIDE: the target lies λ times as far, and its squared distance is λ² times as much; that of directions is not.
+        weight = scaled(args.representation_weight, 1.0 if args.normalize else args.extrapolation**-2)
         terms["representation"] = Term(Representation(args.normalize), weight, "out")
     if (loss := args.output_term) is not None:
         terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
@@ -84,7 +84,9 @@ def describe_objective(args: OPRDConfig, terms: Mapping[str, Term]) -> str:
     past = ""
     if args.extrapolation != 1:
         beyond = f"{args.extrapolation - 1:g}"
-        past = f"; states match h_T + {beyond}·(h_T − h_base), and the representation weight holds 1/{args.extrapolation:g}²"
+        past = f"; states match h_T + {beyond}·(h_T − h_base)"
+        if not args.normalize:
+            past += f", and the representation weight holds 1/{args.extrapolation:g}²"
     return f"{' + '.join(summands)}{fading}, a mean over {of}{past}"
 
 

@@ -22,7 +22,7 @@ from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings, entry_in_words
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, modules_of
-from oprd.states.teachers import Teacher
+from oprd.states.teachers import Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import TASKS, Task
 
@@ -159,14 +159,16 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _of_weights(teacher: Teacher) -> str:
-    """Of its weights where they are in this process, else of what it says that it is."""
-    modules = modules_of(teacher)
+    """Of its weights where they are in this process, else of what it says that it is; of both where a part is elsewhere."""
+    modules, answering = modules_of(teacher), innermost(teacher)
     if not modules:
         return hashlib.sha256(teacher.identity.encode()).hexdigest()
     weights = (
         (f"{i}.{name}", weight) for i, module in enumerate(modules) for name, weight in module.named_parameters()
     )
-    return weights_checksum(weights)
+    found = weights_checksum(weights)
+    elsewhere = not modules_of(answering)
+    return hashlib.sha256(f"{found} {answering.identity}".encode()).hexdigest() if elsewhere else found
 
 
 def _of_code(name: str, function: Any) -> str:

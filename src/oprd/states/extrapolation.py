@@ -41,6 +41,11 @@ class ExtrapolatedTeacher:
         if isinstance(teacher, CanSample):
             self.sampler = teacher.sampler
 
+    @property
+    def behind(self) -> Teacher:
+        """The teacher whose states are moved on."""
+        return self.teacher
+
     def states(self, request: StateRequest) -> States:
         """The target states `[N, D]` of each layer, in the teacher's dtype, and the LM head's input of the teacher."""
         return as_states(request, self.read(request, lambda _, states: states))

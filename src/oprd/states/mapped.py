@@ -43,6 +43,11 @@ class MappedTeacher:
         if isinstance(teacher, CanSample):
             self.sampler = teacher.sampler
 
+    @property
+    def behind(self) -> Teacher:
+        """The teacher whose layers are mapped."""
+        return self.teacher
+
     def states(self, request: StateRequest) -> States:
         """The states of `request`, `[N, D]` for each layer, a tensor of its own; at head positions `[M, D]`.
 

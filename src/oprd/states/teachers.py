@@ -96,10 +96,20 @@ def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> None:
         read(HEAD, states.head_MD)
 
 
+@runtime_checkable
+class ChangesStates(Protocol):
+    """A teacher that changes the states of another one: a bridge, a map of layers, an extrapolation."""
+
+    @property
+    def behind(self) -> Teacher:
+        """The other one."""
+        ...
+
+
 def innermost(teacher: Teacher) -> Teacher:
-    """The teacher that others stand before, such as a bridge, a map of layers or an extrapolation: it answers the requests."""
-    while (behind := getattr(teacher, "teacher", None)) is not None:
-        teacher = behind
+    """The teacher behind all that change its states; the teacher itself where nothing does."""
+    while isinstance(teacher, ChangesStates):
+        teacher = teacher.behind
     return teacher
 
 

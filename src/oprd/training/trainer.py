@@ -227,9 +227,9 @@ class OPRDTrainer(Trainer):
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
-        if isinstance(pair.teacher, FollowsStudent):
-            self.checkpoints.parts.append(pair.teacher)
-            self.add_callback(FollowStudent(pair.teacher))
+        if isinstance(asked, FollowsStudent):
+            self.checkpoints.parts.append(asked)
+            self.add_callback(FollowStudent(asked))
         waits = [part for part in (self.engine, asked) if isinstance(part, CanInterrupt)]
         self.signals = StopSignals(lambda: any(part.failing for part in waits))
         self.stopping = StopOrSave(self.signals, args)
