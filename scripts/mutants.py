@@ -809,6 +809,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_stopping.py::test_a_stop_waits_for_the_last_update_on_the_same_rollouts"),
     ],
     "runs/identity.py": [
+        ("teachers are known by their addresses", "{name: entry_in_words(entry) for name,", "{name: entry for name,",
+         "test_several_teachers.py::test_a_run_whose_teachers_are_objects_of_a_script_can_be_resumed"),
         ("another teacher is not noticed", '{"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}',
          '{"tokenizer": _of_tokenizer(pair.tokenizer)}', "test_stopping.py::test_other_inputs_are_shown_and_refused"),
         ("answers do not count", 'found.update(repr(prompt.row.answer)', 'found.update(""',
@@ -928,6 +930,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_nodes.py::test_a_node_that_is_lost_ends_the_other_with_one_sentence"),
     ],
     "training/parallel.py": [
+        ("accelerate's FSDP is not asked", "check_sharded(args, by)", "pass",
+         "test_fsdp.py::test_what_fully_shard_refuses_accelerates_own_fsdp_refuses_too"),
+        ("DeepSpeed's split is not asked", "deepspeed.zero_stage == 3", "False",
+         "test_fsdp.py::test_a_teacher_cannot_follow_a_student_that_deepspeed_splits"),
         ("micro-batches of several teachers ask the first", "return [teacher_id for teacher_id, _ in found]",
          "return [found[0][0] for _ in found]",
          "test_several_teachers.py::test_routed_rows_learn_what_each_teacher_alone_would_teach"),
@@ -1029,6 +1035,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_extrapolation.py::test_the_first_loss_does_not_depend_on_lambda"),
     ],
     "resolve/teacher.py": [
+        ("one teacher renders the prompts of all", "if getattr(one, name) != getattr(other, name):", "if False:",
+         "test_several_teachers.py::test_teachers_that_would_render_one_prompt_differently_are_refused"),
         ("the base is the student in training", "copy.deepcopy(student.model)", "student.model",
          "test_extrapolation.py::test_a_run_equals_one_with_the_target_written_out"),
     ],
