@@ -80,15 +80,7 @@ def measure_distances(
     teacher: Teacher | None = None
     layers: tuple[int, ...] = ()
     try:  # the student's answers are shown without its teacher too
-        if config.get("teachers"):
-            raise ValueError("teachers: there are several, and distances are to one")
-        if teacher_name is None:
-            raise ValueError(
-                f"teacher_model: {describe_teacher(config)}, and distances are to a model that can be loaded here"
-            )
-        loaded = load(
-            teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
-        )
+        loaded = _load_teacher(teacher_name, config, reading)
         teacher, layers = comparable_teacher(student, loaded, config)
         stops |= {*loaded.info.stop_token_ids}
     except ValueError as error:
@@ -120,6 +112,16 @@ def measure_distances(
         shown_layers=reader.shown_layers,
         best_worst=sorted(filter(None, map(best_and_worst, fresh[1])), key=_equal_verdicts),
     )
+
+
+def _load_teacher(name: str | None, config: Row, reading: Mapping[str, Any]) -> LoadedModel:
+    if config.get("teachers"):
+        raise ValueError("teachers: there are several, and distances are to one")
+    if name is None:
+        raise ValueError(
+            f"teacher_model: {describe_teacher(config)}, and distances are to a model that can be loaded here"
+        )
+    return load(name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading)
 
 
 def _equal_verdicts(pair: Pair) -> bool:
