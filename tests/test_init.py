@@ -165,3 +165,13 @@ def test_a_pruned_student_is_mapped_to_what_it_kept(pair):
     plan(RunConfig.parse({**yaml.safe_load(found.text()), "learning_rate": 1e-3}))
     tiny_model("llama", num_hidden_layers=6).save_pretrained("teacher")  # not its original
     assert made().needs_bridge
+
+
+def test_answers_in_another_format_are_recognised(pair):
+    rows = [{"prompt": f"{i} + 1 =", "answer": f"{i} and 1 more.\n#### {i + 1}"} for i in range(20)]
+    Path("gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = init("--eval", "gsm.jsonl")
+    assert done.exit_code == 0, done.output
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    assert (values["task"], values["answer_format"]) == ("math", {"train": "plain", "eval": "gsm8k"})
+    assert "eval_instruction: false" in Path("mine.yaml").read_text()

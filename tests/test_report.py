@@ -493,6 +493,15 @@ def test_a_killed_run_is_reported_with_what_is_missing(make_run):
     assert "No rollouts of two steps were logged." in page.text
 
 
+def test_alarms_are_told_in_their_own_words(make_run):
+    lines = [step_line(step) | {"alarm": 1.0, "alarm_text": f"the loss rises {step} ×"} for step in range(1, 8)]
+    (record,) = read_runs([make_run("new", metrics=lines)])
+    assert "alarm at step 1: the loss rises 1 ×" in record.notes
+    assert "2 more alarms, the last at step 7" in record.notes
+    (old,) = read_runs([make_run("old", metrics=[step_line(1) | {"alarm": 1.0}])])
+    assert "alarm at step 1: see the log of the run" in old.notes
+
+
 def test_a_run_that_was_killed_after_an_evaluation_shows_it(make_run):
     lines = [step_line(1), {"step": 1, "eval_avg_at_k": 0.5, "eval_ci95_low": 0.4, "eval_ci95_high": 0.6}]
     run = make_run(metrics=lines, summary={"student_before": measures(0.2, 3.0), "teacher": None})

@@ -43,8 +43,10 @@ def test_a_run_that_is_at_work(tmp_path):
     found = run.status()
     assert (found.state, found.step, found.steps, found.loss, found.accuracy) == ("running", 2, 100, 0.5, 0.25)
     assert (found.seconds_a_step, found.seconds_left) == (3.0, 98 * 3.0)
-    write(tmp_path / "a", "metrics.jsonl", step(3, alarm=1.0), {"step": 3, "eval_avg_at_k": 0.75})
+    alarm = step(3, alarm=1.0) | {"alarm_text": "the loss rises"}
+    write(tmp_path / "a", "metrics.jsonl", alarm, {"step": 3, "eval_avg_at_k": 0.75})
     later = run.status()
+    assert later.alarm_text == "the loss rises"
     assert (later.step, later.evaluated, later.alarms, later.accuracy) == (3, 0.75, (3,), None)
 
 
@@ -85,6 +87,7 @@ def test_a_run_without_news_is_quiet_and_one_that_ended_is_finished(tmp_path):
     found = RunWatch(tmp_path / "a").status()
     assert found.state == "finished"
     assert found.seconds_left is None
+    assert found.evaluated == 0.6
     assert found.verdict.startswith("closed 67%")
 
 

@@ -28,7 +28,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the table once, and end.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished, or with Ctrl-C."""
+    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished; in a pipe at once."""
     check_json(json_file)
     from rich.live import Live
 
@@ -93,7 +93,8 @@ def _remarks(status: RunStatus) -> list[str]:
     """What does not fit into a row: the verdict, alarms, a long silence."""
     found = [status.verdict] if status.verdict else []
     if status.alarms:
-        found.append(f"alarms at {len(status.alarms)} steps, the last at {status.alarms[-1]}")
+        last = f"step {status.alarms[-1]}: {status.alarm_text}".removesuffix(": ")
+        found.append(f"{len(status.alarms)} alarm{'s' if len(status.alarms) > 1 else ''}, the last at {last}")
     if status.state == "quiet":
         found.append(f"no news for {_time(status.silence)}; is it still at work?")
     return found

@@ -17,6 +17,7 @@ from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import KEPT
+from oprd.tasks.answer_formats import FORMATS
 from oprd.tasks.problems import GENERATED
 from oprd.tasks.task import get_task
 from oprd.tools.check_data import DatasetReport, DatasetSettings, examine
@@ -120,6 +121,15 @@ def first_recipe(
         values |= {"eval_num_generations": 4 if machine.cuda else 2}
         reasons["eval_num_generations"] = "answers a problem, before and after training"
         values["task"] = get_task(task).name if task else _guess_task(eval_dataset, problems)
+        mine = _answer_format(prompts, values["task"], guessed=task is None) if train.answered else "plain"
+        evaluated = _answer_format(eval_dataset, values["task"], guessed=task is None)
+        if {mine, evaluated} != {"plain"}:
+            values["answer_format"] = mine if mine == evaluated else {"train": mine, "eval": evaluated}
+            reasons["answer_format"] = FORMATS[evaluated].description
+        if get_task(values["task"]).instruction:
+            reasons["task"] = (
+                "its instruction is appended to evaluated problems (eval_instruction: false to leave it out)"
+            )
     values["output_dir"] = f"runs/{output.stem}"
     needs_bridge = _compare_values(own, other, different_tokens(*tokenizers), values, reasons)
     longest = int(train.lengths.max())
@@ -161,13 +171,26 @@ def _guess_task(dataset: str, report: DatasetReport) -> str:
         raise ValueError(
             f"--eval: {missing} of {report.rows} rows of {dataset} have no answer; remove them, or leave --eval out"
         )
-    try:
-        examine(DatasetSettings(dataset, task=get_task("math")))
-    except ValueError as error:
-        raise ValueError(
-            f"--eval: the task math cannot use its answers ({error}); say --task, or leave --eval out"
-        ) from None
     return "math"
+
+
+def _answer_format(dataset: str, task: str, *, guessed: bool) -> str:
+    """How the answers of a dataset are written.
+
+    Raises:
+        ValueError: the task cannot use them in any format.
+    """
+    if dataset.startswith(GENERATED):
+        return "plain"
+    refused: ValueError | None = None
+    for written in ("plain", *FORMATS):
+        try:
+            examine(DatasetSettings(dataset, task=get_task(task), answer_format=written))
+            return written
+        except ValueError as error:
+            refused = refused or error
+    other = "say --task" if guessed else "say another --task"
+    raise ValueError(f"--eval: the task {task} cannot use its answers ({refused}); {other}, or leave --eval out")
 
 
 def _data_values(prompts: str) -> dict[str, Any]:

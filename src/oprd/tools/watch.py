@@ -40,6 +40,7 @@ class RunStatus:
         seconds_left: at this pace.
         silence: seconds since the last news.
         alarms: steps with an alarm.
+        alarm_text: of the last one.
         verdict: of a finished run, in one sentence.
     """
 
@@ -54,6 +55,7 @@ class RunStatus:
     seconds_left: float | None = None
     silence: float | None = None
     alarms: Sequence[int] = ()
+    alarm_text: str = ""
     verdict: str | None = None
 
 
@@ -75,6 +77,7 @@ class RunWatch:
         self._evaluated: float | None = None
         self._seconds: list[float] = []
         self._alarms: list[int] = []
+        self._alarm_text = ""
 
     def status(self) -> RunStatus:
         """Read the news and say where the run stands."""
@@ -94,9 +97,9 @@ class RunWatch:
             state="finished" if finished else "quiet" if quiet else "running" if step else "waiting",
             step=step, steps=steps,
             loss=number(self._last, "loss"), cosine=number(self._last, "cosine"), accuracy=number(self._last, "accuracy"),
-            evaluated=self._evaluated, seconds_a_step=pace,
+            evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
             seconds_left=None if finished or steps is None or pace is None else max(steps - step, 0) * pace,
-            silence=silence, alarms=tuple(self._alarms), verdict=verdict.text if verdict else None,
+            silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
         )  # fmt: skip
 
     def completions(self) -> Sequence[Mapping[str, Any]]:
@@ -130,6 +133,7 @@ class RunWatch:
         self._seconds = [*self._seconds, seconds][-_RECENT:]
         if row.get("alarm"):
             self._alarms.append(int(number(row, "step") or 0))
+            self._alarm_text = str(row.get("alarm_text", ""))
 
     def _steps(self, record: Mapping[str, Any], summary: Mapping[str, Any]) -> int | None:
         planned = number(record.get("settings") or {}, "max_steps")
@@ -141,3 +145,9 @@ class RunWatch:
     def _silence(self) -> float | None:
         files = [file for name in (METRICS, RUN) if (file := self.folder / name).is_file()]
         return max(0.0, time.time() - max(file.stat().st_mtime for file in files)) if files else None
+
+
+def _average(summary: Mapping[str, Any]) -> float | None:
+    """Avg@k after training."""
+    after = summary.get("student_after")
+    return number(after, "avg_at_k") if isinstance(after, Mapping) else None

@@ -197,14 +197,15 @@ class Recorder:
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
         if self.main:
-            here = {"step": step, **row}
+            here, said = {"step": step, **row}, list[str]()
             for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
+                said.append(str(alarm))
             if found := unequal_terms(here, self._terms):
                 row["unequal_terms"], sentence = found
                 logger.warning("step %d: %s", step, sentence)
-            self.folder.append(METRICS, {"step": step, **row})
+            self.folder.append(METRICS, {"step": step, **row, **({"alarm_text": "; ".join(said)} if said else {})})
         self.last_step = self._record(step, row)
         self._useless.check(step)
 
