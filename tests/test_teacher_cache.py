@@ -97,6 +97,7 @@ def trained(run: RunConfig):
     "settings",
     [
         pytest.param({}, id="all"),
+        pytest.param({"output_space": "cross_entropy", "max_steps": 2}, id="and-its-tokens"),
         pytest.param({"layers": [2], "positions": "last_k", "position_k": 2}, id="some", marks=pytest.mark.further),
         pytest.param({"end_of_turn": "skip", "normalize": True}, id="before-the-end", marks=pytest.mark.further),
     ],
@@ -125,7 +126,8 @@ def test_larger_batches_differ_by_rounding(tmp_path, models, responses, cache):
 
 
 @pytest.mark.further
-def test_a_bridge_is_cached_as_r_numbers_a_position(tmp_path, models, responses):
+@pytest.mark.parametrize("output_space", [None, "cross_entropy"])
+def test_a_bridge_is_cached_as_r_numbers_a_position(tmp_path, models, responses, output_space):
     wide = save_model(tmp_path / "wide", seed=1, **WIDE)
     bridge = bridge_for(wide, tmp_path / "bridge")
     settings = {"bridge": str(bridge), "micro_batch_tokens": ALONE, "max_steps": 2, "diagnostic_steps": 0}
@@ -138,7 +140,9 @@ def test_a_bridge_is_cached_as_r_numbers_a_position(tmp_path, models, responses)
     for name, teacher in (
         ("live", {"model": str(wide), "responses": responses}), ("cached", {"cache": str(folder)})
     ):  # fmt: skip
-        own = run_of(models, tmp_path / name, teacher, model=tiny_model(), lmbda=0.0, **settings)
+        own = run_of(
+            models, tmp_path / name, teacher, model=tiny_model(), lmbda=0.0, output_space=output_space, **settings
+        )
         trained_on[name] = trained(replace(own, given=run.given))
     assert equal(trained_on["live"][0], trained_on["cached"][0])
     plain = run_of(models, tmp_path / "plain", {"cache": str(folder)}, model=tiny_model(), lmbda=0.0)
@@ -196,6 +200,26 @@ def resolve_teacher(models: Path):
     from oprd.resolve import load
 
     return load(str(models / "teacher"), dtype="auto").model
+
+
+def test_a_run_does_not_go_on_with_other_responses(tmp_path, models, responses):
+    file = Path(shutil.copy(responses, tmp_path / "responses.jsonl"))
+    settings = {"lmbda": 0.0, "diagnostic_steps": 0, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run = run_of(models, tmp_path / "run", {"model": str(models / "teacher"), "responses": str(file)}, **settings)
+    whole = trained(run)
+
+    def resumed():
+        trainer = OPRDTrainer(resolved=resolve(run))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+        return weights(trainer.model)
+
+    assert equal(resumed(), whole[0])
+    file.write_text(file.read_text().replace("34 abc", "34 ab"))
+    with pytest.raises(
+        ValueError, match=r"not the run that the checkpoint belongs to:\n  responses: '?[0-9a-f]{12}"
+    ) as caught:
+        resumed()
+    assert "--accept-changes responses" in str(caught.value)
 
 
 # A writer that is killed; a disk that is full
@@ -259,6 +283,9 @@ def copied(tmp_path, cache) -> Path:
         ({}, {"lmbda": 0.5}, "lmbda: 0.5 lets the student write"),
         ({}, {"learning_rate": "auto"}, "learning_rate: 'auto' samples rollouts of its own, and responses are fixed"),
         ({}, {"output_space": "forward_kl"}, "teacher_model: CachedTeacher has no LM head here, and output_space compares"),
+        ({}, {"teacher_prompt": "{prompt} The answer is {answer}."}, "teacher_prompt: the cache .* of the prompts and tokens that"),
+        ({}, {"teacher_system_prompt": "Think."}, "teacher_system_prompt: the cache .*; leave teacher_system_prompt out, or name"),
+        ({}, {"teacher_chat_template_kwargs": {}}, "teacher_chat_template_kwargs: the cache"),
         ({"cache": "nowhere"}, {}, "teacher_model: cache: there is no nowhere/index.json; write it first: oprd cache-teacher"),
         ({"timeout": 3}, {}, "teacher_model: 'timeout' is not one of cache, which go with cache"),
     ],
@@ -345,21 +372,34 @@ def test_the_writer_refuses_what_it_cannot_cache(tmp_path, models, responses, ca
         cache_teacher(run_of(models, tmp_path), tmp_path / "full", Path(responses))
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     bad = tmp_path / "bad.jsonl"
-    for row, message in [
-        ({"prompt": "1+1="}, "bad.jsonl:1: completion: the row has no response"),
-        (
-            {"prompt": "1+1=", "completion": "2", "finish_reason": "bored"},
-            "bad.jsonl:1: finish_reason: 'bored' is not one of",
-        ),
-        ({"prompt": "1+1=", "completion_ids": [-1]}, "bad.jsonl:1: completion_ids: a list of at least one token id"),
-        (
-            {"prompt": "1+1=", "completion": "", "finish_reason": "length"},
-            "bad.jsonl:1: completion: it is empty and has no end",
-        ),
-    ]:
+    for number, (row, message) in enumerate(
+        [
+            ({"prompt": "1+1="}, "bad.jsonl:1: completion: the row has no response"),
+            (
+                {"prompt": "1+1=", "completion": "2", "finish_reason": "bored"},
+                "bad.jsonl:1: finish_reason: 'bored' is not one of",
+            ),
+            (
+                {"prompt": "1+1=", "completion_ids": [-1]},
+                "bad.jsonl:1: completion_ids: a list of at least one token id",
+            ),
+            (
+                {"prompt": "1+1=", "completion": "", "finish_reason": "length"},
+                "bad.jsonl:1: completion: it is empty and has no end",
+            ),
+            (
+                {"prompt": "1+1=", "completion_ids": [999999, 2]},
+                "bad.jsonl:1: the response has token 999999, and the student has 0 to 45; write completion_ids with its tokenizer",
+            ),
+            (
+                {"prompt": "1+1=", "completion_ids": [7, 2, 9]},
+                r"bad.jsonl:1: completion_ids: they end in 9, which ends no response; append one of [\d, ]*2[\d, ]*, or set finish",
+            ),
+        ]
+    ):
         bad.write_text(json.dumps(row) + "\n")
         with pytest.raises(ValueError, match=message):
-            cache_teacher(run_of(models, tmp_path), tmp_path / f"cache-{len(message)}", bad)
+            cache_teacher(run_of(models, tmp_path), tmp_path / f"cache-{number}", bad)
 
 
 def test_shards_hold_every_response_once(cache):

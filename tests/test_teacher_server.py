@@ -13,7 +13,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,16 +24,17 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from oprd.bridge import Bridge
+from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.fingerprint import fingerprint
 from oprd.models.lm_head import lm_head_of
 from oprd.resolve import load as load_named
 from oprd.resolve import plan, resolve
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
-from oprd.states.remote.server import ServerLimits, TeacherServer, TeacherService, check_access, is_loopback
+from oprd.states.remote.server import Refused, ServerLimits, TeacherServer, TeacherService, check_access, is_loopback
 from oprd.states.remote.teacher import RemoteSettings, RemoteTeacher
 from oprd.states.remote.wire import pack_request
-from oprd.states.requests import request_states
+from oprd.states.requests import Between, request_states
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.teacher_server import load_service
 from oprd.training.stopping import StoppedBySignal
@@ -234,6 +236,33 @@ def test_states_can_be_sent_through_a_bridge(tmp_path, folders):
     assert Bridge.load(bridge).rank == 6
 
 
+def interpolated(request):
+    """The request with one state interpolated in each rollout, and the first of them 61 times, as inside one long token."""
+    first = torch.tensor([int((request.rollout_index == i).nonzero()[0]) for i in range(request.num_rollouts)])
+    index = torch.cat([first[:1].repeat(60), request.flat_index.new_tensor(range(len(request.flat_index)))])
+    shares = torch.tensor([0.25, 0.5] * 30 + [0.0] * len(request.flat_index))
+    shares[60 + first] = 0.75
+    between = Between(shares.nonzero()[:, 0], shares[shares > 0])
+    return replace(
+        request, flat_index=request.flat_index[index], rollout_index=request.rollout_index[index], between=between
+    )
+
+
+@pytest.mark.parametrize("projects", [False, True], ids=["whole", "projected"])
+def test_interpolated_states_are_those_of_a_teacher_here(folders, projects, tmp_path):
+    folder = bridge_for(folders["wide"], tmp_path / "bridge")
+    bridge, request = Bridge.load(folder), interpolated(request_of((1, 2, 3), head=True))
+    here = BridgedTeacher(FrozenTeacher(tiny_model(seed=1, **WIDE)), bridge).states(request)
+    plain = BridgedTeacher(FrozenTeacher(tiny_model(seed=1, **WIDE)), bridge).states(replace(request, between=None))
+    own = load_service(str(folders["wide"]), device="cpu", bridge=str(folder) if projects else None)
+    with serving(own) as url:
+        there = BridgedTeacher(remote(url), bridge, projected=projects).states(request)
+    assert same(here, there)
+    assert torch.equal(there.rollout_index, request.rollout_index)
+    moved = (here.values[0] != plain.values[0]).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == request.between.index.tolist()
+
+
 # What a server takes
 
 
@@ -289,7 +318,7 @@ def test_what_is_no_request_is_refused(service):
         return save(kept, {"oprd": json.dumps({"layers": layers, "dtype": dtype})})
 
     ints = {name: torch.tensor(value, dtype=torch.int32) for name, value in {"far": [10**6], "negative": [-1]}.items()}
-    ids = tensors["input_ids"]
+    ids, many = tensors["input_ids"], torch.zeros(200_000, dtype=torch.int32)
     bad = {
         "not safetensors": b"junk", "not safetensors that": good[:-3], "do not say which layers": save(tensors),
         "layers: 9 is not served": changed((9,)), "ascending": changed((3, 1)), "whole numbers": changed((True,)),
@@ -297,6 +326,8 @@ def test_what_is_no_request_is_refused(service):
         "flat_index holds -1": changed(flat_index=ints["negative"]), "input_ids holds 127; 0 to 63": changed(input_ids=ids + 64),
         "lacks position_ids": changed(position_ids=None), "position_ids has shape": changed(position_ids=ids[:1]),
         "attention_mask holds 2": changed(attention_mask=tensors["attention_mask"] * 2),
+        "flat_index has 200000 indices for 84 tokens; ask for each token once": changed(flat_index=many),
+        "head_index has 200000 indices for 84 tokens": changed(head_index=many),
         "is not one of auto": changed(dtype="int32"), "lacks input_ids": changed(input_ids=ids.double()),
     }  # fmt: skip
     with serving(service) as url:
@@ -349,6 +380,89 @@ def test_a_client_that_sends_nothing_is_left_after_its_time(service):
     ):
         silent.sendall(b"POST /states HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nhalf")
         assert silent.recv(100) == b""  # closed
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("0" * 19 + "99999999999", 413), ("9" * 19, 413), ("9" * 5000, 413), ("0" * 30, 400), ("", 411), ("-1", 411), ("\u0663", 411)],
+    ids=["zeros first", "19 digits", "5000 digits", "zeros", "none", "negative", "another script's digit"],
+)  # fmt: skip
+def test_no_way_of_writing_a_length_lets_a_larger_body_in(service, length, status):
+    with (
+        serving(service, limits=ServerLimits(body_bytes=1024, timeout=5)) as url,
+        socket.create_connection(address(url), HANG) as client,
+    ):
+        client.sendall(f"POST /states HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n".encode())
+        client.settimeout(HANG)
+        assert client.recv(100).startswith(f"HTTP/1.0 {status} ".encode())
+
+
+def test_who_sends_nothing_keeps_no_place_from_who_has_the_token(service):
+    own = TeacherService(service.teacher, service.served, service.files, queue=1)
+    with ExitStack() as opened:
+        url = opened.enter_context(serving(own, token=TOKEN, limits=ServerLimits(queue=1, headers=600)))
+        silent = [opened.enter_context(socket.create_connection(address(url), HANG)) for _ in range(80)]
+        assert asked(url, Authorization=f"Bearer {TOKEN}")[0] == 200
+        assert silent[0].recv(100) == b""  # of too many, the oldest is closed
+        silent[-1].sendall(f"GET /info HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        assert silent[-1].recv(100).startswith(b"HTTP/1.0 200 ")
+
+
+def test_who_may_ask_has_as_many_places_as_requests_may_wait(service):
+    own = TeacherService(service.teacher, service.served, service.files, queue=1)
+    begun = b"POST /states HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n"
+    with ExitStack() as opened:
+        url = opened.enter_context(serving(own, limits=ServerLimits(queue=1)))
+        clients = [opened.enter_context(socket.create_connection(address(url), HANG)) for _ in range(9)]
+        for client in clients:
+            client.sendall(begun)
+        end, answer = time.monotonic() + 30, asked(url)
+        while answer[0] == 200 and time.monotonic() < end:  # until the server has read the headers of all
+            answer = asked(url)
+        assert (answer[0], answer[2]["Retry-After"]) == (503, "1")
+        for client in clients:
+            client.close()
+        while answer[0] == 503 and time.monotonic() < end:
+            answer = asked(url)
+        assert answer[0] == 200
+
+
+def test_headers_have_a_time_of_their_own(service):
+    with (
+        serving(service, limits=ServerLimits(headers=0.2)) as url,
+        socket.create_connection(address(url), HANG) as silent,
+        socket.create_connection(address(url), HANG) as slow,
+    ):
+        slow.sendall(b"POST /states HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\n\r\nju")
+        silent.sendall(b"GET /info HTTP/1.1\r\n")
+        assert silent.recv(100) == b""
+        slow.sendall(b"nk")
+        assert slow.recv(100).startswith(b"HTTP/1.0 400 ")
+    with pytest.raises(ValueError, match="headers: 0 is not allowed"):
+        ServerLimits(headers=0)
+
+
+def test_a_request_that_waits_when_the_server_stops_is_told_to_come_again(service, caplog):
+    own = TeacherService(service.teacher, service.served, service.files, queue=4)
+    server, free = TeacherServer(own, port=0), threading.Event()
+    serve, stop = threading.Thread(target=server.serve), threading.Thread(target=server.stop)
+    serve.start()
+    with ThreadPoolExecutor(1) as pool:
+        computed = own.begin(lambda: free.wait(HANG) and b"")
+        waits = pool.submit(asked, server.url)
+        end = time.monotonic() + HANG
+        while own.waiting < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        stop.start()
+        status, content, headers = waits.result(HANG)
+        assert (status, content, headers["Retry-After"]) == (503, b"the server is stopping", "1")
+        with pytest.raises(Refused, match="the server is stopping"):
+            own.begin(bytes)
+        free.set()
+        assert computed.result(HANG) == b""
+    stop.join()
+    serve.join()
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def address(url: str) -> tuple[str, int]:

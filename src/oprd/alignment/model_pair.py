@@ -24,7 +24,7 @@ from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.several import HoldsTeachers, SeveralTeachers, teachers_of
-from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher
+from oprd.states.teachers import CanSample, FrozenTeacher, Teacher, has_head
 from oprd.types import Rollouts
 
 
@@ -123,7 +123,7 @@ class ModelPair:
     @property
     def has_teacher_head(self) -> bool:
         """Whether next-token distributions of every teacher can be computed here."""
-        return all(isinstance(teacher, HasHead) for teacher in teachers_of(self.teacher))
+        return all(has_head(teacher) for teacher in teachers_of(self.teacher))
 
     def readers(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> dict[str, list[int]] | None:
         """Which teacher reads which rollouts: teacher_id → their places. None where there is one teacher."""
@@ -345,15 +345,14 @@ class ModelPair:
         student = replace(lm_head_of(self.student.model), in_place=in_place, product_dtype=self.head_dtype)
         stops, vocabulary = tuple(self.stop_token_ids), vocabulary_size(self.tokenizer)
         reader = self._reader(teacher_id)
-        has_head = isinstance(reader, HasHead)
-        teacher = reader.head() if isinstance(reader, HasHead) else student
+        teacher = reader.head() if has_head(reader) else student
         if self.aligner is None:
             size = min(vocabulary, student.size, teacher.size)
             ends = () if self.compared.end_of_turn == "by_id" else stops
             student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
             return Heads(student, student, teacher)
         policy, _ = match_heads(student, student, vocab_size=min(vocabulary, student.size), stop_token_ids=stops)
-        if not has_head:
+        if not has_head(reader):
             return Heads(policy, policy, policy)
         shared = self.shared_vocabulary
         both = share_events(
@@ -374,7 +373,7 @@ class ModelPair:
                 self.teacher.ready(teacher_id, next(self.student.model.parameters()).device)
             heads, reader = self.heads(teacher_id), self._reader(teacher_id)
             _check_whole(heads.student, self.student.model)
-            if isinstance(reader, CanSample) and isinstance(reader, HasHead):
+            if has_head(reader) and isinstance(reader, CanSample):
                 with reader.sampler() as model:
                     _check_whole(heads.teacher, model)
 

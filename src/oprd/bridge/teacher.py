@@ -41,24 +41,27 @@ class BridgedTeacher:
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""
-        if self.projected:
-            return self.teacher.states(request)
-        served: dict[int, list[int]] = {}
-        for layer in request.layers:
-            served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
         found: dict[int, Tensor] = {}
+        asked, served = request.with_neighbours(), self._served(request.layers)
 
         def read(layer: int, states: Tensor) -> None:
-            if layer == HEAD:
-                found[HEAD] = states
+            if layer == HEAD or self.projected:
+                found[layer] = states
                 return
             found.update({own: self.bridge.project_teacher(own, states) for own in served[layer]})
 
-        hand_over(self.teacher, replace(request.with_neighbours(), layers=tuple(sorted(served))), read)
+        hand_over(self.teacher, asked if self.projected else replace(asked, layers=tuple(sorted(served))), read)
         values = tuple(found[layer] for layer in request.layers)
         if request.between is not None:  # of projections, which are affine: the same as of states
             values = tuple(map(request.between.mix, values))
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
+
+    def _served(self, layers: Sequence[int]) -> dict[int, list[int]]:
+        """Teacher layer → the student layers, of some, that are compared with it."""
+        served: dict[int, list[int]] = {}
+        for layer in layers:
+            served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
+        return served
 
     def head(self) -> LMHead:
         """The LM head of the teacher behind the bridge.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,8 @@ def read_responses(
     end_of: Callable[[Prompt], int],
     *,
     longest: int,
+    most: int,
+    ends: Collection[int],
 ) -> Iterable[Response]:
     """The responses in the rows of prompts; logs how many are cut.
 
@@ -138,18 +140,36 @@ def read_responses(
         decode: text of token ids.
         end_of: the token that ends a response to a prompt.
         longest: tokens; what is longer is cut there.
+        most: token ids of the student, 0 to `most` - 1.
+        ends: tokens that end a response; `completion_ids` of one that is not cut off end in one of them.
 
     Raises:
-        ValueError: a row without a response, or one of another type; names the row.
+        ValueError: a row without a response, one of another type, or token ids that the student does not have or that do not end;
+            names the row.
     """
     cut = 0
     for prompt in prompts:
         ids, reason = _completion(prompt, tokenize, end_of)
+        _check_ids(prompt, ids, reason, most, ends)
         if len(ids) > longest:
             ids, reason, cut = ids[:longest], "length", cut + 1
         yield Response(list(prompt.ids), ids, reason, decode(ids))
     if cut:
         logger.warning("responses: %d of %d are cut at max_completion_length=%d tokens", cut, len(prompts), longest)
+
+
+def _check_ids(prompt: Prompt, ids: Sequence[int], reason: FinishReason, most: int, ends: Collection[int]) -> None:
+    if max(ids) >= most:
+        raise ValueError(
+            f"{prompt.name}: the response has token {max(ids)}, and the student has 0 to {most - 1}; write completion_ids with its "
+            "tokenizer"
+        )
+    if reason == "stop" and ids[-1] not in ends:
+        known = ", ".join(map(str, sorted(ends)))
+        raise ValueError(
+            f"{prompt.name}: completion_ids: they end in {ids[-1]}, which ends no response; append one of {known}, or set "
+            "finish_reason: length"
+        )
 
 
 def _completion(

@@ -17,6 +17,7 @@ from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import (
     HeadTerm,
     LayerTerm,
+    is_supervised,
 )  # fmt: skip
 from oprd.resolve.terms import have_kind
 from oprd.run_config import RunConfig
@@ -195,6 +196,11 @@ def _source(run: RunConfig) -> TeacherSource | None:
             "a run with a model or a server as teacher_model"
         )
     if source.cache is not None:
+        if own := run.args.prompt_rendering.of_teacher:
+            raise ValueError(
+                f"{own[0]}: the cache {source.cache} has the teacher's states of the prompts and tokens that the student reads; "
+                f"leave {own[0]} out, or name a model or a server as teacher_model"
+            )
         read_index(source.cache)
     return source
 
@@ -212,7 +218,11 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any, sourc
         ValueError: a term reads the teacher's LM head and there is none, or the teacher must write completions and cannot sample.
     """
     name = teacher.__name__ if isinstance(teacher, type) else type(teacher).__name__
-    comparing = [term for term, found in terms.items() if isinstance(found.objective, HeadTerm)]
+    comparing = [
+        term
+        for term, found in terms.items()
+        if isinstance(found.objective, HeadTerm) and not is_supervised(found.objective)
+    ]
     if comparing and not isinstance(teacher, HasHead):
         raise ValueError(
             f"teacher_model: {name} has no LM head here, and {', '.join(comparing)} compares next-token distributions; give it a "

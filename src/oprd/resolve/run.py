@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -305,7 +306,7 @@ def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedRespon
     """The responses of a file (`oprd.data.responses.read_responses`), in the student's tokens.
 
     Raises:
-        ValueError: no such file, a row without a prompt or a response, or one that does not fit the model's context.
+        ValueError: no such file, a row without a prompt or a response, or one that does not fit the model's context or tokens.
     """
     rows = load_prompts(str(file), reading=Reading.of(vars(args), "train", columns=True))
     prompts = prepare(pair, args, None, rows, "responses") or []
@@ -319,8 +320,11 @@ def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedRespon
     def text_of(ids: Sequence[int]) -> str:
         return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
 
-    longest = args.max_completion_length
-    return FixedResponses(read_responses(prompts, renderer.completion_ids, text_of, end_of, longest=longest), str(file))
+    found = read_responses(
+        prompts, renderer.completion_ids, text_of, end_of, longest=args.max_completion_length, ends=pair.stop_token_ids,
+        most=min(vocabulary_size(pair.tokenizer), pair.student.info.embedding_rows or sys.maxsize),
+    )  # fmt: skip
+    return FixedResponses(found, str(file))
 
 
 def _check_cache(pair: ModelPair) -> None:

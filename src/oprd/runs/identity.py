@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
+from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings, entry_in_words
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, modules_of
+from oprd.states.sources import teacher_source
 from oprd.states.teachers import Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import TASKS, Task
@@ -47,7 +49,7 @@ class RunIdentity:
     Args:
         settings: key → value, as in `config.yaml`.
         digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher/<teacher_id> of several,
-            teacher_tokenizer, bridge_content, compared_layers, task, reward_functions, and with an adapter base_model.
+            teacher_tokenizer, bridge_content, responses, compared_layers, task, reward_functions, and with an adapter base_model.
     """
 
     settings: Mapping[str, Any]
@@ -131,6 +133,9 @@ def identify(
         digests["base_model"] = weights_checksum(frozen)
     if isinstance(teacher, BridgedTeacher) and teacher.digest is not None:
         digests["bridge_content"] = teacher.digest
+    source = teacher_source(run.teacher_model)
+    if source is not None and source.responses is not None:
+        digests["responses"] = file_digest(source.responses)
     if isinstance(teacher, MappedTeacher):
         digests["compared_layers"] = hashlib.sha256(teacher.pairs.encode()).hexdigest()
     for name, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):

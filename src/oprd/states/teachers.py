@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,12 @@ class ProjectsStudent(Protocol):
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
         """The student's states `[N, D]` of a layer in the space of the teacher's."""
         ...
+
+
+def has_head(teacher: Any) -> TypeGuard[HasHead]:
+    """Whether a teacher gives an LM head here: it has the method, and so has the teacher that it stands before."""
+    behind = getattr(teacher, "teacher", None)
+    return isinstance(teacher, HasHead) and (not isinstance(behind, Teacher) or has_head(behind))
 
 
 def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> None:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,8 +35,11 @@ logger = logging.getLogger("oprd")
 _LEAST_TOKEN = 16  # characters
 _CHUNK = 2**20  # bytes
 _SPARE = 8  # connections beside those that wait, so that more are answered 503
+_STRANGERS = 64  # connections that have not shown that they may ask
+_MOST_DIGITS = 18  # of a body's length
 _GRACE = 5.0  # seconds
 _LOOPBACK = ("localhost",)
+_STOPS = "the server is stopping"
 
 
 class Refused(Exception):
@@ -60,17 +63,20 @@ class ServerLimits:
         queue: most requests that wait while one is computed; more are answered 503.
         body_bytes: most bytes of a request's body.
         timeout: seconds for a request, from its connection to the last byte of its answer, waiting included.
+        headers: seconds for a request's headers, from its connection.
     """
 
     queue: int = 16
     body_bytes: int = 64 * 2**20
     timeout: float = 600
+    headers: float = 10
 
     def __post_init__(self) -> None:
         if self.queue < 1 or self.body_bytes < 1:
             raise ValueError(f"queue: {self.queue}, body: {self.body_bytes} bytes are not allowed; at least 1")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: {self.timeout} is not allowed; more than 0 seconds")
+        for name, value in (("timeout", self.timeout), ("headers", self.headers)):
+            if not value > 0:
+                raise ValueError(f"{name}: {value} is not allowed; more than 0 seconds")
 
 
 class TeacherService:
@@ -97,7 +103,7 @@ class TeacherService:
         self._device = next((p.device for module in teacher.modules for p in module.parameters()), torch.device("cpu"))
         self._worker = ThreadPoolExecutor(1, "teacher")
         self._counted = threading.Lock()
-        self._waiting = 0
+        self._waiting, self._closed = 0, False
 
     def states(self, body: bytes) -> bytes:
         """The answer to `POST /states`.
@@ -142,18 +148,27 @@ class TeacherService:
         """Compute something once what came before is computed.
 
         Raises:
-            Refused: too many wait already.
+            Refused: too many wait already, or the service is closed.
         """
         with self._counted:
+            if self._closed:
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, _STOPS, retry_after=1)
             if self._waiting > self.queue:  # one is computed
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.queue} requests wait already", retry_after=1)
             self._waiting += 1
-        future = self._worker.submit(work)
+            future = self._worker.submit(work)
         future.add_done_callback(lambda _: self._left())
         return future
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are computed or wait."""
+        return self._waiting
+
     def close(self) -> None:
-        """Finish what is computed, and drop what waits."""
+        """Finish what is computed, and drop what waits: its futures are cancelled."""
+        with self._counted:
+            self._closed = True
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _left(self) -> None:
@@ -233,7 +248,10 @@ def is_loopback(host: str) -> bool:
 
 
 class _Listener(ThreadingHTTPServer):
-    """Accepts connections, up to a number, and ends those that take too long.
+    """Accepts connections and ends those that take too long.
+
+    A connection is a stranger until the gate lets its request in, and has a place only then: who sends nothing keeps no place from
+    who may ask. Of too many strangers the oldest is ended.
 
     Args:
         address: host and port.
@@ -246,31 +264,64 @@ class _Listener(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: Any, limits: ServerLimits) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._timeout, self._open = limits.timeout, set[socket.socket]()
+        self._limits, self._open = limits, set[socket.socket]()
+        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
+        self._guests, self._changing = set[socket.socket](), threading.Lock()
         self._places = threading.BoundedSemaphore(limits.queue + _SPARE)
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection in a thread of its own, if there is a place for it."""
-        if not self._places.acquire(blocking=False):
-            with suppress(OSError):
-                request.sendall(b"HTTP/1.0 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
-            self.shutdown_request(request)
-            return
-        self._open.add(request)
+        """Handle a connection in a thread of its own."""
+        with self._changing:
+            oldest = next(iter(self._strangers)) if len(self._strangers) >= _STRANGERS else None
+            if oldest is not None:
+                del self._strangers[oldest]
+            self._strangers[request] = None
+            self._open.add(request)
+        if oldest is not None:
+            logger.info("%d connections have sent no request that is let in; the oldest is ended", _STRANGERS)
+            _end(oldest)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Handle a connection; end it when its time is over."""
-        clock = threading.Timer(self._timeout, _end, (request,))
-        clock.daemon = True
-        clock.start()
+        clocks = [
+            threading.Timer(self._limits.headers, self._end_stranger, (request, client_address)),
+            threading.Timer(self._limits.timeout, _end, (request,)),
+        ]
+        for clock in clocks:
+            clock.daemon = True
+            clock.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
-            clock.cancel()
-            self._open.discard(request)
-            self._places.release()
+            for clock in clocks:
+                clock.cancel()
+            with self._changing:
+                self._open.discard(request)
+                self._strangers.pop(request, None)
+                if request in self._guests:
+                    self._guests.remove(request)
+                    self._places.release()
+
+    def let_in(self, connection: socket.socket) -> None:
+        """Give a connection whose request may be answered a place.
+
+        Raises:
+            Refused: there is none.
+        """
+        if not self._places.acquire(blocking=False):
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections wait already", retry_after=1)
+        with self._changing:
+            self._strangers.pop(connection, None)
+            self._guests.add(connection)
+
+    def _end_stranger(self, connection: socket.socket, client_address: Any) -> None:
+        with self._changing:
+            if connection not in self._strangers:
+                return
+            _end(connection)
+        logger.info("%s: no request that is let in within %g s", client_address[0], self._limits.headers)
 
     def end_connections(self) -> None:
         """Give answers that are being sent some seconds, then end what is open."""
@@ -344,14 +395,17 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
-        if int(length[:19]) > self.limits.body_bytes:
+        digits = length.lstrip("0") or "0"
+        size = int(digits) if len(digits) <= _MOST_DIGITS else None
+        if size is None or size > self.limits.body_bytes:
+            shown = f"{'more than ' * (size is None)}{digits[:_MOST_DIGITS]}"
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body has {length[:19]} bytes, and the server takes {self.limits.body_bytes}; lower micro_batch_tokens",
+                f"the body has {shown} bytes, and the server takes {self.limits.body_bytes}; lower micro_batch_tokens",
             )
         body = bytearray()
-        while len(body) < int(length):
-            part = self.rfile.read(min(_CHUNK, int(length) - len(body)))
+        while len(body) < size:
+            part = self.rfile.read(min(_CHUNK, size - len(body)))
             if not part:
                 raise ConnectionError("the client has left")
             body += part
@@ -364,10 +418,14 @@ class _Handler(BaseHTTPRequestHandler):
         except NotDone:
             future.cancel()
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the request has waited too long", retry_after=1) from None
+        except CancelledError:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, _STOPS, retry_after=1) from None
 
     def _answer(self, answer: Callable[[], bytes]) -> None:
         try:
             self.gate.check(self.headers.get("Authorization", ""), self.headers.get("Host", ""))
+            assert isinstance(self.server, _Listener), "it makes the handlers"
+            self.server.let_in(self.connection)
             content = answer()
         except Refused as refused:
             retry = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}

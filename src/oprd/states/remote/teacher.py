@@ -131,11 +131,16 @@ class RemoteTeacher:
             raise ValueError(
                 f"teacher_model: {self.settings.url} has no layer {missing[0]}; it has {list(self.served.widths)}"
             )
-        largest = wire.largest_states(request, self.served, self._dtype)
-        body = wire.pack_request(request, self.settings.dtype)
-        return self._ask(
-            wire.STATES, largest, lambda a: wire.unpack_states(a.content, request, self.served, self._dtype), body
+        asked, places_N = wire.asked_once(request)
+        largest = wire.largest_states(asked, self.served, self._dtype)
+        body = wire.pack_request(asked, self.settings.dtype)
+        found = self._ask(
+            wire.STATES, largest, lambda a: wire.unpack_states(a.content, asked, self.served, self._dtype), body
         )
+        if places_N is None:
+            return found
+        values = tuple(states.index_select(0, places_N) for states in found.values)
+        return replace(found, values=values, rollout_index=request.rollout_index)
 
     def head(self) -> LMHead:
         """The teacher's LM head; the first call gets it from the server.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,17 @@ def pack_request(request: StateRequest, dtype: str | None) -> bytes:
     return save(numbers, {_METADATA: json.dumps({"layers": list(request.layers), "dtype": dtype})})
 
 
+def asked_once(request: StateRequest) -> tuple[StateRequest, Tensor | None]:
+    """The request with each selected position once, and the place of each of its N positions there; None: each is there once.
+
+    Positions inside one token of the teacher are interpolated between the same states, which are sent once.
+    """
+    once, places_N = request.flat_index.unique(return_inverse=True)
+    if len(once) == len(places_N):
+        return request, None
+    return replace(request, flat_index=once, rollout_index=torch.zeros_like(once)), places_N
+
+
 def unpack_request(body: bytes, served: ServedTeacher) -> tuple[StateRequest, torch.dtype]:
     """The request of a client, and the dtype that it asks for. Indices of rollouts are not sent: they are 0.
 
@@ -165,6 +176,9 @@ def _check_values(found: Mapping[str, Tensor], layers: tuple[int, ...], served: 
         raise ValueError(
             f"{tokens} tokens, and the server takes {served.most_tokens} (--max-tokens); lower micro_batch_tokens"
         )
+    for name in ("flat_index", "head_index"):  # else a small request would have an answer of any size
+        if name in found and len(found[name]) > tokens:
+            raise ValueError(f"{name} has {len(found[name])} indices for {tokens} tokens; ask for each token once")
     if unknown := [layer for layer in layers if layer not in served.widths]:
         raise ValueError(f"layers: {unknown[0]} is not served; one of {sorted(served.widths)}")
     limits = {
