@@ -27,7 +27,7 @@ class FollowsStudent(Protocol):
     """A teacher that changes with the student. Its state is part of a checkpoint."""
 
     def follow(self, step: int) -> None:
-        """Take notice of an optimizer step.
+        """Called after each optimizer step.
 
         Args:
             step: number of steps taken, from 1.

@@ -185,7 +185,7 @@ def prune_model(
     """Write `output`: the model without some blocks, with tokenizer, and a config that says which were kept.
 
     The written folder is loaded again and its logits are compared with those of the original whose blocks are skipped. Nothing is
-    written if they differ. `load_pair` and training read `layer_map: kept` from the config.
+    written if they differ. `layer_map: kept` reads the record of the kept blocks in its config.
 
     Args:
         name: folder or hub name of the original.

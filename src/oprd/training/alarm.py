@@ -18,10 +18,8 @@ _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about on
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
 _CLOSER = 0.9  # loss and 1 − cosine must have fallen below this share, where accuracy did not rise
-_SOLVES, _TOP = (
-    0.05,
-    0.5,
-)  # accuracies between which a lack of progress counts: below, it may begin late; above, it may be done
+_SOLVES = 0.05  # below this accuracy a lack of progress does not count: the student may begin late
+_TOP = 0.5  # above this one it does not either: the student may be done
 _SURE = 0.05  # the gain in accuracy must be below this, by two standard errors
 _RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
 _MEAN_OF = 5  # steps: of one step the loss is noisy
