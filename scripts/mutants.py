@@ -380,6 +380,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_privileged.py::test_the_teacher_follows_by_the_closed_form"),
         ("a resumed teacher starts anew", "            weight.copy_(found[name])\n", "            pass\n",
          "test_privileged.py::test_a_resumed_run_goes_on_with_the_same_teacher"),
+        ("the base is the student in training", "FrozenTeacher(deepcopy(student), info)", "FrozenTeacher(student, info)",
+         "test_extrapolation.py::test_a_run_equals_one_with_the_target_written_out"),
     ],
     "alignment/privileged.py": [
         ("words of the student's own prompt are quotations", "_runs(_text(hidden)) - _runs(_text(shown))", "_runs(_text(hidden))",
@@ -1074,8 +1076,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "resolve/teacher.py": [
         ("one teacher renders the prompts of all", "if getattr(one, name) != getattr(other, name):", "if False:",
          "test_several_teachers.py::test_teachers_that_would_render_one_prompt_differently_are_refused"),
-        ("the base is the student in training", "copy.deepcopy(student.model)", "student.model",
-         "test_extrapolation.py::test_a_run_equals_one_with_the_target_written_out"),
     ],
     "resolve/datasets.py": [
         ("evaluation prompts have the room of training", "args.eval_sampling if evaluated else args.sampling",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-TOKEN_ENV = "OPRD_TEACHER_TOKEN"
+from oprd.states.remote import TOKEN_ENV
 
 
 def serve_teacher(

@@ -37,16 +37,21 @@ def watch(
 
     _refuse_files(runs)
     watches = {str(folder): RunWatch(folder) for folder in runs}
+    found = _look(watches)
     if once or not console.is_terminal:
-        console.print(_picture(watches, completions))
+        console.print(_picture(watches, found, completions))
     else:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            while True:
-                live.update(_picture(watches, completions), refresh=True)
-                if all(run.status().state == "finished" for run in watches.values()):
-                    break
+            live.update(_picture(watches, found, completions), refresh=True)
+            while any(status.state != "finished" for status in found.values()):
                 time.sleep(every)
-    write_report(json_file, {name: vars(run.status()) for name, run in watches.items()})
+                found = _look(watches)
+                live.update(_picture(watches, found, completions), refresh=True)
+    write_report(json_file, {name: vars(status) for name, status in found.items()})
+
+
+def _look(watches: Mapping[str, RunWatch]) -> dict[str, RunStatus]:
+    return {name: run.status() for name, run in watches.items()}
 
 
 def _refuse_files(runs: Sequence[Path]) -> None:
@@ -57,11 +62,10 @@ def _refuse_files(runs: Sequence[Path]) -> None:
             raise ValueError(f"watch: {folder} is named twice; name each run once")
 
 
-def _picture(watches: Mapping[str, RunWatch], completions: int) -> RenderableType:
+def _picture(watches: Mapping[str, RunWatch], found: Mapping[str, RunStatus], completions: int) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    found = {name: run.status() for name, run in watches.items()}
     parts: list[RenderableType] = [_table(found)]
     parts += [Text(f"{name}: {line}") for name, status in found.items() for line in _remarks(status)]
     for name, run in watches.items():

@@ -40,6 +40,9 @@ class FixedResponses(Sequence[Response]):
     Args:
         responses: at least one.
         name: where they come from, for messages.
+
+    Raises:
+        ValueError: there is none.
     """
 
     def __init__(self, responses: Iterable[Response], name: str) -> None:

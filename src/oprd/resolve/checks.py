@@ -9,16 +9,10 @@ from torch import nn
 
 from oprd.config import AUTO
 from oprd.models.adapters import find_adapter
-from oprd.models.loading import (
-    resolve_name,
-)
+from oprd.models.loading import resolve_name
 from oprd.objectives.composite import Term
 from oprd.objectives.schedules import bounds
-from oprd.objectives.terms import (
-    HeadTerm,
-    LayerTerm,
-    is_supervised,
-)  # fmt: skip
+from oprd.objectives.terms import HeadTerm, LayerTerm, is_supervised
 from oprd.resolve.terms import have_kind
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers
@@ -26,10 +20,7 @@ from oprd.states.cache.folder import read_index
 from oprd.states.layer_maps import KEPT
 from oprd.states.sources import TeacherSource, teacher_source
 from oprd.states.teacher_settings import check_teachers, is_student
-from oprd.states.teachers import (
-    CanSample,
-    HasHead,
-)
+from oprd.states.teachers import CanSample, HasHead
 
 
 def check_settings(run: RunConfig, terms: Mapping[str, Term]) -> TeacherSource | None:
@@ -190,7 +181,7 @@ def _source(run: RunConfig) -> TeacherSource | None:
     if source is None:
         return None
     source.check_writer(run.args.lmbda)
-    if run.args.learning_rate == AUTO and (source.cache is not None or source.responses is not None):
+    if run.args.learning_rate == AUTO and source.fixed:
         raise ValueError(
             f"learning_rate: {AUTO!r} samples rollouts of its own, and responses are fixed; give a number, or find it in "
             "a run with a model or a server as teacher_model"
@@ -230,8 +221,7 @@ def check_teacher(run: RunConfig, terms: Mapping[str, Term], teacher: Any, sourc
         )
     if isinstance(teacher, CanSample):
         return
-    fixed = source is not None and (source.cache is not None or source.responses is not None)
-    if bounds(run.args.lmbda)[0] < 1 and not fixed:
+    if bounds(run.args.lmbda)[0] < 1 and not (source is not None and source.fixed):
         raise ValueError(
             f"lmbda: {run.args.lmbda} lets the teacher write, and {name} cannot sample here; set lmbda: 1, or give it a method "
             "sampler (oprd.states.teachers.CanSample)"

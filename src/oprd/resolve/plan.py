@@ -11,12 +11,7 @@ from oprd.alignment.teacher_prompts import check_one_text
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig, check_own_tokens
 from oprd.data.rows import TEACHER_ID
-from oprd.models.loading import (
-    ModelInfo,
-    check_same_shape,
-    load_tokenizer,
-    resolve_name,
-)
+from oprd.models.loading import ModelInfo, check_same_shape, load_tokenizer, resolve_name
 from oprd.models.nearest_folder import nearest_hint
 from oprd.models.pruning import KeptBlocks
 from oprd.objectives.composite import Term
@@ -34,9 +29,7 @@ from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.teacher_settings import is_student, model_of_entry
-from oprd.states.teachers import (
-    FrozenTeacher,
-)
+from oprd.states.teachers import FrozenTeacher
 from oprd.tasks.problems import GENERATED
 
 _FILES = (".parquet", ".jsonl", ".json")

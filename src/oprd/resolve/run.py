@@ -22,22 +22,12 @@ from oprd.data.prompts import Prompt, PromptRenderer
 from oprd.data.responses import FixedResponses, read_responses
 from oprd.data.rows import PER_DATASET, Reading, load_prompts
 from oprd.models.fingerprint import tokenizer_digest
-from oprd.models.loading import (
-    LoadedModel,
-    ModelInfo,
-    check_same_shape,
-    load,
-)
+from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load
 from oprd.models.tokens import vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import compares_states
 from oprd.objectives.schedules import bounds
-from oprd.objectives.terms import (
-    HeadTerm,
-    LayerTerm,
-    PolicyTerm,
-    is_supervised,
-)  # fmt: skip
+from oprd.objectives.terms import HeadTerm, LayerTerm, PolicyTerm, is_supervised
 from oprd.resolve.checks import check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, prepare, task_of
 from oprd.resolve.student import make_student
@@ -56,12 +46,7 @@ from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
 from oprd.states.several import teachers_of
 from oprd.states.sources import TeacherSource
-from oprd.states.teachers import (
-    FrozenTeacher,
-    ProjectsStudent,
-    Teacher,
-    innermost,
-)
+from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import Task
 

@@ -14,11 +14,7 @@ from transformers import set_seed
 from oprd.models.architecture import causal_lm, freeze_above
 from oprd.models.fingerprint import Fingerprint, fingerprint
 from oprd.models.finite import check_finite
-from oprd.models.loading import (
-    LoadedModel,
-    load,
-    with_tokenizer,
-)
+from oprd.models.loading import LoadedModel, load, with_tokenizer
 from oprd.models.pruning import KeptBlocks
 from oprd.models.quantization import fake_quantize
 from oprd.models.tokens import say_ends

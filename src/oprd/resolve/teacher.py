@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Mapping
@@ -21,18 +20,12 @@ from oprd.config import OPRDConfig
 from oprd.models.architecture import evaluating
 from oprd.models.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from oprd.models.finite import check_finite
-from oprd.models.loading import (
-    LoadedModel,
-    ModelInfo,
-    load,
-    load_tokenizer,
-)
+from oprd.models.loading import LoadedModel, ModelInfo, load, load_tokenizer
 from oprd.models.tokens import check_same_tokens, different_tokens, say_ends
 from oprd.registry import arguments_problem, resolve_with_arguments
 from oprd.run_config import RunConfig
 from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import read_states
-from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layers import resolve_layers
 from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.requests import request_states
@@ -40,12 +33,7 @@ from oprd.states.self_teacher import FollowingTeacher, copy_of
 from oprd.states.several import SeveralTeachers
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import is_student, model_of_entry
-from oprd.states.teachers import (
-    AdapterOffTeacher,
-    FrozenTeacher,
-    OfKnownWeights,
-    Teacher,
-)
+from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, OfKnownWeights, Teacher, innermost
 from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
@@ -67,7 +55,7 @@ def base_of(
         return base
     if run.base_model is None:
         logger.info("extrapolation: a frozen copy of the student as it is now stays in memory, as the base")
-        return FrozenTeacher(copy.deepcopy(student.model), student.info)
+        return copy_of(student.model, student.info)
     if isinstance(run.base_model, str):
         dtype = (run.args.teacher_model_init_kwargs or {}).get("dtype", "auto")
         loaded = load(run.base_model, dtype=dtype, trust_remote_code=run.args.trust_remote_code)
@@ -305,7 +293,7 @@ def bridge_teacher(
     Raises:
         ValueError: the bridge was fitted for other models, or the teacher's weights are unknown.
     """
-    own = teacher.teacher if isinstance(teacher, ExtrapolatedTeacher) else teacher
+    own = innermost(teacher)
     assert tokenizer is not None, "at least the student's"
     assert args.bridge is not None, "the caller has checked"
     if isinstance(own, FrozenTeacher):

@@ -9,11 +9,7 @@ from oprd.config import OPRDConfig
 from oprd.objectives.composite import Term
 from oprd.objectives.own import check_terms, given_terms, named_terms
 from oprd.objectives.schedules import bounds, is_on, scaled
-from oprd.objectives.terms import (
-    OutputSpace,
-    PolicyGradient,
-    Representation,
-)  # fmt: skip
+from oprd.objectives.terms import OutputSpace, PolicyGradient, Representation
 from oprd.run_config import RunConfig
 from oprd.tasks.rewards import RewardFunctions, reward_functions
 

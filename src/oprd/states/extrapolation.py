@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oprd.states.capture import ReadState, as_states
 from oprd.states.requests import HEAD, StateRequest
-from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
+from oprd.states.teachers import CanSample, HasHead, Teacher, hand_over
 from oprd.types import States
 
 
@@ -61,11 +61,7 @@ class ExtrapolatedTeacher:
         def target(layer: int, states: Tensor) -> Any:
             return read(layer, states if layer == HEAD else extrapolated(states, base.pop(layer), self.strength))
 
-        if isinstance(self.teacher, StreamsStates):
-            return self.teacher.read(request, target)
-        own = self.teacher.states(request)
-        values = [target(layer, states) for layer, states in zip(own.layers, own.values, strict=True)]
-        return values if own.head_MD is None else [*values, target(HEAD, own.head_MD)]
+        return hand_over(self.teacher, request, target)
 
 
 def extrapolated(

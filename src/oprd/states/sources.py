@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from oprd.states.remote.teacher import TOKEN_ENV, RemoteSettings
+from oprd.states.remote import TOKEN_ENV
+from oprd.states.remote.teacher import RemoteSettings
 
 _SECRETS = ("token", "api_key", "key", "password")
 
@@ -31,13 +32,18 @@ class TeacherSource:
     cache: Path | None = None
     responses: Path | None = None
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the responses exist before the run."""
+        return self.cache is not None or self.responses is not None
+
     def check_writer(self, lmbda: float | Mapping[str, Any]) -> None:
         """Check who writes the rollouts.
 
         Raises:
             ValueError: the student would, and they are fixed.
         """
-        if lmbda == 0 or (self.cache is None and self.responses is None):
+        if lmbda == 0 or not self.fixed:
             return
         if self.cache is not None:
             raise ValueError(

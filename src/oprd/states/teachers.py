@@ -82,24 +82,24 @@ def has_head(teacher: Any) -> TypeGuard[HasHead]:
     return isinstance(teacher, HasHead) and (not isinstance(behind, Teacher) or has_head(behind))
 
 
-def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> None:
+def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> list[Any]:
     """Call `read(layer, states [N, D])` for each layer of `request`, one by one where the teacher can; then few are held at once.
+
+    Returns:
+        What each call returned, in order.
 
     Raises:
         ValueError: the teacher returned other layers.
     """
     if isinstance(teacher, StreamsStates):
-        teacher.read(request, read)
-        return
+        return teacher.read(request, read)
     states = teacher.states(request)
     if tuple(states.layers) != tuple(request.layers):
         raise ValueError(
             f"teacher_model: it returned states of layers {list(states.layers)}; requested were {list(request.layers)}"
         )
-    for layer, values in zip(states.layers, states.values, strict=True):
-        read(layer, values)
-    if states.head_MD is not None:
-        read(HEAD, states.head_MD)
+    results = [read(layer, values) for layer, values in zip(states.layers, states.values, strict=True)]
+    return results if states.head_MD is None else [*results, read(HEAD, states.head_MD)]
 
 
 @runtime_checkable

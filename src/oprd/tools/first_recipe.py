@@ -17,8 +17,8 @@ from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import KEPT
-from oprd.tasks.answer_formats import FORMATS
-from oprd.tasks.problems import GENERATED
+from oprd.tasks.answer_formats import FORMATS, fitting_format, read_answers
+from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.task import get_task
 from oprd.tools.check_data import DatasetReport, DatasetSettings, examine
 from oprd.tools.doctor.memory import predict_memory
@@ -121,8 +121,8 @@ def first_recipe(
         values |= {"eval_num_generations": 4 if machine.cuda else 2}
         reasons["eval_num_generations"] = "answers a problem, before and after training"
         values["task"] = get_task(task).name if task else _guess_task(eval_dataset, problems)
-        mine = _answer_format(prompts, values["task"], guessed=task is None) if train.answered else "plain"
-        evaluated = _answer_format(eval_dataset, values["task"], guessed=task is None)
+        mine = _answer_format("--prompts", prompts, values["task"], guessed=task is None) if train.answered else "plain"
+        evaluated = _answer_format("--eval", eval_dataset, values["task"], guessed=task is None)
         if {mine, evaluated} != {"plain"}:
             values["answer_format"] = mine if mine == evaluated else {"train": mine, "eval": evaluated}
             reasons["answer_format"] = FORMATS[evaluated].description
@@ -174,23 +174,31 @@ def _guess_task(dataset: str, report: DatasetReport) -> str:
     return "math"
 
 
-def _answer_format(dataset: str, task: str, *, guessed: bool) -> str:
+def _answer_format(option: str, dataset: str, task: str, *, guessed: bool) -> str:
     """How the answers of a dataset are written.
+
+    Args:
+        option: that names the dataset, for messages.
+        dataset: file, hub name or `generated:<task>`.
+        task: that compares the answers.
+        guessed: whether nobody named the task.
 
     Raises:
         ValueError: the task cannot use them in any format.
     """
     if dataset.startswith(GENERATED):
         return "plain"
-    refused: ValueError | None = None
-    for written in ("plain", *FORMATS):
-        try:
-            examine(DatasetSettings(dataset, task=get_task(task), answer_format=written))
-            return written
-        except ValueError as error:
-            refused = refused or error
-    other = "say --task" if guessed else "say another --task"
-    raise ValueError(f"--eval: the task {task} cannot use its answers ({refused}); {other}, or leave --eval out")
+    rows, grader = load_rows(dataset, "train", None, 0), get_task(task)
+    if (found := fitting_format([row.answer for row in rows if row.answer is not None], grader)) is not None:
+        return found
+    try:
+        read_answers(rows, grader, None, dataset)
+    except ValueError as error:
+        other = "say --task" if guessed else "say another --task"
+        raise ValueError(
+            f"{option}: the task {task} cannot use its answers ({error}); {other}, or leave --eval out"
+        ) from None
+    raise AssertionError("one of the two says whether the task can use them")
 
 
 def _data_values(prompts: str) -> dict[str, Any]:

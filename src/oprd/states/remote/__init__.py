@@ -2,3 +2,6 @@
 
 Start reading at `teacher.py`.
 """
+
+TOKEN_ENV = "OPRD_TEACHER_TOKEN"
+"""The environment variable that holds the server's token, on both sides."""

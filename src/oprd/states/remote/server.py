@@ -27,7 +27,7 @@ from torch import nn
 
 from oprd.models.lm_head import check_head
 from oprd.models.memory import ran_out_of_memory
-from oprd.states.remote import wire
+from oprd.states.remote import TOKEN_ENV, wire
 from oprd.states.teachers import HasHead, Teacher
 
 logger = logging.getLogger("oprd")
@@ -235,7 +235,7 @@ def check_access(host: str, token: str) -> None:
     if not token and not is_loopback(host):
         raise ValueError(
             f"--host {host}: others can reach this address, so the server needs a token: put one into a file and give "
-            "--token-file, or set the environment variable OPRD_TEACHER_TOKEN; or leave --host out to listen on 127.0.0.1 alone"
+            f"--token-file, or set the environment variable {TOKEN_ENV}; or leave --host out to listen on 127.0.0.1 alone"
         )
 
 

@@ -17,7 +17,7 @@ from oprd.http.interruptible import Interruptible
 from oprd.http.patience import Patience
 from oprd.models.lm_head import LMHead
 from oprd.models.loading import parse_dtype
-from oprd.states.remote import wire
+from oprd.states.remote import TOKEN_ENV, wire
 from oprd.states.requests import StateRequest
 from oprd.types import States
 
@@ -25,7 +25,6 @@ logger = logging.getLogger("oprd")
 
 T = TypeVar("T")
 
-TOKEN_ENV = "OPRD_TEACHER_TOKEN"
 _SMALL, _FILES = 2**20, 2**28  # most bytes of the facts, and of a tokenizer's files
 
 

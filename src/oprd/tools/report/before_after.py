@@ -17,6 +17,7 @@ from oprd.models.loading import LoadedModel
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.runs.columns import spaced
 from oprd.sanitize import redacted, without_redacted
 from oprd.states.teacher_settings import describe_teacher, is_student, model_here
 from oprd.states.teachers import Teacher
@@ -142,7 +143,7 @@ class _Reader:
     ) -> None:
         self.tokenizer, self.config, self.longest = tokenizer, config, longest
         self.teacher, self.layers = teacher, layers
-        self.shown_layers = _few(layers) if teacher is not None else []
+        self.shown_layers = [layers[i] for i in spaced(len(layers), _MOST_LAYERS)] if teacher is not None else []
         limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
         self.sampling = Sampling(
             min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
@@ -253,12 +254,6 @@ class _Reader:
             )
             for side, ids, own_LT in zip(sides, rollouts.completion_ids, found, strict=True)
         ]  # fmt: skip
-
-
-def _few(layers: Sequence[int]) -> list[int]:
-    """The first and the last layer and some between, at equal distances."""
-    count = min(len(layers), _MOST_LAYERS)
-    return [layers[i * (len(layers) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def _model_names(record: RunRecord) -> tuple[str, str, str | None]:

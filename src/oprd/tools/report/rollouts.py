@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from oprd.files import write_json
+from oprd.runs.columns import spaced
 
 DISTANCES = "distances.json"
 FORMAT = 2
@@ -188,7 +189,7 @@ def spread_rows(completions: Iterable[Mapping[str, Any]], most: int) -> tuple[li
         most: maximum number of rows, 2 or more.
     """
     count = sum(1 for _ in completions)
-    wanted = set(range(count)) if count <= most else {i * (count - 1) // (most - 1) for i in range(most)}
+    wanted = {*spaced(count, most)}
     return [row for index, row in enumerate(completions) if index in wanted], count
 
 
