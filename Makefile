@@ -13,7 +13,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel docs notebooks dist lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel test-browser docs notebooks dist lint install evidence evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -48,6 +48,11 @@ test-deepspeed: $(SCALE_VENV)/.ready
 # The wheel in an environment of its own, outside the checkout.
 test-wheel: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/test_wheel.py
+
+# The report in Chromium: the machine's own, or the one that `playwright install chromium` fetches.
+test-browser: $(VENV)/.ready-dev
+	$(BIN)/$(PIP) 'playwright>=1.50'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra tests/test_report_browser.py
 
 # The site, in build/docs: warnings are errors, links and anchors inside it are checked. Then names, commands and lengths of the pages.
 docs: $(VENV)/.ready-docs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,39 +76,6 @@ def run_comparison(
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))
     return [_record(run, known.get(run.seed, {})) for run in runs]
-
-
-def tune_inside(
-    run: Callable[[Mapping[str, Sequence[float]]], list[Record]],
-    start: Mapping[str, Sequence[float]],
-    ladder: Sequence[float],
-) -> list[Record]:
-    """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side.
-
-    Args:
-        run: makes what is missing of objective → rates, on one seed, and returns its records.
-        start: objective → rates of the ladder that it tries first.
-        ladder: all rates that may be tried, rising. At its ends the best rate may stay at an edge.
-    """
-    tried = {name: sorted(rates) for name, rates in start.items()}
-    while True:
-        records = run(tried)
-        wider = {name: _beyond(best_rate(records, name), rates, ladder) for name, rates in tried.items()}
-        if not any(wider.values()):
-            return records
-        tried = {name: sorted({*rates, *wider[name]}) for name, rates in tried.items()}
-
-
-def at_edge(records: Sequence[Record], name: str) -> bool:
-    """Whether an objective's best rate is the lowest or the highest of those tried."""
-    rates = sorted({r["learning_rate"] for r in of(records, name)})
-    return best_rate(records, name) in (rates[0], rates[-1])
-
-
-def _beyond(best: float, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
-    """The next rate of the ladder, where the best is at an edge of those tried."""
-    lower, higher = ([r for r in ladder if r < rates[0]], [r for r in ladder if r > rates[-1]])
-    return [*(lower[-1:] if best == rates[0] else []), *(higher[:1] if best == rates[-1] else [])]
 
 
 def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:

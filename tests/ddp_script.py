@@ -10,6 +10,8 @@ from pathlib import Path
 
 from peft import LoraConfig
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import oprd.training.parallel
 import oprd.training.trainer
@@ -52,6 +54,16 @@ SCENARIOS = {
         {"num_generations": 4, "micro_batch_tokens": 10},
         {},
     ),  # other numbers of micro-batches and of long rollouts
+    "far": (
+        {
+            "representation_weight": 0.0,
+            "output_space": "cross_entropy",
+            "lmbda": 0.0,
+            "reduction": "token",
+            "diagnostic_steps": 0,
+        },
+        {},
+    ),  # the teacher writes in its own tokens; the student lacks some, so that the ranks have other numbers of rollouts
 }
 COMMON = {
     "rows": [{**row, "answer": "1"} for row in prompt_rows(8)],
@@ -65,10 +77,23 @@ def trainer_of(name: str, folder, world_size: int, **more):
     merged = {"per_device_train_batch_size": 2, **COMMON, **settings, **more}
     if world_size == 1:
         merged["per_device_train_batch_size"] *= 2
+    if name == "far":
+        merged["teacher_processing_class"] = other_tokenizer()
     trainer = tiny_trainer(folder, tiny_model(**model), tiny_model(seed=1, **model), scripted=True, **merged)
+    if name == "far":
+        trainer.rollouts.teacher_writer.engine.generate = scripted_generate
     if "task" in settings:
         reward_last_tokens(trainer)
     return trainer
+
+
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """The characters of `tiny_tokenizer` backwards, eight of which it does not have."""
+    vocab = ["<pad>", "<bos>", "<eos>", *reversed("0123456789+-*= #abcdefghijklmnopqrABCDEFGH")]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def reward_last_tokens(trainer) -> None:

@@ -116,6 +116,44 @@ def test_steps_without_an_accuracy_are_left_out_of_it():
     assert "accuracy fell" in find_alarm(rows)
 
 
+def far(steps=27, *, loss=(0.126, 0.092), cosine=(0.926, 0.945), accuracy=(0.09, 0.07), rollouts=32.0) -> list[dict]:
+    """A run whose columns go in a straight line, as two unrelated public models did: a student of another style."""
+
+    def at(ends, index):
+        return ends[0] + (ends[1] - ends[0]) * index / (steps - 1)
+
+    return [
+        {"step": i + 1, "loss": at(loss, i), "cosine": at(cosine, i), "accuracy": at(accuracy, i), "rollouts": rollouts}
+        for i in range(steps)
+    ]
+
+
+def test_loss_and_cosine_better_and_accuracy_not_rings():
+    said = [text for watch in [AlarmWatch(20)] for row in far() if (text := watch.watch(row))]
+    assert said == [
+        "cosine rose 0.929 -> 0.937 over steps 1 to 20, the loss fell 0.12 -> 0.107, and accuracy did not rise (8.7% -> 7.9%): the "
+        "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
+        "pairs), or check the task's answers"
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accuracy": (0.09, 0.12)},
+        {"accuracy": (0.02, 0.01)},  # a student that solves nothing yet may begin late
+        {"accuracy": (0.9, 0.89)},  # near the top there is little to gain
+        {"loss": (0.126, 0.115)},
+        {"cosine": (0.926, 0.93)},
+        {"rollouts": 8.0},  # too few to say that it did not rise
+    ],
+    ids=str,
+)
+def test_a_run_that_learns_or_may_does_not_ring(changed):
+    watch = AlarmWatch(20)
+    assert not any(watch.watch(row) for row in far(**changed))
+
+
 def rung(watch: AlarmWatch, rows) -> list[int]:
     return [row["step"] for row in rows if watch.watch(row)]
 

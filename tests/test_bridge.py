@@ -20,6 +20,7 @@ from oprd.models.loading import load_model, load_tokenizer
 from oprd.models.tokens import stop_token_ids
 from oprd.states.layer_maps import layer_map
 from oprd.tasks.task import get_task
+from oprd.tools.show_bridge import describe_bridge, explain_choice
 from tiny import tiny_model
 
 D, E, LAYERS = 10, 14, {1: 1, 2: 3, 3: 5}
@@ -333,3 +334,19 @@ def test_fingerprints_know_models_apart_and_not_their_dtype():
         "vocabulary",
         "tokenizer",
     ]
+
+
+def test_a_fit_says_why_it_has_its_rank_and_projector():
+    bridge = fitted(rank=4)
+    description = describe_bridge(bridge)
+    suggested = [row["suggested_rank"] for row in description["layers"]]
+    share = [f"{row['rank_r2'][3]:.0%}" for row in sorted(description["layers"], key=lambda row: row["rank_r2"][3])]
+    rank, projector = explain_choice(description, {"rank": 4, "projector": None})
+    assert rank.startswith(f"rank 4, as given: the layers suggest {min(suggested)}")
+    assert rank.endswith(f"(median {sorted(suggested)[1]}), where held-out R² of a direction crosses 1/2 (Theorem 3)")
+    assert projector.startswith("projector least_squares, the default: the paper's projector (Eq. 13)")
+    assert f"at rank 4 it predicts {share[0]} to {share[-1]} of the held-out variance" in projector
+    chosen = describe_bridge(fitted(projector="procrustes"))
+    rank, projector = explain_choice(chosen, {"rank": None, "projector": "procrustes"})
+    assert rank.startswith(f"rank {chosen['rank']}: the layers suggest")
+    assert projector.startswith("projector procrustes, as given: one rotation and one scale")

@@ -678,7 +678,7 @@ def test_a_fit_that_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path,
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(oprd.resolve, "load", load)
+    monkeypatch.setattr(oprd.resolve.run, "load", load)
     result = run(*fit_words(*EMBEDDED, **{"out": "bridge", **options}))
     assert result.returncode == 2
     assert message in result.stderr

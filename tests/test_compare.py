@@ -664,6 +664,17 @@ def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
         fit_missing(changed, found.output_dir, found.recipe, found.settings, said.append)
 
 
+def test_a_bridge_is_fitted_to_the_model_of_a_teacher_beside_fixed_responses(comparison, tmp_path):
+    beside = {"model": "embedded:wider/teacher", "responses": "r.jsonl"}
+    file, found = load_comparison(comparison(**{**BRIDGED, "settings": {"teacher_model": beside, "lmbda": 0.0}}))
+    specs, said = parse_bridges(found.bridges, str(file)), []
+    elsewhere = {**found.settings, "teacher_model": {"url": "http://127.0.0.1:1"}}
+    with pytest.raises(ValueError, match=r"bridges: one: teacher_model: a model on a server \(http://127"):
+        fit_missing(specs, found.output_dir, found.recipe, elsewhere, said.append)
+    fit_missing(specs, found.output_dir, found.recipe, found.settings, said.append)
+    assert Bridge.load(tmp_path / "out" / "bridges" / "one").teacher.name == "embedded:wider/teacher"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

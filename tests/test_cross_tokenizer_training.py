@@ -170,6 +170,9 @@ class Pair:
     teacher_ids: list[int]
     all: list[tuple[int, int]]
     strict: list[tuple[int, int]]
+    inside: list[
+        tuple[int, int, float]
+    ]  # in a token of the teacher: its position, and the share of the token that has been read
 
 
 def pair_by_text(ours: Side, theirs: Side, completion: Sequence[int]) -> Pair:
@@ -190,7 +193,14 @@ def pair_by_text(ours: Side, theirs: Side, completion: Sequence[int]) -> Pair:
             return whole and ended and t == len(body)
         return t < len(body) and mine.get(body[t]) == other[written[u]]
 
-    return Pair(written, pairs, [(t, u) for t, u in pairs if alike(t, u)])
+    positions = len(written) + ((whole and ended) or any(u == len(written) for _, u in pairs) or not written)
+    inside = [
+        (t, u, (len(prefix) - len(low)) / (len(high) - len(low)))
+        for t, prefix in enumerate(before)
+        for u, (low, high) in enumerate(itertools.pairwise(theirs_before[:positions]))
+        if len(low) < len(prefix) < len(high) and high.startswith(prefix)
+    ]
+    return Pair(written, pairs, [(t, u) for t, u in pairs if alike(t, u)], inside)
 
 
 class OverEvents(DenseObjective):
@@ -210,6 +220,7 @@ class CrossObjective(DenseObjective):
     tensors: dict[str, Tensor] = field(default_factory=dict)
     phi: tuple[int, ...] = PHI
     normalize: bool = False
+    inside: bool = False
 
     def __post_init__(self) -> None:
         self.size, self.stops = len(self.ours.tokenizer), self.ours.stops
@@ -253,12 +264,16 @@ class CrossObjective(DenseObjective):
     def matched(self, ours, theirs, pairs: list[Pair]) -> tuple[Tensor, dict[str, float]]:
         errors, cosines = [], {layer: [] for layer in self.layers}
         for (_, s), (_, t), pair in zip(ours, theirs, pairs, strict=True):
-            chosen = [pair.all[i] for i in self.positions(len(pair.all))]
+            every = sorted([(*both, 0.0) for both in pair.all] + pair.inside * self.inside)
+            chosen = [every[i] for i in self.positions(len(every))]
             students, teachers = ([pair[n] for pair in chosen] for n in (0, 1))
+            after = [u + (share > 0) for _, u, share in chosen]
+            share_N1 = torch.tensor([share for _, _, share in chosen])[:, None]
             of_layers = []
             for layer in self.layers:
                 p = self.projected(layer, "student", s[layer][students])
-                q = self.projected(layer, "teacher", t[self.phi[layer - 1]][teachers])
+                read = t[self.phi[layer - 1]]
+                q = self.projected(layer, "teacher", (1 - share_N1) * read[teachers] + share_N1 * read[after])
                 cosines[layer].append(cosine_similarity(p.detach(), q, dim=-1))
                 if self.normalize:
                     p, q = (normalize(x, dim=-1) * RANK**0.5 for x in (p, q))
@@ -422,6 +437,11 @@ CASES = {
         {"layers": "odd", "positions": "last_k", "position_k": 2, "reduction": "token", "micro_batch_tokens": 10000},
         {"layers": (1, 3), "positions": lambda n: range(n)[-2:], "reduction": "token"},
     ),
+    "inside tokens": ({"inside_tokens": "interpolate"}, {"inside": True}),
+    "the last three with those inside tokens": (
+        {"inside_tokens": "interpolate", "positions": "last_k", "position_k": 3, "micro_batch_tokens": 10000},
+        {"inside": True, "positions": lambda n: range(n)[-3:]},
+    ),
     "first two pairs of layer 2, a rollout a batch": (
         {"layers": [2], "positions": "first_k", "position_k": 2, "micro_batch_tokens": 1},
         {"layers": (2,), "positions": lambda n: range(n)[:2]},
@@ -431,7 +451,12 @@ CASES = {
 
 BRIDGED = [
     *(("rollouts", pair) for pair in PAIRS),
-    *zip([name for name in CASES if name != "rollouts"], itertools.cycle(reversed(PAIRS)), strict=False),
+    *zip(
+        [name for name in CASES if name != "rollouts" and "inside" not in name],
+        itertools.cycle(reversed(PAIRS)),
+        strict=False,
+    ),
+    *((name, "characters to pieces") for name in CASES if "inside" in name),
 ]
 
 
@@ -467,6 +492,9 @@ def test_the_rollouts_above_are_what_they_are_meant_to_be():
     pair = pair_by_text(CHARACTERS, PIECES, cut)
     assert PIECES.tokenizer.convert_ids_to_tokens(pair.teacher_ids) == ["0", "0", "12"]
     assert pair.all == [(0, 0), (1, 1), (2, 2)]  # the fourth position is inside of "12"
+    assert pair.inside == []  # and has read no token after it: no state of the teacher has
+    first = pair_by_text(CHARACTERS, PIECES, completions(CHARACTERS, 0, 1)[0])
+    assert (1, 0, 0.5) in first.inside  # of "12+3="
 
 
 def test_groups_of_rollouts_do_not_matter(tmp_path, bridges):

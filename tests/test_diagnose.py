@@ -292,6 +292,49 @@ def changed(report, *, raw_only=False, **layers):
     return other | {"verdict": judge(other)}
 
 
+def start(report, *, finished=1.0, kl=0.3, accuracy=None, **verdict):
+    """The rule about the first steps, for a report with these figures."""
+    changed = copy.deepcopy(report)
+    changed["rollouts"]["finished"], changed["output"]["reverse_kl"], changed["accuracy"] = finished, kl, accuracy
+    changed["output"]["entropy_student"] = 0.5
+    changed["verdict"] |= verdict
+    found = [rule for rule in advise(changed)["advice"] if rule["about"] == "first steps"]
+    return found[0] if found else None
+
+
+def answers(finished=(1.0, 1.0), length=(10.0, 10.0)):
+    sides = zip(("student", "teacher"), finished, length, strict=True)
+    return {n: {"accuracy": 0.1, "ci95": [0.0, 0.2], "finished": f, "mean_length": m} for n, f, m in sides}
+
+
+FIRST = {"schedule": "step", "start": 0.0, "end": 1.0, "steps": 20}
+
+
+def test_a_far_pair_starts_with_the_teachers_responses(other_tokenizer, wider, same_origin):
+    rule = start(other_tokenizer, finished=0.55, kl=1.4, accuracy=answers((0.55, 0.98), (21.0, 6.0)))
+    assert rule["choose"] == "start with 20 steps on the teacher's responses"
+    assert rule["because"] == (
+        "the student finishes 55% of its answers, the teacher 98%; the student's tokens cost the teacher 1.9 nats each, the "
+        "student 0.5; its answers have 21 tokens on average, the teacher's 6: another style, about which the teacher's states say "
+        "little"
+    )
+    assert rule["settings"] == {"lmbda": FIRST, "output_space": "cross_entropy", "reduction": "token"}
+    assert start(wider, finished=0.55)["settings"] == {"lmbda": FIRST}  # beside its reverse KL
+    assert start(other_tokenizer, finished=0.79)["because"].startswith(
+        "the student finishes 79% of its answers: another"
+    )
+    cut_off = answers((0.5, 0.6))
+    assert start(other_tokenizer, finished=0.5, accuracy=cut_off) is None
+    assert start(other_tokenizer, accuracy=answers(length=(12.0, 6.1))) is None
+    assert start(other_tokenizer, finished=0.81, kl=0.99) is None
+    assert start(same_origin, finished=0.1) is None
+
+
+def test_models_that_share_neither_states_nor_tokens_have_the_responses(other_tokenizer):
+    rule = start(other_tokenizer, kind="unrelated")
+    assert rule["settings"] == {"lmbda": 0.0, "output_space": "cross_entropy"}
+
+
 def test_layers_that_agree_from_some_layer_on(same_origin):
     report = changed(same_origin, cka=[0.9, 0.7, 0.9, 0.95])
     assert report["verdict"]["kind"] == "same origin, upper layers"

@@ -129,8 +129,15 @@ def test_two_processes_equal_one_with_twice_the_batch(two_ranks, tmp_path, name)
     assert max((expected[n] - start[n]).abs().max().item() for n in start) > 1e-3
     assert_close_metrics(metrics(two_ranks / name), metrics(tmp_path / name))
     frozen = {n for n, p in trainer.model.named_parameters() if not p.requires_grad}
-    assert ("lm_head.weight" in frozen) is (name not in ("tied", "composite", "grpo"))
+    assert ("lm_head.weight" in frozen) is (name not in ("tied", "composite", "grpo", "far"))
     assert all(torch.equal(ours[n], start[n]) for n in frozen)
+
+
+def test_responses_that_one_rank_leaves_out_are_counted_over_both(two_ranks):
+    """That the loss is the mean over the rollouts of both is shown above."""
+    rows = metrics(two_ranks / "far")
+    assert any(0 < row["teacher_text/left_out"] < 0.5 for row in rows)
+    assert all(row["rollouts"] == 8 * (1 - row["teacher_text/left_out"]) for row in rows)
 
 
 def test_the_ranks_had_unequal_numbers_of_micro_batches(two_ranks):

@@ -19,6 +19,7 @@ from oprd.tools.doctor.document import MARGIN, errors, render
 from oprd.tools.doctor.memory import predict_memory, saved_bytes
 from oprd.tools.doctor.probe import probe_cpu
 from oprd.tools.doctor.shape import KNOWN, known_shape, shape_of
+from oprd.tools.doctor.show import examine, lines_of
 from oprd.tools.doctor.time import Device, predict_seconds
 from oprd.tools.doctor.workload import Lora, Workload, workload_of
 from tiny import tiny_model
@@ -289,6 +290,44 @@ def test_other_arguments_of_from_pretrained_change_the_shape(tmp_path):
     found = workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path), **both}))
     for shape in (found.student, found.teacher):
         assert (shape.layers, shape.tied) == (2, False)
+
+
+def test_every_teacher_is_counted_once_or_one_at_a_time_where_they_are_offloaded(tmp_path):
+    teachers = {
+        "math": "embedded:tiny/teacher", "code": {"model": "embedded:tiny/teacher"},
+        "prose": {"model": "embedded:tiny/student", "init_kwargs": {"dtype": "bfloat16"}},
+    }  # fmt: skip
+    several = {"teachers": teachers, "teacher_model": None, "output_dir": str(tmp_path)}
+    found = workload_of(RunConfig.load("tiny", several))
+    size = found.student.parameters
+    assert found.several == {"math": 4 * size, "code": 0, "prose": 2 * size}
+    assert predict_memory(found).parts["teacher weights"] == 6 * size
+    assert "offload_teachers: true" in [advice.setting for advice in advise(found, least=0)]
+    offloaded = workload_of(RunConfig.load("tiny", {**several, "offload_teachers": True}))
+    assert predict_memory(offloaded).parts["teacher weights"] == 4 * size
+    lines = "\n".join(lines_of(examine(offloaded, Device()), ()))
+    assert "weights of the teachers (in host memory until it is asked)" in lines
+    assert "shared with one above" in lines
+
+
+@pytest.mark.parametrize(
+    ("keys", "copies"), [({}, 1), ({"lora": {"r": 4}}, 0), ({"lora": {"r": 4}, "teacher_update_rate": 0.1}, 1)]
+)
+def test_a_student_that_is_its_own_teacher_is_copied_unless_its_adapter_can_be_turned_off(tmp_path, keys, copies):
+    own = {"teacher_model": "student", "teacher_prompt": "{prompt}{answer}", "output_dir": str(tmp_path)}
+    found = workload_of(RunConfig.load("tiny", {**own, **keys}))
+    assert predict_memory(found).parts["teacher weights"] == copies * 4 * found.student.parameters
+
+
+def test_a_teacher_beside_fixed_responses_is_loaded_here_and_counted(tmp_path):
+    named = {"output_dir": str(tmp_path), "lmbda": 0.0, "eval_teacher": False}
+    plain, beside = (
+        workload_of(RunConfig.load("tiny", {**named, "teacher_model": teacher}))
+        for teacher in ("embedded:wider/teacher", {"model": "embedded:wider/teacher", "responses": "r.jsonl"})
+    )
+    assert beside == plain
+    with pytest.raises(ValueError, match="this teacher has none here"):
+        workload_of(RunConfig.load("tiny", {**named, "teacher_model": {"cache": "folder"}}))
 
 
 def test_other_blocks_are_refused():

@@ -390,7 +390,8 @@ def test_a_remote_teacher_trains_without_its_evaluation(train, examples, server)
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"url": "x"}, r"teacher_model: \{'url': 'x'\} is neither a name nor a mapping \{use: name.*; name is module:attribute"),
+        ({"port": 1}, r"teacher_model: \{'port': 1\} is neither a name nor a mapping \{use: name.*; name is module:attribute"),
+        ({"url": "x"}, "teacher_model: url: 'x' is not allowed; http://HOST:PORT or https://HOST:PORT"),
         ({"use": "RemoteTeacher"}, "teacher_model: 'RemoteTeacher' is not of the form module:attribute"),
         ({"use": "no_such:Teacher"}, "teacher_model: .* cannot be imported"),
         ({"use": "my_teacher:Remote"}, "teacher_model: .* has no attribute 'Remote'; did you mean"),

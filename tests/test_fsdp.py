@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 import test_distributed as ddp
 from ddp_script import trainer_of
 from fsdp_script import READS, SCENARIOS, STEPS, read_gradients
+from oprd.config import OPRDConfig
 from oprd.files import verify
 from oprd.models.loading import load_model
 from oprd.models.sharding import is_sharded, most_of_ranks, shard_model, sharded_like, whole
 from oprd.runs.checkpoints import list_checkpoints
-from oprd.training.parallel import check_launch, even_rounds
+from oprd.training.parallel import Parallel, check_launch, even_rounds
 from tiny import tiny_model, tiny_trainer, weights
 
 pytestmark = pytest.mark.timeout(2 * ddp.SECONDS)
@@ -123,6 +124,7 @@ class Launched:
         for name, value in settings.items():
             setattr(Plugin, name, value)
         self.device = torch.device(device)
+        self.num_processes, self.distributed_type = 1, DistributedType.FSDP
         self.state = type("State", (), {"fsdp_plugin": Plugin})
 
 
@@ -148,6 +150,45 @@ def test_right_launches_are_not(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate forgets on a CPU
     with pytest.raises(ValueError, match="does not shard on a CPU"):
         check_launch(False, alone)
+
+
+def deepspeed(stage: int) -> SimpleNamespace:
+    """An accelerator as `accelerate launch` makes it with DeepSpeed."""
+    state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    device, kind = torch.device("cpu"), DistributedType.DEEPSPEED
+    return SimpleNamespace(state=state, device=device, num_processes=1, distributed_type=kind)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"teachers_per_prompt": "all"},
+            "teachers_per_prompt: all does not go with accelerate's FSDP, under which all",
+        ),
+        ({"mix_teachers": True}, "mix_teachers: True does not go with accelerate's FSDP, under which all processes"),
+        (
+            {"offload_teachers": True},
+            "offload_teachers: True does not go with accelerate's FSDP, which spreads weights",
+        ),
+        ({"teacher_update_rate": 0.1}, "teacher_update_rate: 0.1 does not go with accelerate's FSDP, under which no"),
+        ({"student_quantization": "int8"}, "student_quantization: int8 is not supported with accelerate's FSDP, which"),
+    ],
+)
+def test_what_fully_shard_refuses_accelerates_own_fsdp_refuses_too(tmp_path, keys, message):
+    args = OPRDConfig(str(tmp_path), use_cpu=True, **keys)
+    with pytest.raises(ValueError, match=message):
+        Parallel(Launched(), args, tiny_model(), place=False)
+
+
+def test_a_teacher_cannot_follow_a_student_that_deepspeed_splits(tmp_path):
+    args = OPRDConfig(str(tmp_path), use_cpu=True, teacher_update_rate=0.1)
+    with pytest.raises(
+        ValueError, match=r"teacher_update_rate: 0\.1 does not go with DeepSpeed ZeRO-3, under which no"
+    ):
+        Parallel(deepspeed(3), args, tiny_model())
+    assert Parallel(deepspeed(2), args, tiny_model()).deepspeed
+    assert Parallel(deepspeed(3), OPRDConfig(str(tmp_path), use_cpu=True), tiny_model()).deepspeed
 
 
 def test_one_process_and_adapters_are_refused(tmp_path):

@@ -11,6 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from oprd.cli import app
+from oprd.models.pruning import cut_blocks
+from oprd.resolve import plan
 from oprd.run_config import RunConfig
 from oprd.tools.first_recipe import Machine, first_recipe
 from oprd.training.run import train_and_evaluate
@@ -151,3 +153,25 @@ def test_bad_input_stops_before_anything_is_written(pair, words, said):
     assert isinstance(done.exception, ValueError)
     assert said in str(done.exception)
     assert sorted(map(str, Path().rglob("*"))) == before
+
+
+def test_a_pruned_student_is_mapped_to_what_it_kept(pair):
+    tiny_model("llama", num_hidden_layers=5).save_pretrained("teacher")
+    cut_blocks(tiny_model("llama", num_hidden_layers=5), (1, 3, 5)).save_pretrained("student")
+    found = made()
+    assert found.values["layer_map"] == "kept"
+    assert "layer_map: kept" in found.text()
+    assert not found.needs_bridge
+    plan(RunConfig.parse({**yaml.safe_load(found.text()), "learning_rate": 1e-3}))
+    tiny_model("llama", num_hidden_layers=6).save_pretrained("teacher")  # not its original
+    assert made().needs_bridge
+
+
+def test_answers_in_another_format_are_recognised(pair):
+    rows = [{"prompt": f"{i} + 1 =", "answer": f"{i} and 1 more.\n#### {i + 1}"} for i in range(20)]
+    Path("gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = init("--eval", "gsm.jsonl")
+    assert done.exit_code == 0, done.output
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    assert (values["task"], values["answer_format"]) == ("math", {"train": "plain", "eval": "gsm8k"})
+    assert "eval_instruction: false" in Path("mine.yaml").read_text()

@@ -93,7 +93,7 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     ((*DRY, "stray"), "unexpected argument 'stray'; settings are given as --key value"),
     # files
     (("train", "--config", "tinny"), "config: there is no file 'tinny'; shipped recipes are bridge_phi4, bridge_qwen3, "
-     "paper_vanilla, smollm2, tiny"),
+     "paper_vanilla, recover_pruned, smollm2, tiny"),
     (("train", "--config", "list.yaml"), "list.yaml: expected one key: value a line, found list"),
     (("train", "--config", "cut.yaml"), "cut.yaml: not a YAML file: line 1, column 6: expected ',' or ']', but got '<stream end>'"),
     ({"train_dataset": "nowhere.jsonl"}, "'nowhere.jsonl': no such file. Allowed are a path that ends in .parquet, .jsonl, .json, "

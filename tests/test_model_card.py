@@ -227,6 +227,23 @@ def test_without_a_teacher_it_is_the_student_without_its_adapter():
     assert "- bridge between them: `bridges/a|b`" in card
 
 
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"teacher_model": {"url": "http://inner.host:8100"}}, "a model on a server"),
+        ({"teacher_model": {"cache": "/home/me/cache"}}, "a model's states in a cache"),
+        ({"teacher_model": {"model": "a/b", "responses": "r.jsonl"}}, "`a/b with fixed responses`"),
+        ({"teacher_model": {"use": "mine:Teacher", "folder": "/home/me"}}, "`mine:Teacher`"),
+        ({"teacher_model": None, "teachers": {"a": {"model": "<b>x</b>"}, "b": "y"}}, "`a: <b>x</b>, b: y`"),
+    ],
+)
+def test_a_teacher_that_is_no_name_is_said_in_words_without_its_place(keys, line):
+    origin = model_card(SUMMARY, {**SETTINGS, **keys}).split("## To repeat it")[0]
+    assert f"- teacher: {line}\n" in origin
+    assert "inner.host" not in origin
+    assert "/home/me" not in origin
+
+
 def test_a_folder_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)

@@ -743,7 +743,7 @@ PAIR = {"policy_gradient_weight": 1.0, "num_generations": 2, "task": "addition"}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": "most"}, "layers: 'most' is not one of last, all, even, odd nor a list"),
+        ({"layers": "most"}, "layers: 'most' is not one of last, all, even, odd, last_three nor a list"),
         ({"positions": "middle"}, "positions: 'middle' is not one of all, last, last_k, first_k"),
         ({"positions": "last_k"}, "position_k: positions='last_k' needs it"),
         ({"reduction": "mean"}, "reduction: 'mean' is not one of rollout, token"),

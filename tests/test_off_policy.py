@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(settings, message):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"lmbda": 0.5}, {"end_of_turn": "skip"}, {"output_positions": "last", "output_space": "jsd"}], ids=str
+    "setting", [{"end_of_turn": "skip"}, {"output_positions": "last", "output_space": "jsd"}], ids=str
 )
 def test_a_teacher_with_its_own_text_takes_none_of_them(tmp_path, setting):
     with pytest.raises(

@@ -75,6 +75,29 @@ def test_licences_that_differ_or_are_unknown_are_said(run, licences, said):
 
 
 @pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"teacher_model": {"model": "OTHER", "responses": "r.jsonl"}},
+            "licences differ: student apache-2.0, teacher mit",
+        ),
+        ({"base_model": "OTHER"}, "licences differ: student apache-2.0, teacher apache-2.0, base model mit"),
+        ({"teacher_model": {"url": "http://inner:1"}}, "the licence of the teacher is not known here"),
+        ({"teacher_model": {"url": "http://inner:1"}}, "name the teacher's url, http://inner:1: see whether"),
+    ],
+)
+def test_every_model_that_a_run_reads_has_a_licence(run, keys, said):
+    other = run.parent / "other"
+    other.mkdir()
+    (other / CARD).write_text("---\nlicense: mit\n---\n")
+    text = yaml.safe_dump(keys).replace("OTHER", str(other))
+    changed(run / "config.yaml", **yaml.safe_load(text))
+    push = plan_push(run, "me/mine")
+    assert any(said in warning for warning in push.warnings), push.warnings
+    assert ("license" in yaml.safe_load(push.card.split("---\n")[1])) is ("differ" not in said)
+
+
+@pytest.mark.parametrize(
     ("entries", "said"),
     [
         ({"gap_closed": -0.3}, "the run lost 30% of the gap"),

@@ -33,9 +33,11 @@ from oprd.tools.report.rollouts import (
     Pair,
     Side,
     as_side,
+    best_and_worst,
     choose,
     logged_pairs,
     read_distances,
+    spread_rows,
     write_distances,
 )
 from oprd.tools.report.table import table
@@ -202,13 +204,24 @@ def test_the_head_table_is_the_summary(make_run):
     assert page.row("gap closed")[1] == [0.948, 0.5]
     assert page.row("mean length after") == (["51.2 tokens", "40.0 tokens"], [51.25, 40.0])
     assert page.row("finished after") == (["93.8 %"] * 2, [0.9375] * 2)
-    assert page.row("training took") == (["4.1 min"] * 2, [246.38] * 2)
+    took = sum(0.605 + step / 100 for step in range(1, STEPS + 1))
+    assert page.row("steps took") == ([f"{took:.1f} s"] * 2, [pytest.approx(took)] * 2)
+    assert page.row("whole command took") == (["4.4 min"] * 2, [261.31] * 2)
     assert page.row("peak GPU memory")[1] == [1.5 + STEPS / 100] * 2
     assert page.row("steps") == ([str(STEPS)] * 2, [STEPS] * 2)
     assert page.row("seed")[0] == ["7", "8"]
     assert page.row("student")[0] == ["embedded:tiny/student"] * 2
     assert page.row("objective")[0] == ["1 × representation + (0 to 2) × reverse_kl"] * 2
     assert page.row("software")[0] == ["oprd 0.1.0, torch 2.13.0"] * 2
+
+
+def test_a_resumed_run_counts_the_seconds_of_all_its_steps(make_run):
+    resumed = {**SUMMARY, "train_seconds": 3.0, "seconds": 6.0, "resumed_from_step": 50}
+    page = Page(report(make_run(summary=resumed)))
+    assert page.row("steps took")[1] == [pytest.approx(sum(0.605 + step / 100 for step in range(1, STEPS + 1)))]
+    assert page.row("whole command took")[0] == ["6.0 s, from step 50, where it was resumed"]
+    untimed = [{"step": 1, "loss": 1.0}]
+    assert Page(report(make_run("untimed", summary=resumed, metrics=untimed))).row("steps took")[1] == [3.0]
 
 
 def test_of_many_runs_a_text_that_all_share_is_written_once(make_run):
@@ -340,18 +353,21 @@ INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "h1", "h2", "h3", "h4",
     "h5", "p", "ul", "li", "a", "div", "span", "strong", "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td",
-    "data", "figure", "img", "figcaption", "details", "summary",
+    "data", "figure", "img", "figcaption", "details", "summary", "script", "label", "input", "fieldset", "legend", "select",
+    "option", "output",
 }  # fmt: skip
 ATTRIBUTES = {
-    "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"href"}, "img": {"src", "alt"},
-    "th": {"scope", "class"}, "td": {"class", "colspan"}, "data": {"value"}, "nav": {"aria-label"}, "ul": {"class"},
-    "section": {"id", "aria-labelledby"}, "h2": {"id"}, "p": {"class"}, "span": {"class", "title", "aria-hidden"},
-    "div": {"class", "role", "aria-label", "tabindex"},
+    "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "img": {"src", "alt"},
+    "th": {"scope", "class"}, "td": {"class", "colspan"}, "data": {"id", "value"}, "nav": {"aria-label"}, "ul": {"class"},
+    "section": {"id", "aria-labelledby"}, "h2": {"id"}, "p": {"class"}, "span": {"class", "title", "aria-hidden", "data-l"},
+    "div": {"id", "class", "role", "aria-label", "tabindex", "hidden"}, "article": {"class", "data-verdict"},
+    "details": {"class"}, "label": {"for"}, "select": {"id"}, "option": {"data-top"}, "output": {"id", "aria-live"},
+    "input": {"type", "id", "name", "value", "checked", "autocomplete", "spellcheck"},
 }  # fmt: skip
 
 
 def assert_inert(html: str) -> Page:
-    """No script, no handler, no inline style, nothing from outside, nothing a reader would not see."""
+    """No script but our own, no handler, no inline style, nothing from outside, nothing a reader would not see."""
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag in TAGS
@@ -362,13 +378,16 @@ def assert_inert(html: str) -> Page:
     assert all(re.fullmatch(r"#[a-z]+", link["href"]) for link in page.all("a"))
     assert {link["href"][1:] for link in page.all("a")} <= {a["id"] for _, a in page.tags if "id" in a}
     assert not INVISIBLE.search(html)
-    assert html.count("<style>") == 1
-    style = html.partition("<style>")[2].partition("</style>")[0]
-    assert not re.search(r"url\(|@import|expression|https?:", style)
+    digests = []
+    for tag in ("style", "script"):
+        assert html.count(f"<{tag}>") == 1
+        text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        assert not re.search(r"url\(|@import|expression|https?:|fetch|import\(|innerHTML|eval", text)
+        digests.append(base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
     (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert (
-        policy == f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'; base-uri 'none'; "
+        "form-action 'none'"
     )
     return page
 
@@ -472,6 +491,15 @@ def test_a_killed_run_is_reported_with_what_is_missing(make_run):
         assert note in page.text
     assert page.row("steps") == ([f"38 of {STEPS}, not ended"], [38])
     assert "No rollouts of two steps were logged." in page.text
+
+
+def test_alarms_are_told_in_their_own_words(make_run):
+    lines = [step_line(step) | {"alarm": 1.0, "alarm_text": f"the loss rises {step} ×"} for step in range(1, 8)]
+    (record,) = read_runs([make_run("new", metrics=lines)])
+    assert "alarm at step 1: the loss rises 1 ×" in record.notes
+    assert "2 more alarms, the last at step 7" in record.notes
+    (old,) = read_runs([make_run("old", metrics=[step_line(1) | {"alarm": 1.0}])])
+    assert "alarm at step 1: see the log of the run" in old.notes
 
 
 def test_a_run_that_was_killed_after_an_evaluation_shows_it(make_run):
@@ -590,6 +618,44 @@ def test_best_worst_and_most_divergent():
     ungraded = Pair(side(None), side(None))
     assert choose([ungraded, ungraded]) == [("not graded: the first", ungraded)]
     assert choose([]) == []
+
+
+def test_best_and_worst_are_answers_to_one_problem():
+    right, wrong, far = side(True, 0.1), side(False, 0.1), side(True, 0.9)
+    assert best_and_worst([right, wrong, far]) == Pair(right, wrong)
+    assert best_and_worst([far, right]) == Pair(right, far)  # equal verdicts: the smaller distance
+    assert best_and_worst([side(0.25), side(0.75)]) == Pair(side(0.75), side(0.25))
+    assert best_and_worst([right, right]) is None
+    assert best_and_worst([right]) is None
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(0, []), (1, [0]), (5, [0, 1, 2, 3, 4]), (9, [0, 2, 4, 6, 8])])
+def test_logged_rollouts_are_listed_at_equal_distances(count, chosen):
+    rows = [{"step": step} for step in range(count)]
+    assert spread_rows(rows, 5) == ([rows[i] for i in chosen], count)
+
+
+def test_logged_rollouts_are_on_the_page_with_their_verdicts(make_run):
+    logged = [rollout_line(step, f"{step}+0=", f"is {step}", step % 2 == 0) for step in range(1, 501)]
+    page = Page(report(make_run(completions=logged)))
+    assert "200 of 500, at equal distances" in page.text
+    assert "is 500" in page.text
+    listed = [a["data-verdict"] for a in page.all("article") if a.get("class") == "row"]
+    assert len(listed) == 200
+    assert set(listed) == {"right", "wrong"}
+
+
+def test_a_token_has_the_colours_of_its_layers(make_run):
+    """One digit a scale: the mean over layers, then each layer on its own scale."""
+    layers = ((0.1, 0.2, 0.4), (0.0, 0.01, 0.02))
+    mean = tuple((a + b) / 2 for a, b in zip(*layers, strict=True))
+    one = Side("1+1=", "2", None, True, "stop", 3, ("2", "x", "y"), mean, layers)
+    page = Page(report(make_run(distances=found_distances([Pair(one, one)], shown_layers=[1, 3]))))
+    scales = [mean[2], 0.4, 0.02]  # each token is there four times: 98 % of the 12 lie below the largest
+    digits = [s["data-l"] for s in page.all("span") if "data-l" in s][:3]
+    assert [float(o["data-top"]) for o in page.all("option")] == pytest.approx(scales, rel=0.01)
+    assert digits == ["".join(str(min(int(10 * v / t), 9)) for v, t in zip(token, scales, strict=True))
+                      for token in zip(mean, *layers, strict=True)]  # fmt: skip
 
 
 def test_a_token_has_the_colour_of_its_distance(make_run):
@@ -794,6 +860,16 @@ def reordered_tokenizer():
         bos_token="<bos>",
         eos_token="<eos>",
     )
+
+
+def test_distances_are_to_the_model_of_a_teacher_beside_fixed_responses(trained, tmp_path):
+    folder = str(tmp_path / "teacher")
+    run = trained(teacher_model={"model": folder, "responses": "r.jsonl"})
+    found = measured(run, problems=1, longest=4)
+    assert (found.unavailable, found.teacher) == (None, folder)
+    shutil.rmtree(run)
+    found = measured(trained(teacher_model={"url": "http://127.0.0.1:1"}), problems=1, longest=4)
+    assert found.unavailable.startswith("teacher_model: a model on a server (http://127.0.0.1:1), and distances are to")
 
 
 def test_other_reasons_why_there_are_no_distances(trained, tmp_path):

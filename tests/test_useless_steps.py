@@ -109,7 +109,9 @@ def test_the_alarm_rings_once_a_row_of_them(tmp_path, caplog):
         "step 3: 3 steps in a row may have taught nothing: in the last one every completion was empty"
     )
     assert said[1].startswith("step 8: ")
-    assert [row["step"] for row in trainer.run_folder.read_metrics() if "alarm" in row] == [3, 8]
+    rung = [row for row in trainer.run_folder.read_metrics() if "alarm" in row]
+    assert [row["step"] for row in rung] == [3, 8]
+    assert all("in a row" in row["alarm_text"] for row in rung)
 
 
 def test_a_resumed_run_counts_on(tmp_path):

@@ -192,6 +192,7 @@ def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, 
 
     own = (
         "eval_dataset", "callbacks", "peft_config", "optimizers", "processing_class", "teacher_processing_class", "reward_funcs",
+        "base_model",
     )  # fmt: skip
     arguments = {name: settings.pop(name) for name in own if name in settings}
     arguments.setdefault("processing_class", tiny_tokenizer())

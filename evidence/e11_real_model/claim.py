@@ -15,16 +15,15 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import (
     TUNING_SEED,
     Record,
-    at_edge,
     best_rate,
     difference,
     first_seeds,
     gap_closed,
     of,
     run_comparison,
-    tune_inside,
 )
 from evidence.pictures import note
+from evidence.tuning import edges_said, tune_inside
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.runs.pictures import (
     BEFORE,
@@ -138,9 +137,8 @@ def _runs(work: Work, warm: bool, rates: Any, seeds: list[int]) -> list[Record]:
 
 def _tuned(work: Work, names: tuple[str, ...]) -> dict[str, Any]:
     """Each objective's rate, then its warm-up, on the tuning seed."""
-    ladder = START[:1] if work.quick else LADDER
-    start = {name: ladder if work.quick else GENTLE.get(name, START) for name in names}
-    cold = tune_inside(partial(_runs, work, False, seeds=[TUNING_SEED]), start, ladder)
+    start = {name: GENTLE.get(name, START) for name in names}
+    cold = tune_inside(partial(_runs, work, False, seeds=[TUNING_SEED]), start, ladder=LADDER, quick=work.quick)
     rates = {name: best_rate(cold, name) for name in names}
     warm = _runs(work, True, {name: [rate] for name, rate in rates.items()}, [TUNING_SEED])
     settings = {
@@ -186,7 +184,7 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
-        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{_edges(result, names)}\n\n"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}\n\n"
         "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
         "two has had as many seconds of training as the faster one's whole run, interpolated between evaluations."
     )
@@ -234,13 +232,6 @@ def _ahead(gaps: Any) -> str:
         if found := [NAMES[name] for name, gap in gaps.items() if surely(gap[1]) == sign]:
             said.append(f"{word} {', '.join(found)}")
     return f"Representation is {'; '.join(said)}."
-
-
-def _edges(result: Result, names: list[str]) -> str:
-    edges = [NAMES[name] for name in names if at_edge(result["tuning"], name)]
-    if not edges:
-        return "Every objective's best rate lies between two worse ones."
-    return f"At the edge of the rates tried: {', '.join(edges)}."
 
 
 def draw(result: Result, figure: Any) -> None:

@@ -11,17 +11,16 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import (
     TUNING_SEED,
     Record,
-    at_edge,
     best_rate,
     difference,
     first_seeds,
     gap_closed,
     of,
     run_comparison,
-    tune_inside,
 )
 from evidence.e11_real_model.claim import LADDER, ROOT, STUDENT, run_script
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.tuning import edges_said, tune_inside
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -78,8 +77,8 @@ def _runs(work: Work, rates: Any, seeds: list[int]) -> list[Record]:
 
 
 def _tuned(work: Work) -> list[Record]:
-    ladder, start = (START[:1], START[:1]) if work.quick else (LADDER, START)
-    return tune_inside(partial(_runs, work, seeds=[TUNING_SEED]), dict.fromkeys(TUNED, start), ladder)
+    run = partial(_runs, work, seeds=[TUNING_SEED])
+    return tune_inside(run, dict.fromkeys(TUNED, START), ladder=LADDER, quick=work.quick)
 
 
 def _committed() -> list[Record]:
@@ -103,7 +102,7 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
-        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_edges(result)}\n\n"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in TUNED})}\n\n"
         "Length in tokens; Dist-4: unique 4-grams over all 4-grams of a problem's responses; finished: share that ends before the limit."
     )
     rival = min(rivals, key=lambda name: rivals[name][0])
@@ -117,15 +116,6 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
         NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0),
         "" if name == "representation" else points(*gaps[name][:2]), f"{length:.1f}", f"{dist:.3f}", percent(finished, 0),
     ]  # fmt: skip
-
-
-def _edges(result: Result) -> str:
-    edges = [NAMES[name] for name in TUNED if at_edge(result["tuning"], name)]
-    return (
-        f"At the edge of the rates tried: {', '.join(edges)}."
-        if edges
-        else "Each tuned rate lies between two worse ones."
-    )
 
 
 def draw(result: Result, figure: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, Literal, get_args
@@ -11,19 +12,23 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oprd.alignment.model_pair import ComparedPositions
+from oprd.alignment.position_pairs import InsideTokens
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.rows import PER_DATASET, for_dataset
+from oprd.models.quantization import GRIDS
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
 from oprd.objectives.policy_gradient import Scale, check_clip
 from oprd.objectives.reduction import Reduction
-from oprd.objectives.schedules import check_weight, is_on
+from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.sanitize import redacted
+from oprd.states.layer_maps import check_setting
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
+from oprd.states.teacher_settings import check_per_prompt
 from oprd.tasks.answer_formats import FORMATS, check_format
 from oprd.tasks.rewards import check_weights, reward_functions
 from oprd.tasks.task import TASKS, get_task
@@ -45,7 +50,7 @@ RANGES = {
         _ANY,
     ),
     **dict.fromkeys(("num_train_epochs", "save_steps", "eval_steps", "adam_epsilon", "save_seconds", "ddp_timeout"), _ABOVE_0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "teacher_update_rate"), _SHARE),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
 }  # fmt: skip
 """Key → what is allowed, of keys whose range depends on nothing else."""
@@ -95,9 +100,38 @@ class OPRDConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a student given by name.")
     )
+    student_quantization: str | None = field(
+        default=None,
+        metadata=_help(
+            f"Train a student that computes with rounded weights: {', '.join(GRIDS)} (channels, groups of 32); None: as they are."
+        ),
+    )
     teacher_model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata=_help("Arguments of from_pretrained for a teacher given by name.")
     )
+    teachers_per_prompt: str = field(
+        default="one",
+        metadata=_help(
+            "With several teachers: one: the column teacher_id names it; all: every one reads every rollout, and counts equally."
+        ),
+    )
+    mix_teachers: bool = field(
+        default=False,
+        metadata=_help(
+            "Take prompts of several teachers in one update. Off: one teacher an update; mixing fell to 9.8 of 91.7 in arXiv "
+            "2610.02381."
+        ),
+    )
+    offload_teachers: bool = field(
+        default=False, metadata=_help("Keep each of several teachers in host memory until it is asked.")
+    )
+    teacher_update_rate: float = field(
+        default=0.0,
+        metadata=_help(
+            "With teacher_model: student, the share by which the teacher moves to the student (EMA); 0: it stays the start."
+        ),
+    )
+    teacher_sync_steps: int = field(default=1, metadata=_help("Steps between two such moves."))
     fully_shard: bool = field(
         default=False,
         metadata=_help("Shard student and teacher over all processes (FSDP2; docs/scale.md)."),
@@ -148,6 +182,13 @@ class OPRDConfig(TrainingArguments):
     teacher_system_prompt: str | None = field(
         default=None, metadata=_help("System prompt of the teacher alone, in place of the row's.")
     )
+    teacher_prompt: str | None = field(
+        default=None,
+        metadata=_help(
+            "What the teacher reads in place of the prompt: a text with columns in braces, such as "
+            "'{prompt} The answer is {answer}.', or '{teacher_prompt}' for that column."
+        ),
+    )
     special_token_map: dict[str, str] | None = field(
         default=None,
         metadata=_help("Student's special tokens and the teacher's of the same meaning, without end tokens."),
@@ -179,9 +220,11 @@ class OPRDConfig(TrainingArguments):
         default=False,
         metadata=_help("Sample the next step's rollouts during the update, one step off-policy."),
     )
-    lmbda: float = field(
+    lmbda: float | dict[str, Any] = field(
         default=1.0,
-        metadata=_help("Share of steps in which the student writes the rollouts, else the teacher; 1 is on-policy."),
+        metadata=_help(
+            "Share of steps in which the student writes the rollouts, else the teacher; 1 is on-policy; may be a schedule."
+        ),
     )
     generation_batch_size: int = field(default=64, metadata=_help("Completions generated together."))
 
@@ -215,15 +258,36 @@ class OPRDConfig(TrainingArguments):
 
     # Its representation term
     layers: Any = field(default="all", metadata=_help(f"{', '.join(LAYERS)}, or a list of layers counted from 1."))
+    layer_map: Any = field(
+        default=None,
+        metadata=_help(
+            "For a student of another depth, same width and tokens: proportional, kept (a pruned student's own layers), [[student "
+            "layer, teacher layer], …], or the teacher layer of each student layer."
+        ),
+    )
     positions: str = field(default="all", metadata=_help("Response positions: all, last, last_k, first_k."))
     position_k: int | None = field(default=None, metadata=_help("k of last_k and first_k."))
     normalize: bool = field(default=False, metadata=_help("Compare directions (2 − 2·cos) instead of raw states."))
+    extrapolation: float = field(
+        default=1.0,
+        metadata=_help(
+            "Match states past the teacher: h_T + (extrapolation − 1)·(h_T − h_base), weighed by 1/extrapolation² (RIDE); 1 is off."
+        ),
+    )
 
     end_of_turn: str = field(
         default="merge",
         metadata=_help(
             "merge: ids that end a text for either model are one event; by_id: they are different events; skip: do "
             "not distil where the end is predicted."
+        ),
+    )
+
+    inside_tokens: str = field(
+        default="skip",
+        metadata=_help(
+            "With a bridge across tokenizers, at positions inside a token of the teacher: skip, or interpolate its states "
+            "(experimental)."
         ),
     )
 
@@ -322,6 +386,7 @@ class OPRDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_objective(self)
+        _check_quantization(self)
         self._check_numbers()
         self._check_rollouts()
         self._take_older_spelling()
@@ -334,9 +399,10 @@ class OPRDConfig(TrainingArguments):
     def _check_rollouts(self) -> None:
         for name in (
             "num_generations", "generation_batch_size", "eval_num_generations", "max_prompt_length",
-            "per_device_train_batch_size", "gradient_accumulation_steps",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "teacher_sync_steps",
         ):  # fmt: skip
             _check_at_least_one(self, name)
+        check_per_prompt(self.teachers_per_prompt)
         abilities = engine_abilities(self.rollout_engine)
         if self.task is not None:
             get_task(self.task)
@@ -433,6 +499,16 @@ class OPRDConfig(TrainingArguments):
         )
 
     @property
+    def student_writes(self) -> bool:
+        """Whether the student writes the rollouts of every step."""
+        return bounds(self.lmbda)[0] == 1
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether the policy gradient counts in some step."""
+        return is_on(self.policy_gradient_weight)
+
+    @property
     def engine_kwargs(self) -> dict[str, Any]:
         """Arguments of the rollout engine. Under bf16, vLLM computes in bfloat16, as the trainer's autocast does."""
         own = {"dtype": "bfloat16"} if self.rollout_engine in ("vllm", "vllm_server") and self.bf16 else {}
@@ -458,6 +534,7 @@ class OPRDConfig(TrainingArguments):
             self.output_positions,
             self.output_position_k,
             self.end_of_turn,  # type: ignore[arg-type]
+            self.inside_tokens,  # type: ignore[arg-type]
         )
 
     @property
@@ -509,6 +586,12 @@ def _check_objective(config: Any) -> None:
     check_end_of_turn(config.end_of_turn)
     if isinstance(config.layers, str) and config.layers not in LAYERS:
         raise ValueError(f"layers: {config.layers!r} is not one of {', '.join(LAYERS)} nor a list of layer numbers")
+    check_setting(config.layer_map)
+    if config.layer_map is not None and config.bridge is not None:
+        raise ValueError(
+            f"layer_map: {config.layer_map!r} does not go with a bridge, which was fitted with a layer map of its own (oprd "
+            "bridge fit --layer-map); leave one of the two out"
+        )
     if config.reduction not in get_args(Reduction):
         raise ValueError(f"reduction: {config.reduction!r} is not one of {', '.join(get_args(Reduction))}")
     if config.reduction == "token" and config.gradient_accumulation_steps > 1:
@@ -517,8 +600,18 @@ def _check_objective(config: Any) -> None:
             "is over the tokens of the whole step; raise per_device_train_batch_size instead (micro_batch_tokens and "
             "generation_batch_size bound the memory)"
         )
+    if config.inside_tokens not in get_args(InsideTokens):
+        raise ValueError(f"inside_tokens: {config.inside_tokens!r} is not one of {', '.join(get_args(InsideTokens))}")
+    if config.inside_tokens != "skip" and config.bridge is None:
+        raise ValueError(
+            f"inside_tokens: {config.inside_tokens!r} has no effect without a bridge; set bridge to its folder, or leave it at skip"
+        )
     if config.bridge_rank is not None and config.bridge is None:
         raise ValueError(f"bridge_rank: {config.bridge_rank} has no effect without a bridge; set bridge to its folder")
+    if not 1 <= config.extrapolation < math.inf:
+        raise ValueError(
+            f"extrapolation: {config.extrapolation} is not allowed; 1 (off) or more, such as 1.25 (the paper's)"
+        )
     for name in ("micro_batch_tokens", "crossfade_steps", "num_iterations", "bridge_rank"):
         _check_at_least_one(config, name)
     for name in ("diagnostic_steps", "alarm_window", "max_useless_steps"):
@@ -534,19 +627,50 @@ def _check_objective(config: Any) -> None:
     _check_iterations(config)
 
 
+def _check_quantization(config: Any) -> None:
+    """Refuse what would read the student's full weights where its rounded ones are meant.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    kind = config.student_quantization
+    if kind is None:
+        return
+    if kind not in GRIDS:
+        raise ValueError(
+            f"student_quantization: {kind!r} is not one of {', '.join(GRIDS)}; leave it out for full weights"
+        )
+    if config.fully_shard or config.deepspeed:
+        key = "fully_shard" if config.fully_shard else "deepspeed"
+        raise ValueError(f"student_quantization: {kind} is not supported with {key}, which splits weights; use DDP")
+    if config.rollout_engine in ("vllm", "vllm_server"):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with rollout_engine={config.rollout_engine}, which would sample with the "
+            "full weights; set rollout_engine: decode"
+        )
+    if "weights_dtype" in (config.rollout_engine_kwargs or {}):
+        raise ValueError(
+            f"student_quantization: {kind} does not go with weights_dtype in rollout_engine_kwargs: weights that are rounded "
+            "twice are others; leave weights_dtype out"
+        )
+
+
 def _check_writer(config: Any) -> None:
     """Refuse a writer of the rollouts from whom the loss cannot learn."""
-    if not 0 <= config.lmbda <= 1:
+    if isinstance(config.lmbda, Mapping):
+        check_weight("lmbda", config.lmbda)
+    least, greatest = bounds(config.lmbda)
+    if not 0 <= least <= greatest <= 1:
         raise ValueError(
             f"lmbda: {config.lmbda} is not allowed; a share from 0 (the teacher writes) to 1 (the student)"
         )
     kind = None if config.output_term is None else config.output_term.kind
-    if config.lmbda < 1 and (kind in ON_POLICY_KINDS or is_on(config.policy_gradient_weight)):
+    if least < 1 and (kind in ON_POLICY_KINDS or is_on(config.policy_gradient_weight)):
         raise ValueError(
             f"lmbda: {config.lmbda} is not allowed with output_space={', '.join(ON_POLICY_KINDS)} or "
             "policy_gradient_weight, whose gradients are expectations over the student's own tokens; set it to 1"
         )
-    if kind == "cross_entropy" and config.lmbda == 1:
+    if kind == "cross_entropy" and least == 1:
         raise ValueError(
             "output_space: cross_entropy on the student's own tokens has no gradient in expectation; let the teacher write "
             "(lmbda: 0)"
@@ -569,7 +693,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
             f"overlap_rollouts: not with output_space={', '.join(ON_POLICY_KINDS)} or policy_gradient_weight, whose "
             "gradients are expectations over tokens that the student of the same step has drawn; set it to false"
         )
-    if config.lmbda < 1:
+    if bounds(config.lmbda)[0] < 1:
         raise ValueError(
             f"overlap_rollouts: not with lmbda={config.lmbda}, which lets the teacher write; set one of the two off"
         )
@@ -584,13 +708,18 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
         )
 
 
-def check_default_ends(config: Any) -> None:
+def check_own_tokens(config: Any) -> None:
     """Refuse settings that are not supported with a teacher that reads its own prompts and tokens.
 
     Raises:
         ValueError: names the key and the value.
     """
-    for name, default in (("output_positions", "all"), ("end_of_turn", "merge"), ("lmbda", 1.0)):
+    if bounds(config.lmbda)[0] < 1 and config.rollout_engine in ("vllm", "vllm_server"):
+        raise ValueError(
+            f"rollout_engine: {config.rollout_engine!r} holds one model, and with lmbda={config.lmbda} a teacher with its own "
+            "prompts and tokens writes too; set rollout_engine to decode, or lmbda to 1"
+        )
+    for name, default in (("output_positions", "all"), ("end_of_turn", "merge")):
         if getattr(config, name) != default:
             raise ValueError(
                 f"{name}: {getattr(config, name)!r} is not supported with a teacher that reads its own prompts and tokens (another "

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from oprd.config import OPRDConfig
 from oprd.files import shipped_folders
 from oprd.models.adapters import is_adapter_folder
+from oprd.objectives.presets import find_preset, keys_of_presets
 from oprd.sanitize import REDACTED, redacted, redacted_keys, redacted_text, without_redacted
 
 RECIPE_FOLDERS = shipped_folders("recipes")
@@ -53,8 +54,9 @@ class RunConfig:
     Args:
         args: all other settings.
         model: student: folder, hub name, `embedded:tiny/student`, adapter to continue, or a model.
-        teacher_model: teacher, likewise, or {use: module:attribute, further arguments}; None with an adapter: the student without
-            it.
+        teacher_model: teacher, likewise; {url: http://HOST:PORT} of oprd serve-teacher; {cache: FOLDER} of oprd cache-teacher;
+            {model: NAME, responses: FILE} for fixed responses; {use: module:attribute, further arguments}; None with an adapter:
+            the student without it; `student`: the student as it is when the run begins, or following it (`teacher_update_rate`).
         train_dataset: .parquet, .jsonl, .json, hub name, `generated:<task>`, or rows.
         train_split: split of a hub dataset or generated task.
         train_limit: use the first rows only; of a generated task, how many.
@@ -64,6 +66,10 @@ class RunConfig:
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
+        teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}} or {use: …}.
+        base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
+        preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
+            ride or phf.
         given: objects from Python.
     """
 
@@ -79,7 +85,23 @@ class RunConfig:
     eval_before: bool = True
     eval_teacher: bool = True
     lora: dict[str, Any] | None = None
+    teachers: dict[str, Any] | None = None
+    base_model: Any = None
+    preset: str | None = None
     given: GivenObjects = field(default_factory=GivenObjects)
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            raise ValueError(
+                f"preset: it is a key of recipes; in Python give its keys: OPRDConfig(…, **preset({self.preset!r})), from "
+                "oprd.objectives.presets"
+            )
+        # TRL gives several teachers as `teacher_model={id: …}`. The words below describe one.
+        given = self.teacher_model
+        one = {"use", "url", "cache", "model", "responses"}
+        named = isinstance(given, Mapping) and not one & {*given} and not any(_is_plain(v) for v in given.values())
+        if named and self.teachers is None:
+            self.teachers, self.teacher_model = dict(given), None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -93,7 +115,7 @@ class RunConfig:
             ValueError: no such file, not YAML, unknown key (nearest suggested), or a value that is not allowed.
         """
         file = find_recipe(path)
-        return cls.parse({**read_yaml(file), **(overrides or {})}, str(file))
+        return cls.parse(_merged(read_yaml(file), overrides or {}), str(file))
 
     @classmethod
     def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -125,13 +147,14 @@ class RunConfig:
         Raises:
             ValueError: unknown key (nearest suggested), value of another type, value not allowed, or a missing key.
         """
-        types = recipe_types()
+        types, values = recipe_types(), with_preset(values)
         _check_keys(values, where)
         refuse_redacted(values, where)
         refuse_given(values, where)
         typed = {key: _typed(key, value, types[key], where) for key, value in values.items()}
         _check_needed(typed, where)
         own = {key: typed.pop(key) for key in recipe_keys() if key in typed}
+        own.pop("preset", None)  # its keys are among the values
         return cls(args=OPRDConfig(**typed), **own)
 
     def settings(self) -> dict[str, Any]:
@@ -150,7 +173,7 @@ class RunConfig:
             if not hidden and (ours or values[name] != setting.default):
                 whole = type(values[name]) is int and types[name] in (float, float | None)  # as a recipe reads it
                 shown[name] = float(values[name]) if whole else values[name]
-        return redacted({**{key: getattr(self, key) for key in recipe_keys()}, **shown})
+        return redacted({**{key: getattr(self, key) for key in recipe_keys() if key != "preset"}, **shown})
 
     def shown(self) -> dict[str, Any]:
         """`settings` for people and files: objects that Python code gives are named there in words, which `parse` refuses."""
@@ -159,7 +182,9 @@ class RunConfig:
             "task": self.given.task, "reward_funcs": self.given.reward_funcs,
         }  # fmt: skip
         settings = self.settings()
-        for key in ("model", "teacher_model", "train_dataset", "eval_dataset"):
+        if settings["teachers"] is not None:
+            settings["teachers"] = {name: entry_in_words(entry) for name, entry in settings["teachers"].items()}
+        for key in ("model", "teacher_model", "base_model", "train_dataset", "eval_dataset"):
             if not isinstance(settings[key], str | Mapping | None):
                 settings[key] = _in_words(settings[key])
         return settings | {key: _in_words(value) for key, value in given.items() if value is not None}
@@ -183,6 +208,42 @@ def _in_words(value: Any) -> str:
     return f"<{name or type(value).__name__}{count}{_GIVEN}"
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value cannot be a teacher: a number, a list or nothing."""
+    return value is None or isinstance(value, int | float | list)
+
+
+def entry_in_words(entry: Any) -> Any:
+    """One of several teachers, its model in words where Python gives an object."""
+    if isinstance(entry, Mapping):
+        return {
+            key: value if key != "model" or isinstance(value, str) else _in_words(value) for key, value in entry.items()
+        }
+    return entry if isinstance(entry, str) else _in_words(entry)
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those of their `preset`, which they replace.
+
+    Keys that other presets set and this one does not are at their defaults: a preset is a whole objective.
+
+    Raises:
+        ValueError: there is no preset of this name.
+    """
+    if values.get("preset") is None:
+        return dict(values)
+    found = find_preset(values["preset"])
+    defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig) if f.name in keys_of_presets()}
+    return {**defaults, **found.keys, **values}
+
+
+def _merged(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, replaced by `overrides`. Their preset replaces the recipe's objective."""
+    if "preset" in overrides:
+        file = {key: value for key, value in file.items() if key != "preset"}
+    return {**with_preset(file), **with_preset(overrides)}
+
+
 def recipe_keys() -> list[str]:
     """The keys of a recipe that are not settings of `OPRDConfig`."""
     return [f.name for f in dataclasses.fields(RunConfig) if f.name not in ("args", "given")]
@@ -190,7 +251,8 @@ def recipe_keys() -> list[str]:
 
 # In YAML these keys are text; in Python they may be objects.
 _RECIPE_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig) | {
-    "model": str, "teacher_model": str | dict[str, Any] | None, "train_dataset": str, "eval_dataset": str | None
+    "model": str, "teacher_model": str | dict[str, Any] | None, "base_model": str | None, "train_dataset": str,
+    "eval_dataset": str | None,
 }  # fmt: skip
 
 
@@ -295,10 +357,11 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
     for key in ("model", "train_dataset"):
         if not values.get(key):
             raise ValueError(f"{where}: the key {key!r} is missing; see recipes/ for complete files")
-    if values.get("teacher_model") is None and values.get("lora") is None and not is_adapter_folder(values["model"]):
+    none = values.get("teacher_model") is None and values.get("teachers") is None
+    if none and values.get("lora") is None and not is_adapter_folder(values["model"]):
         raise ValueError(
-            f"{where}: the key 'teacher_model' is missing (only with 'lora', or an adapter as 'model', the base model can be the "
-            "teacher)"
+            f"{where}: the key 'teacher_model' is missing, and so is 'teachers' (only with 'lora', or an adapter as 'model', the "
+            "base model can be the teacher)"
         )
     if values.get("eval_dataset") and not values.get("task") and not values.get("reward_funcs"):
         raise ValueError(
@@ -325,7 +388,7 @@ def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
+    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML, a text that begins with # or { as it is.
 
     Raises:
         ValueError: a word without a key, a key that is no flag without a value, or a value that is not YAML.
@@ -343,12 +406,21 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             text = "true"
         if not text.strip():
             raise ValueError(f"--{key}: the value is missing; write --{key} VALUE, or --{key} null to unset it")
+        name = key.replace("-", "_")
+        if _takes_text(name) and text.lstrip()[0] in "#{":
+            overrides[name] = text  # to YAML a comment or a mapping, which no text can be
+            continue
         try:
-            overrides[key.replace("-", "_")] = yaml.safe_load(text)
+            overrides[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             shown = redacted_text(text)
             raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error
     return overrides
+
+
+def _takes_text(key: str) -> bool:
+    """Whether the value of a key is text, or none."""
+    return recipe_types().get(key) in (str, str | None)
 
 
 def _may_be_flag(key: str) -> bool:
@@ -377,6 +449,7 @@ _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
     "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
+    "preset",  # a name: its keys are compared themselves
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (
     "eval_",

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.boundaries import Alignment, DropReason, TokenizerPair, align_completion
+from oprd.alignment.privileged import privileged_row
 from oprd.alignment.token_bytes import TokenBytes
 from oprd.data.chat_template import answer_opening
 from oprd.data.prompts import PromptRenderer, render
@@ -127,6 +128,7 @@ class Aligner:
         chat_template_kwargs: arguments of the student's chat template.
         teacher_chat_template_kwargs: arguments of the teacher's chat template.
         teacher_system_prompt: system prompt for the teacher; None keeps the row's.
+        teacher_prompt: template of what the teacher reads in place of the prompt (`oprd.alignment.privileged`).
         split_special_tokens: read control tokens that a plain prompt writes as text.
 
     Raises:
@@ -144,6 +146,7 @@ class Aligner:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
         teacher_system_prompt: str | None = None,
+        teacher_prompt: str | None = None,
         split_special_tokens: bool = True,
     ) -> None:
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
@@ -165,7 +168,7 @@ class Aligner:
         )
         self.same_ids = self.pair.same_ids()
         self.student_kwargs, self.teacher_kwargs = chat_template_kwargs, teacher_chat_template_kwargs
-        self.system_prompt = teacher_system_prompt
+        self.system_prompt, self.teacher_prompt = teacher_system_prompt, teacher_prompt
         self.teacher_renderer = PromptRenderer(teacher_tokenizer, teacher_chat_template_kwargs, split_special_tokens)
 
     def align(
@@ -184,7 +187,7 @@ class Aligner:
         prompts, alignments = [], []
         for index, number in enumerate(rollouts.rows):
             if number not in rendered:
-                rendered[number] = self._render(rows[number])
+                rendered[number] = self.render(rows[number])
             prompt, student_space, teacher_space = rendered[number]
             alignment = align_completion(
                 self.pair,
@@ -201,6 +204,14 @@ class Aligner:
         completions = [list(a.teacher_ids) for a in alignments]
         teacher_rollouts = Rollouts(prompts, completions, reasons, texts, list(rollouts.rows))
         return teacher_rollouts, alignments, AlignmentStats.of(alignments)
+
+    def teacher_row(self, row: PromptRow) -> PromptRow:
+        """The row as the teacher reads it, before its template renders it.
+
+        Raises:
+            ValueError: a column of `teacher_prompt` that the row lacks, or a system prompt for plain text.
+        """
+        return with_system(privileged_row(row, self.teacher_prompt), self.system_prompt)
 
     def shared_vocabulary(self, teacher_stop_ids: Collection[int] = ()) -> tuple[list[int], list[int]]:
         """Pairs of ids with the same meaning, as two lists of equal length, ascending by the student's id.
@@ -221,8 +232,13 @@ class Aligner:
         shared = {ours: i for ours, i in shared.items() if ours not in self.pair.stop_ids and i not in taken} | meant
         return sorted(shared), [shared[i] for i in sorted(shared)]
 
-    def _render(self, row: PromptRow) -> tuple[list[int], str, str]:
-        theirs = with_system(row, self.system_prompt)
+    def render(self, row: PromptRow) -> tuple[list[int], str, str]:
+        """The teacher's prompt, and the whitespace that the student's and the teacher's template insert before a response.
+
+        Raises:
+            ValueError: the teacher's template cannot render the prompt; the message names the row.
+        """
+        theirs = self.teacher_row(row)
         return (
             self.teacher_renderer.render(theirs),
             template_space(row, self.student_tokenizer, self.student_kwargs),

@@ -82,6 +82,16 @@ class TokenizerPair:
     end_id: int
     special_map: Mapping[int, int]
 
+    def mirrored(self, teacher_stop_ids: Sequence[int]) -> TokenizerPair:
+        """The pair with the teacher as the one who writes.
+
+        Args:
+            teacher_stop_ids: ids that end the teacher's turn.
+        """
+        stops = tuple(sorted({*teacher_stop_ids, self.end_id}, key=lambda i: (i != self.end_id, i)))
+        back = {theirs: ours for ours, theirs in self.special_map.items()}
+        return TokenizerPair(self.teacher, self.student, stops, self.stop_ids[0], back)
+
     def same_ids(self) -> frozenset[int]:
         """Ids of the tokens that both sides share, if their text vocabularies are equal; otherwise none.
 

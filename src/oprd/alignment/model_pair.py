@@ -11,18 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from oprd.alignment.aligner import Aligner, AlignmentStats, with_system
-from oprd.alignment.position_pairs import PositionPairs, pair_positions, request_pair
+from oprd.alignment.aligner import Aligner, AlignmentStats
+from oprd.alignment.position_pairs import InsideTokens, PositionPairs, pair_positions, request_pair
+from oprd.alignment.privileged import quotes
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
 from oprd.data.prompts import Prompt, prepare_prompts
-from oprd.data.rows import PromptRow
+from oprd.data.rows import TEACHER_ID, PromptRow
 from oprd.models.lm_head import Heads, LMHead, check_head, lm_head_of, match_heads, share_events
 from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
-from oprd.states.teachers import CanSample, FrozenTeacher, HasHead, Teacher
+from oprd.states.several import HoldsTeachers, SeveralTeachers, teachers_of
+from oprd.states.teachers import CanSample, FrozenTeacher, Teacher, has_head
 from oprd.types import Rollouts
 
 
@@ -36,6 +38,7 @@ class ComparedPositions:
         output_positions: position set of the next-token distributions.
         output_position_k: k of last_k and first_k for these.
         end_of_turn: how ids that end a text are treated (`OPRDConfig.end_of_turn`).
+        inside_tokens: what is matched inside a token of a teacher with its own tokens (`OPRDConfig.inside_tokens`).
     """
 
     positions: str = "all"
@@ -43,6 +46,7 @@ class ComparedPositions:
     output_positions: str = "all"
     output_position_k: int | None = None
     end_of_turn: EndOfTurn = "merge"
+    inside_tokens: InsideTokens = "skip"
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,32 @@ class ModelPair:
         if not isinstance(self.teacher, FrozenTeacher):
             raise ValueError(f"teacher_model: {type(self.teacher).__name__} is not a model that is loaded here")
         return self.student.model, self.teacher.model
+
+    @property
+    def has_teacher_head(self) -> bool:
+        """Whether next-token distributions of every teacher can be computed here."""
+        return all(has_head(teacher) for teacher in teachers_of(self.teacher))
+
+    def readers(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> dict[str, list[int]] | None:
+        """Which teacher reads which rollouts: teacher_id → their places. None where there is one teacher."""
+        if not isinstance(self.teacher, SeveralTeachers):
+            return None
+        return self.teacher.readers([str(rows[row].columns.get(TEACHER_ID)) for row in rollouts.rows])
+
+    def teacher_ids(self, prompts: Sequence[Prompt]) -> list[str] | None:
+        """The teacher_id of each prompt; None where one teacher, or all of them, read every prompt."""
+        if not isinstance(self.teacher, SeveralTeachers) or self.teacher.per_prompt == "all":
+            return None
+        return [str(prompt.row.columns[TEACHER_ID]) for prompt in prompts]
+
+    def quotes(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> list[bool] | None:
+        """Whether each rollout quotes what only the teacher was shown; None without a `teacher_prompt`."""
+        if self.aligner is None or self.aligner.teacher_prompt is None:
+            return None
+        found = []
+        for row, text in zip(rollouts.rows, rollouts.texts, strict=True):
+            found += quotes([text], self.aligner.teacher_row(rows[row]).prompt, rows[row].prompt)
+        return found
 
     @property
     def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
@@ -209,7 +239,7 @@ class ModelPair:
             return prompts
         try:
             theirs = prepare_prompts(
-                OnAccess(lambda i: with_system(prompts[i].row, aligner.system_prompt), range(len(prompts))),
+                OnAccess(lambda i: aligner.teacher_row(prompts[i].row), range(len(prompts))),
                 aligner.teacher_tokenizer,
                 name=f"the teacher's {name}",
                 max_completion_length=max_completion_length,
@@ -247,8 +277,9 @@ class ModelPair:
         event_of = self.shared_vocabulary.event_of if heads else {}
         where = self.compared
         pairs = pair_positions(
-            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k
-        )
+            rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k,
+            inside_tokens=where.inside_tokens,
+        )  # fmt: skip
         return pairs, stats
 
     def requests(
@@ -259,6 +290,7 @@ class ModelPair:
         layers: bool,
         head: bool,
         device: torch.device | str = "cpu",
+        teacher_id: str | None = None,
     ) -> tuple[StateRequest, StateRequest]:
         """The requests for student and teacher: what to read of each.
 
@@ -268,6 +300,7 @@ class ModelPair:
             layers: request the states of the compared layers.
             head: request the states that the LM heads read.
             device: where the models compute.
+            teacher_id: the teacher that reads them, where there are several.
         """
         student, teacher = request_pair(
             rollouts,
@@ -278,12 +311,21 @@ class ModelPair:
             pad_token_id=self.pad_token_id,
             head=head,
         )
-        if not isinstance(self.teacher, HasHead):
+        if not self.has_teacher_head:
             teacher = replace(teacher, head=None)
+        if teacher_id is not None:
+            teacher = replace(teacher, teacher=teacher_id)
         return student.to(device), teacher.to(device)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
-        """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions."""
+        """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions.
+
+        A rollout counts once for each teacher that reads it, so that a mean over rollouts is also one over their teachers.
+        """
+        readings = self.teacher.readings if isinstance(self.teacher, SeveralTeachers) else 1
+        return [readings * count for count in self._count(rollouts, pairs)]
+
+    def _count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
         lengths = rollouts.completion_lengths
         if pairs is not None:
             return [len(lengths), pairs.num_matched, sum(lengths), pairs.num_compared]
@@ -291,25 +333,26 @@ class ModelPair:
         compared_tokens = sum(lengths) if compared is None else sum(map(len, compared))
         return [len(lengths), sum(map(len, matched)), sum(lengths), compared_tokens]
 
-    def heads(self, *, in_place: bool = False) -> Heads:
+    def heads(self, teacher_id: str | None = None, *, in_place: bool = False) -> Heads:
         """Both LM heads over the same events: no padding rows, one event for all end tokens, only tokens that both models have.
 
         For a teacher without a head (`HasHead`) the student's takes its place; terms of such a run read `policy` alone.
 
         Args:
+            teacher_id: the teacher whose head is compared, where there are several.
             in_place: let the student's head add its gradient to the weight's (`LMHead.in_place`).
         """
         student = replace(lm_head_of(self.student.model), in_place=in_place, product_dtype=self.head_dtype)
         stops, vocabulary = tuple(self.stop_token_ids), vocabulary_size(self.tokenizer)
-        has_head = isinstance(self.teacher, HasHead)
-        teacher = self.teacher.head() if isinstance(self.teacher, HasHead) else student
+        reader = self._reader(teacher_id)
+        teacher = reader.head() if has_head(reader) else student
         if self.aligner is None:
             size = min(vocabulary, student.size, teacher.size)
             ends = () if self.compared.end_of_turn == "by_id" else stops
             student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
             return Heads(student, student, teacher)
         policy, _ = match_heads(student, student, vocab_size=min(vocabulary, student.size), stop_token_ids=stops)
-        if not has_head:
+        if not has_head(reader):
             return Heads(policy, policy, policy)
         shared = self.shared_vocabulary
         both = share_events(
@@ -324,11 +367,20 @@ class ModelPair:
         Raises:
             ValueError: a model without an LM head, or with one whose logits are computed in an unknown way.
         """
-        heads = self.heads()
-        _check_whole(heads.student, self.student.model)
-        if isinstance(self.teacher, CanSample) and isinstance(self.teacher, HasHead):
-            with self.teacher.sampler() as model:
-                _check_whole(heads.teacher, model)
+        ids: list[Any] = [*self.teacher.teachers] if isinstance(self.teacher, HoldsTeachers) else [None]
+        for teacher_id in ids:
+            if isinstance(self.teacher, SeveralTeachers):
+                self.teacher.ready(teacher_id, next(self.student.model.parameters()).device)
+            heads, reader = self.heads(teacher_id), self._reader(teacher_id)
+            _check_whole(heads.student, self.student.model)
+            if has_head(reader) and isinstance(reader, CanSample):
+                with reader.sampler() as model:
+                    _check_whole(heads.teacher, model)
+
+    def _reader(self, teacher_id: str | None) -> Teacher:
+        if teacher_id is None or not isinstance(self.teacher, HoldsTeachers):
+            return self.teacher
+        return self.teacher.teachers[teacher_id]
 
     def _matched(self, rollouts: Rollouts) -> Positions:
         """Positions of each rollout whose states are matched, if both models read the same ids."""

@@ -5,15 +5,21 @@ A teacher that reads the student's token ids needs no pairs: position t is compa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from oprd.alignment.boundaries import Alignment
-from oprd.states.positions import Positions
-from oprd.states.requests import StateRequest, index_tensor, request_states
+from oprd.states.positions import Positions, select_positions
+from oprd.states.requests import Between, StateRequest, index_tensor, request_states
 from oprd.types import Rollouts
+
+InsideTokens = Literal["skip", "interpolate"]
+"""What is matched with a student position inside a token of the teacher: nothing, or a mean of the teacher's states around it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class PositionPairs:
         teacher_rollouts: the responses with the teacher's prompts, in the teacher's ids.
         student: positions of the student whose states are matched, ascending.
         teacher: the teacher's positions paired with them.
+        shares: of each pair, 0 where both have read the same. Else the student's position lies inside a token of the teacher, which
+            begins at the teacher's position: the share of that token's bytes which the student has read.
         student_head: positions of the student whose next-token distributions are compared. There, both models' next tokens have the
             same bytes and are in both vocabularies (the strict pairs of arXiv 2610.08448, without spans of several tokens).
         teacher_head: the teacher's positions paired with them.
@@ -33,6 +41,7 @@ class PositionPairs:
     teacher_rollouts: Rollouts
     student: Positions
     teacher: Positions
+    shares: Sequence[Sequence[float]]
     student_head: Positions
     teacher_head: Positions
     events: Positions
@@ -70,6 +79,7 @@ def pair_positions(
     *,
     positions: str = "all",
     position_k: int | None = None,
+    inside_tokens: InsideTokens = "skip",
 ) -> PositionPairs:
     """Pair the positions of a batch.
 
@@ -80,8 +90,10 @@ def pair_positions(
         event_of: student id → index in the shared vocabulary. Positions before other tokens are not compared.
         positions: position set P(ŷ), selected among the pairs.
         position_k: k of last_k and first_k.
+        inside_tokens: whether positions inside a token of the teacher are paired with an interpolated state.
     """
-    chosen = [alignment.select(positions, position_k) for alignment in alignments]
+    pairs_of = [_matches(alignment, inside_tokens) for alignment in alignments]
+    chosen = [[pairs[i] for i in select_positions(len(pairs), positions, position_k)] for pairs in pairs_of]
     heads = [
         [
             (t, u, event_of[ids[t]])
@@ -91,9 +103,23 @@ def pair_positions(
         for a, ids in zip(alignments, rollouts.completion_ids, strict=True)
     ]
     student_head, teacher_head, events = ([[pair[n] for pair in pairs] for pairs in heads] for n in range(3))
-    return PositionPairs(
-        teacher_rollouts, [s for s, _ in chosen], [t for _, t in chosen], student_head, teacher_head, events
-    )
+    student = [[t for t, _, _ in pairs] for pairs in chosen]
+    teacher = [[u for _, u, _ in pairs] for pairs in chosen]
+    shares = [[share for _, _, share in pairs] for pairs in chosen]
+    return PositionPairs(teacher_rollouts, student, teacher, shares, student_head, teacher_head, events)
+
+
+def _matches(alignment: Alignment, inside_tokens: InsideTokens) -> list[tuple[int, int, float]]:
+    """Student position, teacher position and share (`PositionPairs.shares`) of every pair, ascending."""
+    pairs = [(t, u, 0.0) for t, u in zip(alignment.student_positions, alignment.teacher_positions, strict=True)]
+    if inside_tokens == "skip":
+        return pairs
+    theirs = alignment.teacher_read
+    for t, read in enumerate(alignment.student_read):
+        u = bisect_left(theirs, read) - 1  # the last position that has read less
+        if 0 <= u < len(theirs) - 1 and theirs[u + 1] > read:
+            pairs.append((t, u, (read - theirs[u]) / (theirs[u + 1] - theirs[u])))
+    return sorted(pairs)
 
 
 def request_pair(
@@ -128,6 +154,10 @@ def request_pair(
     at = pairing.teacher_head if head else False
     theirs = pairing.teacher_rollouts
     teacher = request_states(theirs, layers, chosen=pairing.teacher, pad_token_id=pad_token_id, head=at)
+    shares = [share for own in pairing.shares for share in own]
+    if any(shares):
+        index_K = index_tensor([n for n, share in enumerate(shares) if share])
+        teacher = replace(teacher, between=Between(index_K, torch.tensor(shares)[index_K]))
     return _compared(student, rollouts, pairing.student_head, pairing.events), teacher
 
 

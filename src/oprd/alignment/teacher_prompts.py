@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner
+from oprd.alignment.privileged import fields_of
 from oprd.data.chat_template import check_template_kwargs, parse_date, with_date
 from oprd.models.tokens import check_same_tokens, different_tokens
 
@@ -24,19 +25,23 @@ class TeacherPromptSettings:
         chat_template_kwargs: arguments of the student's chat template.
         teacher_chat_template_kwargs: arguments of the teacher's chat template; {} for the template as it is.
         teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
+        teacher_prompt: what the teacher reads in place of the prompt (`oprd.alignment.privileged`).
         special_token_map: special token of the student → the teacher's with the same meaning; end tokens need no entry.
         split_special_tokens: read control tokens that a plain prompt writes as text; False where prompts are rendered already.
         chat_template_date: what templates print as today's date, in ISO format; None: the clock's.
 
     Raises:
-        ValueError: arguments that oprd sets itself, or a date in another format.
+        ValueError: arguments that oprd sets itself, a date in another format, or a teacher_prompt that is no template.
     """
 
-    OF_TEACHER: ClassVar = ("teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
+    OF_TEACHER: ClassVar = (
+        "teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map",
+    )  # fmt: skip
 
     chat_template_kwargs: Mapping[str, Any] | None = None
     teacher_chat_template_kwargs: Mapping[str, Any] | None = None
     teacher_system_prompt: str | None = None
+    teacher_prompt: str | None = None
     special_token_map: Mapping[str, str] | None = None
     split_special_tokens: bool = True
     chat_template_date: str | None = None
@@ -44,6 +49,8 @@ class TeacherPromptSettings:
     def __post_init__(self) -> None:
         check_template_kwargs("chat_template_kwargs", self.chat_template_kwargs)
         check_template_kwargs("teacher_chat_template_kwargs", self.teacher_chat_template_kwargs)
+        if self.teacher_prompt is not None:
+            fields_of(self.teacher_prompt)
         if self.chat_template_date is not None:
             parse_date(self.chat_template_date)
 
@@ -109,6 +116,7 @@ class TeacherPromptSettings:
                 teacher_tokenizer, self.teacher_chat_template_kwargs, self.chat_template_date
             ),
             teacher_system_prompt=self.teacher_system_prompt,
+            teacher_prompt=self.teacher_prompt,
             split_special_tokens=self.split_special_tokens,
         )
 

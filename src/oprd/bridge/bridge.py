@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oprd.bridge.curve import PairReport, VerdictKind, report_pair, verdict
 from oprd.bridge.files import read_folder, write_folder
-from oprd.bridge.fit import SCALES, PairFit, fit_pair
+from oprd.bridge.fit import DEFAULT_PROJECTOR, SCALES, PairFit, fit_pair
 from oprd.bridge.statistics import PairStatistics
 from oprd.models.fingerprint import Fingerprint
 
@@ -80,7 +80,7 @@ class Bridge:
         rank: int | None = None,
         max_rank: int | None = None,
         scale: str = "mean",
-        projector: str = "least_squares",
+        projector: str = DEFAULT_PROJECTOR,
         ridge: float | str = 1e-4,
         intercept: bool = True,
     ) -> Bridge:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
 from oprd.bridge.bridge import Bridge
-from oprd.bridge.fit import PROJECTORS, SCALES, check_ridge
+from oprd.bridge.fit import DEFAULT_PROJECTOR, PROJECTORS, SCALES, check_ridge
 from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import num_layers
@@ -209,7 +209,7 @@ def check_fitting(
     rank: int | None = None,
     max_rank: int | None = None,
     scale: str = "mean",
-    projector: str = "least_squares",
+    projector: str = DEFAULT_PROJECTOR,
     ridge: float | str = 0.0,
     intercept: bool = True,
 ) -> None:

@@ -116,6 +116,10 @@ PROJECTORS: dict[str, Callable[[PairStatistics, float, bool], Rows]] = {
 }
 
 
+DEFAULT_PROJECTOR = "least_squares"
+"""Of `oprd bridge fit` and of comparisons. The claim E22 of the evidence compares it with "procrustes"."""
+
+
 def _student_gram(statistics: PairStatistics, intercept: bool) -> Float[Tensor, "D D"]:
     mean_D = statistics.student_mean_D
     return statistics.student_DD if intercept else statistics.student_DD.addr(mean_D, mean_D, alpha=statistics.n)
@@ -158,7 +162,7 @@ def check_ridge(ridge: float | str) -> None:
 def fit_pair(
     statistics: PairStatistics,
     *,
-    projector: str = "least_squares",
+    projector: str = DEFAULT_PROJECTOR,
     ridge: float | str = 1e-4,
     intercept: bool = True,
     held_out: PairStatistics | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oprd.bridge.bridge import Bridge
 from oprd.models.lm_head import LMHead
 from oprd.states.requests import HEAD, StateRequest
-from oprd.states.teachers import CanSample, HasHead, StreamsStates, Teacher
+from oprd.states.teachers import CanSample, HasHead, Teacher, hand_over
 from oprd.types import States
 
 
@@ -24,31 +24,44 @@ class BridgedTeacher:
         teacher: any teacher of the bridge's shape.
         bridge: of the student's layers that requests name.
         digest: of the bridge's folder where it was loaded from one; a resumed run must find the same.
+        projected: the teacher's states come through the bridge already, one tensor for each student layer.
     """
 
-    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None) -> None:
-        self.teacher, self.bridge, self.digest = teacher, bridge, digest
+    def __init__(self, teacher: Teacher, bridge: Bridge, digest: str | None = None, *, projected: bool = False) -> None:
+        self.teacher, self.bridge, self.digest, self.projected = teacher, bridge, digest, projected
         self.info = teacher.info
         self.identity = f"{teacher.identity} through bridge {digest or 'in memory'}"
         self.modules: Sequence[nn.Module] = teacher.modules
 
+    @property
+    def behind(self) -> Teacher:
+        """The teacher whose states are projected."""
+        return self.teacher
+
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """Projections `[N, r]` for the student layers of `request`; the states that the LM head reads stay whole."""
-        served: dict[int, list[int]] = {}
-        for layer in request.layers:
-            served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
         found: dict[int, Tensor] = {}
+        asked, served = request.with_neighbours(), self._served(request.layers)
 
         def read(layer: int, states: Tensor) -> None:
-            if layer == HEAD:
-                found[HEAD] = states
+            if layer == HEAD or self.projected:
+                found[layer] = states
                 return
             found.update({own: self.bridge.project_teacher(own, states) for own in served[layer]})
 
-        _read(self.teacher, replace(request, layers=tuple(sorted(served))), read)
+        hand_over(self.teacher, asked if self.projected else replace(asked, layers=tuple(sorted(served))), read)
         values = tuple(found[layer] for layer in request.layers)
+        if request.between is not None:  # of projections, which are affine: the same as of states
+            values = tuple(map(request.between.mix, values))
         return States(request.layers, values, request.rollout_index, request.num_rollouts, found.get(HEAD))
+
+    def _served(self, layers: Sequence[int]) -> dict[int, list[int]]:
+        """Teacher layer → the student layers, of some, that are compared with it."""
+        served: dict[int, list[int]] = {}
+        for layer in layers:
+            served.setdefault(self.bridge.pairs[layer].teacher_layer, []).append(layer)
+        return served
 
     def head(self) -> LMHead:
         """The LM head of the teacher behind the bridge.
@@ -77,15 +90,3 @@ class BridgedTeacher:
     def to(self, device: Any) -> None:
         """Move the projections to `device`."""
         self.bridge = self.bridge.to(device)
-
-
-def _read(teacher: Teacher, request: StateRequest, read: Any) -> None:
-    """Hand the teacher's states to `read`, layer by layer where the teacher can, so that only projections are kept."""
-    if isinstance(teacher, StreamsStates):
-        teacher.read(request, read)
-        return
-    states = teacher.states(request)
-    for layer, values in zip(states.layers, states.values, strict=True):
-        read(layer, values)
-    if states.head_MD is not None:
-        read(HEAD, states.head_MD)

@@ -13,7 +13,25 @@ from typing import Annotated
 
 import typer
 
-from oprd.cli import bench, bridge, compare, data, demo, diagnose, doctor, evaluation, init, keys, push, report, train
+from oprd.cli import (
+    bench,
+    bridge,
+    cache_teacher,
+    compare,
+    data,
+    demo,
+    diagnose,
+    doctor,
+    evaluation,
+    init,
+    keys,
+    prune,
+    push,
+    report,
+    serve_teacher,
+    train,
+    watch,
+)
 from oprd.cli.terminal import guard_output
 from oprd.faults import RunStopped
 
@@ -31,11 +49,15 @@ app.command("init")(init.init)
 app.command("train", cls=keys.CommandWithKeys, context_settings=_SETTINGS)(train.train)
 app.command("eval")(evaluation.evaluate)
 app.command("compare")(compare.compare)
+app.command("watch")(watch.watch)
 app.command("report")(report.report)
 app.command("push")(push.push)
+app.command("prune")(prune.prune)
 app.command("keys")(keys.keys)
 app.command("diagnose")(diagnose.diagnose)
 app.command("doctor", context_settings=_SETTINGS)(doctor.doctor)
+app.command("serve-teacher")(serve_teacher.serve_teacher)
+app.command("cache-teacher", context_settings=_SETTINGS)(cache_teacher.cache_teacher)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bridge.app, name="bridge")
 app.add_typer(data.app, name="data")
@@ -89,5 +111,5 @@ def is_expected(error: BaseException) -> bool:
     if not isinstance(error, ValueError):
         return True
     files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
-    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/resolve.py", "/oprd/data/rows.py")
-    return "/oprd/" in files[-1] or any(file.endswith(reading) for file in files)
+    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/data/rows.py")
+    return "/oprd/" in files[-1] or any(file.endswith(reading) or "/oprd/resolve/" in file for file in files)

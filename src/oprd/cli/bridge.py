@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,7 @@ def fit(
     rank: _Rank = None,
     max_rank: Annotated[int | None, typer.Option(help="Directions to keep in the file (default: all).")] = None,
     scale: Annotated[str, typer.Option(help="Units of the projected states: none, mean, direction.")] = "mean",
-    projector: Annotated[str, typer.Option(help="least_squares, procrustes, cca.")] = "least_squares",
+    projector: Annotated[str | None, typer.Option(help="least_squares (default), procrustes, cca.")] = None,
     ridge: _Ridge = "1e-4",
     intercept: Annotated[bool, typer.Option(help="Subtract the student's mean.")] = True,
     layer_map: _LayerMap = "proportional",
@@ -90,8 +91,8 @@ def fit(
     )  # fmt: skip
     refuse_existing(out)
     rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
-    fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "projector": projector}
-    fitting |= {"ridge": _ridge(ridge), "intercept": intercept}
+    fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
+    fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
     check_fitting(len(rows), held_out, **fitting)
     pair = load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code)
     bridge = fit_bridge(
@@ -99,7 +100,7 @@ def fit(
         micro_batch_tokens=micro_batch_tokens, max_prompt_length=max_prompt_length, on_rollouts=count_completions(), **fitting,
     )  # fmt: skip
     bridge.save(out)
-    write_report(json_file, _show(bridge))
+    write_report(json_file, _show(bridge, given={"rank": rank, "projector": projector}))
     say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
 
 
@@ -148,12 +149,13 @@ def _ridge(text: str) -> float | str:
         return text  # "auto"; the fit refuses anything else
 
 
-def _show(bridge: Any) -> dict[str, Any]:
+def _show(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Print a bridge; of one that was just fitted with the options `given`, also why it has its rank and projector."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     from oprd.cli.console import console, say
-    from oprd.tools.show_bridge import describe_bridge
+    from oprd.tools.show_bridge import describe_bridge, explain_choice
 
     description = describe_bridge(bridge)
     rank = description["rank"]
@@ -174,4 +176,6 @@ def _show(bridge: Any) -> dict[str, Any]:
         f", student layers {', '.join(map(str, description['usable_layers']))}" if description["usable_layers"] else ""
     )
     say(f"verdict on held-out rollouts: {description['verdict']}{layers}")
+    for line in explain_choice(description, given) if given is not None else ():
+        say(line)
     return description

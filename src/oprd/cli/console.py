@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 from oprd.cli.terminal import SafeConsole
@@ -62,21 +64,26 @@ def live_progress() -> Iterator[TrainerCallback]:
     if not console.is_terminal:
         yield StepLines()
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        TextColumn("{task.fields[news]}", markup=False),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         yield StepBar(progress)
 
 
+def progress_bar(on: Console) -> Progress:
+    """A bar with steps, time left, and news that are cut where the line ends: on 80 columns, after loss and accuracy."""
+    return Progress(
+        BarColumn(20), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[news]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=on, transient=True, expand=True,
+    )  # fmt: skip
+
+
 def describe_step(logs: dict[str, Any]) -> str:
-    """One line with loss, cosine, accuracy, length, and how the step's time is split."""
+    """One line with loss, accuracy, cosine, length, and how the step's time is split."""
     parts = [f"loss {logs['loss']:.4g}"]
-    if "cosine" in logs:
-        parts.append(f"cosine {logs['cosine']:.3f}")
     if "accuracy" in logs:
         parts.append(f"accuracy {logs['accuracy']:.0%}")
+    if "cosine" in logs:
+        parts.append(f"cosine {logs['cosine']:.3f}")
     parts.append(f"length {logs['completions/mean_length']:.0f}")
     split = {name: logs.get(f"time/{name}", 0.0) for name in ("rollout", "teacher", "update")}
     total = sum(split.values()) or 1.0

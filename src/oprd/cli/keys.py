@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from oprd.cli.options import JsonFile, check_json, write_report
 from oprd.cli.terminal import SafeConsole
+from oprd.objectives.presets import PRESETS, find_preset
 from oprd.tools.keys import FIRST, OF_TRAINER, Key, find_keys, read_keys, schema_file
 
 if TYPE_CHECKING:
@@ -24,12 +25,16 @@ def keys(
     word: Annotated[str | None, typer.Argument(help="Part of a key's name, or of its meaning.")] = None,
     every: Annotated[bool, typer.Option("--all", help=f"With those of {OF_TRAINER}.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe, for editors.")] = False,
+    preset: Annotated[str | None, typer.Option(help=f"The keys that a preset sets: {', '.join(PRESETS)}.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """List the keys of a recipe: default, unit, meaning."""
     check_json(json_file)
     if schema:
         typer.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
+    if preset is not None:
+        _show_preset(preset, json_file)
         return
     known = read_keys()
     found = (
@@ -41,6 +46,16 @@ def keys(
     if hidden := 0 if word else len(known) - len(found):
         typer.echo(f"and {hidden} keys of {OF_TRAINER}: oprd keys --all, or oprd keys WORD")
     write_report(json_file, [key.as_json() for key in found])
+
+
+def _show_preset(name: str, json_file: JsonFile) -> None:
+    """Print the keys of a preset as a recipe would have them, with their source."""
+    found = find_preset(name)
+    typer.echo(f"# {found.source}")
+    typer.echo(f"# {found.differs}")
+    for key, value in found.keys.items():
+        typer.echo(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+    write_report(json_file, {"preset": name, **vars(found)})
 
 
 class CommandWithKeys(TyperCommand):

@@ -24,7 +24,7 @@ def report(
         bool, typer.Option("--trust-remote-code", help="With --distances: run code that comes with the models.")
     ] = False,
 ) -> None:
-    """Compare runs on one HTML page without scripts: table, curves, cosine by layer, time, rollouts side by side."""
+    """Compare runs on one HTML page that loads nothing: table, curves, cosine by layer, time, rollouts side by side."""
     from oprd.cli.console import quiet_libraries, say
     from oprd.sanitize import printable
 

@@ -37,6 +37,8 @@ _SPEAKERS = {
     "human": "user", "prompter": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "ai", "bot", "bing", "bard"), "assistant"),
 }  # fmt: skip
 _MOST_NAMED = 3
+TEACHER_ID = "teacher_id"
+"""Column that names a row's teacher (TRL's name)."""
 PER_DATASET = ("train", "eval")
 """The datasets of a run."""
 

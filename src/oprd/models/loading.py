@@ -20,6 +20,7 @@ from oprd.models.finite import check_finite
 from oprd.models.folder_check import check_adapter_folder, check_folder, lacks_tokenizer
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
 from oprd.models.nearest_folder import nearest_hint, no_such_model
+from oprd.models.pruning import recorded_kept
 from oprd.models.tokens import say_ends, stop_token_ids
 
 EMBEDDED = "embedded:"
@@ -37,6 +38,7 @@ class ModelInfo:
         context_length: maximum tokens that the model can read; None if its config has no limit.
         stop_token_ids: ids that end a completion.
         embedding_rows: number of token ids that the model can read; None: not known.
+        kept: of a pruned model's config, the layers of its original that it kept, and how many that has; None without a record.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelInfo:
     context_length: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     embedding_rows: int | None = None
+    kept: tuple[tuple[int, ...], int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "", tokenizer: PreTrainedTokenizerBase | None = None) -> ModelInfo:
@@ -69,21 +72,37 @@ class ModelInfo:
             return None
         text = config.get_text_config()
         context = getattr(text, "max_position_embeddings", None)
-        return cls(name, text.num_hidden_layers, text.hidden_size, context)
+        return cls(name, text.num_hidden_layers, text.hidden_size, context, kept=recorded_kept(config))
 
 
-def check_same_shape(student: ModelInfo, teacher: ModelInfo) -> None:
+def check_same_shape(student: ModelInfo, teacher: ModelInfo, *, mapped: bool = False) -> None:
     """Refuse two models whose hidden states cannot be compared dimension by dimension (OPRD-Vanilla).
+
+    Args:
+        student: its facts.
+        teacher: its facts.
+        mapped: whether `layer_map` says which layers belong together; then the depth may differ.
 
     Raises:
         ValueError: depth or width differs; names both.
     """
-    if (student.layers, student.width) != (teacher.layers, teacher.width):
+    if student.width == teacher.width and (mapped or student.layers == teacher.layers):
+        return
+    shapes = (
+        f"teacher_model: it has {teacher.layers} layers of width {teacher.width}, the student {student.layers} of "
+        f"{student.width}. "
+    )
+    if student.width == teacher.width:
         raise ValueError(
-            f"teacher_model: it has {teacher.layers} layers of width {teacher.width}, the student {student.layers} of "
-            f"{student.width}. OPRD-Vanilla compares hidden states dimension by dimension, so both must agree. Teachers of "
-            "another shape need OPRD-Bridge, a fitted projection: oprd bridge fit, then the key 'bridge'."
+            f"{shapes}If the student is this teacher with some of its layers removed, say which layers belong together: "
+            "layer_map: kept (or proportional, or [[student, teacher], …]). Otherwise such a pair needs OPRD-Bridge, a fitted "
+            "projection: oprd bridge fit, then the key 'bridge'."
         )
+    raise ValueError(
+        f"{shapes}OPRD-Vanilla compares hidden states dimension by dimension, so "
+        f"{'the widths' if mapped else 'both'} must agree. Teachers of another shape need OPRD-Bridge, a fitted projection: oprd "
+        f"bridge fit, then the key 'bridge'{' in place of layer_map' if mapped else ''}."
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ from oprd.tasks.evaluation import Grades
 from oprd.types import Rollouts
 
 
+def of_teacher(teacher_id: str, metric: str) -> str:
+    """Name of a metric of one of several teachers, such as `teacher/math/loss`."""
+    return f"teacher/{teacher_id}/{metric}"
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rollouts of one batch.
@@ -27,6 +32,9 @@ class Batch:
         advantages: one a rollout, where there is a policy-gradient term.
         old_log_probs: log-probabilities of each rollout's tokens under the policy that sampled it; None before the first update.
         pairs: what the teacher reads, where it reads its own tokens.
+        readers: teacher_id → places of the rollouts that it reads, where there are several teachers.
+        quotes: whether each rollout quotes what only the teacher was shown, where it has a `teacher_prompt`.
+        teacher_id: the teacher that reads all of them: of a micro-batch, where there are several.
     """
 
     rollouts: Rollouts
@@ -36,24 +44,28 @@ class Batch:
     pairs: PositionPairs | None = None
     verdicts: Sequence[bool | float | None] | None = None
     rewards_by_function: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    readers: Mapping[str, Sequence[int]] | None = None
+    quotes: Sequence[bool] | None = None
+    teacher_id: str | None = None
 
     @property
     def input_lengths(self) -> list[int]:
         """Tokens of each rollout in the tokenizer that makes more of them: what a micro-batch must have room for."""
         return input_lengths(self.rollouts, self.pairs)
 
-    def select(self, indices: Sequence[int]) -> Batch:
-        """The rollouts at `indices`, in that order."""
+    def select(self, indices: Sequence[int], teacher_id: str | None = None) -> Batch:
+        """The rollouts at `indices`, in that order, for one teacher."""
         columns: dict[str, Any] = {
             name: None if column is None else [column[i] for i in indices]
-            for name in ("rewards", "verdicts", "advantages", "old_log_probs")
+            for name in ("rewards", "verdicts", "advantages", "old_log_probs", "quotes")
             for column in (getattr(self, name),)
         }
         pairs = None if self.pairs is None else self.pairs.select(indices)
         rewards = {name: [values[i] for i in indices] for name, values in self.rewards_by_function.items()}
         return replace(
-            self, rollouts=self.rollouts.select(indices), pairs=pairs, rewards_by_function=rewards, **columns
-        )
+            self, rollouts=self.rollouts.select(indices), pairs=pairs, rewards_by_function=rewards, readers=None,
+            teacher_id=teacher_id, **columns,
+        )  # fmt: skip
 
     def with_grades(self, grades: Grades) -> Batch:
         """The batch with what its rollouts were graded."""

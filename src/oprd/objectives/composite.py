@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
-from oprd.objectives.batch import Batch
+from oprd.objectives.batch import Batch, of_teacher
 from oprd.objectives.diagnostics import head_diagnostics
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
 from oprd.objectives.schedules import Weight, crossfade, weight_at
-from oprd.objectives.terms import HeadTerm, LayerTerm, Objective, PackedPositions, PolicyTerm
+from oprd.objectives.terms import HeadTerm, LayerTerm, Objective, PackedPositions, PolicyTerm, is_supervised
 from oprd.rollouts.engine import student_writes
 from oprd.states.requests import HEAD, HeadRequest, StateRequest
 from oprd.types import States
@@ -71,7 +71,7 @@ class CompositeObjective:
         reduction: how positions become a loss (`position_weights`).
         crossfade_steps: steps in which weights fade from the terms "out" to those "in"; None: they do not.
         diagnostic_steps: steps between two measurements of what the loss does not need; 0: never.
-        lmbda: share of steps whose rollouts the student writes; the teacher writes those of the others.
+        lmbda: share of steps whose rollouts the student writes, or its schedule; the teacher writes those of the others.
         seed: chooses these steps.
         temperature: sampling temperature, for the log-probabilities of the student's tokens.
         project: the student's side of a bridge, called with layer and states.
@@ -85,7 +85,7 @@ class CompositeObjective:
         reduction: Reduction = "rollout",
         crossfade_steps: int | None = None,
         diagnostic_steps: int = 0,
-        lmbda: float = 1.0,
+        lmbda: Weight = 1.0,
         seed: int = 0,
         temperature: float = 1.0,
         project: Project | None = None,
@@ -110,13 +110,22 @@ class CompositeObjective:
         """Whether a term is of this kind: `LayerTerm`, `HeadTerm` or `PolicyTerm`."""
         return any(isinstance(term.objective, kind) for term in self.terms.values())
 
-    def at(self, step: int) -> StepObjective:
-        """The terms of a step, counted from 0, with their weights."""
+    def at(self, step: int, *, on_policy: bool | None = None) -> StepObjective:
+        """The terms of a step with their weights. A supervised term has none where the student writes.
+
+        Args:
+            step: counted from 0.
+            on_policy: whether the student writes the step's rollouts; None: as `lmbda` says.
+        """
+        if on_policy is None:
+            on_policy = student_writes(weight_at(self.lmbda, step), self.seed, step)
         fade_out, fade_in = crossfade(step, self.crossfade_steps)
         faded = {"out": fade_out, "in": fade_in, "none": 1.0}
         weights = {name: faded[term.fade] * weight_at(term.weight, step) for name, term in self.terms.items()}
+        if on_policy:
+            weights |= dict.fromkeys((name for name, t in self.terms.items() if is_supervised(t.objective)), 0.0)
         measuring = self.diagnostic_steps > 0 and step % self.diagnostic_steps == 0
-        return StepObjective(self, step, weights, measuring, student_writes(self.lmbda, self.seed, step))
+        return StepObjective(self, step, weights, measuring, on_policy)
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,9 @@ class StepObjective:
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher reads the rollouts."""
-        return self.measuring or self.objective.uses(LayerTerm) or self.objective.uses(HeadTerm)
+        terms = (term.objective for term in self.objective.terms.values())
+        compares = any(isinstance(term, HeadTerm) and not is_supervised(term) for term in terms)
+        return self.measuring or self.objective.uses(LayerTerm) or compares
 
     def on(
         self,
@@ -197,6 +208,7 @@ class CompositeLoss:
     ) -> None:
         self.terms, self.batch, self.request, self.totals = terms, batch, request, totals
         self.heads, self.observe = heads, observe
+        self.teacher_id = batch.teacher_id
         self.teacher_states: dict[int, Tensor] = {}
         if teacher is not None:
             _check_states(teacher, request)
@@ -205,6 +217,7 @@ class CompositeLoss:
                 self.teacher_states[HEAD] = teacher.head_MD
         self.log_probs_M: Tensor | None = None
         self.weights_N = self._weights(request.rollout_index, totals.positions)
+        self._observe_of_teacher(share=self._share())
 
     def read(self, layer: int, student: Tensor) -> Tensor:
         """What one layer's states `[N, D]` (with `HEAD`, the LM head's input `[M, D]`) add to the loss."""
@@ -220,7 +233,9 @@ class CompositeLoss:
         objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
         if objective.project is not None:
             student_ND = objective.project(layer, student_ND)
-        self.observe(**{f"cosine/layer_{layer:02d}": (cosine(student_ND, teacher_ND) * self.weights_N).sum()})
+        alike = (cosine(student_ND, teacher_ND) * self.weights_N).sum()
+        self.observe(**{f"cosine/layer_{layer:02d}": alike})
+        self._observe_of_teacher(cosine=alike / objective.num_layers)
         mine = self._of_kind(LayerTerm)
         at = PackedPositions(
             self.request.rollout_index,
@@ -242,8 +257,11 @@ class CompositeLoss:
             compared_PD, events_P = student_MD.index_select(0, asked.compared), asked.events
         loss = student_MD.new_zeros((), dtype=torch.float32)
         for name, term in self._of_kind(HeadTerm).items():
-            at = self._compared_positions(asked, events_P)
-            value = term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at)
+            if is_supervised(term):
+                value = self._supervised(term, heads, student_MD, asked)
+            else:
+                at = self._compared_positions(asked, events_P)
+                value = term.head_loss(heads, compared_PD, self.teacher_states[HEAD], at)
             loss = loss + self._weighted(name, _scalar(name, "head_loss", value))
         if policies := self._of_kind(PolicyTerm):
             log_probs_M, at = self._policy_positions(heads.policy, student_MD, asked)
@@ -254,13 +272,24 @@ class CompositeLoss:
             self._measure(heads, compared_PD, events_P)
         return loss
 
+    def _supervised(self, term: HeadTerm, heads: Heads, student_MD: Tensor, asked: HeadRequest) -> Tensor:
+        """A term on the student's tokens alone: all of them, not only those that a teacher of another tokenizer shares."""
+        own, read_PD = Heads(heads.policy, heads.policy, heads.policy), student_MD
+        at = self._at(asked.rollout_index, asked.tokens, self.totals.tokens)
+        if asked.compared is not None and self.batch.pairs is None:
+            read_PD = student_MD.index_select(0, asked.compared)
+            at = self._compared_positions(asked, asked.tokens[asked.compared])
+        return term.head_loss(own, read_PD, read_PD.detach(), at)
+
     def _compared_positions(self, asked: HeadRequest, events_P: Tensor) -> PackedPositions:
         index_P = asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
+        return self._at(index_P, events_P, self.totals.compared)
+
+    def _at(self, index_P: Tensor, events_P: Tensor, count: float) -> PackedPositions:
         # A loss on distributions is summed over a completion and averaged over rollouts, or over all tokens (method §5).
-        by_rollout = self.terms.objective.reduction == "rollout"
-        weight = 1 / (self.totals.rollouts if by_rollout else self.totals.compared)
+        weight = 1 / (self.totals.rollouts if self.terms.objective.reduction == "rollout" else count)
         weights_P = torch.full(events_P.shape, weight, device=events_P.device)
-        return PackedPositions(index_P, weights_P, events_P, observe=self._observer(self.totals.compared))
+        return PackedPositions(index_P, weights_P, events_P, observe=self._observer(count))
 
     def _policy_positions(self, head: LMHead, student_MD: Tensor, asked: HeadRequest) -> tuple[Tensor, PackedPositions]:
         assert self.batch.advantages is not None, "a policy term needs advantages"
@@ -304,7 +333,20 @@ class CompositeLoss:
 
     def _weighted(self, name: str, value: Tensor) -> Tensor:
         self.observe(**{f"loss/{name}": value.detach()})
-        return self.terms.weights[name] * value
+        weighted = self.terms.weights[name] * value
+        self._observe_of_teacher(loss=weighted.detach())
+        return weighted
+
+    def _share(self) -> float:
+        """What this micro-batch is of all that counts in the step."""
+        if self.terms.objective.reduction == "rollout":
+            return self.request.num_rollouts / self.totals.rollouts
+        return len(self.request.rollout_index) / self.totals.positions
+
+    def _observe_of_teacher(self, **values: float | Tensor) -> None:
+        """Sums for the metrics of this micro-batch's teacher, where there are several."""
+        if self.teacher_id is not None:
+            self.observe(**{of_teacher(self.teacher_id, name): value for name, value in values.items()})
 
 
 def _scalar(name: str, method: str, value: Any) -> Tensor:

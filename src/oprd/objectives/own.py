@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
-from oprd.objectives.schedules import check_weight, is_on
+from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
 from oprd.registry import arguments_problem, resolve_with_arguments
 
@@ -114,6 +114,12 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
         )
     if config.output_positions != "all" and not any(isinstance(term.objective, HeadTerm) for term in terms.values()):
         raise ValueError(f"output_positions: {config.output_positions!r} has no effect without output_space; remove it")
+    below = [_label(name) for name, term in terms.items() if compares_heads_inputs(term)]
+    if below and config.bridge is not None:
+        raise ValueError(
+            f"bridge: {below[0]} compares the states that the LM heads read dimension by dimension, and a bridge does not project "
+            "them; leave one of the two out (HeadMetric: alpha: 1 compares the logits alone)"
+        )
     if policies and config.num_generations < 2:
         raise ValueError(
             f"num_generations: {config.num_generations} is not allowed with {policies[0]}: a rollout's advantage is over the mean "
@@ -122,6 +128,16 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
     if policies and not graded:
         raise ValueError(f"task: {policies[0]} needs one, to grade the rollouts that it rewards")
     _check_fresh(terms, config)
+
+
+def compares_heads_inputs(term: Term) -> bool:
+    """Whether a term on next-token distributions also compares the states below them: its attribute `compares_states`."""
+    return isinstance(term.objective, HeadTerm) and bool(getattr(term.objective, "compares_states", False))
+
+
+def compares_states(terms: Mapping[str, Term]) -> bool:
+    """Whether some term compares hidden states dimension by dimension."""
+    return any(isinstance(term.objective, LayerTerm) or compares_heads_inputs(term) for term in terms.values())
 
 
 def term_name(use: str) -> str:
@@ -134,7 +150,7 @@ def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:
     for name, term in terms.items():
         if not getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)):
             continue
-        if config.lmbda < 1:
+        if bounds(config.lmbda)[0] < 1:
             raise ValueError(
                 f"lmbda: {config.lmbda} is not allowed with {_label(name)}, whose gradient is an expectation over the student's "
                 "own tokens (on_policy_only); set it to 1"

@@ -1,4 +1,4 @@
-"""Weights of the objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD) and their schedules over a run.
+"""Weights of the objectives (OPRD Eq. 7: L = L_OPD + µ·L_OPRD), the share `lmbda`, and their schedules over a run.
 
 A weight is a number, or a mapping as in a recipe:
 
@@ -74,9 +74,22 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight["start"] + (weight["end"] - weight["start"]) * progress
 
 
+def scaled(weight: Weight, factor: float) -> Weight:
+    """The weight times a factor, at every step."""
+    if not isinstance(weight, Mapping):
+        return weight * factor
+    return {**weight, "start": weight["start"] * factor, "end": weight["end"] * factor}
+
+
+def bounds(weight: Weight) -> tuple[float, float]:
+    """The least and the greatest value over all steps."""
+    ends = (weight["start"], weight["end"]) if isinstance(weight, Mapping) else (weight, weight)
+    return float(min(ends)), float(max(ends))
+
+
 def is_on(weight: Weight) -> bool:
     """Whether the weight is above 0 at some step."""
-    return max(weight["start"], weight["end"]) > 0 if isinstance(weight, Mapping) else weight > 0
+    return bounds(weight)[1] > 0
 
 
 def crossfade(step: int, steps: int | None) -> tuple[float, float]:

@@ -88,8 +88,18 @@ ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
 Objective = LayerTerm | HeadTerm | PolicyTerm
-"""Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
-student draws."""
+"""Attribute `compares_states = True` of a `HeadTerm` (default: False): it also subtracts the two models' states from each other.
+
+Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
+student draws.
+
+Attribute `supervised = True` (default: False): it reads the student alone, at its own tokens, and counts in steps whose responses
+the teacher writes."""
+
+
+def is_supervised(objective: Objective) -> bool:
+    """Whether a term learns the tokens of the teacher's responses, and reads nothing of the teacher."""
+    return bool(getattr(objective, "supervised", False))
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,11 @@ class OutputSpace:
     def on_policy_only(self) -> bool:
         """Whether the gradient is an expectation over tokens that the student draws."""
         return self.loss.kind in ON_POLICY_KINDS
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it is the cross-entropy of the teacher's responses."""
+        return self.loss.kind == "cross_entropy"
 
     def head_loss(self, heads: Heads, student_ND: Tensor, teacher_NE: Tensor, at: PackedPositions) -> Tensor:
         """Σ_n weights_n · loss_n, a scalar."""

@@ -88,6 +88,11 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
     return found if abs(found) <= _LARGEST_NUMBER else None
 
 
+def spaced(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices at equal distances, with the first and the last."""
+    return list(range(count)) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
+
+
 def drawn(values: Sequence[float], most: int = MOST_POINTS) -> list[int]:
     """Indices of at most `most` values whose line looks like that of all: the ends, and least and largest of each stretch."""
     if len(values) <= most:

@@ -18,8 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
+from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
-from oprd.run_config import RunConfig, changed_settings
+from oprd.run_config import RunConfig, changed_settings, entry_in_words
+from oprd.states.mapped import MappedTeacher
+from oprd.states.several import HoldsTeachers, modules_of
+from oprd.states.sources import teacher_source
+from oprd.states.teachers import Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import TASKS, Task
 
@@ -29,6 +34,8 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 _OBJECTS = (
     "model",
     "teacher_model",
+    "teachers",
+    "base_model",
     "train_dataset",
     "eval_dataset",
 )  # in Python these may be objects; digests cover them
@@ -41,8 +48,8 @@ class RunIdentity:
 
     Args:
         settings: key → value, as in `config.yaml`.
-        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher_tokenizer, bridge_content,
-            task, reward_functions, and with an adapter base_model.
+        digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher/<teacher_id> of several,
+            teacher_tokenizer, bridge_content, responses, compared_layers, task, reward_functions, and with an adapter base_model.
     """
 
     settings: Mapping[str, Any]
@@ -113,8 +120,12 @@ def identify(
     """
     given = run.settings().items()
     settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
+    if settings["teachers"] is not None:  # the address of an object is another one in the next process
+        settings["teachers"] = {name: entry_in_words(entry) for name, entry in settings["teachers"].items()}
     student, teacher = pair.student.model, pair.teacher
-    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_teacher(pair)}
+    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
+    if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
+        digests |= {f"teacher/{name}": _of_weights(one) for name, one in teacher.teachers.items()}
     if pair.teacher_tokenizer is not None:
         digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:
@@ -122,6 +133,11 @@ def identify(
         digests["base_model"] = weights_checksum(frozen)
     if isinstance(teacher, BridgedTeacher) and teacher.digest is not None:
         digests["bridge_content"] = teacher.digest
+    source = teacher_source(run.teacher_model)
+    if source is not None and source.responses is not None:
+        digests["responses"] = file_digest(source.responses)
+    if isinstance(teacher, MappedTeacher):
+        digests["compared_layers"] = hashlib.sha256(teacher.pairs.encode()).hexdigest()
     for name, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):
         if prompts is not None:
             digests[name] = _of_prompts(prompts)
@@ -147,15 +163,17 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
 
 
-def _of_teacher(pair: ModelPair) -> str:
-    """Of its weights where they are in this process, else of what it says that it is."""
-    modules = pair.teacher.modules
+def _of_weights(teacher: Teacher) -> str:
+    """Of its weights where they are in this process, else of what it says that it is; of both where a part is elsewhere."""
+    modules, answering = modules_of(teacher), innermost(teacher)
     if not modules:
-        return hashlib.sha256(pair.teacher.identity.encode()).hexdigest()
+        return hashlib.sha256(teacher.identity.encode()).hexdigest()
     weights = (
         (f"{i}.{name}", weight) for i, module in enumerate(modules) for name, weight in module.named_parameters()
     )
-    return weights_checksum(weights)
+    found = weights_checksum(weights)
+    elsewhere = not modules_of(answering)
+    return hashlib.sha256(f"{found} {answering.identity}".encode()).hexdigest() if elsewhere else found
 
 
 def _of_code(name: str, function: Any) -> str:

@@ -52,7 +52,7 @@ class Damage:
         return found
 
 
-def read_lines(path: Path, damage: Damage | None = None) -> Iterator[Line]:
+def read_lines(path: Path, damage: Damage | None = None, *, start: int = 0) -> Iterator[Line]:
     r"""Yield the whole lines of a file that hold a JSON object, in order. Lines end at `\n` alone: text may hold other breaks.
 
     Bytes that are not UTF-8 become U+FFFD. The memory needed is that of one line.
@@ -60,12 +60,14 @@ def read_lines(path: Path, damage: Damage | None = None) -> Iterator[Line]:
     Args:
         path: the file; one that does not exist has no lines.
         damage: is filled while reading; None: what is left out is logged after the last line, in one warning.
+        start: byte to begin at, the `end` of an earlier line; lines are counted from there.
     """
     found = Damage() if damage is None else damage
     if not path.is_file():
         return
-    end = 0
+    end = start
     with path.open("rb") as file:
+        file.seek(start)
         while text := file.readline(LONGEST_LINE):
             end += len(text)
             too_long = not text.endswith(b"\n") and len(text) == LONGEST_LINE

@@ -13,9 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from oprd.files import write_text
+from oprd.objectives.schedules import bounds
 from oprd.runs.folder import RATE_PROBE
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
+from oprd.states.teacher_settings import describe_teacher, is_student
 
 CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
@@ -83,15 +85,16 @@ def _how(settings: Mapping[str, Any]) -> str:
 
 
 def _own_share(settings: Mapping[str, Any]) -> float:
-    """Share of the steps in which the student wrote the responses."""
-    return float(settings.get("lmbda", 1.0))
+    """Share of the steps in which the student wrote the responses; of a schedule the mean of its ends."""
+    return sum(bounds(settings.get("lmbda", 1.0))) / 2
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    teacher, bridge = settings.get("teacher_model"), settings.get("bridge")
+    bridge = settings.get("bridge")
     lines = {
         "student": _code(settings["model"]),
-        "teacher": _code(teacher) if teacher else "the student without its adapter",
+        "teacher": _teacher(settings),
+        "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
         "training prompts": _dataset(settings, "train"),
@@ -103,6 +106,14 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "software": _software(summary),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items() if value is not None)
+
+
+def _teacher(settings: Mapping[str, Any]) -> str:
+    """Who taught. A server's address and a cache's folder say nothing to a reader elsewhere."""
+    words, named = describe_teacher(settings, places=False), settings.get("teacher_model")
+    elsewhere = isinstance(named, Mapping) and not {"model", "use"} & {*named}
+    ours = not settings.get("teachers") and (not named or is_student(named) or elsewhere)
+    return words if ours else _code(words)
 
 
 def _rate(summary: Mapping[str, Any]) -> str | None:

@@ -58,12 +58,11 @@ def judge_run(summary: Mapping[str, Any]) -> Verdict | None:
     ci95 = share - _STANDARD_ERRORS * error, share + _STANDARD_ERRORS * error
     interval = f"[{100 * ci95[0]:.0f}, {100 * ci95[1]:.0f}]"
     if worse:
-        grown = f"[{-100 * ci95[1]:.0f}, {-100 * ci95[0]:.0f}]"
-        text = f"the student got worse: the gap to the teacher grew by {-share:.0%} {grown}"
+        text = f"the student got worse: the gap to the teacher grew by {-share:.0%}"
     elif better:
         text = f"closed {share:.0%} {interval} of the gap to the teacher"
-    else:
-        text = f"no change that this evaluation tells from chance: {share:.0%} {interval} of the gap to the teacher"
+    else:  # without the share's interval, which may exclude 0 where that of the change does not
+        text = f"no change that this evaluation tells from chance: {share:.0%} of the gap to the teacher"
     return Verdict(f"{text}; {points} of Avg@k", share, ci95, worse)
 
 

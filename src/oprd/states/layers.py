@@ -15,6 +15,7 @@ LAYERS: dict[str, Callable[[int], Sequence[int]]] = {
     "all": lambda num_layers: range(1, num_layers + 1),
     "even": lambda num_layers: range(2, num_layers + 1, 2),
     "odd": lambda num_layers: range(1, num_layers + 1, 2),
+    "last_three": lambda num_layers: range(max(1, num_layers - 2), num_layers + 1),
 }
 
 
@@ -22,7 +23,7 @@ def resolve_layers(spec: LayerSpec, num_layers: int) -> tuple[int, ...]:
     """Turn a layer spec into layer numbers, ascending.
 
     Args:
-        spec: "last", "all", "even", "odd", one layer, or a list of layers; numbers count from 1.
+        spec: "last", "all", "even", "odd", "last_three", one layer, or a list of layers; numbers count from 1.
         num_layers: number of blocks in the model.
 
     Raises:

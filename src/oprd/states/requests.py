@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from oprd.states.positions import Positions, select_positions
@@ -37,6 +37,25 @@ class HeadRequest:
 
 
 @dataclass(frozen=True)
+class Between:
+    """Selected positions whose state is interpolated: a mean of the state there and the one at the token after it.
+
+    Args:
+        index: `[K]`, which of the N selected positions, ascending.
+        share: `[K]`, weight of the state after it, between 0 and 1.
+    """
+
+    index: Int[Tensor, " K"]
+    share: Float[Tensor, " K"]
+
+    def mix(self, states: Float[Tensor, "X D"]) -> Float[Tensor, "N D"]:
+        """The states `[N, D]` of the selected positions, of `[N + K, D]` that were read (`StateRequest.with_neighbours`)."""
+        count = len(states) - len(self.index)
+        here, after = states[:count].index_select(0, self.index), states[count:]
+        return states[:count].index_copy(0, self.index, torch.lerp(here, after, self.share.to(states)[:, None]))
+
+
+@dataclass(frozen=True)
 class StateRequest:
     """One model batch, with the layers and positions whose states to read.
 
@@ -49,6 +68,8 @@ class StateRequest:
         num_rollouts: number of rollouts in the batch.
         layers: 1-based layers, ascending; may be empty if `head` is given.
         head: response positions at which to read the LM head's input as well; None for none.
+        teacher: teacher_id of the teacher that answers, where a run has several; None: there is one.
+        between: positions whose state is interpolated; None for none. Only a bridged teacher is asked for it.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -59,10 +80,25 @@ class StateRequest:
     num_rollouts: int
     layers: tuple[int, ...]
     head: HeadRequest | None = None
+    teacher: str | None = None
+    between: Between | None = None
 
     def to(self, device: torch.device | str) -> StateRequest:
         """A copy with all tensors on `device`."""
-        return replace(_moved(self, device), head=None if self.head is None else _moved(self.head, device))
+        parts = {"head": self.head, "between": self.between}
+        return replace(_moved(self, device), **{k: v and _moved(v, device) for k, v in parts.items()})
+
+    def with_neighbours(self) -> StateRequest:
+        """The request with the K positions after those in `between` added at the end, N + K in all."""
+        if self.between is None:
+            return self
+        index_K = self.between.index
+        return replace(
+            self,
+            flat_index=torch.cat([self.flat_index, self.flat_index[index_K] + 1]),
+            rollout_index=torch.cat([self.rollout_index, self.rollout_index[index_K]]),
+            between=None,
+        )
 
 
 def _moved(request: Any, device: torch.device | str) -> Any:
@@ -101,7 +137,8 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[i
 def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
     """Share of padding among all tokens of the padded groups, 0 (none) to 1."""
     padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
-    return 1.0 - sum(lengths) / padded if padded else 0.0
+    own = sum(lengths[i] for group in groups for i in group)
+    return 1.0 - own / padded if padded else 0.0
 
 
 def request_states(

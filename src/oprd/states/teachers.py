@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from oprd.models.fingerprint import Fingerprint
 from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
 from oprd.states.capture import ReadState, as_states, install_state_forward, read_through_forward
-from oprd.states.requests import StateRequest
+from oprd.states.requests import HEAD, StateRequest
 from oprd.types import States
 
 
@@ -72,6 +73,74 @@ class ProjectsStudent(Protocol):
 
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
         """The student's states `[N, D]` of a layer in the space of the teacher's."""
+        ...
+
+
+def has_head(teacher: Any) -> TypeGuard[HasHead]:
+    """Whether a teacher gives an LM head here: it has the method, and so has the teacher that it stands before."""
+    behind = getattr(teacher, "teacher", None)
+    return isinstance(teacher, HasHead) and (not isinstance(behind, Teacher) or has_head(behind))
+
+
+def hand_over(teacher: Teacher, request: StateRequest, read: ReadState) -> list[Any]:
+    """Call `read(layer, states [N, D])` for each layer of `request`, one by one where the teacher can; then few are held at once.
+
+    Returns:
+        What each call returned, in order.
+
+    Raises:
+        ValueError: the teacher returned other layers.
+    """
+    if isinstance(teacher, StreamsStates):
+        return teacher.read(request, read)
+    states = teacher.states(request)
+    if tuple(states.layers) != tuple(request.layers):
+        raise ValueError(
+            f"teacher_model: it returned states of layers {list(states.layers)}; requested were {list(request.layers)}"
+        )
+    results = [read(layer, values) for layer, values in zip(states.layers, states.values, strict=True)]
+    return results if states.head_MD is None else [*results, read(HEAD, states.head_MD)]
+
+
+@runtime_checkable
+class ChangesStates(Protocol):
+    """A teacher that changes the states of another one: a bridge, a map of layers, an extrapolation."""
+
+    @property
+    def behind(self) -> Teacher:
+        """The other one."""
+        ...
+
+
+def innermost(teacher: Teacher) -> Teacher:
+    """The teacher behind all that change its states; the teacher itself where nothing does."""
+    while isinstance(teacher, ChangesStates):
+        teacher = teacher.behind
+    return teacher
+
+
+@runtime_checkable
+class OfKnownWeights(Protocol):
+    """A teacher whose weights are not in this process, and whose fingerprint is known, so that a bridge can be checked.
+
+    Attributes:
+        fingerprint: of the weights.
+    """
+
+    fingerprint: Fingerprint
+
+    @property
+    def projected_by(self) -> tuple[str, int] | None:
+        """Digest and rank of the bridge through which its states come; None: they are whole."""
+        ...
+
+
+@runtime_checkable
+class CountsRequests(Protocol):
+    """A teacher that counts what it asks another process for."""
+
+    def take_counts(self) -> Mapping[str, float]:
+        """Metrics since the last call: `teacher_retries`, `teacher_mib`."""
         ...
 
 

@@ -233,8 +233,26 @@ def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evalua
 
     `parts` leaves out ranks without a problem.
     """
+    shares = [[*range(rank, num_problems, len(parts))] for rank in range(len(parts))]
+    return join_parts(parts, shares, k)
+
+
+def join_parts(parts: Sequence[Evaluation], places: Sequence[Sequence[int]], k: int) -> Evaluation:
+    """Join evaluations of parts of the problems into one of all of them, in order.
+
+    Args:
+        parts: evaluations.
+        places: of each part's problems among all, in the order of the part. A part may have further problems, which are left out.
+        k: samples a problem.
+    """
     starts = [0, *accumulate(len(part.correct) for part in parts)]
-    order = [starts[i % len(parts)] + i // len(parts) * k + sample for i in range(num_problems) for sample in range(k)]
+    where = {
+        place: start + number * k
+        for start, own in zip(starts, places, strict=False)
+        for number, place in enumerate(own)
+    }
+    num_problems = len(where)
+    order = [where[i] + sample for i in range(num_problems) for sample in range(k)]
     verdicts = [verdict for part in parts for verdict in part.correct]
     correct = [verdicts[i] for i in order]
     given = {name: [reward for part in parts for reward in part.rewards[name]] for name in parts[0].rewards}

@@ -16,7 +16,9 @@ from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
 from oprd.run_config import RunConfig
-from oprd.tasks.problems import GENERATED
+from oprd.states.layer_maps import KEPT
+from oprd.tasks.answer_formats import FORMATS, fitting_format, read_answers
+from oprd.tasks.problems import GENERATED, load_rows
 from oprd.tasks.task import get_task
 from oprd.tools.check_data import DatasetReport, DatasetSettings, examine
 from oprd.tools.doctor.memory import predict_memory
@@ -119,6 +121,15 @@ def first_recipe(
         values |= {"eval_num_generations": 4 if machine.cuda else 2}
         reasons["eval_num_generations"] = "answers a problem, before and after training"
         values["task"] = get_task(task).name if task else _guess_task(eval_dataset, problems)
+        mine = _answer_format("--prompts", prompts, values["task"], guessed=task is None) if train.answered else "plain"
+        evaluated = _answer_format("--eval", eval_dataset, values["task"], guessed=task is None)
+        if {mine, evaluated} != {"plain"}:
+            values["answer_format"] = mine if mine == evaluated else {"train": mine, "eval": evaluated}
+            reasons["answer_format"] = FORMATS[evaluated].description
+        if get_task(values["task"]).instruction:
+            reasons["task"] = (
+                "its instruction is appended to evaluated problems (eval_instruction: false to leave it out)"
+            )
     values["output_dir"] = f"runs/{output.stem}"
     needs_bridge = _compare_values(own, other, different_tokens(*tokenizers), values, reasons)
     longest = int(train.lengths.max())
@@ -160,13 +171,34 @@ def _guess_task(dataset: str, report: DatasetReport) -> str:
         raise ValueError(
             f"--eval: {missing} of {report.rows} rows of {dataset} have no answer; remove them, or leave --eval out"
         )
-    try:
-        examine(DatasetSettings(dataset, task=get_task("math")))
-    except ValueError as error:
-        raise ValueError(
-            f"--eval: the task math cannot use its answers ({error}); say --task, or leave --eval out"
-        ) from None
     return "math"
+
+
+def _answer_format(option: str, dataset: str, task: str, *, guessed: bool) -> str:
+    """How the answers of a dataset are written.
+
+    Args:
+        option: that names the dataset, for messages.
+        dataset: file, hub name or `generated:<task>`.
+        task: that compares the answers.
+        guessed: whether nobody named the task.
+
+    Raises:
+        ValueError: the task cannot use them in any format.
+    """
+    if dataset.startswith(GENERATED):
+        return "plain"
+    rows, grader = load_rows(dataset, "train", None, 0), get_task(task)
+    if (found := fitting_format([row.answer for row in rows if row.answer is not None], grader)) is not None:
+        return found
+    try:
+        read_answers(rows, grader, None, dataset)
+    except ValueError as error:
+        other = "say --task" if guessed else "say another --task"
+        raise ValueError(
+            f"{option}: the task {task} cannot use its answers ({error}); {other}, or leave --eval out"
+        ) from None
+    raise AssertionError("one of the two says whether the task can use them")
 
 
 def _data_values(prompts: str) -> dict[str, Any]:
@@ -180,6 +212,10 @@ def _compare_values(
     values["layers"] = "all"
     if (student.layers, student.width) == (teacher.layers, teacher.width) and not different:
         reasons["layers"] = f"both models have {student.layers} layers of width {student.width}, and the same tokens"
+        return False
+    if student.width == teacher.width and not different and student.kept and student.kept[1] == teacher.layers:
+        values["layer_map"] = KEPT
+        reasons["layer_map"] = f"the student was cut from a model of {teacher.layers} layers (its config.json)"
         return False
     values["bridge"] = f"{values['output_dir']}-bridge"
     what = "another tokenizer" if different else f"{teacher.layers} layers of width {teacher.width}"

@@ -16,6 +16,7 @@ from oprd.faults import RunStopped
 from oprd.runs.loaded import LoadedRun, load_run
 from oprd.runs.model_card import CARD, on_hub
 from oprd.sanitize import REDACTED, redacted
+from oprd.states.teacher_settings import is_student, model_here, model_of_entry
 
 MODEL = "model"
 BESIDE_MODEL = ("config.yaml", "summary.json", "curves.png")
@@ -178,9 +179,16 @@ def _usage(run: LoadedRun, repo: str) -> str:
 
 
 def _licences(run: LoadedRun) -> dict[str, str | None]:
-    """Student and teacher → the licence in their own cards; None where it is not known here."""
-    names = {side: run.config.get(key) for side, key in (("student", "model"), ("teacher", "teacher_model"))}
-    return {side: _licence(name) for side, name in names.items() if isinstance(name, str)}
+    """Student, teachers and base → the licence in their own cards; None where it is not known here."""
+    names, teacher = {"student": run.config.get("model")}, run.config.get("teacher_model")
+    if teacher and not is_student(teacher):
+        names["teacher"] = model_here(teacher)
+    names |= {
+        f"teacher {name}": model_of_entry(entry, None)[0] for name, entry in (run.config.get("teachers") or {}).items()
+    }
+    if base := run.config.get("base_model"):
+        names["base model"] = base
+    return {side: _licence(name) if isinstance(name, str) else None for side, name in names.items()}
 
 
 def _licence(name: str) -> str | None:
@@ -204,6 +212,10 @@ def _warnings(run: LoadedRun) -> Iterator[str]:
         yield f"licences differ: {_listed(known)}; the card names none: read both, and set license yourself"
     if missing := [side for side, name in licences.items() if not name]:
         yield f"the licence of the {' and the '.join(missing)} is not known here: read it before you publish"
+    teacher = run.config.get("teacher_model")
+    for key in ("url", "cache"):
+        if isinstance(teacher, Mapping) and key in teacher:
+            yield f"the card's recipe and oprd/config.yaml name the teacher's {key}, {teacher[key]}: see whether others may read it"
     if (closed := run.summary.get("gap_closed")) is not None and closed < 0:
         yield f"the run lost {-closed:.0%} of the gap to its teacher"
     if run.summary.get("export_verified") is False:

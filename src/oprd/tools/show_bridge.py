@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,35 @@ def describe_bridge(bridge: Bridge) -> dict[str, Any]:
         "scale": bridge.scale, "options": dict(bridge.options), "verdict": kind, "usable_layers": list(usable),
         "software": dict(bridge.software), "layers": rows,
     }  # fmt: skip
+
+
+_WHY = {
+    "least_squares": "the paper's projector (Eq. 13): the best prediction of the teacher, which shrinks what it predicts badly",
+    "procrustes": "one rotation and one scale: it shrinks no direction more than another",
+    "cca": "the teacher's best predicted directions instead of its largest",
+}
+
+
+def explain_choice(description: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Why a fit has its rank and projector, one line each.
+
+    Args:
+        description: of `describe_bridge`.
+        given: option → what the user chose, None where nothing.
+    """
+    rank, layers = description["rank"], description["layers"]
+    suggested = sorted(row["suggested_rank"] for row in layers)
+    spread = f"{suggested[0]} to {suggested[-1]}" if suggested[0] != suggested[-1] else f"{suggested[0]}"
+    median = suggested[(len(suggested) - 1) // 2]
+    found = f"the layers suggest {spread} (median {median}), where held-out R² of a direction crosses 1/2 (Theorem 3)"
+    projector = description["options"]["projector"]
+    predicted = [row["rank_r2"][rank - 1] for row in layers]
+    by = {name: "the default" if value is None else "as given" for name, value in given.items()}
+    return [
+        f"rank {rank}{'' if given['rank'] is None else ', as given'}: {found}",
+        f"projector {projector}, {by['projector']}: {_WHY[projector]}; at rank {rank} it predicts {min(predicted):.0%} to "
+        f"{max(predicted):.0%} of the held-out variance (docs/bridge.md compares projectors by accuracy)",
+    ]
 
 
 def plot_bridge(description: dict[str, Any], file: Path) -> None:

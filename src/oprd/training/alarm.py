@@ -10,20 +10,28 @@ from typing import Any
 
 from oprd.config import OPRDConfig
 from oprd.faults import RunStopped
-from oprd.objectives.schedules import is_on
-from oprd.objectives.terms import ON_POLICY_KINDS
+from oprd.objectives.composite import Term
+from oprd.objectives.schedules import bounds, is_on
+from oprd.objectives.terms import ON_POLICY_KINDS, PolicyTerm
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
+_CLOSER = 0.9  # loss and 1 − cosine must have fallen below this share, where accuracy did not rise
+_SOLVES = 0.05  # below this accuracy a lack of progress does not count: the student may begin late
+_TOP = 0.5  # above this one it does not either: the student may be done
+_SURE = 0.05  # the gain in accuracy must be below this, by two standard errors
 _RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
 _MEAN_OF = 5  # steps: of one step the loss is noisy
+_UNEQUAL = 100.0  # times: no noise of a step
+_SCALES_AT = 5  # the step whose terms are compared: one alone, so that a resumed run tells the same
 
 
 class AlarmWatch:
-    """Compares the two halves of the last `window` steps, and tells once when cosine rose while accuracy or KL worsened.
+    """Compares the two halves of the last `window` steps, and tells once when cosine rose while accuracy or KL worsened, or
+    accuracy stood still.
 
-    After an alarm it is quiet until a whole new window has passed.
+    After an alarm it is quiet until a whole new window has passed. Steps of one of several teachers have a window of their own.
 
     Args:
         window: steps looked at; 0: never.
@@ -32,28 +40,42 @@ class AlarmWatch:
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self.window = window
-        self._rows: deque[Mapping[str, Any]] = deque(maxlen=window)
+        self._rows: dict[str, deque[Mapping[str, Any]]] = {}
         for row in earlier if window else ():
             if "loss" not in row:
                 continue
-            self._rows.append(row)
+            rows = self._window_of(row)
             if row.get("alarm"):  # another alarm may have been told there
-                self._judge()
+                self._judge(rows)
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""
         if not self.window:
             return None
-        self._rows.append(row)
-        return self._judge()
+        return self._judge(self._window_of(row))
 
-    def _judge(self) -> str | None:
-        if len(self._rows) < self.window:
+    def _window_of(self, row: Mapping[str, Any]) -> deque[Mapping[str, Any]]:
+        rows = self._rows.setdefault(only_teacher(row), deque(maxlen=self.window))
+        rows.append(row)
+        return rows
+
+    def _judge(self, rows: deque[Mapping[str, Any]]) -> str | None:
+        if len(rows) < self.window:
             return None
-        alarm = find_alarm(list(self._rows))
+        alarm = find_alarm(list(rows))
         if alarm:
-            self._rows.clear()
+            rows.clear()
         return alarm
+
+
+def only_teacher(row: Mapping[str, Any]) -> str:
+    """teacher_id of the one of several teachers that read all rollouts of a step; empty where there is one teacher, or they mix.
+
+    Args:
+        row: metrics of the step.
+    """
+    read = [key for key, value in row.items() if key.startswith("teacher/") and key.endswith("/rollouts") and value]
+    return read[0].split("/")[1] if len(read) == 1 else ""
 
 
 class RisingLoss:
@@ -61,7 +83,7 @@ class RisingLoss:
 
     It watches the representation loss, and an output-space loss that is a distance, before their weights. Compared are geometric
     means over five steps, since a loss varies by factors; the loss of the first step counts as one too. After an alarm it is
-    quiet for `alarm_window` steps.
+    quiet for `alarm_window` steps. Steps of one of several teachers are compared with each other.
 
     Where something else than the rate may raise a loss, it is not watched: a weight that fades, rewards, two writers.
 
@@ -92,17 +114,18 @@ class RisingLoss:
         loss = row.get(f"loss/{name}")
         if loss is None or not loss > 0:
             return None
-        last = self._last.setdefault(name, deque(maxlen=_MEAN_OF))
+        series = f"{name} {only_teacher(row)}"
+        last = self._last.setdefault(series, deque(maxlen=_MEAN_OF))
         last.append(math.log(loss))
-        if name not in self._lowest:
-            self._lowest[name] = last[0], row.get("step", "?"), 0.0
+        if series not in self._lowest:
+            self._lowest[series] = last[0], row.get("step", "?"), 0.0
         if len(last) < _MEAN_OF:
             return None
         mean = sum(last) / _MEAN_OF
         variance = sum((value - mean) ** 2 for value in last) / (_MEAN_OF - 1) / _MEAN_OF
-        lowest, since, its_variance = self._lowest[name]
+        lowest, since, its_variance = self._lowest[series]
         if mean < lowest:
-            self._lowest[name] = mean, row.get("step", "?"), variance
+            self._lowest[series] = mean, row.get("step", "?"), variance
             return None
         if mean - lowest < math.log(_RISE) or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance):
             return None
@@ -171,10 +194,11 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
     Cosine must have risen, and either accuracy fallen by more than three standard errors (over the graded rollouts of each half;
     binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each
-    half).
+    half). Else cosine and loss must both have come a tenth nearer to their goals, and an accuracy between 5 and 50 % not have
+    risen: a far pair, whose teacher says little about what the student writes.
 
     Args:
-        rows: metrics of steps, with `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and
+        rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and
             `tokens` where they were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
@@ -182,31 +206,57 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if None in cosines or not cosines[1] > cosines[0]:  # type: ignore[operator]
         return None
     found = [text for text in (_accuracy_fell(*halves), _kl_grew(*halves)) if text]
+    rose = f"cosine rose {cosines[0]:.3f} -> {cosines[1]:.3f} over steps {rows[0].get('step', '?')} to {rows[-1].get('step', '?')}"
     if not found:
-        return None
+        stood = _accuracy_stood_still(*halves)
+        return f"{rose}, {stood}" if stood else None
     return (
-        f"cosine rose {cosines[0]:.3f} -> {cosines[1]:.3f} over steps {rows[0].get('step', '?')} to {rows[-1].get('step', '?')} "
-        f"while {' and '.join(found)}: the states come closer and the model gets worse; try fewer layers (layers: last), a lower "
-        "learning rate, or an output-space term (docs/objectives.md)"
+        f"{rose} while {' and '.join(found)}: the states come closer and the model gets worse; try fewer layers (layers: last), a "
+        "lower learning rate, or an output-space term (docs/objectives.md)"
     )
 
 
 def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
-    counts = []
-    for half in (before, after):
-        graded = [(row["rollouts"], row["accuracy"]) for row in half if row.get("accuracy") is not None]
-        counts.append((sum(n for n, _ in graded), sum(n * a for n, a in graded)))
+    (n, right), (m, later) = _graded(before), _graded(after)
+    error = _accuracy_error(before, after)
+    if error and right / n - later / m > _STANDARD_ERRORS * error:
+        return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
+    return None
+
+
+def _accuracy_stood_still(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
+    (n, right), (m, later) = _graded(before), _graded(after)
+    error = _accuracy_error(before, after)
+    first, second = ((_mean(half, "loss") or 0.0, 1 - (_mean(half, "cosine") or 0.0)) for half in (before, after))
+    nearer = all(now < _CLOSER * then for then, now in zip(first, second, strict=True))
+    if not error or not nearer or not right / n >= _SOLVES or not later / m < _TOP:
+        return None
+    gain = later / m - right / n
+    if gain > 0 or gain + 2 * error > _SURE:
+        return None
+    return (
+        f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and accuracy did not rise ({right / n:.1%} -> {later / m:.1%}): the "
+        "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
+        "pairs), or check the task's answers"
+    )
+
+
+def _graded(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Number of graded rollouts, and the sum of their rewards."""
+    graded = [(row["rollouts"], row["accuracy"]) for row in rows if row.get("accuracy") is not None]
+    return sum(n for n, _ in graded), sum(n * a for n, a in graded)
+
+
+def _accuracy_error(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> float:
+    """Standard error of the difference between the accuracies of two sets of steps; 0 where it is not known."""
+    (n, right), (m, later) = _graded(before), _graded(after)
     # Rewards that are not 0 or 1: Σ(r² − r), by which their variance differs from that of verdicts with the same mean.
     rewarded = [row for row in (*before, *after) if row.get("accuracy_std") is not None]
     excess = sum(r["rollouts"] * (r["accuracy_std"] ** 2 + r["accuracy"] ** 2 - r["accuracy"]) for r in rewarded)
-    (n, right), (m, later) = counts
     if not n or not m:
-        return None
+        return 0.0
     pooled = (right + later) / (n + m)
-    error = math.sqrt(max(pooled * (1 - pooled) + excess / (n + m), 0.0) * (1 / n + 1 / m))
-    if right / n - later / m > _STANDARD_ERRORS * error > 0:
-        return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
-    return None
+    return math.sqrt(max(pooled * (1 - pooled) + excess / (n + m), 0.0) * (1 / n + 1 / m))
 
 
 def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str | None:
@@ -232,3 +282,33 @@ def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None
+
+
+def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[float, str] | None:
+    """Whether one distance's part of the loss is a hundred times another's: the ratio, and a sentence; else None.
+
+    It looks at one early step, at full weights: a fade is not a difference of scale. Terms on rewards and sampled tokens are left
+    out, since their value does not say how large their gradient is.
+
+    Args:
+        row: metrics of a step, with `loss/<term>`.
+        terms: of the loss.
+    """
+    if row.get("step") != _SCALES_AT:
+        return None
+    parts: dict[str, float] = {}
+    for name, term in terms.items():
+        sampled = getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm))
+        part = abs(row.get(f"loss/{name}", 0.0)) * bounds(term.weight)[1]
+        if not sampled and part > 0:
+            parts[name] = part
+    if len(parts) < 2:
+        return None
+    small, large = min(parts, key=lambda name: parts[name]), max(parts, key=lambda name: parts[name])
+    ratio = parts[large] / parts[small]
+    if ratio < _UNEQUAL:
+        return None
+    return ratio, (
+        f"{large} is {ratio:.3g} times as much of the loss as {small} ({parts[large]:.3g} and {parts[small]:.3g}, with their "
+        f"weights): {small} may teach nothing; change a weight, if that is not meant"
+    )

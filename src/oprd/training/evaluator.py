@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -13,8 +14,9 @@ from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.rollouts.engine import RolloutEngine, derive_seed
 from oprd.rollouts.engines import make_engine
-from oprd.states.teachers import CanSample
-from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_ranks
+from oprd.states.several import SeveralTeachers
+from oprd.states.teachers import CanSample, Teacher
+from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_parts, join_ranks
 from oprd.training.parallel import Parallel
 
 
@@ -50,22 +52,39 @@ class Evaluator:
         return join_ranks(gather_object([part]), len(prompts), k)
 
     def teacher(self, prompts: Sequence[Prompt]) -> Evaluation:
-        """Evaluate the teacher, with prompts and tokens of its own where it has them.
+        """Evaluate the teacher, with prompts and tokens of its own where it has them; of several, each on its own problems.
 
         Raises:
             ValueError: the teacher cannot sample here, or cannot read a prompt.
         """
+        if not isinstance(self.pair.teacher, SeveralTeachers):
+            return self._one(self.pair.teacher, prompts)
+        several, k = self.pair.teacher, self.args.eval_num_generations
+        ids = self.pair.teacher_ids(prompts)
+        if ids is None:
+            ids = [name for name in several.teachers for _ in prompts]  # every teacher, on all problems
+            prompts = [*prompts] * len(several.teachers)
+        places = {name: [place for place, own in enumerate(ids) if own == name] for name in several.teachers}
+        parts = {
+            name: self._one(several.ready(name, self.args.device), [prompts[place] for place in own])
+            for name, own in places.items() if own
+        }  # fmt: skip
+        joined = join_parts([*parts.values()], [places[name] for name in parts], k)
+        by_teacher = {name: part.summary["avg_at_k"] for name, part in parts.items()}
+        return replace(joined, summary={**joined.summary, "by_teacher": by_teacher})
+
+    def _one(self, teacher: Teacher, prompts: Sequence[Prompt]) -> Evaluation:
         pair, args = self.pair, self.args
-        if not isinstance(pair.teacher, CanSample):
+        if not isinstance(teacher, CanSample):
             raise ValueError(
-                f"eval_teacher: {type(pair.teacher).__name__} cannot sample here; set eval_teacher: false to train without its "
+                f"eval_teacher: {type(teacher).__name__} cannot sample here; set eval_teacher: false to train without its "
                 "measures"
             )
-        with pair.teacher.sampler() as model:
+        with teacher.sampler() as model:
             if pair.aligner is None:
                 return self.model(model, prompts)
             length = args.eval_sampling.max_completion_length
             own = pair.teacher_prompts(prompts, name="eval_dataset", max_completion_length=length)
-            stops = sorted({*pair.teacher.info.stop_token_ids, pair.aligner.pair.end_id})
+            stops = sorted({*teacher.info.stop_token_ids, pair.aligner.pair.end_id})
             engine = make_engine(args.rollout_engine, pair.aligner.teacher_tokenizer, stops, **args.engine_kwargs)
             return self.model(model, own, engine)

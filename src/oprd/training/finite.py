@@ -22,6 +22,7 @@ from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective
 from oprd.states.capture import read_through_forward
 from oprd.states.requests import HEAD
+from oprd.states.several import modules_of
 from oprd.training.parallel import Parallel
 
 logger = logging.getLogger("oprd")
@@ -141,7 +142,7 @@ class FiniteGuard(TrainerCallback):
         student = self.parallel.unwrap(model)
         if name := first_not_finite(student.named_parameters()):
             return f"weight of the student {name}"
-        for module in self.pair.teacher.modules:
+        for module in modules_of(self.pair.teacher):
             if name := first_not_finite(module.named_parameters()):
                 return f"weight of the teacher {name}"
         for batch, terms, _ in batches:
@@ -160,6 +161,7 @@ class FiniteGuard(TrainerCallback):
             request, theirs = self.pair.requests(
                 part.batch.rollouts, part.batch.pairs,
                 layers=terms.needs_layers, head=terms.needs_head, device=self.args.device,
+                teacher_id=part.batch.teacher_id,
             )  # fmt: skip
             if terms.needs_teacher:
                 states = self.pair.teacher.states(theirs)

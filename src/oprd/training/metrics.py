@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oprd.objectives.batch import of_teacher
 from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
 _TOTALS = ("rollouts", "tokens", "finished", "empty", "alike", "correct", "correct_square", "graded")
 _ALIGNMENT = "alignment/"  # likewise
+_PRIVILEGED = "privileged/"  # likewise
 _REWARD = ("|sum", "|square", "|count")  # likewise, of each reward function
-_COUNTS = ("grader_timeouts", "long_sequences")  # likewise; reported as they are, by steps that have them
+_COUNTS = (
+    "grader_timeouts",
+    "long_sequences",
+    "teacher_moves",
+    "teacher_retries",
+    "teacher_mib",
+)  # likewise; reported as they are, by steps that have them
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Sequence[bool | float | None]) -> dict[str, float]:
@@ -46,6 +54,27 @@ def reward_metrics(
         known = [float(value) for value in values if value is not None]
         sums = (sum(known), sum(value * value for value in known), float(len(known)))
         found |= {f"{name}{part}": value for part, value in zip(_REWARD, sums, strict=True)}
+    return found
+
+
+def teacher_metrics(
+    readers: Mapping[str, Sequence[int]] | None, rewards: Sequence[bool | float | None], *, cosine: bool
+) -> dict[str, float]:
+    """Counts of each of several teachers, in the same order on every rank; `StepMetrics.close` turns sums into means.
+
+    Args:
+        readers: teacher_id → places of the rollouts that it reads.
+        rewards: of each rollout; empty where they do not count.
+        cosine: whether the step measures it.
+    """
+    found: dict[str, float] = {}
+    for teacher_id, places in (readers or {}).items():
+        graded = [reward for place in places if rewards and (reward := rewards[place]) is not None]
+        counts = {
+            "rollouts": len(places), "correct": sum(graded), "graded": len(graded), "share": 0.0, "loss": 0.0,
+            **({"cosine": 0.0} if cosine else {}),
+        }  # fmt: skip
+        found |= {of_teacher(teacher_id, name): value for name, value in counts.items()}
     return found
 
 
@@ -112,8 +141,9 @@ class StepMetrics:
         totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
         counts = {name: sums.pop(name) for name in _COUNTS if name in sums}
+        by_teacher = _by_teacher(sums) | _privileged(sums)
         rewards = _rewards(sums, totals["rollouts"])
-        row = {n: v / ranks for n, v in sums.items()} | counts | rewards
+        row = {n: v / ranks for n, v in sums.items()} | counts | rewards | by_teacher
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)
@@ -161,6 +191,49 @@ def _rewards(sums: dict[str, float], rollouts: float) -> dict[str, float]:
             row[mean] = total / count
         if count > 1:
             row[std] = max((square - total * total / count) / (count - 1), 0.0) ** 0.5
+    return row
+
+
+def quote_metrics(quotes: Sequence[bool] | None, correct: Sequence[bool | float | None]) -> dict[str, float]:
+    """Counts of rollouts that quote what only the teacher was shown, and of the correct ones among the others.
+
+    Args:
+        quotes: of each rollout; None where nothing is hidden from the student.
+        correct: of each rollout; empty where they do not count.
+    """
+    if quotes is None:
+        return {}
+    own = [right for right, quoted in zip(correct, quotes, strict=False) if right is not None and not quoted]
+    counts = {"rollouts": len(quotes), "quoted": sum(quotes), "unquoted_correct": sum(own), "unquoted_graded": len(own)}
+    return {f"{_PRIVILEGED}{name}": float(value) for name, value in counts.items()}
+
+
+def _privileged(sums: dict[str, float]) -> dict[str, float]:
+    """Take the counts of `quote_metrics` out of `sums`: the share that quotes, and the accuracy of the others."""
+    own = {
+        name: sums.pop(f"{_PRIVILEGED}{name}", 0.0)
+        for name in ("rollouts", "quoted", "unquoted_correct", "unquoted_graded")
+    }
+    row = {f"{_PRIVILEGED}quoted": own["quoted"] / own["rollouts"]} if own["rollouts"] else {}
+    if own["unquoted_graded"]:
+        row[f"{_PRIVILEGED}accuracy_unquoted"] = own["unquoted_correct"] / own["unquoted_graded"]
+    return row
+
+
+def _by_teacher(sums: dict[str, float]) -> dict[str, float]:
+    """Take the sums of each of several teachers out of `sums`: means over its rollouts, where it has read any."""
+    row: dict[str, float] = {}
+    for start in [
+        name.removesuffix("share") for name in sums if name.startswith("teacher/") and name.endswith("/share")
+    ]:
+        own = {name.removeprefix(start): sums.pop(name) for name in list(sums) if name.startswith(start)}
+        share, graded = own.pop("share"), own.pop("graded", 0.0)
+        correct, rollouts = own.pop("correct", 0.0), own.pop("rollouts", 0.0)
+        row[f"{start}rollouts"] = rollouts
+        if share:
+            row |= {f"{start}{name}": value / share for name, value in own.items()}
+        if graded:
+            row[f"{start}accuracy"] = correct / graded
     return row
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from oprd.data.rows import PromptRow
 from oprd.files import write_json, write_text, writing_folder
 from oprd.models.architecture import causal_lm
 from oprd.models.export_check import ExportCheck, check_export, compare_files
+from oprd.models.quantization import rounded_weights
 from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective
 from oprd.runs.curves import plot_run
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("oprd")
 
 Say = Callable[[str], None]
+
+_FEW_PROBLEMS = 8  # of fewer, none may be solved by chance
 
 
 def measure_before(trainer: OPRDTrainer, *, resumed: bool, say: Say) -> dict[str, Any]:
@@ -76,8 +79,9 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
     """
     folder, settings = trainer.run_folder.path, _settings(trainer)
     summary |= _about(trainer)
-    _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
-    summary["export_verified"] = _verify_export(trainer, folder / "model")
+    with rounded_weights(trainer.model):
+        _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
+        summary["export_verified"] = _verify_export(trainer, folder / "model")
     if trainer.eval_dataset:
         summary["student_after"] = trainer.evaluate_now()
         say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
@@ -140,6 +144,8 @@ def _evaluate_before(trainer: OPRDTrainer, summary: dict[str, Any], say: Say) ->
     for key, (asked, name, evaluate) in wanted.items():
         if asked and summary[key] is None:
             summary[key] = _say_evaluation(name, evaluate(), say)
+            if key == "teacher" and main:
+                _warn_of_teacher(summary[key])
             if main:
                 write_json(file, summary)
 
@@ -189,13 +195,28 @@ def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, An
     return evaluation.summary
 
 
+def _warn_of_teacher(found: Mapping[str, Any]) -> None:
+    """Warn of a teacher that solves next to nothing: rather the grader, its instruction or the length is wrong than the teacher."""
+    average, finished = found.get("avg_at_k"), found.get("finished")
+    problems = found.get("problems") or 0
+    if average is None or finished is None or problems < _FEW_PROBLEMS or (average >= 0.01 and finished >= 0.2):
+        return
+    logger.warning(
+        "the teacher solves %.0f%% of the evaluation problems and finishes %.0f%% of its answers; if you expect more, task, "
+        "eval_instruction or max_completion_length do not fit: look at its answers with oprd eval --model TEACHER --dataset "
+        "PROBLEMS --show-ungraded, and try --task or --eval_instruction false",
+        100 * average, 100 * finished,
+    )  # fmt: skip
+
+
 def _describe(trainer: OPRDTrainer) -> str:
     args = trainer.args
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rollouts = (
         args.per_device_train_batch_size * args.num_generations * args.world_size * args.gradient_accumulation_steps
     )
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     return (
         f"{trained / 1e6:.2f} M parameters to train, {len(trainer.pair.layers)} layer(s), {len(trainer.train_dataset)} prompts, "
-        f"{rollouts} rollouts a step; loss: {describe_objective(args, trainer.objective.terms)}"
+        f"{rollouts} rollouts a step, {processes}; loss: {describe_objective(args, trainer.objective.terms)}"
     )

@@ -24,6 +24,7 @@ from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
+from oprd.states.teacher_settings import check_followed_whole, check_sharded
 from oprd.training.processes import check_joined
 
 
@@ -73,6 +74,7 @@ class Parallel:
         self.student, self.teacher_modules = student, tuple(teacher_modules)
         check_launch(args.fully_shard, accelerator)
         check_joined(accelerator)
+        check_shards(args, accelerator)
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
         self.fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
         if place:
@@ -137,12 +139,16 @@ class Parallel:
             token_budget: most padded tokens of a micro-batch.
             model: the student as accelerate wrapped it.
         """
-        groups = plan_micro_batches(batch.input_lengths, token_budget)
+        teacher_ids, groups = plan_for_teachers(batch, token_budget)
         rounds = even_rounds(groups, (model, *self.teacher_modules), self.accelerator)
+        last = len(rounds) - 1
         return [
-            MicroBatch(batch.select(group), group, number, number == len(rounds) - 1, number >= len(groups))
+            MicroBatch(
+                batch.select(group, teacher_ids[min(number, len(groups) - 1)]), group, number, number == last,
+                number >= len(groups),
+            )
             for number, group in enumerate(rounds)
-        ]
+        ]  # fmt: skip
 
     @contextmanager
     def accumulate(self, model: nn.Module, part: MicroBatch) -> Iterator[None]:
@@ -170,6 +176,24 @@ class Parallel:
         # DeepSpeed would divide by the number of accumulated batches; the loss is a share of the step already.
         settings = {"scale_wrt_gas": False} if self.deepspeed else {}
         self.accelerator.backward(loss * 0.0 if part.idle else loss, **settings)
+
+
+def plan_for_teachers(batch: Batch, token_budget: int) -> tuple[list[str | None], list[list[int]]]:
+    """The micro-batches of a batch, each read by one teacher: its teacher_id (None where there is one teacher) and its rollouts.
+
+    Args:
+        batch: rollouts, with their `readers` where there are several teachers.
+        token_budget: most padded tokens of a micro-batch.
+    """
+    lengths = batch.input_lengths
+    if batch.readers is None:
+        groups = plan_micro_batches(lengths, token_budget)
+        return [None] * len(groups), groups
+    found: list[tuple[str | None, list[int]]] = []
+    for teacher_id, places in batch.readers.items():
+        planned = plan_micro_batches([lengths[place] for place in places], token_budget)
+        found += [(teacher_id, [places[i] for i in group]) for group in planned]
+    return [teacher_id for teacher_id, _ in found], [group for _, group in found]
 
 
 def check_launch(fully_sharded: bool, accelerator: Any) -> None:
@@ -203,6 +227,30 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
             "fsdp_cpu_ram_efficient_loading: set it to false in accelerate's config; it would leave the teacher of all ranks but "
             "the first without weights"
         )
+
+
+def check_shards(args: OPRDConfig, accelerator: Any) -> None:
+    """Refuse settings that need whole weights where accelerate's FSDP, or DeepSpeed ZeRO-3, splits them.
+
+    The settings `fully_shard` and `deepspeed` are refused before a model is loaded; the launcher's choice is known only here.
+
+    Args:
+        args: the run's settings.
+        accelerator: the trainer's.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        by = "accelerate's FSDP"
+        check_sharded(args, by)
+        if args.student_quantization is not None:
+            raise ValueError(
+                f"student_quantization: {args.student_quantization} is not supported with {by}, which splits weights; use DDP"
+            )
+    elif deepspeed is not None and deepspeed.zero_stage == 3:
+        check_followed_whole(args, "DeepSpeed ZeRO-3")
 
 
 @contextmanager

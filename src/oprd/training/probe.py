@@ -12,11 +12,16 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
 from oprd.models.architecture import num_layers
+from oprd.objectives.schedules import bounds
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import probe_engine
 from oprd.states.capture import read_through_forward
+from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layouts import check_causal, check_layout, probe_layouts
-from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher
+from oprd.states.mapped import MappedTeacher
+from oprd.states.self_teacher import FollowingTeacher
+from oprd.states.several import SeveralTeachers
+from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, Teacher
 from oprd.training.parallel import Parallel
 
 
@@ -47,13 +52,30 @@ def probe_run(
     if isinstance(teacher, BridgedTeacher):
         layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
         teacher = teacher.teacher
-    if isinstance(teacher, FrozenTeacher):
-        writes = isinstance(teacher, CanSample) and (args.lmbda < 1 or evaluates_teacher)
-        found["teacher"] = _probe(teacher.model, layers, nullcontext(), engine if writes else None)
+    elif isinstance(teacher, MappedTeacher):
+        layers = tuple(teacher.layers[layer] for layer in layers)
+        teacher = teacher.teacher
+    if isinstance(teacher, ExtrapolatedTeacher):
+        if isinstance(teacher.base, FrozenTeacher):
+            found["base"] = _probe(teacher.base.model, layers, nullcontext(), None)
+        teacher = teacher.teacher
+    if isinstance(teacher, SeveralTeachers):
+        names = {f"teacher/{name}": teacher.ready(name, args.device) for name in teacher.teachers}
     else:
-        adapter = isinstance(teacher, AdapterOffTeacher)
-        found["teacher"] = "the student without its adapter" if adapter else "not probed: a teacher of your own"
+        names = {"teacher": teacher}
+    for name, one in names.items():
+        writes = isinstance(one, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
+        found[name] = _probe_teacher(one, layers, engine if writes else None)
     return found
+
+
+def _probe_teacher(teacher: Teacher, layers: Sequence[int], engine: RolloutEngine | None) -> Any:
+    if isinstance(teacher, FrozenTeacher):
+        return _probe(teacher.model, layers, nullcontext(), engine)
+    if isinstance(teacher, FollowingTeacher):
+        return _probe(teacher.teacher.model, layers, nullcontext(), engine)
+    adapter = isinstance(teacher, AdapterOffTeacher)
+    return "the student without its adapter" if adapter else "not probed: its model is not loaded here"
 
 
 def _probe(

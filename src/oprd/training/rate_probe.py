@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ from oprd.data.prompts import Prompt
 from oprd.models.architecture import evaluating
 from oprd.models.recomputation import recomputed_blocks
 from oprd.objectives.batch import Batch
-from oprd.objectives.composite import CompositeObjective, StepTotals
+from oprd.objectives.composite import CompositeObjective, StepObjective, StepTotals
+from oprd.objectives.schedules import weight_at
 from oprd.objectives.terms import HeadTerm, LayerTerm, Representation, unobserved
 from oprd.resolve import ResolvedRun
 from oprd.rollouts.engine import derive_seed, student_writes
+from oprd.rollouts.teacher_text import TeacherWriter
 from oprd.states.capture import read_through_forward
-from oprd.states.requests import plan_micro_batches
-from oprd.states.teachers import CanSample
 from oprd.training.finite import clip_gradients
+from oprd.training.parallel import plan_for_teachers
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
 """What may be tried, a factor of about three apart."""
@@ -213,26 +215,39 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
     """One rollout of each prompt, written by who writes those of the step with the batch's number; each writer is asked once."""
     args, pair = resolved.run.args, resolved.pair
     found: dict[int, Batch] = {}
-    by_student = [student_writes(args.lmbda, args.seed, step) for step in range(len(batches))]
+    by_student = _writers(args, len(batches))
     for student in sorted({*by_student}):
         steps = [step for step, own in enumerate(by_student) if own is student]
         prompts = [prompt for step in steps for prompt in batches[step]]
-        with ExitStack() as stack:
-            writer: nn.Module = model
-            if not student:
-                assert isinstance(pair.teacher, CanSample), "checked when the run was resolved"
-                writer = stack.enter_context(pair.teacher.sampler())
-            stack.enter_context(_precision(args))
-            rollouts = resolved.engine.generate(
-                writer, [p.ids for p in prompts], num_generations=1, sampling=args.sampling,
-                seed=derive_seed(args.seed, "learning_rate", int(student)), rows=[p.index for p in prompts],
-            ).rollouts  # fmt: skip
+        drawn: dict[str, Any] = {"num_generations": 1, "sampling": args.sampling}
+        drawn["seed"] = derive_seed(args.seed, "learning_rate", int(student))
+        with _precision(args):
+            if student:
+                ids, rows = [p.ids for p in prompts], [p.index for p in prompts]
+                rollouts = resolved.engine.generate(model, ids, rows=rows, **drawn).rollouts
+                places: Sequence[int] = range(len(rollouts))
+            else:
+                writer = TeacherWriter(pair, resolved.engine, args.rollout_engine, **args.engine_kwargs)
+                written = writer.write(prompts, **drawn)
+                rollouts, places = written.rollouts, written.places
         start = 0
         for step in steps:
-            own = rollouts.select(range(start, start := start + len(batches[step])))
-            pairs, _ = pair.align(own, {p.index: p.row for p in batches[step]})
-            found[step] = Batch(own, [None] * len(own), pairs=pairs)
+            mine = range(start, start := start + len(batches[step]))
+            own = rollouts.select([i for i, place in enumerate(places) if place in mine])
+            if not len(own):
+                raise ValueError(
+                    f"learning_rate: {AUTO} has no rollouts for a step: the student's tokens can write none of the teacher's "
+                    f"responses; {_GIVE}"
+                )
+            by_row = {p.index: p.row for p in batches[step]}
+            pairs, _ = pair.align(own, by_row)
+            found[step] = Batch(own, [None] * len(own), pairs=pairs, readers=pair.readers(own, by_row))
     return [found[step] for step in range(len(batches))]
+
+
+def _writers(args: OPRDConfig, steps: int) -> list[bool]:
+    """Whether the student writes the rollouts of each step."""
+    return [student_writes(weight_at(args.lmbda, step), args.seed, step) for step in range(steps)]
 
 
 class _Learner:
@@ -247,8 +262,10 @@ class _Learner:
         held_out: Batch,
     ) -> None:
         self.args, self.pair, self.model = resolved.run.args, resolved.pair, model
-        self.terms = objective.at(0)
         self.batches, self.held_out = batches, held_out
+        *self.terms, self.held_out_terms = [
+            objective.at(0, on_policy=own) for own in _writers(self.args, len(batches) + 1)
+        ]
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._start = {name: weight.detach().to("cpu", copy=True) for name, weight in self.trained.items()}
 
@@ -267,7 +284,7 @@ class _Learner:
         for step, batch in enumerate(self.batches):
             torch.manual_seed(derive_seed(self.args.seed, step, "learning_rate dropout"))
             self.model.train()
-            loss = self._loss(batch, learn=True)
+            loss = self._loss(batch, self.terms[step], learn=True)
             self.model.eval()
             norm = clip_gradients(self.model, self.args.max_grad_norm)
             if not (math.isfinite(loss) and torch.isfinite(norm)):
@@ -280,18 +297,20 @@ class _Learner:
     def held_out_loss(self) -> float:
         """The loss of the weights as they are."""
         with torch.no_grad():
-            return self._loss(self.held_out, learn=False)
+            return self._loss(self.held_out, self.held_out_terms, learn=False)
 
-    def _loss(self, batch: Batch, *, learn: bool) -> float:
+    def _loss(self, batch: Batch, terms: StepObjective, *, learn: bool) -> float:
         counts = [max(float(count), 1e-9) for count in self.pair.count(batch.rollouts, batch.pairs)]
-        totals, terms, sums = StepTotals(*counts), self.terms, 0.0
-        for group in plan_micro_batches(batch.input_lengths, self.args.micro_batch_tokens):
-            part = batch.select(group)
+        totals, sums = StepTotals(*counts), 0.0
+        for reader, group in zip(*plan_for_teachers(batch, self.args.micro_batch_tokens), strict=True):
+            part = batch.select(group, reader)
             request, asked = self.pair.requests(
-                part.rollouts, part.pairs, layers=terms.needs_layers, head=terms.needs_head, device=self.args.device
-            )
+                part.rollouts, part.pairs, layers=terms.needs_layers, head=terms.needs_head, device=self.args.device,
+                teacher_id=reader,
+            )  # fmt: skip
             teacher = self.pair.teacher.states(asked) if terms.needs_teacher else None
-            losses = terms.on(part, request, teacher, totals, heads=self.pair.heads, observe=unobserved)
+            heads = partial(self.pair.heads, reader)
+            losses = terms.on(part, request, teacher, totals, heads=heads, observe=unobserved)
             with _precision(self.args):
                 loss: Tensor = torch.stack(read_through_forward(self.model, request, losses.read)).sum()
             if learn:
@@ -326,7 +345,7 @@ def _objective(resolved: ResolvedRun) -> tuple[CompositeObjective, list[str]]:
     }
     left_out = [name for name in objective.terms if name not in usable]
     kept = objective.with_terms(usable)
-    if not any(kept.at(0).weights.values()):
+    if not any(kept.at(0, on_policy=False).weights.values()):
         raise ValueError(
             f"learning_rate: {AUTO} needs a loss that says how near the student is to its teacher; that of "
             f"{', '.join(left_out) or 'the first step'} does not; {_GIVE}"

@@ -16,12 +16,14 @@ from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.data.rows import Messages
 from oprd.objectives.batch import Batch
-from oprd.objectives.composite import StepObjective
+from oprd.objectives.composite import StepObjective, Term
+from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import PolicyTerm
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
-from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps
-from oprd.training.metrics import StepMetrics, reward_metrics, rollout_metrics
+from oprd.states.teachers import CountsRequests
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
+from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
 
@@ -60,13 +62,16 @@ class Recorder:
         folder: of the run.
         args: the run's settings.
         parallel: the training processes.
+        requests: counts requests to another process; None: there are none.
 
     Attributes:
         last_step: the step that was closed last.
     """
 
-    def __init__(self, folder: RunFolder, args: OPRDConfig, parallel: Parallel) -> None:
-        self.folder, self.args, self.parallel = folder, args, parallel
+    def __init__(
+        self, folder: RunFolder, args: OPRDConfig, parallel: Parallel, requests: CountsRequests | None = None
+    ) -> None:
+        self.folder, self.args, self.parallel, self._requests = folder, args, parallel, requests
         self.main = args.process_index == 0
         self._metrics = StepMetrics()
         self._alarms = AlarmWatch(0)
@@ -76,6 +81,7 @@ class Recorder:
         self._batches: list[Batch] = []
         self._prompts: list[str | Messages] = []
         self._said_missing = False
+        self._terms: Mapping[str, Term] = {}
         self.last_step: StepRecord | None = None
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -134,12 +140,17 @@ class Recorder:
         groups = [part.indices for part in parts if not part.idle]
         self.observe(loss=loss, padding_share=share * padding_share(batch.rollouts.input_lengths, groups))
         mine = terms.on_policy  # grades of the teacher's rollouts are not the student's
-        self.observe(**rollout_metrics(batch.rollouts, batch.correct if mine else []), micro_batches=len(groups))
+        correct = batch.correct if mine else []
+        self.observe(**rollout_metrics(batch.rollouts, correct), micro_batches=len(groups))
+        compares = terms.needs_layers and terms.objective.num_layers > 0
+        self.observe(**teacher_metrics(batch.readers, correct, cosine=compares))
+        self.observe(**quote_metrics(batch.quotes if mine else None, correct))
         if mine and batch.rewards_by_function:
             self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))
             self._warn_of_missing(terms.step + 1, batch.rewards)
         self._batches.append(batch)
-        if self.args.lmbda < 1:
+        self._terms = terms.objective.terms
+        if bounds(self.args.lmbda)[0] < 1:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
             self.observe(frac_reward_zero_std=share * batch.zero_advantage_share)
@@ -176,6 +187,8 @@ class Recorder:
         if not self._metrics.pending:
             return
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})
+        if self._requests is not None:
+            self.observe(**self._requests.take_counts())
         row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
         if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
             del row["micro_batch_tokens"]  # shown where memory ran out
@@ -184,11 +197,15 @@ class Recorder:
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
         if self.main:
-            here = {"step": step, **row}
+            here, said = {"step": step, **row}, list[str]()
             for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
-            self.folder.append(METRICS, {"step": step, **row})
+                said.append(str(alarm))
+            if found := unequal_terms(here, self._terms):
+                row["unequal_terms"], sentence = found
+                logger.warning("step %d: %s", step, sentence)
+            self.folder.append(METRICS, {"step": step, **row, **({"alarm_text": "; ".join(said)} if said else {})})
         self.last_step = self._record(step, row)
         self._useless.check(step)
 

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
 from oprd.data.prompts import Prompt
+from oprd.data.responses import FixedResponses
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective
+from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import PolicyTerm
 from oprd.rollouts.background import BackgroundSampler, StepRollouts
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine, Sampled, derive_seed
 from oprd.rollouts.parity import ParityWatch
-from oprd.states.teachers import CanSample
+from oprd.rollouts.teacher_text import RewriteCounts, TeacherWriter
+from oprd.states.several import SeveralTeachers
 from oprd.tasks.evaluation import Grades, Grading
 from oprd.training.grading import BatchGrading
 from oprd.training.parallel import MicroBatch, Parallel
@@ -50,6 +53,7 @@ class RolloutSource:
         parallel: the training processes.
         recorder: takes times and metrics.
         background: samples during the update; None: sampling waits for it.
+        responses: fixed ones, in place of what the teacher would write.
     """
 
     def __init__(
@@ -63,11 +67,16 @@ class RolloutSource:
         parallel: Parallel,
         recorder: Recorder,
         background: BackgroundSampler | None = None,
+        responses: FixedResponses | None = None,
     ) -> None:
         self.pair, self.objective, self.engine, self.args = pair, objective, engine, args
+        self.responses = responses
         self.parallel, self.recorder, self.background = parallel, recorder, background
         self.grading = BatchGrading(grading, at_once=objective.uses(PolicyTerm))
         self._parity = ParityWatch()
+        self.teacher_writer: TeacherWriter | None = None
+        if bounds(args.lmbda)[0] < 1 and responses is None:
+            self.teacher_writer = TeacherWriter(pair, engine, args.rollout_engine, **args.engine_kwargs)
         self._batch_of_step = 0  # counted from 1
         self._kept: dict[int, Batch] = {}
         self._epoch: Iterator[list[Prompt]] | None = None
@@ -75,7 +84,7 @@ class RolloutSource:
         self._next_batches: list[list[Prompt]] = []  # of the step after it, where the epoch has one
         self._last_step = False
         self._drawn: list[Rollouts] = []
-        self._said_off_template = args.process_index != 0
+        self._said_off_template = self._said_lost = args.process_index != 0
 
     @property
     def batch_of_step(self) -> int:
@@ -137,7 +146,7 @@ class RolloutSource:
             return self._kept[self._batch_of_step]
         with self.recorder.timed("rollout"):
             if self.background is None:
-                sampled = self._sample(prompts, terms, student)
+                sampled = self._sample(prompts, terms, student, share)
                 rollouts = sampled.rollouts
             else:
                 sampled, rollouts = None, self._from_background(self.background, terms, student)
@@ -147,11 +156,15 @@ class RolloutSource:
         with self.recorder.timed("grade"):
             graded = self.grading.begin(rollouts, prompts)
         with self.recorder.timed("teacher"):
-            pairs, stats = self.pair.align(rollouts, {p.index: p.row for p in prompts})
+            rows = {p.index: p.row for p in prompts}
+            pairs, stats = self.pair.align(rollouts, rows)
         if stats is not None:
             self.recorder.observe(**stats.counts())
         self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
-        batch = Batch(rollouts, [None] * len(rollouts), pairs=pairs)
+        batch = Batch(
+            rollouts, [None] * len(rollouts), pairs=pairs, readers=self.pair.readers(rollouts, rows),
+            quotes=self.pair.quotes(rollouts, rows),
+        )  # fmt: skip
         if graded is not None:
             batch = self._with_grades(batch, graded)
         if not self.objective.uses(PolicyTerm):
@@ -187,6 +200,8 @@ class RolloutSource:
         Raises:
             ValueError: a rollout that cannot be graded.
         """
+        if isinstance(self.pair.teacher, SeveralTeachers) and self.pair.teacher.offload:
+            self.recorder.observe(teacher_moves=float(self.pair.teacher.take_moved()))
         with self.recorder.timed("grade"):
             graded = self.grading.finish()
         if graded is not None:
@@ -233,13 +248,27 @@ class RolloutSource:
     def _background_file(self, folder: Path) -> Path:
         return folder / f"rollouts_ahead_{self.args.process_index}.json"
 
-    def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module) -> Sampled:
+    def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module, share: float) -> Sampled:
         seed = self._seed(terms.step, self._batch_of_step - 1)
         if terms.on_policy:
             return self._generate(student, prompts, seed, terms.measuring)
-        assert isinstance(self.pair.teacher, CanSample), "checked when the run was resolved"
-        with self.pair.teacher.sampler() as writer:
-            return self._generate(writer, prompts, seed, terms.measuring)
+        if self.responses is not None:
+            ids, rows, count = [p.ids for p in prompts], [p.index for p in prompts], self.args.num_generations
+            return Sampled(self.responses.rollouts(ids, num_generations=count, seed=seed, rows=rows))
+        assert self.teacher_writer is not None, "lmbda is below 1"
+        written = self.teacher_writer.write(
+            prompts, num_generations=self.args.num_generations, sampling=self.args.sampling, seed=seed
+        )
+        if written.counts is not None:
+            self._observe_text(written.counts, terms.step, share)
+        return Sampled(written.rollouts)
+
+    def _observe_text(self, counts: RewriteCounts, step: int, share: float) -> None:
+        """Record what the student's tokens cannot write of the teacher's responses; the first time, also in the log."""
+        self.recorder.observe(**{name: share * value for name, value in counts.shares().items()})
+        if (lost := counts.warning()) and not self._said_lost:
+            self._said_lost = True
+            logger.warning("step %d: %s; teacher_text/incomplete and teacher_text/left_out count them", step + 1, lost)
 
     def _generate(self, writer: nn.Module, prompts: list[Prompt], seed: int, measuring: bool) -> Sampled:
         return self.engine.generate(

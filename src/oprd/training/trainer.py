@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import AUTO, OPRDConfig
-from oprd.data.order import RepeatedSteps
+from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.memory import HalvedSize, say_what_to_lower
@@ -49,11 +49,14 @@ from oprd.runs.checkpoints import (
 from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
-from oprd.states.teachers import Teacher
+from oprd.states.self_teacher import FollowsStudent
+from oprd.states.several import modules_of
+from oprd.states.teachers import CountsRequests, Teacher, innermost
 from oprd.tasks.evaluation import Evaluation, Grading
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
+from oprd.training.following import FollowStudent
 from oprd.training.long_sequences import LongSequences
 from oprd.training.memory import LoweredSizes, MemoryGuard
 from oprd.training.outcome import Say, leave_results, measure_before
@@ -82,8 +85,10 @@ class OPRDTrainer(Trainer):
     Args:
         model: student, by name (loaded in float32) or as a model with float32 trainable weights, which is trained in place: what
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
-        teacher_model: teacher of the same depth, width and tokens (with a `bridge`, any), by name, as a model, or any
-            `oprd.states.teachers.Teacher`. None: the student without its adapter. This needs a trained adapter or a
+        teacher_model: teacher of the same width, depth (unless `layer_map` is set) and tokens (with a `bridge`, any), by name, as a
+            model, or any `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id`
+            names theirs). "student": the student as it is now, or following it (`args.teacher_update_rate`), with a
+            `teacher_prompt`. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
             `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
@@ -95,6 +100,7 @@ class OPRDTrainer(Trainer):
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
+        base_model: what the teacher was trained from, for `args.extrapolation`. None: the student as it is now.
         objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
         rollout_engine: in place of `args.rollout_engine`.
         task: in place of `args.task`.
@@ -133,6 +139,7 @@ class OPRDTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any | None = None,
         *,
+        base_model: str | PreTrainedModel | None = None,
         objectives: Mapping[str, Any] | None = None,
         rollout_engine: RolloutEngine | None = None,
         task: Task | None = None,
@@ -147,18 +154,17 @@ class OPRDTrainer(Trainer):
         if resolved is None:
             tokenizers = processing_class, teacher_processing_class
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
-            evaluation = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
-            resolved = _resolve(args, model, teacher_model, train_dataset, given=given, **evaluation)
+            rest = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
+            resolved = _resolve(args, model, teacher_model, train_dataset, base_model=base_model, given=given, **rest)
         self.run_config, self._loading_since = resolved.run, time.perf_counter() - resolved.seconds
         self.summary: dict[str, Any] = {}
-        args, pair = resolved.run.args, resolved.pair
-        student, teacher = pair.student.model, pair.teacher
+        args, pair, teacher = resolved.run.args, resolved.pair, resolved.pair.teacher
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
             prompts = resolved.train_prompts, resolved.eval_prompts
             self.identity = identify(resolved.run, pair, *prompts, resolved.task, resolved.rewards)
         if args.fully_shard:
-            shard_models((student, *teacher.modules), args.device)
+            shard_models((pair.student.model, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
         self.run_folder = RunFolder(args.output_dir)
         self.checkpoints = CheckpointStore(
@@ -169,7 +175,7 @@ class OPRDTrainer(Trainer):
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
         super().__init__(
-            model=student,
+            model=pair.student.model,
             args=args,
             data_collator=list,
             train_dataset=resolved.train_prompts,
@@ -204,22 +210,28 @@ class OPRDTrainer(Trainer):
         self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
         self.grading = Grading(self.task, rewards)
-        self.recorder = Recorder(self.run_folder, args, self.parallel)
+        asked = innermost(pair.teacher)
+        requests = asked if isinstance(asked, CountsRequests) else None
+        self.recorder = Recorder(self.run_folder, args, self.parallel, requests)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
+            responses=resolved.responses,
         )  # fmt: skip
         self.evaluator = Evaluator(pair, self.engine, args, self.grading, self.parallel)
         long_sequences = LongSequences(
-            self.parallel.student, self.parallel.teacher_modules,
+            self.parallel.student, modules_of(pair.teacher),
             recomputed=bool(args.activation_checkpointing), deepspeed=self.parallel.deepspeed,
         )  # fmt: skip
         self.memory = MemoryGuard(args, self.parallel, self.recorder, long_sequences)
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
-        engine = self.engine
-        self.signals = StopSignals(lambda: isinstance(engine, CanInterrupt) and engine.failing)
+        if isinstance(asked, FollowsStudent):
+            self.checkpoints.parts.append(asked)
+            self.add_callback(FollowStudent(asked))
+        waits = [part for part in (self.engine, asked) if isinstance(part, CanInterrupt)]
+        self.signals = StopSignals(lambda: any(part.failing for part in waits))
         self.stopping = StopOrSave(self.signals, args)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
@@ -271,19 +283,18 @@ class OPRDTrainer(Trainer):
         observe: Callable[..., None],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss of a batch's micro-batches, whose gradients are added, and log-probabilities by place of the rollout."""
-        heads = partial(self.pair.heads, in_place=self.parallel.in_place)
         loss = torch.zeros((), device=self.args.device)
         log_probs: dict[int, Tensor] = {}
         for part in parts:
-            wanted: dict[str, Any] = {
-                "layers": terms.needs_layers,
-                "head": terms.needs_head,
-                "device": self.args.device,
-            }
-            request, teacher_request = self.pair.requests(part.batch.rollouts, part.batch.pairs, **wanted)
+            teacher_id = part.batch.teacher_id  # None where there is one teacher
+            request, teacher_request = self.pair.requests(
+                part.batch.rollouts, part.batch.pairs, layers=terms.needs_layers, head=terms.needs_head,
+                device=self.args.device, teacher_id=teacher_id,
+            )  # fmt: skip
             with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
             seen = unobserved if part.idle else observe
+            heads = partial(self.pair.heads, teacher_id, in_place=self.parallel.in_place)
             losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=seen)
             del teacher  # `losses` frees it layer by layer
             with (
@@ -348,6 +359,7 @@ class OPRDTrainer(Trainer):
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
                 self.summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
+                self.summary["resumed_from_step"] = step_of(checkpoint) if checkpoint else 0
                 leave_results(self, self.summary, started=started, say=say)
         return output
 
@@ -362,7 +374,7 @@ class OPRDTrainer(Trainer):
                 )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
-                with self.signals.in_steps():
+                with self.signals.in_steps(), self._saving_what_is_learnt():
                     output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
         if self.is_world_process_zero():
@@ -399,6 +411,26 @@ class OPRDTrainer(Trainer):
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
+
+    @contextmanager
+    def _saving_what_is_learnt(self) -> Iterator[None]:
+        """Where a server is lost in a step, or a signal ends a step that waits for one, save the steps before it.
+
+        Of several processes, the others wait elsewhere and cannot save; rollouts that are sampled ahead, or serve another update,
+        belong to a later step than the weights.
+        """
+        try:
+            yield
+        except (ConnectionError, StoppedBySignal) as error:
+            step, args = self.state.global_step, self.args
+            if args.world_size > 1 or args.overlap_rollouts or not step or step % args.num_iterations:
+                raise
+            checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+            if not checkpoint.exists():
+                self._save_checkpoint(self.model, None)
+            if isinstance(error, StoppedBySignal):
+                raise StoppedBySignal(error.signal, str(checkpoint)) from error
+            raise ConnectionError(f"{error}. {checkpoint} is saved; --resume auto goes on from it") from error
 
     def _stop_if_asked(self) -> None:
         """End the run if any rank has received a signal during its steps.
@@ -500,10 +532,12 @@ class OPRDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
-        if args.num_iterations == 1:
-            return super()._get_train_sampler(train_dataset)
         prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
+        if (teacher_ids := self.pair.teacher_ids(self.train_dataset)) is not None and not args.mix_teachers:
+            return OneTeacherSteps(teacher_ids, prompts_a_step, args.num_iterations, seed)
+        if args.num_iterations == 1:
+            return super()._get_train_sampler(train_dataset)
         return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:

@@ -149,6 +149,35 @@ def sampled_token_reverse_kl(
     return finite_(value_n1), p_nV.mul_(-upstream_n1).scatter_add_(1, tokens_n1, upstream_n1)
 
 
+def half_logit_variance(
+    logits_nV: Tensor,
+    inputs: tuple[Tensor, ...],
+    upstream_n1: Tensor | None,
+    *,
+    teacher_head: LMHead,
+    temperature: float,
+    under_student: bool,
+) -> ValuesAndGradient:
+    """½ Var_r(Δ), Δ = log(p/q), with r = q or p; d/dz_v = r_v c_v with c = Δ − E_r[Δ], and for r = p also ½ p_v (c_v² − Var).
+
+    KL(p‖q) and KL(q‖p) to second order in Δ. A constant does not change the variance: Δ may be the logits' difference. Under q,
+    events that are impossible for the student do not count. Input: the teacher's states `[n, E]`.
+    """
+    impossible_nV = logits_nV.isneginf()
+    log_p_nV, log_q_nV = _both_log_probs(logits_nV, inputs[0], teacher_head, temperature)
+    r_nV = log_p_nV.exp() if under_student else log_q_nV.exp().masked_fill_(impossible_nV, 0)
+    centred_nV = log_p_nV.sub_(log_q_nV)
+    del log_q_nV
+    total_n1 = r_nV.sum(-1, keepdim=True).clamp_min_(torch.finfo(r_nV.dtype).tiny)
+    centred_nV.sub_((r_nV * centred_nV).sum(-1, keepdim=True).div_(total_n1))
+    value_n1 = (r_nV * centred_nV.square()).sum(-1, keepdim=True).mul_(0.5)
+    if upstream_n1 is None:
+        return value_n1, None
+    if under_student:  # ½ p (c² − Var) + p c; both parts sum to 0, so that the normaliser of log p adds nothing
+        centred_nV = centred_nV.square().mul_(0.5).sub_(value_n1).add_(centred_nV)
+    return value_n1, centred_nV.mul_(r_nV).mul_(upstream_n1)
+
+
 def of_log_probs(
     logits_nV: Tensor,
     inputs: tuple[Tensor, ...],

@@ -1,38 +1,15 @@
-"""HTTP client of a `vllm serve` process, on vLLM's own interface and httpx2.
-
-It does not trust the server: http and https only, no redirects, no proxy, bounded answers, every value checked before use.
-"""
+"""Client of a `vllm serve` process, on vLLM's own interface. It does not trust the server: every value is checked before use."""
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
-import re
-import ssl
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-import httpx2
+from oprd.http.client import HTTPClient, ServerLost
 
 _LARGEST_ANSWER = 64 * 2**20  # bytes
-_LARGEST_ERROR = 2000  # bytes
-_CONNECT_SECONDS = 10.0
-_BUSY = 429
-
-
-class ServerLost(ConnectionError):
-    """The server does not answer, or fails; the caller may repeat the request.
-
-    Attributes:
-        pause: seconds that the server asks to wait first (Retry-After); None where it does not ask.
-    """
-
-    def __init__(self, message: str, pause: float | None = None) -> None:
-        super().__init__(message)
-        self.pause = pause
 
 
 class WeightsLost(ConnectionError):
@@ -60,19 +37,11 @@ class VLLMClient:
     """
 
     def __init__(self, base_url: str, timeout: float) -> None:
-        if not timeout > 0:
-            raise ValueError(f"timeout: {timeout} is not allowed; more than 0 seconds")
-        self.base_url, self.timeout = _checked(base_url), timeout
-        self._key = os.environ.get("VLLM_API_KEY", "")
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError("VLLM_API_KEY: the environment variable holds characters other than printable ASCII")
-        # httpx2 would decompress an answer of any size, and keep a connection that may have died with the server.
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
-        if self._key:
-            self._headers["Authorization"] = f"Bearer {self._key}"
-        # Made once: it takes httpx2 longer than the rest of a request, for http too.
-        secure = self.base_url.startswith("https")
-        self._trust = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._http = HTTPClient(
+            base_url, timeout, os.environ.get("VLLM_API_KEY", ""),
+            content_type="application/json", setting="base_url", token_from="the environment variable VLLM_API_KEY",
+        )  # fmt: skip
+        self.base_url = self._http.base_url
 
     async def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to a POST of `body`, or to a GET without a body; None where the answer is empty.
@@ -81,44 +50,17 @@ class VLLMClient:
             ServerLost: no connection, no whole answer within `timeout`, an answer 429 or 5xx, or one that is not JSON.
             ValueError: the server refuses the request (another 4xx, a redirect), or its answer is too large or too deep to read.
         """
+        data = None if body is None else json.dumps(body).encode()
+        content = (await self._http.ask(path, data, largest=_LARGEST_ANSWER)).content
         where = self.base_url + path
-        try:
-            with anyio.fail_after(self.timeout):
-                status, headers, content = await self._exchange(where, body)
-        except TimeoutError:
-            raise ServerLost(f"{where}: no whole answer within {self.timeout:g} s (timeout)") from None
-        except (httpx2.HTTPError, OSError) as error:
-            raise ServerLost(f"{where}: {type(error).__name__}: {self._beginning(str(error))}") from error
-        if not 200 <= status < 300:
-            message = f"{where} answers {status}: {self._beginning(content)}"
-            if status != _BUSY and status < 500:
-                raise ValueError(message)
-            pause = _requested_pause(headers.get("Retry-After", ""))
-            asks = "" if pause is None else f" (it asks for a pause of {pause:.0f} s)"
-            raise ServerLost(message + asks, pause)
         try:
             return json.loads(content) if content else None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ServerLost(f"{where} answers without JSON: {self._beginning(content)}") from None
+            raise ServerLost(f"{where} answers without JSON: {self._http.beginning(content)}") from None
         except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-            raise ValueError(f"{where} answers with JSON that cannot be read: {self._beginning(content)}") from None
-
-    async def _exchange(self, url: str, body: dict[str, Any] | None) -> tuple[int, httpx2.Headers, bytes]:
-        """Status, headers and content of an answer; of an error, the beginning of its content."""
-        data = None if body is None else json.dumps(body).encode()
-        method, received = "GET" if data is None else "POST", bytearray()
-        timeout = httpx2.Timeout(None, connect=_CONNECT_SECONDS)
-        async with (
-            httpx2.AsyncClient(verify=self._trust, trust_env=False, timeout=timeout, headers=self._headers) as client,
-            client.stream(method, url, content=data, follow_redirects=False) as response,
-        ):
-            async for part in response.aiter_raw():
-                received += part
-                if not response.is_success and len(received) > _LARGEST_ERROR:
-                    break
-                if len(received) > _LARGEST_ANSWER:
-                    raise ValueError(f"{url} answers with more than {_LARGEST_ANSWER} bytes")
-            return response.status_code, response.headers, bytes(received)
+            raise ValueError(
+                f"{where} answers with JSON that cannot be read: {self._http.beginning(content)}"
+            ) from None
 
     async def served_version(self) -> str:
         """The version label of the weights in use; "default" after a start of the server.
@@ -190,47 +132,11 @@ class VLLMClient:
             lacks = f"lacks {error}" if isinstance(error, KeyError) else "has another form than vLLM's"
             raise ValueError(f"{self.base_url}: the answer {lacks}; vLLM 0.32 or newer is needed") from error
         if reason not in ("stop", "length"):
-            raise ServerLost(f"{self.base_url}: a completion ended with {self._beginning(str(reason))}")
+            raise ServerLost(f"{self.base_url}: a completion ended with {self._http.beginning(str(reason))}")
         if drawn_by != {version}:
             raise WeightsLost(f"{self.base_url}: other weights than {version} drew a completion")
         _check_tokens(ids, log_probs, sampling["max_tokens"], vocab_size)
         return Completion(ids, [float(p) for p in log_probs])
-
-    def _beginning(self, text: str | bytes) -> str:
-        """The first 300 characters on one line, without control characters and without the key."""
-        shown = text[:_LARGEST_ERROR].decode(errors="replace") if isinstance(text, bytes) else text
-        shown = shown.replace(self._key, "***") if self._key else shown
-        return "".join(c if c.isprintable() else " " for c in shown[:300])
-
-
-def _checked(base_url: str) -> str:
-    """`base_url` without a slash at its end.
-
-    Raises:
-        ValueError: it is not an http or https address of a host, or holds a user name or password.
-    """
-    if "@" in str(base_url):
-        raise ValueError(
-            "base_url: user names and passwords are not allowed in an address, since addresses are logged; remove what stands "
-            "before the @ (a server started with --api-key takes its key from the environment variable VLLM_API_KEY)"
-        )
-    try:
-        url = httpx2.URL(base_url)
-    except (TypeError, httpx2.InvalidURL):
-        url = httpx2.URL()
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise ValueError(f"base_url: {base_url!r} is not allowed; http://HOST:PORT or https://HOST:PORT")
-    return base_url.rstrip("/")
-
-
-def _requested_pause(retry_after: str) -> float | None:
-    """Seconds to wait by a header Retry-After (seconds, or an HTTP date); None without a valid one."""
-    if re.fullmatch(r"[0-9]{1,9}", retry_after):
-        return float(retry_after)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def _check_tokens(ids: Any, log_probs: list[Any], limit: int, vocab_size: int) -> None:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import anyio
 
-from oprd.rollouts.vllm.http import Completion, ServerLost, VLLMClient, WeightsLost
-from oprd.rollouts.vllm.interruptible import Interruptible
-from oprd.rollouts.vllm.patience import Patience
+from oprd.http.client import ServerLost
+from oprd.http.interruptible import Interruptible
+from oprd.http.patience import Patience
+from oprd.rollouts.vllm.http import Completion, VLLMClient, WeightsLost
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class RolloutRequests:
             ValueError: the server refuses, or takes no sequences of this length.
             KeyboardInterrupt: see `interrupt`.
         """
-        patience = Patience(self.wait, "no vLLM server has loaded the weights", f"Start one with: {start_command}")
+        patience = self._new_patience("no vLLM server has loaded the weights", f"Start one with: {start_command}")
         self._in_time(wanted, patience, lambda: self._hold(wanted, folder, patience))
 
     def ask_for_missing(self, wanted: WantedSet) -> WeightsLost | None:
@@ -95,7 +96,7 @@ class RolloutRequests:
             ValueError: the server refuses, or its answer is not valid.
             KeyboardInterrupt: see `interrupt`.
         """
-        patience = Patience(self.wait, "vllm_server has completed no request")
+        patience = self._new_patience("vllm_server has completed no request")
         try:
             self._in_time(wanted, patience, lambda: self._ask_for_missing(wanted, patience))
         except WeightsLost as error:
@@ -110,6 +111,10 @@ class RolloutRequests:
     def interrupt(self) -> None:
         """Make what waits for the server in another thread raise a KeyboardInterrupt."""
         self._loop.interrupt()
+
+    def _new_patience(self, lacking: str, advice: str = "") -> Patience:
+        lacking = f"rollout_engine: {lacking}"
+        return Patience(self.wait, lacking, advice, server="rollout server", holder="rollout_engine_kwargs")
 
     def _in_time(self, wanted: WantedSet, patience: Patience, work: Callable[[], Awaitable[T]]) -> T:
         async def bounded() -> T:

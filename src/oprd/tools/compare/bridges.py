@@ -12,10 +12,12 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.bridge.collect import fit_bridge
+from oprd.bridge.fit import DEFAULT_PROJECTOR
 from oprd.data.rows import Reading
 from oprd.files import write_text
 from oprd.resolve import load_pair
 from oprd.run_config import RunConfig
+from oprd.states.teacher_settings import describe_teacher, model_here
 from oprd.tasks.problems import load_rows
 
 
@@ -31,7 +33,7 @@ class BridgeSpec:
     rank: int | None = None
     max_rank: int | None = None
     scale: str = "mean"
-    projector: str = "least_squares"
+    projector: str = DEFAULT_PROJECTOR
     ridge: float | str = 1e-4
     intercept: bool = True
     held_out: float = 0.2
@@ -103,10 +105,14 @@ def fit_missing(
             continue
         run = RunConfig.load(recipe, {**settings, "bridge": None})
         args = run.args
+        teacher = model_here(run.teacher_model)
+        if teacher is None:
+            raise ValueError(
+                f"bridges: {name}: teacher_model: {describe_teacher(run.settings())}, and a bridge is fitted to a model that is "
+                "loaded here; name one, or make the bridge with oprd bridge fit and set bridge to its folder"
+            )
         rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed, Reading.of(vars(run.args), "train"))
-        pair = load_pair(
-            run.model, str(run.teacher_model), args.prompt_rendering, trust_remote_code=args.trust_remote_code
-        )
+        pair = load_pair(run.model, teacher, args.prompt_rendering, trust_remote_code=args.trust_remote_code)
         bridge = fit_bridge(
             pair, rows, max_completion_length=args.max_completion_length, max_prompt_length=args.max_prompt_length,
             **spec.fitting(),

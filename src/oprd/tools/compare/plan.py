@@ -36,7 +36,7 @@ _SET_BY_COMPARISON = {
 }
 # Keys that must be equal for all objectives, so that differences come from the objectives.
 _SHARED = (
-    "model", "teacher_model", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
+    "model", "teacher_model", "teachers", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
     "train_limit", "task",
 )  # fmt: skip
 _RATES = "learning_rates"

@@ -26,6 +26,11 @@ GATE_CKA = 0.98
 # A share and not an absolute value, since both models often find a sampled end improbable.
 END_SHARE = 0.5
 PAPER_LAST_K = 2000
+# The student answers in another style than the teacher where one of these figures says so.
+STYLE_KL = 1.0  # nats a position, reverse KL
+STYLE_FINISHED = 0.8  # share of answers that the student ends, over the teacher's (over 1 where it is not known)
+STYLE_LENGTH = 2.0  # mean length of one model's answers over the other's
+FIRST_STEPS = 20
 
 
 def advise(report: Report) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def advised_settings(report: Report) -> dict[str, Any]:
 
 
 def _rules(report: Report) -> list[dict[str, Any]]:
-    makers = (_bridge, _layers, _positions, _output, _ends)
+    makers = (_bridge, _layers, _positions, _output, _start, _ends)
     return [rule for make in makers for rule in [make(report)] if rule is not None]
 
 
@@ -151,6 +156,45 @@ def _output(report: Report) -> dict[str, Any]:
         f"{kl}; {_unseen(report)}on the embedded pair hidden states alone are ahead of every output-space loss "
         "(evidence/objectives)",
     )  # fmt: skip
+
+
+def _start(report: Report) -> dict[str, Any] | None:
+    """Whether the teacher writes the first steps' responses: a far teacher's states say little about another style."""
+    found = _style(report)
+    if report["verdict"]["kind"] == "unrelated" and not report["tokens"]["same_ids"]:
+        return _rule(
+            "first steps", "train on the teacher's responses alone",
+            "; ".join([*found, "neither states nor distributions of the two can be compared"]),
+            lmbda=0.0, output_space="cross_entropy",
+        )  # fmt: skip
+    if not report["verdict"]["bridge"] or not found:
+        return None
+    settings: dict[str, Any] = {"lmbda": {"schedule": "step", "start": 0.0, "end": 1.0, "steps": FIRST_STEPS}}
+    if not report["tokens"]["same_ids"]:  # no other loss reads every token of the student
+        settings |= {"output_space": "cross_entropy", "reduction": "token"}
+    return _rule(
+        "first steps", f"start with {FIRST_STEPS} steps on the teacher's responses",
+        f"{'; '.join(found)}: another style, about which the teacher's states say little", **settings,
+    )  # fmt: skip
+
+
+def _style(report: Report) -> list[str]:
+    """What shows that the student answers in another style than the teacher."""
+    output, accuracy, own = report["output"], report["accuracy"], report["rollouts"]["finished"]
+    theirs = 1.0 if accuracy is None else accuracy["teacher"]["finished"]
+    found = []
+    if own < STYLE_FINISHED * theirs:
+        beside = "" if accuracy is None else f", the teacher {theirs:.0%}"
+        found.append(f"the student finishes {own:.0%} of its answers{beside}")
+    kl = output["reverse_kl"]
+    if kl is not None and kl >= STYLE_KL:
+        nats = output["entropy_student"]
+        found.append(f"the student's tokens cost the teacher {nats + kl:.2g} nats each, the student {nats:.2g}")
+    if accuracy is not None:
+        lengths = [accuracy[side]["mean_length"] for side in ("student", "teacher")]
+        if max(lengths) > STYLE_LENGTH * min(lengths):
+            found.append(f"its answers have {lengths[0]:.0f} tokens on average, the teacher's {lengths[1]:.0f}")
+    return found
 
 
 def _unseen(report: Report) -> str:

@@ -274,6 +274,14 @@ def _accuracy(
             seed=seed,
         ).summary
     return {
-        name: {"accuracy": side["avg_at_k"], "ci95": side["ci95"], "finished": side["finished"]}
+        name: {
+            key: side[of]
+            for key, of in (
+                ("accuracy", "avg_at_k"),
+                ("ci95", "ci95"),
+                ("finished", "finished"),
+                ("mean_length", "mean_length"),
+            )
+        }
         for name, side in zip(SIDES, (own, theirs), strict=True)
     }

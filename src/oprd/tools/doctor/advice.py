@@ -34,8 +34,10 @@ def advise(work: Workload, least: float = 0.02) -> list[Advice]:
         changes[f"generation_batch_size: {half}"] = replace(work, generation_batch=half)
     if work.lora is None and work.sharding != "fsdp":
         changes["lora: {r: 8, target_modules: [q_proj, v_proj]}"] = replace(work, lora=Lora())
-    if work.teacher is not None and work.teacher_bytes > 2:
+    if work.teacher is not None and not work.several and work.teacher_bytes > 2:
         changes["teacher_model_init_kwargs: {dtype: bfloat16}"] = replace(work, teacher_bytes=2)
+    if len(work.several) > 1 and not work.offload and work.sharding != "fsdp":
+        changes["offload_teachers: true"] = replace(work, offload=True)
     if work.devices > 1 and work.sharding == "ddp" and work.lora is None:
         changes["fully_shard: true"] = replace(work, sharding="fsdp")
     if not work.bf16 and work.accelerator:

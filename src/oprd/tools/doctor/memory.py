@@ -64,7 +64,9 @@ def predict_memory(work: Workload) -> Memory:
     }
     if work.overlap:
         parts["copy that samples"] = held.copy
-    base = held.weights + held.moments + held.teacher + held.copy
+    if work.base is not None:
+        parts["base weights"] = held.base
+    base = held.weights + held.moments + held.teacher + held.base + held.copy
     kept = held.gradients if work.micro_batches > 1 else 0.0  # from the step's earlier micro-batches
     phases = {
         "rollout": base + held.rollout_cache + held.sampling + held.gathered,
@@ -148,7 +150,10 @@ class _Held:
             self.gradients *= 2  # DDP's buckets are a second copy
         other = work.teacher or shape
         self.teacher = 0.0 if work.teacher is None else work.teacher_bytes * other.parameters
+        if work.several:
+            self.teacher = max(work.several.values()) if work.offload else sum(work.several.values())
         self.teacher /= self.split
+        self.base = 0.0 if work.base is None else work.base_bytes * work.base.parameters / self.split
         # fully_shard gathers the root's weights and two blocks (one prefetched) at a time; in backward also their gradients.
         root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters
         self.gathered = float(weight) * (root + 2 * block) if self.split > 1 else 0.0

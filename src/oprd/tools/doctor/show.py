@@ -14,7 +14,7 @@ from oprd.tools.doctor.workload import Workload
 GPU = 80e9
 DEVICE_COUNTS = (1, 8, 64)
 _PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activations", "state cache",
-          "vocabulary chunks", "rollout KV cache")  # fmt: skip
+          "vocabulary chunks", "rollout KV cache", "base weights")  # fmt: skip
 
 
 def examine(work: Workload, device: Device) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
     memory = predict_memory(work)
     return {
         "parts": memory.parts,
+        **({"teachers": dict(work.several), "offloaded": work.offload} if work.several else {}),
         "phases": memory.phases,
         "peak": memory.peak,
         "peak_phase": memory.peak_phase,
@@ -48,7 +49,8 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
         "",
         "memory of a device, by part (each at its largest)",
     ]
-    lines += [f"  {name:<20} {_size(found['parts'][name])}" for name in _PARTS]
+    lines += [f"  {name:<20} {_size(found['parts'][name])}" for name in _PARTS if name in found["parts"]]
+    lines += _teacher_lines(found)
     lines += ["", "memory of a device, by phase"]
     for name, size in found["phases"].items():
         lines.append(f"  {name:<20} {_size(size)}{'   <- the peak' if name == found['peak_phase'] else ''}")
@@ -68,6 +70,21 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
     if unknown := sorted(set(families) - set(CHECKED)):
         lines.append(f"the formulas were checked on {', '.join(CHECKED)} only, not on {', '.join(unknown)}")
     return lines
+
+
+def _teacher_lines(found: dict[str, Any]) -> list[str]:
+    """The weights of each of several teachers."""
+    if not (several := found.get("teachers")):
+        return []
+    where = (
+        "in host memory until it is asked"
+        if found["offloaded"]
+        else "all on the device; offload_teachers: true keeps one"
+    )
+    return [
+        "", f"weights of the teachers ({where})",
+        *(f"  {name:<20} {_size(size) if size else '   shared with one above'}" for name, size in several.items()),
+    ]  # fmt: skip
 
 
 def _machine_line(device: dict[str, Any], compute: str) -> str:

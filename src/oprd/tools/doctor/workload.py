@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
-from oprd.states.layers import resolve_layers
+from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
+from oprd.states.teacher_settings import is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
 SHARDING = ("none", "ddp", "fsdp")
@@ -37,6 +38,7 @@ class Workload:
     Args:
         student: the student's shape.
         teacher: the teacher's shape; None: the teacher is the student without its adapter.
+        base: shape of the base of an extrapolation past the teacher; None: there is none, or it is the student without its adapter.
         rollouts: rollouts per step and device.
         prompt: tokens per prompt.
         completion: tokens per completion.
@@ -54,6 +56,7 @@ class Workload:
         bf16: whether the student computes in bfloat16 (autocast).
         student_bytes: bytes per element of the student's weights; an adapter has 4.
         teacher_bytes: bytes per element of the teacher's weights and states.
+        base_bytes: bytes per element of the base's.
         padded: whether rollouts of a micro-batch differ in length, which needs an attention mask.
         generation_batch: completions generated together.
         prompt_readers: completions of a prompt that share one reading of it.
@@ -61,6 +64,9 @@ class Workload:
         devices: number of devices.
         sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
         accelerator: whether the device is not a CPU; accelerators use larger chunks of logits.
+        several: teacher_id → bytes of the weights, where there are several teachers; `teacher` is the largest of them. A model
+            that stands under two ids counts under the first.
+        offload: only one of them is on the device at a time.
     """
 
     student: Shape
@@ -82,6 +88,7 @@ class Workload:
     bf16: bool = False
     student_bytes: int = 4
     teacher_bytes: int = 4
+    base_bytes: int = 4
     padded: bool = True
     generation_batch: int = 64
     prompt_readers: int = 1
@@ -89,6 +96,9 @@ class Workload:
     devices: int = 1
     sharding: str = "none"
     accelerator: bool = True
+    several: Mapping[str, float] = field(default_factory=dict)
+    offload: bool = False
+    base: Shape | None = None
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDING:
@@ -183,16 +193,11 @@ def workload_of(
             adapter targets layers other than the block's projections.
     """
     config = run.args
-    own, others = config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {}
+    own = config.model_init_kwargs or {}
     student = read_shape(run.model, own, trust_remote_code=config.trust_remote_code)
     student_bytes = _weight_bytes(own.get("dtype", "float32"), student)
-    teacher = None
-    if isinstance(run.teacher_model, Mapping):
-        raise ValueError(
-            "teacher_model: the doctor reads sizes from a config file, and a teacher of your own has none; name a model of its size"
-        )
-    if run.teacher_model is not None:
-        teacher = read_shape(run.teacher_model, others, trust_remote_code=config.trust_remote_code)
+    teacher, teacher_bytes, several = _teachers(run, student, student_bytes)
+    base, base_bytes = _base(run, student, student_bytes)
     compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
     length = config.max_completion_length
     longest_prompt = prompt or config.max_prompt_length or 256
@@ -206,7 +211,7 @@ def workload_of(
         prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
-        layers=resolve_layers(config.layers, student.layers) if compares else (),
+        layers=compared_layers(config.layer_map, config.layers, student.layers) if compares else (),
         positions=len(select_positions(length, config.positions, config.position_k)),
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
         bridge_rank=_bridge_rank(config),
@@ -218,7 +223,11 @@ def workload_of(
         lora=_lora(run.lora),
         bf16=config.bf16 if bf16 is None else bf16,
         student_bytes=student_bytes,
-        teacher_bytes=student_bytes if teacher is None else _weight_bytes(others.get("dtype", "auto"), teacher),
+        teacher_bytes=teacher_bytes,
+        several=several,
+        offload=config.offload_teachers,
+        base=base,
+        base_bytes=base_bytes,
         generation_batch=config.generation_batch_size,
         prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
@@ -226,6 +235,48 @@ def workload_of(
         sharding=sharding or ("none" if devices == 1 else "ddp"),
         accelerator=accelerator,
     )
+
+
+def _teachers(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | None, int, dict[str, float]]:
+    """The teacher's shape, or the largest one's of several; bytes of its weights; and bytes of the weights of each of several."""
+    others = run.args.teacher_model_init_kwargs
+    if run.teachers is None:
+        if is_student(run.teacher_model):
+            copied = run.args.teacher_update_rate > 0 or run.lora is None
+            return student if copied else None, student_bytes, {}
+        if run.teacher_model is None:
+            return None, student_bytes, {}
+        return *_shape_of_teacher(run, run.teacher_model, others), {}
+    found: dict[str, tuple[Shape, int]] = {}
+    several: dict[str, float] = {}
+    seen = set()
+    for teacher_id, entry in run.teachers.items():
+        name, init_kwargs = model_of_entry(entry, others)
+        shape, width = found[teacher_id] = _shape_of_teacher(run, name, init_kwargs)
+        several[teacher_id] = 0.0 if (key := repr((name, init_kwargs))) in seen else float(width * shape.parameters)
+        seen.add(key)
+    return *found[max(several, key=lambda name: several[name])], several
+
+
+def _shape_of_teacher(run: RunConfig, teacher: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Shape, int]:
+    name = model_here(teacher) if isinstance(teacher, Mapping) else teacher
+    if name is None:
+        raise ValueError(
+            "teacher_model: the doctor reads sizes from a config file, and this teacher has none here; name a model of its size"
+        )
+    given = dict(init_kwargs or {})
+    shape = read_shape(name, given, trust_remote_code=run.args.trust_remote_code)
+    return shape, _weight_bytes(given.get("dtype", "auto"), shape)
+
+
+def _base(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | None, int]:
+    """Shape and bytes a weight of what an extrapolation past the teacher keeps in memory besides the other two models."""
+    if run.args.extrapolation == 1 or (run.base_model is None and run.lora is not None):
+        return None, student_bytes
+    if run.base_model is None:
+        return student, student_bytes
+    base = read_shape(run.base_model, trust_remote_code=run.args.trust_remote_code)
+    return base, _weight_bytes((run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"), base)
 
 
 def _bridge_rank(config: OPRDConfig) -> int | None:

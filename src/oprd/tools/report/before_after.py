@@ -17,18 +17,32 @@ from oprd.models.loading import LoadedModel
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
+from oprd.runs.columns import spaced
 from oprd.sanitize import redacted, without_redacted
+from oprd.states.teacher_settings import describe_teacher, is_student, model_here
 from oprd.states.teachers import Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
-from oprd.tools.report.distances import comparable_teacher, token_distances, token_texts
+from oprd.tools.report.distances import comparable_teacher, layer_distances, rounded, token_texts
 from oprd.tools.report.read import RunRecord
-from oprd.tools.report.rollouts import FORMAT, Distances, Pair, Side, as_side, logged_pairs, prompt_text
+from oprd.tools.report.rollouts import (
+    FORMAT,
+    Distances,
+    Pair,
+    Side,
+    as_side,
+    best_and_worst,
+    logged_pairs,
+    prompt_text,
+)
 from oprd.types import Rollouts
 
 Row = Mapping[str, Any]
+
+_ANSWERS = 4  # to each problem, of which the first is shown before and after
+_MOST_LAYERS = 6  # whose distances are kept one by one
 
 
 def measure_distances(
@@ -67,9 +81,7 @@ def measure_distances(
     teacher: Teacher | None = None
     layers: tuple[int, ...] = ()
     try:  # the student's answers are shown without its teacher too
-        loaded = load(
-            teacher_name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading
-        )
+        loaded = _load_teacher(teacher_name, config, reading)
         teacher, layers = comparable_teacher(student, loaded, config)
         stops |= {*loaded.info.stop_token_ids}
     except ValueError as error:
@@ -77,7 +89,7 @@ def measure_distances(
     reader = _Reader(tokenizer, sorted(stops), config, longest, teacher, layers)
     prompts = reader.prompts(record.completions, problems, notes)
     candidates = logged_pairs(record.completions, problems)
-    fresh: list[list[Side]] = []
+    fresh: list[list[list[Side]]] = []
     logged: list[list[Side | None]] = []
     for end, who in enumerate(("before", "after")):
         if end:
@@ -90,15 +102,31 @@ def measure_distances(
         format=FORMAT,
         steps=record.summary.get("steps"),
         student=before,
-        teacher=teacher_name,
+        teacher=teacher_name or describe_teacher(config),
         layers=list(layers),
         bridge=config.get("bridge"),
         sampling=reader.describe_sampling(),
         unavailable=unavailable,
-        before_after=[Pair(early, late) for early, late in zip(*fresh, strict=True)],
+        before_after=[Pair(early[0], late[0]) for early, late in zip(*fresh, strict=True)],
         logged=[Pair(early, late) for early, late in zip(*logged, strict=True) if early and late],
         notes=notes,
+        shown_layers=reader.shown_layers,
+        best_worst=sorted(filter(None, map(best_and_worst, fresh[1])), key=_equal_verdicts),
     )
+
+
+def _load_teacher(name: str | None, config: Row, reading: Mapping[str, Any]) -> LoadedModel:
+    if config.get("teachers"):
+        raise ValueError("teachers: there are several, and distances are to one")
+    if name is None:
+        raise ValueError(
+            f"teacher_model: {describe_teacher(config)}, and distances are to a model that can be loaded here"
+        )
+    return load(name, dtype="auto", init_kwargs=_init_kwargs(config, "teacher_model_init_kwargs"), **reading)
+
+
+def _equal_verdicts(pair: Pair) -> bool:
+    return pair.early.correct == pair.late.correct
 
 
 class _Reader:
@@ -115,6 +143,7 @@ class _Reader:
     ) -> None:
         self.tokenizer, self.config, self.longest = tokenizer, config, longest
         self.teacher, self.layers = teacher, layers
+        self.shown_layers = [layers[i] for i in spaced(len(layers), _MOST_LAYERS)] if teacher is not None else []
         limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
         self.sampling = Sampling(
             min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
@@ -159,10 +188,11 @@ class _Reader:
             split_special_tokens=self.renderer.split_special_tokens,
         )  # fmt: skip
 
-    def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[Side]:
-        """One completion per prompt, graded, with distances."""
+    def write(self, student: LoadedModel, prompts: Sequence[Prompt]) -> list[list[Side]]:
+        """Completions of each prompt, graded, with distances: several where they are sampled, one where they are greedy."""
+        count = _ANSWERS if self.sampling.temperature else 1
         rollouts = self.engine.generate(
-            student.model, [p.ids for p in prompts], num_generations=1, sampling=self.sampling,
+            student.model, [p.ids for p in prompts], num_generations=count, sampling=self.sampling,
             seed=self.config.get("seed", 0), rows=list(range(len(prompts))),
         ).rollouts  # fmt: skip
         if self.task is None:
@@ -179,7 +209,8 @@ class _Reader:
                 rollouts.rows, rollouts.texts, verdicts, rollouts.finish_reasons, rollouts.completion_ids, strict=True
             )
         ]  # fmt: skip
-        return self._read(student, sides, rollouts)
+        read = self._read(student, sides, rollouts)
+        return [read[start : start + count] for start in range(0, len(read), count)]
 
     def read_again(self, student: LoadedModel, rows: Sequence[Row], notes: list[str]) -> list[Side | None]:
         """Logged rollouts with distances; None for one without tokens. A run records text alone, so this tokenizes it again."""
@@ -214,15 +245,19 @@ class _Reader:
     def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
         if self.teacher is None:
             return list(sides)
-        distances = token_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        found = layer_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        kept = [self.layers.index(layer) for layer in self.shown_layers]
         return [
-            replace(side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(own))
-            for side, ids, own in zip(sides, rollouts.completion_ids, distances, strict=True)
-        ]
+            replace(
+                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(own_LT.mean(0))),
+                by_layer=tuple(tuple(rounded(own_LT[place])) for place in kept),
+            )
+            for side, ids, own_LT in zip(sides, rollouts.completion_ids, found, strict=True)
+        ]  # fmt: skip
 
 
-def _model_names(record: RunRecord) -> tuple[str, str, str]:
-    """Student before, student after, teacher."""
+def _model_names(record: RunRecord) -> tuple[str, str, str | None]:
+    """Student before, student after, teacher; None where the teacher is no model that is loaded by name."""
     config, after = record.config, record.folder / "model"
     if not config.get("model"):
         raise ValueError(f"--distances: {record.folder} has no config.yaml that names a model, so none can be loaded")
@@ -230,7 +265,8 @@ def _model_names(record: RunRecord) -> tuple[str, str, str]:
         raise ValueError(
             f"--distances: {record.folder} has no model/: the run did not come to its end. Leave --distances out"
         )
-    return str(config["model"]), str(after), str(config.get("teacher_model") or config["model"])
+    teacher, before = config.get("teacher_model"), str(config["model"])
+    return before, str(after), before if not teacher or is_student(teacher) else model_here(teacher)
 
 
 def _init_kwargs(config: Row, key: str) -> dict[str, Any]:

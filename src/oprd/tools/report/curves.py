@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from oprd.runs.columns import MOST_POINTS, drawn, number
+from oprd.runs.columns import MOST_POINTS, drawn, number, spaced
 from oprd.tools.report.read import RunRecord, interval, measured
 
 PHASES = ("rollout", "grade", "teacher", "update", "optimizer")
@@ -180,14 +180,9 @@ def heat(record: RunRecord) -> Heat | None:
     steps, values = record.steps.table(keys)
     if not any(math.isfinite(value) for line in values for value in line):
         return None
-    chosen = _spaced(len(steps), MOST_POINTS)
+    chosen = spaced(len(steps), MOST_POINTS)
     layers = [int(key.removeprefix(_LAYER)) for key in keys]
     return Heat(layers, [steps[i] for i in chosen], [[line[i] for i in chosen] for line in values], len(steps))
-
-
-def _spaced(count: int, most: int) -> list[int]:
-    """At most `most` of `count` indices at equal distances, with the first and the last."""
-    return list(range(count)) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 
 def time_split(record: RunRecord) -> dict[str, float]:

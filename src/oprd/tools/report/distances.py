@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
@@ -18,16 +19,18 @@ from oprd.bridge import Bridge
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.fingerprint import fingerprint
 from oprd.models.loading import LoadedModel, check_same_shape
+from oprd.models.pruning import KeptBlocks
 from oprd.models.tokens import check_same_tokens
 from oprd.objectives.representation import cosine
 from oprd.states.capture import gather_states
-from oprd.states.layers import resolve_layers
+from oprd.states.layer_maps import KEPT, compared_layers
+from oprd.states.mapped import map_teacher
 from oprd.states.requests import plan_micro_batches, request_states
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher
 from oprd.types import Rollouts
 
 _MICRO_BATCH_TOKENS = 4096
-_OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
+_OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map")
 
 
 def comparable_teacher(
@@ -53,8 +56,12 @@ def comparable_teacher(
         check_same_tokens(student.tokenizer, teacher.tokenizer)
     except ValueError as error:
         raise ValueError(f"the teacher has another tokenizer, so tokens have no partner ({error})") from error
-    layers = resolve_layers(config.get("layers", "all"), student.info.layers)
+    chosen, spec = config.get("layers", "all"), config.get("layer_map")
+    layers = compared_layers(spec, chosen, student.info.layers)
     frozen = FrozenTeacher(teacher.model, teacher.info)
+    if spec is not None:
+        kept = KeptBlocks.of(student.model) if spec == KEPT else None
+        return map_teacher(frozen, spec, chosen, student.info, kept), layers
     if not config.get("bridge"):
         check_same_shape(student.info, teacher.info)
         return frozen, layers
@@ -69,29 +76,41 @@ def comparable_teacher(
 
 
 @torch.no_grad()
-def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
-    """The distance at every response token of every rollout (defined at the top of this module).
+def layer_distances(pair: ModelPair, rollouts: Rollouts) -> list[Tensor]:
+    """The distance of every layer at every response token: for each rollout one tensor `[layers, tokens]`, float32.
 
     Args:
-        pair: student and teacher; both read the same tokens.
+        pair: student and teacher; both read the same tokens. Its layers are compared.
         rollouts: what they read.
 
     Raises:
         ValueError: `pair.layers` names a layer that one of the models does not have.
     """
     model, device = pair.student.model, next(pair.student.model.parameters()).device
-    results: list[list[float]] = [[] for _ in range(len(rollouts))]
+    results: list[Tensor] = [torch.empty(0)] * len(rollouts)
     for group in plan_micro_batches(rollouts.input_lengths, _MICRO_BATCH_TOKENS):
         request = request_states(rollouts.select(group), pair.layers, pad_token_id=pair.pad_token_id).to(device)
         student, teacher = gather_states(model, request), pair.teacher.states(request)
-        total_N = torch.zeros(len(student.rollout_index), device=device)
+        lines = []
         for layer, own, theirs in zip(student.layers, student.values, teacher.values, strict=True):
             if isinstance(pair.teacher, ProjectsStudent):
                 own = pair.teacher.project_student(layer, own)
-            total_N += (1 - cosine(own, theirs)).clamp_min(0) / len(pair.layers)
+            lines.append((1 - cosine(own, theirs)).clamp_min(0))
+        distances_LN = torch.stack(lines).cpu()
+        index_N = student.rollout_index.cpu()
         for place, index in enumerate(group):
-            results[index] = [round(d, 6) for d in total_N[student.rollout_index == place].tolist()]
+            results[index] = distances_LN[:, index_N == place]
     return results
+
+
+def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
+    """The distance at every response token of every rollout: the mean over layers of `layer_distances`."""
+    return [rounded(own.mean(0)) for own in layer_distances(pair, rollouts)]
+
+
+def rounded(distances_T: Tensor) -> list[float]:
+    """Distances for a file."""
+    return [round(distance, 6) for distance in distances_T.tolist()]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

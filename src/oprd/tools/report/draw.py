@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from oprd.runs.pictures import COLOURS, DPI, FONT, colour, new_figure, spread, step_axis, style
+from oprd.runs.pictures import COLOURS, DPI, FONT, colour, new_figure, plain_log, spread, step_axis, style
 from oprd.tools.report.curves import PHASES, Curve, Heat, Panel, Point, is_log
 from oprd.tools.report.text import plain
 
@@ -36,6 +36,7 @@ def draw_panel(panel: Panel, found: Sequence[Curve]) -> str:
         _line(axis, curve, dashed=panel.keys.index(curve.key) == 1)
     if is_log(panel, found):
         axis.set_yscale("log")
+        plain_log(axis.yaxis)
     _finish(axis, panel)
     _name_ends(figure, axis, {c.run: (c.steps[-1], c.smooth[-1]) for c in reversed(found)})
     return _uri(figure)

@@ -1,4 +1,4 @@
-"""The report as one HTML page without scripts and external resources; its content security policy forbids both."""
+"""The report as one HTML page: it loads nothing, and its content security policy allows no script but our own."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from oprd.tools.report.rollouts import (
     is_wrong,
     logged_pairs,
     read_distances,
+    spread_rows,
 )
 from oprd.tools.report.table import duration, table
 from oprd.tools.report.text import plain, shown, shown_token
 
 MARK = "<!-- written by oprd report -->"
-_TEMPLATE, _STYLE = "page.html.jinja", "page.css"
+_TEMPLATE, _STYLE, _SCRIPT = "page.html.jinja", "page.css", "page.js"
 _LEVELS = 10  # colours of distances; page.css has the same number of classes
-_SHOWN_TOKENS, _SHOWN_PAIRS = 4000, 12
+_SHOWN_TOKENS, _SHOWN_PAIRS, _SHOWN_ROLLOUTS = 4000, 12, 200
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Section:
-    """The part of the page about a single run."""
+    """The part of the page about a single run. `logged` are some of the `count` rollouts that it logged."""
 
     run: int
     record: RunRecord
@@ -70,6 +71,8 @@ class Section:
     rollouts: list[Rollouts]
     near: NearMisses
     command: str
+    logged: list[Side]
+    count: int
 
 
 def render(records: Sequence[RunRecord]) -> str:
@@ -78,10 +81,10 @@ def render(records: Sequence[RunRecord]) -> str:
     panels, unmeasured = curves.panels(records)
     of_panel = {panel.title: curves.curves(records, panel) for panel in (curves.ACCURACY, *panels)}
     pictures, missing = _pictures(records, panels, of_panel)
-    style = (Path(__file__).parent / _STYLE).read_text(encoding="utf-8")
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (_STYLE, _SCRIPT))
     colours = "".join(f".run{run}{{color:{colour(run)}}}" for run in range(len(records)))
     style = f"\n{style}{colours}\n"
-    top = _top([pair for section in sections for group in section.rollouts for pair in _all(group)])
+    scales = _Scales(sections)
     splits = {run: split for run, record in enumerate(records) if (split := curves.time_split(record))}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -96,14 +99,16 @@ def render(records: Sequence[RunRecord]) -> str:
         "duration": duration,
     }
     environment.globals |= {
-        "level": lambda distance: min(int(_LEVELS * distance / top), _LEVELS - 1) if top else 0,
+        "level": scales.level,
+        "levels_of_layers": scales.of_layers,
         "numbers": lambda panel: [(c, curves.extent(c)) for c in of_panel[panel.title]],
         "max_tokens": _SHOWN_TOKENS,
     }
     return environment.get_template(_TEMPLATE).render(
         mark=Markup(MARK),
-        policy=_policy(style),
-        style=Markup(style),  # our own text; the policy allows its digest
+        policy=_policy(style, script),
+        style=Markup(style),  # our own texts; the policy allows their digests
+        script=Markup(script),
         records=records,
         sections=sections,
         rows=table(records),
@@ -115,7 +120,7 @@ def render(records: Sequence[RunRecord]) -> str:
         phases=curves.PHASES,
         splits=splits,
         levels=_LEVELS,
-        top=top,
+        scales=scales.tops,
     )
 
 
@@ -134,10 +139,12 @@ def write_page(file: Path, page: str) -> None:
     write_text(file, page)
 
 
-def _policy(style: str) -> str:
-    """A content security policy that allows embedded pictures and this style sheet, and nothing else."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+def _policy(style: str, script: str) -> str:
+    """A content security policy that allows embedded pictures, this style sheet and this script, and nothing else."""
+    styles, scripts = (
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)
+    )
+    return f"default-src 'none'; img-src data:; style-src {styles}; script-src {scripts}; base-uri 'none'; form-action 'none'"
 
 
 def _pictures(
@@ -217,6 +224,9 @@ def _section(run: int, record: RunRecord) -> Section:
         chosen = choose(distances.before_after)
         heading = f"The same problems before and after training ({distances.sampling})"
         groups.append(_group(heading, "before training", "after training", distances.before_after, chosen))
+        widest = [("best and worst", pair) for pair in distances.best_worst[:1]]
+        heading = "Several answers to the same problem after training"
+        groups.append(_group(heading, "best answer", "worst answer", distances.best_worst, widest))
     logged = distances.logged if distances is not None else []
     if not logged:
         logged = [Pair(as_side(a), as_side(b)) for a, b in logged_pairs(record.completions, _SHOWN_PAIRS)]
@@ -224,7 +234,9 @@ def _section(run: int, record: RunRecord) -> Section:
     name = shlex.quote(record.name)
     command = f"oprd train --config {name}/config.yaml --output_dir {name}-again" if record.config else ""
     near = near_misses(as_wrong(row) for row in record.completions if is_wrong(row))
-    return Section(run, record, notes, distances, [group for group in groups if _all(group)], near, command)
+    rows, count = spread_rows(record.completions, _SHOWN_ROLLOUTS)
+    groups = [group for group in groups if _all(group)]
+    return Section(run, record, notes, distances, groups, near, command, [as_side(row) for row in rows], count)
 
 
 def _group(heading: str, early: str, late: str, pairs: Sequence[Pair], chosen: list[tuple[str, Pair]]) -> Rollouts:
@@ -243,8 +255,38 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _top(pairs: Sequence[Pair]) -> float:
-    """The distance that gets the strongest colour: the 98th percentile of all tokens. 0 without distances."""
-    sides: list[Side] = [side for pair in pairs for side in (pair.early, pair.late)]
-    every = sorted(distance for side in sides for distance in side.distances)
-    return every[int(0.98 * (len(every) - 1))] if every else 0.0
+class _Scales:
+    """The colour scales of distances: one for the mean over layers, and one for each layer that has its own.
+
+    Attributes:
+        tops: name of a scale → the distance with its strongest colour, the 98th percentile of all tokens. Empty without distances.
+    """
+
+    def __init__(self, sections: Sequence[Section]) -> None:
+        sides = [
+            (section.distances.shown_layers if section.distances else [], side)
+            for section in sections for group in section.rollouts for pair in _all(group) for side in (pair.early, pair.late)
+        ]  # fmt: skip
+        found: dict[str, list[float]] = {}
+        for layers, side in sides:
+            for name, line in [("", side.distances), *zip(map(str, layers), side.by_layer, strict=False)]:
+                found.setdefault(name, []).extend(line)
+        order = sorted(found, key=lambda name: int(name or 0))
+        self.tops = {name: top for name in order if (top := _percentile(found[name])) > 0}
+
+    def level(self, distance: float, name: str = "") -> int:
+        """The colour of a distance on a scale."""
+        top = self.tops.get(name, 0.0)
+        return min(int(_LEVELS * distance / top), _LEVELS - 1) if top else 0
+
+    def of_layers(self, side: Side, layers: Sequence[int], token: int) -> str:
+        """The colours of a token, one digit a scale in the order of `tops`; a layer that was not kept has the mean's."""
+        lines = dict(zip(map(str, layers), side.by_layer, strict=False)) | {"": side.distances}
+        return "".join(
+            str(self.level(lines.get(name, side.distances)[token], name if name in lines else "")) for name in self.tops
+        )
+
+
+def _percentile(values: Sequence[float]) -> float:
+    """The 98th percentile; 0 without values."""
+    return sorted(values)[int(0.98 * (len(values) - 1))] if values else 0.0

@@ -16,6 +16,7 @@ from oprd.runs.jsonl import Damage, read_lines
 from oprd.sanitize import redacted
 
 _A_RUN_HAS = (CONFIG, METRICS, SUMMARY)
+_MOST_ALARMS = 5
 _LARGEST = 16 * 2**20  # maximum bytes of a config or summary, which are read whole
 
 
@@ -116,12 +117,6 @@ def read_run(folder: Path, name: str) -> RunRecord:
     _note_damage(completions.file, completions.damage(), notes, "no rollout can be shown")
     if summary and "steps" not in summary:
         notes.append(f"{SUMMARY} is incomplete: the run was stopped, or is still at work")
-    alarms = [int(step) for step, alarm in zip(*steps.series("alarm"), strict=True) if alarm]
-    if alarms:
-        notes.append(
-            f"the alarm was raised at step {', '.join(map(str, alarms[:8]))}{' …' if len(alarms) > 8 else ''}: cosine rose while "
-            "accuracy fell or the KL grew, or many steps in a row may have taught nothing (useless_steps)"
-        )
     return RunRecord(folder, name, config, config_text, summary, steps, evaluations, completions, notes)
 
 
@@ -208,14 +203,20 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[Columns, list[Mapping[s
     """Training steps and evaluations."""
     steps, damage = Columns(), Damage()
     evaluations: list[Mapping[str, Any]] = []
+    alarms: list[tuple[int, str]] = []
     for line in read_lines(file, damage):
         if number(line.row, "step") is None:
             continue
         if "loss" in line.row:
             steps.add(line.row)
+            if line.row.get("alarm"):
+                alarms.append((int(line.row["step"]), str(line.row.get("alarm_text", ""))))
         if number(line.row, "eval_avg_at_k") is not None:
             evaluations.append(line.row)
     _note_damage(file, damage, notes, "there are no curves")
+    notes += [f"alarm at step {step}: {text or 'see the log of the run'}" for step, text in alarms[:_MOST_ALARMS]]
+    if len(alarms) > _MOST_ALARMS:
+        notes.append(f"{len(alarms) - _MOST_ALARMS} more alarms, the last at step {alarms[-1][0]}")
     return steps, sorted(evaluations, key=lambda row: float(row["step"]))
 
 

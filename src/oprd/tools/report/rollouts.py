@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from oprd.files import write_json
+from oprd.runs.columns import spaced
 
 DISTANCES = "distances.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Side:
         length: number of tokens.
         tokens: text of each token; empty without distances.
         distances: distance between student and teacher at each token (`oprd.tools.report.distances`).
+        by_layer: the same for each of `Distances.shown_layers`; empty without.
     """
 
     prompt: str
@@ -42,13 +44,16 @@ class Side:
     length: int | None = None
     tokens: tuple[str, ...] = ()
     distances: tuple[float, ...] = ()
+    by_layer: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
+        if any(len(line) != len(self.tokens) for line in self.by_layer):
+            raise ValueError(f"a layer has another number of distances than there are tokens ({len(self.tokens)})")
         if self.correct is not None and not math.isfinite(self.correct):
             raise ValueError("a reward is no finite number")
-        if not all(math.isfinite(d) and d >= 0 for d in self.distances):
+        if not all(math.isfinite(d) and d >= 0 for line in (self.distances, *self.by_layer) for d in line):
             raise ValueError("a distance is no number of 0 or more")
 
     @property
@@ -86,6 +91,8 @@ class Distances:
         before_after: answers to the same problems by the student before and after training.
         logged: logged rollouts of the run, an early and a late one each.
         notes: remarks for the reader, one sentence each.
+        shown_layers: the layers of `Side.by_layer`.
+        best_worst: best and worst answer to the same problem after training.
     """
 
     format: int
@@ -99,6 +106,8 @@ class Distances:
     before_after: list[Pair]
     logged: list[Pair]
     notes: list[str]
+    shown_layers: list[int] = field(default_factory=list)
+    best_worst: list[Pair] = field(default_factory=list)
 
 
 def write_distances(folder: Path, found: Distances) -> Path:
@@ -170,6 +179,33 @@ def logged_pairs(
 
 def _of_step(completions: Iterable[Mapping[str, Any]], step: float) -> Iterator[Mapping[str, Any]]:
     return (row for row in completions if row["step"] == step)
+
+
+def spread_rows(completions: Iterable[Mapping[str, Any]], most: int) -> tuple[list[Mapping[str, Any]], int]:
+    """At most `most` of a run's logged rollouts, at equal distances over the run, and how many were logged.
+
+    Args:
+        completions: is looped over twice, so that no more than the chosen rows are held.
+        most: maximum number of rows, 2 or more.
+    """
+    count = sum(1 for _ in completions)
+    wanted = {*spaced(count, most)}
+    return [row for index, row in enumerate(completions) if index in wanted], count
+
+
+def best_and_worst(answers: Sequence[Side]) -> Pair | None:
+    """The best and the worst of several answers to one problem; None where none is better than another.
+
+    An answer is better by its verdict or reward, and between equal ones by its smaller mean distance.
+    """
+    if len(answers) < 2:
+        return None
+
+    def rank(side: Side) -> tuple[float, float]:
+        return _score(side.correct), -(side.mean_distance or 0.0)
+
+    best, worst = max(answers, key=rank), min(answers, key=rank)
+    return None if rank(best) == rank(worst) else Pair(best, worst)
 
 
 def as_side(row: Mapping[str, Any]) -> Side:

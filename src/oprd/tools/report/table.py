@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from oprd.runs.columns import number
-from oprd.tools.report.curves import peak_memory
+from oprd.states.teacher_settings import describe_teacher
+from oprd.tools.report.curves import peak_memory, time_split
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
 NOTHING = "–"
@@ -79,7 +81,7 @@ def _setting(key: str) -> Callable[[RunRecord], Cell]:
 def _teacher(record: RunRecord) -> Cell:
     if not record.config:
         return Cell(NOTHING)
-    return Cell(word(record.config.get("teacher_model") or "the student without its adapter"))
+    return Cell(word(describe_teacher(record.config)))
 
 
 def _seed(record: RunRecord) -> Cell:
@@ -164,6 +166,17 @@ def _finished(record: RunRecord) -> Cell:
     return Cell(NOTHING) if cut is None else Cell(percent(1 - cut), 1 - cut)
 
 
+def _step_seconds(record: RunRecord) -> Cell:
+    """Of all steps, also those before a resume; from the summary where times were not recorded."""
+    taken = math.fsum(time_split(record).values()) * len(record.steps)
+    return _of_summary("train_seconds", duration)(record) if taken == 0 else Cell(duration(taken), taken)
+
+
+def _command_seconds(record: RunRecord) -> Cell:
+    cell, resumed = _of_summary("seconds", duration)(record), number(record.summary, "resumed_from_step")
+    return Cell(f"{cell.text}, from step {resumed:.0f}, where it was resumed", cell.value) if resumed else cell
+
+
 def _memory(record: RunRecord) -> Cell:
     peak = peak_memory(record)
     return Cell("not recorded (no GPU)" if record.steps else NOTHING) if peak is None else Cell(f"{peak:.2f} GiB", peak)
@@ -200,8 +213,8 @@ _ROWS: dict[str, Callable[[RunRecord], Cell]] = {
     "finished after": _of_evaluation("student_after", "finished", percent),
     "length of the last step's rollouts": _last_rollouts("completions/mean_length", _tokens),
     "of these finished": _finished,
-    "training took": _of_summary("train_seconds", duration),
-    "whole command took": _of_summary("seconds", duration),
+    "steps took": _step_seconds,
+    "whole command took": _command_seconds,
     "peak GPU memory": _memory,
     "software": _software,
 }

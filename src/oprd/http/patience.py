@@ -8,7 +8,7 @@ import time
 
 import anyio
 
-from oprd.rollouts.vllm.http import ServerLost
+from oprd.http.client import ServerLost
 
 logger = logging.getLogger("oprd")
 
@@ -24,12 +24,15 @@ class Patience:
 
     Args:
         wait: seconds.
-        lacking: what has not happened when the time is over, for the error.
+        lacking: the setting that names the server, and what has not happened when the time is over, for the error.
         advice: a sentence that the error, and the warning at the beginning of an outage, end with.
+        server: what the server is, for the warning.
+        holder: the setting that holds `wait`, for the error.
     """
 
-    def __init__(self, wait: float, lacking: str, advice: str = "") -> None:
+    def __init__(self, wait: float, lacking: str, advice: str = "", *, server: str, holder: str) -> None:
         self.wait, self.lacking, self.advice = wait, lacking, f". {advice}" if advice else ""
+        self.server, self.holder = server, holder
         self._failing_since: float | None = None
 
     @property
@@ -54,12 +57,12 @@ class Patience:
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
-            logger.warning("rollout server: %s; repeated for up to %g s%s", error, self.wait, self.advice)
+            logger.warning("%s: %s; repeated for up to %g s%s", self.server, error, self.wait, self.advice)
         left = self._failing_since + self.wait - now
         asked = error.pause or 0.0
         if left <= 0 or asked > left:
             raise ConnectionError(
-                f"rollout_engine: {self.lacking} within {self.wait:g} s (wait, in rollout_engine_kwargs): {error}{self.advice}"
+                f"{self.lacking} within {self.wait:g} s (wait, in {self.holder}): {error}{self.advice}"
             ) from error
         limit = min(_LONGEST, _FIRST * 2 ** min(attempt, 10))
         await anyio.sleep(min(left, asked + _jitter.uniform(0, limit)))

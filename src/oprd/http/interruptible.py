@@ -29,7 +29,7 @@ class Interruptible:
                 self._running = portal.start_task_soon(work)
                 return self._running.result()
         except CancelledError:
-            raise KeyboardInterrupt("the requests to the rollout server were interrupted") from None
+            raise KeyboardInterrupt("the requests to the server were interrupted") from None
         finally:
             self._running = None
 

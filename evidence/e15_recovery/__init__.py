@@ -1,0 +1,1 @@
+"""E15: a pruned model brought back by its original."""

@@ -1,0 +1,1 @@
+"""E18: a target past the teacher, and whether the student passes it."""

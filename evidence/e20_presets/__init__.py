@@ -1,0 +1,1 @@
+"""E20: published objectives on one pair."""

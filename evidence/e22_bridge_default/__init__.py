@@ -1,0 +1,1 @@
+"""E22: the default of a bridge."""

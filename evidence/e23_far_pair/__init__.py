@@ -1,0 +1,1 @@
+"""E23: a teacher of another family and tokenizer."""

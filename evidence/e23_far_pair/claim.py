@@ -1,0 +1,125 @@
+"""E23: what a teacher of another family and tokenizer is good for: its responses, its states, or both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Finding, Result, Work
+from evidence.comparisons import (
+    Record,
+    best_rate,
+    committed_tuning,
+    difference,
+    first_seeds,
+    gap_closed,
+    of,
+    run_comparison,
+)
+from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
+from evidence.tuning import tune_comparison
+from evidence.words import mean_of, percent, points, standing, standings, surely, table
+from oprd.tools.compare.interval import mean_and_interval
+
+ID = "E23"
+TITLE = "Across tokenizers, the teacher's responses first make matching its states work better"
+CLAIM = (
+    "A student that answers in another style than its teacher is first trained on the teacher's responses, in its own tokens, and then on-policy "
+    "(the usual cold start; of hidden states across tokenizers no public result was found)."
+)
+SETTING = (
+    "Stand-in for a pair of two public models (`evidence/e23_far_pair/recipe.yaml`, not measured): the embedded student, and a teacher of 6 layers with another "
+    "tokenizer and chat template, trained separately. Bridge of rank 16 from 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, three seeds. "
+    "Each loss has its own rate, tuned on seed 10 on a grid that grows until the best rate is inside. The teacher's responses are decoded and tokenised again "
+    "for the student."
+)
+HERE = Path(__file__).parent
+FILE = HERE / "comparison.yaml"
+NAMES = {
+    "supervised": "supervised, on the teacher's responses",
+    "states": "states, on-policy",
+    "supervised_then_states": "supervised for 20 steps, then states",
+    "mixed": "states; in half of the steps the teacher writes, and supervised too",
+    "output_space": "full reverse KL on shared tokens, on-policy",
+    "states_and_output_space": "states + full reverse KL, on-policy",
+}
+SHORT = {
+    "supervised": "supervised",
+    "states": "states",
+    "supervised_then_states": "supervised,\nthen states",
+    "mixed": "mixed",
+    "output_space": "full reverse KL",
+    "states_and_output_space": "states +\nfull reverse KL",
+}
+BOTH = "supervised_then_states"
+GRIDS = {
+    "supervised": (3.0e-5, 1.0e-4, 3.0e-4),
+    "states": (3.0e-4, 1.0e-3, 3.0e-3),
+    "supervised_then_states": (1.0e-4, 3.0e-4, 1.0e-3),
+    "mixed": (1.0e-4, 3.0e-4, 1.0e-3),
+    "output_space": (3.0e-5, 1.0e-4, 3.0e-4),
+    "states_and_output_space": (1.0e-4, 3.0e-4, 1.0e-3),
+}
+"""Rates to begin with."""
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Tune every loss on one seed, measure on three others."""
+    names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(NAMES)
+    folder = "far_pair"
+    if work.tune:
+        tuning = tune_comparison(FILE, work, folder=folder, start={name: GRIDS[name] for name in names})
+    else:
+        tuning = committed_tuning(HERE, names)
+    rates = {name: best_rate(tuning, name) for name in names}
+    chosen = {name: [rate] for name, rate in rates.items()}
+    runs = run_comparison(FILE, work, folder=folder, seeds=first_seeds(work, 3), rates=chosen)
+    return {"tuning": tuning, "rates": rates, "runs": runs}
+
+
+def judge(result: Result) -> Finding:
+    """Holds if supervised steps and then states are ahead of both states alone and supervised training alone; in part if ahead of one and not behind the
+    other.
+    """
+    runs: list[Record] = result["runs"]
+    names = [name for name in NAMES if of(runs, name)]
+    leads = {name: difference(runs, BOTH, name) for name in names if name != BOTH}
+    signs = [surely(leads[name][1]) for name in ("supervised", "states")]
+    verdict = "holds" if min(signs) > 0 else "partly" if max(signs) > 0 and min(signs) >= 0 else "not"
+    rows = [
+        [NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0), percent(_mean(own, "finished"), 0),
+         f"{_mean(own, 'length'):.1f}", "" if name == BOTH else points(*leads[name][:2])]
+        for name in names if (own := of(runs, name))
+    ]  # fmt: skip
+    header = [
+        "loss",
+        "rate",
+        "Avg@2 after 60 steps",
+        "gap closed",
+        "finished",
+        "length",
+        "supervised, then states leads by",
+    ]
+    first = of(runs, BOTH)
+    text = (
+        f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
+        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}"
+    )
+    said = (
+        f"{standing(leads[name][1])} {name} alone ({points(*leads[name][:2])})" for name in ("supervised", "states")
+    )
+    return Finding(verdict, f"supervised, then states is {' and '.join(said)}", text)  # type: ignore[arg-type]
+
+
+def _mean(runs: list[Record], key: str) -> float:
+    return mean_and_interval([r[key] for r in runs])[0] or 0.0
+
+
+def draw(result: Result, figure: Any) -> None:
+    """Accuracy of every loss."""
+    runs = result["runs"]
+    axis = figure.subplots()
+    rows = {SHORT[name]: [r["final"] for r in own] for name in NAMES if (own := of(runs, name))}
+    accuracy_rows(axis, rows, ours=[SHORT[BOTH]], unit="Avg@2 after 60 steps, %")
+    reference_lines(axis, of(runs, BOTH))
+    note(figure, SEEDS)

@@ -1,0 +1,53 @@
+"""Short arithmetic questions as chat messages, for the recipe of this folder.
+
+python -m evidence.e23_far_pair.questions --output data/far_pair      # writes train.jsonl and test.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from oprd.files import write_text
+
+COUNTS = {"train": 2048, "test": 200}
+
+
+def question(generator: random.Random) -> dict[str, object]:
+    """Two or three terms of one or two digits: a row with `prompt` (messages) and `answer`."""
+    terms = [generator.randint(1, 99) for _ in range(generator.choice((2, 3)))]
+    signs = [generator.choice("+-") for _ in terms[1:]]
+    text = str(terms[0]) + "".join(f" {sign} {term}" for sign, term in zip(signs, terms[1:], strict=True))
+    answer = terms[0] + sum(term if sign == "+" else -term for sign, term in zip(signs, terms[1:], strict=True))
+    return {
+        "prompt": [{"role": "user", "content": f"What is {text}? Answer with the number only."}],
+        "answer": str(answer),
+    }
+
+
+def write(folder: Path) -> None:
+    """Write both files; no question is in both."""
+    generator, seen = random.Random(0), set[str]()
+    for split, count in COUNTS.items():
+        rows = []
+        while len(rows) < count:
+            line = json.dumps(question(generator))
+            if line not in seen:
+                seen.add(line)
+                rows.append(line)
+        write_text(folder / f"{split}.jsonl", "\n".join(rows) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/far_pair"), help="folder for the files")
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder)
+
+
+if __name__ == "__main__":
+    main()

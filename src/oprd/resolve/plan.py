@@ -1,0 +1,245 @@
+"""`plan` says what a run would do, from what needs no weights (`oprd train --dry-run`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oprd.alignment.teacher_prompts import check_one_text
+from oprd.bridge import Bridge
+from oprd.config import OPRDConfig, check_own_tokens
+from oprd.data.rows import TEACHER_ID
+from oprd.models.loading import ModelInfo, check_same_shape, load_tokenizer, resolve_name
+from oprd.models.nearest_folder import nearest_hint
+from oprd.models.pruning import KeptBlocks
+from oprd.objectives.composite import Term
+from oprd.objectives.own import compares_states
+from oprd.objectives.schedules import is_on
+from oprd.resolve.checks import check_settings, check_teacher
+from oprd.resolve.datasets import dataset_rows, task_of
+from oprd.resolve.teacher import check_base_shape, teacher_maker
+from oprd.resolve.terms import build_rewards, build_terms, describe_objective
+from oprd.run_config import RunConfig
+from oprd.runs.reporting import not_installed
+from oprd.states.cache.folder import read_index
+from oprd.states.cache.teacher import CachedTeacher
+from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
+from oprd.states.layers import resolve_layers
+from oprd.states.remote.teacher import RemoteTeacher
+from oprd.states.teacher_settings import is_student, model_of_entry
+from oprd.states.teachers import FrozenTeacher
+from oprd.tasks.problems import GENERATED
+
+_FILES = (".parquet", ".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Facts of a run that need no weights.
+
+    Args:
+        run: the configuration.
+        terms: terms of the loss.
+        student: facts from the student's config file; None if it cannot be read.
+        teacher: facts from the teacher's config file; None if it cannot be read or there is no teacher_model.
+        several: teacher_id → these facts, where there are several teachers.
+    """
+
+    run: RunConfig
+    terms: Mapping[str, Term]
+    student: ModelInfo | None
+    teacher: ModelInfo | None
+    several: Mapping[str, ModelInfo | None] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """Lines about what the run would do, and what cannot be checked here (no hub, no file).
+
+        Raises:
+            ValueError: a reachable bridge, pair of tokenizers or dataset that does not fit.
+        """
+        run, args = self.run, self.run.args
+        rollouts = args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps
+        steps = f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs} epoch(s) of'} steps"
+        lines = [
+            *(f"{key}: {value}" for key, value in run.settings().items()),
+            "",
+            f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
+            f"loss: {describe_objective(args, self.terms)}",
+            _model_line("student", run.model, self.student),
+            *self._teacher_lines(),
+        ]
+        if args.extrapolation != 1:
+            lines.append(f"base: {run.base_model or 'the student as it is at the start'}")
+        if self.student is not None:
+            lines.append(self._layers_line(self.student))
+        if args.bridge is not None:
+            lines.append(self._bridge_line(args.bridge))
+        lines.append(_tokenizer_line(run))
+        return [
+            *lines,
+            *filter(None, map(not_installed, args.report_to)),
+            _dataset_line(run, "train"),
+            _dataset_line(run, "eval"),
+            "dry run: nothing was trained or written",
+        ]
+
+    def _teacher_lines(self) -> list[str]:
+        run, args = self.run, self.run.args
+        if run.teachers is not None:
+            lines = [
+                _model_line(f"teacher {teacher_id}", model_of_entry(run.teachers[teacher_id], None)[0], info)
+                for teacher_id, info in self.several.items()
+            ]
+            one = "several in one update" if args.mix_teachers else "one an update"
+            how = (
+                "all read every rollout"
+                if args.teachers_per_prompt == "all"
+                else f"the column {TEACHER_ID} names it, {one}"
+            )
+            return [*lines, f"teachers: {how}"]
+        if is_student(run.teacher_model):
+            rate = args.teacher_update_rate
+            follows = f"follows it at {rate:g} every {args.teacher_sync_steps} steps" if rate else "as it starts"
+            return [f"teacher: the student, {follows}"]
+        return [_model_line("teacher", run.teacher_model, self.teacher)]
+
+    def _layers_line(self, student: ModelInfo) -> str:
+        args = self.run.args
+        chosen = compared_layers(args.layer_map, args.layers, student.layers)
+        line = f"layers: {len(chosen)} of {student.layers}"
+        if args.layer_map is None:
+            return line
+        if self.teacher is None or (args.layer_map == KEPT and student.kept is None):
+            return f"{line}, layer_map: {args.layer_map} (read from the models' weights when they are loaded)"
+        pairs = _planned_pairs(args, student, self.teacher)
+        return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
+
+    def _bridge_line(self, folder: str) -> str:
+        run, args = self.run, self.run.args
+        if run.teacher_model is None:
+            raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
+        sides = (("student", self.student), ("teacher", self.teacher))
+        if not Path(folder).exists() and not all(
+            info for _, info in sides
+        ):  # without the models it cannot be fitted here either
+            return (
+                f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
+                f"{run.model} --teacher {run.teacher_model} --prompts {run.train_dataset} --out {folder}"
+            )
+        bridge = Bridge.load(folder, rank=args.bridge_rank)
+        for (side, info), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
+            if info is not None and (info.layers, info.width) != (known.layers, known.width):
+                raise ValueError(
+                    f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this "
+                    f"{side} has {info.layers} of {info.width}; fit a bridge for this one: oprd bridge fit"
+                )
+        if self.student is not None:
+            bridge = bridge.for_layers(resolve_layers(args.layers, self.student.layers))
+        return f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
+
+
+def plan(run: RunConfig) -> PlannedRun:
+    """Collect the facts of a run that need no weights. Checks whether the two models fit, if both configs can be read.
+
+    Raises:
+        ValueError: as `resolve`, for what needs no weights.
+    """
+    args, terms = run.args, build_terms(run)
+    source = check_settings(run, terms)
+    theirs = run.model if is_student(run.teacher_model) else run.teacher_model if source is None else source.model
+    student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
+    if source is not None and source.cache is not None:
+        teacher = read_index(source.cache).content.info
+    several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
+    if base is not None and teacher is not None:
+        check_base_shape(base, teacher)
+    build_rewards(run)
+    if source is not None:
+        kind = RemoteTeacher if source.remote else CachedTeacher if source.cache else FrozenTeacher
+        check_teacher(run, terms, kind, source)
+    elif isinstance(run.teacher_model, Mapping):
+        make, _ = teacher_maker(run.teacher_model)
+        if isinstance(make, type):
+            check_teacher(run, terms, make)
+    if student is not None:
+        compared_layers(args.layer_map, args.layers, student.layers)
+    if student is not None and teacher is not None and args.layer_map is not None:
+        check_same_shape(student, teacher, mapped=True)
+        if args.layer_map != KEPT or student.kept is not None:
+            _planned_pairs(args, student, teacher)
+    elif student is not None and teacher is not None and args.bridge is None and compares_states(terms):
+        check_same_shape(student, teacher)
+    for teacher_id, info in several.items():
+        if student is not None and info is not None and compares_states(terms):
+            try:
+                check_same_shape(student, info)
+            except ValueError as error:
+                raise ValueError(f"teachers: {teacher_id}: {error}") from error
+    return PlannedRun(run, terms, student, teacher, several)
+
+
+def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:
+    return ModelInfo.from_config(name, trust_remote_code=run.args.trust_remote_code) if isinstance(name, str) else None
+
+
+def _planned_pairs(args: OPRDConfig, student: ModelInfo, teacher: ModelInfo) -> dict[int, int]:
+    """Student layer → teacher layer, of what the config files say."""
+    kept = None
+    if args.layer_map == KEPT:
+        kept = KeptBlocks(student.kept).in_teacher(teacher.layers, None)
+    return layer_pairs(args.layer_map, args.layers, student.layers, teacher.layers, kept)
+
+
+def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
+    if name is None:
+        return f"{role}: the student without its adapter"
+    hint = nearest_hint(name) if isinstance(name, str) else ""
+    elsewhere = isinstance(name, Mapping) and "url" in name
+    unknown = "asked when the run starts" if elsewhere else f"not reachable from here, not checked{hint}"
+    shape = f"{info.layers} layers of width {info.width}" if info else unknown
+    return f"{role}: {name}: {shape}"
+
+
+def _tokenizer_line(run: RunConfig) -> str:
+    args = run.args
+    try:
+        own = is_student(run.teacher_model)
+        names = [
+            resolve_name(name) for name in (run.model, run.model if own else run.teacher_model) if isinstance(name, str)
+        ]
+    except ValueError:
+        return "tokenizers: not reachable from here, not checked"
+    found = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names if Path(name).is_dir()]
+    if run.teachers is not None:
+        return "tokenizers: one for the student and all teachers, checked when they are loaded"
+    if run.teacher_model is None:
+        return "tokenizers: one"
+    if not isinstance(run.teacher_model, str):
+        return "tokenizers: of a teacher that is not loaded by name, not checked"
+    if len(found) < len(names):
+        return "tokenizers: on the hub, not checked"
+    student, teacher = found
+    # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
+    ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
+    aligner = args.prompt_rendering.aligner(student, teacher, *ends)
+    if aligner is None:
+        return "tokenizers: the teacher gives the student's ids the same tokens"
+    check_own_tokens(args)
+    check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
+    shared = len(aligner.shared_vocabulary()[0])
+    return (
+        f"tokenizers: the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its "
+        f"{len(teacher)}"
+    )
+
+
+def _dataset_line(run: RunConfig, role: str) -> str:
+    name = getattr(run, f"{role}_dataset")
+    if name is None:
+        return f"{role} dataset: none"
+    if not name.startswith(GENERATED) and not name.endswith(_FILES):
+        return f"{role} dataset: {name} (hub, not checked)"
+    rows = dataset_rows(run, task_of(run), role, build_rewards(run)) or []
+    return f"{role} dataset: {name}: {len(rows)} rows, {sum(r.answer is not None for r in rows)} with an answer"

@@ -1,0 +1,413 @@
+"""`resolve` makes all objects of a run, and checks them against each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+
+from oprd.alignment.aligner import Aligner
+from oprd.alignment.model_pair import ModelPair
+from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
+from oprd.config import OPRDConfig, check_own_tokens
+from oprd.data.chat_template import now, prints_date
+from oprd.data.prompts import Prompt, PromptRenderer
+from oprd.data.responses import FixedResponses, read_responses
+from oprd.data.rows import PER_DATASET, Reading, load_prompts
+from oprd.models.fingerprint import tokenizer_digest
+from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load
+from oprd.models.tokens import vocabulary_size
+from oprd.objectives.composite import CompositeObjective, Term
+from oprd.objectives.own import compares_states
+from oprd.objectives.schedules import bounds
+from oprd.objectives.terms import HeadTerm, LayerTerm, PolicyTerm, is_supervised
+from oprd.resolve.checks import check_settings, check_teacher
+from oprd.resolve.datasets import dataset_rows, prepare, task_of
+from oprd.resolve.student import make_student
+from oprd.resolve.teacher import base_of, bridge_teacher, check_unprojected, make_teacher
+from oprd.resolve.terms import build_rewards, build_terms, have_kind
+from oprd.rollouts.engine import RolloutEngine
+from oprd.rollouts.engines import check_engine, make_engine
+from oprd.rollouts.probe import check_decoding, probe_decoding
+from oprd.run_config import RunConfig
+from oprd.states.cache.folder import CachedPositions
+from oprd.states.cache.teacher import CachedTeacher
+from oprd.states.capture import read_states
+from oprd.states.extrapolation import ExtrapolatedTeacher
+from oprd.states.layer_maps import compared_layers
+from oprd.states.layouts import check_layout, probe_layouts
+from oprd.states.mapped import map_teacher
+from oprd.states.several import teachers_of
+from oprd.states.sources import TeacherSource
+from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
+from oprd.tasks.rewards import RewardFunctions
+from oprd.tasks.task import Task
+
+logger = logging.getLogger("oprd")
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """The objects of a run.
+
+    Args:
+        run: the configuration.
+        pair: student and teacher.
+        objective: the loss.
+        engine: samples the rollouts.
+        task: grades them; None where nothing is graded, or by `rewards` alone.
+        rewards: reward functions; None without any.
+        responses: fixed ones that are the rollouts where the teacher would write; None: it writes.
+        seconds: it took to make them.
+        train_prompts: prompts of the train_dataset as the student reads them; None without one.
+        eval_prompts: prompts of the eval_dataset; None without one.
+    """
+
+    run: RunConfig
+    pair: ModelPair
+    objective: CompositeObjective
+    engine: RolloutEngine
+    task: Task | None
+    train_prompts: Sequence[Prompt] | None
+    eval_prompts: Sequence[Prompt] | None
+    rewards: RewardFunctions | None = None
+    responses: FixedResponses | None = None
+    seconds: float = 0.0
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether the teacher writes completions of the eval_dataset."""
+        return self.run.eval_teacher and self.eval_prompts is not None
+
+
+def resolve(run: RunConfig) -> ResolvedRun:
+    """Load both models, check them against each other, and make everything that a trainer needs.
+
+    Raises:
+        ValueError: models, tokenizers, datasets, bridge or settings that do not fit; says what is wrong and how to fix it.
+    """
+    started = time.perf_counter()
+    args, terms = run.args, build_terms(run)
+    source = check_settings(run, terms)
+    task = task_of(run)
+    rewards = build_rewards(run)
+    train, evaluated = (
+        dataset_rows(run, task, kind, rewards) for kind in PER_DATASET
+    )  # before the models: a bad row ends the run at once
+    student, own_print, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
+    teacher, teacher_tokenizer = make_teacher(run, student, source)
+    _keep_date(args, student.tokenizer, teacher_tokenizer)
+    for one in teachers_of(teacher):
+        _check_one_teacher(run, terms, student, one, source)
+    if args.layer_map is not None:
+        teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
+    aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
+    if args.extrapolation != 1:
+        teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, teacher_tokenizer), args.extrapolation)
+    if args.bridge is not None:
+        teacher = bridge_teacher(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
+    pair = ModelPair(
+        student,
+        teacher,
+        aligner,
+        teacher_tokenizer=teacher_tokenizer,
+        layers=_comparable_layers(args, student.info, teacher, aligner),
+        rendering=args.prompt_rendering,
+        compared=args.compared_positions,
+        # Under bf16 a GPU multiplies 16-bit numbers and adds in float32; a CPU gains nothing by rounding.
+        head_dtype=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
+    )
+    if aligner is not None:
+        _check_own_text(run, pair)
+    _check_cache(pair)
+    _check_readable(pair)
+    _say_ends(pair)
+    objective = _objective(args, terms, pair)
+    prompts = prepare(pair, args, task, train, "train_dataset")
+    return ResolvedRun(
+        run, pair, objective, _engine(run, pair), task,
+        train_prompts=prompts,
+        eval_prompts=prepare(pair, args, task, evaluated, "eval_dataset"),
+        rewards=rewards, responses=_responses(args, pair, source, prompts), seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _check_one_teacher(
+    run: RunConfig, terms: Mapping[str, Term], student: LoadedModel, teacher: Teacher, source: TeacherSource | None
+) -> None:
+    """Refuse a teacher that lacks what the run needs, or whose states cannot be compared with the student's."""
+    check_teacher(run, terms, teacher, source)
+    check_unprojected(run.args, teacher)
+    if compares_states(terms) and run.args.bridge is None and run.args.layer_map is None:
+        check_same_shape(student.info, teacher.info)
+
+
+def _engine(run: RunConfig, pair: ModelPair) -> RolloutEngine:
+    """The engine that is given or named.
+
+    Raises:
+        ValueError: it cannot sample while the student learns, and `overlap_rollouts` is on.
+    """
+    args, given = run.args, run.given.rollout_engine
+    if given is None:
+        engine = make_engine(args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs)
+    else:
+        engine = check_engine(given)
+    if args.overlap_rollouts and not engine.can.background:
+        raise ValueError(
+            f"overlap_rollouts: not with {type(engine).__name__}, which cannot sample in another thread during the update "
+            "(can.background); set it to false"
+        )
+    return engine
+
+
+def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjective:
+    """Check that rows have answers, LM heads can be used, and the teacher can read the prompts, where the loss needs it.
+
+    Call it once both models are on their devices. Where only measurements need the LM heads, they are turned off with a warning.
+
+    Args:
+        resolved: the run.
+        deepspeed: whether DeepSpeed shards the student.
+
+    Returns:
+        The objective, without measurements if they are turned off.
+
+    Raises:
+        ValueError: a term needs LM heads, and a model has none or one of an unknown kind; a row without an answer to reward; or
+            a prompt that the teacher cannot read.
+    """
+    args, pair, objective = resolved.run.args, resolved.pair, resolved.objective
+    if objective.uses(PolicyTerm) and resolved.rewards is None:
+        unanswered = next((p.row.source for p in resolved.train_prompts or [] if p.row.answer is None), None)
+        if unanswered:
+            raise ValueError(f"{unanswered}: no answer to grade rollouts by, which policy_gradient_weight needs")
+    if deepspeed and args.student_quantization is not None:
+        raise ValueError(
+            f"student_quantization: {args.student_quantization} is not supported with DeepSpeed, which splits weights; use DDP"
+        )
+    compares_heads = objective.uses(HeadTerm) or objective.uses(PolicyTerm)
+    if args.diagnostic_steps and not pair.has_teacher_head:
+        logger.warning(
+            "diagnostics are off: the teacher %s has no LM head here, so next-token distributions cannot be compared",
+            type(pair.teacher).__name__,
+        )
+        objective = objective.without_measurements()
+    if objective.diagnostic_steps or compares_heads:
+        try:
+            if deepspeed:
+                raise ValueError(
+                    "output_space, policy_gradient_weight: not with DeepSpeed (it shards the LM head); use fully_shard or DDP"
+                )
+            pair.check_heads()
+        except ValueError as error:
+            if compares_heads:
+                raise
+            logger.warning("diagnostics are off: %s", error)
+            objective = objective.without_measurements()
+    if resolved.train_prompts:  # training renders the teacher's prompts step by step; check all of them now
+        length = args.max_completion_length
+        pair.teacher_prompts(resolved.train_prompts, name="train_dataset", max_completion_length=length)
+    return objective
+
+
+def load_pair(
+    student: str,
+    teacher: str,
+    rendering: TeacherPromptSettings | None = None,
+    *,
+    teacher_dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """Load two models for tools that do not train, on a GPU if there is one.
+
+    Raises:
+        ValueError: a model or tokenizer that cannot be loaded, tokens that cannot be aligned, or a model whose states or
+            completions depend on the padding.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own, theirs = (
+        load(name, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
+        for name, dtype in ((student, torch.float32), (teacher, teacher_dtype))
+    )
+    rendering = rendering or TeacherPromptSettings()
+    aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)
+    pair = ModelPair(
+        own, FrozenTeacher(theirs.model, theirs.info), aligner, teacher_tokenizer=theirs.tokenizer, rendering=rendering
+    )
+    for loaded in (own, theirs):
+        layers = range(1, loaded.info.layers + 1)
+        check_layout(probe_layouts(loaded.model, layers, read=read_states), "right")
+    check_decoding(probe_decoding(own.model))
+    _say_ends(pair)
+    return pair
+
+
+def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> CompositeObjective:
+    objective = CompositeObjective(
+        terms,
+        num_layers=len(pair.layers),
+        reduction=args.reduction,  # type: ignore[arg-type]
+        crossfade_steps=args.crossfade_steps,
+        diagnostic_steps=args.diagnostic_steps,
+        lmbda=args.lmbda,
+        seed=args.seed,
+        temperature=args.temperature,
+        project=pair.teacher.project_student if isinstance(pair.teacher, ProjectsStudent) else None,
+    )
+    if objective.uses(LayerTerm) and not pair.layers:
+        raise ValueError(
+            "objectives: hidden states of these two models cannot be compared without a bridge: oprd bridge fit, then the key "
+            "'bridge'"
+        )
+    return objective
+
+
+def _responses(
+    args: OPRDConfig, pair: ModelPair, source: TeacherSource | None, prompts: Sequence[Prompt] | None
+) -> FixedResponses | None:
+    """The fixed responses of a run, which every prompt of the train_dataset has; None where it has none."""
+    if source is None:
+        return None
+    found = None
+    teacher = innermost(pair.teacher)
+    if isinstance(teacher, CachedTeacher):
+        found = teacher.responses
+    elif source.responses is not None:
+        found = load_responses(args, pair, source.responses)
+    if found is not None and prompts is not None:
+        found.check(prompts, args.num_generations)
+    return found
+
+
+def load_responses(args: OPRDConfig, pair: ModelPair, file: Path) -> FixedResponses:
+    """The responses of a file (`oprd.data.responses.read_responses`), in the student's tokens.
+
+    Raises:
+        ValueError: no such file, a row without a prompt or a response, or one that does not fit the model's context or tokens.
+    """
+    rows = load_prompts(str(file), reading=Reading.of(vars(args), "train", columns=True))
+    prompts = prepare(pair, args, None, rows, "responses") or []
+    renderer = PromptRenderer(pair.tokenizer, pair.template_kwargs, pair.rendering.split_special_tokens)
+    ends, eos = pair.student.info.stop_token_ids, pair.tokenizer.eos_token_id
+
+    def end_of(prompt: Prompt) -> int:
+        turn = pair.turn_end_ids if not isinstance(prompt.row.prompt, str) else ()
+        return next((i for i in (*turn, eos) if i in ends), ends[0])
+
+    def text_of(ids: Sequence[int]) -> str:
+        return str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+
+    found = read_responses(
+        prompts, renderer.completion_ids, text_of, end_of, longest=args.max_completion_length, ends=pair.stop_token_ids,
+        most=min(vocabulary_size(pair.tokenizer), pair.student.info.embedding_rows or sys.maxsize),
+    )  # fmt: skip
+    return FixedResponses(found, str(file))
+
+
+def _check_cache(pair: ModelPair) -> None:
+    """Refuse a cache without what the run compares."""
+    teacher = innermost(pair.teacher)
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_request(pair.layers, cached_positions(pair), tokenizer_digest(pair.tokenizer))
+
+
+def cached_positions(pair: ModelPair) -> CachedPositions:
+    """The positions whose states a pair compares, as a cache names them."""
+    compared = pair.compared
+    return CachedPositions(compared.positions, compared.position_k, compared.end_of_turn == "skip")
+
+
+def _aligner(
+    args: OPRDConfig,
+    terms: Mapping[str, Term],
+    student: LoadedModel,
+    teacher: Teacher,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Aligner | None:
+    """The aligner that gives the teacher its own prompts and tokens; None where it reads the student's."""
+    assert student.tokenizer is not None, "a student always has a tokenizer"
+    stops = student.info.stop_token_ids, teacher.info.stop_token_ids
+    aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
+    if aligner is not None:
+        check_one_text(aligner, compares_states=compares_states(terms) and args.bridge is None)
+        if any(isinstance(term.objective, HeadTerm) and not is_supervised(term.objective) for term in terms.values()):
+            logger.warning(
+                "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
+                "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
+                "(docs/bridge.md)"
+            )
+    return aligner
+
+
+def _comparable_layers(
+    args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
+) -> tuple[int, ...]:
+    """The student's layers whose states can be compared with the teacher's; empty for another shape or tokens without a bridge."""
+    layers = compared_layers(args.layer_map, args.layers, student.layers)
+    if args.bridge is not None:
+        return layers
+    same_depth = args.layer_map is not None or student.layers == teacher.info.layers
+    alike = same_depth and student.width == teacher.info.width
+    if alike and (aligner is None or aligner.same_ids):
+        return layers
+    logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
+    return ()
+
+
+def _check_own_text(run: RunConfig, pair: ModelPair) -> None:
+    """Check the settings for a teacher that reads its own prompts and tokens."""
+    check_own_tokens(run.args)
+    if bounds(run.args.lmbda)[0] < 1 and run.given.rollout_engine is not None:
+        raise ValueError(
+            f"rollout_engine: the given {type(run.given.rollout_engine).__name__} samples in the student's tokens, and with lmbda="
+            f"{run.args.lmbda} a teacher with its own prompts and tokens writes too; name the engine in OPRDConfig, so that one is "
+            "made for each, or set lmbda to 1"
+        )
+    assert pair.aligner is not None, "the caller has checked"
+    logger.info(
+        "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
+        len(pair.shared_vocabulary.ids[0]), len(pair.tokenizer), len(pair.aligner.teacher_tokenizer),
+    )  # fmt: skip
+
+
+def _check_readable(pair: ModelPair) -> None:
+    """Refuse a student that can write a token id which its teacher, reading the same ids, has no embedding for."""
+    rows, own = pair.teacher.info.embedding_rows, pair.student.info.embedding_rows
+    if pair.aligner is not None or rows is None or own is None:
+        return
+    written = min(vocabulary_size(pair.tokenizer), own)
+    if written > rows:
+        first = pair.tokenizer.convert_ids_to_tokens(rows)
+        raise ValueError(
+            f"teacher_model: its embedding has {rows} rows, and the student can write {first!r} (id {rows}) and more up to id "
+            f"{written - 1}: take a teacher with the student's vocabulary, or resize it (resize_token_embeddings) and save it"
+        )
+
+
+def _keep_date(args: OPRDConfig, *tokenizers: PreTrainedTokenizerBase | None) -> None:
+    """Set `chat_template_date`, where a chat template prints today's date: the run and what resumes it print this one."""
+    both = zip(tokenizers, (args.chat_template_kwargs, args.teacher_chat_template_kwargs), strict=True)
+    if args.chat_template_date is None and any(t is not None and prints_date(t, kwargs) for t, kwargs in both):
+        args.chat_template_date = broadcast_object_list([now()])[0]  # clocks of machines differ
+        logger.info("the chat template prints the date: chat_template_date is %s in this run", args.chat_template_date)
+
+
+def _say_ends(pair: ModelPair) -> None:
+    """Log which tokens end a rollout although only the teacher names them."""
+    if pair.teacher_stop_ids:
+        names = [
+            f"{token!r} ({i})" for i in pair.teacher_stop_ids for token in pair.tokenizer.convert_ids_to_tokens([i])
+        ]
+        logger.warning(
+            "rollouts end at %s too, which only the teacher names as an end (the student: %s). In training, "
+            "completions/teacher_stop_ratio counts them, and end_of_turn: by_id ends rollouts at the student's alone",
+            ", ".join(names), ", ".join(map(str, pair.student.info.stop_token_ids)),
+        )  # fmt: skip

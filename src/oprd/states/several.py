@@ -1,0 +1,130 @@
+"""Several teachers in one run: each micro-batch is read by one of them, which its request names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from oprd.models.loading import ModelInfo
+from oprd.states.requests import StateRequest
+from oprd.states.teacher_settings import TeachersPerPrompt, check_per_prompt
+from oprd.states.teachers import Teacher
+from oprd.types import States
+
+
+@runtime_checkable
+class HoldsTeachers(Protocol):
+    """A teacher that is made of others.
+
+    Attributes:
+        teachers: teacher_id → teacher.
+    """
+
+    teachers: Mapping[str, Teacher]
+
+
+def teachers_of(teacher: Teacher) -> list[Teacher]:
+    """The teachers that one is made of; the teacher itself where it is one."""
+    return [*teacher.teachers.values()] if isinstance(teacher, HoldsTeachers) else [teacher]
+
+
+def modules_of(teacher: Teacher) -> list[nn.Module]:
+    """The models of a teacher in this process, each once, also those that wait in host memory."""
+    return _each_once(teachers_of(teacher))
+
+
+def _each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
+    return [*{id(module): module for teacher in teachers for module in teacher.modules}.values()]
+
+
+class SeveralTeachers:
+    """Hands each request to the teacher that it names.
+
+    All teachers have the student's depth, width and tokens; no bridge is between them and the student.
+
+    Args:
+        teachers: teacher_id → teacher.
+        per_prompt: "one": the row's `teacher_id` names its teacher. "all": every teacher reads every rollout, and each counts
+            equally in the rollout's loss.
+        offload: keep the weights of a teacher in host memory until it is asked.
+
+    Attributes:
+        modules: all models, for the trainer to place; none where `offload` is on, since they are moved here.
+
+    Raises:
+        ValueError: `per_prompt` is unknown.
+    """
+
+    def __init__(
+        self, teachers: Mapping[str, Teacher], *, per_prompt: TeachersPerPrompt = "one", offload: bool = False
+    ) -> None:
+        check_per_prompt(per_prompt)
+        self.teachers, self.per_prompt, self.offload = dict(teachers), per_prompt, offload
+        self.info = _shared_info([teacher.info for teacher in teachers.values()])
+        self.identity = ", ".join(f"{name}: {teacher.identity}" for name, teacher in self.teachers.items())
+        self.modules: Sequence[nn.Module] = () if offload else _each_once([*self.teachers.values()])
+        self._moved = 0
+
+    @property
+    def readings(self) -> int:
+        """How many teachers read each rollout."""
+        return len(self.teachers) if self.per_prompt == "all" else 1
+
+    def readers(self, teacher_ids: Sequence[str]) -> dict[str, list[int]]:
+        """teacher_id → places of the rollouts that it reads, in the order of the teachers; one that reads none has an empty list.
+
+        Args:
+            teacher_ids: of each rollout; where all teachers read all, they do not matter.
+        """
+        everywhere = self.per_prompt == "all"
+        return {
+            name: [place for place, own in enumerate(teacher_ids) if everywhere or own == name]
+            for name in self.teachers
+        }
+
+    def ready(self, teacher_id: str, device: torch.device | str) -> Teacher:
+        """The teacher of this name; where weights wait in host memory, its own are moved to `device` and the others back."""
+        chosen = self.teachers[teacher_id]
+        if self.offload:
+            wanted = {id(module) for module in chosen.modules}
+            for module in _each_once([*self.teachers.values()]):
+                self._move(module, torch.device(device if id(module) in wanted else "cpu"))
+        return chosen
+
+    def states(self, request: StateRequest) -> States:
+        """The states of `request`, by the teacher that it names.
+
+        Raises:
+            ValueError: it names none of these teachers.
+        """
+        if request.teacher is None or request.teacher not in self.teachers:
+            raise ValueError(f"teachers: a request names {request.teacher!r}; there are {', '.join(self.teachers)}")
+        return self.ready(request.teacher, request.input_ids.device).states(request)
+
+    def take_moved(self) -> int:
+        """How many times the weights of a teacher were moved to where it runs since the last call."""
+        moved, self._moved = self._moved, 0
+        return moved
+
+    def _move(self, module: nn.Module, device: torch.device) -> None:
+        weight = next(module.parameters(), None)
+        if weight is not None and weight.device.type != device.type:
+            module.to(device)
+            self._moved += device.type != "cpu"
+
+
+def _shared_info(infos: Sequence[ModelInfo]) -> ModelInfo:
+    """What holds for all: the least context and embedding, and every token that ends a text for any of them."""
+    contexts = [info.context_length for info in infos if info.context_length is not None]
+    rows = [info.embedding_rows for info in infos if info.embedding_rows is not None]
+    return replace(
+        infos[0],
+        name=", ".join(info.name for info in infos),
+        context_length=min(contexts, default=None),
+        stop_token_ids=tuple(sorted({i for info in infos for i in info.stop_token_ids})),
+        embedding_rows=min(rows, default=None),
+    )

