@@ -40,7 +40,8 @@ def demo(
     if pair not in PAIRS:
         raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
     check_json(json_file)
-    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig
     from oprd.runs.verdict import judge_run
 
