@@ -69,6 +69,7 @@ def demo(
     found = judge_run(summary)
     verdict = found.text if found else "trained"
     say(f"{verdict} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+    say("next, with a pair of your own: oprd init --student NAME --teacher NAME --prompts FILE --output mine.yaml")
     write_report(json_file, summary)
 
 
