@@ -67,14 +67,12 @@ def problems(pair: Pair, count: int, seed: int) -> Iterator[tuple[str, str]]:
 
 def build_tokenizer(pair: Pair) -> Any:
     """One token a letter."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<eos>", "<unk>", "=", *pair.letters]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
@@ -89,10 +87,16 @@ def build(name: str, folder: Path) -> None:
     pair = PAIRS[name]
     tokenizer = build_tokenizer(pair)
     torch.manual_seed(pair.seed)
+    shape = {
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = getattr(transformers, f"{pair.kind}Config")(
-        **{"vocab_size": len(tokenizer), "intermediate_size": 256, "num_attention_heads": 4, "max_position_embeddings": 64,
-           "tie_word_embeddings": True, "initializer_range": 0.05, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None} | pair.shape
-    )  # fmt: skip
+        vocab_size=len(tokenizer), initializer_range=0.05, **shape, **ends, **pair.shape
+    )
     model = getattr(transformers, f"{pair.kind}ForCausalLM")(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     wanted = [("student", STUDENT), ("teacher", TEACHER)]
@@ -150,8 +154,8 @@ def first_hour(name: str, folder: Path, oprd: str) -> dict[str, Any]:
     closed = (after - before) / (teacher - before)
     return {
         "before": before, "after": after, "teacher": teacher, "gap_closed": round(closed, 4), "holds": closed >= WANTED,
-        "learning_rate": summary.get("learning_rate"), "verdict": summary["verdict"], "steps": summary["steps"], "seconds": seconds,
-        "recipe": recipe.read_text(),
+        "learning_rate": summary["learning_rate_probe"]["learning_rate"], "verdict": summary["verdict"],
+        "steps": summary["steps"], "seconds": seconds, "recipe": recipe.read_text(),
     }  # fmt: skip
 
 

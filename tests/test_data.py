@@ -283,7 +283,8 @@ def test_tasks_by_name():
     assert all(task.name == name and task.description for name, task in TASKS.items())
     with pytest.raises(
         ValueError,
-        match=r"task: 'maths' is not one of math, exact_match, addition, chain_sum, sum_of_two, nor module:attribute.*Did you mean 'math'",
+        match=r"task: 'maths' is not one of math, exact_match, addition, chain_sum, sum_of_two, "
+        r"nor module:attribute.*Did you mean 'math'",
     ):
         get_task("maths")
 

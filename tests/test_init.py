@@ -143,7 +143,9 @@ def test_a_completion_leaves_room_for_the_instruction_of_the_task(pair):
     length = {}
     for task in ("math", "exact_match"):
         values = dict(made(eval_dataset="problems.jsonl", task=task).values)
-        resolve(RunConfig.parse({**values, "learning_rate": 1e-3, "max_steps": 1}))  # refuses a prompt that does not fit
+        resolve(
+            RunConfig.parse({**values, "learning_rate": 1e-3, "max_steps": 1})
+        )  # refuses a prompt that does not fit
         length[task] = values["max_completion_length"]
     assert length["math"] < length["exact_match"]
 
