@@ -82,9 +82,8 @@ CASES = {
     "states_off_policy": _e1("states_off_policy", lmbda=0.0),
     "wider": Case({"teacher_model": "embedded:wider/teacher"}, rates=RATES, fitted=True),
     "other_tokenizer": Case({"teacher_model": "embedded:other-tokenizer/teacher"}, rates=RATES, fitted=True),
-    "reversal": Case(
-        {"task": "learning_rate:reversal"}, rates=RATES
-    ),  # the constants were chosen with earlier pairs of these
+    # The constants were chosen with earlier pairs of the next two names.
+    "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES),
     "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES),
     "rotation": Case({"task": "learning_rate:rotation"}, rates=RATES),
     "smollm2_representation": _e11("representation"),
