@@ -84,8 +84,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_extend.py::test_what_a_run_never_calls_is_known"),
     ],
     "training/outcome.py": [
-        ("the summary lacks what was measured after training", 'summary["student_after"] = trainer.evaluate_now()',
-         'summary["student_after"] = summary["student_before"]',
+        ("the summary lacks what was measured after training", '_keep(trainer, "student_after", trainer.measure_now(), say)',
+         'summary["student_before"]',
          "test_python_api.py::test_a_run_from_python_leaves_what_the_command_leaves"),
     ],
     "tools/evaluate.py": [
@@ -993,8 +993,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "training/trainer.py": [
         ("the best model is not evaluated",
-         "as_then = step == self.state.global_step and not self.args.load_best_model_at_end",
-         "as_then = step == self.state.global_step", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
+         "last[0] == now and not self.args.load_best_model_at_end",
+         "last[0] == now", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
         ("an evaluation of other problems is remembered",
          "        if eval_dataset is None:\n            self._last_evaluation",
          "        if True:\n            self._last_evaluation",

@@ -19,7 +19,7 @@ from oprd.resolve import plan
 from oprd.run_config import RunConfig, read_yaml, recipe_keys
 from oprd.sanitize import redacted_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
-from oprd.tools.compare.results import Run
+from oprd.tools.compare.results import Run, run_folder
 
 COMPARISON_FOLDERS = shipped_folders("comparisons")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -101,7 +101,7 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
     for seed in comparison.seeds:
         first = len(runs)
         for rate, name, changes in _grid(comparison):
-            folder = Path(comparison.output_dir) / "runs" / name / f"lr_{rate!r}" / f"seed_{seed}"
+            folder = run_folder(comparison.output_dir, name, rate, seed)
             own = {"seed": seed, "learning_rate": rate, "output_dir": str(folder)}
             own |= dict.fromkeys(("eval_before", "eval_teacher"), len(runs) == first)
             values = {**comparison.settings, **changes, **own}
