@@ -30,6 +30,7 @@ from oprd.runs.grades import problem_key, record_grades
 from oprd.runs.model_card import write_model_card
 from oprd.runs.verdict import judge_run
 from oprd.tasks.evaluation import Measured, describe_accuracy
+from oprd.tasks.measures import REWARD
 
 if TYPE_CHECKING:
     from oprd.training.trainer import OPRDTrainer
@@ -203,7 +204,14 @@ def _warn_of_teacher(found: Mapping[str, Any]) -> None:
     """Warn of a teacher that solves next to nothing: rather the grader, its instruction or the length is wrong than the teacher."""
     average, finished = found.get("avg_at_k"), found.get("finished")
     problems = found.get("problems") or 0
-    if average is None or finished is None or problems < _FEW_PROBLEMS or (average >= 0.01 and finished >= 0.2):
+    rewarded = found.get("measure") == REWARD  # a reward may be anything
+    if (
+        average is None
+        or finished is None
+        or problems < _FEW_PROBLEMS
+        or rewarded
+        or (average >= 0.01 and finished >= 0.2)
+    ):
         return
     logger.warning(
         "the teacher solves %.0f%% of the evaluation problems and finishes %.0f%% of its answers; if you expect more, task, "
