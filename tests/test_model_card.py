@@ -158,6 +158,8 @@ def test_values_and_metadata():
         ({"processes": None}, "in as many processes as it had (not recorded)."),
         ({"objective": None}, "- loss: not recorded"),
         ({"software": None, "python": None}, "- software: not recorded"),
+        ({"rows": {"train": 500, "eval": 12}}, "On `problems.jsonl` (all 12 rows), graded as task `math`"),
+        ({"rows": {"train": 500, "eval": 30}}, "On `problems.jsonl` (the first 30 rows), graded as task `math`"),
     ],
 )  # fmt: skip
 def test_what_was_not_measured_is_said_to_be_so(changes, piece):

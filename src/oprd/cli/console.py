@@ -101,7 +101,8 @@ def describe_step(logs: dict[str, Any], measure: str | None = None) -> str:
 
 def measure_of_step(args: Any, logs: dict[str, Any], before: str | None) -> str:
     """Accuracy or reward; a run that was once rewarded stays so, also in steps whose rewards are all 0 or 1."""
-    return before if before == REWARD else measure_of_run(vars(args), metrics=logs)
+    settings = {key: getattr(args, key, None) for key in ("reward_funcs", "task")}
+    return before if before == REWARD else measure_of_run(settings, metrics=logs)
 
 
 class StepLines(TrainerCallback):

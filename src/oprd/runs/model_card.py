@@ -99,7 +99,7 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
-        "training prompts": _dataset(settings, "train"),
+        "training prompts": _dataset(settings, "train", summary),
         "loss": _recorded(summary.get("objective")),
         "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
@@ -137,7 +137,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     graded = f"graded as task {_code(task)}" if task else by_rewards
     temperature, top_p = (_recorded(settings.get(name)) for name in ("eval_temperature", "eval_top_p"))
     head = (
-        f"On {_dataset(settings, 'eval')}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
+        f"On {_dataset(settings, 'eval', summary)}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
         f"most tokens {_recorded(longest)}. The interval is a bootstrap over problems."
     )
     measure = measure_of_run(settings, summary)
@@ -259,10 +259,14 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _dataset(settings: Mapping[str, Any], role: str) -> str:
-    """Name, split (not for files) and number of rows of the train or eval dataset."""
+def _dataset(settings: Mapping[str, Any], role: str, summary: Mapping[str, Any]) -> str:
+    """Name, split (not for files) and number of rows of the train or eval dataset. A limit above all its rows is none."""
     name, limit = settings[f"{role}_dataset"], settings.get(f"{role}_limit")
-    rows = "all rows" if limit is None else f"the first {limit} rows"
+    found = (summary.get("rows") or {}).get(role)
+    if limit is None or (found is not None and found < limit):
+        rows = "all rows" if found is None else f"all {found} rows"
+    else:
+        rows = f"the first {limit} rows"
     split = settings.get(f"{role}_split")
     split = "" if split is None or Path(name).suffix in FILE_KINDS else f"split {_code(split)}, "
     return f"{_code(name)} ({split}{rows})"

@@ -162,6 +162,7 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
         "objective": describe_objective(trainer.args, trainer.objective.terms),
         "steps": trainer.state.global_step,
         "seed": trainer.args.seed,
+        "rows": {"train": len(trainer.train_dataset), "eval": len(trainer.eval_dataset or ())},
         "probe": trainer.probe,
         "learning_rate_probe": _rate_probe(trainer),
         "processes": trainer.args.world_size,
