@@ -174,6 +174,7 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
+        use_cache = getattr(pair.student.model.config, "use_cache", None)
         super().__init__(
             model=pair.student.model,
             args=args,
@@ -184,6 +185,8 @@ class OPRDTrainer(Trainer):
             callbacks=[*trackers, *map(guarded, callbacks or [])],
             optimizers=optimizers,
         )
+        if use_cache is not None:  # Trainer has turned it off, and the saved config is for generation
+            pair.student.model.config.use_cache = use_cache
         args.report_to = [tracker.name for tracker in trackers]
         self._connect(resolved)
 
