@@ -46,7 +46,7 @@ def train(folder, student, **more) -> None:
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("1+1=", "2+2=")]
     oprd.OPRDTrainer(
         str(student), more.pop("teacher", tiny_model(seed=4)), args=args, train_dataset=rows, **more
-    ).train()
+    ).train(outputs=True)
 
 
 def python_blocks() -> list[str]:
