@@ -616,6 +616,22 @@ def _two_of_its_runs(oprd, out):
     code, _, errors = oprd("compare", str(out), folders[0])
     assert code == 2
     assert f"{out} is a comparison of 4 runs, not a run" in errors
+    page = out.parent / "page.html"
+    code, _, errors = oprd("report", str(out), "--output", str(page))
+    assert code == 0, errors
+    text = page.read_text()
+    assert "<h1>4 runs compared</h1>" in text
+    assert "out: every objective and rate." in text
+    assert '<th scope="col">difference to all [95 %]</th>' in text
+    assert '<th scope="row">Avg@k after, difference to A [95 %]</th>' in text
+    assert "(paired, 4 problems)" in text
+    report = json.loads((out / "compare.json").read_text())
+    del report["baseline"]
+    (old := out.parent / "old").mkdir()
+    (old / "compare.json").write_text(json.dumps(report))
+    code, _, errors = oprd("report", str(old))
+    assert code == 2
+    assert f"is of an older version, without differences; write it anew: oprd compare --config {out.parent}" in errors
 
 
 def test_a_failing_comparison_ends_with_an_exit_code(oprd, comparison, monkeypatch):

@@ -112,6 +112,26 @@ def test_grades_of_other_problems_and_damaged_files_are_not_taken(tmp_path):
         assert read_grades(tmp_path) is None
 
 
+def test_a_large_comparison_shows_the_runs_of_its_first_seed(tmp_path, monkeypatch):
+    """14 objectives of one seed each fit; of two seeds, those of the first are shown, and the page says so."""
+    from oprd.tools.report import comparison
+
+    names, where = [f"o{i}" for i in range(7)], tmp_path / "c"
+    rows = [{"objective": name, "learning_rate": rate, "seeds": [5, 6]} for name in names for rate in (1e-3, 1e-2)]
+    report = {"rows": rows, "best_rate": dict.fromkeys(names, 1e-2), "baseline": {}, "settings": {"seeds": [5, 6]}}
+    where.mkdir()
+    (where / "compare.json").write_text(json.dumps(report))
+    monkeypatch.setattr(comparison, "table", lambda report: ([], []))
+    monkeypatch.setattr(comparison, "notes", lambda report: [])
+    runs, (found,) = comparison.unfold([tmp_path / "run", where])
+    assert runs == [tmp_path / "run", *(where / "runs" / name / "lr_0.01" / "seed_5" for name in names)]
+    assert "seed 5" in found.notes[0]
+    report["rows"] = rows[:12]
+    (where / "compare.json").write_text(json.dumps(report))
+    runs, (found,) = comparison.unfold([where])
+    assert (len(runs), found.notes) == (12, [])
+
+
 def test_rewards_are_numbers(run):
     report = compare_runs([run("a", [1.5, 2.0, -1.0], measure="reward"), run("b", [2.0, 2.0, -1.0], measure="reward")])
     header, (_, second) = runs_table(report)

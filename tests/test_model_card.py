@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oprd.files import verify, write_manifest
 from oprd.run_config import RunConfig
-from oprd.runs.model_card import CARD, model_card, write_model_card
+from oprd.runs.model_card import BIBTEX, CARD, model_card, write_model_card
 
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
@@ -319,3 +319,15 @@ def test_a_card_added_to_a_folder_with_a_manifest_leaves_it_verified(tmp_path):
     write_manifest(tmp_path)
     write_model_card(tmp_path, SUMMARY, SETTINGS)
     verify(tmp_path)
+
+
+def test_the_card_and_the_docs_cite_the_paper_and_oprd_alike():
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    assert f"```bibtex\n{BIBTEX}\n```" in page
+    assert f"```bibtex\n{BIBTEX}\n```" in model_card(SUMMARY, SETTINGS)
+    cited = yaml.safe_load((Path(__file__).parent.parent / "CITATION.cff").read_text())
+    (paper,) = cited["references"]
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in " ".join(BIBTEX.split())
+    assert paper["title"] in BIBTEX.replace("{OPRD}", "OPRD")
+    assert paper["url"] == cited["identifiers"][0]["value"]

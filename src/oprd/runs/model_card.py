@@ -25,6 +25,23 @@ CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
 NOT_MEASURED = "not measured"
 _PAPER = "[On-Policy Representation Distillation](https://arxiv.org/abs/2606.06021)"
+BIBTEX = """\
+@article{yang2026oprd,
+  title   = {{OPRD}: On-Policy Representation Distillation},
+  author  = {Yang, Shenzhi and Zhu, Guangcheng and Song, Bowen and Wang, Haobo and Xia, Mingxuan and Zheng, Xing and Ma, Yingfan
+             and Chen, Zhongqi and Wang, Weiqiang and Chen, Gang},
+  year    = {2026},
+  journal = {arXiv preprint arXiv:2606.06021},
+  url     = {https://arxiv.org/abs/2606.06021},
+}
+
+@software{oprd,
+  title   = {oprd: on-policy distillation of language models by hidden states},
+  author  = {{The oprd contributors}},
+  year    = {2026},
+  license = {Apache-2.0},
+}"""
+"""The paper and oprd; docs/method.md has the same."""
 _MODELS = {"student_before": "student before", "student_after": "student after", "teacher": "teacher"}
 
 
@@ -66,6 +83,8 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         _limits(summary, settings),
         "## To repeat it",
         _recipe(summary, settings),
+        "## Cite",
+        f"The paper for the method, oprd for the implementation.\n\n```bibtex\n{BIBTEX}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
