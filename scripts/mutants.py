@@ -88,6 +88,27 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          'summary["student_before"]',
          "test_python_api.py::test_a_run_from_python_leaves_what_the_command_leaves"),
     ],
+    "tools/compare/difference.py": [
+        ("differences of unlike problems", "pairs = [left[key] - right[key] for key, _ in sorted(ours)]",
+         "pairs = [o - b for (_, o), (_, b) in zip(ours, baseline, strict=True)]",
+         "test_compare_runs.py::test_runs_on_the_same_problems_are_paired"),
+        ("other problems are paired all the same",
+         "if not ours or Counter(key for key, _ in ours) != Counter(key for key, _ in baseline):", "if not ours:",
+         "test_compare_runs.py::test_a_problem_that_is_there_twice_counts_twice"),
+        ("the difference is over all seeds of both", "for seed in ours if seed in baseline]",
+         "for seed in ours if seed in baseline][:1]", "test_compare.py::test_differences_are_paired_by_seed"),
+    ],
+    "tools/settings_of_run.py": [
+        ("a folder may name code", 'if ":" in code:', 'if code == ":":',
+         "test_eval_of_run.py::test_what_is_not_taken_is_asked_for"),
+        ("the run's settings replace those of the command line", "if name in given or not applies",
+         "if not applies", "test_eval_of_run.py::test_what_the_command_line_gives_comes_first"),
+    ],
+    "runs/measure.py": [
+        ("rewards are told as an accuracy", 'if "accuracy_std" in metrics or any(_is_reward(found) for found in evaluations):',
+         'if "accuracy_std" in metrics:',
+         "test_rewards_in_words.py::test_a_run_is_rewarded_by_its_settings_its_evaluations_or_its_steps"),
+    ],
     "tools/evaluate.py": [
         ("all rows in place of the first", '"dataset", reading)[:limit]', '"dataset", reading)',
          "test_python_api.py::test_a_model_and_a_task_may_be_objects"),

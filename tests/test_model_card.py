@@ -285,7 +285,7 @@ def test_hostile_names_stay_what_they_are(name):
     lines = card.split("## To repeat it")[0].splitlines()
     headings = [line for line in lines if line.startswith("#")]
     assert headings[0].startswith("# `")
-    assert headings[1:] == ["## Results", "## Contamination", "## Limits"]
+    assert headings[1:] == ["## Results", "## Contamination", "## Limits", "## Cite"]
     assert not [c for c in card.split("## To repeat it")[0] if not c.isprintable() and c != "\n"]
     _, fence, block = re.split(r"^(`{3,})yaml\n", card, flags=re.MULTILINE)
     assert block.endswith(f"\n{fence}\n")

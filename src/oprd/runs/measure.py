@@ -11,7 +11,7 @@ _EVALUATED = ("student_after", "student_before", "teacher")
 
 
 def measure_of_run(
-    settings: Mapping[str, Any], summary: Mapping[str, Any] | None = None, metrics: Container[str] = ()
+    settings: Mapping[str, Any], summary: Mapping[str, Any] | None = None, metrics: Container[Any] = ()
 ) -> str:
     """ACCURACY or REWARD.
 

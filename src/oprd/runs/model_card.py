@@ -81,10 +81,10 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         _contamination(summary.get("contamination")),
         "## Limits",
         _limits(summary, settings),
-        "## To repeat it",
-        _recipe(summary, settings),
         "## Cite",
         f"The paper for the method, oprd for the implementation.\n\n```bibtex\n{BIBTEX}\n```",
+        "## To repeat it",
+        _recipe(summary, settings),
     ]
     return "\n\n".join(sections) + "\n"
 

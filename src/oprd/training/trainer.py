@@ -27,6 +27,7 @@ from oprd.config import AUTO, OPRDConfig
 from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
+from oprd.models.architecture import keeping_cache_setting
 from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.processor import copy_processor
 from oprd.models.saved import check_names, has_own_layout, weight_files
@@ -174,19 +175,12 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
-        use_cache = getattr(pair.student.model.config, "use_cache", None)
-        super().__init__(
-            model=pair.student.model,
-            args=args,
-            data_collator=list,
-            train_dataset=resolved.train_prompts,
-            eval_dataset=resolved.eval_prompts,
-            processing_class=pair.tokenizer,
-            callbacks=[*trackers, *map(guarded, callbacks or [])],
-            optimizers=optimizers,
-        )
-        if use_cache is not None:  # Trainer has turned it off, and the saved config is for generation
-            pair.student.model.config.use_cache = use_cache
+        with keeping_cache_setting(pair.student.model):
+            super().__init__(
+                model=pair.student.model, args=args, data_collator=list, train_dataset=resolved.train_prompts,
+                eval_dataset=resolved.eval_prompts, processing_class=pair.tokenizer, optimizers=optimizers,
+                callbacks=[*trackers, *map(guarded, callbacks or [])],
+            )  # fmt: skip
         args.report_to = [tracker.name for tracker in trackers]
         self._connect(resolved)
 
