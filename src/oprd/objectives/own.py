@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
+from oprd.objectives.no_effect import check_effect
 from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
 from oprd.registry import arguments_problem, resolve_with_arguments
@@ -128,6 +129,7 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
     if policies and not graded:
         raise ValueError(f"task: {policies[0]} needs one, to grade the rollouts that it rewards")
     _check_fresh(terms, config)
+    check_effect(terms, config, _label)
 
 
 def compares_heads_inputs(term: Term) -> bool:

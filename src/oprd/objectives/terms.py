@@ -94,7 +94,9 @@ Attribute `on_policy_only = True` (default: False, of policy terms True): the gr
 student draws.
 
 Attribute `supervised = True` (default: False): it reads the student alone, at its own tokens, and counts in steps whose responses
-the teacher writes."""
+the teacher writes.
+
+Attribute `needs_positions` (default: 1): positions of a rollout below which its loss of the rollout is 0."""
 
 
 def is_supervised(objective: Objective) -> bool:
