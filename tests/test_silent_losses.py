@@ -104,7 +104,9 @@ def test_a_distribution_renormalised_on_one_token_is_refused(kind, support):
 def test_responses_too_short_for_a_term_are_refused():
     for entry, length in ((FLOW, 1), (RELATIONS, 2)):
         args = OPRDConfig("unused", use_cpu=True, objectives=[entry], max_completion_length=length)
-        with pytest.raises(ValueError, match=f"^max_completion_length: {length} leaves {length} .*; set it to {length + 1} or more$"):
+        with pytest.raises(
+            ValueError, match=f"^max_completion_length: {length} leaves {length} .*; set it to {length + 1} or more$"
+        ):
             plan(RunConfig(args, "student", "teacher"))
 
 
@@ -120,7 +122,9 @@ def given(**objectives) -> GivenObjects:
 
 
 def test_a_supervised_term_without_the_teachers_responses_is_refused():
-    with pytest.raises(ValueError, match="^lmbda: 1.0 lets the student write every response, and objectives: mine learns"):
+    with pytest.raises(
+        ValueError, match=r"^lmbda: 1\.0 lets the student write every response, and objectives: mine learns"
+    ):
         build_terms(RunConfig(config(), "student", "teacher", given=given(mine=OfTheTeacher())))
     build_terms(RunConfig(config(lmbda=0.5), "student", "teacher", given=given(mine=OfTheTeacher())))
 
@@ -145,7 +149,9 @@ def test_a_run_that_ends_before_its_loss_begins_is_refused(settings, allowed):
     if allowed:
         build_terms(run)
         return
-    with pytest.raises(ValueError, match=f"^max_steps: {settings['max_steps']} ends the run before any term of the loss"):
+    with pytest.raises(
+        ValueError, match=f"^max_steps: {settings['max_steps']} ends the run before any term of the loss"
+    ):
         build_terms(run)
 
 
@@ -154,5 +160,3 @@ def test_an_adapter_that_the_loss_does_not_reach_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^layers: \[1\]: the loss on these layers reaches no weight that is trained"):
         tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), peft_config=above, layers=[1])
     tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), peft_config=above, layers=[3])
-
-

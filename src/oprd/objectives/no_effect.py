@@ -32,8 +32,8 @@ def check_effect(terms: Mapping[str, Term], config: Any, label: Callable[[str], 
             )
     if config.max_steps > 0 and not _weighs(terms, config):
         raise ValueError(
-            f"max_steps: {config.max_steps} ends the run before any term of the loss has a weight ({', '.join(map(label, terms))}); "
-            "raise max_steps, or start the schedule, crossfade_steps or lmbda earlier"
+            f"max_steps: {config.max_steps} ends the run before any term of the loss has a weight "
+            f"({', '.join(map(label, terms))}); raise max_steps, or start the schedule, crossfade_steps or lmbda earlier"
         )
 
 

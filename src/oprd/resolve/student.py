@@ -106,8 +106,8 @@ def _require_reached(student: nn.Module, layers: Any) -> None:
     """
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
-            f"layers: {layers!r}: the loss on these layers reaches no weight that is trained (an adapter on higher blocks, or frozen "
-            "weights); choose higher layers, or train lower blocks (lora: layers_to_transform)"
+            f"layers: {layers!r}: the loss on these layers reaches no weight that is trained (an adapter on higher blocks, or "
+            "frozen weights); choose higher layers, or train lower blocks (lora: layers_to_transform)"
         )
 
 
