@@ -43,7 +43,7 @@ class AttentionMaps:
         if self.heads == ALL:
             return
         named = isinstance(self.heads, list | tuple) and self.heads
-        if not named or not (_counts(self.heads) or all(_pair(head) for head in self.heads)):  # type: ignore[arg-type]
+        if not named or not (_counts(self.heads) or all(_pair(head) for head in self.heads)):
             raise ValueError(
                 f"AttentionMaps: heads: {self.heads!r} is not allowed; all, a list of heads counted from 1, or pairs "
                 "[[student head, teacher head], …]"
@@ -60,7 +60,7 @@ class AttentionMaps:
                 f"AttentionMaps: heads: all does not say which belong together: the student has {student_heads} heads and the "
                 f"teacher {teacher_heads}; name pairs: heads: [[student head, teacher head], …]"
             )
-        chosen = range(1, student_heads + 1) if self.heads == ALL else self.heads
+        chosen: Sequence[Any] = range(1, student_heads + 1) if self.heads == ALL else self.heads
         pairs = [(head, head) if isinstance(head, int) else (head[0], head[1]) for head in chosen]
         for side, count, numbers in zip(
             ("student", "teacher"), (student_heads, teacher_heads), zip(*pairs, strict=True), strict=True

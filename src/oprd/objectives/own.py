@@ -9,7 +9,16 @@ from typing import Any, get_args
 from oprd.objectives.composite import Fade, Term
 from oprd.objectives.no_effect import check_effect
 from oprd.objectives.schedules import bounds, check_weight, is_on
-from oprd.objectives.terms import AttentionTerm, HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
+from oprd.objectives.terms import (
+    AttentionTerm,
+    HeadTerm,
+    LayerError,
+    LayerTerm,
+    LogProbError,
+    Objective,
+    PolicyTerm,
+    SeesSteps,
+)
 from oprd.registry import arguments_problem, resolve_with_arguments
 
 _METHODS = "a method layer_loss, head_loss, policy_loss or attention_loss (oprd.objectives.terms)"
@@ -128,6 +137,12 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
         )
     if policies and not graded:
         raise ValueError(f"task: {policies[0]} needs one, to grade the rollouts that it rewards")
+    watching = [_label(name) for name, term in terms.items() if isinstance(term.objective, SeesSteps)]
+    if watching and config.world_size > 1:
+        raise ValueError(
+            f"{watching[0]}: it changes with the metrics of earlier steps, which one process keeps; train on one device, or take "
+            "crossfade_steps"
+        )
     _check_fresh(terms, config)
     check_effect(terms, config, _label)
 

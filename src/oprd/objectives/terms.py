@@ -106,6 +106,19 @@ class AttentionTerm(Protocol):
         ...
 
 
+@runtime_checkable
+class SeesSteps(Protocol):
+    """A term that is told of each finished step, and of all steps before a resumed one, in order. It keeps no other state."""
+
+    def begin(self) -> None:
+        """A run begins or is resumed: forget all steps."""
+        ...
+
+    def finished(self, step: int, loss: float) -> str | None:
+        """Take a step, from 1 on, and the term's loss in it, before its weight, over all processes. Returns a line for the log."""
+        ...
+
+
 ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
