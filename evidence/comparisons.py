@@ -20,7 +20,6 @@ Record = dict[str, Any]
 TUNING_SEED = 10  # its problems choose learning rates; otherwise only quick runs use it
 QUICK = {"max_steps": 4, "eval_limit": 40, "eval_steps": 4}
 """Settings of a quick run, which only checks that the code works."""
-_GROWTHS = 4  # times that a grid of rates may grow
 
 
 def run_comparison(
@@ -77,38 +76,6 @@ def run_comparison(
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))
     return [_record(run, known.get(run.seed, {})) for run in runs]
-
-
-def tune_inside(
-    file: Path,
-    work: Work,
-    *,
-    folder: str,
-    grids: Mapping[str, Sequence[float]],
-    settings: Mapping[str, Any] | None = None,
-) -> list[Record]:
-    """Runs on the tuning seed. Each grid of rates grows by a factor of 3 until its best rate is not at its edge.
-
-    Args:
-        file: the comparison.
-        work: amount of work; a quick one tries the first rate alone.
-        folder: of the runs, as in `run_comparison`.
-        grids: objective → rates to begin with, ascending.
-        settings: further settings of all runs.
-    """
-    tried = {name: list(rates[:1] if work.quick else rates) for name, rates in grids.items()}
-    for _ in range(_GROWTHS):
-        runs = run_comparison(file, work, folder=folder, seeds=[TUNING_SEED], rates=tried, settings=settings)
-        best = {} if work.quick else {name: best_rate(runs, name) for name in tried}
-        lower = [name for name, rate in best.items() if rate == min(tried[name])]
-        upper = [name for name, rate in best.items() if rate == max(tried[name])]
-        if not lower and not upper:
-            break
-        for name in lower:
-            tried[name].insert(0, float(f"{tried[name][0] / 3:.2g}"))
-        for name in upper:
-            tried[name].append(float(f"{tried[name][-1] * 3:.2g}"))
-    return runs
 
 
 def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:

@@ -1,17 +1,53 @@
-"""Learning rates of a claim's own objectives: a grid on the tuning seed that grows until the best rate lies inside it."""
+"""Learning rates of a claim's objectives: a grid on the tuning seed that grows until the best rate lies inside it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evidence.claim import Work
 from evidence.comparisons import TUNING_SEED, Record, best_rate, committed_tuning, of, run_comparison
 
+LADDER = tuple(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (1, 3))
+"""1e-6, 3e-6, 1e-5, … 3e-1."""
 GRID = (3.0e-4, 1.0e-3, 3.0e-3)
-FURTHER = 2
-"""How often the grid grows at an end, by a factor of about three."""
+FURTHER = 3
+"""How often a grid grows at an end."""
+Rates = Mapping[str, Sequence[float]]
+
+
+def tune_inside(
+    run: Callable[[Rates], list[Record]], start: Rates, *, ladder: Sequence[float] = LADDER, quick: bool = False
+) -> list[Record]:
+    """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side.
+
+    Args:
+        run: makes what is missing of objective → rates, on one seed, and returns all their records.
+        start: objective → rates of the ladder that it tries first.
+        ladder: all rates that may be tried, rising. At its ends, and after `FURTHER` growths, the best rate may stay at an edge.
+        quick: try the first rate of each alone.
+    """
+    if quick:
+        return run({name: rates[:1] for name, rates in start.items()})
+    tried = {name: sorted(rates) for name, rates in start.items()}
+    records = run(tried)
+    for _ in range(FURTHER):
+        wider = {name: _beyond(best_rate(records, name), rates, ladder) for name, rates in tried.items()}
+        if not any(wider.values()):
+            break
+        tried = {name: sorted([*rates, *wider[name]]) for name, rates in tried.items()}
+        records = run(tried)
+    return records
+
+
+def tune_comparison(
+    file: Path, work: Work, *, folder: str, start: Rates, settings: Mapping[str, Any] | None = None
+) -> list[Record]:
+    """`tune_inside` for objectives of a comparison, on the tuning seed."""
+    run = partial(_runs, file, work, folder, settings, [TUNING_SEED])
+    return tune_inside(run, start, quick=work.quick)
 
 
 def tuned_runs(
@@ -23,61 +59,46 @@ def tuned_runs(
     seeds: Sequence[int],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Tune each objective of a comparison, or take the committed rates, and run it at its best rate.
+    """Tune each objective of a comparison from `GRID` on, or take the committed rates, and run it at its best rate.
 
     Returns:
         `tuning` and `runs` (records), and `rates` (objective → rate).
     """
     if work.tune:
-        tuning = grown_grid(file, work, folder=folder, names=names, settings=settings)
+        tuning = tune_comparison(file, work, folder=folder, start=dict.fromkeys(names, GRID), settings=settings)
     else:
         tuning = committed_tuning(file.parent, names)
     rates = {name: best_rate(tuning, name) for name in names}
-    runs = run_comparison(
-        file, work, folder=folder, seeds=seeds, rates={name: [rate] for name, rate in rates.items()}, settings=settings
-    )
+    runs = _runs(file, work, folder, settings, seeds, {name: [rate] for name, rate in rates.items()})
     return {"tuning": tuning, "rates": rates, "runs": runs}
 
 
-def grown_grid(
-    file: Path, work: Work, *, folder: str, names: Sequence[str], settings: Mapping[str, Any] | None = None
+def _runs(
+    file: Path, work: Work, folder: str, settings: Mapping[str, Any] | None, seeds: Sequence[int], rates: Rates
 ) -> list[Record]:
-    """Every objective on the tuning seed over `GRID`, and further where its best rate lies at an end."""
-    grid = {name: [1.0e-3] if work.quick else list(GRID) for name in names}
-    records: list[Record] = []
-    for _ in range(1 if work.quick else 1 + FURTHER):
-        if not grid:
-            break
-        records += run_comparison(file, work, folder=folder, seeds=[TUNING_SEED], rates=grid, settings=settings)
-        grid = {name: [rate] for name in grid if (rate := _next(records, name)) is not None}
-    return records
+    return run_comparison(file, work, folder=folder, seeds=seeds, rates=rates, settings=settings)
 
 
-def _next(records: Sequence[Record], name: str) -> float | None:
-    """The rate beyond the end at which the best one lies; None where it lies inside."""
-    tried = sorted({record["learning_rate"] for record in of(records, name)})
-    best = best_rate(records, name)
-    if best not in (tried[0], tried[-1]):
-        return None
-    return _step(best, up=best == tried[-1])
+def _beyond(best: float, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
+    """The next rate of the ladder, where the best is at an edge of those tried."""
+    lower, higher = [r for r in ladder if r < rates[0]], [r for r in ladder if r > rates[-1]]
+    return [*(lower[-1:] if best == rates[0] else []), *(higher[:1] if best == rates[-1] else [])]
 
 
-def _step(rate: float, *, up: bool) -> float:
-    """The next of 1, 3, 10, 30, …, times a power of ten."""
-    digit, power = f"{rate:.0e}".split("e")
-    if up:
-        return float(f"3e{power}") if digit == "1" else float(f"1e{int(power) + 1}")
-    return float(f"1e{power}") if digit == "3" else float(f"3e{int(power) - 1}")
-
-
-def at_an_edge(tuning: Sequence[Record], names: Collection[str]) -> list[str]:
-    """The objectives whose best rate is the lowest or the highest tried: a better one may lie outside."""
-    return [name for name in names if _next(tuning, name) is not None]
+def at_edge(tuning: Sequence[Record], name: str) -> bool:
+    """Whether an objective's best rate is the lowest or the highest tried: a better one may lie outside."""
+    tried = {record["learning_rate"] for record in of(tuning, name)}
+    return best_rate(tuning, name) in (min(tried), max(tried))
 
 
 def edges_said(tuning: Sequence[Record], names: Mapping[str, str]) -> str:
-    """A sentence about rates at the edge of what was tried."""
-    found = at_an_edge(tuning, names)
+    """A sentence about rates at the edge of what was tried.
+
+    Args:
+        tuning: the runs that chose the rates.
+        names: objective → its name in the sentence.
+    """
+    found = [text for name, text in names.items() if at_edge(tuning, name)]
     if not found:
         return "Every best rate lies inside the rates tried."
-    return f"Best at an end of the rates tried, so a better one may lie outside: {', '.join(names[name] for name in found)}."
+    return f"Best at an end of the rates tried, so a better one may lie outside: {', '.join(found)}."

@@ -8,8 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from evidence import comparisons
-from evidence.claim import Work
 from evidence.e22_bridge_default import claim as e22
 from evidence.e23_far_pair import claim as e23
 from evidence.e23_far_pair import questions
@@ -79,20 +77,6 @@ def test_both_are_drawn():
         assert len(figure.axes) == 2
         e23.draw({"runs": records(FAR, 3)}, figure := new_figure(3.2))
         assert len(figure.axes) == 1
-
-
-@pytest.mark.parametrize(("best", "expected"), [(3e-4, [1e-4, 3e-4, 1e-3]), (1e-4, [3.3e-5, 1e-4, 3e-4, 1e-3])])
-def test_a_grid_grows_until_its_best_rate_is_inside(monkeypatch, tmp_path, best, expected):
-    asked = []
-
-    def run(file, work, *, rates, **_):
-        asked.append(list(rates["a"]))
-        return [{"objective": "a", "learning_rate": rate, "seed": 10, "final": -abs(rate - best)} for rate in asked[-1]]
-
-    monkeypatch.setattr(comparisons, "run_comparison", run)
-    work = Work(tmp_path, quick=False, workers=1, say=print)
-    comparisons.tune_inside(Path("x"), work, folder="f", grids={"a": (1e-4, 3e-4, 1e-3)})
-    assert asked[-1] == expected
 
 
 @pytest.mark.parametrize(

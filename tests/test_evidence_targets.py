@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import evidence.tuning
 import pytest
-from evidence.claim import Work
 from evidence.e18_past_the_teacher import claim as e18
 from evidence.e19_head_metric import claim as e19
 from evidence.e20_presets import claim as e20
 from evidence.e21_attention_maps import claim as e21
 from evidence.pictures import draw_claim
-from evidence.tuning import at_an_edge, edges_said, grown_grid
+from evidence.tuning import at_edge, edges_said, tune_inside
 
 from oprd.runs.pictures import style
 from oprd.tools.compare.plan import load_comparison, plan_runs
@@ -77,24 +73,30 @@ def test_each_can_be_drawn_and_its_runs_are_planned(claim, tmp_path):
     assert len(runs) == len(comparison.seeds) * len(comparison.learning_rates) * len(finals)
 
 
-def test_a_grid_grows_until_the_best_rate_is_inside(monkeypatch, tmp_path):
+def test_a_grid_grows_until_the_best_rate_is_inside():
     asked = []
+    best = {"low": 1e-4, "inside": 1e-3, "beyond": 1.0}
 
-    def runs(file, work, *, folder, seeds, rates, settings=None):
+    def run(rates):
         asked.append({name: list(own) for name, own in rates.items()})
-        best = {"low": 1e-4, "inside": 1e-3, "beyond": 1.0}
         return [
-            record(name, seeds[0], 1 / (1 + abs(rate / best[name] - 1)), rate)
-            for name, own in rates.items()
-            for rate in own
+            record(name, 10, 1 / (1 + abs(rate / best[name] - 1)), rate) for name, own in rates.items() for rate in own
         ]
 
-    monkeypatch.setattr(evidence.tuning, "run_comparison", runs)
-    work = Work(tmp_path, False, 1, print, tune=True)
-    tuning = grown_grid(Path("unused"), work, folder="x", names=["low", "inside", "beyond"])
-    assert asked[0] == {name: [3e-4, 1e-3, 3e-3] for name in ("low", "inside", "beyond")}
-    assert asked[1:] == [{"low": [1e-4], "beyond": [1e-2]}, {"low": [3e-5], "beyond": [3e-2]}]
-    assert at_an_edge(tuning, ["low", "inside", "beyond"]) == ["beyond"]
+    tuning = tune_inside(run, dict.fromkeys(best, (3e-4, 1e-3, 3e-3)))
+    assert asked[0] == {name: [3e-4, 1e-3, 3e-3] for name in best}
+    assert {name: min(own) for name, own in asked[-1].items()} == {"low": 3e-5, "inside": 3e-4, "beyond": 3e-4}
+    assert asked[-1]["beyond"] == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]  # a grid grows three times at most
+    assert [name for name in best if at_edge(tuning, name)] == ["beyond"]
     assert edges_said(tuning, {"beyond": "that one", "low": "this"}) == (
         "Best at an end of the rates tried, so a better one may lie outside: that one."
     )
+
+
+def test_a_grid_ends_with_its_ladder_and_a_quick_run_tries_one_rate():
+    def run(rates):
+        return [record(name, 10, -rate, rate) for name, own in rates.items() for rate in own]
+
+    ladder = (5e-5, 1.5e-4, 5e-4)
+    assert [r["learning_rate"] for r in tune_inside(run, {"a": ladder[1:]}, ladder=ladder)] == [*ladder]
+    assert [r["learning_rate"] for r in tune_inside(run, {"a": ladder}, quick=True)] == [5e-5]

@@ -282,6 +282,15 @@ def test_the_alternatives_are_ten_facts_with_their_sources():
     assert len(ahead) >= 3, "where others are ahead, the table says so"
 
 
+def test_the_start_page_says_what_the_first_hour_measured():
+    runs = read("benchmarks/results/first_hour.json")
+    said = [f"from {100 * r['before']:.1f} to {100 * r['after']:.1f} %" for r in runs.values()]
+    (reversal, sorting), teachers = said, [f"{100 * r['teacher']:.1f}" for r in runs.values()]
+    text = prose((ROOT / "docs" / "start.md").read_text())
+    assert f"{reversal} (teacher {teachers[0]}) and {sorting} ({teachers[1]}) in {runs['sorting']['steps']} steps" in text
+    assert all(run["holds"] and run["gap_closed"] >= 0.85 for run in runs.values())
+
+
 def lead_at(one: tuple[str, float], other: tuple[str, float]) -> str:
     """Lead in the committed comparison of one objective at a rate over another, seed by seed: "+2.6 ± 1.8"."""
     rows = {

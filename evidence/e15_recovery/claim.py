@@ -22,6 +22,7 @@ from evidence.comparisons import (
 )
 from evidence.e15_recovery.perplexity import perplexity, write_text
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.tuning import GRID, LADDER, Rates, edges_said, tune_inside
 from evidence.words import mean_of, percent, points, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 from oprd.tools.prune import Choice, PromptFile, prune_model
@@ -47,9 +48,6 @@ NAMES = {
 }
 SHORT = {"representation": "representation", "supervised": "supervised on the\noriginal's responses"}
 RIVALS = ("full_reverse_kl", "sampled_token", "supervised")
-FACTOR = 3.0
-"""From the edge of a grid to the next rate."""
-_MOST_RATES = 6
 _TOKENS = 64
 
 
@@ -65,6 +63,7 @@ class Setting:
         folder: of the runs, with the number of blocks appended.
         tokens: most tokens of a completion.
         rates: with which the grid begins.
+        ladder: rates at which it may grow.
         seeds: how many.
         settings: of all runs, beside the file's.
         quick: of a quick run, beside `evidence.comparisons.QUICK`.
@@ -76,7 +75,8 @@ class Setting:
     prompts: str
     folder: str
     tokens: int = _TOKENS
-    rates: tuple[float, ...] = (3.0e-4, 1.0e-3, 3.0e-3)
+    rates: tuple[float, ...] = GRID
+    ladder: tuple[float, ...] = LADDER
     seeds: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
@@ -158,24 +158,11 @@ def _folder(setting: Setting, keep: int | str) -> str:
 
 def _tune(work: Work, setting: Setting, cuts: Mapping[int, Any]) -> list[Record]:
     """Each objective on the tuning seed, on a grid that grows at an edge while its best rate lies there."""
-    first = setting.keeps[0]
-    grids = {name: list(setting.rates[:1] if work.quick else setting.rates) for name in NAMES}
-    while True:
-        records = _runs(work, setting, first, cuts, [TUNING_SEED], grids)
-        growing = {} if work.quick else {name: _next_rate(records, name) for name in NAMES}
-        growing = {name: rate for name, rate in growing.items() if rate is not None}
-        if not growing:
-            return records
-        for name, rate in growing.items():
-            grids[name] = sorted([*grids[name], rate])
 
+    def run(rates: Rates) -> list[Record]:
+        return _runs(work, setting, setting.keeps[0], cuts, [TUNING_SEED], rates)
 
-def _next_rate(records: Sequence[Record], name: str) -> float | None:
-    """The rate to try next; None where the best one lies inside, or enough were tried."""
-    tried, best = sorted(r["learning_rate"] for r in of(records, name)), best_rate(records, name)
-    if len(tried) >= _MOST_RATES or best not in (tried[0], tried[-1]):
-        return None
-    return float(f"{best / FACTOR if best == tried[0] else best * FACTOR:.2g}")
+    return tune_inside(run, dict.fromkeys(NAMES, setting.rates), ladder=setting.ladder, quick=work.quick)
 
 
 def _add_perplexity(work: Work, setting: Setting, keep: str, records: list[Record], text: Path) -> None:
@@ -268,10 +255,8 @@ def _influence(result: Result) -> str:
 
 def _edges(result: Result) -> str:
     tried = {name: sorted(r["learning_rate"] for r in of(result["tuning"], name)) for name in NAMES}
-    outside = [NAMES[n] for n in NAMES if result["rates"][n] in (tried[n][0], tried[n][-1])]
     grids = "; ".join(f"{NAMES[n]} {', '.join(f'{rate:g}' for rate in tried[n])}" for n in NAMES)
-    end = f" Best at an end of its grid, so another rate may be better: {', '.join(outside)}." if outside else ""
-    return f"**Learning rates** tried on the tuning seed: {grids}.{end}"
+    return f"**Learning rates** tried on the tuning seed: {grids}. {edges_said(result['tuning'], NAMES)}"
 
 
 def draw(result: Result, figure: Any) -> None:

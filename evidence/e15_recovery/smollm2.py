@@ -39,6 +39,7 @@ def main(
         f"recovery_{name}",
         tokens=8,
         rates=(5.0e-5, 1.5e-4, 5.0e-4),
+        ladder=(5.0e-6, 1.5e-5, 5.0e-5, 1.5e-4, 5.0e-4, 1.5e-3, 5.0e-3),
         settings={"train_dataset": prompts} if prompts else {},
         quick=QUICK,
     )

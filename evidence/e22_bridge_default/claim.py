@@ -15,9 +15,9 @@ from evidence.comparisons import (
     gap_closed,
     of,
     run_comparison,
-    tune_inside,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.tuning import GRID, tune_comparison
 from evidence.words import mean_of, percent, points, standing, surely, table
 
 ID = "E22"
@@ -50,7 +50,6 @@ NAMES = {
     "least_squares_inside": "least squares, states inside tokens interpolated",
     "procrustes_inside": "Procrustes, states inside tokens interpolated",
 }
-RATES = (3.0e-4, 1.0e-3, 3.0e-3)
 
 
 def measure(work: Work) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def measure(work: Work) -> dict[str, Any]:
     for pair in PAIRS:
         file, folder = HERE / f"{pair}.yaml", f"bridge_default_{pair}"
         if work.tune:
-            tuning = tune_inside(file, work, folder=folder, grids=dict.fromkeys(PROJECTORS, RATES))
+            tuning = tune_comparison(file, work, folder=folder, start=dict.fromkeys(PROJECTORS, GRID))
         else:
             tuning = [r for r in committed_tuning(HERE, PROJECTORS) if r["pair"] == pair]
         rates = {projector: best_rate(tuning, projector) for projector in PROJECTORS}

@@ -15,9 +15,9 @@ from evidence.comparisons import (
     gap_closed,
     of,
     run_comparison,
-    tune_inside,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
+from evidence.tuning import tune_comparison
 from evidence.words import mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -68,7 +68,7 @@ def measure(work: Work) -> dict[str, Any]:
     names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(NAMES)
     folder = "far_pair"
     if work.tune:
-        tuning = tune_inside(FILE, work, folder=folder, grids={name: GRIDS[name] for name in names})
+        tuning = tune_comparison(FILE, work, folder=folder, start={name: GRIDS[name] for name in names})
     else:
         tuning = committed_tuning(HERE, names)
     rates = {name: best_rate(tuning, name) for name in names}
