@@ -287,7 +287,9 @@ def test_the_start_page_says_what_the_first_hour_measured():
     said = [f"from {100 * r['before']:.1f} to {100 * r['after']:.1f} %" for r in runs.values()]
     (reversal, sorting), teachers = said, [f"{100 * r['teacher']:.1f}" for r in runs.values()]
     text = prose((ROOT / "docs" / "start.md").read_text())
-    assert f"{reversal} (teacher {teachers[0]}) and {sorting} ({teachers[1]}) in {runs['sorting']['steps']} steps" in text
+    assert (
+        f"{reversal} (teacher {teachers[0]}) and {sorting} ({teachers[1]}) in {runs['sorting']['steps']} steps" in text
+    )
     assert all(run["holds"] and run["gap_closed"] >= 0.85 for run in runs.values())
 
 
