@@ -13,11 +13,13 @@ from oprd.models.lm_head import Heads, lm_head_of, match_heads
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepTotals, Term
 from oprd.objectives.output_space import OUTPUT_SPACE
+from oprd.objectives.terms import PolicyGradient
 from oprd.resolve import build_terms, plan
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import gather_states, read_states
 from oprd.states.layers import resolve_layers
 from oprd.states.requests import request_states
+from oprd.training.alarm import silent_terms
 from oprd.types import Rollouts
 from tiny import tiny_model, tiny_trainer
 
@@ -160,3 +162,35 @@ def test_an_adapter_that_the_loss_does_not_reach_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^layers: \[1\]: the loss on these layers reaches no weight that is trained"):
         tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), peft_config=above, layers=[1])
     tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), peft_config=above, layers=[3])
+
+
+class Upper:
+    """A term of the user's that reads layers from one on."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def layer_loss(self, layer, student_ND, teacher_ND, at):
+        error_N = (student_ND - teacher_ND).square().mean(-1)
+        return ((error_N if layer >= self.first else 0 * error_N) * at.weights).sum()
+
+
+def test_a_term_that_reads_nothing_is_told_in_the_first_step_and_once(tmp_path, caplog):
+    for first, told in ((3, 1), (2, 0)):
+        caplog.clear()
+        trainer = tiny_trainer(tmp_path / str(first), scripted=True, layers=[1, 2], max_steps=2, objectives=None)
+        trainer.objective = trainer.objective.with_terms({**trainer.objective.terms, "upper": Term(Upper(first))})
+        trainer.train()
+        found = [r.message for r in caplog.records if "is exactly 0" in r.message]
+        expected = (
+            "step 1: the loss of upper is exactly 0: it teaches nothing; check its arguments, layers and positions"
+        )
+        assert found == [expected] * told
+
+
+def test_a_policy_gradient_whose_value_is_zero_is_no_such_term():
+    terms = {"policy_gradient": Term(PolicyGradient()), "mine": Term(Upper(1))}
+    row = {"step": 1, "loss": 0.5, "loss/policy_gradient": 0.0, "loss/mine": 0.0}
+    assert silent_terms(row, terms) == ["mine"]
+    assert silent_terms({**row, "step": 2}, terms) == []
+    assert silent_terms({**row, "loss": 0.0}, terms) == []  # the models agree, which is told apart

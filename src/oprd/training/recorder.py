@@ -22,7 +22,7 @@ from oprd.objectives.terms import PolicyTerm, SeesSteps
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
 from oprd.states.teachers import CountsRequests
-from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, silent_terms, unequal_terms
 from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
@@ -226,6 +226,12 @@ class Recorder:
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
                 said.append(str(alarm))
+            for name in silent_terms(here, self._terms):
+                logger.warning(
+                    "step %d: the loss of %s is exactly 0: it teaches nothing; check its arguments, layers and positions",
+                    step,
+                    name,
+                )
             if found := unequal_terms(here, self._terms):
                 row["unequal_terms"], sentence = found
                 logger.warning("step %d: %s", step, sentence)

@@ -95,7 +95,7 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     # Without a fused kernel, sdpa repeats the keys and saves the softmax output. No kernel supports float32 grouped keys on a GPU.
     unfused = work.accelerator and compute == _FLOAT and grouped and not masked
     attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
-    scales = _FLOAT * (shape.heads + 2)
+    scales = float(_FLOAT * (shape.heads + 2))
     if unfused:
         scales += _FLOAT * shape.heads * work.length
     if masked:
@@ -113,7 +113,7 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     return stream + inputs + attention * compute + mlp + scales, copies
 
 
-def _saved_by_eager_attention(work: Workload) -> tuple[float, float]:
+def _saved_by_eager_attention(work: Workload) -> tuple[int, float]:
     """Channels per token of one block's attention, and bytes per token of its maps and the scales of two norms.
 
     Kept are q, repeated k and v, the output where a trained o_proj reads it, and each head's map: the softmax in float32, and in
@@ -123,7 +123,7 @@ def _saved_by_eager_attention(work: Workload) -> tuple[float, float]:
     # An adapter of 16-bit weights casts its own input, and keeps that.
     read = work.lora is None or ("o_proj" in work.lora.targets and work.student_bytes == _FLOAT)
     maps = shape.heads * work.length * (_FLOAT + (compute if compute < _FLOAT else 0))
-    return (3 + read) * shape.attention, 2 * _FLOAT + maps
+    return (3 + read) * shape.attention, float(2 * _FLOAT + maps)
 
 
 def _saved_with_adapter(work: Workload) -> tuple[float, float, float, float]:
@@ -178,7 +178,7 @@ class _Held:
         self.cache = (self._states() if work.needs_teacher else 0.0) + float(work.teacher_bytes * rows)
         tokens, intermediate = work.tokens, other.intermediate
         wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)
-        self.teacher_transient = work.teacher_bytes * tokens * wide
+        self.teacher_transient = float(work.teacher_bytes * tokens * wide)
         if work.eager:
             self.teacher_transient += (
                 3.0 * _FLOAT * tokens * other.heads * work.length
