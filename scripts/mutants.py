@@ -99,12 +99,24 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_sanitize.py::test_no_file_of_a_run_holds_a_secret"),
     ],
     "training/trackers.py": [
+        ("a tracker hears of the end before the results", 'if event == "on_train_end" and self._keeps_open:', "if False:",
+         "test_tracker_media.py::test_tensorboard_gets_the_verdict_and_the_curves_at_the_end"),
         ("calls find a later state", "copy.copy(state)", "state",
          "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
         ("a tracker may end the run", "except BaseException as error:  # SystemExit too", "except OSError as error:  # SystemExit too",
          "test_trackers.py::test_other_processes_do_not_warn"),
         ("a checkpoint is not waited for", '"on_train_begin", "on_save", "on_train_end")', '"on_train_begin", "on_train_end")',
          "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
+    ],
+    "training/tracker_media.py": [
+        ("model output is Markdown", 'f"&#{ord(c)};" if c in string.punctuation else c', "c",
+         "test_tracker_media.py::test_tensorboard_gets_a_table_of_completions_after_each_step_that_measures"),
+        ("results go to a tracker that has ended", "if tracker.open and summary.get", "if summary.get",
+         "test_tracker_media.py::test_the_end_is_told_after_the_results_and_also_after_an_error"),
+    ],
+    "resolve/no_effect.py": [
+        ("the first key alone is looked at", "for key in needs.keys if", "for key in needs.keys[:1] if",
+         "test_no_effect.py::test_alone_it_is_refused_and_with_what_it_needs_it_passes"),
     ],
     "objectives/representation.py": [
         ("norms in the dtype of the states", "vector_norm(states_ND, dim=-1, dtype=dtype)",
@@ -142,7 +154,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("no α of 0", "(1 - self.alpha) * whole", "whole",
          "test_head_metric.py::test_alpha_0_is_the_representation_loss_and_the_share_is_linear"),
     ],
-    "objectives/no_effect.py": [
+    "objectives/zero_loss.py": [
         ("as many positions as a term needs are too few", "if chosen >= needed:", "if chosen > needed:",
          "test_silent_losses.py::test_each_choice_of_layers_and_positions_teaches_or_is_refused"),
         ("a loss that begins after the last step is taken", "any(loss.at(step).weights.values()) for step in range(config.max_steps)",
@@ -852,6 +864,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
         ("without an alarm window nothing is read again", "        for _ in rows:  # without a window the alarm reads none\n            pass\n", "",
          "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
+        ("distances stay in the order of the micro-batches", ".index_add_(0, places, values)",
+         ".index_add_(0, places.sort().values, values)", "test_tracker_media.py::test_distances_find_their_rollouts"),
         ("the teacher's rollouts count as the student's accuracy", "batch.correct if mine else []",
          "batch.correct", "test_off_policy.py::test_the_teachers_accuracy_is_not_logged_as_the_students"),
         ("padding of accumulated batches adds up", "padding_share=share * padding_share(", "padding_share=padding_share(",

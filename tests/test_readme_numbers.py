@@ -290,6 +290,21 @@ def test_the_start_page_says_what_the_first_hour_measured():
     assert all(run["holds"] and run["gap_closed"] >= 0.85 for run in runs.values())
 
 
+def test_the_recipe_of_pruned_students_says_what_was_measured():
+    runs, text = read("evidence/e15_recovery/result.json")["runs"], prose((ROOT / "docs" / "recipes.md").read_text())
+
+    def at(keep: str, name: str, key: str = "final") -> str:
+        return percent(mean([r[key] for r in runs[keep] if r["objective"] == name]))
+
+    ours, full, given = "representation", "full_reverse_kl", "supervised"
+    four = f"{at('4', ours, 'before')} → {at('4', ours)} % with hidden states, {at('4', full)} with the full reverse KL, "
+    four += f"{at('4', given)} with supervised"
+    assert four in text
+    assert (
+        f"Cut to 3 blocks, {at('3', ours, 'before')} → {at('3', ours)}, {at('3', full)} and {at('3', given)} %" in text
+    )
+
+
 def test_the_rates_that_docs_choose_names_are_those_of_the_first_claim():
     tried: dict[str, dict[float, float]] = {}
     for run in read(E1)["tuning"]:

@@ -25,10 +25,10 @@ def report(
     ] = False,
 ) -> None:
     """Compare runs on one HTML page that loads nothing: table, curves, cosine by layer, time, rollouts side by side."""
-    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say, show_messages
     from oprd.sanitize import printable
 
-    quiet_libraries()
+    quiet_libraries() if distances else show_messages()
     from oprd.tools.report.page import render, write_page
     from oprd.tools.report.read import read_runs
     from oprd.tools.report.rollouts import DISTANCES, write_distances

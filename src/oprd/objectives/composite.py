@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
 from oprd.objectives.batch import Batch, of_teacher
-from oprd.objectives.diagnostics import head_diagnostics
+from oprd.objectives.diagnostics import DISTANCES, head_diagnostics, mean_by_rollout
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
 from oprd.objectives.schedules import Weight, crossfade, weight_at
@@ -245,8 +245,12 @@ class CompositeLoss:
         objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
         if objective.project is not None:
             student_ND = objective.project(layer, student_ND)
-        alike = (cosine(student_ND, teacher_ND) * self.weights_N).sum()
+        cosine_N = cosine(student_ND, teacher_ND)
+        alike = (cosine_N * self.weights_N).sum()
         self.observe(**{f"cosine/layer_{layer:02d}": alike})
+        if self.terms.measuring:
+            index_N, rollouts = self.request.rollout_index, self.request.num_rollouts
+            self.observe(**{DISTANCES: mean_by_rollout(1 - cosine_N, index_N, rollouts)})
         self._observe_of_teacher(cosine=alike / objective.num_layers)
         mine = self._of_kind(LayerTerm)
         at = PackedPositions(

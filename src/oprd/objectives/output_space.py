@@ -368,6 +368,8 @@ OUTPUT_SPACE: dict[str, OutputLoss] = {
     ),
 }  # fmt: skip
 """The losses by the names of the setting `output_space`."""
+WITH_SUPPORT = ("top_k", "top_k_forward_kl", "tail_sampled")
+"""Those that read `output_top_k` tokens instead of the vocabulary."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
-from oprd.objectives.no_effect import check_effect
 from oprd.objectives.schedules import bounds, check_weight, is_on
 from oprd.objectives.terms import (
     AttentionTerm,
@@ -19,6 +18,7 @@ from oprd.objectives.terms import (
     PolicyTerm,
     SeesSteps,
 )
+from oprd.objectives.zero_loss import refuse_zero_loss
 from oprd.registry import arguments_problem, resolve_with_arguments
 
 _METHODS = "a method layer_loss, head_loss, policy_loss or attention_loss (oprd.objectives.terms)"
@@ -144,7 +144,7 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
             "crossfade_steps"
         )
     _check_fresh(terms, config)
-    check_effect(terms, config, _label)
+    refuse_zero_loss(terms, config, _label)
 
 
 def compares_heads_inputs(term: Term) -> bool:

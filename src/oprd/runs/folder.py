@@ -10,14 +10,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from oprd.files import explaining_full_disk, remove_leftovers, set_aside, write_json, write_text, writing
 from oprd.runs.jsonl import read_lines
-from oprd.types import Rollouts
+
+if TYPE_CHECKING:  # it needs torch, and whoever reads a folder does not
+    from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
 

@@ -29,6 +29,7 @@ from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
 from oprd.runs.model_card import write_model_card
 from oprd.runs.verdict import judge_run
 from oprd.tasks.evaluation import Evaluation, describe_accuracy
+from oprd.training.tracker_media import show_results
 
 if TYPE_CHECKING:
     from oprd.training.trainer import OPRDTrainer
@@ -92,6 +93,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
         write_json(folder / SUMMARY, summary)
         if (folder / METRICS).exists():
             plot_run(folder, folder / "curves.png")
+        show_results(trainer.callback_handler.callbacks, summary, folder / "curves.png")
 
 
 def _settings(trainer: OPRDTrainer) -> dict[str, Any]:

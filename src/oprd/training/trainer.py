@@ -67,7 +67,8 @@ from oprd.training.processes import check_shared, explaining_lost_processes
 from oprd.training.recorder import Recorder, StepRecord
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
-from oprd.training.trackers import guarded, make_trackers
+from oprd.training.tracker_media import ShowCompletions
+from oprd.training.trackers import guarded, kept_open, make_trackers
 
 logger = logging.getLogger("oprd")
 
@@ -239,6 +240,10 @@ class OPRDTrainer(Trainer):
             observe=self.recorder.observe, callbacks=lambda: self.callback_handler.callbacks,
         )  # fmt: skip
         self.add_callback(self.guard)
+        if args.log_completions:
+            shown = {"every": args.diagnostic_steps, "most": args.num_completions_to_log}
+            callbacks = self.callback_handler.callbacks
+            self.add_callback(ShowCompletions(**shown, last_step=lambda: self.last_step, callbacks=callbacks))
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
@@ -348,6 +353,7 @@ class OPRDTrainer(Trainer):
         with ExitStack() as stack:
             stack.enter_context(explaining_lost_processes())
             stack.enter_context(self.signals.listening())
+            stack.enter_context(kept_open(self.callback_handler.callbacks))
             if main:
                 stack.enter_context(self.run_folder.hold())
             if not self._begun:

@@ -11,7 +11,7 @@ from oprd.objectives.terms import is_supervised
 from oprd.states.positions import NEEDS_K, select_positions
 
 
-def check_effect(terms: Mapping[str, Term], config: Any, label: Callable[[str], str]) -> None:
+def refuse_zero_loss(terms: Mapping[str, Term], config: Any, label: Callable[[str], str]) -> None:
     """Refuse settings under which a term, or the whole loss, is 0.
 
     Args:
