@@ -84,9 +84,30 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_extend.py::test_what_a_run_never_calls_is_known"),
     ],
     "training/outcome.py": [
-        ("the summary lacks what was measured after training", 'summary["student_after"] = trainer.evaluate_now()',
-         'summary["student_after"] = summary["student_before"]',
+        ("the summary lacks what was measured after training", '_keep(trainer, "student_after", trainer.measure_now(), say)',
+         'summary["student_before"]',
          "test_python_api.py::test_a_run_from_python_leaves_what_the_command_leaves"),
+    ],
+    "tools/compare/difference.py": [
+        ("differences of unlike problems", "pairs = [left[key] - right[key] for key, _ in sorted(ours)]",
+         "pairs = [o - b for (_, o), (_, b) in zip(ours, baseline, strict=True)]",
+         "test_compare_runs.py::test_runs_on_the_same_problems_are_paired"),
+        ("other problems are paired all the same",
+         "if not ours or Counter(key for key, _ in ours) != Counter(key for key, _ in baseline):", "if not ours:",
+         "test_compare_runs.py::test_a_problem_that_is_there_twice_counts_twice"),
+        ("the difference is over all seeds of both", "for seed in ours if seed in baseline]",
+         "for seed in ours if seed in baseline][:1]", "test_compare.py::test_differences_are_paired_by_seed"),
+    ],
+    "tools/settings_of_run.py": [
+        ("a folder may name code", 'if ":" in code:', 'if code == ":":',
+         "test_eval_of_run.py::test_what_is_not_taken_is_asked_for"),
+        ("the run's settings replace those of the command line", "if name in given or not applies",
+         "if not applies", "test_eval_of_run.py::test_what_the_command_line_gives_comes_first"),
+    ],
+    "runs/measure.py": [
+        ("rewards are told as an accuracy", 'if "accuracy_std" in metrics or any(_is_reward(found) for found in evaluations):',
+         'if "accuracy_std" in metrics:',
+         "test_rewards_in_words.py::test_a_run_is_rewarded_by_its_settings_its_evaluations_or_its_steps"),
     ],
     "tools/evaluate.py": [
         ("all rows in place of the first", '"dataset", reading)[:limit]', '"dataset", reading)',
@@ -1038,8 +1059,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "training/trainer.py": [
         ("the best model is not evaluated",
-         "as_then = step == self.state.global_step and not self.args.load_best_model_at_end",
-         "as_then = step == self.state.global_step", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
+         "last[0] == now and not self.args.load_best_model_at_end",
+         "last[0] == now", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
         ("an evaluation of other problems is remembered",
          "        if eval_dataset is None:\n            self._last_evaluation",
          "        if True:\n            self._last_evaluation",

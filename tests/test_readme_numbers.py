@@ -297,7 +297,9 @@ def test_the_recipe_of_pruned_students_says_what_was_measured():
         return percent(mean([r[key] for r in runs[keep] if r["objective"] == name]))
 
     ours, full, given = "representation", "full_reverse_kl", "supervised"
-    four = f"{at('4', ours, 'before')} → {at('4', ours)} % with hidden states, {at('4', full)} with the full reverse KL, "
+    four = (
+        f"{at('4', ours, 'before')} → {at('4', ours)} % with hidden states, {at('4', full)} with the full reverse KL, "
+    )
     four += f"{at('4', given)} with supervised"
     assert four in text
     assert (

@@ -13,6 +13,8 @@ from rich.table import Column
 from transformers import TrainerCallback
 
 from oprd.cli.console import console, say
+from oprd.runs.measure import measure_of_run
+from oprd.tasks.measures import REWARD, in_words
 
 
 @contextmanager
@@ -34,11 +36,17 @@ def progress_bar(on: Console) -> Progress:
     )  # fmt: skip
 
 
-def describe_step(logs: dict[str, Any]) -> str:
-    """One line with loss, accuracy, cosine, length, and how the step's time is split."""
+def describe_step(logs: dict[str, Any], measure: str | None = None) -> str:
+    """One line with loss, accuracy or reward, cosine, length, and how the step's time is split.
+
+    Args:
+        logs: metrics of a step.
+        measure: "accuracy" or "reward"; None: the metrics say it.
+    """
     parts = [f"loss {logs['loss']:.4g}"]
     if "accuracy" in logs:
-        parts.append(f"accuracy {logs['accuracy']:.0%}")
+        unit = measure or measure_of_run({}, metrics=logs)
+        parts.append(f"{unit} {in_words(logs['accuracy'], unit, '.0%')}")
     if "cosine" in logs:
         parts.append(f"cosine {logs['cosine']:.3f}")
     parts.append(f"length {logs['completions/mean_length']:.0f}")
@@ -48,10 +56,17 @@ def describe_step(logs: dict[str, Any]) -> str:
     return f"{'  '.join(parts)}  {total:.2f} s a step ({shares})"
 
 
+def measure_of_step(args: Any, logs: dict[str, Any], before: str | None) -> str:
+    """Accuracy or reward; a run that was once rewarded stays so, also in steps whose rewards are all 0 or 1."""
+    settings = {key: getattr(args, key, None) for key in ("reward_funcs", "task")}
+    return before if before == REWARD else measure_of_run(settings, metrics=logs)
+
+
 class StepLines(TrainerCallback):
     """Prints one line every few seconds, and always for the first and the last step."""
 
     every_seconds = 5.0
+    measure: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -62,13 +77,14 @@ class StepLines(TrainerCallback):
         """Print a training step."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
+        self.measure = measure_of_step(args, logs, self.measure)
         now = time.monotonic()
         done = state.global_step - self.first_step
         if done > 1 and state.global_step < state.max_steps and now - self.last_line < self.every_seconds:
             return
         self.last_line = now
         eta = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        say(f"step {state.global_step:>4}/{state.max_steps}  {describe_step(logs)}  ETA {eta:.0f} s")
+        say(f"step {state.global_step:>4}/{state.max_steps}  {describe_step(logs, self.measure)}  ETA {eta:.0f} s")
 
 
 class StepBar(TrainerCallback):
@@ -81,6 +97,7 @@ class StepBar(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.bar: Any = None
+        self.measure: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the first step; of a resumed run it is not 0."""
@@ -96,4 +113,5 @@ class StepBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Update the bar's text."""
         if state.is_world_process_zero and self.bar is not None and logs and "loss" in logs:
-            self.progress.update(self.bar, news=describe_step(logs))
+            self.measure = measure_of_step(args, logs, self.measure)
+            self.progress.update(self.bar, news=describe_step(logs, self.measure))

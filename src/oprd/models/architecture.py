@@ -136,6 +136,21 @@ def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
+    """Afterwards `config.use_cache` is as before: transformers' Trainer turns it off, and so it would be saved for generation.
+
+    Training states are computed without a cache, whatever the config says.
+    """
+    config = causal_lm(model).config
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode while the context is open, for every module that is in another; then as it was."""
     training = [module for module in model.modules() if module.training]

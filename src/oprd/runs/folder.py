@@ -26,13 +26,14 @@ logger = logging.getLogger("oprd")
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 EVAL_COMPLETIONS = "eval_completions.jsonl"
+GRADES = "eval_grades.json"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 RUN = "run.json"
 RATE_PROBE = "learning_rate_probe.json"
 LOCK = "_lock"  # hub uploads skip names that start with an underscore
 # Files of a run; those of an attempt that ended before its first checkpoint are moved to a folder of their own.
-_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, RUN, CONFIG, SUMMARY, RATE_PROBE, "curves.png")
+_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, GRADES, RUN, CONFIG, SUMMARY, RATE_PROBE, "curves.png")
 
 
 class RunFolder:

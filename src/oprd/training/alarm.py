@@ -13,6 +13,7 @@ from oprd.faults import RunStopped
 from oprd.objectives.composite import Term
 from oprd.objectives.schedules import bounds, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS, PolicyTerm
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
@@ -220,7 +221,8 @@ def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
     (n, right), (m, later) = _graded(before), _graded(after)
     error = _accuracy_error(before, after)
     if error and right / n - later / m > _STANDARD_ERRORS * error:
-        return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
+        unit = _unit(before, after)
+        return f"{unit} fell {in_words(right / n, unit)} -> {in_words(later / m, unit)}"
     return None
 
 
@@ -234,11 +236,18 @@ def _accuracy_stood_still(before: Sequence[Mapping[str, Any]], after: Sequence[M
     gain = later / m - right / n
     if gain > 0 or gain + 2 * error > _SURE:
         return None
+    unit = _unit(before, after)
     return (
-        f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and accuracy did not rise ({right / n:.1%} -> {later / m:.1%}): the "
+        f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and {unit} did not rise ({in_words(right / n, unit)} -> "
+        f"{in_words(later / m, unit)}): the "
         "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
         "pairs), or check the task's answers"
     )
+
+
+def _unit(*halves: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy, or reward where some grades are neither 0 nor 1."""
+    return REWARD if any(row.get("accuracy_std") is not None for half in halves for row in half) else ACCURACY
 
 
 def _graded(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
 from oprd.config import AUTO
 from oprd.sanitize import printable
 from oprd.states.layer_maps import KEPT
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
 from oprd.tools.diagnose.verdict import PRUNED, agreeing, spread
 
 Report = Mapping[str, Any]
@@ -287,9 +288,9 @@ def _gap(report: Report) -> dict[str, Any] | None:
         return None
     ours, theirs = (accuracy[side]["accuracy"] for side in ("student", "teacher"))
     low, high = accuracy["student"]["ci95"]
-    shown = (
-        f"student {ours:.1%} [{low:.1%}, {high:.1%}], teacher {theirs:.1%} on {report['rollouts']['count']} problems"
-    )
+    unit = REWARD if REWARD in [accuracy[side].get("measure") for side in ("student", "teacher")] else ACCURACY
+    mine, least, most, other = (in_words(value, unit) for value in (ours, low, high, theirs))
+    shown = f"student {mine} [{least}, {most}], teacher {other} on {report['rollouts']['count']} problems"
     choose = "go on: the teacher is better" if theirs > high else "choose another teacher, or measure on more problems"
     return _rule("gap", choose, shown)
 

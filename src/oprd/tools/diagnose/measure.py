@@ -300,6 +300,7 @@ def _accuracy(
                 ("ci95", "ci95"),
                 ("finished", "finished"),
                 ("mean_length", "mean_length"),
+                ("measure", "measure"),
             )
         }
         for name, side in zip(SIDES, (own, theirs), strict=True)
