@@ -175,6 +175,33 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("no α of 0", "(1 - self.alpha) * whole", "whole",
          "test_head_metric.py::test_alpha_0_is_the_representation_loss_and_the_share_is_linear"),
     ],
+    "objectives/zero_loss.py": [
+        ("as many positions as a term needs are too few", "if chosen >= needed:", "if chosen > needed:",
+         "test_silent_losses.py::test_each_choice_of_layers_and_positions_teaches_or_is_refused"),
+        ("a loss that begins after the last step is taken", "any(loss.at(step).weights.values()) for step in range(config.max_steps)",
+         "any(loss.at(step).weights.values()) for step in range(config.max_steps + 1)",
+         "test_silent_losses.py::test_a_run_that_ends_before_its_loss_begins_is_refused"),
+    ],
+    "objectives/attention.py": [
+        ("the divergence the other way round", "return (teacher_NHT * (", "return (student_NHT * (",
+         "test_attention_maps.py::test_the_divergence_equals_loops_and_its_gradient_finite_differences"),
+        ("the teacher's head is the student's", "(head[0], head[1]) for head", "(head[0], head[0]) for head",
+         "test_attention_maps.py::test_heads_by_name_by_number_and_in_pairs"),
+    ],
+    "states/attention.py": [
+        ("rows of the batch's first rollout", "maps_BHTT[flat_index // width, :,", "maps_BHTT[0 * flat_index, :,",
+         "test_attention_maps.py::test_rows_are_transformers_own_whatever_the_padding"),
+    ],
+    "objectives/switch.py": [
+        ("a loss that only rises switches", "if self._largest == 0 or gain", "if gain",
+         "test_adaptive_switch.py::test_a_loss_that_rises_first_has_no_gain_to_fall_below"),
+        ("the gain of a window counts as that of a step", "/ self.window**2", "/ self.window",
+         "test_adaptive_switch.py::test_it_switches_where_the_gain_falls_below_half_of_the_largest"),
+    ],
+    "tools/diagnose/verdict.py": [
+        ("a pruned copy is unrelated", 'if report["kept_layers"] is not None:', 'if False and report["kept_layers"]:',
+         "test_diagnose_pruned.py::test_a_pruned_copy_of_the_teacher_is_mapped_to_the_layers_that_it_kept"),
+    ],
     "objectives/flow.py": [
         ("a step leads into the next rollout", "(index_N[1:] == index_N[:-1])", "(index_N[1:] >= index_N[:-1])",
          "test_flow.py::test_value_and_gradient_equal_the_loops"),
@@ -854,6 +881,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_overlap.py::test_without_change_of_weights_it_is_the_run_without_overlap"),
     ],
     "training/recorder.py": [
+        ("a resumed run forgets what its terms have seen", '                    self._tell(row["step"], row)\n', "",
+         "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
+        ("without an alarm window nothing is read again", "        for _ in rows:  # without a window the alarm reads none\n            pass\n", "",
+         "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
         ("distances stay in the order of the micro-batches", ".index_add_(0, places, values)",
          ".index_add_(0, places.sort().values, values)", "test_tracker_media.py::test_distances_find_their_rollouts"),
         ("the teacher's rollouts count as the student's accuracy", "batch.correct if mine else []",

@@ -55,6 +55,11 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return next(iter(lists.values()))
 
 
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block: its first part whose class is named …Attention; None where it has none."""
+    return next((part for part in block.modules() if type(part).__name__.endswith("Attention")), None)
+
+
 def num_layers(model: nn.Module) -> int:
     """Number of layers L (transformer blocks)."""
     return len(blocks(model))

@@ -405,6 +405,11 @@ class OutputTerm:
             raise ValueError(
                 f"output_support: {self.support!r} is not one of {', '.join(allowed)}, the choices of output_space={self.kind}"
             )
+        if self.top_k == 1 and self.kind in ("top_k", "top_k_forward_kl") and self.support != "union":
+            raise ValueError(
+                f"output_top_k: 1 is not allowed with output_space={self.kind} and output_support={self.support}: renormalised on "
+                "one token, both distributions are 1, and the loss is 0; at least 2, or tail_sampled, which does not renormalise"
+            )
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"output_beta: {self.beta} is not allowed; it lies between 0 and 1 (its limits are forward_kl, reverse_kl)"

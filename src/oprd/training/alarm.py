@@ -293,6 +293,23 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def silent_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> list[str]:
+    """Names of the distances that are exactly 0 in the first step, while the loss is not: of layers or positions that are not read.
+
+    Args:
+        row: metrics of a step, with `loss/<term>`.
+        terms: of the loss.
+    """
+    if row.get("step") != 1 or not row.get("loss"):
+        return []
+    return [name for name, term in terms.items() if row.get(f"loss/{name}") == 0 and not _sampled(term)]
+
+
+def _sampled(term: Term) -> bool:
+    """Whether a term's value does not say how large its gradient is."""
+    return bool(getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)))
+
+
 def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[float, str] | None:
     """Whether one distance's part of the loss is a hundred times another's: the ratio, and a sentence; else None.
 
@@ -307,9 +324,8 @@ def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[fl
         return None
     parts: dict[str, float] = {}
     for name, term in terms.items():
-        sampled = getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm))
         part = abs(row.get(f"loss/{name}", 0.0)) * bounds(term.weight)[1]
-        if not sampled and part > 0:
+        if not _sampled(term) and part > 0:
             parts[name] = part
     if len(parts) < 2:
         return None

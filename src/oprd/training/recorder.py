@@ -20,11 +20,11 @@ from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective, Term
 from oprd.objectives.diagnostics import DISTANCES
 from oprd.objectives.schedules import bounds
-from oprd.objectives.terms import PolicyTerm
+from oprd.objectives.terms import PolicyTerm, SeesSteps
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
 from oprd.states.teachers import CountsRequests
-from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, silent_terms, unequal_terms
 from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
@@ -68,13 +68,19 @@ class Recorder:
         args: the run's settings.
         parallel: the training processes.
         requests: counts requests to another process; None: there are none.
+        terms: of the loss, by name; those that see steps are told of them.
 
     Attributes:
         last_step: the step that was closed last.
     """
 
     def __init__(
-        self, folder: RunFolder, args: OPRDConfig, parallel: Parallel, requests: CountsRequests | None = None
+        self,
+        folder: RunFolder,
+        args: OPRDConfig,
+        parallel: Parallel,
+        requests: CountsRequests | None = None,
+        terms: Mapping[str, Term] | None = None,
     ) -> None:
         self.folder, self.args, self.parallel, self._requests = folder, args, parallel, requests
         self.main = args.process_index == 0
@@ -89,6 +95,8 @@ class Recorder:
         self._distances: list[Tensor] = []
         self._said_missing = False
         self._terms: Mapping[str, Term] = {}
+        objectives = {name: term.objective for name, term in (terms or {}).items()}
+        self._watching = {name: own for name, own in objectives.items() if isinstance(own, SeesSteps)}
         self.last_step: StepRecord | None = None
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -108,11 +116,24 @@ class Recorder:
                 if "loss" in row:
                     useless = row.get("useless_steps", 0.0)
                     self._rising.watch(row)
+                    self._tell(row["step"], row)
                 yield row
 
-        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
+        for term in self._watching.values():
+            term.begin()
+        rows = lines()
+        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, rows)
+        for _ in rows:  # without a window the alarm reads none
+            pass
         before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
         self._useless = UselessSteps(self.args, int(before))
+
+    def _tell(self, step: int, row: Mapping[str, Any]) -> list[str]:
+        """Tell the terms that see steps of one; what they say about it."""
+        said = [
+            term.finished(step, row[f"loss/{name}"]) for name, term in self._watching.items() if f"loss/{name}" in row
+        ]
+        return [line for line in said if line]
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds spent inside to `time/<name>` of the running step."""
@@ -211,12 +232,21 @@ class Recorder:
             del row["long_sequences"]
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
+        told = self._tell(step, row)
         if self.main:
+            for line in told:
+                logger.info("step %d: %s", step, line)
             here, said = {"step": step, **row}, list[str]()
             for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
                 said.append(str(alarm))
+            for name in silent_terms(here, self._terms):
+                logger.warning(
+                    "step %d: the loss of %s is exactly 0: it teaches nothing; check its arguments, layers and positions",
+                    step,
+                    name,
+                )
             if found := unequal_terms(here, self._terms):
                 row["unequal_terms"], sentence = found
                 logger.warning("step %d: %s", step, sentence)

@@ -210,7 +210,7 @@ class OPRDTrainer(Trainer):
         self.grading = Grading(self.task, rewards)
         asked = innermost(pair.teacher)
         requests = asked if isinstance(asked, CountsRequests) else None
-        self.recorder = Recorder(self.run_folder, args, self.parallel, requests)
+        self.recorder = Recorder(self.run_folder, args, self.parallel, requests, self.objective.terms)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,

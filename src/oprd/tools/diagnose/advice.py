@@ -15,8 +15,9 @@ import yaml
 from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
 from oprd.config import AUTO
 from oprd.sanitize import printable
+from oprd.states.layer_maps import KEPT
 from oprd.tasks.measures import ACCURACY, REWARD, in_words
-from oprd.tools.diagnose.verdict import agreeing, spread
+from oprd.tools.diagnose.verdict import PRUNED, agreeing, spread
 
 Report = Mapping[str, Any]
 
@@ -92,6 +93,13 @@ def _layers(report: Report) -> dict[str, Any] | None:
         return _rule(
             "layers", "all that `oprd bridge fit` calls usable, including the last",
             f"CKA along the best layer map {spread(report['cka']['best'])}", layers="all",
+        )  # fmt: skip
+    if verdict["kind"] == PRUNED:
+        kept, layers = report["kept_layers"], report["models"]["teacher"]["layers"]
+        return _rule(
+            "layers", f"all, each with the teacher's layer that it was ({KEPT})",
+            f"the student is the teacher without {layers - len(kept)} of its {layers} layers: it kept "
+            f"{', '.join(map(str, kept))}", layers="all", layer_map=KEPT,
         )  # fmt: skip
     upper, layers = verdict["layers"], report["layers"]
     only = sorted(set(upper) - agreeing(layers))
