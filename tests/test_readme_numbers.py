@@ -307,6 +307,19 @@ def test_the_recipe_of_pruned_students_says_what_was_measured():
     )
 
 
+def test_the_far_pairs_of_docs_choose_are_what_was_measured():
+    far = "evidence/e23_far_pair/result.json"
+    names = ("mixed", "supervised", "states", "output_space", "supervised_then_states")
+    mixed, supervised, states, full, then = after(far, *names)
+    text, rates = prose((ROOT / "docs" / "choose.md").read_text()), read(far)["rates"]
+    lower = f"{rates['states'] / rates['output_space']:.0f}"
+    assert f"this {mixed} %; supervised training alone" in text
+    assert (
+        f"{supervised}; states alone {states}; full reverse KL alone, at a rate {lower} times lower, {full}; 20" in text
+    )
+    assert f"20 supervised steps and then states {then}." in text
+
+
 def test_the_rates_that_docs_choose_names_are_those_of_the_first_claim():
     tried: dict[str, dict[float, float]] = {}
     for run in read(E1)["tuning"]:

@@ -240,7 +240,7 @@ def _accuracy_stood_still(before: Sequence[Mapping[str, Any]], after: Sequence[M
     return (
         f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and {unit} did not rise ({in_words(right / n, unit)} -> "
         f"{in_words(later / m, unit)}): the "
-        "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
+        "student comes closer on responses in its own style; let the teacher write them in half of the steps (docs/choose.md, far "
         "pairs), or check the task's answers"
     )
 
