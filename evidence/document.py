@@ -99,9 +99,9 @@ def details(claim: Claim, result: Result) -> str:
 def _took(whole: Mapping[str, Any] | None) -> str:
     if whole is None:
         return ""
+    beside = f" {whole['beside']}" if whole.get("beside") else ""
     return (
-        f"One call measured all of it in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores"
-        f"{', ' + whole['beside'] if whole.get('beside') else ''}. "
+        f"One call measured {whole.get('claims', 'all of it')} in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores.{beside} "
     )
 
 

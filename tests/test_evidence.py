@@ -245,9 +245,9 @@ def test_results_of_side_by_side_keep_their_order():
 
 def test_how_long_the_whole_took_is_said(tmp_path):
     assert measured_whole(tmp_path) is None
-    (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "beside a cat"}))
+    (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "A cat slept."}))
     text = document(tmp_path / "evidence.md", list(claims()), {}, measured_whole(tmp_path))
-    assert "One call measured all of it in 100 minutes on 2 cores, beside a cat. Learning" in text
+    assert "One call measured all of it in 100 minutes on 2 cores. A cat slept. Learning" in text
 
 
 def test_what_more_rollouts_give_is_paired_by_seed():
