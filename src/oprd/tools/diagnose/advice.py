@@ -149,7 +149,7 @@ def _output(report: Report) -> dict[str, Any]:
         return _rule(
             "output space", "no output-space loss; if you add one, watch accuracy from the first steps",
             f"{tokens['one_to_one']:.1%} of the student's positions have the same next token in both tokenizers; with 77 % on the "
-            f"embedded pair every such term collapsed (docs/bridge.md). {kl}",
+            f"embedded pair every such term collapsed at the rate of states (docs/bridge.md). {kl}",
         )  # fmt: skip
     if kind == "unrelated":
         return _rule("output space", "exact reverse KL alone", kl, output_space="reverse_kl", reduction="token")
