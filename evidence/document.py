@@ -100,9 +100,7 @@ def _took(whole: Mapping[str, Any] | None) -> str:
     if whole is None:
         return ""
     beside = f" {whole['beside']}" if whole.get("beside") else ""
-    return (
-        f"One call measured {whole.get('claims', 'all of it')} in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores.{beside} "
-    )
+    return f"One call measured {whole.get('claims', 'all of it')} in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores.{beside} "
 
 
 def write_documents(page: Path, claims: Claims, results: Mapping[str, Result], whole: Mapping[str, Any] | None) -> None:

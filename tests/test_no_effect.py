@@ -41,7 +41,7 @@ ALONE = [
     ({"output_baseline": True}, "output_baseline: true has no effect without output_space; set it, or",
      {"output_space": "sampled_token"}),
     ({"output_temperature": 2.0}, "output_temperature: 2.0 has no effect without output_space or objectives; set one of", KL),
-    ({"output_top_k": 4, **KL}, "output_top_k: 4 has no effect with output_space: reverse_kl, which reads the whole vocabulary; "
+    ({"output_top_k": 4, **KL}, "output_top_k: 4 has no effect with output_space: reverse_kl, which is no top-k loss; "
      "set one of top_k, top_k_forward_kl, tail_sampled, or", TOP_K),
     ({"output_support": "union", **KL}, "output_support: union has no effect with output_space: reverse_kl", TOP_K),
     ({"output_beta": 0.1, **TOP_K}, "output_beta: 0.1 has no effect with output_space: top_k; set jsd", {"output_space": "jsd"}),

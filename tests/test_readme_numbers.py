@@ -309,12 +309,12 @@ def test_the_recipe_of_pruned_students_says_what_was_measured():
 
 def test_the_full_kl_across_tokenizers_is_said_at_its_own_rate():
     runs = read(E10)["other_tokenizer"]
-    bridge, alone = (
-        mean([r["final"] for r in runs if r["objective"] == name]) for name in ("rank_16", "output_alone")
-    )
+    bridge, alone = (mean([r["final"] for r in runs if r["objective"] == name]) for name in ("rank_16", "output_alone"))
     text = prose((ROOT / "docs" / "bridge.md").read_text())
     assert {r["learning_rate"] for r in runs if r["objective"] == "output_alone"} == {1e-5}
-    assert f"after 60 steps it has {percent(alone)} %, not significantly less than the bridge's {percent(bridge)}" in text
+    assert (
+        f"after 60 steps it has {percent(alone)} %, not significantly less than the bridge's {percent(bridge)}" in text
+    )
 
 
 def test_the_far_pairs_of_docs_choose_are_what_was_measured():

@@ -70,7 +70,7 @@ NEEDS = (
     ),
     Needs(
         ("output_top_k", "output_support"), lambda run, _: run.args.output_space in (None, *WITH_SUPPORT),
-        "with output_space: {output_space}, which reads the whole vocabulary", f"set one of {', '.join(WITH_SUPPORT)}",
+        "with output_space: {output_space}, which is no top-k loss", f"set one of {', '.join(WITH_SUPPORT)}",
     ),
     Needs(
         ("output_beta",), lambda run, _: run.args.output_space in (None, "jsd"),
