@@ -33,6 +33,7 @@ SHARED = {
 }  # fmt: skip
 OUTPUT_ONLY = {"representation_weight": 0}
 DIGITS = 6
+_LONGEST = 3000  # steps of training a pair
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ CASES = {
     "states_off_policy": _e1("states_off_policy", lmbda=0.0),
     "wider": Case({"teacher_model": "embedded:wider/teacher"}, rates=RATES, fitted=True),
     "other_tokenizer": Case({"teacher_model": "embedded:other-tokenizer/teacher"}, rates=RATES, fitted=True),
-    "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES, fitted=True),
-    "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES, fitted=True),
+    # The constants were chosen with earlier pairs of the next two names.
+    "reversal": Case({"task": "learning_rate:reversal"}, rates=RATES),
+    "sorting": Case({"task": "learning_rate:sorting"}, rates=RATES),
     "rotation": Case({"task": "learning_rate:rotation"}, rates=RATES),
     "smollm2_representation": _e11("representation"),
     "smollm2_full_reverse_kl": _e11("full_reverse_kl", **OUTPUT_ONLY, output_space="reverse_kl"),
@@ -110,7 +112,11 @@ MADE = {"reversal": (reversal, {"hidden_size": 96, "num_hidden_layers": 3}, 3),
 
 
 def build_pair(name: str, folder: Path) -> None:
-    """Train a small Llama on one of the tasks; student and teacher are the first weights that solve 25 % and 99 % of a batch."""
+    """Train a small Llama on one of the tasks. Student and teacher are the first weights that answer 25 % and 98 % of a batch.
+
+    That is the mean probability of the whole answer: runs are evaluated by sampling, and weights whose likeliest tokens are right
+    may still be far from that.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,28 +131,27 @@ def build_pair(name: str, folder: Path) -> None:
         tie_word_embeddings=True, initializer_range=0.05, **shape, **ends,
     ))  # fmt: skip
     assert task.problems is not None
-    rows = [tokenizer.encode(f"{row.prompt}{row.answer}") for row in task.problems(1000 * 64, 5, "train")]
+    rows = [tokenizer.encode(f"{row.prompt}{row.answer}") for row in task.problems(_LONGEST * 64, 5, "train")]
     ids = torch.tensor([[*row, tokenizer.eos_token_id] for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    wanted = [("student", 0.25), ("teacher", 0.99)]
+    wanted = [("student", 0.25), ("teacher", 0.98)]
     for step, batch in enumerate(ids.split(64), 1):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(step / 50, 1.0)
         logits, labels = model(input_ids=batch, use_cache=False).logits[:, DIGITS:-1], batch[:, DIGITS + 1 :]
-        solved = (logits.argmax(-1) == labels).all(1).float().mean().item()
-        if solved >= wanted[0][1]:
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        if (-losses.sum(1)).exp().mean() >= wanted[0][1]:
             part, _ = wanted.pop(0)
             print(f"{name}: {part} at step {step}", flush=True)
             model.save_pretrained(folder / part)
             tokenizer.save_pretrained(folder / part)
             if not wanted:
                 return
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    raise SystemExit(f"{name}: 1000 steps have not made a teacher")
+    raise SystemExit(f"{name}: {_LONGEST} steps have not made a teacher")
 
 
 def prepared(name: str, runs: Path, models: Path) -> dict[str, Any]:

@@ -99,10 +99,8 @@ def details(claim: Claim, result: Result) -> str:
 def _took(whole: Mapping[str, Any] | None) -> str:
     if whole is None:
         return ""
-    return (
-        f"One call measured all of it in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores"
-        f"{', ' + whole['beside'] if whole.get('beside') else ''}. "
-    )
+    beside = f" {whole['beside']}" if whole.get("beside") else ""
+    return f"One call measured {whole.get('claims', 'all of it')} in {round(whole['seconds'] / 60)} minutes on {whole['cpus']} cores.{beside} "
 
 
 def write_documents(page: Path, claims: Claims, results: Mapping[str, Result], whole: Mapping[str, Any] | None) -> None:

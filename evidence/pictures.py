@@ -10,6 +10,9 @@ from typing import Any
 
 from evidence.claim import Claim, Result
 from evidence.comparisons import Record
+from evidence.real_model_gpu.picture import FIGURE as FIGURE_OF_CURVES
+from evidence.real_model_gpu.picture import curves
+from evidence.real_model_gpu.picture import draw as draw_curves
 from evidence.words import percent
 from oprd.runs.curves import draw_run
 from oprd.runs.pictures import BEFORE, COLOURS, QUIET, TEACHER, in_percent, mark, new_figure, save, style
@@ -58,8 +61,15 @@ def committed(claims: Iterable[tuple[Path, Claim]]) -> dict[Path, Callable[[], A
     for name in ("demo", "smollm2"):
         summary = _read(runs / f"{name}_summary.json")
         found[docs / f"{name}.png"] = partial(draw_run, runs / f"{name}_metrics.jsonl", summary)
+    found[FIGURE_OF_CURVES] = _curves
     found[docs / "diagnose.png"] = partial(draw_report, _read(runs / "diagnose.json"))
     return found
+
+
+def _curves() -> Any:
+    figure = new_figure(3.6)
+    draw_curves(curves(), figure)
+    return figure
 
 
 def _read(file: Path) -> Any:

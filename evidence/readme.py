@@ -1,4 +1,4 @@
-"""The measured figures and numbers of README.md and of evidence/first_light/README.md, written from committed results into marked blocks."""
+"""The measured figures and numbers of README.md and of pages below evidence/, written from committed results into marked blocks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from evidence.claim import Claim
 from evidence.comparisons import difference, gap_closed, of
-from evidence.e01_accuracy.claim import end_of_rates
 from evidence.e05_cost.claim import gpu_saving, gpu_time_saving
-from evidence.words import VERDICTS, less, mean_of, percent, points
+from evidence.real_model_gpu.picture import best_runs, curves, rows
+from evidence.words import VERDICTS, less, mean_of, percent, points, table
 from oprd.tools.compare.interval import mean_and_interval
 
 HERE = Path(__file__).parent
@@ -51,21 +51,25 @@ def _folder(claims: Claims, name: str) -> str:
 
 
 def _picture(claims: Claims, results: Results) -> str:
-    runs = results["E1"]["runs"]
-    ours = of(runs, "representation")
-    before, teacher, after = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher", "final"))
-    off_policy, full, sampled = (
-        mean_and_interval([r["final"] for r in of(runs, name)])[0]
-        for name in ("states_off_policy", "full_reverse_kl", "sampled_token")
+    found = curves()
+    best = best_runs(found["runs"])
+    ours, supervised, top, full, sampled = (
+        percent(best[name]["final"])
+        for name in ("representation", "supervised", "top_16", "full_reverse_kl", "sampled_token")
     )
-    end = end_of_rates(results["E1"]["tuning"], "sampled_token")
-    edge = f" ({end} rate tried)" if end else ""
     return (
-        f"![final accuracy by objective and learning rate](evidence/{_folder(claims, 'E1')}/figure.png)\n\n"
-        f"*5-digit addition, {ours[0]['steps']} steps of {results['E1']['rollouts']} rollouts, {len(ours)} seeds: {percent(before, 0)} before, teacher "
-        f"{percent(teacher)}. Hidden states {percent(after)} (on the teacher's responses {percent(off_policy)}), full reverse KL {percent(full)}, sampled-token "
-        f"{percent(sampled)}{edge}.*"
+        f"![accuracy of six objectives on a real model](evidence/real_model_gpu/figure.png)\n\n"
+        f"*SmolLM2-135M learns chain sums from a copy of itself trained on worked solutions ({percent(found['teacher'])}): "
+        f"{best['representation']['points'][-1][0]} steps of {found['rollouts']} rollouts, one seed. Hidden states {ours}, supervised training on the teacher's "
+        f"responses {supervised}, top-16 {top}, full reverse KL {full}, sampled-token {sampled} ([settings](evidence/real_model_gpu/README.md)).*"
     )
+
+
+def _curves(claims: Claims, results: Results) -> str:
+    found = curves()
+    steps = [str(step) for step, _ in found["runs"][0]["points"]]
+    header = ["objective", "best rate tried", *(f"step {step}" for step in steps), "interval", "other rates: end"]
+    return f"![accuracy of six objectives against steps](figure.png)\n\n{table(header, rows(found))}"
 
 
 def _claims(claims: Claims, results: Results) -> str:
@@ -87,7 +91,14 @@ def _judged(claims: Claims, results: Results, name: str) -> str:
 def _accuracy(result: Mapping[str, Any], verdict: str) -> str:
     lead = difference(result["runs"], "representation", "full_reverse_kl")
     closed = percent(gap_closed(of(result["runs"], "representation"))[0], 0)
-    return f"**Accuracy** ({verdict}): {closed} of the gap closed; {points(*lead[:2])} over the full reverse KL."
+    own, given = (
+        percent(mean_and_interval([r["final"] for r in of(result["runs"], name)])[0])
+        for name in ("representation", "states_off_policy")
+    )
+    return (
+        f"**Accuracy** ({verdict}): {closed} of the gap closed; {points(*lead[:2])} over the full reverse KL. Hidden states on the teacher's "
+        f"responses are as accurate ({given}; on-policy {own})."
+    )
 
 
 def _cost(result: Mapping[str, Any], verdict: str) -> str:
@@ -115,7 +126,11 @@ def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
 
 def _real_model(result: Mapping[str, Any], verdict: str) -> str:
     lead = difference(result["runs"], "representation", "full_reverse_kl")
-    return f"**A pretrained model** ({verdict}): SmolLM2-135M, short training, {points(*lead[:2])} against the full reverse KL."
+    steps = of(result["runs"], "representation")[0]["steps"]
+    return (
+        f"**A pretrained model** ({verdict}): after {steps} steps at low rates, {points(*lead[:2])} against the full reverse KL; the picture above "
+        f"shows {best_runs(curves()['runs'])['representation']['points'][-1][0]} steps."
+    )
 
 
 def _beside_trl(result: Mapping[str, Any], verdict: str) -> str:
@@ -169,5 +184,6 @@ def _read(name: str) -> dict[str, Any]:
 BLOCKS: dict[str, dict[str, Callable[[Claims, Results], str]]] = {
     "README.md": {"picture": _picture, "demo": _demo, "claims": _claims},
     "evidence/first_light/README.md": {"smollm2": _smollm2},
+    "evidence/real_model_gpu/README.md": {"curves": _curves},
 }
 """Document → the blocks that it must have."""

@@ -84,9 +84,30 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_extend.py::test_what_a_run_never_calls_is_known"),
     ],
     "training/outcome.py": [
-        ("the summary lacks what was measured after training", 'summary["student_after"] = trainer.evaluate_now()',
-         'summary["student_after"] = summary["student_before"]',
+        ("the summary lacks what was measured after training", '_keep(trainer, "student_after", trainer.measure_now(), say)',
+         'summary["student_before"]',
          "test_python_api.py::test_a_run_from_python_leaves_what_the_command_leaves"),
+    ],
+    "tools/compare/difference.py": [
+        ("differences of unlike problems", "pairs = [left[key] - right[key] for key, _ in sorted(ours)]",
+         "pairs = [o - b for (_, o), (_, b) in zip(ours, baseline, strict=True)]",
+         "test_compare_runs.py::test_runs_on_the_same_problems_are_paired"),
+        ("other problems are paired all the same",
+         "if not ours or Counter(key for key, _ in ours) != Counter(key for key, _ in baseline):", "if not ours:",
+         "test_compare_runs.py::test_a_problem_that_is_there_twice_counts_twice"),
+        ("the difference is over all seeds of both", "for seed in ours if seed in baseline]",
+         "for seed in ours if seed in baseline][:1]", "test_compare.py::test_differences_are_paired_by_seed"),
+    ],
+    "tools/settings_of_run.py": [
+        ("a folder may name code", 'if ":" in code:', 'if code == ":":',
+         "test_eval_of_run.py::test_what_is_not_taken_is_asked_for"),
+        ("the run's settings replace those of the command line", "if name in given or not applies",
+         "if not applies", "test_eval_of_run.py::test_what_the_command_line_gives_comes_first"),
+    ],
+    "runs/measure.py": [
+        ("rewards are told as an accuracy", 'if "accuracy_std" in metrics or any(_is_reward(found) for found in evaluations):',
+         'if "accuracy_std" in metrics:',
+         "test_rewards_in_words.py::test_a_run_is_rewarded_by_its_settings_its_evaluations_or_its_steps"),
     ],
     "tools/evaluate.py": [
         ("all rows in place of the first", '"dataset", reading)[:limit]', '"dataset", reading)',
@@ -99,12 +120,24 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_sanitize.py::test_no_file_of_a_run_holds_a_secret"),
     ],
     "training/trackers.py": [
+        ("a tracker hears of the end before the results", 'if event == "on_train_end" and self._keeps_open:', "if False:",
+         "test_tracker_media.py::test_tensorboard_gets_the_verdict_and_the_curves_at_the_end"),
         ("calls find a later state", "copy.copy(state)", "state",
          "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
         ("a tracker may end the run", "except BaseException as error:  # SystemExit too", "except OSError as error:  # SystemExit too",
          "test_trackers.py::test_other_processes_do_not_warn"),
         ("a checkpoint is not waited for", '"on_train_begin", "on_save", "on_train_end")', '"on_train_begin", "on_train_end")',
          "test_trackers.py::test_a_slow_tracker_does_not_slow_the_run_and_keeps_the_order"),
+    ],
+    "training/tracker_media.py": [
+        ("model output is Markdown", 'f"&#{ord(c)};" if c in string.punctuation else c', "c",
+         "test_tracker_media.py::test_tensorboard_gets_a_table_of_completions_after_each_step_that_measures"),
+        ("results go to a tracker that has ended", "if tracker.open and summary.get", "if summary.get",
+         "test_tracker_media.py::test_the_end_is_told_after_the_results_and_also_after_an_error"),
+    ],
+    "resolve/no_effect.py": [
+        ("the first key alone is looked at", "for key in needs.keys if", "for key in needs.keys[:1] if",
+         "test_no_effect.py::test_alone_it_is_refused_and_with_what_it_needs_it_passes"),
     ],
     "objectives/representation.py": [
         ("norms in the dtype of the states", "vector_norm(states_ND, dim=-1, dtype=dtype)",
@@ -141,6 +174,33 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "objectives/head_metric.py": [
         ("no α of 0", "(1 - self.alpha) * whole", "whole",
          "test_head_metric.py::test_alpha_0_is_the_representation_loss_and_the_share_is_linear"),
+    ],
+    "objectives/zero_loss.py": [
+        ("as many positions as a term needs are too few", "if chosen >= needed:", "if chosen > needed:",
+         "test_silent_losses.py::test_each_choice_of_layers_and_positions_teaches_or_is_refused"),
+        ("a loss that begins after the last step is taken", "any(loss.at(step).weights.values()) for step in range(config.max_steps)",
+         "any(loss.at(step).weights.values()) for step in range(config.max_steps + 1)",
+         "test_silent_losses.py::test_a_run_that_ends_before_its_loss_begins_is_refused"),
+    ],
+    "objectives/attention.py": [
+        ("the divergence the other way round", "return (teacher_NHT * (", "return (student_NHT * (",
+         "test_attention_maps.py::test_the_divergence_equals_loops_and_its_gradient_finite_differences"),
+        ("the teacher's head is the student's", "(head[0], head[1]) for head", "(head[0], head[0]) for head",
+         "test_attention_maps.py::test_heads_by_name_by_number_and_in_pairs"),
+    ],
+    "states/attention.py": [
+        ("rows of the batch's first rollout", "maps_BHTT[flat_index // width, :,", "maps_BHTT[0 * flat_index, :,",
+         "test_attention_maps.py::test_rows_are_transformers_own_whatever_the_padding"),
+    ],
+    "objectives/switch.py": [
+        ("a loss that only rises switches", "if self._largest == 0 or gain", "if gain",
+         "test_adaptive_switch.py::test_a_loss_that_rises_first_has_no_gain_to_fall_below"),
+        ("the gain of a window counts as that of a step", "/ self.window**2", "/ self.window",
+         "test_adaptive_switch.py::test_it_switches_where_the_gain_falls_below_half_of_the_largest"),
+    ],
+    "tools/diagnose/verdict.py": [
+        ("a pruned copy is unrelated", 'if report["kept_layers"] is not None:', 'if False and report["kept_layers"]:',
+         "test_diagnose_pruned.py::test_a_pruned_copy_of_the_teacher_is_mapped_to_the_layers_that_it_kept"),
     ],
     "objectives/flow.py": [
         ("a step leads into the next rollout", "(index_N[1:] == index_N[:-1])", "(index_N[1:] >= index_N[:-1])",
@@ -821,6 +881,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_overlap.py::test_without_change_of_weights_it_is_the_run_without_overlap"),
     ],
     "training/recorder.py": [
+        ("a resumed run forgets what its terms have seen", '                    self._tell(row["step"], row)\n', "",
+         "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
+        ("without an alarm window nothing is read again", "        for _ in rows:  # without a window the alarm reads none\n            pass\n", "",
+         "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
+        ("distances stay in the order of the micro-batches", ".index_add_(0, places, values)",
+         ".index_add_(0, places.sort().values, values)", "test_tracker_media.py::test_distances_find_their_rollouts"),
         ("the teacher's rollouts count as the student's accuracy", "batch.correct if mine else []",
          "batch.correct", "test_off_policy.py::test_the_teachers_accuracy_is_not_logged_as_the_students"),
         ("padding of accumulated batches adds up", "padding_share=share * padding_share(", "padding_share=padding_share(",
@@ -993,8 +1059,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "training/trainer.py": [
         ("the best model is not evaluated",
-         "as_then = step == self.state.global_step and not self.args.load_best_model_at_end",
-         "as_then = step == self.state.global_step", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
+         "last[0] == now and not self.args.load_best_model_at_end",
+         "last[0] == now", "test_resume.py::test_the_best_model_is_kept_and_loaded"),
         ("an evaluation of other problems is remembered",
          "        if eval_dataset is None:\n            self._last_evaluation",
          "        if True:\n            self._last_evaluation",

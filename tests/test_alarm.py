@@ -132,7 +132,7 @@ def test_loss_and_cosine_better_and_accuracy_not_rings():
     said = [text for watch in [AlarmWatch(20)] for row in far() if (text := watch.watch(row))]
     assert said == [
         "cosine rose 0.929 -> 0.937 over steps 1 to 20, the loss fell 0.12 -> 0.107, and accuracy did not rise (8.7% -> 7.9%): the "
-        "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
+        "student comes closer on responses in its own style; let the teacher write them in half of the steps (docs/choose.md, far "
         "pairs), or check the task's answers"
     ]
 

@@ -279,6 +279,7 @@ def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     for _ in range(2):
         result = oprd("demo", "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
         assert result.returncode == 0, result.stderr
+    assert "next, with a pair of your own: oprd init --student NAME" in result.stdout
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     for name in ("student_before", "student_after", "teacher"):
         assert {"avg_at_k", "ci95", "k"} <= set(summary[name])

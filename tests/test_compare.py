@@ -17,13 +17,14 @@ import yaml
 from oprd.bridge import Bridge
 from oprd.run_config import RunConfig
 from oprd.runs.folder import LOCK, RunFolder
+from oprd.runs.grades import problem_key, record_grades
 from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from oprd.tools.compare.figure import plot_comparison
 from oprd.tools.compare.interval import mean_and_interval, t_quantile
-from oprd.tools.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs, rollouts_a_step
+from oprd.tools.compare.plan import COMPARISON_FOLDERS, load_comparison, plan_runs
 from oprd.tools.compare.process import ForkedProcess
 from oprd.tools.compare.report import build_report, markdown, table, write_report
-from oprd.tools.compare.results import Point, Run, at_seconds, is_complete, summarize_runs
+from oprd.tools.compare.results import Point, Run, at_seconds, is_complete, rollouts_a_step, summarize_runs
 from oprd.tools.compare.runner import open_runs, run_all
 
 QUICK = {
@@ -161,6 +162,28 @@ def test_the_numbers_of_a_comparison(four_runs):
     json.dumps(report, allow_nan=False)
 
 
+def test_differences_are_paired_by_seed(four_runs):
+    """b − a is 0.4 and 0.2: mean 0.3, s/√2 = 0.1. Unpaired, the intervals of both would overlap far more."""
+    a, b = summarize_runs(four_runs)["rows"]
+    assert a["difference"] is None
+    assert b["difference"]["value"] == pytest.approx(0.3)
+    assert b["difference"]["ci95"] == pytest.approx([0.3 - 12.706205 * 0.1, 0.3 + 12.706205 * 0.1], abs=1e-5)
+    assert (b["difference"]["over"], b["difference"]["pairs"]) == ("seeds", 2)
+    report = summarize_runs(four_runs, baseline="b")
+    assert report["baseline"] == {"objective": "b", "learning_rate": 1e-3}
+    assert report["rows"][0]["difference"]["value"] == pytest.approx(-0.3)
+    (four_runs[2].folder / "failed").write_text("exit code 1\n")  # a, seed 1: only seed 0 is in both
+    alone = summarize_runs(four_runs)["rows"][1]["difference"]
+    assert (alone["value"], alone["ci95"], alone["over"]) == (pytest.approx(0.4), None, "")
+    problems = [problem_key(f"{i}+1", str(i + 1)) for i in range(4)]
+    record_grades(four_runs[0].folder, "student_after", problems, [0, 0, 1, 1])
+    record_grades(four_runs[1].folder, "student_after", problems[::-1], [1, 1, 1, 0])
+    of_problems = summarize_runs(four_runs)["rows"][1]["difference"]
+    assert (of_problems["value"], of_problems["over"], of_problems["pairs"]) == (0.25, "problems", 4)
+    with pytest.raises(ValueError, match="--baseline: 'c' is none of the objectives; name one of a, b"):
+        summarize_runs(four_runs, baseline="c")
+
+
 def test_the_best_rate_of_each_objective(tmp_path):
     runs = [
         finish(Run(name, rate, 0, tmp_path / f"{name}{rate}"), {1: accuracy}, {"rollout": 1.0})
@@ -210,7 +233,7 @@ def test_missing_and_failed_runs_do_not_count(four_runs, tmp_path):
     full = {**report, "settings": {"recipe": "r", "seeds": [0, 1], "rollouts_a_step": 32}}
     (_, first), (_, second) = table(full)[1]
     assert first[-1] == "1 of 2"
-    assert second[2:] == ["–", "–", "–", "–", "–", "–", "0 of 2"]
+    assert second[2:] == ["–"] * 7 + ["0 of 2"]
     assert "3 of 4 runs are not complete" in markdown(full)
     plot_comparison(full, tmp_path / "partial.png")
     (a1.folder / "failed").touch()
@@ -518,9 +541,15 @@ def test_the_report_of_a_plan(comparison, tmp_path):
     assert json.loads((tmp_path / "report" / "compare.json").read_text()) == report
     assert (tmp_path / "report" / "compare.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report" / "compare.md").read_text()
-    assert "| objective | rate | final Avg@4 [95 %] | best | at 4 s | gap closed | seconds | steps | seeds |" in text
-    assert "| **all** | **0.0001** * | **50.0% [50.0, 50.0]** | 50.0% | 50.0% [50.0, 50.0] | – | 4.00 | 4 | 2 |" in text
-    assert "| last | 0.001 | 50.0% [50.0, 50.0] | 60.0% |" in text
+    assert (
+        "| objective | rate | final Avg@4 [95 %] | difference to all [95 %] | best | at 4 s | gap closed | seconds |"
+        in text
+    )
+    assert (
+        "| **all** | **0.0001** * | **50.0% [50.0, 50.0]** | baseline | 50.0% | 50.0% [50.0, 50.0] | – | 4.00 | 4 | 2 |"
+        in text
+    )
+    assert "| last | 0.001 | 50.0% [50.0, 50.0] | +0.0 [+0.0, +0.0] | 60.0% |" in text
     for words in ("over the seeds", "optimistic", "without evaluation", "final_by_seed"):
         assert words in text
 
@@ -546,6 +575,8 @@ def test_a_comparison_from_end_to_end(oprd, comparison, tmp_path):
     assert code == 2
     assert "nothing to report: none of the 4 runs is complete" in errors
 
+    code, _, errors = oprd("compare", "--config", file, "--baseline", "first")
+    assert (code, "--baseline: 'first' is none of the objectives; name one of all, last" in errors) == (2, True)
     code, shown, errors = oprd("compare", "--config", file, "--workers", "2")
     assert code == 0, shown + errors
     assert "4 runs (2 objectives, 1 learning rates, 2 seeds), 2 rollouts a step; 4 to do" in shown
@@ -564,6 +595,8 @@ def test_a_comparison_from_end_to_end(oprd, comparison, tmp_path):
     summaries = {path: json.loads(path.read_text()) for path in sorted(out.rglob("summary.json"))}
     assert [s["teacher"] is not None for s in summaries.values()] == [True, True, False, False]  # all/, then last/
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "difference to all" in shown
+    _two_of_its_runs(oprd, out)
 
     written = {path: path.stat().st_mtime_ns for path in summaries}
     again, shown, _ = oprd("compare", "--config", file)
@@ -579,6 +612,38 @@ def test_a_comparison_from_end_to_end(oprd, comparison, tmp_path):
     final = json.loads((out / "compare.json").read_text())
     assert final["machine"]["workers"] == [2, 1]
     assert [row["final_by_seed"] for row in final["rows"]] == [row["final_by_seed"] for row in report["rows"]]
+
+
+def _two_of_its_runs(oprd, out):
+    """Two runs by their folders, paired by the grades that the runs recorded."""
+    folders = [str(out / "runs" / name / "lr_0.001" / "seed_0") for name in ("all", "last")]
+    found = out.parent / "two.json"
+    code, shown, errors = oprd("compare", *folders, "--json", str(found))
+    assert code == 0, errors
+    assert "Differences are paired by problem (4 problems)" in shown
+    first, second = json.loads(found.read_text())["runs"]
+    assert (first["difference"], second["difference"]["over"]) == (None, "problems")
+    assert second["difference"]["value"] == pytest.approx(second["after"] - first["after"])
+    assert "layers: all, last" in shown
+    code, _, errors = oprd("compare", str(out), folders[0])
+    assert code == 2
+    assert f"{out} is a comparison of 4 runs, not a run" in errors
+    page = out.parent / "page.html"
+    code, _, errors = oprd("report", str(out), "--output", str(page))
+    assert code == 0, errors
+    text = page.read_text()
+    assert "<h1>4 runs compared</h1>" in text
+    assert "out: every objective and rate." in text
+    assert '<th scope="col">difference to all [95 %]</th>' in text
+    assert '<th scope="row">Avg@k after, difference to A [95 %]</th>' in text
+    assert "(paired, 4 problems)" in text
+    report = json.loads((out / "compare.json").read_text())
+    del report["baseline"]
+    (old := out.parent / "old").mkdir()
+    (old / "compare.json").write_text(json.dumps(report))
+    code, _, errors = oprd("report", str(old))
+    assert code == 2
+    assert f"is of an older version, without differences; write it anew: oprd compare --config {out.parent}" in errors
 
 
 def test_a_failing_comparison_ends_with_an_exit_code(oprd, comparison, monkeypatch):

@@ -595,7 +595,7 @@ def test_all_ends_of_a_side_are_one_event_and_padding_is_none(tmp_path, kind):
     assert {ids[-1] for ids in written} >= {2, 18}
     objective = CrossObjective(ours=ENDS[0], theirs=ENDS[1], kind=kind, k=5)
     trainer, _ = check_against_plain_pytorch(
-        tmp_path, objective, [{"output_space": 1.0}] * 2, models=models_of_many_ends(), output_space=kind, output_top_k=5,
+        tmp_path, objective, [{"output_space": 1.0}] * 2, models=models_of_many_ends(), output_space=kind,
         chosen=written, adam={**ADAM, "weight_decay": 0.0}, **OUTPUT,
     )  # fmt: skip
     start, now = models_of_many_ends()[0].lm_head.weight, trainer.model.lm_head.weight

@@ -293,12 +293,12 @@ def changed(report, *, raw_only=False, **layers):
 
 
 def start(report, *, finished=1.0, kl=0.3, accuracy=None, **verdict):
-    """The rule about the first steps, for a report with these figures."""
+    """The rule about who writes the responses, for a report with these figures."""
     changed = copy.deepcopy(report)
     changed["rollouts"]["finished"], changed["output"]["reverse_kl"], changed["accuracy"] = finished, kl, accuracy
     changed["output"]["entropy_student"] = 0.5
     changed["verdict"] |= verdict
-    found = [rule for rule in advise(changed)["advice"] if rule["about"] == "first steps"]
+    found = [rule for rule in advise(changed)["advice"] if rule["about"] == "responses"]
     return found[0] if found else None
 
 
@@ -307,19 +307,16 @@ def answers(finished=(1.0, 1.0), length=(10.0, 10.0)):
     return {n: {"accuracy": 0.1, "ci95": [0.0, 0.2], "finished": f, "mean_length": m} for n, f, m in sides}
 
 
-FIRST = {"schedule": "step", "start": 0.0, "end": 1.0, "steps": 20}
-
-
-def test_a_far_pair_starts_with_the_teachers_responses(other_tokenizer, wider, same_origin):
+def test_a_far_pair_has_the_teachers_responses_in_half_of_the_steps(other_tokenizer, wider, same_origin):
     rule = start(other_tokenizer, finished=0.55, kl=1.4, accuracy=answers((0.55, 0.98), (21.0, 6.0)))
-    assert rule["choose"] == "start with 20 steps on the teacher's responses"
+    assert rule["choose"] == "let the teacher write them in half of the steps"
     assert rule["because"] == (
         "the student finishes 55% of its answers, the teacher 98%; the student's tokens cost the teacher 1.9 nats each, the "
         "student 0.5; its answers have 21 tokens on average, the teacher's 6: another style, about which the teacher's states say "
         "little"
     )
-    assert rule["settings"] == {"lmbda": FIRST, "output_space": "cross_entropy", "reduction": "token"}
-    assert start(wider, finished=0.55)["settings"] == {"lmbda": FIRST}  # beside its reverse KL
+    assert rule["settings"] == {"lmbda": 0.5, "output_space": "cross_entropy", "reduction": "token"}
+    assert start(wider, finished=0.55)["settings"] == {"lmbda": 0.5}  # beside its reverse KL
     assert start(other_tokenizer, finished=0.79)["because"].startswith(
         "the student finishes 79% of its answers: another"
     )

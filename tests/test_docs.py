@@ -64,7 +64,7 @@ def test_every_link_resolves(page):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("README.md", 900), ("ARCHITECTURE.md", 1320), ("CONTRIBUTING.md", 500), ("docs", 20_530)]
+    ("name", "limit"), [("README.md", 900), ("ARCHITECTURE.md", 1350), ("CONTRIBUTING.md", 500), ("docs", 21_760)]
 )
 def test_documents_stay_short(name, limit):
     pages = DOCS if name == "docs" else [ROOT / name]

@@ -62,8 +62,9 @@ def saved_by_autograd(model, ids, mask, bf16) -> int:
      (True, True, ("q_proj", "v_proj"), "bfloat16")],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_a_block_keeps_for_backward(family, padded, bf16, lora, dtype):
+def test_what_a_block_keeps_for_backward(family, attention, padded, bf16, lora, dtype):
     """Exactly: the difference of five and four blocks, so that embedding and final norm do not count."""
     sizes = []
     ids = torch.randint(3, 64, (2, 8))
@@ -71,6 +72,7 @@ def test_what_a_block_keeps_for_backward(family, padded, bf16, lora, dtype):
     mask[1, 6:] = 1 - padded
     for layers in (4, 5):
         model = tiny_model(family, num_hidden_layers=layers, dtype=getattr(torch, dtype)).train()
+        model.set_attn_implementation(attention)
         if lora:
             from peft import LoraConfig, get_peft_model
 
@@ -79,7 +81,9 @@ def test_what_a_block_keeps_for_backward(family, padded, bf16, lora, dtype):
     shape = shape_of(tiny_model(family).config)
     adapter = Lora(4, lora) if lora else None
     size = getattr(torch, dtype).itemsize
-    a_token, copies = saved_bytes(work(student=shape, padded=padded, bf16=bf16, lora=adapter, student_bytes=size))
+    eager = attention == "eager"
+    found = work(student=shape, padded=padded, bf16=bf16, lora=adapter, student_bytes=size, eager=eager)
+    a_token, copies = saved_bytes(found)
     assert sizes[1] - sizes[0] == 16 * a_token + copies
 
 
@@ -126,6 +130,15 @@ def test_the_parts_in_closed_form():
     plain = predict_memory(work()).parts
     assert plain["vocabulary chunks"] == 0
     assert predict_memory(work(bridge_rank=5)).parts["state cache"] == 4 * 4 * 6 * 3 * 5
+
+
+def test_attention_rows_are_kept_of_the_teacher_and_of_the_student():
+    """4 rollouts of 6 positions that look at 8 tokens, 4 heads, 2 layers."""
+    alone, beside = predict_memory(work(eager=True)), predict_memory(work(eager=True, attention_layers=2))
+    rows = 2 * 4 * 6 * 4 * 8
+    assert beside.parts["state cache"] == alone.parts["state cache"] + 4 * rows
+    assert beside.phases["update"] >= alone.phases["update"] + 2 * 4 * rows
+    assert alone.parts["activations"] > predict_memory(work()).parts["activations"]
 
 
 def test_sampling_during_the_update_holds_a_copy_and_the_cache_all_the_time():
@@ -434,3 +447,13 @@ def test_the_documents_times_are_those_of_its_measurements():
         assert line.endswith("(missed) |") == (not inside)
         good += inside and 0.5 <= rollouts[0] / rollouts[1] <= 2
     assert good >= 6
+
+
+def test_eager_attention_and_attention_rows_are_read_from_the_recipe(tmp_path):
+    eager = {"attn_implementation": "eager"}
+    keys = {"model_init_kwargs": eager, "teacher_model_init_kwargs": eager, "output_dir": str(tmp_path)}
+    entry = {"use": "oprd.objectives.attention:AttentionMaps", "layers": [1, 3]}
+    found = workload_of(RunConfig.load("tiny", {**keys, "objectives": [entry]}))
+    assert (found.eager, found.attention_layers) == (True, 2)
+    plain = workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path)}))
+    assert (plain.eager, plain.attention_layers) == (False, 0)

@@ -33,13 +33,13 @@ from oprd.tools.compare.plan import load_comparison
 
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
-NOT_YET: set[str] = {"E14", "E15", "E19", "E20", "E22", "E23"}
+NOT_YET: set[str] = {"E14", "E20", "E21", "E22"}
 MEASURED = sorted(RESULTS, key=lambda name: int(name[1:]))
 AGAIN = "run python -m evidence --document"
 
 
 def test_every_claim_is_there():
-    assert list(CLAIMS) == [f"E{n}" for n in (*range(1, 21), 22, 23)]
+    assert list(CLAIMS) == [f"E{n}" for n in range(1, 24)]
     assert set(CLAIMS) - set(RESULTS) == NOT_YET
     for folder, claim in claims():
         if claim.ID in NOT_YET:
@@ -65,9 +65,9 @@ def test_the_blocks_are_what_the_results_give(name):
     assert text == with_blocks(name, text, list(claims()), RESULTS), AGAIN
 
 
-def test_the_readme_begins_with_the_first_claims_figure():
+def test_the_readme_begins_with_the_real_model():
     text = (ROOT / "README.md").read_text()
-    assert "evidence/e01_accuracy/figure.png" in text[text.index("![") :].split("\n")[0]
+    assert "evidence/real_model_gpu/figure.png" in text[text.index("![") :].split("\n")[0]
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -245,9 +245,9 @@ def test_results_of_side_by_side_keep_their_order():
 
 def test_how_long_the_whole_took_is_said(tmp_path):
     assert measured_whole(tmp_path) is None
-    (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "beside a cat"}))
+    (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "A cat slept."}))
     text = document(tmp_path / "evidence.md", list(claims()), {}, measured_whole(tmp_path))
-    assert "One call measured all of it in 100 minutes on 2 cores, beside a cat. Learning" in text
+    assert "One call measured all of it in 100 minutes on 2 cores. A cat slept. Learning" in text
 
 
 def test_what_more_rollouts_give_is_paired_by_seed():
@@ -504,11 +504,11 @@ def test_the_bridges_sentence_follows_the_data():
     far = with_finals(rank_16=0.99, bridge_then_output=0.995, output_alone=0.9)
     assert far.verdict == "holds"
     assert far.against == ""
-    assert "alone takes the student from 26.7 % to 90.0 %" in far.paragraph
+    assert "alone, takes the student from 26.5 % to 90.0 %" in far.paragraph
     near = with_finals(rank_16=0.4, output_alone=0.0)
     assert near.verdict == "not"
-    assert "alone takes the student from 26.7 % down to 0.0 %" in near.paragraph
-    assert "(full reverse KL alone −37 %)" in near.number
+    assert "alone, takes the student from 26.5 % down to 0.0 %" in near.paragraph
+    assert "(full reverse KL alone −36 %)" in near.number
 
 
 def test_the_ends_of_a_grid_of_rates_are_said():
@@ -527,6 +527,3 @@ def test_the_ends_of_a_grid_of_rates_are_said():
     paragraph = CLAIMS["E1"].judge(RESULTS["E1"]).paragraph
     assert "over sampled-token OPD (best at the lowest rate tried, 3e-05: another may be better)" in paragraph
     assert "over GRPO (best at the lowest rate tried, 3e-05: another may be better)" in paragraph
-    assert "sampled-token 69.4 % (lowest rate tried)" in with_blocks(
-        "README.md", (ROOT / "README.md").read_text(), list(claims()), RESULTS
-    )

@@ -1,4 +1,4 @@
-"""Claims E18 to E20 on invented records: their verdicts follow the data, and their rates grow out of a grid's edge."""
+"""Claims E18 to E21 on invented records: their verdicts follow the data, and their rates grow out of a grid's edge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from evidence.e18_past_the_teacher import claim as e18
 from evidence.e19_head_metric import claim as e19
 from evidence.e20_presets import claim as e20
+from evidence.e21_attention_maps import claim as e21
 from evidence.pictures import draw_claim
 from evidence.tuning import at_edge, edges_said, tune_inside
 
@@ -31,7 +32,8 @@ def result(claim, finals, seeds=3):
 
 PAST = {"lambda_1": 0.78, "lambda_1_1": 0.78, "lambda_1_25": 0.78, "lambda_1_5": 0.78}
 HEAD = {"alpha_0": 0.8, "alpha_half": 0.9, "alpha_1": 0.8}
-LATER = {"oprd": 0.9, "lastopd": 0.8, "latent_mopd": 0.8, "ride": 0.9, "phf": 0.7}
+MAPS = {"states": 0.8, "maps": 0.5, "both_1": 0.8, "both_10": 0.9}
+LATER = {"oprd": 0.9, "lastopd": 0.8, "latent_mopd": 0.8, "ride": 0.9, "phf": 0.7, "adaptive": 0.95}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,9 @@ LATER = {"oprd": 0.9, "lastopd": 0.8, "latent_mopd": 0.8, "ride": 0.9, "phf": 0.
         (e20, LATER, "holds"),
         (e20, {**LATER, "lastopd": 0.9}, "partly"),
         (e20, {**LATER, "ride": 0.95}, "not"),
+        (e21, MAPS, "holds"),
+        (e21, {**MAPS, "both_1": 0.7}, "partly"),
+        (e21, {**MAPS, "maps": 0.95, "both_10": 0.8}, "not"),
     ],
 )
 def test_verdicts_follow_the_data(claim, finals, verdict):
@@ -57,9 +62,9 @@ def test_verdicts_follow_the_data(claim, finals, verdict):
     assert bool(found.against) is (claim is e18 and verdict != "holds")
 
 
-@pytest.mark.parametrize("claim", [e18, e19, e20])
+@pytest.mark.parametrize("claim", [e18, e19, e20, e21])
 def test_each_can_be_drawn_and_its_runs_are_planned(claim, tmp_path):
-    finals = {e18: PAST, e19: HEAD, e20: LATER}[claim]
+    finals = {e18: PAST, e19: HEAD, e20: LATER, e21: MAPS}[claim]
     with style():
         draw_claim(claim, result(claim, finals))
     file, comparison = load_comparison(claim.FILE)

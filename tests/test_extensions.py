@@ -539,9 +539,9 @@ def test_the_alarm_weighs_rewards_by_their_own_spread():
             for i in range(10)
         ]  # fmt: skip
 
-    assert "accuracy fell" in find_alarm(steps(3.0, 2.0, 0.5))
+    assert "reward fell" in find_alarm(steps(3.0, 2.0, 0.5))
     assert find_alarm(steps(3.0, 2.0, 20.0)) is None
-    assert "accuracy fell" in find_alarm(steps(0.50, 0.45, 0.05))  # too little of a fall for verdicts
+    assert "reward fell" in find_alarm(steps(0.50, 0.45, 0.05))  # too little of a fall for verdicts
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_the_alarm_weighs_rewards_by_their_own_spread():
         ("users_losses:no_task", "task: 'users_losses:no_task' is a int; it must be an oprd.tasks.task.Task"),
         ("users_losses:needs_arguments", "task: .* is called without arguments to make a Task, and does not allow it"),
         ("no_such:task", "task: .* cannot be imported"),
-        ("additon", "task: 'additon' is not one of math, addition"),
+        ("additon", "task: 'additon' is not one of math, exact_match, addition"),
     ],
 )
 def test_a_wrong_task_is_one_sentence(users_code, tmp_path, task, message):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from oprd.cli import app
 from oprd.models.pruning import cut_blocks
-from oprd.resolve import plan
+from oprd.resolve import plan, resolve
 from oprd.run_config import RunConfig
 from oprd.tools.first_recipe import Machine, first_recipe
 from oprd.training.run import train_and_evaluate
@@ -44,6 +44,14 @@ def made(**changes):
     return first_recipe(**{**own, **changes})
 
 
+def chats():
+    """Give both models a chat template, which holds all that is asked of a chat."""
+    for name in ("student", "teacher"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        tokenizer.save_pretrained(name)
+
+
 def init(*words: str):
     own = ("--student", "student", "--teacher", "teacher", "--prompts", "rows.jsonl", "--output", "mine.yaml")
     return CliRunner().invoke(app, ["init", *own, *words])
@@ -56,7 +64,7 @@ def test_what_it_writes_trains_at_once(pair):
     assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 20
     assert text.startswith("# yaml-language-server: $schema=")
     values = yaml.safe_load(text)
-    assert (values["learning_rate"], values["layers"], values["task"]) == ("auto", "all", "math")
+    assert (values["learning_rate"], values["layers"], values["task"]) == ("auto", "all", "exact_match")
     assert text in done.output
     assert "oprd train --config mine.yaml" in done.output
     summary = train_and_evaluate(
@@ -99,6 +107,7 @@ def test_without_problems_nothing_is_graded(pair):
     ],
 )
 def test_math_grades_where_it_can_read_every_answer(pair, answers, said):
+    chats()
     rows = [{"prompt": "say", **({} if answer is None else {"answer": answer})} for answer in answers]
     Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if said is None:
@@ -106,6 +115,39 @@ def test_math_grades_where_it_can_read_every_answer(pair, answers, said):
     else:
         with pytest.raises(ValueError, match=said):
             made(eval_dataset="problems.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "chat", "task"),
+    [
+        ("3 + 4 =", "7", False, "exact_match"),
+        ("sort: cab", "abc", False, "exact_match"),
+        ("3 + 4 =", "7", True, "math"),
+        ("3 + 4? Answer in \\boxed{}.", "7", False, "math"),
+        ("3 + 4?", "3 and 4 are 7.\n#### 7", False, "math"),
+    ],
+)
+def test_a_model_without_chat_template_is_asked_for_no_box(pair, prompt, answer, chat, task):
+    if chat:
+        chats()
+    Path("problems.jsonl").write_text(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
+    found = made(eval_dataset="problems.jsonl")
+    assert found.values["task"] == task
+    assert ("no chat template" in found.text()) == (task == "exact_match")
+
+
+def test_a_completion_leaves_room_for_the_instruction_of_the_task(pair):
+    chats()
+    rows = [json.dumps({"prompt": "3 + 4 =", "answer": "7"})] * 3
+    Path("problems.jsonl").write_text("\n".join(rows) + "\n")
+    length = {}
+    for task in ("math", "exact_match"):
+        values = dict(made(eval_dataset="problems.jsonl", task=task).values)
+        resolve(
+            RunConfig.parse({**values, "learning_rate": 1e-3, "max_steps": 1})
+        )  # refuses a prompt that does not fit
+        length[task] = values["max_completion_length"]
+    assert length["math"] < length["exact_match"]
 
 
 def test_generated_prompts_bring_their_problems(pair):

@@ -136,8 +136,8 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     # surroundings
     ({"report_to": "wandbb"}, "report_to: 'wandbb' is not one of azure_ml, comet_ml, mlflow, neptune, tensorboard, trackio, wandb, "
      "codecarbon, clearml, dagshub, flyte, dvclive, swanlab, kubeflow; did you mean 'wandb'?"),
-    ({"task": "maths"}, "task: 'maths' is not one of math, addition, chain_sum, sum_of_two, nor module:attribute of your own "
-     "code. Did you mean 'math'?"),
+    ({"task": "maths"}, "task: 'maths' is not one of math, exact_match, addition, chain_sum, sum_of_two, "
+     "nor module:attribute of your own code. Did you mean 'math'?"),
 ]  # fmt: skip
 
 

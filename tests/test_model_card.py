@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oprd.files import verify, write_manifest
 from oprd.run_config import RunConfig
-from oprd.runs.model_card import CARD, model_card, write_model_card
+from oprd.runs.model_card import BIBTEX, CARD, model_card, write_model_card
 
 QUICK = {
     "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "teacher_model_init_kwargs": {"dtype": "float32"},
@@ -158,6 +158,8 @@ def test_values_and_metadata():
         ({"processes": None}, "in as many processes as it had (not recorded)."),
         ({"objective": None}, "- loss: not recorded"),
         ({"software": None, "python": None}, "- software: not recorded"),
+        ({"rows": {"train": 500, "eval": 12}}, "On `problems.jsonl` (all 12 rows), graded as task `math`"),
+        ({"rows": {"train": 500, "eval": 30}}, "On `problems.jsonl` (the first 30 rows), graded as task `math`"),
     ],
 )  # fmt: skip
 def test_what_was_not_measured_is_said_to_be_so(changes, piece):
@@ -283,7 +285,7 @@ def test_hostile_names_stay_what_they_are(name):
     lines = card.split("## To repeat it")[0].splitlines()
     headings = [line for line in lines if line.startswith("#")]
     assert headings[0].startswith("# `")
-    assert headings[1:] == ["## Results", "## Contamination", "## Limits"]
+    assert headings[1:] == ["## Results", "## Contamination", "## Limits", "## Cite"]
     assert not [c for c in card.split("## To repeat it")[0] if not c.isprintable() and c != "\n"]
     _, fence, block = re.split(r"^(`{3,})yaml\n", card, flags=re.MULTILINE)
     assert block.endswith(f"\n{fence}\n")
@@ -317,3 +319,15 @@ def test_a_card_added_to_a_folder_with_a_manifest_leaves_it_verified(tmp_path):
     write_manifest(tmp_path)
     write_model_card(tmp_path, SUMMARY, SETTINGS)
     verify(tmp_path)
+
+
+def test_the_card_and_the_docs_cite_the_paper_and_oprd_alike():
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    assert f"```bibtex\n{BIBTEX}\n```" in page
+    assert f"```bibtex\n{BIBTEX}\n```" in model_card(SUMMARY, SETTINGS)
+    cited = yaml.safe_load((Path(__file__).parent.parent / "CITATION.cff").read_text())
+    (paper,) = cited["references"]
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in " ".join(BIBTEX.split())
+    assert paper["title"] in BIBTEX.replace("{OPRD}", "OPRD")
+    assert paper["url"] == cited["identifiers"][0]["value"]

@@ -154,3 +154,24 @@ def test_other_errors_of_torch_are_no_lost_process():
         torch.ones(2) @ torch.ones(3)
     assert not is_lost(caught.value)
     assert is_lost(torch.distributed.DistNetworkError("failed to recv, got 0 bytes"))
+
+
+def test_without_a_gpu_torchrun_starts_the_processes_and_accelerate_one(tmp_path):
+    """What docs/scale.md says of a machine without a GPU."""
+    recipe = tmp_path / "recipe.yaml"
+    settings = {
+        "model": "embedded:tiny/student", "teacher_model": "embedded:tiny/teacher", "train_dataset": "generated:addition",
+        "train_limit": 8, "task": "addition", "max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 4,
+        "save_strategy": "no", "use_cpu": True,
+    }  # fmt: skip
+    for words, count in (
+        (("torch.distributed.run", "--nproc-per-node", "2"), "2 processes"),
+        (("accelerate.commands.launch", "--cpu", "--num_processes", "2"), "1 process;"),
+    ):
+        recipe.write_text(json.dumps({**settings, "output_dir": str(tmp_path / count[0])}))
+        command = [sys.executable, "-m", *words, "-m", "oprd.cli", "train", "--config", str(recipe)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"a step, {count}" in done.stdout

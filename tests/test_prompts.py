@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 
 from oprd.data.prompts import prepare_prompts, render
-from oprd.data.rows import PromptRow, Reading, as_prompt_rows
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows, parse_row
 from oprd.models.tokens import check_token_ids
 from tiny import tiny_tokenizer
 
@@ -45,6 +46,19 @@ def test_messages_without_a_template_name_the_row():
         ValueError, match=r"data\.jsonl:7: the prompt is a list of messages, and the tokenizer has no chat"
     ):
         render(PromptRow(MESSAGES, source="data.jsonl:7"), tiny_tokenizer(), None)
+
+
+def test_text_of_another_column_without_a_template_says_what_to_rename():
+    row = parse_row({"question": "1+1", "answer": "2"}, "data.jsonl:7")
+    message = (
+        "data.jsonl:7: the prompt is read as a user's message, as the text of every column but 'prompt' is, and the tokenizer has "
+        "no chat template to render it with; name the column 'prompt', which is read as plain text, or give the tokenizer one "
+        "(chat_template.jinja in the model's folder; in Python tokenizer.chat_template)"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        render(row, tiny_tokenizer(), None)
+    renamed = parse_row({"prompt": "1+1", "answer": "2"}, "data.jsonl:7")
+    assert render(renamed, tiny_tokenizer(), None) == ids("1+1")
 
 
 def test_a_prompt_that_renders_to_nothing_names_the_row():

@@ -56,7 +56,7 @@ def test_the_papers_setting():
         ({"reduction": "mean"}, "reduction: 'mean' is not one of rollout, token"),
         ({"temperature": -1}, "temperature: -1"),
         ({"top_p": 0}, "top_p: 0"),
-        ({"task": "maths"}, "task: 'maths' is not one of math, addition"),
+        ({"task": "maths"}, "task: 'maths' is not one of math, exact_match, addition"),
         ({"rollout_engine": "fast"}, "rollout_engine: 'fast' is not one of"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens: 0"),
         ({"representation_weight": 0}, "representation_weight: 0"),

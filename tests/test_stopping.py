@@ -232,6 +232,23 @@ def test_other_inputs_are_shown_and_refused(tmp_path, caplog):
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["top_k"] == 3
 
 
+def test_every_setting_that_may_change_is_said_with_its_old_and_new_value(tmp_path, caplog):
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    killed_run(tmp_path, **saves)
+    trainer_in(tmp_path, **saves).train(resume_from_checkpoint=True)
+    assert "resumed with changes" not in caplog.text
+    longer = trainer_in(tmp_path, **{**saves, "save_steps": 3}, max_steps=9, num_completions_to_log=1)
+    longer.train(resume_from_checkpoint=True)
+    before = trainer_in(tmp_path / "other").args
+    (said,) = [record.getMessage() for record in caplog.records if "resumed with changes" in record.getMessage()]
+    assert said.splitlines() == [
+        "resumed with changes:",
+        f"  max_steps: {before.max_steps} -> 9",
+        f"  num_completions_to_log: {before.num_completions_to_log} -> 1",
+        "  save_steps: 2.0 -> 3.0",
+    ]
+
+
 def test_other_answers_are_other_prompts(tmp_path):
     def digest(answer: str) -> str:
         trainer = trainer_in(tmp_path, rows=[{"prompt": "ab", "answer": answer}])

@@ -42,6 +42,14 @@ for name in ("wandb.sdk", "wandb.sdk.lib"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["wandb.sdk.lib.config_util"] = errors
 
+class Table:
+    def __init__(self, columns, data):
+        self.columns, self.data = columns, data
+
+class Image:
+    def __init__(self, file):
+        self.file = file
+
 def define_metric(*_, **__):
     if fault == "hangs at the start":
         time.sleep(3600)
@@ -74,12 +82,17 @@ for fault in (None, "fails", "hangs", "hangs at the start"):
     news.clear()
     folder = Path(sys.argv[1]) / str(fault)
     trainer = tiny_trainer(folder, scripted=True, report_to="wandb", max_steps=6, save_strategy="steps", save_steps=2,
-                           model_init_kwargs={"token": "sesame"})
+                           diagnostic_steps=5, model_init_kwargs={"token": "sesame"})
     began = time.monotonic()
     trainer.train()
     found[str(fault)] = {
         "seconds": time.monotonic() - began, "news": list(news), "logged": len(wandb.logged),
-        "first steps": [row["train/global_step"] for row in wandb.logged[:3]],
+        "pictures": [(row["train/global_step"], Path(row["curves"].file).name) for row in wandb.logged if "curves" in row],
+        "first steps": [row["train/global_step"] for row in wandb.logged if "completions" not in row][:3],
+        "tables": [
+            (row["train/global_step"], row["completions"].columns, len(row["completions"].data))
+            for row in wandb.logged if "completions" in row
+        ],
         "steps": [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "checkpoints": len(list(folder.glob("checkpoint-*"))),
         "token": wandb.config["model_init_kwargs"]["token"],
@@ -106,7 +119,10 @@ def with_wandb(tmp_path_factory):
 def test_a_tracker_that_works_gets_every_step(with_wandb):
     found = with_wandb["None"]
     assert found["news"] == []
-    assert found["logged"] == 7  # six steps, and the end of training
+    assert found["logged"] == 10  # six steps, the end of training, two tables, the curves
+    columns = ["step", "prompt", "completion", "distance"]
+    assert found["tables"] == [[1, columns, 4], [6, columns, 4]]
+    assert found["pictures"] == [[6, "curves.png"]]
     assert found["first steps"] == [1, 2, 3]  # the state is that of the call, not of a later step
     assert found["token"] == "<redacted>"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from oprd.cli import app
-from oprd.cli.console import StepBar, progress_bar
+from oprd.cli.progress import StepBar, progress_bar
 from oprd.tools.watch import QUIET, RunWatch
 
 

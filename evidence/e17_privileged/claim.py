@@ -14,7 +14,7 @@ from evidence.words import mean_of, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E17"
-TITLE = "A student that reads the answer teaches the one that does not, and becomes more accurate without it"
+TITLE = "Taught by its copy that reads the answer, a student becomes more accurate without the answer"
 CLAIM = (
     "The paper's discussion names self-distillation with a privileged prompt (OPRSD: the same weights read more than the student, the loss is OPRD's) and does "
     "not measure it. SDFT (arXiv 2601.19897) reports gains with distributions instead of states."

@@ -104,7 +104,7 @@ def draw(result: Result, figure: Any) -> None:
         rates, accuracy = [r["learning_rate"] for r in tried], [r["final"] for r in tried]
         right.plot(rates, accuracy, **look(index))
         ends.append(End(NAMES[name].split(" (")[0], rates[-1], accuracy[-1], colour(index)))
-    right.set(xscale="log", xlabel="learning rate", ylim=(-0.03, 1.03))
+    right.set(xscale="log", xlabel="learning rate", ylabel="Avg@2, %", ylim=(-0.03, 1.03))
     title_above_marks(right, "Over rates, one seed")
     plain_log(right.xaxis)
     in_percent(right.yaxis)

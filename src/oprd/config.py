@@ -381,7 +381,9 @@ class OPRDConfig(TrainingArguments):
     eval_max_completion_length: int | None = field(
         default=None, metadata=_help("Maximum tokens of an evaluated completion (default: max_completion_length).")
     )
-    log_completions: bool = field(default=True, metadata=_help("Write sampled completions to the run folder."))
+    log_completions: bool = field(
+        default=True, metadata=_help("Write sampled completions to the run folder, and show some to `report_to`.")
+    )
     num_completions_to_log: int = field(default=4, metadata=_help("Completions to write per logged step."))
 
     def __post_init__(self) -> None:

@@ -478,11 +478,22 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
     Returns:
         Key → (before, now).
     """
+    return {key: change for key, change in _differing(stored, now).items() if not _may_change(key)}
+
+
+def free_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between two calls and may, such as the run's length; as `changed_settings`."""
+    return {key: change for key, change in _differing(stored, now).items() if _may_change(key)}
+
+
+def _may_change(key: str) -> bool:
+    return key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_PREFIXES)
+
+
+def _differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     stored, now = ({key: without_redacted(v) for key, v in redacted(side).items()} for side in (stored, now))
     defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
-    changed = {}
-    for key in sorted({*stored, *now}):
-        before, after = (side.get(key, defaults.get(key)) for side in (stored, now))
-        if before != after and key not in _MAY_CHANGE and not key.startswith(_MAY_CHANGE_PREFIXES):
-            changed[key] = (before, after)
-    return changed
+    pairs = {
+        key: (stored.get(key, defaults.get(key)), now.get(key, defaults.get(key))) for key in sorted({*stored, *now})
+    }
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}

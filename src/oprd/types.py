@@ -91,6 +91,7 @@ class States:
         num_rollouts: number of rollouts read, including those without a selected position.
         head_MD: `[M, E]`, the LM head's input at every response position, if requested. E may differ from D when a bridge
             has projected `values`.
+        attention: `[N, H, T]` for each layer whose attention rows were requested: H heads over T tokens.
     """
 
     layers: tuple[int, ...]
@@ -98,6 +99,7 @@ class States:
     rollout_index: Int[Tensor, " N"]
     num_rollouts: int
     head_MD: Float[Tensor, "M E"] | None = None
+    attention: tuple[Float[Tensor, "N _ _"], ...] = ()
 
     def stacked(self) -> Float[Tensor, "L N D"]:
         """`values` as one tensor `[L, N, D]` (a copy)."""

@@ -87,6 +87,7 @@ class ModelPair:
         rendering: how both models' prompts are rendered.
         compared: the positions at which the two are compared.
         head_dtype: dtype of products with the LM heads; None for that of the weights.
+        attention: layers whose attention rows are compared, ascending.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class ModelPair:
         rendering: TeacherPromptSettings | None = None,
         compared: ComparedPositions | None = None,
         head_dtype: torch.dtype | None = None,
+        attention: Sequence[int] = (),
     ) -> None:
         assert student.tokenizer is not None, "a student always has a tokenizer"
         self.student, self.teacher, self.aligner, self.layers = student, teacher, aligner, tuple(layers)
@@ -107,7 +109,7 @@ class ModelPair:
         self.teacher_tokenizer = teacher_tokenizer
         self.rendering = rendering or TeacherPromptSettings()
         self.compared = compared or ComparedPositions()
-        self.head_dtype = head_dtype
+        self.head_dtype, self.attention = head_dtype, tuple(attention)
 
     @property
     def models(self) -> tuple[nn.Module, nn.Module]:
@@ -315,6 +317,8 @@ class ModelPair:
             teacher = replace(teacher, head=None)
         if teacher_id is not None:
             teacher = replace(teacher, teacher=teacher_id)
+        if layers and self.attention:
+            student, teacher = (replace(one, attention=self.attention) for one in (student, teacher))
         return student.to(device), teacher.to(device)
 
     def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:

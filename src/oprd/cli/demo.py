@@ -40,7 +40,8 @@ def demo(
     if pair not in PAIRS:
         raise ValueError(f"pair: {pair!r} is not one of {', '.join(PAIRS)}")
     check_json(json_file)
-    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig
     from oprd.runs.verdict import judge_run
 
@@ -68,6 +69,7 @@ def demo(
     found = judge_run(summary)
     verdict = found.text if found else "trained"
     say(f"{verdict} in {summary['steps']} steps, {summary['seconds']:.0f} s; the picture: {output_dir / 'curves.png'}")
+    say("next, with a pair of your own: oprd init --student NAME --teacher NAME --prompts FILE --output mine.yaml")
     write_report(json_file, summary)
 
 

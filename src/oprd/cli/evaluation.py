@@ -19,15 +19,21 @@ from oprd.cli.options import (
     Template,
     TemplateDate,
     check_json,
-    prompt_settings,
+    mapping_option,
     reading,
     write_report,
 )
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder (also of an adapter), hub name, or embedded:tiny/student.")],
-    dataset: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="Folder (of a run, a model or an adapter), hub name, or embedded:tiny/student.")
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.", show_default="the run's"),
+    ] = None,
     task: Annotated[str, typer.Option(help="How answers are graded: math, addition.")] = "math",
     k: Annotated[int, typer.Option(help="Samples per problem.")] = 16,
     limit: Annotated[
@@ -61,21 +67,70 @@ def evaluate(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Sample k completions per problem, grade them, print and write the measures."""
-    from oprd.cli.console import count_completions, quiet_libraries, say
+    """Sample k completions per problem, grade them, print and write the measures.
+
+    A run's folder or its model/ is evaluated with the settings of the run, but for those given here.
+    """
+    from oprd.cli.console import quiet_libraries
 
     check_json(json_file)
     quiet_libraries()
+    _evaluate(**_with_settings_of_run(context))
+
+
+def _with_settings_of_run(context: typer.Context) -> dict[str, Any]:
+    """The options, where the model is a run's with the settings of the run in place of defaults. Says which were taken.
+
+    Raises:
+        ValueError: as `settings_of_run`; or there is no dataset, or no task where the run has none.
+    """
+    from oprd.cli.console import say
+    from oprd.sanitize import printable
+    from oprd.tools.settings_of_run import settings_of_run
+
+    options = dict(context.params)
+    given = {name: value for name, value in options.items() if _is_given(context, name)}
+    options["chat_template_kwargs"] = mapping_option("chat_template_kwargs", options["chat_template_kwargs"])
+    run = settings_of_run(options["model"], given)
+    if run is not None:
+        taken = {name: value for name, value in run.values.items() if value != options[name]}
+        options |= {**taken, "model": str(run.model)}
+        if taken:
+            words = ", ".join(f"{name} {value}" for name, value in taken.items())
+            say(printable(f"settings of the run {run.folder}, but for those given here: {words}"))
+        if run.task_missing:
+            raise ValueError(f"task: the run {run.folder} {run.task_missing}; say how answers are graded: --task NAME")
+    if options["dataset"] is None:
+        whose = "the run has no eval_dataset" if run is not None else "the model is not from a run's folder"
+        raise ValueError(f"dataset: {whose}; name the problems: --dataset FILE or NAME")
+    return options
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether the command line gives an option."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _evaluate(
+    *, model: str, dataset: str, show_ungraded: bool, output_dir: Path | None, json_file: Path | None, **options: Any
+) -> None:
+    from oprd.alignment.teacher_prompts import TeacherPromptSettings
+    from oprd.cli.console import count_completions, say
     from oprd.rollouts.engine import Sampling
     from oprd.tasks.evaluation import describe_accuracy
     from oprd.tools.evaluate import evaluate_checkpoint
 
+    def take(*names: str) -> list[Any]:
+        return [options.pop(name) for name in names]
+
+    sampling = Sampling(*take("max_completion_length", "temperature", "top_p"))
+    read = reading(*take("prompt_column", "answer_column", "dataset_config", "merge_system_prompt"))
+    rendered = ("chat_template_kwargs", "chat_template_date", "split_special_tokens")
+    rendering = TeacherPromptSettings(**dict(zip(rendered, take(*rendered), strict=True)))
     summary = evaluate_checkpoint(
-        model, dataset, task=task, k=k, sampling=Sampling(max_completion_length, temperature, top_p), limit=limit, split=split,
-        batch_size=batch_size, engine=engine, on_batch=count_completions(), dtype=dtype, seed=seed, instruction=instruction,
-        rendering=prompt_settings(chat_template_kwargs, None, None, None, split_special_tokens, chat_template_date),
-        reading=reading(prompt_column, answer_column, dataset_config, merge_system_prompt), answer_format=answer_format,
-        output_dir=output_dir, trust_remote_code=trust_remote_code,
+        model, dataset, sampling=sampling, on_batch=count_completions(), rendering=rendering, reading=read,
+        output_dir=output_dir, **options,
     )  # fmt: skip
     say(f"{model} on {dataset} ({summary['problems']} problems): {describe_accuracy(summary)}")
     _say_near_misses(summary["near_misses"], show_ungraded)

@@ -88,16 +88,21 @@ def prompt_settings(
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
 
     return TeacherPromptSettings(
-        chat_template_kwargs=_mapping("chat_template_kwargs", template),
-        teacher_chat_template_kwargs=_mapping("teacher_chat_template_kwargs", teacher_template),
+        chat_template_kwargs=mapping_option("chat_template_kwargs", template),
+        teacher_chat_template_kwargs=mapping_option("teacher_chat_template_kwargs", teacher_template),
         teacher_system_prompt=teacher_system,
-        special_token_map=_mapping("special_token_map", special_map),
+        special_token_map=mapping_option("special_token_map", special_map),
         split_special_tokens=split_special_tokens,
         chat_template_date=template_date,
     )
 
 
-def _mapping(name: str, text: str | None) -> dict[str, Any] | None:
+def mapping_option(name: str, text: str | None) -> dict[str, Any] | None:
+    """An option that is a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
     if text is None:
         return None
     try:

@@ -15,9 +15,9 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; without it, private.")] = False,
 ) -> None:
     """Send a run's model, card and settings to the hub in one commit; files are searched for secrets first."""
-    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.console import say, show_messages
 
-    quiet_libraries()
+    show_messages()
     from oprd.tools.push import plan_push, send
 
     found = plan_push(run, repo)

@@ -9,7 +9,9 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, complete or not.", metavar="RUN")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, complete or not, or the folder of a comparison.", metavar="RUN")
+    ],
     output: Annotated[Path, typer.Option(help="The page; an earlier report there is replaced.")] = Path("report.html"),
     distances: Annotated[
         bool,
@@ -25,15 +27,17 @@ def report(
     ] = False,
 ) -> None:
     """Compare runs on one HTML page that loads nothing: table, curves, cosine by layer, time, rollouts side by side."""
-    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say, show_messages
     from oprd.sanitize import printable
 
-    quiet_libraries()
+    quiet_libraries() if distances else show_messages()
+    from oprd.tools.report.comparison import unfold
     from oprd.tools.report.page import render, write_page
     from oprd.tools.report.read import read_runs
     from oprd.tools.report.rollouts import DISTANCES, write_distances
 
-    records = read_runs(runs)
+    folders, comparisons = unfold(runs)
+    records = read_runs(folders)
     if distances:
         from oprd.tools.report.before_after import measure_distances
 
@@ -49,5 +53,5 @@ def report(
     for record in records:
         for note in record.notes:
             say(printable(f"{record.name}: {note}"))  # a note may quote a file
-    write_page(output, render(records))
+    write_page(output, render(records, comparisons))
     say(f"written to {output}")

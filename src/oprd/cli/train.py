@@ -55,7 +55,8 @@ def train(
     json_file: JsonFile = None,
 ) -> None:
     """Distil a teacher into a student. --key value sets any key of the recipe; they are listed below."""
-    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig, parse_overrides
     from oprd.runs.folder import restore_config
     from oprd.runs.verdict import judge_run

@@ -78,16 +78,20 @@ def _table(found: Mapping[str, RunStatus]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from oprd.tasks.measures import REWARD
+
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("run", overflow="ellipsis", no_wrap=True)
-    for heading in ("step", "left", "loss", "cosine", "accuracy", "Avg@k"):
+    measures = {status.measure for status in found.values()}
+    graded = ("reward", "eval reward") if measures == {REWARD} else ("accuracy", "Avg@k")
+    for heading in ("step", "left", "loss", "cosine", *graded):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name, status in found.items():
         cells = (
             name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}", f"{status.step}/{status.steps or '?'}",
             _time(status.seconds_left), _number(status.loss, ".3g"), _number(status.cosine, ".3f"),
-            _number(status.accuracy, ".0%"), _number(status.evaluated, ".1%"), status.state,
+            _grade(status.accuracy, status.measure, ".0%"), _grade(status.evaluated, status.measure, ".1%"), status.state,
         )  # fmt: skip
         table.add_row(*map(Text, cells))
     return table
@@ -129,6 +133,12 @@ def _prompt(prompt: Any) -> str:
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
+
+
+def _grade(value: float | None, measure: str, percent: str) -> str:
+    from oprd.tasks.measures import in_words
+
+    return "" if value is None else in_words(value, measure, percent)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -21,7 +21,7 @@ from oprd.data.chat_template import (
 )
 from oprd.data.compact import IdsColumn, OnAccess
 from oprd.data.control_tokens import ControlTokens, naming_the_row
-from oprd.data.rows import PromptRow
+from oprd.data.rows import Messages, PromptRow
 
 logger = logging.getLogger("oprd")
 
@@ -134,10 +134,7 @@ class PromptRenderer:
         if isinstance(row.prompt, str):
             ids = self._plain(row.prompt, row, control_token)
         elif not has_template(self.tokenizer, self.template_kwargs):
-            raise ValueError(
-                f"{row.source}: the prompt is a list of messages, and the tokenizer has no chat template to render it with; "
-                "give the prompt as plain text or set tokenizer.chat_template"
-            )
+            raise ValueError(f"{row.source}: {_without_template(row.prompt)}")
         elif control_token is not None:
             ids = self.control.encode_chat(row)
         else:
@@ -255,3 +252,17 @@ def _kept(lengths: np.ndarray, max_prompt_length: int | None, name: str) -> np.n
             f"max_prompt_length: {max_prompt_length} leaves no prompt of {name}; the shortest has {lengths.min()} tokens"
         )
     return kept
+
+
+def _without_template(messages: Messages) -> str:
+    """Why messages cannot be rendered, and what to do."""
+    give = "give the tokenizer one (chat_template.jinja in the model's folder; in Python tokenizer.chat_template)"
+    if [message["role"] for message in messages] != ["user"]:
+        return (
+            "the prompt is a list of messages, and the tokenizer has no chat template to render it with; write the prompt as plain "
+            f"text in a column 'prompt', or {give}"
+        )
+    return (
+        "the prompt is read as a user's message, as the text of every column but 'prompt' is, and the tokenizer has no chat "
+        f"template to render it with; name the column 'prompt', which is read as plain text, or {give}"
+    )

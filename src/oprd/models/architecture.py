@@ -55,6 +55,11 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return next(iter(lists.values()))
 
 
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block: its first part whose class is named …Attention; None where it has none."""
+    return next((part for part in block.modules() if type(part).__name__.endswith("Attention")), None)
+
+
 def num_layers(model: nn.Module) -> int:
     """Number of layers L (transformer blocks)."""
     return len(blocks(model))
@@ -128,6 +133,21 @@ def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
             hook.remove()
     before = called[: called.index(block)]
     return [part for part in parts if part not in before]
+
+
+@contextmanager
+def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
+    """Afterwards `config.use_cache` is as before: transformers' Trainer turns it off, and so it would be saved for generation.
+
+    Training states are computed without a cache, whatever the config says.
+    """
+    config = causal_lm(model).config
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
 
 
 @contextmanager

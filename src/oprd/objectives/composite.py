@@ -17,13 +17,21 @@ from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
 from oprd.objectives.batch import Batch, of_teacher
-from oprd.objectives.diagnostics import head_diagnostics
+from oprd.objectives.diagnostics import DISTANCES, head_diagnostics, mean_by_rollout
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
 from oprd.objectives.schedules import Weight, crossfade, weight_at
-from oprd.objectives.terms import HeadTerm, LayerTerm, Objective, PackedPositions, PolicyTerm, is_supervised
+from oprd.objectives.terms import (
+    AttentionTerm,
+    HeadTerm,
+    LayerTerm,
+    Objective,
+    PackedPositions,
+    PolicyTerm,
+    is_supervised,
+)
 from oprd.rollouts.engine import student_writes
-from oprd.states.requests import HEAD, HeadRequest, StateRequest
+from oprd.states.requests import HEAD, HeadRequest, StateRequest, attention_key
 from oprd.types import States
 
 Project = Callable[[int, Tensor], Tensor]
@@ -107,7 +115,7 @@ class CompositeObjective:
         return other
 
     def uses(self, kind: type) -> bool:
-        """Whether a term is of this kind: `LayerTerm`, `HeadTerm` or `PolicyTerm`."""
+        """Whether a term is of this kind: `LayerTerm`, `HeadTerm`, `PolicyTerm` or `AttentionTerm`."""
         return any(isinstance(term.objective, kind) for term in self.terms.values())
 
     def at(self, step: int, *, on_policy: bool | None = None) -> StepObjective:
@@ -154,7 +162,7 @@ class StepObjective:
     @property
     def needs_layers(self) -> bool:
         """Whether states of the compared layers are read."""
-        return self.measuring or self.objective.uses(LayerTerm)
+        return self.measuring or self.objective.uses(LayerTerm) or self.objective.uses(AttentionTerm)
 
     @property
     def needs_head(self) -> bool:
@@ -166,7 +174,7 @@ class StepObjective:
         """Whether the teacher reads the rollouts."""
         terms = (term.objective for term in self.objective.terms.values())
         compares = any(isinstance(term, HeadTerm) and not is_supervised(term) for term in terms)
-        return self.measuring or self.objective.uses(LayerTerm) or compares
+        return self.needs_layers or compares
 
     def on(
         self,
@@ -213,6 +221,8 @@ class CompositeLoss:
         if teacher is not None:
             _check_states(teacher, request)
             self.teacher_states |= dict(zip(teacher.layers, teacher.values, strict=True))
+            keys = map(attention_key, request.attention)
+            self.teacher_states |= dict(zip(keys, teacher.attention, strict=True))
             if teacher.head_MD is not None:
                 self.teacher_states[HEAD] = teacher.head_MD
         self.log_probs_M: Tensor | None = None
@@ -220,7 +230,9 @@ class CompositeLoss:
         self._observe_of_teacher(share=self._share())
 
     def read(self, layer: int, student: Tensor) -> Tensor:
-        """What one layer's states `[N, D]` (with `HEAD`, the LM head's input `[M, D]`) add to the loss."""
+        """What a layer's states `[N, D]` add to the loss; with `HEAD`, the LM head's input `[M, D]`; below 0, rows `[N, H, T]`."""
+        if layer < HEAD:
+            return self._attention_terms(layer, student)
         return self._head_terms(student) if layer == HEAD else self._layer_terms(layer, student)
 
     def log_probs(self) -> list[Tensor]:
@@ -233,8 +245,12 @@ class CompositeLoss:
         objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
         if objective.project is not None:
             student_ND = objective.project(layer, student_ND)
-        alike = (cosine(student_ND, teacher_ND) * self.weights_N).sum()
+        cosine_N = cosine(student_ND, teacher_ND)
+        alike = (cosine_N * self.weights_N).sum()
         self.observe(**{f"cosine/layer_{layer:02d}": alike})
+        if self.terms.measuring:
+            index_N, rollouts = self.request.rollout_index, self.request.num_rollouts
+            self.observe(**{DISTANCES: mean_by_rollout(1 - cosine_N, index_N, rollouts)})
         self._observe_of_teacher(cosine=alike / objective.num_layers)
         mine = self._of_kind(LayerTerm)
         at = PackedPositions(
@@ -247,6 +263,16 @@ class CompositeLoss:
         for name, term in mine.items():
             value = _scalar(name, "layer_loss", term.layer_loss(layer, student_ND, teacher_ND, at))
             loss = loss + self._weighted(name, value / objective.num_layers)
+        return loss
+
+    def _attention_terms(self, key: int, student_NHT: Tensor) -> Tensor:
+        teacher_NGT, layer = self.teacher_states.pop(key), attention_key(key)
+        at = PackedPositions(self.request.rollout_index, self.weights_N, observe=self._observer(self.totals.positions))
+        loss = student_NHT.new_zeros((), dtype=torch.float32)
+        for name, term in self._of_kind(AttentionTerm).items():
+            if layer in term.layers:
+                value = _scalar(name, "attention_loss", term.attention_loss(layer, student_NHT, teacher_NGT, at))
+                loss = loss + self._weighted(name, value / len(term.layers))
         return loss
 
     def _head_terms(self, student_MD: Tensor) -> Tensor:

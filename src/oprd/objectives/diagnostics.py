@@ -10,6 +10,17 @@ from oprd.models.lm_head import LMHead, entropy, log_probs, top_k
 from oprd.objectives.output_space import overlap
 
 OVERLAP_K = 16
+DISTANCES = "distances"
+"""Name under which a micro-batch's distances are observed: `[R]`, once a layer."""
+
+
+@torch.no_grad()
+def mean_by_rollout(
+    values_N: Float[Tensor, " N"], rollout_index_N: Int[Tensor, " N"], rollouts: int
+) -> Float[Tensor, " R"]:
+    """Mean of `values_N` over the positions of each rollout, `[R]`; NaN for one without a position."""
+    sums_R = values_N.new_zeros(rollouts).index_add_(0, rollout_index_N, values_N)
+    return sums_R / torch.bincount(rollout_index_N, minlength=rollouts)
 
 
 @torch.no_grad()

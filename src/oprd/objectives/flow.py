@@ -7,6 +7,7 @@ as a shift between the two models, does not count; for the geometry a rotation d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,8 @@ from oprd.objectives.terms import PackedPositions
 class Flow:
     """Mean of 1 − ⟨u_S, u_T⟩ over a rollout's steps: both models' states move in the same direction."""
 
+    needs_positions: ClassVar[int] = 2
+
     def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:
         """Σ over rollouts of the rollout's weight times its mean over steps, a scalar; rollouts of one position have none."""
         steps = _Steps.of(at)
@@ -33,8 +36,10 @@ class Flow:
 class FlowRelations:
     """Mean of (U_S U_Sᵀ − U_T U_Tᵀ)² over pairs of a rollout's steps: the steps form the same angles with each other.
 
-    T² numbers of one rollout exist at a time, in backward once more.
+    T² numbers of one rollout exist at a time, in backward once more. A rollout of two positions has one step, and no angle.
     """
+
+    needs_positions: ClassVar[int] = 3
 
     def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:
         """Σ over rollouts of the rollout's weight times its mean over pairs of steps, a scalar."""

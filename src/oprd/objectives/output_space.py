@@ -368,6 +368,8 @@ OUTPUT_SPACE: dict[str, OutputLoss] = {
     ),
 }  # fmt: skip
 """The losses by the names of the setting `output_space`."""
+WITH_SUPPORT = ("top_k", "top_k_forward_kl", "tail_sampled")
+"""Those that read `output_top_k` tokens instead of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -402,6 +404,11 @@ class OutputTerm:
         if self.support not in allowed:
             raise ValueError(
                 f"output_support: {self.support!r} is not one of {', '.join(allowed)}, the choices of output_space={self.kind}"
+            )
+        if self.top_k == 1 and self.kind in ("top_k", "top_k_forward_kl") and self.support != "union":
+            raise ValueError(
+                f"output_top_k: 1 is not allowed with output_space={self.kind} and output_support={self.support}: renormalised on "
+                "one token, both distributions are 1, and the loss is 0; at least 2, or tail_sampled, which does not renormalise"
             )
         if not 0 < self.beta < 1:
             raise ValueError(

@@ -8,10 +8,20 @@ from typing import Any, get_args
 
 from oprd.objectives.composite import Fade, Term
 from oprd.objectives.schedules import bounds, check_weight, is_on
-from oprd.objectives.terms import HeadTerm, LayerError, LayerTerm, LogProbError, Objective, PolicyTerm
+from oprd.objectives.terms import (
+    AttentionTerm,
+    HeadTerm,
+    LayerError,
+    LayerTerm,
+    LogProbError,
+    Objective,
+    PolicyTerm,
+    SeesSteps,
+)
+from oprd.objectives.zero_loss import refuse_zero_loss
 from oprd.registry import arguments_problem, resolve_with_arguments
 
-_METHODS = "a method layer_loss, head_loss or policy_loss (oprd.objectives.terms)"
+_METHODS = "a method layer_loss, head_loss, policy_loss or attention_loss (oprd.objectives.terms)"
 READS = ("states", "log_probs")
 """What a function of the user's reads of both models."""
 _FREE_FORM = "each entry is a mapping such as {use: my_losses:huber, weight: 0.5, delta: 1.0}"
@@ -79,7 +89,7 @@ def given_terms(terms: Any, taken: set[str]) -> dict[str, Term]:
         check_weight(f"objectives: {name}: weight", term.weight)
         if term.fade not in get_args(Fade):
             raise ValueError(f"objectives: {name}: fade: {term.fade!r} is not one of {', '.join(get_args(Fade))}")
-        if isinstance(term.objective, type) or not isinstance(term.objective, LayerTerm | HeadTerm | PolicyTerm):
+        if isinstance(term.objective, type) or not isinstance(term.objective, Objective):
             raise ValueError(
                 f"objectives: {name}: {term.objective!r} is no objective; it needs to be an object with {_METHODS}, or "
                 "LayerError(function) of (student, teacher) states, or LogProbError(function) of their log-probabilities"
@@ -127,7 +137,14 @@ def check_terms(terms: Mapping[str, Term], config: Any, *, graded: bool) -> None
         )
     if policies and not graded:
         raise ValueError(f"task: {policies[0]} needs one, to grade the rollouts that it rewards")
+    watching = [_label(name) for name, term in terms.items() if isinstance(term.objective, SeesSteps)]
+    if watching and config.world_size > 1:
+        raise ValueError(
+            f"{watching[0]}: it changes with the metrics of earlier steps, which one process keeps; train on one device, or take "
+            "crossfade_steps"
+        )
     _check_fresh(terms, config)
+    refuse_zero_loss(terms, config, _label)
 
 
 def compares_heads_inputs(term: Term) -> bool:
@@ -137,7 +154,8 @@ def compares_heads_inputs(term: Term) -> bool:
 
 def compares_states(terms: Mapping[str, Term]) -> bool:
     """Whether some term compares hidden states dimension by dimension."""
-    return any(isinstance(term.objective, LayerTerm) or compares_heads_inputs(term) for term in terms.values())
+    layerwise = LayerTerm | AttentionTerm
+    return any(isinstance(term.objective, layerwise) or compares_heads_inputs(term) for term in terms.values())
 
 
 def term_name(use: str) -> str:
@@ -166,7 +184,7 @@ def _objective(key: str, entry: Mapping[str, Any], reads: str | None, temperatur
     use = entry["use"]
     found: Any
     found, arguments = resolve_with_arguments(key, entry, {})
-    is_term = not isinstance(found, type) and isinstance(found, LayerTerm | HeadTerm | PolicyTerm)
+    is_term = not isinstance(found, type) and isinstance(found, Objective)
     if reads is not None and (is_term or isinstance(found, type)):
         raise ValueError(
             f"{key}: reads: {reads!r} is for a function; the methods of {use!r} say what it reads. Remove it"
@@ -190,7 +208,7 @@ def _objective(key: str, entry: Mapping[str, Any], reads: str | None, temperatur
         error = partial(found, **arguments) if arguments else found
         return LogProbError(error, temperature) if reads == "log_probs" else LayerError(error)
     made = found(**arguments)
-    if not isinstance(made, LayerTerm | HeadTerm | PolicyTerm):
+    if not isinstance(made, Objective):
         raise ValueError(f"{key}: {use!r} makes a {type(made).__name__}, which is no objective: it needs {_METHODS}")
     return made
 

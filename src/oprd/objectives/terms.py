@@ -1,15 +1,16 @@
 """The terms that a loss is made of, and the protocols that a term of your own implements.
 
-A term has one or more of three methods; the one it has says what is read for it:
+A term has one or more of four methods; the one it has says what is read for it:
 
     layer_loss    hidden states of both models at the selected positions, layer after layer
     head_loss     what both LM heads read at the compared positions, and the heads
     policy_loss   log-probabilities of the student's own tokens, with advantages
+    attention_loss  attention rows of both models at the selected positions
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -84,17 +85,53 @@ class PolicyTerm(Protocol):
         ...
 
 
+@runtime_checkable
+class AttentionTerm(Protocol):
+    """A term on attention rows. The composite loss averages it over its layers.
+
+    Attributes:
+        layers: whose rows it reads, counted from 1.
+    """
+
+    layers: Sequence[int]
+
+    def attention_loss(
+        self, layer: int, student_NHT: Float[Tensor, "N H T"], teacher_NGT: Float[Tensor, "N G T"], at: PackedPositions
+    ) -> Float[Tensor, ""]:
+        """Σ_n weights_n · error_n of one layer, with gradient into the student's rows: H and G heads over T tokens."""
+        ...
+
+    def pairs_of_heads(self, student_heads: int, teacher_heads: int) -> list[tuple[int, int]]:
+        """The compared heads of both models, counted from 0; raises ValueError where the models do not have them."""
+        ...
+
+
+@runtime_checkable
+class SeesSteps(Protocol):
+    """A term that is told of each finished step, and of all steps before a resumed one, in order. It keeps no other state."""
+
+    def begin(self) -> None:
+        """A run begins or is resumed: forget all steps."""
+        ...
+
+    def finished(self, step: int, loss: float) -> str | None:
+        """Take a step, from 1 on, and the term's loss in it, before its weight, over all processes. Returns a line for the log."""
+        ...
+
+
 ON_POLICY_KINDS = ("sampled_token", "tail_sampled")
 """Output-space losses whose gradient is an expectation over tokens that the student draws."""
 
-Objective = LayerTerm | HeadTerm | PolicyTerm
+Objective = LayerTerm | HeadTerm | PolicyTerm | AttentionTerm
 """Attribute `compares_states = True` of a `HeadTerm` (default: False): it also subtracts the two models' states from each other.
 
 Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
 student draws.
 
 Attribute `supervised = True` (default: False): it reads the student alone, at its own tokens, and counts in steps whose responses
-the teacher writes."""
+the teacher writes.
+
+Attribute `needs_positions` (default: 1): positions of a rollout below which its loss of the rollout is 0."""
 
 
 def is_supervised(objective: Objective) -> bool:

@@ -13,6 +13,8 @@ from oprd.models.loading import resolve_name
 from oprd.objectives.composite import Term
 from oprd.objectives.schedules import bounds
 from oprd.objectives.terms import HeadTerm, LayerTerm, is_supervised
+from oprd.resolve.attention import check_attention_settings
+from oprd.resolve.no_effect import check_effects
 from oprd.resolve.terms import have_kind
 from oprd.run_config import RunConfig
 from oprd.runs.reporting import check_trackers
@@ -32,6 +34,8 @@ def check_settings(run: RunConfig, terms: Mapping[str, Term]) -> TeacherSource |
     check_trackers(run.args.report_to)
     _check_one_adapter(run)
     check_teachers(run)
+    check_attention_settings(run, terms)
+    check_effects(run, terms)
     _check_extrapolation(run, terms)
     _check_layer_map(run)
     _check_quantized(run)

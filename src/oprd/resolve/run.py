@@ -27,7 +27,8 @@ from oprd.models.tokens import vocabulary_size
 from oprd.objectives.composite import CompositeObjective, Term
 from oprd.objectives.own import compares_states
 from oprd.objectives.schedules import bounds
-from oprd.objectives.terms import HeadTerm, LayerTerm, PolicyTerm, is_supervised
+from oprd.objectives.terms import AttentionTerm, HeadTerm, LayerTerm, PolicyTerm, is_supervised
+from oprd.resolve.attention import attention_layers, check_attention
 from oprd.resolve.checks import check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, prepare, task_of
 from oprd.resolve.student import make_student
@@ -113,12 +114,15 @@ def resolve(run: RunConfig) -> ResolvedRun:
         teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, teacher_tokenizer), args.extrapolation)
     if args.bridge is not None:
         teacher = bridge_teacher(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
+    layers = _comparable_layers(args, student.info, teacher, aligner)
+    check_attention(terms, student.model, teacher, layers, same_text=aligner is None)
     pair = ModelPair(
         student,
         teacher,
         aligner,
         teacher_tokenizer=teacher_tokenizer,
-        layers=_comparable_layers(args, student.info, teacher, aligner),
+        layers=layers,
+        attention=attention_layers(terms),
         rendering=args.prompt_rendering,
         compared=args.compared_positions,
         # Under bf16 a GPU multiplies 16-bit numbers and adds in float32; a CPU gains nothing by rounding.
@@ -262,7 +266,7 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
         temperature=args.temperature,
         project=pair.teacher.project_student if isinstance(pair.teacher, ProjectsStudent) else None,
     )
-    if objective.uses(LayerTerm) and not pair.layers:
+    if (objective.uses(LayerTerm) or objective.uses(AttentionTerm)) and not pair.layers:
         raise ValueError(
             "objectives: hidden states of these two models cannot be compared without a bridge: oprd bridge fit, then the key "
             "'bridge'"

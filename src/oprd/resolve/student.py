@@ -53,6 +53,7 @@ def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprin
     frozen = freeze_above(model, info.layers if head else layers[-1], head=head)
     if frozen:
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
+    _require_reached(model, args.layers)
     _require_full_precision(model)
     install_state_forward(model)
     return replace(loaded, model=model), own_print, kept
@@ -95,6 +96,19 @@ def _peft_config(lora: Mapping[str, Any] | None) -> Any:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
     except TypeError as error:
         raise ValueError(f"lora: {error}; allowed are the arguments of peft.LoraConfig") from error
+
+
+def _require_reached(student: nn.Module, layers: Any) -> None:
+    """Refuse a student of which the loss reaches no weight that is trained.
+
+    Raises:
+        ValueError: says what may be changed.
+    """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"layers: {layers!r}: the loss on these layers reaches no weight that is trained (an adapter on higher blocks, or "
+            "frozen weights); choose higher layers, or train lower blocks (lora: layers_to_transform)"
+        )
 
 
 def _require_full_precision(student: nn.Module) -> None:

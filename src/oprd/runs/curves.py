@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from oprd.runs.columns import Columns, drawn, number
-from oprd.runs.folder import METRICS, SUMMARY
+from oprd.runs.folder import CONFIG, METRICS, SUMMARY, read_mapping
 from oprd.runs.jsonl import read_lines
+from oprd.runs.measure import measure_of_run
 from oprd.runs.pictures import (
     BEFORE,
     COLOURS,
@@ -25,6 +28,7 @@ from oprd.runs.pictures import (
     step_axis,
     style,
 )
+from oprd.tasks.measures import ACCURACY, in_words
 
 STUDENT, RAW = COLOURS[0], COLOURS[1]
 
@@ -36,16 +40,18 @@ def plot_run(folder: Path, file: Path) -> None:
         ValueError: the folder has no metrics.
     """
     summary = folder / SUMMARY
+    settings = read_mapping(folder / CONFIG, yaml.safe_load) or {}
     with style():
-        save(draw_run(folder / METRICS, json.loads(summary.read_text()) if summary.exists() else {}), file)
+        save(draw_run(folder / METRICS, json.loads(summary.read_text()) if summary.exists() else {}, settings), file)
 
 
-def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
+def draw_run(metrics: Path, summary: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
     """The figure of `plot_run`. Call it inside `oprd.runs.pictures.style`.
 
     Args:
         metrics: a `metrics.jsonl`.
         summary: content of a `summary.json`; {} for a run without.
+        settings: content of a `config.yaml`.
 
     Raises:
         ValueError: no line of `metrics` has a step and a loss.
@@ -57,7 +63,8 @@ def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
                 rows.add(line.row)
     if not len(steps):
         raise ValueError(f"{metrics} has no metrics to draw")
-    missing = _why_no_accuracy(steps, evals, summary)
+    measure = measure_of_run(settings or {}, summary, steps.keys)
+    missing = _why_no_grades(steps, evals, summary, measure)
     figure = new_figure(4.6 if missing else 7.2)
     if missing:
         figure.supxlabel(missing, color=QUIET)
@@ -77,12 +84,12 @@ def draw_run(metrics: Path, summary: Mapping[str, Any]) -> Any:
         step_axis(axis)
     named = [(cosine, cosines)]
     if not missing:
-        named.append((accuracy, _draw_accuracy(accuracy, steps, evals, summary)))
+        named.append((accuracy, _draw_grades(accuracy, steps, evals, summary, measure)))
     name_ends(*named)
     return figure
 
 
-def _why_no_accuracy(steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> str | None:
+def _why_no_grades(steps: Columns, evals: Columns, summary: Mapping[str, Any], measure: str) -> str | None:
     """The sentence in the place of a panel that would show nothing; None if there is something to show."""
     if evals.series("eval_avg_at_k")[1] or any(
         (summary.get(name) or {}).get("avg_at_k") is not None for name in _EVALUATIONS
@@ -91,7 +98,8 @@ def _why_no_accuracy(steps: Columns, evals: Columns, summary: Mapping[str, Any])
     values = steps.series("accuracy")[1]
     if not values:
         return "Accuracy is not drawn: there are no graded answers."
-    return None if any(values) else f"Accuracy is not drawn: it is 0 % in each of {len(values)} steps."
+    zero = in_words(0.0, measure, ".0%").replace("%", " %")
+    return None if any(values) else f"{measure.capitalize()} is not drawn: it is {zero} in each of {len(values)} steps."
 
 
 def _plot(axis: Any, rows: Columns, key: str, **look: Any) -> None:
@@ -140,24 +148,24 @@ def _draw_cosines(axis: Any, steps: Columns) -> list[End]:
 _EVALUATIONS = ("teacher", "student_before", "student_after")
 
 
-def _draw_accuracy(axis: Any, steps: Columns, evals: Columns, summary: Mapping[str, Any]) -> list[End]:
+def _draw_grades(axis: Any, steps: Columns, evals: Columns, summary: Mapping[str, Any], measure: str) -> list[End]:
     """Rollouts as a thin line, evaluations as points with 95 % intervals, the teacher and the start as lines."""
     ends = []
     known = {name: found for name in _EVALUATIONS if (found := summary.get(name)) and found["avg_at_k"] is not None}
     evaluated = _draw_evaluations(axis, steps, evals, known)
     rollouts = steps.series("accuracy")[1]
-    shares = [*(found["avg_at_k"] for found in known.values()), *evals.series("eval_avg_at_k")[1], *rollouts]
     if rollouts:
         _plot(axis, steps, "accuracy", color=RAW, linewidth=0.9)
         ends.append(End("rollouts in training", *_last(steps, "accuracy"), RAW))
-    percent = all(0 <= value <= 1 for value in shares)  # rewards may lie elsewhere
+    values = [*(found["avg_at_k"] for found in known.values()), *evals.series("eval_avg_at_k")[1], *rollouts]
+    percent = measure == ACCURACY and all(0 <= value <= 1 for value in values)
     for name, text, dashes in (("teacher", "teacher", TEACHER), ("student_before", "before training", BEFORE)):
         if name in known:
             value = known[name]["avg_at_k"]
             ends.append(level(axis, value, f"{text} {_value(value, percent)}", dashes))
     if evaluated is not None:
         ends.append(End(f"student {_value(evaluated[1], percent)}", *evaluated, STUDENT))
-    axis.set(title="Accuracy", ylabel="correct, %" if percent else "reward")
+    axis.set(title="Accuracy" if percent else "Reward", ylabel="correct, %" if percent else "mean reward")
     if percent:
         axis.set_ylim(-0.03, 1.03)
         in_percent(axis.yaxis)

@@ -10,27 +10,30 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from oprd.files import explaining_full_disk, remove_leftovers, set_aside, write_json, write_text, writing
 from oprd.runs.jsonl import read_lines
-from oprd.types import Rollouts
+
+if TYPE_CHECKING:  # it needs torch, and whoever reads a folder does not
+    from oprd.types import Rollouts
 
 logger = logging.getLogger("oprd")
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 EVAL_COMPLETIONS = "eval_completions.jsonl"
+GRADES = "eval_grades.json"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 RUN = "run.json"
 RATE_PROBE = "learning_rate_probe.json"
 LOCK = "_lock"  # hub uploads skip names that start with an underscore
 # Files of a run; those of an attempt that ended before its first checkpoint are moved to a folder of their own.
-_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, RUN, CONFIG, SUMMARY, RATE_PROBE, "curves.png")
+_OF_AN_ATTEMPT = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, GRADES, RUN, CONFIG, SUMMARY, RATE_PROBE, "curves.png")
 
 
 class RunFolder:

@@ -20,7 +20,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
-from oprd.run_config import RunConfig, changed_settings, entry_in_words
+from oprd.run_config import RunConfig, changed_settings, entry_in_words, free_changes
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, modules_of
 from oprd.states.sources import teacher_source
@@ -73,7 +73,7 @@ class RunIdentity:
         return changed
 
     def check(self, stored: Mapping[str, Any], accepted: Sequence[str] = ()) -> None:
-        """Refuse to resume a run that is not the stored one. Accepted changes are logged.
+        """Refuse to resume a run that is not the stored one. Changes that are accepted, or always may be made, are logged.
 
         Args:
             stored: what `as_json` gave when the run began.
@@ -90,8 +90,10 @@ class RunIdentity:
                 )
         changed = self.changes(stored)
         allowed = {key for key in changed if key in accepted or key in _ONLY_SHOWN}
-        if allowed:
-            logger.warning("resumed with changes:%s", _diff({key: changed[key] for key in sorted(allowed)}))
+        shown = free_changes(stored.get("settings") or self.settings, self.settings)
+        shown |= {key: changed[key] for key in allowed}
+        if shown:
+            logger.warning("resumed with changes:%s", _diff({key: shown[key] for key in sorted(shown)}))
         if refused := {key: change for key, change in changed.items() if key not in allowed}:
             raise ValueError(
                 f"resume_from_checkpoint: this is not the run that the checkpoint belongs to:{_diff(refused)}\nKeep them as they "

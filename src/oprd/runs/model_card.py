@@ -15,14 +15,33 @@ from huggingface_hub.utils import validate_repo_id
 from oprd.files import write_text
 from oprd.objectives.schedules import bounds
 from oprd.runs.folder import RATE_PROBE
+from oprd.runs.measure import measure_of_run
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
 from oprd.states.teacher_settings import describe_teacher, is_student
+from oprd.tasks.measures import ACCURACY, in_words
 
 CARD = "README.md"
 FILE_KINDS = (".parquet", ".jsonl", ".json")
 NOT_MEASURED = "not measured"
 _PAPER = "[On-Policy Representation Distillation](https://arxiv.org/abs/2606.06021)"
+BIBTEX = """\
+@article{yang2026oprd,
+  title   = {{OPRD}: On-Policy Representation Distillation},
+  author  = {Yang, Shenzhi and Zhu, Guangcheng and Song, Bowen and Wang, Haobo and Xia, Mingxuan and Zheng, Xing and Ma, Yingfan
+             and Chen, Zhongqi and Wang, Weiqiang and Chen, Gang},
+  year    = {2026},
+  journal = {arXiv preprint arXiv:2606.06021},
+  url     = {https://arxiv.org/abs/2606.06021},
+}
+
+@software{oprd,
+  title   = {oprd: on-policy distillation of language models by hidden states},
+  author  = {{The oprd contributors}},
+  year    = {2026},
+  license = {Apache-2.0},
+}"""
+"""The paper and oprd; docs/method.md has the same."""
 _MODELS = {"student_before": "student before", "student_after": "student after", "teacher": "teacher"}
 
 
@@ -62,6 +81,8 @@ def model_card(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         _contamination(summary.get("contamination")),
         "## Limits",
         _limits(summary, settings),
+        "## Cite",
+        f"The paper for the method, oprd for the implementation.\n\n```bibtex\n{BIBTEX}\n```",
         "## To repeat it",
         _recipe(summary, settings),
     ]
@@ -97,7 +118,7 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "what the teacher was trained from": _code(settings["base_model"]) if settings.get("base_model") else None,
         "bridge between them": _code(bridge) if bridge else None,
         "adapter": _code(settings["lora"]) if settings.get("lora") is not None else None,
-        "training prompts": _dataset(settings, "train"),
+        "training prompts": _dataset(settings, "train", summary),
         "loss": _recorded(summary.get("objective")),
         "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
@@ -129,32 +150,37 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         return f"Accuracy was {NOT_MEASURED}: the run had no evaluation set."
     task = settings.get("task")
     longest = settings.get("eval_max_completion_length") or settings.get("max_completion_length")
-    graded = f"graded as task {_code(task)}" if task else "without a task to grade by"
+    rewards = settings.get("reward_funcs")
+    functions = ", ".join(map(_code, rewards)) if isinstance(rewards, list) else _code(rewards)
+    by_rewards = f"graded by the mean reward of {functions}" if rewards else "without a task to grade by"
+    graded = f"graded as task {_code(task)}" if task else by_rewards
     temperature, top_p = (_recorded(settings.get(name)) for name in ("eval_temperature", "eval_top_p"))
     head = (
-        f"On {_dataset(settings, 'eval')}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
+        f"On {_dataset(settings, 'eval', summary)}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
         f"most tokens {_recorded(longest)}. The interval is a bootstrap over problems."
     )
+    measure = measure_of_run(settings, summary)
+    average, best = ("Avg@k", "Best@k") if measure == ACCURACY else ("mean reward", "reward of the best of k")
     rows = [
-        "| model | Avg@k | 95 % interval | k | problems | Best@k | finished | mean length |",
+        f"| model | {average} | 95 % interval | k | problems | {best} | finished | mean length |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *(f"| {label} | {' | '.join(_measures(summary.get(name)))} |" for name, label in _MODELS.items()),
+        *(f"| {label} | {' | '.join(_measures(summary.get(name), measure))} |" for name, label in _MODELS.items()),
     ]
     return "\n\n".join([head, "\n".join(rows), _gap(summary) + _verdict(summary)])
 
 
-def _measures(measured: Mapping[str, Any] | None) -> list[str]:
+def _measures(measured: Mapping[str, Any] | None, measure: str) -> list[str]:
     """The cells of a table row."""
     if not measured:
         return [NOT_MEASURED] * 7
     graded = measured["avg_at_k"] is not None
     low, high = measured["ci95"] if graded else (None, None)
     return [
-        f"{measured['avg_at_k']:.1%}" if graded else "not graded",
-        f"{low:.1%} to {high:.1%}" if graded else "not graded",
+        in_words(measured["avg_at_k"], measure) if graded else "not graded",
+        f"{in_words(low, measure)} to {in_words(high, measure)}" if graded else "not graded",
         str(measured["k"]),
         str(measured["problems"]),
-        f"{measured['best_at_k']:.1%}" if graded else "not graded",
+        in_words(measured["best_at_k"], measure) if graded else "not graded",
         f"{measured['finished']:.1%}",
         f"{measured['mean_length']:.0f} tokens",
     ]
@@ -219,7 +245,7 @@ def _limits(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     missing = [label for name, label in _MODELS.items() if not measured[name]]
     limits = ["One training seed: the spread over seeds was not measured, and the intervals do not hold it."]
     if missing and settings.get("eval_dataset"):
-        limits.append(f"Accuracy was not measured of: {', '.join(missing)}.")
+        limits.append(f"{measure_of_run(settings, summary).capitalize()} was not measured of: {', '.join(missing)}.")
     for name, label in _MODELS.items():
         found = measured[name]
         if found and found["ungraded"]:
@@ -252,10 +278,14 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _dataset(settings: Mapping[str, Any], role: str) -> str:
-    """Name, split (not for files) and number of rows of the train or eval dataset."""
+def _dataset(settings: Mapping[str, Any], role: str, summary: Mapping[str, Any]) -> str:
+    """Name, split (not for files) and number of rows of the train or eval dataset. A limit above all its rows is none."""
     name, limit = settings[f"{role}_dataset"], settings.get(f"{role}_limit")
-    rows = "all rows" if limit is None else f"the first {limit} rows"
+    found = (summary.get("rows") or {}).get(role)
+    if limit is None or (found is not None and found < limit):
+        rows = "all rows" if found is None else f"all {found} rows"
+    else:
+        rows = f"the first {limit} rows"
     split = settings.get(f"{role}_split")
     split = "" if split is None or Path(name).suffix in FILE_KINDS else f"split {_code(split)}, "
     return f"{_code(name)} ({split}{rows})"

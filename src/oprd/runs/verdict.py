@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from oprd.runs.measure import measure_of_run
+from oprd.tasks.measures import REWARD
+
 _STANDARD_ERRORS = 1.96  # of a 95 % interval
 
 
@@ -45,12 +48,11 @@ def judge_run(summary: Mapping[str, Any]) -> Verdict | None:
     change = after[0] - before[0]
     spread = _STANDARD_ERRORS * math.hypot(before[1], after[1])
     worse, better = change + spread < 0, change - spread > 0
-    low, high = (f"{100 * end:+.1f}" for end in (change - spread, change + spread))
-    points = f"{100 * change:+.1f} points [{low}, {high}]"
+    points = _change_in_words(summary, change, spread)
     if teacher is None or teacher[0] <= before[0]:
         why = "was not evaluated" if teacher is None else "was not ahead of the student, so there was no gap to close"
         word = "worse" if worse else "better" if better else "not told apart from the start"
-        return Verdict(f"the student is {word}: {points} of Avg@k; the teacher {why}", worse=worse)
+        return Verdict(f"the student is {word}: {points}; the teacher {why}", worse=worse)
     lead = teacher[0] - before[0]
     share = change / lead
     # The accuracy before enters change and lead.
@@ -63,7 +65,15 @@ def judge_run(summary: Mapping[str, Any]) -> Verdict | None:
         text = f"closed {share:.0%} {interval} of the gap to the teacher"
     else:  # without the share's interval, which may exclude 0 where that of the change does not
         text = f"no change that this evaluation tells from chance: {share:.0%} of the gap to the teacher"
-    return Verdict(f"{text}; {points} of Avg@k", share, ci95, worse)
+    return Verdict(f"{text}; {points}", share, ci95, worse)
+
+
+def _change_in_words(summary: Mapping[str, Any], change: float, spread: float) -> str:
+    """`+10.0 points [+5.0, +15.0] of Avg@k`, or `+0.1 [+0.05, +0.15] of mean reward`."""
+    if measure_of_run({}, summary) == REWARD:
+        return f"{change:+.3g} [{change - spread:+.3g}, {change + spread:+.3g}] of mean reward"
+    low, high = (f"{100 * end:+.1f}" for end in (change - spread, change + spread))
+    return f"{100 * change:+.1f} points [{low}, {high}] of Avg@k"
 
 
 def _measured(summary: Mapping[str, Any], name: str) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oprd.models.architecture import backbone, blocks, num_layers
+from oprd.states.attention import watch_attention
 from oprd.states.layers import LayerSpec, resolve_layers
 from oprd.states.layouts import Probe, check_layout, probe_layouts, rounding
 from oprd.states.requests import HEAD, Layout, StateRequest, request_states
@@ -37,13 +38,14 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         model: a decoder-only causal LM of transformers, or a PEFT model around one.
         request: the batch to read, with tensors on the model's device.
         read: called as `read(layer, states)` with `states` `[N, D]`, layers ascending. If the request has a `head`, the last
-            call is `read(HEAD, states)` with `[M, D]`. Gradients flow through `states`.
+            call is `read(HEAD, states)` with `[M, D]`. Gradients flow through `states`. For layers in `attention`, also
+            `read(attention_key(layer), rows)` with `[N, H, T]`.
 
     Returns:
-        The return value of each call, in order.
+        The return value of each call, in order; those of attention rows come last.
 
     Raises:
-        ValueError: the model does not have a requested layer, or its blocks cannot be found.
+        ValueError: the model does not have a requested layer, its blocks cannot be found, or a layer hands on no attention maps.
     """
     body, block_list = backbone(model), blocks(model)
     top = request.layers[-1] if request.layers else len(block_list)
@@ -52,6 +54,7 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
     if request.head is not None:
         top = len(block_list)
     results: list[Any] = []
+    rows: list[Any] = []
 
     def take(layer: int, hidden_BTD: Tensor) -> None:
         if hidden_BTD.ndim != 3 or hidden_BTD.shape[:2] != request.input_ids.shape:
@@ -80,6 +83,7 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
         # Stop before the next block, not after the top one, so that all wrappers of the top block finish. Run before FSDP's
         # pre-forward hook, which would gather weights that are never freed.
         handles.append(block_list[top].register_forward_pre_hook(leave, prepend=True))
+    handles += watch_attention(list(block_list), request, read, rows)
     try:
         output = body(
             input_ids=request.input_ids,
@@ -98,7 +102,8 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
             handle.remove()
     expected = len(request.layers) + (request.head is not None)
     assert len(results) == expected, "a block ran twice or not at all"
-    return results
+    assert len(rows) == len(request.attention), "an attention ran twice or not at all"
+    return results + rows
 
 
 def gather_states(model: nn.Module, request: StateRequest) -> States:
@@ -110,7 +115,10 @@ def as_states(request: StateRequest, values: Sequence[Tensor]) -> States:
     """Pack the values of `read_states`, called with a `read` that returns its states, into `States`."""
     layers = len(request.layers)
     head_MD = values[layers] if request.head is not None else None
-    return States(request.layers, tuple(values[:layers]), request.rollout_index, request.num_rollouts, head_MD)
+    attention = tuple(values[len(values) - len(request.attention) :])
+    return States(
+        request.layers, tuple(values[:layers]), request.rollout_index, request.num_rollouts, head_MD, attention
+    )
 
 
 def capture_states(

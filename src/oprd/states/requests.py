@@ -17,6 +17,11 @@ Layout = Literal["right", "left", "packed"]
 HEAD = 0  # layer number that means the LM head's input at the response positions
 
 
+def attention_key(layer: int) -> int:
+    """The number below 0 under which a layer's attention rows are read; of such a number, the layer."""
+    return -layer
+
+
 @dataclass(frozen=True)
 class HeadRequest:
     """Response positions of a model batch whose next-token distributions are needed.
@@ -70,6 +75,7 @@ class StateRequest:
         head: response positions at which to read the LM head's input as well; None for none.
         teacher: teacher_id of the teacher that answers, where a run has several; None: there is one.
         between: positions whose state is interpolated; None for none. Only a bridged teacher is asked for it.
+        attention: layers among `layers` whose attention rows to read at the selected positions, ascending.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -82,6 +88,7 @@ class StateRequest:
     head: HeadRequest | None = None
     teacher: str | None = None
     between: Between | None = None
+    attention: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> StateRequest:
         """A copy with all tensors on `device`."""

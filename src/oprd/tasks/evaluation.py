@@ -15,10 +15,23 @@ from torch import nn
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.rollouts.engine import RolloutEngine, Sampling
-from oprd.tasks.measures import Sample, mean_and_std, summarize
+from oprd.tasks.measures import ACCURACY, Sample, in_words, mean_and_std, measure_of, summarize
 from oprd.tasks.rewards import Reward, RewardFunctions
 from oprd.tasks.task import Grader, Task, decided_by
 from oprd.types import Rollouts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is kept of an evaluation.
+
+    Args:
+        summary: as in `Evaluation`.
+        by_problem: mean grade of each problem over its k samples; None where it was not graded.
+    """
+
+    summary: dict[str, Any]
+    by_problem: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,13 @@ class Evaluation:
     rollouts: Rollouts
     correct: list[bool | float | None]
     rewards: Mapping[str, list[Reward]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Measured:
+        """The measures and the grade of each problem, without the completions."""
+        k = self.summary["k"]
+        samples = [self.correct[start : start + k] for start in range(0, len(self.correct), k)]
+        return Measured(self.summary, [mean_and_std([g for g in own if g is not None])[0] for own in samples])
 
 
 @dataclass(frozen=True)
@@ -225,7 +245,8 @@ def summarize_rollouts(
     found = {name: mean_and_std([v for v in values if v is not None]) for name, values in (rewards or {}).items()}
     means = {f"rewards/{name}/mean": mean for name, (mean, _) in found.items()}
     stds = {f"rewards/{name}/std": std for name, (_, std) in found.items()}
-    return {**measures, "grader_timeouts": grader_timeouts, **means, **stds}
+    measure = measure_of(correct, rewarded=bool(rewards))
+    return {**measures, "measure": measure, "grader_timeouts": grader_timeouts, **means, **stds}
 
 
 def join_ranks(parts: Sequence[Evaluation], num_problems: int, k: int) -> Evaluation:
@@ -264,12 +285,16 @@ def join_parts(parts: Sequence[Evaluation], places: Sequence[Sequence[int]], k: 
 
 
 def describe_accuracy(summary: dict[str, Any]) -> str:
-    """One line: Avg@k with its interval, Best@k, mean length, share finished."""
+    """One line: Avg@k with its interval (of rewards: their mean), Best@k, mean length, share finished."""
     parts = []
     if summary["avg_at_k"] is not None:
-        low, high = summary["ci95"]
-        parts.append(f"Avg@{summary['k']} {summary['avg_at_k']:6.1%} [{low:.1%}, {high:.1%}]")
-        parts.append(f"Best@{summary['k']} {summary['best_at_k']:6.1%}")
+        measure, k = summary.get("measure", ACCURACY), summary["k"]
+        average, best, low, high = (
+            in_words(v, measure) for v in (summary["avg_at_k"], summary["best_at_k"], *summary["ci95"])
+        )
+        names = (f"Avg@{k}", f"Best@{k}") if measure == ACCURACY else ("reward", f"best of {k}")
+        parts.append(f"{names[0]} {average:>6} [{low}, {high}]")
+        parts.append(f"{names[1]} {best:>6}")
     parts.append(f"length {summary['mean_length']:.0f}")
     parts.append(f"finished {summary['finished']:.0%}")
     if summary["ungraded"]:

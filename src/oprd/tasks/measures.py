@@ -5,7 +5,7 @@ Pure functions of plain sequences. `summarize` returns all measures in one dict,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,26 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     if not values:
         return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+ACCURACY, REWARD = "accuracy", "reward"
+"""What Avg@k is the mean of (`measure` in a summary): verdicts, or rewards that may lie outside [0, 1]."""
+
+
+def measure_of(correct: Iterable[bool | float | None], *, rewarded: bool = False) -> str:
+    """ACCURACY where all grades are 0 or 1, else REWARD.
+
+    Args:
+        correct: verdicts (bool) or rewards; None: not graded.
+        rewarded: whether there are reward functions: then a number is a reward, also where it is 0 or 1.
+    """
+    numbers = [value for value in correct if value is not None and not isinstance(value, bool)]
+    return REWARD if numbers and (rewarded or any(value not in (0, 1) for value in numbers)) else ACCURACY
+
+
+def in_words(value: float | None, measure: str = ACCURACY, percent: str = ".1%") -> str:
+    """An accuracy as percent, a reward as a number; a dash where there is none."""
+    return "–" if value is None else format(value, percent if measure == ACCURACY else ".3g")
 
 
 class DistinctN(NamedTuple):

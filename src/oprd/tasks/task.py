@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from oprd.data.compact import OnAccess
 from oprd.data.rows import PromptRow
 from oprd.registry import arguments_problem, resolve_object
-from oprd.tasks import addition, reasoning
+from oprd.tasks import addition, exact_match, reasoning
 from oprd.tasks.math import INSTRUCTION, BoxedGrader, check_answer
 from oprd.tasks.rewards import takes_completions
 
@@ -91,6 +91,12 @@ class Task:
 TASKS: dict[str, Task] = {
     "math": Task(
         "math", r"mathematics, the answer in the last \boxed{}", BoxedGrader, None, INSTRUCTION, "\\boxed", check_answer
+    ),
+    "exact_match": Task(
+        "exact_match",
+        "the whole response equals the answer, for models that complete raw text",
+        lambda: FunctionGrader(exact_match.is_correct),
+        check_answer=exact_match.check_answer,
     ),
     "addition": Task(
         "addition",

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
@@ -98,7 +99,7 @@ def first_recipe(
         teacher: likewise.
         prompts: file, hub name or `generated:<task>`.
         eval_dataset: likewise, problems with answers; None: for generated prompts those of the test split.
-        task: how the answers of `eval_dataset` are graded; None: `math`, where it can compare all of them.
+        task: how the answers of `eval_dataset` are graded; None: `math`, or `exact_match` for a student without chat template.
         output: the recipe's file; the run's folder is named after it.
         machine: where it is to run.
 
@@ -111,28 +112,19 @@ def first_recipe(
     if eval_dataset is None and prompts.startswith(GENERATED):
         eval_dataset = prompts
     train, reasons = _read(prompts, "train", tokenizers[0]), dict[str, str]()
+    longest = int(train.lengths.max())
     values: dict[str, Any] = {"model": student, "teacher_model": teacher, **_data_values(prompts)}
     if eval_dataset is None:
         reasons["train_dataset"] = "no eval_dataset: the run shows loss and cosine, no accuracy"
     else:
-        problems = _read(eval_dataset, "test", tokenizers[0])
         values |= {"eval_dataset": eval_dataset, "eval_limit": MOST_PROBLEMS}
         reasons["eval_limit"] = "problems at most; more narrow the interval"
         values |= {"eval_num_generations": 4 if machine.cuda else 2}
         reasons["eval_num_generations"] = "answers a problem, before and after training"
-        values["task"] = get_task(task).name if task else _guess_task(eval_dataset, problems)
-        mine = _answer_format("--prompts", prompts, values["task"], guessed=task is None) if train.answered else "plain"
-        evaluated = _answer_format("--eval", eval_dataset, values["task"], guessed=task is None)
-        if {mine, evaluated} != {"plain"}:
-            values["answer_format"] = mine if mine == evaluated else {"train": mine, "eval": evaluated}
-            reasons["answer_format"] = FORMATS[evaluated].description
-        if get_task(values["task"]).instruction:
-            reasons["task"] = (
-                "its instruction is appended to evaluated problems (eval_instruction: false to leave it out)"
-            )
+        graded = {"--prompts": prompts, "--eval": eval_dataset} if train.answered else {"--eval": eval_dataset}
+        longest = max(longest, _task_values(graded, task, tokenizers[0], values, reasons))
     values["output_dir"] = f"runs/{output.stem}"
     needs_bridge = _compare_values(own, other, different_tokens(*tokenizers), values, reasons)
-    longest = int(train.lengths.max())
     values["max_completion_length"] = _completion_length(own, longest, machine)
     reasons["max_completion_length"] = f"tokens; the longest prompt has {longest}"
     values["learning_rate"] = "auto"
@@ -154,24 +146,69 @@ def _info(role: str, name: str) -> ModelInfo:
     return info
 
 
-def _read(dataset: str, split: str, tokenizer: Any) -> DatasetReport:
+def _read(dataset: str, split: str, tokenizer: PreTrainedTokenizerBase, **further: Any) -> DatasetReport:
     limits = {"train": GENERATED_PROMPTS, "test": MOST_PROBLEMS}
     limit = limits[split] if dataset.startswith(GENERATED) else None
-    found = examine(DatasetSettings(dataset, split, limit), tokenizer)
+    found = examine(DatasetSettings(dataset, split, limit, **further), tokenizer)
     if not found.rows:
         raise ValueError(f"{dataset}: it has no rows")
     return found
 
 
-def _guess_task(dataset: str, report: DatasetReport) -> str:
-    """The task of generated problems, or `math` where it can compare all answers."""
+def _task_values(
+    graded: Mapping[str, str],
+    task: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    values: dict[str, Any],
+    reasons: dict[str, str],
+) -> int:
+    """Task and formats of answers, into `values` and `reasons`; the tokens of the longest problem, with the task's instruction.
+
+    Args:
+        graded: option → dataset with answers; `--eval` has the problems.
+        task: as it was named; None: it is chosen here.
+        tokenizer: the student's.
+        values: key → value.
+        reasons: key → why.
+    """
+    problems = graded["--eval"]
+    report = _read(problems, "test", tokenizer)
+    values["task"], why = (get_task(task).name, "") if task else _guess_task(problems, report, tokenizer)
+    formats = {
+        option.removeprefix("--"): _answer_format(option, dataset, values["task"], guessed=task is None)
+        for option, dataset in graded.items()
+    }
+    mine, evaluated = formats.get("prompts", "plain"), formats["eval"]
+    if {mine, evaluated} != {"plain"}:
+        values["answer_format"] = mine if mine == evaluated else {"train": mine, "eval": evaluated}
+        reasons["answer_format"] = FORMATS[evaluated].description
+    grader = get_task(values["task"])
+    if grader.instruction:
+        why = "its instruction is appended to evaluated problems (eval_instruction: false to leave it out)"
+        report = _read(problems, "test", tokenizer, task=grader, answer_format=evaluated, instruction=True)
+    if why:
+        reasons["task"] = why
+    return int(report.lengths.max())
+
+
+def _guess_task(dataset: str, report: DatasetReport, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The task of generated problems; `math` where the student chats or something asks for a box, else `exact_match`; and why.
+
+    Raises:
+        ValueError: a problem has no answer.
+    """
     if dataset.startswith(GENERATED):
-        return dataset.removeprefix(GENERATED)
+        return dataset.removeprefix(GENERATED), ""
     if missing := report.rows - report.answered:
         raise ValueError(
             f"--eval: {missing} of {report.rows} rows of {dataset} have no answer; remove them, or leave --eval out"
         )
-    return "math"
+    rows, math_task = load_rows(dataset, "train", None, 0), get_task("math")
+    asks = any(math_task.instruction_mark in str(row.prompt) for row in rows)
+    solutions = fitting_format([str(row.answer) for row in rows], math_task) not in (None, "plain")
+    if tokenizer.chat_template or asks or solutions:
+        return "math", ""
+    return "exact_match", "no chat template: the whole completion is the answer (math grades the last \\boxed{})"
 
 
 def _answer_format(option: str, dataset: str, task: str, *, guessed: bool) -> str:

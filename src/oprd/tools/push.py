@@ -14,9 +14,11 @@ from huggingface_hub.utils import validate_repo_id
 from oprd.data.hub import hub_answers, why_no_hub
 from oprd.faults import RunStopped
 from oprd.runs.loaded import LoadedRun, load_run
+from oprd.runs.measure import measure_of_run
 from oprd.runs.model_card import CARD, on_hub
 from oprd.sanitize import REDACTED, redacted
 from oprd.states.teacher_settings import is_student, model_here, model_of_entry
+from oprd.tasks.measures import ACCURACY
 
 MODEL = "model"
 BESIDE_MODEL = ("config.yaml", "summary.json", "curves.png")
@@ -156,10 +158,12 @@ def _results(run: LoadedRun) -> list[EvalResult]:
     after, config = run.summary.get("student_after") or {}, run.config
     if after.get("avg_at_k") is None:
         return []
+    measure = measure_of_run(config, run.summary)
+    name = f"Avg@{after['k']}" if measure == ACCURACY else "mean reward"
     return [
         EvalResult(
             task_type="text-generation", dataset_type=str(config.get("eval_dataset")), dataset_name=str(config.get("eval_dataset")),
-            dataset_split=config.get("eval_split"), metric_type="accuracy", metric_name=f"Avg@{after['k']}",
+            dataset_split=config.get("eval_split"), metric_type=measure, metric_name=name,
             metric_value=round(after["avg_at_k"], 4),
         )
     ]  # fmt: skip

@@ -17,7 +17,9 @@ from typing import Any
 from oprd.runs.columns import number
 from oprd.runs.folder import COMPLETIONS, METRICS, RUN, SUMMARY, read_mapping
 from oprd.runs.jsonl import Damage, read_lines
+from oprd.runs.measure import measure_of_run
 from oprd.runs.verdict import judge_run
+from oprd.tasks.measures import ACCURACY
 
 QUIET = 300.0
 """Seconds without news, at least, after which a run counts as quiet; ten steps where these take longer."""
@@ -34,7 +36,7 @@ class RunStatus:
         steps: of the whole run.
         loss: of the last step.
         cosine: between student and teacher, of the last step.
-        accuracy: of the last step's rollouts.
+        accuracy: of the last step's rollouts; of a rewarded run, their mean reward.
         evaluated: newest Avg@k of the eval_dataset.
         seconds_a_step: median of the last steps.
         seconds_left: at this pace.
@@ -42,6 +44,7 @@ class RunStatus:
         alarms: steps with an alarm.
         alarm_text: of the last one.
         verdict: of a finished run, in one sentence.
+        measure: whether `accuracy` and `evaluated` are accuracies or rewards.
     """
 
     state: str
@@ -57,6 +60,7 @@ class RunStatus:
     alarms: Sequence[int] = ()
     alarm_text: str = ""
     verdict: str | None = None
+    measure: str = ACCURACY
 
 
 class RunWatch:
@@ -74,6 +78,7 @@ class RunWatch:
 
     def _forget(self) -> None:
         self._last: Mapping[str, Any] = {}
+        self._keys: set[str] = set()
         self._evaluated: float | None = None
         self._seconds: list[float] = []
         self._alarms: list[int] = []
@@ -100,6 +105,7 @@ class RunWatch:
             evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
             seconds_left=None if finished or steps is None or pace is None else max(steps - step, 0) * pace,
             silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
+            measure=measure_of_run(record.get("settings") or {}, summary, self._keys),
         )  # fmt: skip
 
     def completions(self) -> Sequence[Mapping[str, Any]]:
@@ -129,6 +135,7 @@ class RunWatch:
         if "loss" not in row:
             return
         self._last = row
+        self._keys |= {*row}
         seconds = math.fsum(number(row, name) or 0.0 for name in row if name.startswith("time/"))
         self._seconds = [*self._seconds, seconds][-_RECENT:]
         if row.get("alarm"):

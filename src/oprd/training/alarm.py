@@ -13,6 +13,7 @@ from oprd.faults import RunStopped
 from oprd.objectives.composite import Term
 from oprd.objectives.schedules import bounds, is_on
 from oprd.objectives.terms import ON_POLICY_KINDS, PolicyTerm
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
 _KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
@@ -220,7 +221,8 @@ def _accuracy_fell(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[
     (n, right), (m, later) = _graded(before), _graded(after)
     error = _accuracy_error(before, after)
     if error and right / n - later / m > _STANDARD_ERRORS * error:
-        return f"accuracy fell {right / n:.1%} -> {later / m:.1%}"
+        unit = _unit(before, after)
+        return f"{unit} fell {in_words(right / n, unit)} -> {in_words(later / m, unit)}"
     return None
 
 
@@ -234,11 +236,18 @@ def _accuracy_stood_still(before: Sequence[Mapping[str, Any]], after: Sequence[M
     gain = later / m - right / n
     if gain > 0 or gain + 2 * error > _SURE:
         return None
+    unit = _unit(before, after)
     return (
-        f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and accuracy did not rise ({right / n:.1%} -> {later / m:.1%}): the "
-        "student comes closer on responses in its own style; let the teacher write those of the first steps (docs/choose.md, far "
+        f"the loss fell {first[0]:.3g} -> {second[0]:.3g}, and {unit} did not rise ({in_words(right / n, unit)} -> "
+        f"{in_words(later / m, unit)}): the "
+        "student comes closer on responses in its own style; let the teacher write them in half of the steps (docs/choose.md, far "
         "pairs), or check the task's answers"
     )
+
+
+def _unit(*halves: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy, or reward where some grades are neither 0 nor 1."""
+    return REWARD if any(row.get("accuracy_std") is not None for half in halves for row in half) else ACCURACY
 
 
 def _graded(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -284,6 +293,23 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def silent_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> list[str]:
+    """Names of the distances that are exactly 0 in the first step, while the loss is not: of layers or positions that are not read.
+
+    Args:
+        row: metrics of a step, with `loss/<term>`.
+        terms: of the loss.
+    """
+    if row.get("step") != 1 or not row.get("loss"):
+        return []
+    return [name for name, term in terms.items() if row.get(f"loss/{name}") == 0 and not _sampled(term)]
+
+
+def _sampled(term: Term) -> bool:
+    """Whether a term's value does not say how large its gradient is."""
+    return bool(getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm)))
+
+
 def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[float, str] | None:
     """Whether one distance's part of the loss is a hundred times another's: the ratio, and a sentence; else None.
 
@@ -298,9 +324,8 @@ def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[fl
         return None
     parts: dict[str, float] = {}
     for name, term in terms.items():
-        sampled = getattr(term.objective, "on_policy_only", isinstance(term.objective, PolicyTerm))
         part = abs(row.get(f"loss/{name}", 0.0)) * bounds(term.weight)[1]
-        if not sampled and part > 0:
+        if not _sampled(term) and part > 0:
             parts[name] = part
     if len(parts) < 2:
         return None

@@ -21,7 +21,7 @@ from oprd.models.memory import HalvedSize
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective
 from oprd.states.capture import read_through_forward
-from oprd.states.requests import HEAD
+from oprd.states.requests import HEAD, attention_key
 from oprd.states.several import modules_of
 from oprd.training.parallel import Parallel
 
@@ -232,6 +232,8 @@ def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _layer_name(layer: int) -> str:
+    if layer < HEAD:
+        return f"the attention of layer {attention_key(layer)}"
     return "the LM head's input" if layer == HEAD else f"layer {layer}"
 
 

@@ -26,9 +26,12 @@ from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective
 from oprd.runs.curves import plot_run
 from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
+from oprd.runs.grades import problem_key, record_grades
 from oprd.runs.model_card import write_model_card
 from oprd.runs.verdict import judge_run
-from oprd.tasks.evaluation import Evaluation, describe_accuracy
+from oprd.tasks.evaluation import Measured, describe_accuracy
+from oprd.tasks.measures import REWARD
+from oprd.training.tracker_media import show_results
 
 if TYPE_CHECKING:
     from oprd.training.trainer import OPRDTrainer
@@ -83,8 +86,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
         _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
         summary["export_verified"] = _verify_export(trainer, folder / "model")
     if trainer.eval_dataset:
-        summary["student_after"] = trainer.evaluate_now()
-        say(f"{'student after':<15} {describe_accuracy(summary['student_after'])}")
+        summary["student_after"] = _keep(trainer, "student_after", trainer.measure_now(), say)
     summary |= _judged(summary)
     summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
     if trainer.is_world_process_zero():
@@ -92,6 +94,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
         write_json(folder / SUMMARY, summary)
         if (folder / METRICS).exists():
             plot_run(folder, folder / "curves.png")
+        show_results(trainer.callback_handler.callbacks, summary, folder / "curves.png")
 
 
 def _settings(trainer: OPRDTrainer) -> dict[str, Any]:
@@ -138,12 +141,12 @@ def _evaluate_before(trainer: OPRDTrainer, summary: dict[str, Any], say: Say) ->
     if main:
         summary["contamination"] = say_overlap(_rows(trainer.train_dataset), _rows(trainer.eval_dataset), say=say)
     wanted = {
-        "teacher": (run.eval_teacher, "teacher", trainer.evaluate_teacher),
-        "student_before": (run.eval_before, "student before", lambda: trainer.evaluate_model(trainer.model)),
+        "teacher": (run.eval_teacher, trainer.evaluate_teacher),
+        "student_before": (run.eval_before, lambda: trainer.evaluate_model(trainer.model)),
     }
-    for key, (asked, name, evaluate) in wanted.items():
+    for key, (asked, evaluate) in wanted.items():
         if asked and summary[key] is None:
-            summary[key] = _say_evaluation(name, evaluate(), say)
+            summary[key] = _keep(trainer, key, evaluate().measured, say)
             if key == "teacher" and main:
                 _warn_of_teacher(summary[key])
             if main:
@@ -161,6 +164,7 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
         "objective": describe_objective(trainer.args, trainer.objective.terms),
         "steps": trainer.state.global_step,
         "seed": trainer.args.seed,
+        "rows": {"train": len(trainer.train_dataset), "eval": len(trainer.eval_dataset or ())},
         "probe": trainer.probe,
         "learning_rate_probe": _rate_probe(trainer),
         "processes": trainer.args.world_size,
@@ -190,16 +194,27 @@ def _judged(summary: dict[str, Any]) -> dict[str, Any]:
     return {"gap_closed": found.gap_closed, "gap_closed_ci95": found.ci95, "verdict": found.text}
 
 
-def _say_evaluation(name: str, evaluation: Evaluation, say: Say) -> dict[str, Any]:
-    say(f"{name:<15} {describe_accuracy(evaluation.summary)}")
-    return evaluation.summary
+def _keep(trainer: OPRDTrainer, key: str, found: Measured, say: Say) -> dict[str, Any]:
+    """Say what an evaluation has found and record the grade of each problem; returns the measures for the summary."""
+    say(f"{key.replace('_', ' '):<15} {describe_accuracy(found.summary)}")
+    if trainer.is_world_process_zero():
+        problems = [problem_key(row.prompt, row.answer) for row in _rows(trainer.eval_dataset)]
+        record_grades(trainer.run_folder.path, key, problems, found.by_problem)
+    return found.summary
 
 
 def _warn_of_teacher(found: Mapping[str, Any]) -> None:
     """Warn of a teacher that solves next to nothing: rather the grader, its instruction or the length is wrong than the teacher."""
     average, finished = found.get("avg_at_k"), found.get("finished")
     problems = found.get("problems") or 0
-    if average is None or finished is None or problems < _FEW_PROBLEMS or (average >= 0.01 and finished >= 0.2):
+    rewarded = found.get("measure") == REWARD  # a reward may be anything
+    if (
+        average is None
+        or finished is None
+        or problems < _FEW_PROBLEMS
+        or rewarded
+        or (average >= 0.01 and finished >= 0.2)
+    ):
         return
     logger.warning(
         "the teacher solves %.0f%% of the evaluation problems and finishes %.0f%% of its answers; if you expect more, task, "

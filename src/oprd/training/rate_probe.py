@@ -27,7 +27,7 @@ from oprd.models.recomputation import recomputed_blocks
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective, StepTotals
 from oprd.objectives.schedules import weight_at
-from oprd.objectives.terms import HeadTerm, LayerTerm, Representation, unobserved
+from oprd.objectives.terms import AttentionTerm, HeadTerm, LayerTerm, Representation, unobserved
 from oprd.resolve import ResolvedRun
 from oprd.rollouts.engine import derive_seed, student_writes
 from oprd.rollouts.teacher_text import TeacherWriter
@@ -341,7 +341,8 @@ def _objective(resolved: ResolvedRun) -> tuple[CompositeObjective, list[str]]:
     usable = {
         name: term
         for name, term in objective.terms.items()
-        if isinstance(term.objective, LayerTerm | HeadTerm) and not getattr(term.objective, "on_policy_only", False)
+        if isinstance(term.objective, LayerTerm | HeadTerm | AttentionTerm)
+        and not getattr(term.objective, "on_policy_only", False)
     }
     left_out = [name for name in objective.terms if name not in usable]
     kept = objective.with_terms(usable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,12 +18,13 @@ from oprd.data.prompts import Prompt
 from oprd.data.rows import Messages
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepObjective, Term
+from oprd.objectives.diagnostics import DISTANCES
 from oprd.objectives.schedules import bounds
-from oprd.objectives.terms import PolicyTerm
+from oprd.objectives.terms import PolicyTerm, SeesSteps
 from oprd.runs.folder import METRICS, RunFolder
 from oprd.states.requests import padding_share
 from oprd.states.teachers import CountsRequests
-from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, unequal_terms
+from oprd.training.alarm import AlarmWatch, RisingLoss, UselessSteps, silent_terms, unequal_terms
 from oprd.training.metrics import StepMetrics, quote_metrics, reward_metrics, rollout_metrics, teacher_metrics
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.types import Rollouts
@@ -44,6 +46,8 @@ class StepRecord:
         rewards_by_function: reward function → its rewards.
         losses: `loss`, and `loss/<term>` of each term before its weight.
         metrics: the step's line of `metrics.jsonl`.
+        distances: between student and teacher on each rollout: mean over compared layers and positions of 1 − cosine of their
+            states; None on steps that do not measure (`diagnostic_steps`), and where nothing was compared.
     """
 
     step: int
@@ -53,6 +57,7 @@ class StepRecord:
     rewards_by_function: Mapping[str, Sequence[float | None]]
     losses: Mapping[str, float]
     metrics: Mapping[str, float]
+    distances: Sequence[float | None] = ()
 
 
 class Recorder:
@@ -63,13 +68,19 @@ class Recorder:
         args: the run's settings.
         parallel: the training processes.
         requests: counts requests to another process; None: there are none.
+        terms: of the loss, by name; those that see steps are told of them.
 
     Attributes:
         last_step: the step that was closed last.
     """
 
     def __init__(
-        self, folder: RunFolder, args: OPRDConfig, parallel: Parallel, requests: CountsRequests | None = None
+        self,
+        folder: RunFolder,
+        args: OPRDConfig,
+        parallel: Parallel,
+        requests: CountsRequests | None = None,
+        terms: Mapping[str, Term] | None = None,
     ) -> None:
         self.folder, self.args, self.parallel, self._requests = folder, args, parallel, requests
         self.main = args.process_index == 0
@@ -80,8 +91,12 @@ class Recorder:
         self._last_backward = 0.0
         self._batches: list[Batch] = []
         self._prompts: list[str | Messages] = []
+        self._measured: list[Tensor] = []  # of the running batch, layer by layer of each micro-batch
+        self._distances: list[Tensor] = []
         self._said_missing = False
         self._terms: Mapping[str, Term] = {}
+        objectives = {name: term.objective for name, term in (terms or {}).items()}
+        self._watching = {name: own for name, own in objectives.items() if isinstance(own, SeesSteps)}
         self.last_step: StepRecord | None = None
 
     def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -91,6 +106,7 @@ class Recorder:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
         """
         self._metrics, self._batches, self._prompts = StepMetrics(), [], []
+        self._measured, self._distances = [], []
         self._rising = RisingLoss(self.args)
         useless = 0.0
 
@@ -100,18 +116,36 @@ class Recorder:
                 if "loss" in row:
                     useless = row.get("useless_steps", 0.0)
                     self._rising.watch(row)
+                    self._tell(row["step"], row)
                 yield row
 
-        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, lines())
+        for term in self._watching.values():
+            term.begin()
+        rows = lines()
+        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, rows)
+        for _ in rows:  # without a window the alarm reads none
+            pass
         before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
         self._useless = UselessSteps(self.args, int(before))
+
+    def _tell(self, step: int, row: Mapping[str, Any]) -> list[str]:
+        """Tell the terms that see steps of one; what they say about it."""
+        said = [
+            term.finished(step, row[f"loss/{name}"]) for name, term in self._watching.items() if f"loss/{name}" in row
+        ]
+        return [line for line in said if line]
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds spent inside to `time/<name>` of the running step."""
         return self._metrics.timed(name)
 
     def observe(self, **values: float | Tensor) -> None:
-        """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize."""
+        """Add to the running step's sums. A scalar tensor stays on its device; adding it does not synchronize.
+
+        `DISTANCES` is no sum: it holds a value a rollout.
+        """
+        if (distances_R := values.pop(DISTANCES, None)) is not None:
+            self._measured.append(distances_R)  # type: ignore[arg-type]
         self._metrics.add(**values)
 
     def set(self, **values: float) -> None:
@@ -149,6 +183,8 @@ class Recorder:
             self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))
             self._warn_of_missing(terms.step + 1, batch.rewards)
         self._batches.append(batch)
+        self._distances.append(distances_of(self._measured, groups, len(batch.rollouts)))
+        self._measured = []
         self._terms = terms.objective.terms
         if bounds(self.args.lmbda)[0] < 1:
             self.observe(student_wrote=share * terms.on_policy)
@@ -196,12 +232,21 @@ class Recorder:
             del row["long_sequences"]
         if useless := self._useless.count(self._metrics.totals):
             row["useless_steps"] = float(useless)
+        told = self._tell(step, row)
         if self.main:
+            for line in told:
+                logger.info("step %d: %s", step, line)
             here, said = {"step": step, **row}, list[str]()
             for alarm in filter(None, (self._alarms.watch(here), self._rising.watch(here), self._useless.alarm())):
                 logger.warning("step %d: %s", step, alarm)
                 row["alarm"] = 1.0
                 said.append(str(alarm))
+            for name in silent_terms(here, self._terms):
+                logger.warning(
+                    "step %d: the loss of %s is exactly 0: it teaches nothing; check its arguments, layers and positions",
+                    step,
+                    name,
+                )
             if found := unequal_terms(here, self._terms):
                 row["unequal_terms"], sentence = found
                 logger.warning("step %d: %s", step, sentence)
@@ -212,6 +257,7 @@ class Recorder:
     def _record(self, step: int, metrics: Mapping[str, float]) -> StepRecord:
         """The record of the step that ends, of this process's batches."""
         batches, prompts, self._batches, self._prompts = self._batches, self._prompts, [], []
+        distances, self._distances = [d for part in self._distances for d in part.tolist()], []
         names = batches[0].rewards_by_function if batches else ()
         return StepRecord(
             step,
@@ -221,6 +267,7 @@ class Recorder:
             {name: [reward for batch in batches for reward in batch.rewards_by_function[name]] for name in names},
             {name: value for name, value in metrics.items() if name.split("/")[0] == "loss"},
             metrics,
+            [distance if math.isfinite(distance) else None for distance in distances],
         )
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -231,3 +278,21 @@ class Recorder:
     def averages(self) -> dict[str, float]:
         """The mean of every metric over the steps since the last call."""
         return self._metrics.drain()
+
+
+def distances_of(measured: Sequence[Tensor], groups: Sequence[Sequence[int]], rollouts: int) -> Tensor:
+    """The distance of each rollout of a batch, `[rollouts]`: mean over layers, and over the teachers that read it.
+
+    Args:
+        measured: distances of each micro-batch's rollouts, `[R]`, a tensor a layer; empty where nothing was measured.
+        groups: places of the rollouts of each micro-batch.
+        rollouts: number of them.
+    """
+    if not measured:
+        return torch.full((rollouts,), math.nan)
+    layers = len(measured) // len(groups)
+    places = torch.tensor([place for group in groups for place in group])
+    means = [torch.stack([*measured[i : i + layers]]).mean(0) for i in range(0, len(measured), layers)]
+    values = torch.cat(means).float().cpu()
+    sums = torch.zeros(rollouts).index_add_(0, places, values)
+    return sums / torch.bincount(places, minlength=rollouts)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from queue import Full, Queue
 from threading import Event, Thread
@@ -56,6 +57,24 @@ def guarded(callback: Any, *, warn: bool = True) -> Any:
     return Tracker(callback() if callback is kind else callback, kind.__name__, warn=warn)
 
 
+def trackers_of(callbacks: Iterable[Any]) -> list[Tracker]:
+    """Those of a trainer's callbacks that are trackers."""
+    return [callback for callback in callbacks if type(callback) is Tracker]
+
+
+@contextmanager
+def kept_open(callbacks: Iterable[Any]) -> Iterator[None]:
+    """Inside, trackers are not told that training has ended: what comes after it belongs to the same run. They are at the end."""
+    trackers = trackers_of(callbacks)
+    for tracker in trackers:
+        tracker.keep_open()
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.let_end()
+
+
 class Tracker:
     """Makes the calls of one callback in a thread, and drops the callback, with one warning, when it fails or hangs.
 
@@ -79,7 +98,8 @@ class Tracker:
             warn,
         )
         self.dropped = False
-        self._training = False
+        self._training = self._numbers_only = self._keeps_open = False
+        self._end: Callable[[], None] | None = None  # tells the callback of the end of training
         self._calls: Queue[tuple[str, Callable[[], Any], Event]] = Queue(MOST_WAITING)
         self._thread: Thread | None = None
         self._began: float | None = None  # when the call that is being made began
@@ -95,18 +115,61 @@ class Tracker:
     def _report(self, event: str, call: Callable[..., Any], args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.dropped or getattr(type(self.callback), event) is getattr(TrainerCallback, event):
             return
+        if event == "on_train_end" and self._keeps_open:
+            self._end = partial(self._report, event, call, args, state, control, **kwargs)
+            return
         self._training = (self._training or event == "on_train_begin") and event != "on_train_end"
         now = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+        waits = event in _WAITED_FOR or not self._training
+        self._put(event, partial(call, args, copy.copy(state), copy.copy(control), **now), waits=waits)
+
+    def send(self, what: str, call: Callable[[], Any]) -> None:
+        """Make a call of our own in the tracker's thread, after those before it. One that raises an error is the last of them.
+
+        Args:
+            what: it sends, for the warning.
+            call: sends it.
+        """
+        if not self.dropped and not self._numbers_only:
+            self._put(what, partial(self._try, what, call), waits=False)
+
+    def _try(self, what: str, call: Callable[[], Any]) -> None:
+        try:
+            if not self._numbers_only:
+                call()
+        except Exception as error:
+            self._numbers_only = True
+            if self.warn:
+                logger.warning(
+                    "report_to: %s does not take %s (%s: %s); from here on it gets numbers only, and the run goes on",
+                    self.name, what, type(error).__name__, _first_line(error),
+                )  # fmt: skip
+
+    @property
+    def open(self) -> bool:
+        """Whether training has begun and ended, and the tracker has not been told of the end yet."""
+        return self._end is not None and not self.dropped
+
+    def keep_open(self) -> None:
+        """Do not tell the callback of the end of training before `let_end`."""
+        self._keeps_open, self._end = True, None
+
+    def let_end(self) -> None:
+        """Tell the callback of the end of training, if there was one since `keep_open`."""
+        end, self._end, self._keeps_open = self._end, None, False
+        if end is not None:
+            end()
+
+    def _put(self, event: str, call: Callable[[], Any], *, waits: bool) -> None:
         done = Event()
         try:
-            self._calls.put_nowait((event, partial(call, args, copy.copy(state), copy.copy(control), **now), done))
+            self._calls.put_nowait((event, call, done))
         except Full:
             self._drop(f"is {MOST_WAITING} calls behind")
             return
         if self._thread is None:
             self._thread = Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
             self._thread.start()
-        waits = event in _WAITED_FOR or not self._training
         deadline = time.monotonic() + (self.longest if waits else 0.0)
         while not self.dropped and not done.wait(0.02 if waits else 0.0):
             late, began = time.monotonic(), self._began

@@ -27,6 +27,7 @@ from oprd.config import AUTO, OPRDConfig
 from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
+from oprd.models.architecture import keeping_cache_setting
 from oprd.models.memory import HalvedSize, say_what_to_lower
 from oprd.models.processor import copy_processor
 from oprd.models.saved import check_names, has_own_layout, weight_files
@@ -52,7 +53,7 @@ from oprd.states.capture import read_through_forward
 from oprd.states.self_teacher import FollowsStudent
 from oprd.states.several import modules_of
 from oprd.states.teachers import CountsRequests, Teacher, innermost
-from oprd.tasks.evaluation import Evaluation, Grading
+from oprd.tasks.evaluation import Evaluation, Grading, Measured
 from oprd.tasks.task import Task
 from oprd.training.evaluator import Evaluator
 from oprd.training.finite import FiniteGuard, clip_gradients
@@ -67,7 +68,8 @@ from oprd.training.processes import check_shared, explaining_lost_processes
 from oprd.training.recorder import Recorder, StepRecord
 from oprd.training.rollout_source import RolloutSource
 from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
-from oprd.training.trackers import guarded, make_trackers
+from oprd.training.tracker_media import ShowCompletions
+from oprd.training.trackers import guarded, kept_open, make_trackers
 
 logger = logging.getLogger("oprd")
 
@@ -174,16 +176,12 @@ class OPRDTrainer(Trainer):
         )  # fmt: skip
         trackers = make_trackers(args.report_to, warn=args.process_index == 0)
         args.report_to = []  # while transformers' Trainer makes the callbacks: it would make them again
-        super().__init__(
-            model=pair.student.model,
-            args=args,
-            data_collator=list,
-            train_dataset=resolved.train_prompts,
-            eval_dataset=resolved.eval_prompts,
-            processing_class=pair.tokenizer,
-            callbacks=[*trackers, *map(guarded, callbacks or [])],
-            optimizers=optimizers,
-        )
+        with keeping_cache_setting(pair.student.model):
+            super().__init__(
+                model=pair.student.model, args=args, data_collator=list, train_dataset=resolved.train_prompts,
+                eval_dataset=resolved.eval_prompts, processing_class=pair.tokenizer, optimizers=optimizers,
+                callbacks=[*trackers, *map(guarded, callbacks or [])],
+            )  # fmt: skip
         args.report_to = [tracker.name for tracker in trackers]
         self._connect(resolved)
 
@@ -212,7 +210,7 @@ class OPRDTrainer(Trainer):
         self.grading = Grading(self.task, rewards)
         asked = innermost(pair.teacher)
         requests = asked if isinstance(asked, CountsRequests) else None
-        self.recorder = Recorder(self.run_folder, args, self.parallel, requests)
+        self.recorder = Recorder(self.run_folder, args, self.parallel, requests, self.objective.terms)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
             recorder=self.recorder, background=BackgroundSampler(self.model) if args.overlap_rollouts else None,
@@ -239,9 +237,13 @@ class OPRDTrainer(Trainer):
             observe=self.recorder.observe, callbacks=lambda: self.callback_handler.callbacks,
         )  # fmt: skip
         self.add_callback(self.guard)
+        if args.log_completions:
+            shown = {"every": args.diagnostic_steps, "most": args.num_completions_to_log}
+            callbacks = self.callback_handler.callbacks
+            self.add_callback(ShowCompletions(**shown, last_step=lambda: self.last_step, callbacks=callbacks))
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
-        self._last_evaluation: tuple[int, dict[str, Any]] = (-1, {})
+        self._last_evaluation: tuple[int, Measured] | None = None
         self.seconds_to_load = time.perf_counter() - self._loading_since
 
     def training_step(
@@ -348,6 +350,7 @@ class OPRDTrainer(Trainer):
         with ExitStack() as stack:
             stack.enter_context(explaining_lost_processes())
             stack.enter_context(self.signals.listening())
+            stack.enter_context(kept_open(self.callback_handler.callbacks))
             if main:
                 stack.enter_context(self.run_folder.hold())
             if not self._begun:
@@ -466,10 +469,11 @@ class OPRDTrainer(Trainer):
             prompts = prepare(self.pair, self.args, self.task, rows, "eval_dataset")
         if not prompts:
             raise ValueError("eval_dataset: there is none; give one to the trainer or to evaluate()")
-        summary = self.evaluate_model(self.model, prompts).summary
+        measured = self.evaluate_model(self.model, prompts).measured
         if eval_dataset is None:
-            self._last_evaluation = (self.state.global_step, dict(summary))
-        interval = summary.pop("ci95") or (None, None)
+            self._last_evaluation = (self.state.global_step, measured)
+        summary = {key: value for key, value in measured.summary.items() if key not in ("ci95", "measure")}
+        interval = measured.summary["ci95"] or (None, None)
         summary |= {"ci95_low": interval[0], "ci95_high": interval[1]}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in summary.items() if v is not None}
         self.log(dict(metrics))
@@ -480,9 +484,14 @@ class OPRDTrainer(Trainer):
 
     def evaluate_now(self) -> dict[str, Any]:
         """Measures of the student as it is now, on the eval_dataset; not sampled again where this step was just evaluated."""
-        step, summary = self._last_evaluation
-        as_then = step == self.state.global_step and not self.args.load_best_model_at_end
-        return summary if as_then else self.evaluate_model(self.model).summary
+        return dict(self.measure_now().summary)
+
+    def measure_now(self) -> Measured:
+        """`evaluate_now` with the grade of each problem."""
+        last, now = self._last_evaluation, self.state.global_step
+        if last is not None and last[0] == now and not self.args.load_best_model_at_end:
+            return last[1]
+        return self.evaluate_model(self.model).measured
 
     def evaluate_model(self, model: nn.Module, prompts: Sequence[Prompt] | None = None) -> Evaluation:
         """Evaluate any model with the student's tokenizer, on `prompts` or the eval_dataset."""

@@ -23,6 +23,7 @@ from oprd.runs.pictures import (
     save,
     style,
 )
+from oprd.tasks.measures import REWARD
 
 _MOST_TOGETHER = 6  # objectives with bands in one panel; more get a panel each
 _COLUMNS, _LONG_NAME = 3, 22  # small panels beside each other; letters that fit above one
@@ -168,13 +169,15 @@ def _finish(axis: Any, report: Mapping[str, Any]) -> None:
 
 
 def _limits(report: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Ends of an accuracy axis; None where rewards lie outside [0, 1]."""
+    """Ends of an accuracy axis; None for rewards."""
+    if report.get("measure") == REWARD:  # reports of before have no measure
+        return None
     found = [row["final_avg"] for row in report["rows"] if row["final_avg"] is not None]
     return (-0.03, 1.03) if all(0 <= value <= 1 for value in found) else None
 
 
 def _unit(report: Mapping[str, Any]) -> str:
-    return f"Avg@{report['k']}, %" if _limits(report) else f"Avg@{report['k']}, reward"
+    return f"Avg@{report['k']}, %" if _limits(report) else "reward"
 
 
 def _value(report: Mapping[str, Any], value: float) -> str:

@@ -19,7 +19,7 @@ from oprd.resolve import plan
 from oprd.run_config import RunConfig, read_yaml, recipe_keys
 from oprd.sanitize import redacted_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
-from oprd.tools.compare.results import Run
+from oprd.tools.compare.results import ROLLOUTS, Run, run_folder
 
 COMPARISON_FOLDERS = shipped_folders("comparisons")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -41,7 +41,6 @@ _SHARED = (
 )  # fmt: skip
 _RATES = "learning_rates"
 _SHARED_PREFIX = "eval_"
-_ROLLOUTS = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,14 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
     for seed in comparison.seeds:
         first = len(runs)
         for rate, name, changes in _grid(comparison):
-            folder = Path(comparison.output_dir) / "runs" / name / f"lr_{rate!r}" / f"seed_{seed}"
+            folder = run_folder(comparison.output_dir, name, rate, seed)
             own = {"seed": seed, "learning_rate": rate, "output_dir": str(folder)}
             own |= dict.fromkeys(("eval_before", "eval_teacher"), len(runs) == first)
             values = {**comparison.settings, **changes, **own}
             if values.get("bridge") in comparison.bridges:
                 values["bridge"] = str(bridge_folder(comparison.output_dir, values["bridge"]))
             run = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
-            rollouts[name] = {key: getattr(run.args, key) for key in _ROLLOUTS}
+            rollouts[name] = {key: getattr(run.args, key) for key in ROLLOUTS}
             runs.append(Run(name, rate, seed, folder, run.settings()))
     _check_rollouts(rollouts, file)
     return runs
@@ -122,11 +121,6 @@ def _grid(comparison: Comparison) -> Iterator[tuple[float, str, dict[str, Any]]]
     rates = {name: _rates(keys.pop(_RATES, comparison.learning_rates), name) for name, keys in changes.items()}
     for rate in sorted({rate for own in rates.values() for rate in own}):
         yield from ((rate, name, keys) for name, keys in changes.items() if rate in rates[name])
-
-
-def rollouts_a_step(run: Run) -> int:
-    """Number of rollouts per step of this run."""
-    return math.prod(run.settings.get(key, 1) for key in _ROLLOUTS)
 
 
 def _find(path: str | Path) -> Path:
@@ -258,4 +252,4 @@ def _check_rollouts(rollouts: Mapping[str, Mapping[str, int]], file: Path) -> No
                 f"{objective!r} takes {math.prod(parts.values())} rollouts a step ({' × '.join(map(str, parts.values()))})"
                 for objective, parts in ((first, ours), (name, theirs))
             )
-            raise ValueError(f"{file}: objectives: {counts}; make {' × '.join(_ROLLOUTS)} agree")
+            raise ValueError(f"{file}: objectives: {counts}; make {' × '.join(ROLLOUTS)} agree")

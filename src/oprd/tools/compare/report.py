@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oprd.files import write_json, write_text
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
+from oprd.tools.compare.difference import PROBLEMS, SEEDS
 from oprd.tools.compare.figure import plot_comparison
-from oprd.tools.compare.plan import Comparison, rollouts_a_step
-from oprd.tools.compare.results import Run, summarize_runs
+from oprd.tools.compare.results import Run, rollouts_a_step, summarize_runs
+from oprd.tools.compare.words import difference_in_words, with_interval
+
+if TYPE_CHECKING:  # it reads the settings of a run, for which torch is imported
+    from oprd.tools.compare.plan import Comparison
 
 NAMES = ("compare.json", "compare.md", "compare.png")
 
 
-def build_report(comparison: Comparison, file: Path, runs: Sequence[Run]) -> dict[str, Any]:
+def build_report(
+    comparison: Comparison, file: Path, runs: Sequence[Run], baseline: str | None = None
+) -> dict[str, Any]:
     """Results from the run folders, with the settings of the runs.
 
+    Args:
+        comparison: its file's content.
+        file: its file.
+        runs: of its plan.
+        baseline: objective that the others are compared with; None: the first.
+
     Raises:
-        ValueError: no run is complete, or a complete run has no accuracy.
+        ValueError: no run is complete, a complete run has no accuracy, or there is no such objective.
     """
     first = runs[0].settings
     common = {k: v for k, v in first.items() if all(k in run.settings and run.settings[k] == v for run in runs)}
     return {
-        **summarize_runs(runs),
+        **summarize_runs(runs, baseline),
         "settings": {
             "file": str(file),
             "recipe": comparison.recipe,
@@ -49,18 +62,20 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[bool, list[str]]]]:
     """The header, and for each row whether it is its objective's best rate, with its cells."""
-    k, asked = report["k"], len(report["settings"]["seeds"])
+    measure, asked = report["measure"], len(report["settings"]["seeds"])
+    name = f"Avg@{report['k']}" if measure == ACCURACY else REWARD
     header = [
-        "objective", "rate", f"final Avg@{k} [95 %]", "best", f"at {report['equal_time']['seconds']:.3g} s", "gap closed",
-        "seconds", "steps", "seeds",
+        "objective", "rate", f"final {name} [95 %]", f"difference to {report['baseline']['objective']} [95 %]", "best",
+        f"at {report['equal_time']['seconds']:.3g} s", "gap closed", "seconds", "steps", "seeds",
     ]  # fmt: skip
     rows = []
     for row in report["rows"]:
         best = row["final_avg"] is not None and report["best_rate"][row["objective"]] == row["learning_rate"]
         cells = [
-            row["objective"], f"{row['learning_rate']:g}", _with_interval(row["final_avg"], row["final_ci95"]),
-            _percent(row["best_avg"]), _with_interval(row["equal_time_avg"], row["equal_time_ci95"]),
-            _percent(row["gap_closed"]), _number(row["seconds"], 2), _number(row["steps"], 0),
+            row["objective"], f"{row['learning_rate']:g}", with_interval(row["final_avg"], row["final_ci95"], measure),
+            _difference(report, row), in_words(row["best_avg"], measure),
+            with_interval(row["equal_time_avg"], row["equal_time_ci95"], measure),
+            in_words(row["gap_closed"]), _number(row["seconds"], 2), _number(row["steps"], 0),
             str(asked) if len(row["seeds"]) == asked else f"{len(row['seeds'])} of {asked}",
         ]  # fmt: skip
         rows.append((best, cells))
@@ -76,8 +91,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         f"{_reference(report, 'teacher', 'teacher')}.",
         "Means are over seeds. Intervals are mean ± t·s/√n over the seeds (Student's t): if seeds scatter normally, 95 % of such "
         "intervals cover the mean over all seeds. A seed draws its own rollouts and evaluation samples (and its own problems, "
-        "where they are generated), so that this is part of the scatter; they are no intervals over problems. One seed has none. "
-        "All objectives share the seeds: judge a difference between two seed by seed (`final_by_seed` in compare.json).",
+        "where they are generated), so that this is part of the scatter; they are no intervals over problems. One seed has none.",
+        _how_differences(report),
         "`best` is the mean over seeds of each run's best evaluation, and `*` marks each objective's rate of the best final "
         "accuracy; both are chosen by the problems that measure them, and so are optimistic.",
         f"The time of training is that of rollouts, grading, teacher, update and optimizer, without evaluation. Accuracy at "
@@ -111,17 +126,32 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _reference(report: Mapping[str, Any], key: str, name: str) -> str:
     found = report[key]
-    return f"{name} {_with_interval(found['avg'], found['ci95'])}" if found else f"{name} not evaluated"
+    return (
+        f"{name} {with_interval(found['avg'], found['ci95'], report['measure'])}" if found else f"{name} not evaluated"
+    )
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+def _difference(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    base = report["baseline"]
+    is_base = (row["objective"], row["learning_rate"]) == (base["objective"], base["learning_rate"])
+    return "baseline" if is_base else difference_in_words(row["difference"], report["measure"])
 
 
-def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None or interval is None:
-        return _percent(value)
-    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def _how_differences(report: Mapping[str, Any]) -> str:
+    base = report["baseline"]
+    if base["learning_rate"] is None:
+        return f"There is no complete run of the baseline, {base['objective']}, and so no difference to it."
+    overs = {row["difference"]["over"] for row in report["rows"] if row["difference"]}
+    over = {
+        SEEDS: "seed by seed: all objectives share the seeds, and the t-interval is that of the mean difference "
+        "(`final_by_seed` in compare.json)",
+        PROBLEMS: "problem by problem where there is one seed: the interval is a bootstrap over problems, without the spread over "
+        "seeds",
+        "": "of one seed, without an interval",
+    }
+    how = "; ".join(text for name, text in over.items() if name in overs) or "of the seeds that both have"
+    unit = "percentage points" if report["measure"] == ACCURACY else "reward"
+    return f"Differences to {base['objective']} at {base['learning_rate']:g}, its best rate, are in {unit}, {how}."
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from oprd.runs.folder import METRICS, SUMMARY
+from oprd.runs.grades import read_grades
 from oprd.runs.jsonl import read_lines
+from oprd.runs.measure import measure_of_run
+from oprd.tools.compare.difference import Difference, over_problems, over_seeds
 from oprd.tools.compare.interval import mean_and_interval
 
+ROLLOUTS = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
+"""Settings whose product is the number of rollouts a step of one process."""
 MACHINE = "machine.json"
 FAILED = "failed"  # file that marks a run whose process ended with an error
 
@@ -37,6 +43,16 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.objective}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+def rollouts_a_step(run: Run) -> int:
+    """Number of rollouts per step of this run."""
+    return math.prod(run.settings.get(key, 1) for key in ROLLOUTS)
+
+
+def run_folder(output_dir: str | Path, objective: str, learning_rate: float, seed: int) -> Path:
+    """The folder of a run in a comparison's."""
+    return Path(output_dir) / "runs" / objective / f"lr_{learning_rate!r}" / f"seed_{seed}"
 
 
 @dataclass(frozen=True)
@@ -117,14 +133,18 @@ def at_seconds(points: Sequence[Point], seconds: float) -> float | None:
     return points[-1].avg
 
 
-def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
+def summarize_runs(runs: Sequence[Run], baseline: str | None = None) -> dict[str, Any]:
     """All results of a comparison, ready for JSON.
 
     There is one row per objective and learning rate, grouped by objective. Means and Student t intervals are over the seeds with a
-    complete run, which each row lists.
+    complete run, which each row lists. Differences are to the baseline's row of its best rate.
+
+    Args:
+        runs: of the plan.
+        baseline: name of an objective; None: the first.
 
     Raises:
-        ValueError: no run is complete, or a complete run has no accuracy.
+        ValueError: no run is complete, a complete run has no accuracy, or there is no such objective.
     """
     done = [run for run in runs if is_complete(run)]
     if not done:
@@ -132,6 +152,7 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
     before, teacher = (_shared_by_seed(runs, name) for name in ("student_before", "teacher"))
     results = {run.folder: read_result(run, before.get(run.seed)) for run in done}
     cells = _cells(runs)
+    first = choose_baseline(baseline, [cell[0].objective for cell in cells])
     rows = [_row(cell, results, before, teacher) for cell in cells]
     fastest = min((row for row in rows if row["seeds"]), key=lambda row: row["seconds"])
     for row, cell in zip(rows, cells, strict=True):
@@ -139,10 +160,13 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
         known = {str(seed): average for seed, average in then.items() if average is not None}
         row["equal_time_avg"], row["equal_time_ci95"] = mean_and_interval(list(known.values()))
         row["equal_time_by_seed"] = known
-    summary = summary_of(done[0])
+    summary, best_rate = summary_of(done[0]), _best_rates(rows)
+    _add_differences(rows, cells, results, first, best_rate[first])
     return {
         "rows": rows,
-        "best_rate": _best_rates(rows),
+        "best_rate": best_rate,
+        "baseline": {"objective": first, "learning_rate": best_rate[first]},
+        "measure": measure_of_run(done[0].settings, summary),
         "student_before": _measured(before),
         "teacher": _measured(teacher),
         "equal_time": {
@@ -157,6 +181,44 @@ def summarize_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "software": _merge_notes([summary_of(run).get("software", {}) for run in done]),
         "machine": _merge_notes([_read(run.folder / MACHINE) for run in done]),
     }
+
+
+def choose_baseline(baseline: str | None, objectives: Sequence[str]) -> str:
+    """The objective that the others are compared with: the named one, or the first.
+
+    Raises:
+        ValueError: there is no objective of this name.
+    """
+    if baseline is not None and baseline not in objectives:
+        raise ValueError(
+            f"--baseline: {baseline!r} is none of the objectives; name one of {', '.join(dict.fromkeys(objectives))}"
+        )
+    return objectives[0] if baseline is None else baseline
+
+
+def _add_differences(
+    rows: Sequence[dict[str, Any]], cells: Sequence[Sequence[Run]], results: Mapping[Path, Result], baseline: str,
+    rate: float | None,
+) -> None:  # fmt: skip
+    """Give each row its `difference` to the baseline at its best rate: over the seeds that both have, of one seed over problems."""
+    place = [(row["objective"], row["learning_rate"]) for row in rows]
+    at = place.index((baseline, rate)) if rate is not None else None
+    for number, (row, cell) in enumerate(zip(rows, cells, strict=True)):
+        if at is None or number == at:
+            row["difference"] = None
+            continue
+        found = over_seeds(row["final_by_seed"], rows[at]["final_by_seed"])
+        if found is not None and found.pairs == 1:
+            found = _over_problems(cell, cells[at], results) or found
+        row["difference"] = None if found is None else found.as_json()
+
+
+def _over_problems(ours: Sequence[Run], baseline: Sequence[Run], results: Mapping[Path, Result]) -> Difference | None:
+    """The difference of the one seed that both have, paired by problem; None where grades were not recorded."""
+    done = [{run.seed: run for run in cell if run.folder in results} for cell in (ours, baseline)]
+    (seed,) = {*done[0]} & {*done[1]}
+    left, right = (read_grades(cell[seed].folder) for cell in done)
+    return over_problems(left, right) if left and right else None
 
 
 def _cells(runs: Sequence[Run]) -> list[list[Run]]:

@@ -19,7 +19,9 @@ import yaml
 from oprd.config import OPRDConfig
 from oprd.files import write_json, write_text
 from oprd.runs.folder import LOCK, RunFolder
+from oprd.runs.measure import measure_of_run
 from oprd.sanitize import printable
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
 from oprd.tools.compare.process import ForkedProcess, Process, forks, start_program
 from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summary_of
 
@@ -181,8 +183,10 @@ def _result_line(run: Run, good: bool) -> str:
         return f"{run}: FAILED"
     summary: Mapping[str, Any] = summary_of(run)
     after = summary.get("student_after") or {}
-    accuracy = f"Avg@{after['k']} {after['avg_at_k']:.1%}" if after.get("avg_at_k") is not None else "no accuracy"
-    return f"{run}: {accuracy}, {summary.get('seconds', 0):.0f} s"
+    measure, value = measure_of_run(run.settings, summary), after.get("avg_at_k")
+    name = f"Avg@{after.get('k')}" if measure == ACCURACY else REWARD
+    graded = "no grades" if value is None else f"{name} {in_words(value, measure)}"
+    return f"{run}: {graded}, {summary.get('seconds', 0):.0f} s"
 
 
 def _show_last_lines(run: Run, code: int, say: Say) -> None:

@@ -12,6 +12,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
+from oprd.models.pruning import KeptBlocks
 from oprd.models.tokens import different_tokens, vocabulary_size
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.rollouts.engine import Sampling
@@ -94,6 +95,7 @@ def diagnose_pair(
             "teacher_dtype": teacher_dtype, **asdict(pair.rendering),
         }),
         "models": dict(zip(SIDES, (_shape(pair, side) for side in (0, 1)), strict=True)),
+        "kept_layers": _kept_layers(pair),
         "tokens": _tokens(pair, stats),
         "rollouts": _rollouts(rollouts, max_completion_length),
         "layers": _layers(readings),
@@ -140,6 +142,23 @@ def _shape(pair: ModelPair, side: int) -> dict[str, Any]:
         "layers": info.layers, "width": info.width, "vocabulary": vocabulary_size(tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()), "class": type(model).__name__,
     }  # fmt: skip
+
+
+def _kept_layers(pair: ModelPair) -> list[int] | None:
+    """Of a student that was cut from the teacher, the teacher's layers that it kept: by its config, or by equal weights.
+
+    Raises:
+        ValueError: the student's config has a record that no pruning writes.
+    """
+    own, theirs = pair.infos
+    shorter = own.width == theirs.width and own.layers < theirs.layers
+    if not shorter or pair.aligner is not None:
+        return None
+    kept = KeptBlocks.of(pair.models[0])
+    try:
+        return list(kept.in_teacher(theirs.layers, pair.models[1]))
+    except ValueError:  # of another original, which is an answer too
+        return None
 
 
 def _tokens(pair: ModelPair, stats: AlignmentStats | None) -> dict[str, Any]:
@@ -281,6 +300,7 @@ def _accuracy(
                 ("ci95", "ci95"),
                 ("finished", "finished"),
                 ("mean_length", "mean_length"),
+                ("measure", "measure"),
             )
         }
         for name, side in zip(SIDES, (own, theirs), strict=True)

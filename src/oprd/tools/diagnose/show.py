@@ -12,6 +12,7 @@ from rich.text import Text
 
 from oprd.runs.pictures import BEFORE, level, look, name_ends, name_two, new_figure, plain_log, save, style
 from oprd.sanitize import printable
+from oprd.tasks.measures import ACCURACY, REWARD, in_words
 
 Report = Mapping[str, Any]
 
@@ -50,10 +51,14 @@ def _pair(report: Report) -> Table:
         table.add_row("KL", "", kl)
     if report["accuracy"] is not None:
         both = [report["accuracy"][side] for side in ("student", "teacher")]
-        table.add_row(
-            "accuracy [95 %]", *(f"{a['accuracy']:.1%} [{a['ci95'][0]:.0%}, {a['ci95'][1]:.0%}]" for a in both)
-        )
+        unit = REWARD if REWARD in [side.get("measure") for side in both] else ACCURACY
+        table.add_row(f"{unit} [95 %]", *(_grade(side, unit) for side in both))
     return table
+
+
+def _grade(side: Mapping[str, Any], unit: str) -> str:
+    low, high = (in_words(end, unit, ".0%") for end in side["ci95"])
+    return f"{in_words(side['accuracy'], unit)} [{low}, {high}]"
 
 
 def _end(end: Mapping[str, Any], positions: int) -> Text:

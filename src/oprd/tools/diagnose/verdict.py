@@ -8,6 +8,7 @@ from typing import Any
 from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
 
 Report = Mapping[str, Any]
+PRUNED = "pruned copy"
 
 
 def judge(report: Report) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def judge(report: Report) -> dict[str, Any]:
     - "same origin": same shape and tokenizer, and on every layer CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`, both of raw
       states or both of states scaled to unit length (for models where a few large states dominate).
     - "same origin, upper layers": the same, from some layer to the last.
+    - "pruned copy": the student is the teacher without some layers, by equal weights or by its config (`kept_layers`).
     - "other coordinates": the last layers agree up to a rotation (CKA), but dimension by dimension they do not (R²).
     - "other origin", "other shape", "other tokenizer": as named; the last layers have CKA ≥ `USABLE_CKA`.
     - "unrelated": the last layers have a lower CKA; a bridge is unlikely to help.
@@ -26,7 +28,7 @@ def judge(report: Report) -> dict[str, Any]:
     """
     kind, alike = _kind(report)
     layers = report["layers"]
-    same = kind.startswith("same origin")
+    same = kind.startswith("same origin") or kind == PRUNED
     if layers is not None and layers["direct_r2"][-1] is not None:
         names = {"cosine": "cosine", "CKA": "cka", "direct R²": "direct_r2"}
         figures = ", ".join(f"{name} {spread(layers[key])}" for name, key in names.items()) + " over the layers"
@@ -34,6 +36,8 @@ def judge(report: Report) -> dict[str, Any]:
         figures += f"; of states scaled to unit length, CKA {cka}, direct R² {r2}"
     else:
         figures = f"CKA of the last layers {report['cka']['matrix'][-1][-1]:.3f}"
+    if kind == PRUNED:
+        figures += f"; the student's layers are the teacher's {', '.join(map(str, report['kept_layers']))}"
     if not report["tokens"]["same_ids"]:
         figures += f"; {report['tokens']['aligned']:.1%} of the student's positions have a partner"
     return {
@@ -49,6 +53,8 @@ def _kind(report: Report) -> tuple[str, list[int]]:
     ours, theirs = (
         tuple(report["models"][side][key] for key in ("layers", "width")) for side in ("student", "teacher")
     )
+    if report["kept_layers"] is not None:  # however much its last layer has lost
+        return PRUNED, list(range(1, len(report["kept_layers"]) + 1))
     if last_cka < USABLE_CKA:
         return "unrelated", []
     if not report["tokens"]["same_ids"]:

@@ -95,11 +95,13 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
     # Without a fused kernel, sdpa repeats the keys and saves the softmax output. No kernel supports float32 grouped keys on a GPU.
     unfused = work.accelerator and compute == _FLOAT and grouped and not masked
     attention = 2 * shape.attention + 2 * (shape.attention if (masked and grouped) or unfused else shape.keys)
-    scales = _FLOAT * (shape.heads + 2)
+    scales = float(_FLOAT * (shape.heads + 2))
     if unfused:
         scales += _FLOAT * shape.heads * work.length
     if masked:
         scales += work.length * compute  # each block converts the mask to a bias
+    if work.eager:
+        attention, scales = _saved_by_eager_attention(work)
     if work.lora is not None:
         stream, inputs, mlp, copies = _saved_with_adapter(work)
     else:
@@ -109,6 +111,19 @@ def saved_bytes(work: Workload) -> tuple[float, float]:
         mlp = 4 * shape.intermediate * compute
         copies = 2.0 * shape.linear_parameters if casts else 0.0
     return stream + inputs + attention * compute + mlp + scales, copies
+
+
+def _saved_by_eager_attention(work: Workload) -> tuple[int, float]:
+    """Channels per token of one block's attention, and bytes per token of its maps and the scales of two norms.
+
+    Kept are q, repeated k and v, the output where a trained o_proj reads it, and each head's map: the softmax in float32, and in
+    16 bits again.
+    """
+    shape, compute = work.student, work.compute_bytes
+    # An adapter of 16-bit weights casts its own input, and keeps that.
+    read = work.lora is None or ("o_proj" in work.lora.targets and work.student_bytes == _FLOAT)
+    maps = shape.heads * work.length * (_FLOAT + (compute if compute < _FLOAT else 0))
+    return (3 + read) * shape.attention, float(2 * _FLOAT + maps)
 
 
 def _saved_with_adapter(work: Workload) -> tuple[float, float, float, float]:
@@ -158,10 +173,16 @@ class _Held:
         root, block = shape.parameters - shape.layers * shape.block_parameters, shape.block_parameters
         self.gathered = float(weight) * (root + 2 * block) if self.split > 1 else 0.0
         self.gathered_gradients = float(weight) * (root + block) if self.split > 1 else 0.0
-        self.cache = self._states() if work.needs_teacher else 0.0
+        rows = work.attention_layers * work.rows * work.positions * other.heads * work.length
+        self.own_rows = 2.0 * _FLOAT * rows  # of the student, and those bounded from below
+        self.cache = (self._states() if work.needs_teacher else 0.0) + float(work.teacher_bytes * rows)
         tokens, intermediate = work.tokens, other.intermediate
         wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)
-        self.teacher_transient = work.teacher_bytes * tokens * wide
+        self.teacher_transient = float(work.teacher_bytes * tokens * wide)
+        if work.eager:
+            self.teacher_transient += (
+                3.0 * _FLOAT * tokens * other.heads * work.length
+            )  # one layer's scores, mask and softmax
         self.chunks = self._chunks()
         by_rows = work.output_space in _BY_ROWS and not work.policy_gradient and work.devices == 1
         head_trained = work.head_term and work.lora is None and not by_rows
@@ -226,7 +247,7 @@ class _Held:
         cells = work.rows * work.positions * len(work.layers) if work.representation else 0
         wide = shape.width if work.bridge_rank is None else work.bridge_rank
         derivative = max(float(_FLOAT * cells * wide), self.cache)
-        forward = self.activations(work.top_run) + derivative + kept + self.gathered
+        forward = self.activations(work.top_run) + derivative + self.own_rows + kept + self.gathered
         head_states = _FLOAT * work.rows * work.completion * shape.width if work.reads_head else 0
         head = self.head_gradient + head_states * (2 if work.head_term else 1)
         cosine = 4.0 * _FLOAT * work.rows * work.positions * shape.width if work.layers else 0.0

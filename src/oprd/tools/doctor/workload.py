@@ -67,6 +67,8 @@ class Workload:
         several: teacher_id → bytes of the weights, where there are several teachers; `teacher` is the largest of them. A model
             that stands under two ids counts under the first.
         offload: only one of them is on the device at a time.
+        eager: the student keeps its attention maps for backward (attn_implementation: eager).
+        attention_layers: layers whose attention rows the loss compares.
     """
 
     student: Shape
@@ -99,6 +101,8 @@ class Workload:
     several: Mapping[str, float] = field(default_factory=dict)
     offload: bool = False
     base: Shape | None = None
+    eager: bool = False
+    attention_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDING:
@@ -228,6 +232,8 @@ def workload_of(
         offload=config.offload_teachers,
         base=base,
         base_bytes=base_bytes,
+        eager=own.get("attn_implementation") == "eager",
+        attention_layers=_attention_layers(run),
         generation_batch=config.generation_batch_size,
         prompt_readers=config.num_generations if config.rollout_engine == "decode" else 1,
         overlap=config.overlap_rollouts,
@@ -235,6 +241,15 @@ def workload_of(
         sharding=sharding or ("none" if devices == 1 else "ddp"),
         accelerator=accelerator,
     )
+
+
+def _attention_layers(run: RunConfig) -> int:
+    if not run.args.objectives:
+        return 0
+    from oprd.resolve.attention import attention_layers
+    from oprd.resolve.terms import build_terms
+
+    return len(attention_layers(build_terms(run)))
 
 
 def _teachers(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | None, int, dict[str, float]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oprd.runs.columns import MOST_POINTS, drawn, number, spaced
+from oprd.tasks.measures import REWARD
 from oprd.tools.report.read import RunRecord, interval, measured
 
 PHASES = ("rollout", "grade", "teacher", "update", "optimizer")
@@ -77,6 +78,8 @@ class Heat:
 
 
 ACCURACY = Panel("Accuracy", ("accuracy",), "share of right answers", share=True)
+_REWARD = Panel("Reward", ("accuracy",), "mean reward")
+_BOTH = Panel("Accuracy or reward", ("accuracy",), "share of right answers, or mean reward")
 _PANELS = (
     Panel("Rollout length", ("completions/mean_length",), "tokens"),
     Panel("Rollouts cut off by the limit", ("completions/clipped_ratio",), "share", share=True),
@@ -89,6 +92,12 @@ _PANELS = (
     Panel("Learning rate", ("learning_rate",), exact=True),
     Panel("Peak GPU memory", ("memory/peak_gib",), "GiB", exact=True),
 )
+
+
+def grades_panel(records: Sequence[RunRecord]) -> Panel:
+    """The panel of the mean grade of rollouts: accuracy, reward, or of runs of both kinds."""
+    units = {record.measure for record in records}
+    return _BOTH if len(units) > 1 else _REWARD if units == {REWARD} else ACCURACY
 
 
 def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:

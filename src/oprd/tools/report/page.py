@@ -15,8 +15,10 @@ from markupsafe import Markup
 
 from oprd.files import write_text
 from oprd.runs.pictures import colour
+from oprd.tasks.measures import in_words
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tools.report import curves, draw
+from oprd.tools.report.comparison import Comparison
 from oprd.tools.report.read import RunRecord
 from oprd.tools.report.rollouts import (
     Distances,
@@ -75,12 +77,18 @@ class Section:
     count: int
 
 
-def render(records: Sequence[RunRecord]) -> str:
-    """The page about these runs. It depends on their files alone."""
+def render(records: Sequence[RunRecord], comparisons: Sequence[Comparison] = ()) -> str:
+    """The page about these runs. It depends on their files alone.
+
+    Args:
+        records: of the runs.
+        comparisons: whose tables head the page.
+    """
     sections = [_section(run, record) for run, record in enumerate(records)]
     panels, unmeasured = curves.panels(records)
-    of_panel = {panel.title: curves.curves(records, panel) for panel in (curves.ACCURACY, *panels)}
-    pictures, missing = _pictures(records, panels, of_panel)
+    grades = curves.grades_panel(records)
+    of_panel = {panel.title: curves.curves(records, panel) for panel in (grades, *panels)}
+    pictures, missing = _pictures(records, grades, panels, of_panel)
     style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (_STYLE, _SCRIPT))
     colours = "".join(f".run{run}{{color:{colour(run)}}}" for run in range(len(records)))
     style = f"\n{style}{colours}\n"
@@ -110,10 +118,11 @@ def render(records: Sequence[RunRecord]) -> str:
         style=Markup(style),  # our own texts; the policy allows their digests
         script=Markup(script),
         records=records,
+        comparisons=comparisons,
         sections=sections,
         rows=table(records),
         pictures=pictures,
-        panels=[curves.ACCURACY, *panels],
+        panels=[grades, *panels],
         missing=[*missing, *unmeasured],
         heats=_heats(records),
         times=_times(splits, [record.name for record in records]),
@@ -148,31 +157,33 @@ def _policy(style: str, script: str) -> str:
 
 
 def _pictures(
-    records: Sequence[RunRecord], panels: Sequence[curves.Panel], of_panel: Mapping[str, list[curves.Curve]]
+    records: Sequence[RunRecord],
+    grades: curves.Panel,
+    panels: Sequence[curves.Panel],
+    of_panel: Mapping[str, list[curves.Curve]],
 ) -> tuple[list[Picture], list[str]]:
-    """Pictures of accuracy and of the panels; and the title of accuracy where it was not measured."""
+    """Pictures of grades and of the panels; and the title of grades where there are none."""
     missing = []
     evaluated = {run: points for run, record in enumerate(records) if (points := curves.evaluations(record))}
     teachers = {run: v for run, record in enumerate(records) if (v := curves.teacher_accuracy(record)) is not None}
-    rollouts = of_panel[curves.ACCURACY.title]
+    rollouts = of_panel[grades.title]
     pictures = []
     if rollouts or evaluated or teachers:
         ends = [
-            f"{draw.letter(run)}: {points[0].value:.1%} at step {points[0].step:.0f}, {points[-1].value:.1%} at step "
-            f"{points[-1].step:.0f}"
+            f"{draw.letter(run)}: {_at_step(records[run], points[0])}, {_at_step(records[run], points[-1])}"
             for run, points in evaluated.items()
         ]
         pictures.append(
             Picture(
-                draw.draw_accuracy(curves.ACCURACY, rollouts, evaluated, teachers),
-                f"Accuracy over steps. Evaluations: {'; '.join(ends) or 'none'}.",
-                "Squares: Avg@k on the evaluation problems, with its 95 % interval over problems. Curve: rollouts in training. "
-                "Dotted: the teacher.",
-                curves.ACCURACY.title,
+                draw.draw_accuracy(grades, rollouts, evaluated, teachers),
+                f"{grades.title} over steps. Evaluations: {'; '.join(ends) or 'none'}.",
+                f"Squares: {'Avg@k' if grades.share else 'the mean'} on the evaluation problems, with its 95 % interval over "
+                "problems. Curve: rollouts in training. Dotted: the teacher.",
+                grades.title,
             )
         )
     else:
-        missing.append(curves.ACCURACY.title)
+        missing.append(grades.title)
     for panel in panels:
         found = of_panel[panel.title]
         ends = [f"{draw.letter(c.run)} {c.key}: {c.values[0]:.4g} at first, {c.values[-1]:.4g} at last" for c in found]
@@ -184,6 +195,10 @@ def _pictures(
             )
         )  # fmt: skip
     return pictures, missing
+
+
+def _at_step(record: RunRecord, point: curves.Point) -> str:
+    return f"{in_words(point.value, record.measure)} at step {point.step:.0f}"
 
 
 def _heats(records: Sequence[RunRecord]) -> list[tuple[int, Picture | None]]:

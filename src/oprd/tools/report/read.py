@@ -13,8 +13,11 @@ import yaml
 from oprd.runs.columns import Columns, number
 from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
+from oprd.runs.measure import measure_of_run
 from oprd.sanitize import redacted
 
+COMPARISON = "compare.json"
+"""What `oprd compare` writes into its folder."""
 _A_RUN_HAS = (CONFIG, METRICS, SUMMARY)
 _MOST_ALARMS = 5
 _LARGEST = 16 * 2**20  # maximum bytes of a config or summary, which are read whole
@@ -46,6 +49,11 @@ class RunRecord:
     completions: Iterable[Mapping[str, Any]]
     notes: Sequence[str]
 
+    @property
+    def measure(self) -> str:
+        """Whether its grades are accuracies or rewards; see `oprd.runs.measure`."""
+        return measure_of_run(self.config, self.summary, self.steps.keys)
+
 
 class LoggedRollouts:
     """The rollouts of a `completions.jsonl`. Each loop reads the file: a long run logs more than fits into memory."""
@@ -69,42 +77,51 @@ class LoggedRollouts:
                 yield line.row
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+def read_runs(folders: Sequence[Path], *, verb: str = "report") -> list[RunRecord]:
     """Read run folders in the given order.
+
+    Args:
+        folders: of the runs.
+        verb: that reads them, for messages.
 
     Raises:
         ValueError: no folder, a folder that is not a run (with the reason), or one that is named twice.
     """
     if not folders:
-        raise ValueError("report: name at least one run folder")
+        raise ValueError(f"{verb}: name at least one run folder")
     resolved = [folder.resolve() for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
-        refuse_no_run(folder)
+        refuse_no_run(folder, verb)
         if resolved.count(place) > 1:
-            raise ValueError(f"report: {folder} is named twice; name each run once")
+            raise ValueError(f"{verb}: {folder} is named twice; name each run once")
     return [read_run(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
 
 
-def refuse_no_run(folder: Path) -> None:
+def refuse_no_run(folder: Path, verb: str = "report") -> None:
     """Refuse a folder that `oprd train` or `oprd demo` did not write.
 
     Raises:
         ValueError: it is not a run; says what it seems to be.
     """
     if not folder.exists():
-        raise ValueError(f"report: there is no folder {folder}")
+        raise ValueError(f"{verb}: there is no folder {folder}")
     if not folder.is_dir():
-        raise ValueError(f"report: {folder} is a file; name the folder of a run")
+        raise ValueError(f"{verb}: {folder} is a file; name the folder of a run")
     if any((folder / name).is_file() for name in _A_RUN_HAS):
         return
     if (folder / "eval.json").exists():
         raise ValueError(
-            f"report: {folder} is what `oprd eval` wrote, not a run; its measures are in {folder / 'eval.json'}"
+            f"{verb}: {folder} is what `oprd eval` wrote, not a run; its measures are in {folder / 'eval.json'}"
         )
     inner = sorted({file.parent for file in folder.glob(f"**/{CONFIG}")})
+    if inner and (folder / COMPARISON).is_file():
+        raise ValueError(
+            f"{verb}: {folder} is a comparison of {len(inner)} runs, not a run; its table is in {folder / 'compare.md'}, and "
+            f"oprd report {folder} makes a page of it alone"
+        )
     if inner:
-        raise ValueError(f"report: {folder} is not a run; it holds {len(inner)}, such as {inner[0]}; name those")
-    raise ValueError(f"report: {folder} is not a run: it has none of {', '.join(_A_RUN_HAS)}")
+        raise ValueError(f"{verb}: {folder} is not a run; it holds {len(inner)}, such as {inner[0]}; name those")
+    raise ValueError(f"{verb}: {folder} is not a run: it has none of {', '.join(_A_RUN_HAS)}")
 
 
 def read_run(folder: Path, name: str) -> RunRecord:

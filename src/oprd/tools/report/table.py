@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oprd.runs.columns import number
 from oprd.states.teacher_settings import describe_teacher
+from oprd.tasks.measures import ACCURACY, REWARD
+from oprd.tools.compare.finished import between
+from oprd.tools.compare.words import difference_in_words
 from oprd.tools.report.curves import peak_memory, time_split
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
@@ -45,12 +48,35 @@ class Row:
 def table(records: Sequence[RunRecord]) -> list[Row]:
     """The rows of the table, without rows that are empty for every run."""
     rows = [Row(name, [cell(record) for record in records]) for name, cell in _ROWS.items()]
+    if len(records) > 1:
+        after = [row.name for row in rows].index(_AFTER)
+        rows.insert(after + 1, Row(_DIFFERENCE, _differences(records)))
+    if all(record.measure == REWARD for record in records):
+        rows = [replace(row, name=_AS_REWARD.get(row.name, row.name)) for row in rows]
     return [row for row in rows if any(cell.text != NOTHING for cell in row.cells)]
+
+
+def _differences(records: Sequence[RunRecord]) -> list[Cell]:
+    """How each run differs from the first, where both are graded in one unit."""
+    first, cells = records[0], []
+    for record in records:
+        found = between(record, first) if record.measure == first.measure else None
+        if record is first or found is None:
+            cells.append(Cell(NOTHING))
+            continue
+        paired = f" (paired, {found.pairs} problems)" if found.pairs else ""
+        cells.append(Cell(difference_in_words(found.as_json(), record.measure) + paired, found.value))
+    return cells
 
 
 def percent(value: float | None) -> str:
     """A share as percent with one decimal."""
     return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def graded(value: float | None, measure: str) -> str:
+    """A mean grade: an accuracy as percent, a reward as a number."""
+    return percent(value) if measure == ACCURACY or value is None else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -121,9 +147,8 @@ def _accuracy(who: str) -> Callable[[RunRecord], Cell]:
         value = number(measures, "avg_at_k")
         if value is None:
             return _last_evaluation(record) if who == "student_after" else Cell(NOTHING)
-        ends = interval(measures)
-        spread = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
-        return Cell(f"{percent(value)}{spread} (k = {word(measures.get('k'))})", value)
+        spread = _spread(interval(measures), record.measure)
+        return Cell(f"{graded(value, record.measure)}{spread} (k = {word(measures.get('k'))})", value)
 
     return cell
 
@@ -133,8 +158,15 @@ def _last_evaluation(record: RunRecord) -> Cell:
         return Cell(NOTHING)
     row = record.evaluations[-1]
     value, low, high = (number(row, f"eval_{name}") for name in ("avg_at_k", "ci95_low", "ci95_high"))
-    spread = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return Cell(f"{percent(value)}{spread} at step {row['step']:.0f}, the last evaluation", value)
+    spread = _spread(None if low is None or high is None else (low, high), record.measure)
+    return Cell(f"{graded(value, record.measure)}{spread} at step {row['step']:.0f}, the last evaluation", value)
+
+
+def _spread(ends: tuple[float, float] | None, measure: str) -> str:
+    if ends is None:
+        return ""
+    low, high = (f"{100 * end:.1f}" if measure == ACCURACY else f"{end:.3g}" for end in ends)
+    return f" [{low}, {high}]"
 
 
 def _of_evaluation(who: str, key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
@@ -143,6 +175,11 @@ def _of_evaluation(who: str, key: str, words: Callable[[float | None], str]) -> 
         return Cell(words(value), value)
 
     return cell
+
+
+def _best(record: RunRecord) -> Cell:
+    value = number(measured(record, "student_after"), "best_at_k")
+    return Cell(graded(value, record.measure), value)
 
 
 def _of_summary(key: str, words: Callable[[float | None], str]) -> Callable[[RunRecord], Cell]:
@@ -193,6 +230,14 @@ def _tokens(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.1f} tokens"
 
 
+_AFTER, _DIFFERENCE = "Avg@k after [95 %]", "Avg@k after, difference to A [95 %]"
+_AS_REWARD = {  # names of rows where all runs have rewards
+    "Avg@k before [95 %]": "reward before [95 %]",
+    _AFTER: "reward after [95 %]",
+    _DIFFERENCE: "reward after, difference to A [95 %]",
+    "Avg@k of the teacher [95 %]": "reward of the teacher [95 %]",
+    "Best@k after": "reward of the best of k after",
+}
 _ROWS: dict[str, Callable[[RunRecord], Cell]] = {
     "objective": _objective,
     "student": _setting("model"),
@@ -202,11 +247,11 @@ _ROWS: dict[str, Callable[[RunRecord], Cell]] = {
     "learning rate": _rate,
     "steps": _steps,
     "Avg@k before [95 %]": _accuracy("student_before"),
-    "Avg@k after [95 %]": _accuracy("student_after"),
+    _AFTER: _accuracy("student_after"),
     "Avg@k of the teacher [95 %]": _accuracy("teacher"),
     "gap closed": _of_summary("gap_closed", percent),
     "verdict": _verdict,
-    "Best@k after": _of_evaluation("student_after", "best_at_k", percent),
+    "Best@k after": _best,
     "mean length before": _of_evaluation("student_before", "mean_length", _tokens),
     "mean length after": _of_evaluation("student_after", "mean_length", _tokens),
     "finished before": _of_evaluation("student_before", "finished", percent),

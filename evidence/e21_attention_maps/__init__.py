@@ -1,0 +1,1 @@
+"""E21: attention rows beside hidden states."""
