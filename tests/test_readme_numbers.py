@@ -317,6 +317,14 @@ def test_the_full_kl_across_tokenizers_is_said_at_its_own_rate():
     )
 
 
+def test_the_presets_of_docs_objectives_are_what_was_measured():
+    names = ("oprd", "ride", "latent_mopd", "lastopd", "phf", "adaptive")
+    ours, ride, latent, last, phf, adaptive = after("evidence/e20_presets/result.json", *names)
+    text = prose((ROOT / "docs" / "objectives.md").read_text())
+    assert f"`…` {ours} %, `…` {ride}, `…` {latent}, `…` {last}, `…` {phf}." in text
+    assert f"it ends at {adaptive} %, states alone at {ours}" in text
+
+
 def test_the_far_pairs_of_docs_choose_are_what_was_measured():
     far = "evidence/e23_far_pair/result.json"
     names = ("mixed", "supervised", "states", "output_space", "supervised_then_states")

@@ -154,3 +154,9 @@ def test_a_teacher_of_another_shape_is_refused_by_the_plan(tmp_path):
     run = RunConfig.parse({**MINIMAL, "teacher_model": str(tmp_path / "teacher")})
     with pytest.raises(ValueError, match="teacher_model: it has 2 layers of width 32, the student 4 of 128"):
         plan(run)
+
+
+@pytest.mark.parametrize(("typed", "key"), [("lr", "learning_rate"), ("max_new_tokens", "max_completion_length")])
+def test_a_name_of_another_tool_is_told_the_key(typed, key):
+    with pytest.raises(ValueError, match=f"unknown key '{typed}'; did you mean '{key}'"):
+        RunConfig.parse({"model": "a", "teacher_model": "b", "train_dataset": "c.jsonl", typed: 1})

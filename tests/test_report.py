@@ -922,6 +922,16 @@ def oprd(monkeypatch, capsys):
     return run
 
 
+def test_the_command_that_repeats_a_run_finds_its_config(oprd, trained, monkeypatch, tmp_path):
+    run = trained()
+    monkeypatch.chdir(run.parent.parent)
+    named = run.relative_to(run.parent.parent)
+    oprd(named, "--output", tmp_path / "out.html")
+    page = assert_inert((tmp_path / "out.html").read_text(encoding="utf-8"))
+    assert f"oprd train --config {named}/config.yaml --output_dir {named}-again" in page.text
+    assert (named / "config.yaml").is_file()
+
+
 def test_the_command_line(oprd, trained, make_run, tmp_path):
     run, other, output = trained(), make_run("other", summary=None), tmp_path / "out.html"
     code, printed = oprd(run, "--distances", "--problems", "2", "--max-tokens", "4", "--output", output)

@@ -342,11 +342,23 @@ NO_EFFECT = {
 }
 
 
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_new_tokens": "max_completion_length",
+    "student": "model",
+    "teacher": "teacher_model",
+}
+"""What users of other tools type → the key here."""
+
+
 def _check_keys(values: Mapping[str, Any], where: str) -> None:
     known = {*recipe_keys(), *(f.name for f in dataclasses.fields(OPRDConfig))}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: unknown key {key!r}{hint} (all keys: oprd keys)")
         if key in NO_EFFECT:

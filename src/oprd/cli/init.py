@@ -18,7 +18,9 @@ def init(
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     output: Annotated[Path, typer.Option(help="The recipe's file; the run's folder is runs/<its name>.")],
     eval_dataset: Annotated[str | None, typer.Option("--eval", help="Problems with answers, in the same ways.")] = None,
-    task: Annotated[str | None, typer.Option(help="How the answers of --eval are graded; default: math.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="How the answers of --eval are graded; default: chosen from models and data.")
+    ] = None,
 ) -> None:
     """Write a recipe that runs: looks at the models' files, the data and this machine, and asks nothing."""
     from oprd.cli import bridge

@@ -109,7 +109,8 @@ class RisingLoss:
         if not found or self._steps <= self._quiet_until:
             return None
         self._quiet_until = self._steps + self.args.alarm_window
-        return f"{' and '.join(found)}; lower learning_rate (now {self.args.learning_rate:g}), or set it to auto"
+        rate = float(self.args.learning_rate)
+        return f"{' and '.join(found)}; lower learning_rate (now {rate:g}), for example to {rate / 3:.2g}"
 
     def _look(self, name: str, row: Mapping[str, Any]) -> str | None:
         loss = row.get(f"loss/{name}")

@@ -246,7 +246,8 @@ def _section(run: int, record: RunRecord) -> Section:
     if not logged:
         logged = [Pair(as_side(a), as_side(b)) for a, b in logged_pairs(record.completions, _SHOWN_PAIRS)]
     groups.append(_group("Rollouts logged in training", "early", "late", logged, choose(logged)))
-    name = shlex.quote(record.name)
+    place = record.name if record.folder.is_absolute() else str(record.folder)  # an absolute path would name a machine
+    name = shlex.quote(place)
     command = f"oprd train --config {name}/config.yaml --output_dir {name}-again" if record.config else ""
     near = near_misses(as_wrong(row) for row in record.completions if is_wrong(row))
     rows, count = spread_rows(record.completions, _SHOWN_ROLLOUTS)
