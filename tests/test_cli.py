@@ -259,6 +259,19 @@ def test_eval_refuses_k_below_one(oprd):
     assert "k: 0 is not allowed" in result.stderr
 
 
+def test_a_dry_run_says_that_the_folder_holds_a_run(oprd, recipe, tmp_path):
+    made = recipe()
+    folder = tmp_path / "run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    before = sorted(folder.iterdir())
+    result = oprd("train", "--config", made, "--dry-run")
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert oprd("train", "--config", made, "--dry-run", "--resume", "auto").returncode == 0
+    assert sorted(folder.iterdir()) == before
+
+
 def test_dry_run_writes_nothing(oprd, recipe, tmp_path):
     result = oprd("train", "--config", recipe(), "--dry-run")
     assert result.returncode == 0, result.stderr

@@ -58,14 +58,18 @@ def train(
     from oprd.cli.console import quiet_libraries, say
     from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig, parse_overrides
-    from oprd.runs.folder import restore_config
+    from oprd.runs.folder import RunFolder, restore_config
     from oprd.runs.verdict import judge_run
 
     check_json(json_file)
     quiet_libraries()
     overrides = parse_overrides(context.args)
     if dry_run:
-        _plan(RunConfig.load_on_cpu(config, overrides))
+        planned = RunConfig.load_on_cpu(config, overrides)
+        _plan(planned)
+        folder, resumes = Path(planned.args.output_dir), resume_from_checkpoint or planned.args.resume_from_checkpoint
+        if folder.is_dir() and not resumes:
+            RunFolder(folder).check_free()
         return
     restore_config(Path(config))
     run = RunConfig.load(config, overrides)
