@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 STUDENT, TEACHER = 0.25, 0.98
-"""Mean probability of the whole answer at which weights are kept. Runs are evaluated by sampling, and weights whose likeliest
-tokens are right may still be far from that."""
+"""Mean probability of the whole answer at which weights are kept. Runs are evaluated by sampling: that the likeliest tokens are
+right is not enough."""
 
 
 def keep_pair(name: str, model: Any, tokenizer: Any, batches: Iterable[Any], prompt: int, folder: Path) -> None:
@@ -19,7 +19,7 @@ def keep_pair(name: str, model: Any, tokenizer: Any, batches: Iterable[Any], pro
         model: is trained from its first weights on.
         tokenizer: is saved beside both.
         batches: token ids `[64, seq]`, each row a prompt, its answer and the end.
-        prompt: letters of a prompt before its last token, which begins the answer.
+        prompt: tokens of a prompt without its last one; from that one on, answers are predicted.
         folder: of the pair.
 
     Raises:
