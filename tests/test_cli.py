@@ -89,6 +89,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
 
     resumed = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume-from-checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 3" in resumed.stdout
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert json.loads((run / "summary.json").read_text())["student_before"] == summary["student_before"]
 
@@ -302,7 +303,8 @@ def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     assert Path(tmp_path / "demo" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("pair", [pytest.param("wider", marks=pytest.mark.further), "other-tokenizer"])
+@pytest.mark.further
+@pytest.mark.parametrize("pair", ["wider", "other-tokenizer"])
 def test_the_demo_of_another_teacher_goes_through_a_bridge(oprd, tmp_path, pair):
     arguments = ("demo", "--pair", pair, "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
     result = oprd(*arguments)

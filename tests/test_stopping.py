@@ -247,6 +247,16 @@ def test_every_setting_that_may_change_is_said_with_its_old_and_new_value(tmp_pa
         f"  num_completions_to_log: {before.num_completions_to_log} -> 1",
         "  save_steps: 2.0 -> 3.0",
     ]
+    parts = json.loads((tmp_path / "run.json").read_text())["resumed"]
+    assert [sorted(part["changes"]) for part in parts] == [[], ["max_steps", "num_completions_to_log", "save_steps"]]
+    assert parts[1]["changes"]["max_steps"] == [before.max_steps, 9]
+    steps = [part["step"] for part in parts]
+    assert steps == sorted(steps)
+    trainer_in(tmp_path, **{**saves, "save_steps": 3}, max_steps=9).train(
+        resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps[0]}"), accept_changes=["num_completions_to_log"]
+    )
+    again = json.loads((tmp_path / "run.json").read_text())["resumed"]
+    assert [part["step"] for part in again] == [steps[0]]  # what came after it was cut away
 
 
 def test_other_answers_are_other_prompts(tmp_path):

@@ -109,6 +109,20 @@ def test_the_command_prints_a_table_and_rollouts_where_there_is_no_terminal(tmp_
     assert found[str(tmp_path / "a")]["alarms"] == [2]
 
 
+def test_a_reward_beside_a_task_has_its_own_column_and_a_wrong_answer_its_reference(tmp_path):
+    begin(tmp_path / "a")
+    write(tmp_path / "a", "metrics.jsonl", step(1, accuracy=0.25, reward=0.375))
+    row = {"step": 1, "prompt": "2 + 1 =", "completion": "5", "correct": False, "answer": "3"}
+    write(tmp_path / "a", "completions.jsonl", row)
+    done = watch(tmp_path / "a", "--completions", 1)
+    assert "reward" in done.output
+    assert "0.375" in done.output
+    assert "wrong: 3" in done.output
+    begin(tmp_path / "b")
+    write(tmp_path / "b", "metrics.jsonl", step(1, accuracy=0.25))
+    assert "reward" not in watch(tmp_path / "b").output
+
+
 def test_a_file_and_a_run_named_twice_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for words, problem in (((tmp_path / "file",), "is a file"), ((tmp_path, tmp_path), "named twice")):

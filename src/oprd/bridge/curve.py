@@ -22,8 +22,10 @@ VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hope
 # Thresholds of `verdict`, not tuned. Sources: papers (LastOPD, RIDE: CKA of about 0.98 between models of the same origin, harm from
 # matching all layers of unrelated models), Theorem 3, and the embedded pair. Direct distillation works for the embedded pair,
 # whose student is early in training: CKA 0.88 to 0.95, direct R² 0.69 to 0.86. An untrained teacher: CKA 0.33 to 0.03, R² < −2.
+# A pair that sorts letters: direct R² 0.39 to 0.44, and direct distillation closes its gap. The embedded teacher with its
+# dimensions permuted: R² −0.80 to −0.42. Between these two the threshold is free.
 DIRECT_CKA = 0.8  # minimum CKA of every layer for models of the same origin
-DIRECT_R2 = 0.5  # minimum direct R² as well: CKA ignores whether dimensions are aligned
+DIRECT_R2 = 0.25  # minimum direct R² as well: CKA ignores whether dimensions are aligned
 USABLE_PREDICTABLE = 0.5  # minimum share of the teacher's variance that the student predicts in a layer to bridge
 USABLE_CKA = 0.3  # below it, the prediction uses only a small part of the student's own variance
 

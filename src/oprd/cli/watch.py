@@ -84,14 +84,16 @@ def _table(found: Mapping[str, RunStatus]) -> RenderableType:
     table.add_column("run", overflow="ellipsis", no_wrap=True)
     measures = {status.measure for status in found.values()}
     graded = ("reward", "eval reward") if measures == {REWARD} else ("accuracy", "Avg@k")
-    for heading in ("step", "left", "loss", "cosine", *graded):
+    rewarded = any(status.reward is not None for status in found.values())
+    for heading in ("step", "left", "loss", "cosine", *graded, *(["reward"] if rewarded else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name, status in found.items():
         cells = (
             name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}", f"{status.step}/{status.steps or '?'}",
             _time(status.seconds_left), _number(status.loss, ".3g"), _number(status.cosine, ".3f"),
-            _grade(status.accuracy, status.measure, ".0%"), _grade(status.evaluated, status.measure, ".1%"), status.state,
+            _grade(status.accuracy, status.measure, ".0%"), _grade(status.evaluated, status.measure, ".1%"),
+            *([_number(status.reward, ".3g")] if rewarded else []), status.state,
         )  # fmt: skip
         table.add_row(*map(Text, cells))
     return table
@@ -116,15 +118,18 @@ def _rollouts(name: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     for heading in ("prompt", "completion", "verdict"):
         table.add_column(heading, overflow="fold", ratio=None if heading == "verdict" else 1)
     for row in rows:
-        cells = _prompt(row.get("prompt")), str(row.get("completion", "")), _verdict(row.get("correct"))
+        cells = _prompt(row.get("prompt")), str(row.get("completion", "")), _verdict(row)
         table.add_row(*map(Text, cells))
     return table
 
 
-def _verdict(correct: Any) -> str:
-    """A task's verdict in a word, or a reward."""
-    if isinstance(correct, bool):
-        return "right" if correct else "wrong"
+def _verdict(row: Mapping[str, Any]) -> str:
+    """A task's verdict in a word, with the reference answer where it is wrong; or a reward."""
+    correct, answer = row.get("correct"), row.get("answer")
+    if correct is False:
+        return "wrong" if answer is None else f"wrong: {answer}"
+    if correct is True:
+        return "right"
     return f"{correct:.3g}" if isinstance(correct, int | float) else ""
 
 

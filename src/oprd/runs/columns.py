@@ -104,3 +104,9 @@ def drawn(values: Sequence[float], most: int = MOST_POINTS) -> list[int]:
         part = array_[start:end]
         chosen |= {int(start + part.argmin()), int(start + part.argmax())}
     return sorted(chosen)
+
+
+def step_seconds(steps: Columns) -> float | None:
+    """Seconds of all steps, also of those before a resume (`time/*`); None where times were not recorded."""
+    found = [seconds for key in steps.keys if key.startswith("time/") for seconds in steps.series(key)[1]]
+    return math.fsum(found) if found else None

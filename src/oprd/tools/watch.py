@@ -37,6 +37,7 @@ class RunStatus:
         loss: of the last step.
         cosine: between student and teacher, of the last step.
         accuracy: of the last step's rollouts; of a rewarded run, their mean reward.
+        reward: their mean reward, where reward functions stand beside a task.
         evaluated: newest Avg@k of the eval_dataset.
         seconds_a_step: median of the last steps.
         seconds_left: at this pace.
@@ -53,6 +54,7 @@ class RunStatus:
     loss: float | None = None
     cosine: float | None = None
     accuracy: float | None = None
+    reward: float | None = None
     evaluated: float | None = None
     seconds_a_step: float | None = None
     seconds_left: float | None = None
@@ -98,6 +100,7 @@ class RunWatch:
         patience = max(QUIET, 10 * (pace or 0.0))
         quiet = silence is not None and silence > patience
         verdict = judge_run(summary) if finished else None
+        measure = measure_of_run(record.get("settings") or {}, summary, self._keys)
         return RunStatus(
             state="finished" if finished else "quiet" if quiet else "running" if step else "waiting",
             step=step, steps=steps,
@@ -105,7 +108,7 @@ class RunWatch:
             evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
             seconds_left=None if finished or steps is None or pace is None else max(steps - step, 0) * pace,
             silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
-            measure=measure_of_run(record.get("settings") or {}, summary, self._keys),
+            measure=measure, reward=number(self._last, "reward") if measure == ACCURACY else None,
         )  # fmt: skip
 
     def completions(self) -> Sequence[Mapping[str, Any]]:

@@ -357,7 +357,7 @@ class OPRDTrainer(Trainer):
                 self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
             checkpoint, self._begun = self._checkpoint, False
             if outputs:
-                self.summary = measure_before(self, resumed=checkpoint is not None, say=say)
+                self.summary = measure_before(self, resumed_at=step_of(checkpoint) if checkpoint else None, say=say)
             train_started = time.perf_counter()
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
@@ -406,11 +406,13 @@ class OPRDTrainer(Trainer):
         if self.is_world_process_zero():
             assert self.identity is not None, "the first process saves"
             if checkpoint:
-                self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
-                self.run_folder.cut_back(step_of(checkpoint))
+                step = step_of(checkpoint)
+                changes = self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
+                self.run_folder.cut_back(step)
+                self.run_folder.begin_run(self.identity.as_json(), resumed_at=step, changes=changes)
             else:
                 self.run_folder.make_free()
-            self.run_folder.begin_run(self.identity.as_json())
+                self.run_folder.begin_run(self.identity.as_json())
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.columns import number
+from oprd.runs.columns import number, step_seconds
 from oprd.runs.grades import read_grades
 from oprd.tasks.measures import in_words
 from oprd.tools.compare.difference import PROBLEMS, Difference, over_problems, unpaired, why_not_paired
@@ -14,6 +15,7 @@ from oprd.tools.compare.words import difference_in_words, with_interval
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of, read_runs
 
 _NOT_COMPARED = ("output_dir", "run_name", "chat_template_date")
+_SIZES = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
 _LONGEST_VALUE = 60
 _AFTER = "student_after"
 
@@ -55,7 +57,7 @@ def compare_runs(folders: Sequence[Path], baseline: str | None = None) -> dict[s
         "baseline": first.name,
         "measure": units[first.name],
         "runs": [_result(record, first) for record in records],
-        "settings": _differing([record.config for record in records]),
+        "settings": _differing([{**record.config, **_shape(record)} for record in records]),
     }
 
 
@@ -79,7 +81,7 @@ def runs_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     name = f"Avg@{runs[0]['k']}" if measure == "accuracy" else "reward"
     header = [
         "run", "loss", f"{name} before", f"{name} after [95 %]", f"difference to {report['baseline']} [95 %]", "teacher",
-        "gap closed", "steps", "seconds",
+        "gap closed", "steps", "seconds of steps",
     ]  # fmt: skip
     rows = [
         [
@@ -141,9 +143,23 @@ def _result(record: RunRecord, baseline: RunRecord) -> dict[str, Any]:
         "teacher": number(measured(record, "teacher"), "avg_at_k"),
         "gap_closed": number(record.summary, "gap_closed"),
         "steps": number(record.summary, "steps"),
-        "seconds": number(record.summary, "seconds"),
+        "seconds": _seconds(record),
         "difference": None if difference is None else difference.as_json(),
     }
+
+
+def _seconds(record: RunRecord) -> float | None:
+    """Of all steps, also those before a resume."""
+    taken = step_seconds(record.steps)
+    return number(record.summary, "train_seconds") if taken is None else taken
+
+
+def _shape(record: RunRecord) -> dict[str, Any]:
+    """What no setting says alone: processes, and the rollouts of a step over all of them."""
+    processes = record.summary.get("processes")
+    sizes = [size for size in (processes, *map(record.config.get, _SIZES)) if isinstance(size, int)]
+    known = len(sizes) == 1 + len(_SIZES)
+    return {"processes": processes, **({"rollouts a step": math.prod(sizes)} if known else {})}
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

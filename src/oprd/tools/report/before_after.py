@@ -25,7 +25,14 @@ from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
-from oprd.tools.report.distances import comparable_teacher, layer_distances, rounded, token_texts
+from oprd.tools.report.distances import (
+    comparable_teacher,
+    layer_distances,
+    other_texts,
+    preferred_tokens,
+    rounded,
+    token_texts,
+)
 from oprd.tools.report.read import RunRecord
 from oprd.tools.report.rollouts import (
     FORMAT,
@@ -245,14 +252,16 @@ class _Reader:
     def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
         if self.teacher is None:
             return list(sides)
-        found = layer_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        pair = ModelPair(student, self.teacher, layers=self.layers)
+        found, preferred = layer_distances(pair, rollouts), preferred_tokens(pair, rollouts)
         kept = [self.layers.index(layer) for layer in self.shown_layers]
         return [
             replace(
                 side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(own_LT.mean(0))),
                 by_layer=tuple(tuple(rounded(own_LT[place])) for place in kept),
+                preferred=tuple(other_texts(self.tokenizer, ids, other, self.engine.stop_token_ids)),
             )
-            for side, ids, own_LT in zip(sides, rollouts.completion_ids, found, strict=True)
+            for side, ids, own_LT, other in zip(sides, rollouts.completion_ids, found, preferred, strict=True)
         ]  # fmt: skip
 
 

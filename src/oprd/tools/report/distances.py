@@ -7,7 +7,8 @@ predicts the token. With a bridge, both states are projected first. 0: same dire
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from oprd.states.capture import gather_states
 from oprd.states.layer_maps import KEPT, compared_layers
 from oprd.states.mapped import map_teacher
 from oprd.states.requests import plan_micro_batches, request_states
-from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher
+from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, has_head
 from oprd.types import Rollouts
 
 _MICRO_BATCH_TOKENS = 4096
+_HEAD_ROWS = 256  # positions whose logits are in memory at once
 _OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map")
 
 
@@ -108,6 +110,34 @@ def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
     return [rounded(own.mean(0)) for own in layer_distances(pair, rollouts)]
 
 
+@torch.no_grad()
+def preferred_tokens(pair: ModelPair, rollouts: Rollouts) -> list[list[int]]:
+    """The teacher's likeliest token at every response token of every rollout, given the rollout's tokens before it.
+
+    Empty lists where the teacher has no LM head here.
+
+    Args:
+        pair: student and teacher; both read the same tokens.
+        rollouts: what the teacher reads.
+    """
+    found: list[list[int]] = [[] for _ in range(len(rollouts))]
+    teacher, device = pair.teacher, next(pair.student.model.parameters()).device
+    if not has_head(teacher):
+        return found
+    head = teacher.head()
+    for group in plan_micro_batches(rollouts.input_lengths, _MICRO_BATCH_TOKENS):
+        read = rollouts.select(group)
+        request = request_states(read, pair.layers, pad_token_id=pair.pad_token_id, head=True).to(device)
+        hidden_MD = pair.teacher.states(request).head_MD
+        assert hidden_MD is not None, "the request asks for it"
+        likeliest = iter(
+            [token for part in hidden_MD.split(_HEAD_ROWS) for token in head.logits(part).argmax(-1).tolist()]
+        )
+        for index, length in zip(group, read.completion_lengths, strict=True):
+            found[index] = [*islice(likeliest, length)]
+    return found
+
+
 def rounded(distances_T: Tensor) -> list[float]:
     """Distances for a file."""
     return [round(distance, 6) for distance in distances_T.tolist()]
@@ -124,3 +154,19 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
         pieces.append(text[len(done) :])
         done = text
     return pieces
+
+
+def other_texts(
+    tokenizer: PreTrainedTokenizerBase, written: Sequence[int], preferred: Sequence[int], stops: Collection[int]
+) -> list[str]:
+    """The text of each preferred token in place of the written one; "" where they are the same, or both end the response."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return [
+        ""
+        if own == other or {own, other} <= {*stops}
+        else text([*written[:place], other])[len(text(written[:place])) :]
+        for place, (own, other) in enumerate(zip(written, preferred, strict=False))
+    ]

@@ -17,7 +17,7 @@ from oprd.files import write_json
 from oprd.runs.columns import spaced
 
 DISTANCES = "distances.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Side:
         tokens: text of each token; empty without distances.
         distances: distance between student and teacher at each token (`oprd.tools.report.distances`).
         by_layer: the same for each of `Distances.shown_layers`; empty without.
+        preferred: text of the teacher's likeliest token at each token, "" where it is the written one; empty without.
     """
 
     prompt: str
@@ -45,12 +46,15 @@ class Side:
     tokens: tuple[str, ...] = ()
     distances: tuple[float, ...] = ()
     by_layer: tuple[tuple[float, ...], ...] = ()
+    preferred: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
         if any(len(line) != len(self.tokens) for line in self.by_layer):
             raise ValueError(f"a layer has another number of distances than there are tokens ({len(self.tokens)})")
+        if self.preferred and len(self.preferred) != len(self.tokens):
+            raise ValueError(f"{len(self.preferred)} tokens of the teacher for {len(self.tokens)} tokens")
         if self.correct is not None and not math.isfinite(self.correct):
             raise ValueError("a reward is no finite number")
         if not all(math.isfinite(d) and d >= 0 for line in (self.distances, *self.by_layer) for d in line):
@@ -60,6 +64,32 @@ class Side:
     def mean_distance(self) -> float | None:
         """Mean over the tokens; None without distances."""
         return math.fsum(self.distances) / len(self.distances) if self.distances else None
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A token in whose place the teacher would write another one.
+
+    Args:
+        token: its number, from 1.
+        before: the text before it.
+        written: the student's token.
+        preferred: the teacher's likeliest token there.
+    """
+
+    token: int
+    before: str
+    written: str
+    preferred: str
+
+
+def disagreements(side: Side) -> list[Disagreement]:
+    """Where the teacher would write another token, in the order of the rollout."""
+    return [
+        Disagreement(place + 1, "".join(side.tokens[:place]), side.tokens[place], preferred)
+        for place, preferred in enumerate(side.preferred)
+        if preferred
+    ]
 
 
 @dataclass(frozen=True)

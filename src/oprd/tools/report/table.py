@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oprd.runs.columns import number
+from oprd.runs.columns import number, step_seconds
 from oprd.states.teacher_settings import describe_teacher
 from oprd.tasks.measures import ACCURACY, REWARD
 from oprd.tools.compare.finished import between
 from oprd.tools.compare.words import difference_in_words
-from oprd.tools.report.curves import peak_memory, time_split
+from oprd.tools.report.curves import peak_memory
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
 NOTHING = "–"
@@ -205,8 +204,8 @@ def _finished(record: RunRecord) -> Cell:
 
 def _step_seconds(record: RunRecord) -> Cell:
     """Of all steps, also those before a resume; from the summary where times were not recorded."""
-    taken = math.fsum(time_split(record).values()) * len(record.steps)
-    return _of_summary("train_seconds", duration)(record) if taken == 0 else Cell(duration(taken), taken)
+    taken = step_seconds(record.steps)
+    return _of_summary("train_seconds", duration)(record) if taken is None else Cell(duration(taken), taken)
 
 
 def _command_seconds(record: RunRecord) -> Cell:
