@@ -351,10 +351,10 @@ HOSTILE = (
 NAME = "<img src=x onerror=alert(1)> $\\frac{ _\x1b[31m\u202e"
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ue000]")
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "h1", "h2", "h3", "h4",
-    "h5", "p", "ul", "ol", "li", "del", "ins", "a", "div", "span", "strong", "code", "pre", "table", "caption", "thead", "tbody",
-    "tr", "th", "td", "data", "figure", "img", "figcaption", "details", "summary", "script", "label", "input", "fieldset", "legend", "select",
-    "option", "output",
+    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "h1", "h2", "h3", "h4", "h5",
+    "p", "ul", "ol", "li", "del", "ins", "a", "div", "span", "strong", "code", "pre", "table", "caption", "thead", "tbody", "tr",
+    "th", "td", "data", "figure", "img", "figcaption", "details", "summary", "script", "label", "input", "fieldset", "legend",
+    "select", "option", "output",
 }  # fmt: skip
 ATTRIBUTES = {
     "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "img": {"src", "alt"},

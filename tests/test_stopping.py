@@ -86,7 +86,9 @@ def assert_ends_like(folder: Path, whole) -> None:
     assert without_times(trainer.run_folder.read_metrics()) == without_times(whole.run_folder.read_metrics())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.further)]
+)
 def test_one_signal_finishes_the_step_and_saves(whole, tmp_path, number):
     assert exit_code(trainer_of(tmp_path, Pause(tmp_path)), tmp_path / "paused", number) == 128 + number
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]

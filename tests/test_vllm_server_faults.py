@@ -72,7 +72,8 @@ def busy(**headers) -> dict:
         ({GENERATE: [{"kind": "trickle", "pause": 0.05}, {"kind": "trickle", "pause": 0.05, "head": False}]}, SHORT),
         ({"/weight_info": [{"status": 503}, {"kind": "half"}], "/collective_rpc": [{"status": 500}],
           "/v1/models": [busy()], "/update_weight_version": [{"status": 200, "body": "{"}]}, {}),
-        ({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, SHORT),
+        pytest.param({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, SHORT,
+                     marks=pytest.mark.further),
     ],
     ids=["failures", "no-json", "odd-pauses", "hangs", "trickles", "loading", "loading-slowly"],
 )  # fmt: skip
