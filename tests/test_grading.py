@@ -318,6 +318,7 @@ def test_no_answer_runs_code(grader, tmp_path, truths):
     assert left_in(tmp_path) == {"there": "as it was"}
 
 
+@pytest.mark.further
 def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
     program = (
