@@ -97,6 +97,13 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     finished = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume_from_checkpoint=true")
     assert finished.returncode == 0, finished.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    evaluated = oprd("eval", "--model", str(run), "--json", str(tmp_path / "eval.json"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    after = json.loads((run / "summary.json").read_text())["student_after"]
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: again[name] for name in ("avg_at_k", "ci95", "mean_length")} == {
+        name: after[name] for name in ("avg_at_k", "ci95", "mean_length")
+    }
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert not (run / "checkpoint-5").exists()
 

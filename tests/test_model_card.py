@@ -138,8 +138,8 @@ def test_values_and_metadata():
     assert "top-p 0.95, most tokens 4096." in card
     assert "in 8 processes." in card
     assert "- seconds of its steps: 12.6" in card
-    assert "- reward of rollouts, first steps → last: `brevity 0.125 → 0.5`" in card
-    assert "Settings were changed when it was resumed (from step 20 on, `max_steps` was `40` instead of `20`)" in card
+    assert "- reward of rollouts, over the first and the last tenth of the steps: `brevity 0.125 → 0.5`" in card
+    assert "Settings were changed when it was resumed (after step 20, `max_steps` was `40` instead of `20`)" in card
     assert "Settings were changed" not in model_card(SUMMARY | {"resumed": [{"step": 20, "changes": {}}]}, SETTINGS)
     loaded = ModelCard(card)
     assert loaded.data.to_dict() == metadata(card)

@@ -613,9 +613,9 @@ def test_best_worst_and_most_divergent():
     won, lost = Pair(side(False, 0.1), side(True, 0.1)), Pair(side(True, 0.1), side(False, 0.2))
     kept, far = Pair(side(True, 0.1), side(True, 0.1)), Pair(side(True, 0.1), side(True, 0.1, 0.9))
     assert choose([kept, lost, far, won]) == [("best", won), ("worst", lost), ("most divergent", far)]
-    assert choose([kept, far]) == [("best", kept), ("worst (none is wrong) and most divergent", far)]
+    assert choose([kept, far]) == [("best", kept), ("worst (none is wrong in the end) and most divergent", far)]
     wrong = Pair(side(False), side(False))
-    assert choose([wrong, wrong])[0] == ("best (none is right)", wrong)
+    assert choose([wrong, wrong])[0] == ("best (none is right in the end)", wrong)
     ungraded = Pair(side(None), side(None))
     assert choose([ungraded, ungraded]) == [("not graded: the first", ungraded)]
     assert choose([]) == []
@@ -798,6 +798,13 @@ def test_the_teachers_text_stands_in_place_of_the_students():
     found = other_texts(tokenizer, [a, blank, b, end, end], [a, b, blank, other_end, a], [end, other_end])
     assert found == ["", "b", " ", "", "a"]
     assert other_texts(tokenizer, [a, b], [], [end]) == []
+
+
+def test_a_wrong_answer_stands_beside_the_right_one(make_run):
+    logged = [rollout_line(step, completion="3", correct=False) | {"answer": "<b>2</b>"} for step in (1, STEPS)]
+    page = Page(report(make_run(completions=logged)))
+    assert "✗ wrong, right: <b>2</b>" in page.text
+    assert not page.all("b")
 
 
 def test_a_page_lists_what_the_teacher_would_have_written(make_run):

@@ -98,6 +98,10 @@ def test_the_change_of_each_reward_is_that_between_the_ends_of_the_run():
     rows = [{"step": i, "rewards/a/mean": float(i), **({"rewards/b:c/mean": 1.0} if i > 28 else {})} for i in range(30)]
     assert reward_changes(Columns(rows)) == {"a": (1.0, 28.0), "b:c": (1.0, 1.0)}  # over three steps of thirty
     assert reward_changes(Columns([{"step": 1, "loss": 1.0, "reward": 1.0}])) == {}
+    both = reward_changes(Columns(row | {"reward": 2.0 * row["step"]} for row in rows))
+    assert list(both.items())[-1] == ("weighted sum", (2.0, 56.0))
+    alone = [{"step": 1, "rewards/a/mean": 1.0, "reward": 0.5}]
+    assert reward_changes(Columns(alone)) == {"a": (1.0, 1.0)}
     assert reward_changes(Columns({"step": i, "rewards/a/mean": float(i)} for i in range(1000))) == {"a": (4.5, 994.5)}
     assert rewards_in_words({"a": (1.0, 28.0), "b": [0.5, 0.25]}) == "a 1 → 28, b 0.5 → 0.25"
 
@@ -139,7 +143,7 @@ def test_a_run_by_a_reward_function_is_told_as_one(oprd, tmp_path, monkeypatch):
         assert words not in done.stdout
     first, last = summary["rewards"]["brevity"]
     assert (first, last) == tuple(row["accuracy"] for row in rows)
-    assert f"reward of rollouts, first steps → last: brevity {first:.3g} → {last:.3g}" in done.stdout
+    assert f"means over the first and the last tenth of the steps: brevity {first:.3g} → {last:.3g}" in done.stdout
     card = model_card(summary, yaml.safe_load((run / "config.yaml").read_text()))
     assert "| model | mean reward | 95 % interval |" in card
     assert f"| student after | {after['avg_at_k']:.3g} |" in card

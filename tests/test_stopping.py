@@ -92,8 +92,10 @@ def assert_ends_like(folder: Path, whole) -> None:
 def test_one_signal_finishes_the_step_and_saves(whole, tmp_path, number):
     assert exit_code(trainer_of(tmp_path, Pause(tmp_path)), tmp_path / "paused", number) == 128 + number
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert not json.loads((tmp_path / "run.json").read_text())["finished"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["finished"], record["stopped_at"]) == (False, 3)
     assert_ends_like(tmp_path, whole)
+    assert "stopped_at" not in json.loads((tmp_path / "run.json").read_text())
 
 
 def test_two_signals_end_at_once(whole, tmp_path):

@@ -123,6 +123,18 @@ def test_a_reward_beside_a_task_has_its_own_column_and_a_wrong_answer_its_refere
     assert "reward" not in watch(tmp_path / "b").output
 
 
+def test_a_run_that_a_signal_has_stopped_says_so(tmp_path):
+    begin(tmp_path / "a")
+    write(tmp_path / "a", "metrics.jsonl", step(1), step(2))
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record | {"stopped_at": 2}))
+    found = RunWatch(tmp_path / "a").status()
+    assert (found.state, found.seconds_left) == ("stopped", None)
+    assert "stopped at step 2; go on with oprd train --config … --resume auto" in " ".join(
+        watch(tmp_path / "a").output.split()
+    )
+
+
 def test_a_file_and_a_run_named_twice_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for words, problem in (((tmp_path / "file",), "is a file"), ((tmp_path, tmp_path), "named twice")):

@@ -182,6 +182,7 @@ class RunConfig:
             for f in (*dataclasses.fields(OPRDConfig), *dataclasses.fields(type(self)))
             if f.default is not dataclasses.MISSING
         }
+        defaults |= _FILLED_IN
         given = self.settings().items()
         return {k: v for k, v in given if k in _ALWAYS_CHOSEN or k not in defaults or v != defaults[k]}
 
@@ -458,6 +459,8 @@ _ALWAYS_SHOWN = (
 _ALWAYS_CHOSEN = (
     "model", "train_dataset", "output_dir", "learning_rate", "max_steps", "per_device_train_batch_size", "seed",
 )  # fmt: skip
+_FILLED_IN = {"activation_checkpointing": False, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+"""What stands for a default of None."""
 _NEVER_SHOWN = (
     "hub_token",  # a secret
     "resume_from_checkpoint",

@@ -88,7 +88,8 @@ def train(
             run, say=say, callbacks=[callback], resume_from_checkpoint=resume, accept_changes=accepted
         )
     found = judge_run(summary)
-    say(f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s")
+    since = f", of these {summary['steps'] - start} now" if (start := summary["resumed_from_step"]) else ""
+    say(f"{found.text if found else 'trained'} in {summary['steps']} steps{since}, {summary['seconds']:.0f} s")
     say(f"written to {run.args.output_dir} (summary.json, curves.png, model/)")
     write_report(json_file, summary)
     if fail_if_worse and found is not None and found.worse:

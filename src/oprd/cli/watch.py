@@ -28,7 +28,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the table once, and end.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished; in a pipe at once."""
+    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished or stopped; in a pipe at once."""
     check_json(json_file)
     from rich.live import Live
 
@@ -43,7 +43,7 @@ def watch(
     else:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             live.update(_picture(watches, found, completions), refresh=True)
-            while any(status.state != "finished" for status in found.values()):
+            while any(status.state not in ("finished", "stopped") for status in found.values()):
                 time.sleep(every)
                 found = _look(watches)
                 live.update(_picture(watches, found, completions), refresh=True)
@@ -105,6 +105,8 @@ def _remarks(status: RunStatus) -> list[str]:
     if status.alarms:
         last = f"step {status.alarms[-1]}: {status.alarm_text}".removesuffix(": ")
         found.append(f"{len(status.alarms)} alarm{'s' if len(status.alarms) > 1 else ''}, the last at {last}")
+    if status.state == "stopped":
+        found.append(f"stopped at step {status.step}; go on with oprd train --config … --resume auto")
     if status.state == "quiet":
         found.append(f"no news for {_time(status.silence)}; is it still at work?")
     return found

@@ -148,6 +148,10 @@ class RunFolder:
         write_json(self.path / RUN, record)
         self._begun = True
 
+    def stop_run(self, step: int) -> None:
+        """Record that the run was stopped, with a checkpoint of this step."""
+        write_json(self.path / RUN, {**self.read_run(), "stopped_at": step})
+
     def end_run(self) -> None:
         """Record that the run reached its end."""
         write_json(self.path / RUN, {**self.read_run(), "finished": True})

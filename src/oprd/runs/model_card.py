@@ -124,7 +124,7 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
         "seconds of its steps": _recorded(_rounded(summary.get("step_seconds"))),
-        "reward of rollouts, first steps → last": _rewards(summary),
+        "reward of rollouts, over the first and the last tenth of the steps": _rewards(summary),
         "seed": _recorded(settings.get("seed")),
         "software": _software(summary),
     }
@@ -290,7 +290,7 @@ def _resumed(summary: Mapping[str, Any]) -> str:
     parts = [part for part in summary.get("resumed") or () if part["changes"]]
     if not parts:
         return ""
-    said = "; ".join(f"from step {part['step']} on, {_changes(part['changes'])}" for part in parts)
+    said = "; ".join(f"after step {part['step']}, {_changes(part['changes'])}" for part in parts)
     return f" Settings were changed when it was resumed ({said}), so one run with these is not the same."
 
 

@@ -10,21 +10,24 @@ from oprd.runs.columns import Columns
 from oprd.tasks.measures import reward_keys
 
 _MOST_STEPS = 10
+SUM = "weighted sum"
 
 
 def reward_changes(steps: Columns) -> dict[str, tuple[float, float]]:
     """Reward function → its mean over the first and over the last tenth of the steps, ten at most and one at least.
 
+    Where there are several functions, their weighted sum is the last.
+
     Args:
         steps: metrics of the run's steps.
     """
     found = {}
-    for name, key in sorted(reward_keys(steps.keys).items()):
+    for name, key in {**dict(sorted(reward_keys(steps.keys).items())), SUM: "reward"}.items():
         _, values = steps.series(key)
         if values:
             few = max(1, min(_MOST_STEPS, len(values) // 10))
             found[name] = _mean(values[:few]), _mean(values[-few:])
-    return found
+    return found if len(found) > 2 else {name: ends for name, ends in found.items() if name != SUM}
 
 
 def rewards_in_words(changes: Mapping[str, Any]) -> str:

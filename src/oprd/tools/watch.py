@@ -31,7 +31,8 @@ class RunStatus:
     """Where a run stands. None: not known, or not measured.
 
     Args:
-        state: "waiting" (no step yet), "running", "quiet" (no news for long: it may have been killed) or "finished".
+        state: "waiting" (no step yet), "running", "stopped" (by a signal, with a checkpoint), "quiet" (no news for long: it may
+            have been killed) or "finished".
         step: last step.
         steps: of the whole run.
         loss: of the last step.
@@ -96,17 +97,18 @@ class RunWatch:
         step = int(number(self._last, "step") or 0)
         pace = statistics.median(self._seconds) if self._seconds else None
         finished = "steps" in summary and record.get("finished", True) is True
+        ended = finished or "stopped_at" in record
         silence = self._silence()
         patience = max(QUIET, 10 * (pace or 0.0))
         quiet = silence is not None and silence > patience
         verdict = judge_run(summary) if finished else None
         measure = measure_of_run(record.get("settings") or {}, summary, self._keys)
         return RunStatus(
-            state="finished" if finished else "quiet" if quiet else "running" if step else "waiting",
+            state=_state(finished=finished, stopped=ended, quiet=quiet, begun=step > 0),
             step=step, steps=steps,
             loss=number(self._last, "loss"), cosine=number(self._last, "cosine"), accuracy=number(self._last, "accuracy"),
             evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
-            seconds_left=None if finished or steps is None or pace is None else max(steps - step, 0) * pace,
+            seconds_left=None if ended or steps is None or pace is None else max(steps - step, 0) * pace,
             silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
             measure=measure, reward=number(self._last, "reward") if measure == ACCURACY else None,
         )  # fmt: skip
@@ -155,6 +157,12 @@ class RunWatch:
     def _silence(self) -> float | None:
         files = [file for name in (METRICS, RUN) if (file := self.folder / name).is_file()]
         return max(0.0, time.time() - max(file.stat().st_mtime for file in files)) if files else None
+
+
+def _state(*, finished: bool, stopped: bool, quiet: bool, begun: bool) -> str:
+    if finished or stopped:
+        return "finished" if finished else "stopped"
+    return "quiet" if quiet else "running" if begun else "waiting"
 
 
 def _average(summary: Mapping[str, Any]) -> float | None:

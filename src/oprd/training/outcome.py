@@ -206,7 +206,7 @@ def _over_steps(trainer: OPRDTrainer, say: Say) -> dict[str, Any]:
     steps = Columns(row for row in trainer.run_folder.metrics() if "loss" in row)
     rewards = reward_changes(steps)
     if said := rewards_in_words(rewards):
-        say(f"reward of rollouts, first steps → last: {said}")
+        say(f"reward of rollouts, means over the first and the last tenth of the steps: {said}")
     resumed = trainer.run_folder.read_run().get("resumed", [])
     return {"step_seconds": step_seconds(steps), "resumed": resumed, "rewards": rewards}
 

@@ -434,6 +434,7 @@ class OPRDTrainer(Trainer):
             if not checkpoint.exists():
                 self._save_checkpoint(self.model, None)
             if isinstance(error, StoppedBySignal):
+                self.run_folder.stop_run(step)
                 raise StoppedBySignal(error.signal, str(checkpoint)) from error
             raise ConnectionError(f"{error}. {checkpoint} is saved; --resume auto goes on from it") from error
 
@@ -452,6 +453,8 @@ class OPRDTrainer(Trainer):
         logger.warning(
             "stopped by a signal after step %d of %d: %s", self.state.global_step, self.state.max_steps, checkpoint
         )
+        if self.is_world_process_zero():
+            self.run_folder.stop_run(self.state.global_step)
         raise StoppedBySignal(number, str(checkpoint))
 
     def evaluate(

@@ -101,8 +101,8 @@ def runs_notes(report: Mapping[str, Any]) -> list[str]:
     if pairs := sorted({d["pairs"] for d in found.values() if d["over"] == PROBLEMS}):
         count = " or ".join(map(str, pairs))
         lines.append(
-            f"Differences are paired by problem ({count} problems), with a bootstrap interval over problems: 95 % of such "
-            "intervals cover the difference on all problems of this kind. The spread over training seeds is not in them: for that, "
+            f"Differences are paired by problem ({count} problems), with a 95 % bootstrap interval over problems: where it "
+            "leaves 0 out, the runs differ on problems of this kind. The spread over training seeds is not in it: for that, "
             "train several seeds (oprd compare --config FILE)."
         )
     lines += [
@@ -159,7 +159,12 @@ def _shape(record: RunRecord) -> dict[str, Any]:
     processes = record.summary.get("processes")
     sizes = [size for size in (processes, *map(record.config.get, _SIZES)) if isinstance(size, int)]
     known = len(sizes) == 1 + len(_SIZES)
-    return {"processes": processes, **({"rollouts a step": math.prod(sizes)} if known else {})}
+    changed = [str(part["step"]) for part in record.summary.get("resumed") or () if part["changes"]]
+    return {
+        "processes": processes,
+        **({"rollouts a step": math.prod(sizes)} if known else {}),
+        "settings changed after step": ", ".join(changed) or None,
+    }
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

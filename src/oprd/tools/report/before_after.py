@@ -210,7 +210,7 @@ class _Reader:
         sides = [
             Side(
                 prompt=prompt_text(prompts[row].row.prompt), text=text, correct=verdict, finish_reason=reason,
-                length=len(ids),
+                length=len(ids), answer=prompts[row].row.answer,
             )
             for row, text, verdict, reason, ids in zip(
                 rollouts.rows, rollouts.texts, verdicts, rollouts.finish_reasons, rollouts.completion_ids, strict=True

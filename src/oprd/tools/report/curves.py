@@ -109,7 +109,8 @@ def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
     terms = sorted(set().union(*of_run))[:_MOST_TERMS]
     several = any(len(keys) > 1 for keys in of_run)
     rewards = dict(sorted(set().union(*(reward_keys(record.steps.keys).items() for record in records))))
-    wanted = [Panel(f"Reward: {name}", (key,), "mean over rollouts") for name, key in [*rewards.items()][:_MOST_TERMS]]
+    wanted = [Panel("Weighted sum of the rewards", ("reward",), "mean over rollouts")] if len(rewards) > 1 else []
+    wanted += [Panel(f"Reward: {name}", (key,), "mean over rollouts") for name, key in [*rewards.items()][:_MOST_TERMS]]
     for panel in _PANELS:
         wanted.append(panel)
         if panel.keys == ("loss",) and several:

@@ -34,6 +34,7 @@ class Side:
         tokens: text of each token; empty without distances.
         distances: distance between student and teacher at each token (`oprd.tools.report.distances`).
         by_layer: the same for each of `Distances.shown_layers`; empty without.
+        answer: the reference answer, None where there is none.
         preferred: text of the teacher's likeliest token at each token, "" where it is the written one; empty without.
     """
 
@@ -46,6 +47,7 @@ class Side:
     tokens: tuple[str, ...] = ()
     distances: tuple[float, ...] = ()
     by_layer: tuple[tuple[float, ...], ...] = ()
+    answer: str | None = None
     preferred: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -248,6 +250,7 @@ def as_side(row: Mapping[str, Any]) -> Side:
         correct=reward if isinstance(reward, bool | float) and math.isfinite(reward) else None,
         finish_reason=str(row.get("finish_reason", "")),
         length=tokens if isinstance(tokens, int) else None,
+        answer=row["answer"] if isinstance(row.get("answer"), str) else None,
     )
 
 
@@ -289,9 +292,9 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     if graded:
         rewards = [pairs[i].late.correct for i in graded]
         numbers = any(not isinstance(reward, bool) for reward in rewards)
-        name("best" if numbers or True in rewards else "best (none is right)", max(graded, key=rank))
+        name("best" if numbers or True in rewards else "best (none is right in the end)", max(graded, key=rank))
         if len(graded) > 1:
-            name("worst" if numbers or False in rewards else "worst (none is wrong)", min(graded, key=rank))
+            name("worst" if numbers or False in rewards else "worst (none is wrong in the end)", min(graded, key=rank))
     if read:
         name("most divergent", max(read, key=lambda i: (pairs[i].late.mean_distance or 0.0, -i)))
     if not names and pairs:
