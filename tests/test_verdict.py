@@ -94,6 +94,7 @@ def test_a_worse_student_is_an_exit_code(oprd, recipe, changes, code):  # noqa: 
     result = oprd("train", "--config", recipe(eval_teacher=False, save_strategy="no", **changes), "--fail-if-worse")
     assert result.returncode == code, result.stdout + result.stderr
     assert ("the student is worse: -" in result.stdout) is (code == 3)
+    assert ("judge after 30 steps or more" in result.stdout) is (code == 3)
 
 
 def test_without_an_evaluation_nothing_can_fail(oprd, recipe, tmp_path):  # noqa: F811
