@@ -1106,7 +1106,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_report.py::test_the_teachers_token_is_the_likeliest_of_its_own_logits"),
     ],
     "runs/folder.py": [
-        ("parts after the step that is resumed from stay", 'if part["step"] < resumed_at]', "]",
+        ("parts after the step that is resumed from stay", 'if part["step"] < resumed["step"]]', "]",
          "test_stopping.py::test_every_setting_that_may_change_is_said_with_its_old_and_new_value"),
         ("the step that is resumed from is cut off", 'and at <= step',
          'and at < step',

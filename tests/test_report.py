@@ -24,7 +24,7 @@ from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.runs.columns import MOST_POINTS
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.report import curves, draw
-from oprd.tools.report.distances import other_texts, preferred_tokens, token_distances
+from oprd.tools.report.distances import other_texts, read_rollouts, token_distances
 from oprd.tools.report.page import render, write_page
 from oprd.tools.report.read import read_runs
 from oprd.tools.report.rollouts import (
@@ -783,8 +783,9 @@ def test_the_teachers_token_is_the_likeliest_of_its_own_logits():
             teacher(torch.tensor([[*p, *c]])).logits[0, len(p) - 1 : -1].argmax(-1).tolist()
             for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
         ]
-    assert preferred_tokens(pair, rollouts) == expected
-    assert preferred_tokens(compared(student, WithoutHead(FrozenTeacher(teacher)), (3,)), rollouts) == [[]] * 7
+    assert [one.preferred for one in read_rollouts(pair, rollouts)] == expected
+    headless = read_rollouts(compared(student, WithoutHead(FrozenTeacher(teacher)), (3,)), rollouts)
+    assert [one.preferred for one in headless] == [[]] * 7
 
 
 def test_the_teachers_text_stands_in_place_of_the_students():

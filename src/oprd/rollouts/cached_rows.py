@@ -16,11 +16,8 @@ from oprd.models.architecture import causal_lm
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.transformers_engine import left_padded
 
-_CACHE_ARGUMENTS = (
-    "cache",
-    "past_key_values",
-    "cache_params",
-)  # the first since transformers 5.24; the third was Mamba's
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""Of a model's forward: the first since transformers 5.24; before it the second, and the third of Mamba."""
 
 _ROOM = 64  # tokens by which keys and values grow at once
 

@@ -131,20 +131,17 @@ class RunFolder:
             "are in %s", self.path, ", ".join(found), aside,
         )  # fmt: skip
 
-    def begin_run(
-        self, identity: Mapping[str, Any], *, resumed_at: int | None = None, changes: Mapping[str, Any] | None = None
-    ) -> None:
+    def begin_run(self, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None) -> None:
         """Record what the run is, and that it has begun.
 
         Args:
             identity: of `RunIdentity.as_json`.
-            resumed_at: step from which it goes on; None: from the start.
-            changes: setting → (before, now), of those that are not as they were.
+            resumed: `step` from which it goes on, and `changes`: setting → (before, now). None: it starts.
         """
         record = {**identity, "finished": False}
-        if resumed_at is not None:
-            earlier = [part for part in self.read_run().get("resumed", ()) if part["step"] < resumed_at]
-            record["resumed"] = [*earlier, {"step": resumed_at, "changes": changes or {}}]
+        if resumed is not None:
+            earlier = [part for part in self.read_run().get("resumed", ()) if part["step"] < resumed["step"]]
+            record["resumed"] = [*earlier, resumed]
         write_json(self.path / RUN, record)
         self._begun = True
 

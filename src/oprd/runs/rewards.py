@@ -10,7 +10,6 @@ from oprd.runs.columns import Columns
 from oprd.tasks.measures import reward_keys
 
 _MOST_STEPS = 10
-SUM = "weighted sum"
 
 
 def reward_changes(steps: Columns) -> dict[str, tuple[float, float]]:
@@ -21,13 +20,16 @@ def reward_changes(steps: Columns) -> dict[str, tuple[float, float]]:
     Args:
         steps: metrics of the run's steps.
     """
+    keys = dict(sorted(reward_keys(steps.keys).items()))
+    if len(keys) > 1:
+        keys["weighted sum"] = "reward"
     found = {}
-    for name, key in {**dict(sorted(reward_keys(steps.keys).items())), SUM: "reward"}.items():
+    for name, key in keys.items():
         _, values = steps.series(key)
         if values:
             few = max(1, min(_MOST_STEPS, len(values) // 10))
             found[name] = _mean(values[:few]), _mean(values[-few:])
-    return found if len(found) > 2 else {name: ends for name, ends in found.items() if name != SUM}
+    return found
 
 
 def rewards_in_words(changes: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ Nothing is written, and no lock is taken: a run does not notice that it is watch
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.columns import number
+from oprd.runs.columns import number, row_seconds
 from oprd.runs.folder import COMPLETIONS, METRICS, RUN, SUMMARY, read_mapping
 from oprd.runs.jsonl import Damage, read_lines
 from oprd.runs.measure import measure_of_run
@@ -97,18 +96,18 @@ class RunWatch:
         step = int(number(self._last, "step") or 0)
         pace = statistics.median(self._seconds) if self._seconds else None
         finished = "steps" in summary and record.get("finished", True) is True
-        ended = finished or "stopped_at" in record
+        stopped = not finished and "stopped_at" in record
         silence = self._silence()
         patience = max(QUIET, 10 * (pace or 0.0))
         quiet = silence is not None and silence > patience
         verdict = judge_run(summary) if finished else None
         measure = measure_of_run(record.get("settings") or {}, summary, self._keys)
         return RunStatus(
-            state=_state(finished=finished, stopped=ended, quiet=quiet, begun=step > 0),
+            state=_state(finished=finished, stopped=stopped, quiet=quiet, begun=step > 0),
             step=step, steps=steps,
             loss=number(self._last, "loss"), cosine=number(self._last, "cosine"), accuracy=number(self._last, "accuracy"),
             evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
-            seconds_left=None if ended or steps is None or pace is None else max(steps - step, 0) * pace,
+            seconds_left=None if finished or stopped or steps is None or pace is None else max(steps - step, 0) * pace,
             silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
             measure=measure, reward=number(self._last, "reward") if measure == ACCURACY else None,
         )  # fmt: skip
@@ -141,8 +140,7 @@ class RunWatch:
             return
         self._last = row
         self._keys |= {*row}
-        seconds = math.fsum(number(row, name) or 0.0 for name in row if name.startswith("time/"))
-        self._seconds = [*self._seconds, seconds][-_RECENT:]
+        self._seconds = [*self._seconds, row_seconds(row)][-_RECENT:]
         if row.get("alarm"):
             self._alarms.append(int(number(row, "step") or 0))
             self._alarm_text = str(row.get("alarm_text", ""))
@@ -160,9 +158,8 @@ class RunWatch:
 
 
 def _state(*, finished: bool, stopped: bool, quiet: bool, begun: bool) -> str:
-    if finished or stopped:
-        return "finished" if finished else "stopped"
-    return "quiet" if quiet else "running" if begun else "waiting"
+    known = {"finished": finished, "stopped": stopped, "quiet": quiet, "running": begun}
+    return next((state for state, there in known.items() if there), "waiting")
 
 
 def _average(summary: Mapping[str, Any]) -> float | None:

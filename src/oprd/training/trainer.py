@@ -405,14 +405,14 @@ class OPRDTrainer(Trainer):
         """
         if self.is_world_process_zero():
             assert self.identity is not None, "the first process saves"
+            resumed = None
             if checkpoint:
-                step = step_of(checkpoint)
                 changes = self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
-                self.run_folder.cut_back(step)
-                self.run_folder.begin_run(self.identity.as_json(), resumed_at=step, changes=changes)
+                resumed = {"step": step_of(checkpoint), "changes": changes}
+                self.run_folder.cut_back(step_of(checkpoint))
             else:
                 self.run_folder.make_free()
-                self.run_folder.begin_run(self.identity.as_json())
+            self.run_folder.begin_run(self.identity.as_json(), resumed)
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())

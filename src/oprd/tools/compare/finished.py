@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.columns import number, step_seconds
+from oprd.runs.columns import number
 from oprd.runs.grades import read_grades
 from oprd.tasks.measures import in_words
 from oprd.tools.compare.difference import PROBLEMS, Difference, over_problems, unpaired, why_not_paired
+from oprd.tools.compare.results import ROLLOUTS
 from oprd.tools.compare.words import difference_in_words, with_interval
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of, read_runs
 
 _NOT_COMPARED = ("output_dir", "run_name", "chat_template_date")
-_SIZES = ("per_device_train_batch_size", "num_generations", "gradient_accumulation_steps")
 _LONGEST_VALUE = 60
 _AFTER = "student_after"
 
@@ -143,22 +143,16 @@ def _result(record: RunRecord, baseline: RunRecord) -> dict[str, Any]:
         "teacher": number(measured(record, "teacher"), "avg_at_k"),
         "gap_closed": number(record.summary, "gap_closed"),
         "steps": number(record.summary, "steps"),
-        "seconds": _seconds(record),
+        "seconds": record.step_seconds,
         "difference": None if difference is None else difference.as_json(),
     }
 
 
-def _seconds(record: RunRecord) -> float | None:
-    """Of all steps, also those before a resume."""
-    taken = step_seconds(record.steps)
-    return number(record.summary, "train_seconds") if taken is None else taken
-
-
 def _shape(record: RunRecord) -> dict[str, Any]:
-    """What no setting says alone: processes, and the rollouts of a step over all of them."""
+    """What no setting says alone: processes, the rollouts of a step over all of them, and changes on the way."""
     processes = record.summary.get("processes")
-    sizes = [size for size in (processes, *map(record.config.get, _SIZES)) if isinstance(size, int)]
-    known = len(sizes) == 1 + len(_SIZES)
+    sizes = [size for size in (processes, *map(record.config.get, ROLLOUTS)) if isinstance(size, int)]
+    known = len(sizes) == 1 + len(ROLLOUTS)
     changed = [str(part["step"]) for part in record.summary.get("resumed") or () if part["changes"]]
     return {
         "processes": processes,

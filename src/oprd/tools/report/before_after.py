@@ -27,9 +27,8 @@ from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
 from oprd.tools.report.distances import (
     comparable_teacher,
-    layer_distances,
     other_texts,
-    preferred_tokens,
+    read_rollouts,
     rounded,
     token_texts,
 )
@@ -252,16 +251,15 @@ class _Reader:
     def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
         if self.teacher is None:
             return list(sides)
-        pair = ModelPair(student, self.teacher, layers=self.layers)
-        found, preferred = layer_distances(pair, rollouts), preferred_tokens(pair, rollouts)
+        found = read_rollouts(ModelPair(student, self.teacher, layers=self.layers), rollouts)
         kept = [self.layers.index(layer) for layer in self.shown_layers]
         return [
             replace(
-                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(own_LT.mean(0))),
-                by_layer=tuple(tuple(rounded(own_LT[place])) for place in kept),
-                preferred=tuple(other_texts(self.tokenizer, ids, other, self.engine.stop_token_ids)),
+                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(one.distances_LT.mean(0))),
+                by_layer=tuple(tuple(rounded(one.distances_LT[place])) for place in kept),
+                preferred=tuple(other_texts(self.tokenizer, ids, one.preferred, self.engine.stop_token_ids)),
             )
-            for side, ids, own_LT, other in zip(sides, rollouts.completion_ids, found, preferred, strict=True)
+            for side, ids, one in zip(sides, rollouts.completion_ids, found, strict=True)
         ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from oprd.runs.columns import number, step_seconds
+from oprd.runs.columns import number
 from oprd.states.teacher_settings import describe_teacher
 from oprd.tasks.measures import ACCURACY, REWARD
 from oprd.tools.compare.finished import between
@@ -203,9 +203,8 @@ def _finished(record: RunRecord) -> Cell:
 
 
 def _step_seconds(record: RunRecord) -> Cell:
-    """Of all steps, also those before a resume; from the summary where times were not recorded."""
-    taken = step_seconds(record.steps)
-    return _of_summary("train_seconds", duration)(record) if taken is None else Cell(duration(taken), taken)
+    taken = record.step_seconds
+    return Cell(NOTHING) if taken is None else Cell(duration(taken), taken)
 
 
 def _command_seconds(record: RunRecord) -> Cell:
