@@ -25,7 +25,7 @@ VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hope
 # Two pairs whose student is earlier still, and whose gap direct distillation closes: CKA 0.59 to 0.82, direct R² 0.33 to 0.46. The
 # embedded teacher with its dimensions permuted: CKA as above, R² −0.80 to −0.42. So CKA tells nothing here that R² does not.
 DIRECT_R2 = 0.25  # minimum direct R² of every layer for models of the same origin: it says that dimensions correspond
-SAME_CKA = 0.8  # minimum CKA of the last layer for models that agree up to a rotation, which R² does not forgive
+SAME_CKA = 0.8  # minimum CKA of the last layer for models that agree up to a rotation
 USABLE_PREDICTABLE = 0.5  # minimum share of the teacher's variance that the student predicts in a layer to bridge
 USABLE_CKA = 0.3  # below it, the prediction uses only a small part of the student's own variance
 

@@ -286,7 +286,7 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _resumed(summary: Mapping[str, Any]) -> str:
-    """That settings were changed on the way, so that one run with the last ones is another run."""
+    """A sentence on settings that were changed on the way: one run with the last ones is another run. Empty without changes."""
     parts = [part for part in summary.get("resumed") or () if part["changes"]]
     if not parts:
         return ""
