@@ -52,7 +52,7 @@ test-wheel: $(VENV)/.ready-dev
 # The report in Chromium: the machine's own, or the one that `playwright install chromium` fetches.
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/$(PIP) 'playwright>=1.50'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra tests/test_report_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -m "" tests/test_report_browser.py
 
 # The site, in build/docs: warnings are errors, links and anchors inside it are checked. Then names, commands and lengths of the pages.
 docs: $(VENV)/.ready-docs

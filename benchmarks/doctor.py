@@ -1,8 +1,8 @@
 """`oprd doctor` against measurement: predicted and measured memory of training steps, one process per configuration.
 
-    python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and tables of docs/scale.md (Linux)
+    python benchmarks/doctor.py                # measures; writes benchmarks/doctor.json and tables of docs/memory.md (Linux)
     python benchmarks/doctor.py --cuda         # the same on a GPU, bfloat16, a model of 0.5B; benchmarks/doctor_cuda.json
-    python benchmarks/doctor.py --document     # writes the tables of docs/scale.md from the committed measurements and the model
+    python benchmarks/doctor.py --document     # writes the tables of docs/memory.md from the committed measurements and the model
 
 Each process builds two random models and an `OPRDTrainer`, replaces sampled rollouts by fixed ones, and takes two steps. In the
 last step it measures resident memory before the step, minus that before the models were built (weights, moments), and the peak
@@ -27,7 +27,7 @@ from oprd.rollouts.engine import EngineAbilities, Sampled
 
 HERE = Path(__file__).parent
 RESULT, CUDA_RESULT = HERE / "doctor.json", HERE / "doctor_cuda.json"
-DOCUMENT = HERE.parent / "docs" / "scale.md"
+DOCUMENT = HERE.parent / "docs" / "memory.md"
 MIB = 2**20
 PHASES = ("rollout", "teacher", "update", "optimizer")
 ON_GPU = "GPU: "  # before a configuration's name
@@ -346,7 +346,7 @@ def main() -> None:
     )
     parser.add_argument("--cuda", action="store_true", help="measure on a GPU")
     parser.add_argument(
-        "--document", action="store_true", help="write the tables of docs/scale.md from the measurements"
+        "--document", action="store_true", help="write the tables of docs/memory.md from the measurements"
     )
     args = parser.parse_args()
     if args.one:
@@ -421,7 +421,7 @@ def measure_on_gpu(only: str | None) -> None:
 
 
 def write_document() -> None:
-    """Write the tables of docs/scale.md from benchmarks/doctor.json, benchmarks/doctor_cuda.json and the model."""
+    """Write the tables of docs/memory.md from benchmarks/doctor.json, benchmarks/doctor_cuda.json and the model."""
     from oprd.tools.doctor.document import render
 
     result, gpu = (json.loads(file.read_text()) for file in (RESULT, CUDA_RESULT))

@@ -18,13 +18,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from small_pairs import keep_pair
+
 ROOT = Path(__file__).parent.parent
 LENGTH = 6
-STUDENT, TEACHER = 0.25, 0.98
-"""Mean probability of the whole answer at which the weights are kept."""
 WANTED = 0.85
 """Share of the gap that a first run is to close."""
 
@@ -98,29 +99,13 @@ def build(name: str, folder: Path) -> None:
         vocab_size=len(tokenizer), initializer_range=0.05, **shape, **ends, **pair.shape
     )
     model = getattr(transformers, f"{pair.kind}ForCausalLM")(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    wanted = [("student", STUDENT), ("teacher", TEACHER)]
     rows = problems(pair, 4000 * 64, pair.seed)
-    for step in range(1, 4001):
-        texts = [f"{prompt}{answer}" for prompt, answer in (next(rows) for _ in range(64))]
-        batch = torch.tensor([[*ids, 1] for ids in tokenizer(texts)["input_ids"]])
-        logits, labels = model(input_ids=batch, use_cache=False).logits[:, LENGTH:-1], batch[:, LENGTH + 1 :]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        if (-losses.sum(1)).exp().mean() >= wanted[0][1]:
-            part, _ = wanted.pop(0)
-            print(f"{name}: {part} at step {step}", flush=True)
-            model.save_pretrained(folder / part)
-            tokenizer.save_pretrained(folder / part)
-            if not wanted:
-                break
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(step / 50, 1.0)
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    else:
-        raise SystemExit(f"{name}: 4000 steps have not made a teacher")
+
+    def batch() -> Any:
+        texts = [f"{prompt}{answer}" for prompt, answer in islice(rows, 64)]
+        return torch.tensor([[*ids, 1] for ids in tokenizer(texts)["input_ids"]])
+
+    keep_pair(name, model, tokenizer, (batch() for _ in range(4000)), LENGTH, folder)
     for file, count, seed in (("prompts", 2000, 100), ("problems", 250, 200)):
         lines = (
             json.dumps({"prompt": prompt, "answer": answer})

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from small_pairs import keep_pair
+
 from oprd.data.rows import PromptRow
 from oprd.tasks.task import FunctionGrader, Task
 
@@ -112,11 +114,7 @@ MADE = {"reversal": (reversal, {"hidden_size": 96, "num_hidden_layers": 3}, 3),
 
 
 def build_pair(name: str, folder: Path) -> None:
-    """Train a small Llama on one of the tasks. Student and teacher are the first weights that answer 25 % and 98 % of a batch.
-
-    That is the mean probability of the whole answer: runs are evaluated by sampling, and weights whose likeliest tokens are right
-    may still be far from that.
-    """
+    """Train a small Llama on one of the tasks; see `small_pairs`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -133,25 +131,7 @@ def build_pair(name: str, folder: Path) -> None:
     assert task.problems is not None
     rows = [tokenizer.encode(f"{row.prompt}{row.answer}") for row in task.problems(_LONGEST * 64, 5, "train")]
     ids = torch.tensor([[*row, tokenizer.eos_token_id] for row in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    wanted = [("student", 0.25), ("teacher", 0.98)]
-    for step, batch in enumerate(ids.split(64), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(step / 50, 1.0)
-        logits, labels = model(input_ids=batch, use_cache=False).logits[:, DIGITS:-1], batch[:, DIGITS + 1 :]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        if (-losses.sum(1)).exp().mean() >= wanted[0][1]:
-            part, _ = wanted.pop(0)
-            print(f"{name}: {part} at step {step}", flush=True)
-            model.save_pretrained(folder / part)
-            tokenizer.save_pretrained(folder / part)
-            if not wanted:
-                return
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    raise SystemExit(f"{name}: {_LONGEST} steps have not made a teacher")
+    keep_pair(name, model, tokenizer, ids.split(64), DIGITS, folder)
 
 
 def prepared(name: str, runs: Path, models: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write what the site takes from elsewhere: the table of docs/recipes.md, and docs/llms.txt from the pages (a test compares)."""
+"""Write what the site takes from elsewhere: tables of docs/recipes.md and docs/metrics.md, and docs/llms.txt (a test compares)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RECIPES, INDEX, LLMS = (ROOT / "docs" / name for name in ("recipes.md", "index.md", "llms.txt"))
+RECIPES, METRICS, INDEX, LLMS = (ROOT / "docs" / name for name in ("recipes.md", "metrics.md", "index.md", "llms.txt"))
 BLOCK = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
+SHOWN_STEPS = (1, 5, 10, 20, 50, 100)
 DEMOS = {
     "same-origin": ("`oprd demo`", "first_light/demo_summary.json"),
     "wider": ("`oprd demo --pair wider`", "bridge/demo_wider_summary.json"),
@@ -46,6 +47,31 @@ def recipes(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{measured()}\n{match[2]}", text)
 
 
+def healthy() -> str:
+    """The table of some steps of the demo, from its committed metrics."""
+    rows = [
+        json.loads(line) for line in (ROOT / "evidence" / "first_light" / "demo_metrics.jsonl").read_text().splitlines()
+    ]
+    lines = ["| step | `loss` | `cosine` | `accuracy` | length |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if "loss" in row and row["step"] in SHOWN_STEPS:
+            layers = [value for key, value in row.items() if key.startswith("cosine/layer_")]
+            length = row["completions/mean_length"]
+            cells = (
+                f"{row['loss']:.3f}",
+                f"{sum(layers) / len(layers):.3f}",
+                f"{row['accuracy']:.0%}",
+                f"{length:.0f}",
+            )
+            lines.append(f"| {row['step']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def metrics(text: str) -> str:
+    """docs/metrics.md with its table up to date."""
+    return BLOCK.sub(lambda match: f"{match[1]}{healthy()}\n{match[2]}", text)
+
+
 def first_sentence(page: str) -> str:
     """First sentence of a page's first paragraph, in plain words."""
     text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
@@ -73,8 +99,9 @@ def llms() -> str:
 
 
 def main() -> None:
-    """Write both."""
+    """Write all."""
     RECIPES.write_text(recipes(RECIPES.read_text()))
+    METRICS.write_text(metrics(METRICS.read_text()))
     LLMS.write_text(llms())
 
 

@@ -9,6 +9,7 @@ import random
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +18,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before the hook: what is first imported while it loads a module of oprd is compiled anew, because no .pyc is found for it.
-import accelerate
+import accelerate.utils.memory
 import datasets
 import jaxtyping
 import peft
@@ -35,6 +36,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
+accelerate.utils.memory.gc = SimpleNamespace(collect=lambda: 0)  # in every `train()`; it takes a tenth of a short one
 if not torch.accelerator.is_available():  # else torch keeps each seed, with a stack trace, until there is a device
     torch.cuda.random._lazy_call = torch.xpu.random._lazy_call = torch.mtia._lazy_call = lambda *_, **__: None
 settings.register_profile(
@@ -51,7 +53,7 @@ settings.load_profile("oprd")
 
 # Files whose tests share what is expensive to make: a process of pytest-xdist gets all tests of a group, or none.
 GROUPS = {
-    "test_distributed": "two ranks", "test_fsdp": "two ranks", "test_nodes": "two nodes",
+    "test_distributed": "two ranks", "test_fsdp": "two ranks", "test_memory": "two ranks", "test_nodes": "two nodes",
     "test_compare": "a server of forks", "test_grading": "a grader",
     **{f"test_{name}": name for name in ("cross_tokenizer_training", "diagnose", "overlap", "resume")},
 }  # fmt: skip
@@ -100,6 +102,27 @@ def _train_only(monkeypatch):
             return train(self, *args, outputs=outputs, **kwargs)
 
         monkeypatch.setattr(module.OPRDTrainer, "train", shorter)
+
+
+_PROBED: dict[str, object] = {}
+
+
+@pytest.fixture(autouse=True)
+def _probed_once(monkeypatch):
+    """Trainers probe the layouts of an architecture once a process: this takes a quarter of a short run."""
+    if (module := sys.modules.get("oprd.training.probe")) is None:
+        return
+    for probe in (module.probe_layouts, module.check_causal):
+        monkeypatch.setattr(module, probe.__name__, functools.partial(_known_or, probe))
+
+
+def _known_or(probe, model, layers, *, read):
+    weight = next(model.parameters())
+    precision = weight.dtype, weight.device, torch.is_autocast_enabled(weight.device.type)
+    key = f"{probe.__name__} {model} {model.config.to_json_string()} {precision} {layers}"
+    if key not in _PROBED:
+        _PROBED[key] = probe(model, layers, read=read)
+    return _PROBED[key]
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def test_a_run_is_states_before_and_distributions_after(tmp_path, caplog):
         torch.testing.assert_close(weights(by_hand.model)[name], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("alarm_window", [20, 0])
+@pytest.mark.parametrize("alarm_window", [pytest.param(20, marks=pytest.mark.further), 0])
 def test_a_resumed_run_switches_where_the_other_did(tmp_path, alarm_window):
     """From a checkpoint before the switch whose window has begun, and from one after it."""
     whole, rows = train(tmp_path / "whole", alarm_window=alarm_window)

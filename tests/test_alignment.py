@@ -23,7 +23,7 @@ from oprd.data.rows import PromptRow
 from oprd.states.requests import request_states
 from oprd.types import Rollouts
 from tiny import tiny_tokenizer
-from tokenizer_kinds import KINDS, pieces_of, sentencepiece_bpe, tokenizer_of, wrapped
+from tokenizer_kinds import KINDS, MARKED, pieces_of, sentencepiece_bpe, tokenizer_of, wrapped
 
 CHAT = PromptRow([{"role": "user", "content": "How much is 12 + 30?"}], source="file:1")
 PLAIN = PromptRow("12 + 30 is", source="file:2")
@@ -143,7 +143,7 @@ def check(student: str, teacher: str, row: PromptRow, rollouts: Rollouts) -> Ali
     return got
 
 
-@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("student", MARKED)
 @given(data=st.data())
 def test_partners_have_read_the_same_bytes(student, data):
     teacher = data.draw(st.sampled_from([b for a, b in PAIRS if a == student]))

@@ -62,6 +62,7 @@ def test_all_trainers_do_the_same_work():
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.usefixtures("_contained")
+@pytest.mark.further
 def test_rollouts_of_drawn_lengths_are_counted_as_they_end():
     pytest.importorskip("trl")
     setup = trainers.Setup(

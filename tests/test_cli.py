@@ -89,6 +89,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
 
     resumed = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume-from-checkpoint", "true")
     assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step 3" in resumed.stdout
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert json.loads((run / "summary.json").read_text())["student_before"] == summary["student_before"]
 
@@ -96,6 +97,13 @@ def test_a_run_leaves_a_folder_that_explains_itself(oprd, recipe, tmp_path):
     finished = oprd("train", "--config", recipe(max_steps=4), "--seed", "3", "--resume_from_checkpoint=true")
     assert finished.returncode == 0, finished.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    evaluated = oprd("eval", "--model", str(run), "--json", str(tmp_path / "eval.json"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    after = json.loads((run / "summary.json").read_text())["student_after"]
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert {name: again[name] for name in ("avg_at_k", "ci95", "mean_length")} == {
+        name: after[name] for name in ("avg_at_k", "ci95", "mean_length")
+    }
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert not (run / "checkpoint-5").exists()
 
@@ -259,6 +267,19 @@ def test_eval_refuses_k_below_one(oprd):
     assert "k: 0 is not allowed" in result.stderr
 
 
+def test_a_dry_run_says_that_the_folder_holds_a_run(oprd, recipe, tmp_path):
+    made = recipe()
+    folder = tmp_path / "run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    before = sorted(folder.iterdir())
+    result = oprd("train", "--config", made, "--dry-run")
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr
+    assert oprd("train", "--config", made, "--dry-run", "--resume", "auto").returncode == 0
+    assert sorted(folder.iterdir()) == before
+
+
 def test_dry_run_writes_nothing(oprd, recipe, tmp_path):
     result = oprd("train", "--config", recipe(), "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -289,7 +310,8 @@ def test_demo_writes_the_promised_summary_and_can_be_run_again(oprd, tmp_path):
     assert Path(tmp_path / "demo" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("pair", [pytest.param("wider", marks=pytest.mark.further), "other-tokenizer"])
+@pytest.mark.further
+@pytest.mark.parametrize("pair", ["wider", "other-tokenizer"])
 def test_the_demo_of_another_teacher_goes_through_a_bridge(oprd, tmp_path, pair):
     arguments = ("demo", "--pair", pair, "--output-dir", str(tmp_path / "demo"), "--steps", "1", "--problems", "8")
     result = oprd(*arguments)

@@ -568,6 +568,7 @@ def oprd(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.further
 def test_a_comparison_from_end_to_end(oprd, comparison, tmp_path):
     file = str(comparison())
     out = tmp_path / "out"

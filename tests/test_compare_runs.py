@@ -18,6 +18,9 @@ EASY = [0.0, 0.25, 0.5, 1.0, 1.0, 0.75, 0.0, 1.0]
 BETTER = [0.25, 0.5, 0.5, 1.0, 1.0, 1.0, 0.5, 1.0]
 
 
+SIZES = {"per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 3}
+
+
 def evaluation(grades, **more) -> dict:
     low, high = bootstrap_ci(grades)
     return {"avg_at_k": float(np.mean(grades)), "ci95": [low, high], "k": 4, "problems": len(grades), **more}
@@ -64,6 +67,23 @@ def test_runs_on_the_same_problems_are_paired(run):
     text = " ".join(runs_notes(report))
     assert "paired by problem (8 problems)" in text
     assert "learning_rate: 0.001, 0.003; layers: None, last" in text
+
+
+def test_processes_and_the_rollouts_of_a_step_are_among_what_differs(run):
+    folders = [run("a", EASY, **SIZES), run("b", EASY, **SIZES), run("c", EASY, **{**SIZES, "num_generations": 4})]
+    for folder, processes in zip(folders, (1, 2, 1), strict=True):
+        file = folder / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": processes}))
+    found = compare_runs(folders)["settings"]
+    assert found == {"num_generations": [2, 2, 4], "processes": [1, 2, 1], "rollouts a step": [24, 48, 48]}
+
+
+def test_seconds_are_those_of_all_steps_also_before_a_resume(run):
+    a, b = run("a", EASY), run("b", EASY)
+    steps = [{"step": i, "loss": 1.0, "time/rollout": 1.5, "time/update": 0.25 * i} for i in (1, 2, 3)]
+    (a / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (b / "summary.json").write_text(json.dumps(json.loads((b / "summary.json").read_text()) | {"train_seconds": 4.0}))
+    assert [found["seconds"] for found in compare_runs([a, b])["runs"]] == [6.0, 4.0]
 
 
 def test_the_baseline_may_be_any_run(run):

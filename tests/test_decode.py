@@ -91,8 +91,8 @@ def test_a_forward_that_mistreats_its_cache_falls_back(caplog):
     model = shaken(tiny_model())
     forward = type(model).forward
 
-    def forgetful(self, *args, past_key_values=None, logits_to_keep=0, **kwargs):
-        return forward(self, *args, past_key_values=None, logits_to_keep=logits_to_keep, **kwargs)
+    def forgetful(self, *args, cache=None, past_key_values=None, logits_to_keep=0, **kwargs):
+        return forward(self, *args, logits_to_keep=logits_to_keep, **kwargs)
 
     model.__class__ = type("Forgetful", (type(model),), {"forward": forgetful})
     with caplog.at_level(logging.WARNING):

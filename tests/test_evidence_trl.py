@@ -208,6 +208,7 @@ SMALL = {
 }
 
 
+@pytest.mark.further
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.usefixtures("_contained")
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -231,6 +232,7 @@ def test_the_result_names_only_known_runs():
     assert len({r["seed"] for r in result["runs"]}) >= 3
 
 
+@pytest.mark.further
 def test_the_references_are_graded_on_the_same_problems():
     recipe = {**recipe_of(TINY, 10, quick=True), "eval_limit": 40}
     found = reference(recipe)

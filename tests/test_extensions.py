@@ -461,7 +461,7 @@ def test_a_task_with_partial_credit(train, examples):
     task, rows = "my_task:partial_credit", "generated:my_task:partial_credit"
     folder = train(
         task=task, train_dataset=rows, eval_dataset=rows, eval_limit=3, eval_num_generations=2, num_generations=4,
-        max_completion_length=56, policy_gradient_weight=0.5, max_steps=2, eval_strategy="steps", eval_steps=1,
+        max_completion_length=56, policy_gradient_weight=0.5, max_steps=2,
     )  # fmt: skip
     completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert all(isinstance(row["correct"], float) for row in completions)

@@ -158,7 +158,7 @@ def test_a_schedule_is_scaled_at_both_ends():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.further), True])
 def test_a_resumed_run_has_the_base_of_the_start(tmp_path, lora):
     given = {"peft_config": LORA} if lora else {}
     settings = {"extrapolation": 1.25, "save_strategy": "steps", "save_steps": 1, "max_steps": 4, **given}

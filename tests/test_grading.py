@@ -309,16 +309,16 @@ def left_in(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.name != "p"}
 
 
-def test_no_answer_runs_code(grader, tmp_path):
-    pairs = [
-        (rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in ("3", r"\pi", "x = y", "(3,1)")
-    ]
+@pytest.mark.parametrize("truths", [("3", "x = y"), pytest.param((r"\pi", "(3,1)"), marks=pytest.mark.further)])
+def test_no_answer_runs_code(grader, tmp_path, truths):
+    pairs = [(rf"\boxed{{{text}}}", truth) for text in hostile_answers(tmp_path) for truth in truths]
     with MathGrader(max_answer_chars=10_000) as big:
         assert big.grade(pairs) == [False] * len(pairs)
         assert not big.stats["too_long"]
     assert left_in(tmp_path) == {"there": "as it was"}
 
 
+@pytest.mark.further
 def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
     program = (

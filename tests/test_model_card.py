@@ -35,6 +35,8 @@ SETTINGS = {
 SUMMARY = {
     "student_before": {**MEASURED, "avg_at_k": 0.25}, "student_after": MEASURED, "teacher": {**MEASURED, "avg_at_k": 0.75},
     "gap_closed": 0.5, "contamination": {"eval_problems": 30, "overlapping": 3, "threshold": 0.5}, "train_seconds": 12.5,
+    "step_seconds": 12.625, "rewards": {"brevity": [0.125, 0.5]},
+    "resumed": [{"step": 10, "changes": {}}, {"step": 20, "changes": {"max_steps": [20, 40]}}],
     "objective": "1 x representation, a mean over rollouts", "steps": 200, "seed": 7, "processes": 8,
     "software": {"oprd": "0.1.0", "torch": "2.13.0"}, "python": "3.11.7", "seconds": 20.0,
 }  # fmt: skip
@@ -135,7 +137,10 @@ def test_values_and_metadata():
     assert "On `problems.jsonl` (the first 30 rows), graded as task `math`" in card
     assert "top-p 0.95, most tokens 4096." in card
     assert "in 8 processes." in card
-    assert "- seconds of training (of its last part, where it was resumed): 12.5" in card
+    assert "- seconds of its steps: 12.6" in card
+    assert "- reward of rollouts, over the first and the last tenth of the steps: `brevity 0.125 → 0.5`" in card
+    assert "Settings were changed when it was resumed (after step 20, `max_steps` was `40` instead of `20`)" in card
+    assert "Settings were changed" not in model_card(SUMMARY | {"resumed": [{"step": 20, "changes": {}}]}, SETTINGS)
     loaded = ModelCard(card)
     assert loaded.data.to_dict() == metadata(card)
     assert loaded.text.startswith("\n# `owner/student-1.5B`")

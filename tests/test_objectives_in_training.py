@@ -173,7 +173,7 @@ def test_two_steps_of_each_output_space_loss_equal_plain_pytorch(tmp_path, setti
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("micro_batch_tokens", [1, 16384])
+@pytest.mark.parametrize("micro_batch_tokens", [1, pytest.param(16384, marks=pytest.mark.further)])
 @pytest.mark.parametrize("reduction", ["rollout", "token"])
 def test_neither_the_micro_batches_nor_a_tied_head_matter(tmp_path, reduction, micro_batch_tokens, tied):
     trainer, logged, start = check_against_plain_pytorch(

@@ -124,12 +124,12 @@ def test_in_a_checkpoint(tmp_path, canary):
     ]
     names += [path.name for path in good.iterdir() if path.name != "README.md"]
     shutil.copytree(good, tmp_path / "good")
+    trainer = tiny_trainer(tmp_path / "run", scripted=True, max_steps=2)
     for name in names:
         for kind in ("plain", "torch"):
             shutil.rmtree(good)
             shutil.copytree(tmp_path / "good", good)
             canary(good / name, kind)
-            trainer = tiny_trainer(tmp_path / "run", scripted=True, max_steps=2)
             with pytest.raises(ValueError, match=r"resume_from_checkpoint: no checkpoint in .* can be used: "):
                 trainer.find_checkpoint(True)
 

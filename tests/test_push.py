@@ -44,6 +44,15 @@ def changed(file: Path, **entries) -> None:
     file.write_text(dump({**load(file.read_text()), **entries}))
 
 
+OWN = ("the card names files of this machine (model ", "settings were changed when the run was resumed")
+"""What is said of this run, whose models are local and which was resumed with another max_steps."""
+
+
+def beyond(push) -> list[str]:
+    assert len([warning for warning in push.warnings if warning.startswith(OWN)]) == 2
+    return [warning for warning in push.warnings if not warning.startswith(OWN)]
+
+
 def test_the_card_has_results_licence_and_use(run):
     push = plan_push(run, "me/mine")
     head = yaml.safe_load(push.card.split("---\n")[1])
@@ -53,7 +62,7 @@ def test_the_card_has_results_licence_and_use(run):
     assert head["license"] == "apache-2.0"
     assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in push.card
     assert push.card.index("## Use") < push.card.index("## Results")
-    assert push.warnings == ()
+    assert beyond(push) == []
     assert {"model.safetensors", "config.json", "oprd/config.yaml", "oprd/summary.json"} <= set(push.files)
     assert CARD not in push.files
     assert (run / "model" / CARD).read_text() != push.card  # the run's own stays as it is
@@ -100,7 +109,7 @@ def test_every_model_that_a_run_reads_has_a_licence(run, keys, said):
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"gap_closed": -0.3}, "the run lost 30% of the gap"),
+        ({"gap_closed": -0.3}, "the gap to the teacher grew by 30%"),
         ({"export_verified": False}, "not the one that was trained"),
     ],
 )
@@ -114,7 +123,7 @@ def test_a_run_without_accuracy_has_no_results(run):
     changed(run / "config.yaml", eval_dataset=None)
     push = plan_push(run, "me/mine")
     assert "model-index" not in push.card
-    assert push.warnings == ("accuracy was not measured: the card says so",)
+    assert beyond(push) == ["accuracy was not measured: the card says so"]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 CLOCK = {
     "seconds",
     "train_seconds",
+    "step_seconds",
     "output_dir",
     "train_runtime",
     "train_samples_per_second",

@@ -24,7 +24,7 @@ from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.runs.columns import MOST_POINTS
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.report import curves, draw
-from oprd.tools.report.distances import token_distances
+from oprd.tools.report.distances import other_texts, read_rollouts, token_distances
 from oprd.tools.report.page import render, write_page
 from oprd.tools.report.read import read_runs
 from oprd.tools.report.rollouts import (
@@ -351,14 +351,15 @@ HOSTILE = (
 NAME = "<img src=x onerror=alert(1)> $\\frac{ _\x1b[31m\u202e"
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ue000]")
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "h1", "h2", "h3", "h4",
-    "h5", "p", "ul", "li", "a", "div", "span", "strong", "code", "pre", "table", "caption", "thead", "tbody", "tr", "th", "td",
-    "data", "figure", "img", "figcaption", "details", "summary", "script", "label", "input", "fieldset", "legend", "select",
-    "option", "output",
+    "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "section", "article", "h1", "h2", "h3", "h4", "h5",
+    "p", "ul", "ol", "li", "del", "ins", "a", "div", "span", "strong", "code", "pre", "table", "caption", "thead", "tbody", "tr",
+    "th", "td", "data", "figure", "img", "figcaption", "details", "summary", "script", "label", "input", "fieldset", "legend",
+    "select", "option", "output",
 }  # fmt: skip
 ATTRIBUTES = {
     "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "img": {"src", "alt"},
     "th": {"scope", "class"}, "td": {"class", "colspan"}, "data": {"id", "value"}, "nav": {"aria-label"}, "ul": {"class"},
+    "li": {"value"},
     "section": {"id", "aria-labelledby"}, "h2": {"id"}, "p": {"class"}, "span": {"class", "title", "aria-hidden", "data-l"},
     "div": {"id", "class", "role", "aria-label", "tabindex", "hidden"}, "article": {"class", "data-verdict"},
     "details": {"class"}, "label": {"for"}, "select": {"id"}, "option": {"data-top"}, "output": {"id", "aria-live"},
@@ -612,9 +613,9 @@ def test_best_worst_and_most_divergent():
     won, lost = Pair(side(False, 0.1), side(True, 0.1)), Pair(side(True, 0.1), side(False, 0.2))
     kept, far = Pair(side(True, 0.1), side(True, 0.1)), Pair(side(True, 0.1), side(True, 0.1, 0.9))
     assert choose([kept, lost, far, won]) == [("best", won), ("worst", lost), ("most divergent", far)]
-    assert choose([kept, far]) == [("best", kept), ("worst (none is wrong) and most divergent", far)]
+    assert choose([kept, far]) == [("best", kept), ("worst (none is wrong in the end) and most divergent", far)]
     wrong = Pair(side(False), side(False))
-    assert choose([wrong, wrong])[0] == ("best (none is right)", wrong)
+    assert choose([wrong, wrong])[0] == ("best (none is right in the end)", wrong)
     ungraded = Pair(side(None), side(None))
     assert choose([ungraded, ungraded]) == [("not graded: the first", ungraded)]
     assert choose([]) == []
@@ -765,6 +766,63 @@ def test_distances_through_a_bridge_are_in_its_space():
     assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
 
 
+class WithoutHead:
+    """A teacher elsewhere, of which only states are here."""
+
+    modules, identity = (), "far"
+
+    def __init__(self, teacher):
+        self.info, self.states = teacher.info, teacher.states
+
+
+def test_the_teachers_token_is_the_likeliest_of_its_own_logits():
+    student, teacher, rollouts = tiny_model(seed=1), tiny_model(seed=2), random_rollouts(count=7)
+    pair = compared(student, FrozenTeacher(teacher), (3,))
+    with torch.no_grad():
+        expected = [
+            teacher(torch.tensor([[*p, *c]])).logits[0, len(p) - 1 : -1].argmax(-1).tolist()
+            for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+        ]
+    assert [one.preferred for one in read_rollouts(pair, rollouts)] == expected
+    headless = read_rollouts(compared(student, WithoutHead(FrozenTeacher(teacher)), (3,)), rollouts)
+    assert [one.preferred for one in headless] == [[]] * 7
+
+
+def test_the_teachers_text_stands_in_place_of_the_students():
+    from tokenizer_kinds import byte_level, wrapped
+
+    tokenizer = wrapped(byte_level())
+    ids = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("a", "b", " ")}
+    assert all(len(found) == 1 for found in ids.values())
+    a, b, blank = (found[0] for found in ids.values())
+    end, other_end = tokenizer.eos_token_id, 1 if tokenizer.eos_token_id != 1 else 2
+    found = other_texts(tokenizer, [a, blank, b, end, end], [a, b, blank, other_end, a], [end, other_end])
+    assert found == ["", "b", " ", "", "a"]
+    assert other_texts(tokenizer, [a, b], [], [end]) == []
+
+
+def test_a_wrong_answer_stands_beside_the_right_one(make_run):
+    logged = [rollout_line(step, completion="3", correct=False) | {"answer": "<b>2</b>"} for step in (1, STEPS)]
+    page = Page(report(make_run(completions=logged)))
+    assert "✗ wrong, right: <b>2</b>" in page.text
+    assert not page.all("b")
+
+
+def test_a_page_lists_what_the_teacher_would_have_written(make_run):
+    tokens = ("1", "2", "<b>", "x")
+    one = Side("1+1=", "12<b>x", None, True, "stop", 4, tokens, (0.1,) * 4, preferred=("", "3", "", "<i>"))
+    same = Side("1+1=", "12", None, True, "stop", 2, ("1", "2"), (0.1, 0.2), preferred=("", ""))
+    page = Page(report(make_run(distances=found_distances([Pair(one, same)]))))
+    assert "the teacher would write another token at 2 of 4" in page.text
+    assert [item["value"] for item in page.all("li") if "value" in item][:2] == ["2", "4"]
+    assert "12 3" in page.text
+    assert "12<b>x <i>" in page.text
+    assert not page.all("i")
+    assert "The teacher would write each of these tokens too." in page.text
+    with pytest.raises(ValueError, match="1 tokens of the teacher for 4 tokens"):
+        Side("p", "t", tokens=tokens, preferred=("a",))
+
+
 def test_tokens_are_the_text_that_each_adds():
     from oprd.tools.report.distances import token_texts
     from tokenizer_kinds import byte_level, wrapped
@@ -819,7 +877,7 @@ def test_before_and_after_are_written_and_read_by_the_models_of_their_time(train
         assert pair.same_prompt
         assert pair.early.correct is False  # random models
         for one in (pair.early, pair.late):
-            assert len(one.tokens) == len(one.distances) == one.length <= 12
+            assert len(one.tokens) == len(one.distances) == len(one.preferred) == one.length <= 12
     for end, seed in (("early", 1), ("late", 3)):
         (logged,) = [getattr(pair, end) for pair in found.logged]
         assert logged.tokens == (*logged.text, "<eos>")
@@ -991,6 +1049,7 @@ def screenshot(file, picture):
     return "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
 
 
+@pytest.mark.further
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_the_page_and_refuses_what_the_policy_forbids(pictures, make_run, tmp_path):
     tokens = tuple("abcdefghij" * 30)

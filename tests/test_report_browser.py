@@ -18,6 +18,7 @@ from oprd.tools.report.page import render, write_page
 from oprd.tools.report.read import read_runs
 from oprd.tools.report.rollouts import FORMAT, Distances, Pair, Side, write_distances
 
+pytestmark = pytest.mark.further
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd.objectives.reduction import position_weights, representation_loss
@@ -54,6 +54,7 @@ def test_golden_value_by_hand():
         pytest.param(True, "rollout", marks=pytest.mark.further),
     ],
 )
+@settings(max_examples=10)
 @given(problem=problems())
 def test_gradient_by_finite_differences(problem, normalize, reduction):
     student, teacher, index = problem

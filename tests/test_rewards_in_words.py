@@ -11,10 +11,12 @@ import pytest
 import yaml
 
 from oprd.cli.progress import describe_step, measure_of_step
+from oprd.runs.columns import Columns
 from oprd.runs.curves import draw_run
 from oprd.runs.measure import measure_of_run
 from oprd.runs.model_card import model_card
 from oprd.runs.pictures import style
+from oprd.runs.rewards import reward_changes, rewards_in_words
 from oprd.runs.verdict import judge_run
 from oprd.tasks.evaluation import describe_accuracy
 from oprd.tasks.measures import in_words, measure_of
@@ -72,6 +74,38 @@ def test_a_step_of_a_rewarded_run_stays_a_reward():
     assert in_words(None, "reward") == "–"
 
 
+def test_beside_a_task_the_reward_is_shown_too():
+    step = {"loss": 1.0, "accuracy": 0.5, "reward": 0.375, "completions/mean_length": 3.0}
+    assert "accuracy 50%  reward 0.375  length 3" in describe_step(step)
+    assert "reward" not in describe_step({key: value for key, value in step.items() if key != "reward"})
+    graded = {
+        "avg_at_k": 0.5,
+        "best_at_k": 0.5,
+        "ci95": [0.25, 0.75],
+        "k": 1,
+        "mean_length": 3.0,
+        "finished": 1.0,
+        "ungraded": 0,
+    }
+    given = {"rewards/task/mean": 0.5, "rewards/brevity/mean": 0.125, "rewards/last/mean": None}
+    assert "Best@1  50.0%  brevity 0.125  length 3" in describe_accuracy(graded | given)
+    alone = {"measure": "reward", "rewards/brevity/mean": 0.5}
+    assert "brevity" not in describe_accuracy(graded | alone)  # the mean reward is this one's
+    assert "brevity 0.5  last 0" in describe_accuracy(graded | alone | {"rewards/last/mean": 0.0})
+
+
+def test_the_change_of_each_reward_is_that_between_the_ends_of_the_run():
+    rows = [{"step": i, "rewards/a/mean": float(i), **({"rewards/b:c/mean": 1.0} if i > 28 else {})} for i in range(30)]
+    assert reward_changes(Columns(rows)) == {"a": (1.0, 28.0), "b:c": (1.0, 1.0)}  # over three steps of thirty
+    assert reward_changes(Columns([{"step": 1, "loss": 1.0, "reward": 1.0}])) == {}
+    both = reward_changes(Columns(row | {"reward": 2.0 * row["step"]} for row in rows))
+    assert list(both.items())[-1] == ("weighted sum", (2.0, 56.0))
+    alone = [{"step": 1, "rewards/a/mean": 1.0, "reward": 0.5}]
+    assert reward_changes(Columns(alone)) == {"a": (1.0, 1.0)}
+    assert reward_changes(Columns({"step": i, "rewards/a/mean": float(i)} for i in range(1000))) == {"a": (4.5, 994.5)}
+    assert rewards_in_words({"a": (1.0, 28.0), "b": [0.5, 0.25]}) == "a 1 → 28, b 0.5 → 0.25"
+
+
 def test_an_alarm_names_what_fell():
     rows = [
         {"step": i, "loss": 1.0, "cosine": 0.5 + i / 100, "accuracy": 0.9 if i < 10 else 0.1, "rollouts": 100.0}
@@ -107,6 +141,9 @@ def test_a_run_by_a_reward_function_is_told_as_one(oprd, tmp_path, monkeypatch):
     assert all(f"reward {row['accuracy']:.3g}" in line for row, line in zip(rows, steps, strict=True))
     for words in ("accuracy", "Avg@"):
         assert words not in done.stdout
+    first, last = summary["rewards"]["brevity"]
+    assert (first, last) == tuple(row["accuracy"] for row in rows)
+    assert f"means over the first and the last tenth of the steps: brevity {first:.3g} → {last:.3g}" in done.stdout
     card = model_card(summary, yaml.safe_load((run / "config.yaml").read_text()))
     assert "| model | mean reward | 95 % interval |" in card
     assert f"| student after | {after['avg_at_k']:.3g} |" in card

@@ -86,12 +86,16 @@ def assert_ends_like(folder: Path, whole) -> None:
     assert without_times(trainer.run_folder.read_metrics()) == without_times(whole.run_folder.read_metrics())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.further)]
+)
 def test_one_signal_finishes_the_step_and_saves(whole, tmp_path, number):
     assert exit_code(trainer_of(tmp_path, Pause(tmp_path)), tmp_path / "paused", number) == 128 + number
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert not json.loads((tmp_path / "run.json").read_text())["finished"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["finished"], record["stopped_at"]) == (False, 3)
     assert_ends_like(tmp_path, whole)
+    assert "stopped_at" not in json.loads((tmp_path / "run.json").read_text())
 
 
 def test_two_signals_end_at_once(whole, tmp_path):
@@ -247,6 +251,16 @@ def test_every_setting_that_may_change_is_said_with_its_old_and_new_value(tmp_pa
         f"  num_completions_to_log: {before.num_completions_to_log} -> 1",
         "  save_steps: 2.0 -> 3.0",
     ]
+    parts = json.loads((tmp_path / "run.json").read_text())["resumed"]
+    assert [sorted(part["changes"]) for part in parts] == [[], ["max_steps", "num_completions_to_log", "save_steps"]]
+    assert parts[1]["changes"]["max_steps"] == [before.max_steps, 9]
+    steps = [part["step"] for part in parts]
+    assert steps == sorted(steps)
+    trainer_in(tmp_path, **{**saves, "save_steps": 3}, max_steps=9).train(
+        resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps[0]}"), accept_changes=["num_completions_to_log"]
+    )
+    again = json.loads((tmp_path / "run.json").read_text())["resumed"]
+    assert [part["step"] for part in again] == [steps[0]]  # what came after it was cut away
 
 
 def test_other_answers_are_other_prompts(tmp_path):

@@ -225,6 +225,7 @@ def test_a_run_does_not_go_on_with_other_responses(tmp_path, models, responses):
 # A writer that is killed; a disk that is full
 
 
+@pytest.mark.further
 def test_a_killed_writer_goes_on_and_leaves_the_same_bytes(tmp_path, models):
     rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}" * 60} for a in range(12) for b in range(12)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -108,6 +108,24 @@ def test_a_response_keeps_its_bytes(student, data):
             assert expected[len(got) :].decode(errors="ignore") == ""
 
 
+@pytest.mark.parametrize(
+    ("last", "reasons"), [(b"\xe7\xad", {}), (b"\x9a\x84\xe7\xad", {"invalid_utf8": 1}), (b"\x9a", {"invalid_utf8": 1})]
+)
+def test_a_part_of_a_character_at_the_limit_is_no_loss_and_other_bytes_are(last, reasons):
+    """The last token has no position after it, so that no count of positions shows what it loses."""
+    theirs = tokenizer_of("byte_level")
+    single = {piece: i for i, piece in pieces_of("byte_level").items() if len(piece) == 1}
+    ids = [single[bytes([byte])] for byte in b"42"] + [single[bytes([byte])] for byte in last]
+    row = PromptRow("1+1=")
+    written = Rollouts([render(row, theirs, None)], [ids], ["length"], ["text"], [0])
+    found = rewriter_of("characters", "byte_level").rewrite(
+        written, [Prompt(0, render(row, tokenizer_of("characters"), None), row)], FREE.max_completion_length
+    )
+    assert found.counts.reasons == reasons
+    assert found.counts.incomplete == len(reasons)
+    assert bytes_of("characters", found.rollouts.completion_ids[0]) == b"42"
+
+
 @given(data=st.data())
 def test_the_pairs_of_a_rewritten_response_by_brute_force(data):
     """What the teacher wrote is paired as any rollout of the student is."""

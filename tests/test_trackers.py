@@ -116,6 +116,7 @@ def with_wandb(tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.further
 def test_a_tracker_that_works_gets_every_step(with_wandb):
     found = with_wandb["None"]
     assert found["news"] == []

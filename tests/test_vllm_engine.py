@@ -320,6 +320,7 @@ def test_without_vllm_there_is_advice(monkeypatch):
         ENGINES["vllm"](tiny_tokenizer(), STOPS, 8)
 
 
+@pytest.mark.further
 def test_importing_the_engines_does_not_import_vllm():
     code = "import sys, oprd.rollouts.engines; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

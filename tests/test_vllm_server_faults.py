@@ -72,7 +72,8 @@ def busy(**headers) -> dict:
         ({GENERATE: [{"kind": "trickle", "pause": 0.05}, {"kind": "trickle", "pause": 0.05, "head": False}]}, SHORT),
         ({"/weight_info": [{"status": 503}, {"kind": "half"}], "/collective_rpc": [{"status": 500}],
           "/v1/models": [busy()], "/update_weight_version": [{"status": 200, "body": "{"}]}, {}),
-        ({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, SHORT),
+        pytest.param({"/weight_info": [{"kind": "hang"}], "/reset_prefix_cache": [{"kind": "trickle", "pause": 0.2}]}, SHORT,
+                     marks=pytest.mark.further),
     ],
     ids=["failures", "no-json", "odd-pauses", "hangs", "trickles", "loading", "loading-slowly"],
 )  # fmt: skip
@@ -85,7 +86,7 @@ def test_a_passing_fault_changes_no_rollout(serve, expected, tmp_path, caplog, f
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
-@pytest.mark.parametrize("date", [False, True])
+@pytest.mark.parametrize("date", [False, pytest.param(True, marks=pytest.mark.further)])
 def test_a_busy_server_is_left_alone_as_long_as_it_asks(serve, expected, tmp_path, caplog, date):
     asked = email.utils.formatdate(time.time() + 3, usegmt=True) if date else "2"
     server = serve({GENERATE: [busy(Retry_After=asked)] * 4})
@@ -127,7 +128,13 @@ def test_what_waiting_does_not_mend_is_one_sentence_at_once(serve, tmp_path, fau
 
 
 @pytest.mark.parametrize(
-    "fault", [{"kind": "hang"}, {"kind": "trickle", "pause": 0.1}, {"status": 503}, busy(Retry_After="1")]
+    "fault",
+    [
+        {"kind": "hang"},
+        pytest.param({"kind": "trickle", "pause": 0.1}, marks=pytest.mark.further),
+        pytest.param({"status": 503}, marks=pytest.mark.further),
+        busy(Retry_After="1"),
+    ],
 )
 def test_a_set_of_rollouts_has_a_deadline(serve, tmp_path, fault):
     server = serve({GENERATE: [None, None, *[fault] * 1000]})

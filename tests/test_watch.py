@@ -109,6 +109,32 @@ def test_the_command_prints_a_table_and_rollouts_where_there_is_no_terminal(tmp_
     assert found[str(tmp_path / "a")]["alarms"] == [2]
 
 
+def test_a_reward_beside_a_task_has_its_own_column_and_a_wrong_answer_its_reference(tmp_path):
+    begin(tmp_path / "a")
+    write(tmp_path / "a", "metrics.jsonl", step(1, accuracy=0.25, reward=0.375))
+    row = {"step": 1, "prompt": "2 + 1 =", "completion": "5", "correct": False, "answer": "3"}
+    write(tmp_path / "a", "completions.jsonl", row)
+    done = watch(tmp_path / "a", "--completions", 1)
+    assert "reward" in done.output
+    assert "0.375" in done.output
+    assert "wrong: 3" in done.output
+    begin(tmp_path / "b")
+    write(tmp_path / "b", "metrics.jsonl", step(1, accuracy=0.25))
+    assert "reward" not in watch(tmp_path / "b").output
+
+
+def test_a_run_that_a_signal_has_stopped_says_so(tmp_path):
+    begin(tmp_path / "a")
+    write(tmp_path / "a", "metrics.jsonl", step(1), step(2))
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record | {"stopped_at": 2}))
+    found = RunWatch(tmp_path / "a").status()
+    assert (found.state, found.seconds_left) == ("stopped", None)
+    assert "stopped at step 2; go on with oprd train --config … --resume auto" in " ".join(
+        watch(tmp_path / "a").output.split()
+    )
+
+
 def test_a_file_and_a_run_named_twice_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for words, problem in (((tmp_path / "file",), "is a file"), ((tmp_path, tmp_path), "named twice")):

@@ -10,6 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -128,6 +129,8 @@ KINDS = {
 }  # fmt: skip
 if not SMOLLM2.is_dir():
     del KINDS["smollm2"]
+MARKED = [pytest.param(kind, marks=pytest.mark.further) if kind == "smollm2" else kind for kind in KINDS]
+"""The real vocabulary is slow, and repeats what a built one of its kind shows."""
 
 
 @cache

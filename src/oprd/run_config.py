@@ -175,6 +175,17 @@ class RunConfig:
                 shown[name] = float(values[name]) if whole else values[name]
         return redacted({**{key: getattr(self, key) for key in recipe_keys() if key != "preset"}, **shown})
 
+    def chosen(self) -> dict[str, Any]:
+        """Of `settings`, those that are not at their default, and what every recipe chooses."""
+        defaults = {
+            f.name: f.default
+            for f in (*dataclasses.fields(OPRDConfig), *dataclasses.fields(type(self)))
+            if f.default is not dataclasses.MISSING
+        }
+        defaults |= _FILLED_IN
+        given = self.settings().items()
+        return {k: v for k, v in given if k in _ALWAYS_CHOSEN or k not in defaults or v != defaults[k]}
+
     def shown(self) -> dict[str, Any]:
         """`settings` for people and files: objects that Python code gives are named there in words, which `parse` refuses."""
         given = {
@@ -445,6 +456,11 @@ _ALWAYS_SHOWN = (
     "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "weight_decay", "max_grad_norm", "optim", "seed", "bf16",
 )  # fmt: skip
+_ALWAYS_CHOSEN = (
+    "model", "train_dataset", "output_dir", "learning_rate", "max_steps", "per_device_train_batch_size", "seed",
+)  # fmt: skip
+_FILLED_IN = {"activation_checkpointing": False, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+"""What stands for a default of None."""
 _NEVER_SHOWN = (
     "hub_token",  # a secret
     "resume_from_checkpoint",

@@ -117,7 +117,7 @@ PROJECTORS: dict[str, Callable[[PairStatistics, float, bool], Rows]] = {
 
 
 DEFAULT_PROJECTOR = "least_squares"
-"""Of `oprd bridge fit` and of comparisons. The claim E22 of the evidence compares it with "procrustes"."""
+"""Of `oprd bridge fit` and of comparisons. E22 of the evidence: "procrustes" is ahead with one tokenizer, far behind with two."""
 
 
 def _student_gram(statistics: PairStatistics, intercept: bool) -> Float[Tensor, "D D"]:

@@ -40,6 +40,7 @@ app = typer.Typer(
     help="On-policy distillation of language models by hidden states (OPRD).",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut the names of options at 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -27,7 +27,10 @@ from oprd.files import write_json, write_text
 from oprd.sanitize import redacted, redacted_text
 
 _Task = Annotated[
-    str | None, typer.Option(help="Grade rollouts of both models: math, addition; where prompts have answers.")
+    str | None,
+    typer.Option(
+        help="Grade rollouts of both models: math, exact_match, … or module:function; where prompts have answers."
+    ),
 ]
 
 _ProbeRate = Annotated[

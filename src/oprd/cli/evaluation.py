@@ -34,7 +34,9 @@ def evaluate(
         str | None,
         typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.", show_default="the run's"),
     ] = None,
-    task: Annotated[str, typer.Option(help="How answers are graded: math, addition.")] = "math",
+    task: Annotated[
+        str, typer.Option(help="How answers are graded: math, exact_match, … or module:function.")
+    ] = "math",
     k: Annotated[int, typer.Option(help="Samples per problem.")] = 16,
     limit: Annotated[
         int | None, typer.Option(help="Use the first problems only; of a generated task, how many.")

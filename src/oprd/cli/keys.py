@@ -64,6 +64,8 @@ class CommandWithKeys(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, then the keys."""
         super().format_help(ctx, formatter)
+        typer.echo(formatter.getvalue())  # else it would be printed after the keys
+        formatter.buffer.clear()
         known = read_keys()
         first = [key for name in FIRST for key in known if key.name == name]
         console = _console()

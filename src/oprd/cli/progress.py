@@ -37,7 +37,7 @@ def progress_bar(on: Console) -> Progress:
 
 
 def describe_step(logs: dict[str, Any], measure: str | None = None) -> str:
-    """One line with loss, accuracy or reward, cosine, length, and how the step's time is split.
+    """One line with loss, accuracy and reward, cosine, length, and how the step's time is split.
 
     Args:
         logs: metrics of a step.
@@ -47,6 +47,8 @@ def describe_step(logs: dict[str, Any], measure: str | None = None) -> str:
     if "accuracy" in logs:
         unit = measure or measure_of_run({}, metrics=logs)
         parts.append(f"{unit} {in_words(logs['accuracy'], unit, '.0%')}")
+        if unit != REWARD and "reward" in logs:
+            parts.append(f"reward {logs['reward']:.3g}")
     if "cosine" in logs:
         parts.append(f"cosine {logs['cosine']:.3f}")
     parts.append(f"length {logs['completions/mean_length']:.0f}")

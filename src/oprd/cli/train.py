@@ -36,6 +36,9 @@ _Resume = Annotated[
 ]
 
 
+_FIRST_STEPS = 30  # the demo's accuracy is back at its start after 20 (docs/metrics.md)
+
+
 def train(
     context: typer.Context,
     config: Annotated[str, typer.Option(help="Recipe: a YAML file, or the name of a shipped one (tiny).")],
@@ -58,14 +61,18 @@ def train(
     from oprd.cli.console import quiet_libraries, say
     from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig, parse_overrides
-    from oprd.runs.folder import restore_config
+    from oprd.runs.folder import RunFolder, restore_config
     from oprd.runs.verdict import judge_run
 
     check_json(json_file)
     quiet_libraries()
     overrides = parse_overrides(context.args)
     if dry_run:
-        _plan(RunConfig.load_on_cpu(config, overrides))
+        planned = RunConfig.load_on_cpu(config, overrides)
+        _plan(planned)
+        folder, resumes = Path(planned.args.output_dir), resume_from_checkpoint or planned.args.resume_from_checkpoint
+        if folder.is_dir() and not resumes:
+            RunFolder(folder).check_free()
         return
     restore_config(Path(config))
     run = RunConfig.load(config, overrides)
@@ -84,7 +91,10 @@ def train(
             run, say=say, callbacks=[callback], resume_from_checkpoint=resume, accept_changes=accepted
         )
     found = judge_run(summary)
-    say(f"{found.text if found else 'trained'} in {summary['steps']} steps, {summary['seconds']:.0f} s")
+    since = f", of these {summary['steps'] - start} now" if (start := summary["resumed_from_step"]) else ""
+    say(f"{found.text if found else 'trained'} in {summary['steps']} steps{since}, {summary['seconds']:.0f} s")
+    if found is not None and found.worse and summary["steps"] < _FIRST_STEPS:
+        say(f"accuracy often dips in the first steps and comes back; judge after {_FIRST_STEPS} steps or more")
     say(f"written to {run.args.output_dir} (summary.json, curves.png, model/)")
     write_report(json_file, summary)
     if fail_if_worse and found is not None and found.worse:

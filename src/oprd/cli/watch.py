@@ -28,7 +28,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the table once, and end.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished; in a pipe at once."""
+    """Show where runs stand: step, time left, loss, accuracy, alarms. Ends when all are finished or stopped; in a pipe at once."""
     check_json(json_file)
     from rich.live import Live
 
@@ -43,7 +43,7 @@ def watch(
     else:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             live.update(_picture(watches, found, completions), refresh=True)
-            while any(status.state != "finished" for status in found.values()):
+            while any(status.state not in ("finished", "stopped") for status in found.values()):
                 time.sleep(every)
                 found = _look(watches)
                 live.update(_picture(watches, found, completions), refresh=True)
@@ -84,14 +84,16 @@ def _table(found: Mapping[str, RunStatus]) -> RenderableType:
     table.add_column("run", overflow="ellipsis", no_wrap=True)
     measures = {status.measure for status in found.values()}
     graded = ("reward", "eval reward") if measures == {REWARD} else ("accuracy", "Avg@k")
-    for heading in ("step", "left", "loss", "cosine", *graded):
+    rewarded = any(status.reward is not None for status in found.values())
+    for heading in ("step", "left", "loss", "cosine", *graded, *(["reward"] if rewarded else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name, status in found.items():
         cells = (
             name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}", f"{status.step}/{status.steps or '?'}",
             _time(status.seconds_left), _number(status.loss, ".3g"), _number(status.cosine, ".3f"),
-            _grade(status.accuracy, status.measure, ".0%"), _grade(status.evaluated, status.measure, ".1%"), status.state,
+            _grade(status.accuracy, status.measure, ".0%"), _grade(status.evaluated, status.measure, ".1%"),
+            *([_number(status.reward, ".3g")] if rewarded else []), status.state,
         )  # fmt: skip
         table.add_row(*map(Text, cells))
     return table
@@ -103,6 +105,8 @@ def _remarks(status: RunStatus) -> list[str]:
     if status.alarms:
         last = f"step {status.alarms[-1]}: {status.alarm_text}".removesuffix(": ")
         found.append(f"{len(status.alarms)} alarm{'s' if len(status.alarms) > 1 else ''}, the last at {last}")
+    if status.state == "stopped":
+        found.append(f"stopped at step {status.step}; go on with oprd train --config … --resume auto")
     if status.state == "quiet":
         found.append(f"no news for {_time(status.silence)}; is it still at work?")
     return found
@@ -116,15 +120,18 @@ def _rollouts(name: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     for heading in ("prompt", "completion", "verdict"):
         table.add_column(heading, overflow="fold", ratio=None if heading == "verdict" else 1)
     for row in rows:
-        cells = _prompt(row.get("prompt")), str(row.get("completion", "")), _verdict(row.get("correct"))
+        cells = _prompt(row.get("prompt")), str(row.get("completion", "")), _verdict(row)
         table.add_row(*map(Text, cells))
     return table
 
 
-def _verdict(correct: Any) -> str:
-    """A task's verdict in a word, or a reward."""
-    if isinstance(correct, bool):
-        return "right" if correct else "wrong"
+def _verdict(row: Mapping[str, Any]) -> str:
+    """A task's verdict in a word, with the reference answer where it is wrong; or a reward."""
+    correct, answer = row.get("correct"), row.get("answer")
+    if correct is False:
+        return "wrong" if answer is None else f"wrong: {answer}"
+    if correct is True:
+        return "right"
     return f"{correct:.3g}" if isinstance(correct, int | float) else ""
 
 

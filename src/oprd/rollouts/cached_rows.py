@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from oprd.models.architecture import causal_lm
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.transformers_engine import left_padded
 
-_CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # the second is Mamba's
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""Of a model's forward: the first since transformers 5.24; before it the second, and the third of Mamba."""
 
 _ROOM = 64  # tokens by which keys and values grow at once
 
@@ -35,10 +36,10 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         keys, values = layer.keys, layer.values
         assert keys is not None, "the layer is filled"
         assert values is not None, "the layer is filled"
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._show(keys, values, len(keys), keys.shape[-2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ class CachedRows:
         for place, layer in enumerate(self._cache.layers):
             if type(layer) is DynamicLayer and layer.is_initialized:
                 self._cache.layers[place] = RoomyLayer(layer)
-        if self._cache_argument != _CACHE_ARGUMENTS[0]:
+        if not any(isinstance(layer, CacheLayerMixin) for layer in self._cache.layers):
             self._padded = False  # a recurrent state holds no padding, which the mask would hide
 
     def take(self, rows_R: Int[Tensor, " R"]) -> None:

@@ -6,6 +6,7 @@ reads its own prompt; `oprd.alignment` then pairs the positions as it does for t
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -216,5 +217,9 @@ class Rewriter:
         if any(i not in pieces and i not in mapped and i not in self.same_ids for i in completion):
             return "special_token"
         text = b"".join(b"\xff" if i in mapped else pieces.get(i, b"") for i in completion)
-        rest = text.removeprefix(opening.encode())[len(found.content) :]
-        return "unknown_to_teacher" if rest.decode(errors="ignore") else ""
+        rest = text.removeprefix(opening.encode())[len(found.content) :].replace(b"\xff", b"")
+        try:
+            unwritten = getincrementaldecoder("utf-8")().decode(rest)  # takes a part of a character at the end
+        except UnicodeDecodeError:
+            return "invalid_utf8"
+        return "unknown_to_teacher" if unwritten else ""

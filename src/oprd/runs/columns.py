@@ -104,3 +104,14 @@ def drawn(values: Sequence[float], most: int = MOST_POINTS) -> list[int]:
         part = array_[start:end]
         chosen |= {int(start + part.argmin()), int(start + part.argmax())}
     return sorted(chosen)
+
+
+def row_seconds(row: Mapping[str, Any]) -> float:
+    """Seconds of one step (`time/*`); 0 where times were not recorded. Evaluation is not in them."""
+    return math.fsum(number(row, key) or 0.0 for key in row if key.startswith("time/"))
+
+
+def step_seconds(steps: Columns) -> float | None:
+    """Seconds of all steps, also of those before a resume (`time/*`); None where times were not recorded."""
+    found = [seconds for key in steps.keys if key.startswith("time/") for seconds in steps.series(key)[1]]
+    return math.fsum(found) if found else None

@@ -131,10 +131,23 @@ class RunFolder:
             "are in %s", self.path, ", ".join(found), aside,
         )  # fmt: skip
 
-    def begin_run(self, identity: Mapping[str, Any]) -> None:
-        """Record what the run is, and that it has begun."""
-        write_json(self.path / RUN, {**identity, "finished": False})
+    def begin_run(self, identity: Mapping[str, Any], resumed: Mapping[str, Any] | None = None) -> None:
+        """Record what the run is, and that it has begun.
+
+        Args:
+            identity: of `RunIdentity.as_json`.
+            resumed: `step` from which it goes on, and `changes`: setting → (before, now). None: it starts.
+        """
+        record = {**identity, "finished": False}
+        if resumed is not None:
+            earlier = [part for part in self.read_run().get("resumed", ()) if part["step"] < resumed["step"]]
+            record["resumed"] = [*earlier, resumed]
+        write_json(self.path / RUN, record)
         self._begun = True
+
+    def stop_run(self, step: int) -> None:
+        """Record that the run was stopped, with a checkpoint of this step."""
+        write_json(self.path / RUN, {**self.read_run(), "stopped_at": step})
 
     def end_run(self) -> None:
         """Record that the run reached its end."""

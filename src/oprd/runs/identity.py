@@ -72,12 +72,15 @@ class RunIdentity:
                 changed[key] = (before[key], now)
         return changed
 
-    def check(self, stored: Mapping[str, Any], accepted: Sequence[str] = ()) -> None:
+    def check(self, stored: Mapping[str, Any], accepted: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
         """Refuse to resume a run that is not the stored one. Changes that are accepted, or always may be made, are logged.
 
         Args:
             stored: what `as_json` gave when the run began.
             accepted: keys that the user means to change.
+
+        Returns:
+            What has changed: key → (before, now).
 
         Raises:
             ValueError: shows every difference; or an accepted key does not exist.
@@ -100,6 +103,7 @@ class RunIdentity:
                 f"were, start anew in another output_dir, or mean it: --accept-changes {','.join(refused)} (in Python "
                 "train(…, accept_changes=[…]))"
             )
+        return shown
 
 
 def identify(

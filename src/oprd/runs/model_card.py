@@ -16,6 +16,7 @@ from oprd.files import write_text
 from oprd.objectives.schedules import bounds
 from oprd.runs.folder import RATE_PROBE
 from oprd.runs.measure import measure_of_run
+from oprd.runs.rewards import rewards_in_words
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
 from oprd.states.teacher_settings import describe_teacher, is_student
@@ -122,7 +123,8 @@ def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         "loss": _recorded(summary.get("objective")),
         "learning rate": _rate(summary),
         "steps": _recorded(summary.get("steps")),
-        "seconds of training (of its last part, where it was resumed)": _recorded(summary.get("train_seconds")),
+        "seconds of its steps": _recorded(_rounded(summary.get("step_seconds"))),
+        "reward of rollouts, over the first and the last tenth of the steps": _rewards(summary),
         "seed": _recorded(settings.get("seed")),
         "software": _software(summary),
     }
@@ -135,6 +137,11 @@ def _teacher(settings: Mapping[str, Any]) -> str:
     elsewhere = isinstance(named, Mapping) and not {"model", "use"} & {*named}
     ours = not settings.get("teachers") and (not named or is_student(named) or elsewhere)
     return words if ours else _code(words)
+
+
+def _rewards(summary: Mapping[str, Any]) -> str | None:
+    found = rewards_in_words(summary.get("rewards") or {})
+    return _code(found) if found else None
 
 
 def _rate(summary: Mapping[str, Any]) -> str | None:
@@ -274,8 +281,25 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
     return (
         f"Save as `recipe.yaml`, then `oprd train --config recipe.yaml`, in {how}. Names of files are those of the machine "
-        f"it ran on.\n\n{fence}yaml\n{text}{fence}"
+        f"it ran on.{_resumed(summary)}\n\n{fence}yaml\n{text}{fence}"
     )
+
+
+def _resumed(summary: Mapping[str, Any]) -> str:
+    """A sentence on settings that were changed on the way: one run with the last ones is another run. Empty without changes."""
+    parts = [part for part in summary.get("resumed") or () if part["changes"]]
+    if not parts:
+        return ""
+    said = "; ".join(f"after step {part['step']}, {_changes(part['changes'])}" for part in parts)
+    return f" Settings were changed when it was resumed ({said}), so one run with these is not the same."
+
+
+def _changes(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_code(key)} was {_code(now)} instead of {_code(old)}" for key, (old, now) in changes.items())
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _dataset(settings: Mapping[str, Any], role: str, summary: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ from torch import nn
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.rollouts.engine import RolloutEngine, Sampling
-from oprd.tasks.measures import ACCURACY, Sample, in_words, mean_and_std, measure_of, summarize
-from oprd.tasks.rewards import Reward, RewardFunctions
+from oprd.tasks.measures import ACCURACY, Sample, in_words, mean_and_std, measure_of, reward_keys, summarize
+from oprd.tasks.rewards import TASK, Reward, RewardFunctions
 from oprd.tasks.task import Grader, Task, decided_by
 from oprd.types import Rollouts
 
@@ -284,6 +284,14 @@ def join_parts(parts: Sequence[Evaluation], places: Sequence[Sequence[int]], k: 
     return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts, rewards), rollouts, correct, rewards)
 
 
+def _function_rewards(summary: Mapping[str, Any], measure: str) -> list[str]:
+    """`brevity 0.4` for each reward function; nothing for a single one that is the measure itself."""
+    keys = reward_keys(summary)
+    alone = measure != ACCURACY and len(keys) == 1
+    own = [] if alone else [(name, summary[key]) for name, key in keys.items() if name != TASK]
+    return [f"{name} {value:.3g}" for name, value in own if value is not None]
+
+
 def describe_accuracy(summary: dict[str, Any]) -> str:
     """One line: Avg@k with its interval (of rewards: their mean), Best@k, mean length, share finished."""
     parts = []
@@ -295,6 +303,7 @@ def describe_accuracy(summary: dict[str, Any]) -> str:
         names = (f"Avg@{k}", f"Best@{k}") if measure == ACCURACY else ("reward", f"best of {k}")
         parts.append(f"{names[0]} {average:>6} [{low}, {high}]")
         parts.append(f"{names[1]} {best:>6}")
+        parts += _function_rewards(summary, measure)
     parts.append(f"length {summary['mean_length']:.0f}")
     parts.append(f"finished {summary['finished']:.0%}")
     if summary["ungraded"]:

@@ -5,11 +5,14 @@ Pure functions of plain sequences. `summarize` returns all measures in one dict,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+_OF_FUNCTION = re.compile(r"rewards/(.+)/mean")
 
 
 def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
@@ -180,3 +183,8 @@ def _problems_by_samples(correct: Sequence[Sequence[bool | float]]) -> np.ndarra
     if not np.isfinite(values).all():
         raise ValueError("correct holds a value that is not finite: allowed are verdicts and finite rewards")
     return values
+
+
+def reward_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Reward function → key of its mean, among the keys of a step's metrics or of an evaluation."""
+    return {found[1]: key for key in keys if (found := _OF_FUNCTION.fullmatch(key))}

@@ -23,7 +23,7 @@ from oprd.models.architecture import evaluating
 from oprd.models.loading import LoadedModel, with_tokenizer
 from oprd.models.tokens import check_token_ids
 from oprd.resolve import load
-from oprd.rollouts.engine import Sampling
+from oprd.rollouts.engine import Sampling, derive_seed
 from oprd.rollouts.engines import DecodeEngine, TransformersEngine, make_engine, probe_engine
 from oprd.runs.folder import EVAL_COMPLETIONS, RunFolder
 from oprd.sanitize import redacted
@@ -109,7 +109,7 @@ def evaluate_checkpoint(
         engine: what samples: decode, transformers or vllm.
         on_batch: called with (completions done, of all) as they are made, by engines that work in batches.
         dtype: of the weights; "auto" keeps the checkpoint's.
-        seed: of the sampling.
+        seed: of the sampling; as in a run of one process with this seed.
         instruction: append the task's instruction to problems that do not say how to answer; how many is in the result.
         rendering: how prompts are rendered; a template that prints the date prints today's, which is in the result.
         reading: which columns and subset of the dataset are read.
@@ -140,7 +140,9 @@ def evaluate_checkpoint(
         sampler.on_batch = on_batch
     started = time.perf_counter()
     with grading.grader() as grader:
-        result = sample_and_grade(loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=seed)
+        result = sample_and_grade(
+            loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=derive_seed(seed, 0)
+        )
         stats = dict(decided_by(grader))
     summary = {
         **result.summary,

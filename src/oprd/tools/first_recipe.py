@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from oprd.data.rows import PromptRow
 from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
@@ -173,9 +174,13 @@ def _task_values(
     """
     problems = graded["--eval"]
     report = _read(problems, "test", tokenizer)
-    values["task"], why = (get_task(task).name, "") if task else _guess_task(problems, report, tokenizer)
+    rows_of = {name: load_rows(name, "train", None, 0) for name in graded.values() if not name.startswith(GENERATED)}
+    if task:
+        values["task"], why = get_task(task).name, ""
+    else:
+        values["task"], why = _guess_task(problems, report, rows_of.get(problems), tokenizer)
     formats = {
-        option.removeprefix("--"): _answer_format(option, dataset, values["task"], guessed=task is None)
+        option.removeprefix("--"): _answer_format(option, dataset, rows_of.get(dataset), values["task"], task is None)
         for option, dataset in graded.items()
     }
     mine, evaluated = formats.get("prompts", "plain"), formats["eval"]
@@ -191,19 +196,21 @@ def _task_values(
     return int(report.lengths.max())
 
 
-def _guess_task(dataset: str, report: DatasetReport, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _guess_task(
+    dataset: str, report: DatasetReport, rows: Sequence[PromptRow] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
     """The task of generated problems; `math` where the student chats or something asks for a box, else `exact_match`; and why.
 
     Raises:
         ValueError: a problem has no answer.
     """
-    if dataset.startswith(GENERATED):
+    if rows is None:
         return dataset.removeprefix(GENERATED), ""
     if missing := report.rows - report.answered:
         raise ValueError(
             f"--eval: {missing} of {report.rows} rows of {dataset} have no answer; remove them, or leave --eval out"
         )
-    rows, math_task = load_rows(dataset, "train", None, 0), get_task("math")
+    math_task = get_task("math")
     asks = any(math_task.instruction_mark in str(row.prompt) for row in rows)
     solutions = fitting_format([str(row.answer) for row in rows], math_task) not in (None, "plain")
     if tokenizer.chat_template or asks or solutions:
@@ -211,21 +218,22 @@ def _guess_task(dataset: str, report: DatasetReport, tokenizer: PreTrainedTokeni
     return "exact_match", "no chat template: the whole completion is the answer (math grades the last \\boxed{})"
 
 
-def _answer_format(option: str, dataset: str, task: str, *, guessed: bool) -> str:
+def _answer_format(option: str, dataset: str, rows: Sequence[PromptRow] | None, task: str, guessed: bool) -> str:
     """How the answers of a dataset are written.
 
     Args:
         option: that names the dataset, for messages.
         dataset: file, hub name or `generated:<task>`.
+        rows: its rows; None: generated.
         task: that compares the answers.
         guessed: whether nobody named the task.
 
     Raises:
         ValueError: the task cannot use them in any format.
     """
-    if dataset.startswith(GENERATED):
+    if rows is None:
         return "plain"
-    rows, grader = load_rows(dataset, "train", None, 0), get_task(task)
+    grader = get_task(task)
     if (found := fitting_format([row.answer for row in rows if row.answer is not None], grader)) is not None:
         return found
     try:

@@ -56,7 +56,7 @@ class Push:
         found += [
             f"  {CARD}  {len(self.card.encode()):,} bytes",
             "",
-            *self.card.split("## Results")[0].rstrip().splitlines(),
+            *self.card.rstrip().splitlines(),
             "",
         ]
         return found + [f"WARNING: {warning}" for warning in self.warnings]
@@ -221,9 +221,14 @@ def _warnings(run: LoadedRun) -> Iterator[str]:
         if isinstance(teacher, Mapping) and key in teacher:
             yield f"the card's recipe and oprd/config.yaml name the teacher's {key}, {teacher[key]}: see whether others may read it"
     if (closed := run.summary.get("gap_closed")) is not None and closed < 0:
-        yield f"the run lost {-closed:.0%} of the gap to its teacher"
+        yield f"the gap to the teacher grew by {-closed:.0%}"
     if run.summary.get("export_verified") is False:
         yield "the saved model is not the one that was trained (export_verified is false in summary.json)"
+    names = {key: run.config.get(key) for key in ("model", "teacher_model", "train_dataset", "eval_dataset", "bridge")}
+    if here := [f"{key} {name}" for key, name in names.items() if isinstance(name, str) and Path(name).exists()]:
+        yield f"the card names files of this machine ({', '.join(here)}), which mean nothing to others"
+    if any(part["changes"] for part in run.summary.get("resumed") or ()):
+        yield "settings were changed when the run was resumed, so the card's recipe is not the same run"
     if not run.config.get("eval_dataset"):
         yield "accuracy was not measured: the card says so"
 

@@ -6,7 +6,6 @@ Nothing is written, and no lock is taken: a run does not notice that it is watch
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oprd.runs.columns import number
+from oprd.runs.columns import number, row_seconds
 from oprd.runs.folder import COMPLETIONS, METRICS, RUN, SUMMARY, read_mapping
 from oprd.runs.jsonl import Damage, read_lines
 from oprd.runs.measure import measure_of_run
@@ -31,12 +30,14 @@ class RunStatus:
     """Where a run stands. None: not known, or not measured.
 
     Args:
-        state: "waiting" (no step yet), "running", "quiet" (no news for long: it may have been killed) or "finished".
+        state: "waiting" (no step yet), "running", "stopped" (by a signal, with a checkpoint), "quiet" (no news for long: it may
+            have been killed) or "finished".
         step: last step.
         steps: of the whole run.
         loss: of the last step.
         cosine: between student and teacher, of the last step.
         accuracy: of the last step's rollouts; of a rewarded run, their mean reward.
+        reward: their mean reward, where reward functions stand beside a task.
         evaluated: newest Avg@k of the eval_dataset.
         seconds_a_step: median of the last steps.
         seconds_left: at this pace.
@@ -53,6 +54,7 @@ class RunStatus:
     loss: float | None = None
     cosine: float | None = None
     accuracy: float | None = None
+    reward: float | None = None
     evaluated: float | None = None
     seconds_a_step: float | None = None
     seconds_left: float | None = None
@@ -94,18 +96,20 @@ class RunWatch:
         step = int(number(self._last, "step") or 0)
         pace = statistics.median(self._seconds) if self._seconds else None
         finished = "steps" in summary and record.get("finished", True) is True
+        stopped = not finished and "stopped_at" in record
         silence = self._silence()
         patience = max(QUIET, 10 * (pace or 0.0))
         quiet = silence is not None and silence > patience
         verdict = judge_run(summary) if finished else None
+        measure = measure_of_run(record.get("settings") or {}, summary, self._keys)
         return RunStatus(
-            state="finished" if finished else "quiet" if quiet else "running" if step else "waiting",
+            state=_state(finished=finished, stopped=stopped, quiet=quiet, begun=step > 0),
             step=step, steps=steps,
             loss=number(self._last, "loss"), cosine=number(self._last, "cosine"), accuracy=number(self._last, "accuracy"),
             evaluated=_average(summary) if finished else self._evaluated, seconds_a_step=pace,
-            seconds_left=None if finished or steps is None or pace is None else max(steps - step, 0) * pace,
+            seconds_left=None if finished or stopped or steps is None or pace is None else max(steps - step, 0) * pace,
             silence=silence, alarms=tuple(self._alarms), alarm_text=self._alarm_text, verdict=verdict.text if verdict else None,
-            measure=measure_of_run(record.get("settings") or {}, summary, self._keys),
+            measure=measure, reward=number(self._last, "reward") if measure == ACCURACY else None,
         )  # fmt: skip
 
     def completions(self) -> Sequence[Mapping[str, Any]]:
@@ -136,8 +140,7 @@ class RunWatch:
             return
         self._last = row
         self._keys |= {*row}
-        seconds = math.fsum(number(row, name) or 0.0 for name in row if name.startswith("time/"))
-        self._seconds = [*self._seconds, seconds][-_RECENT:]
+        self._seconds = [*self._seconds, row_seconds(row)][-_RECENT:]
         if row.get("alarm"):
             self._alarms.append(int(number(row, "step") or 0))
             self._alarm_text = str(row.get("alarm_text", ""))
@@ -152,6 +155,11 @@ class RunWatch:
     def _silence(self) -> float | None:
         files = [file for name in (METRICS, RUN) if (file := self.folder / name).is_file()]
         return max(0.0, time.time() - max(file.stat().st_mtime for file in files)) if files else None
+
+
+def _state(*, finished: bool, stopped: bool, quiet: bool, begun: bool) -> str:
+    known = {"finished": finished, "stopped": stopped, "quiet": quiet, "running": begun}
+    return next((state for state, there in known.items() if there), "waiting")
 
 
 def _average(summary: Mapping[str, Any]) -> float | None:

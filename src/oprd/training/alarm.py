@@ -110,7 +110,7 @@ class RisingLoss:
             return None
         self._quiet_until = self._steps + self.args.alarm_window
         rate = float(self.args.learning_rate)
-        return f"{' and '.join(found)}; lower learning_rate (now {rate:g}), for example to {rate / 3:.2g}"
+        return f"{' and '.join(found)}; lower learning_rate (now {rate:g}), for example to {rate / 3:.2g} or {rate / 10:.2g}"
 
     def _look(self, name: str, row: Mapping[str, Any]) -> str | None:
         loss = row.get(f"loss/{name}")
@@ -133,7 +133,7 @@ class RisingLoss:
             return None
         what = "" if len(self._terms) == 1 else f" ({name})"
         rise, low, now = (math.exp(value) for value in (mean - lowest, lowest, mean))
-        return f"the loss{what} rises: {rise:.2g} × since step {since} ({low:.3g} -> {now:.3g})"
+        return f"the loss{what} rises: {_times(rise)} × since step {since} ({low:.3g} -> {now:.3g})"
 
 
 class UselessSteps:
@@ -338,3 +338,8 @@ def unequal_terms(row: Mapping[str, Any], terms: Mapping[str, Term]) -> tuple[fl
         f"{large} is {ratio:.3g} times as much of the loss as {small} ({parts[large]:.3g} and {parts[small]:.3g}, with their "
         f"weights): {small} may teach nothing; change a weight, if that is not meant"
     )
+
+
+def _times(ratio: float) -> str:
+    """A ratio with two digits, without an exponent."""
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"

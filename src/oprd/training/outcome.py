@@ -24,10 +24,12 @@ from oprd.models.export_check import ExportCheck, check_export, compare_files
 from oprd.models.quantization import rounded_weights
 from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective
+from oprd.runs.columns import Columns, step_seconds
 from oprd.runs.curves import plot_run
 from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
 from oprd.runs.grades import problem_key, record_grades
 from oprd.runs.model_card import write_model_card
+from oprd.runs.rewards import reward_changes, rewards_in_words
 from oprd.runs.verdict import judge_run
 from oprd.tasks.evaluation import Measured, describe_accuracy
 from oprd.tasks.measures import REWARD
@@ -43,12 +45,12 @@ Say = Callable[[str], None]
 _FEW_PROBLEMS = 8  # of fewer, none may be solved by chance
 
 
-def measure_before(trainer: OPRDTrainer, *, resumed: bool, say: Say) -> dict[str, Any]:
+def measure_before(trainer: OPRDTrainer, *, resumed_at: int | None, say: Say) -> dict[str, Any]:
     """Write `config.yaml`, and evaluate teacher and student before training, as the run asks for. All processes take part.
 
     Args:
         trainer: whose run has begun.
-        resumed: take what an earlier part of the run has measured.
+        resumed_at: step from which the run goes on: what an earlier part of it has measured is taken; None: it starts.
         say: called with each line of news.
 
     Returns:
@@ -57,13 +59,15 @@ def measure_before(trainer: OPRDTrainer, *, resumed: bool, say: Say) -> dict[str
     summary: dict[str, Any] = dict.fromkeys(
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
-    if resumed:  # on every rank: all must agree on what is left to evaluate together
+    if resumed_at is not None:  # on every rank: all must agree on what is left to evaluate together
         summary |= _measured_before(trainer.run_folder)
     if trainer.is_world_process_zero():
         write_text(trainer.run_folder.path / CONFIG, yaml.safe_dump(_settings(trainer), sort_keys=False))
         if trainer.rate_probe is not None:
             write_json(trainer.run_folder.path / RATE_PROBE, trainer.rate_probe)
     say(_describe(trainer))
+    if resumed_at is not None:
+        say(f"resumed from step {resumed_at}")
     if trainer.eval_dataset:
         _evaluate_before(trainer, summary, say)
     return summary
@@ -88,6 +92,7 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
     if trainer.eval_dataset:
         summary["student_after"] = _keep(trainer, "student_after", trainer.measure_now(), say)
     summary |= _judged(summary)
+    summary |= _over_steps(trainer, say)
     summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
     if trainer.is_world_process_zero():
         write_model_card(folder / "model", summary, settings)
@@ -192,6 +197,18 @@ def _judged(summary: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         return dict.fromkeys(("gap_closed", "gap_closed_ci95", "verdict"))
     return {"gap_closed": found.gap_closed, "gap_closed_ci95": found.ci95, "verdict": found.text}
+
+
+def _over_steps(trainer: OPRDTrainer, say: Say) -> dict[str, Any]:
+    """For the summary, over all parts of a resumed run: seconds, where it was resumed, and how each mean reward moved."""
+    if not trainer.is_world_process_zero():
+        return {}
+    steps = Columns(row for row in trainer.run_folder.metrics() if "loss" in row)
+    rewards = reward_changes(steps)
+    if said := rewards_in_words(rewards):
+        say(f"reward of rollouts, means over the first and the last tenth of the steps: {said}")
+    resumed = trainer.run_folder.read_run().get("resumed", [])
+    return {"step_seconds": step_seconds(steps), "resumed": resumed, "rewards": rewards}
 
 
 def _keep(trainer: OPRDTrainer, key: str, found: Measured, say: Say) -> dict[str, Any]:

@@ -357,7 +357,7 @@ class OPRDTrainer(Trainer):
                 self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
             checkpoint, self._begun = self._checkpoint, False
             if outputs:
-                self.summary = measure_before(self, resumed=checkpoint is not None, say=say)
+                self.summary = measure_before(self, resumed_at=step_of(checkpoint) if checkpoint else None, say=say)
             train_started = time.perf_counter()
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
@@ -405,12 +405,14 @@ class OPRDTrainer(Trainer):
         """
         if self.is_world_process_zero():
             assert self.identity is not None, "the first process saves"
+            resumed = None
             if checkpoint:
-                self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
+                changes = self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
+                resumed = {"step": step_of(checkpoint), "changes": changes}
                 self.run_folder.cut_back(step_of(checkpoint))
             else:
                 self.run_folder.make_free()
-            self.run_folder.begin_run(self.identity.as_json())
+            self.run_folder.begin_run(self.identity.as_json(), resumed)
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
         self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
@@ -432,6 +434,7 @@ class OPRDTrainer(Trainer):
             if not checkpoint.exists():
                 self._save_checkpoint(self.model, None)
             if isinstance(error, StoppedBySignal):
+                self.run_folder.stop_run(step)
                 raise StoppedBySignal(error.signal, str(checkpoint)) from error
             raise ConnectionError(f"{error}. {checkpoint} is saved; --resume auto goes on from it") from error
 
@@ -450,6 +453,8 @@ class OPRDTrainer(Trainer):
         logger.warning(
             "stopped by a signal after step %d of %d: %s", self.state.global_step, self.state.max_steps, checkpoint
         )
+        if self.is_world_process_zero():
+            self.run_folder.stop_run(self.state.global_step)
         raise StoppedBySignal(number, str(checkpoint))
 
     def evaluate(

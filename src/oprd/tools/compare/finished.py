@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from oprd.runs.columns import number
 from oprd.runs.grades import read_grades
 from oprd.tasks.measures import in_words
 from oprd.tools.compare.difference import PROBLEMS, Difference, over_problems, unpaired, why_not_paired
+from oprd.tools.compare.results import ROLLOUTS
 from oprd.tools.compare.words import difference_in_words, with_interval
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of, read_runs
 
@@ -55,7 +57,7 @@ def compare_runs(folders: Sequence[Path], baseline: str | None = None) -> dict[s
         "baseline": first.name,
         "measure": units[first.name],
         "runs": [_result(record, first) for record in records],
-        "settings": _differing([record.config for record in records]),
+        "settings": _differing([{**record.config, **_shape(record)} for record in records]),
     }
 
 
@@ -79,7 +81,7 @@ def runs_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     name = f"Avg@{runs[0]['k']}" if measure == "accuracy" else "reward"
     header = [
         "run", "loss", f"{name} before", f"{name} after [95 %]", f"difference to {report['baseline']} [95 %]", "teacher",
-        "gap closed", "steps", "seconds",
+        "gap closed", "steps", "seconds of steps",
     ]  # fmt: skip
     rows = [
         [
@@ -99,8 +101,8 @@ def runs_notes(report: Mapping[str, Any]) -> list[str]:
     if pairs := sorted({d["pairs"] for d in found.values() if d["over"] == PROBLEMS}):
         count = " or ".join(map(str, pairs))
         lines.append(
-            f"Differences are paired by problem ({count} problems), with a bootstrap interval over problems: 95 % of such "
-            "intervals cover the difference on all problems of this kind. The spread over training seeds is not in them: for that, "
+            f"Differences are paired by problem ({count} problems), with a 95 % bootstrap interval over problems: where it "
+            "leaves 0 out, the runs differ on problems of this kind. The spread over training seeds is not in it: for that, "
             "train several seeds (oprd compare --config FILE)."
         )
     lines += [
@@ -141,8 +143,21 @@ def _result(record: RunRecord, baseline: RunRecord) -> dict[str, Any]:
         "teacher": number(measured(record, "teacher"), "avg_at_k"),
         "gap_closed": number(record.summary, "gap_closed"),
         "steps": number(record.summary, "steps"),
-        "seconds": number(record.summary, "seconds"),
+        "seconds": record.step_seconds,
         "difference": None if difference is None else difference.as_json(),
+    }
+
+
+def _shape(record: RunRecord) -> dict[str, Any]:
+    """What no setting says alone: processes, the rollouts of a step over all of them, and changes on the way."""
+    processes = record.summary.get("processes")
+    sizes = [size for size in (processes, *map(record.config.get, ROLLOUTS)) if isinstance(size, int)]
+    known = len(sizes) == 1 + len(ROLLOUTS)
+    changed = [str(part["step"]) for part in record.summary.get("resumed") or () if part["changes"]]
+    return {
+        "processes": processes,
+        **({"rollouts a step": math.prod(sizes)} if known else {}),
+        "settings changed after step": ", ".join(changed) or None,
     }
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from oprd.runs.columns import row_seconds
 from oprd.runs.folder import METRICS, SUMMARY
 from oprd.runs.grades import read_grades
 from oprd.runs.jsonl import read_lines
@@ -109,8 +110,8 @@ def read_result(run: Run, before: float | None) -> Result:
     for line in read_lines(run.folder / METRICS):
         if "eval_avg_at_k" in line.row:
             points.append(Point(line.row["step"], seconds, line.row["eval_avg_at_k"]))
-        else:  # a training step; its times do not include evaluation
-            seconds += sum(value for key, value in line.row.items() if key.startswith("time/"))
+        else:  # a training step
+            seconds += row_seconds(line.row)
     after = (summary.get("student_after") or {}).get("avg_at_k")
     if after is not None and (not points or points[-1].step != summary["steps"]):
         points.append(Point(summary["steps"], seconds, after))

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+from oprd.bridge.curve import DIRECT_R2, SAME_CKA, USABLE_CKA
 from oprd.config import AUTO
 from oprd.sanitize import printable
 from oprd.states.layer_maps import KEPT
 from oprd.tasks.measures import ACCURACY, REWARD, in_words
-from oprd.tools.diagnose.verdict import PRUNED, agreeing, spread
+from oprd.tools.diagnose.verdict import PRUNED, spread
 
 Report = Mapping[str, Any]
 
@@ -44,7 +44,8 @@ def advise(report: Report) -> dict[str, Any]:
     settings = {"model": report["student"], "teacher_model": report["teacher"], **_text(report)}
     for rule in rules:
         settings |= rule["settings"]
-    command = bridge_command(report) if report["verdict"]["bridge"] else None
+    verdict = report["verdict"]
+    command = bridge_command(report) if verdict["bridge"] and verdict["kind"] != "unrelated" else None
     return {"advice": rules, "recipe": yaml.safe_dump(settings, sort_keys=False), "bridge_command": command}
 
 
@@ -101,7 +102,8 @@ def _layers(report: Report) -> dict[str, Any] | None:
             f"{', '.join(map(str, kept))}", layers="all", layer_map=KEPT,
         )  # fmt: skip
     upper, layers = verdict["layers"], report["layers"]
-    only = sorted(set(upper) - agreeing(layers))
+    columns = zip(layers["layer"], layers["cka"], layers["cka_directions"], strict=True)
+    only = [layer for layer, raw, unit in columns if layer in upper and raw < SAME_CKA <= unit]
     gate = "reach" if min(layers["cka_directions"]) >= GATE_CKA else "do not reach"
     because = (
         f"states scaled to unit length have CKA {spread(layers['cka_directions'])}, "
@@ -117,7 +119,7 @@ def _layers(report: Report) -> dict[str, Any] | None:
         return _rule("layers", "all", f"every layer agrees: {because}", layers="all")
     return _rule(
         "layers", f"{upper[0]} to {upper[-1]}",
-        f"below layer {upper[0]} CKA is under {DIRECT_CKA} or direct R² under {DIRECT_R2}; {because}", layers=upper,
+        f"below layer {upper[0]} direct R² is under {DIRECT_R2}; {because}", layers=upper,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from oprd.bridge.curve import DIRECT_CKA, DIRECT_R2, USABLE_CKA
+from oprd.bridge.curve import DIRECT_R2, SAME_CKA, USABLE_CKA
 
 Report = Mapping[str, Any]
 PRUNED = "pruned copy"
@@ -14,8 +14,8 @@ PRUNED = "pruned copy"
 def judge(report: Report) -> dict[str, Any]:
     """Decide whether the two models have the same origin, so that their states can be compared dimension by dimension.
 
-    - "same origin": same shape and tokenizer, and on every layer CKA ≥ `DIRECT_CKA` and direct R² ≥ `DIRECT_R2`, both of raw
-      states or both of states scaled to unit length (for models where a few large states dominate).
+    - "same origin": same shape and tokenizer, and on every layer direct R² ≥ `DIRECT_R2`, of raw states or of states scaled to
+      unit length (for models where a few large states dominate).
     - "same origin, upper layers": the same, from some layer to the last.
     - "pruned copy": the student is the teacher without some layers, by equal weights or by its config (`kept_layers`).
     - "other coordinates": the last layers agree up to a rotation (CKA), but dimension by dimension they do not (R²).
@@ -65,13 +65,13 @@ def _kind(report: Report) -> tuple[str, list[int]]:
     upper = [layer for layer in layers["layer"] if all(above in agree for above in layers["layer"][layer - 1 :])]
     if upper:
         return ("same origin" if len(upper) == len(layers["layer"]) else "same origin, upper layers"), upper
-    return ("other coordinates" if layers["cka"][-1] >= DIRECT_CKA else "other origin"), []
+    return ("other coordinates" if layers["cka"][-1] >= SAME_CKA else "other origin"), []
 
 
 def agreeing(layers: Mapping[str, Any], of: str = "") -> set[int]:
     """Layers that agree without a bridge: by raw states, or with `of="_directions"` by states scaled to unit length."""
-    columns = zip(layers["layer"], layers[f"cka{of}"], layers[f"direct_r2{of}"], strict=True)
-    return {layer for layer, cka, r2 in columns if cka >= DIRECT_CKA and r2 is not None and r2 >= DIRECT_R2}
+    columns = zip(layers["layer"], layers[f"direct_r2{of}"], strict=True)
+    return {layer for layer, r2 in columns if r2 is not None and r2 >= DIRECT_R2}
 
 
 def _shapes(report: Report) -> str:

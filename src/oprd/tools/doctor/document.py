@@ -1,4 +1,4 @@
-"""The doctor's tables in docs/scale.md: predicted beside measured memory, and well-known sizes."""
+"""The doctor's tables in docs/memory.md: predicted beside measured memory, and well-known sizes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def render(
     """The document with its three blocks brought up to date.
 
     Args:
-        text: docs/scale.md.
+        text: docs/memory.md.
         result: content of benchmarks/doctor.json.
         gpu: content of benchmarks/doctor_cuda.json.
         predicted: name of a configuration → predicted bytes `held` and `peak`, and of a GPU's `milliseconds`.
@@ -69,7 +69,7 @@ def render(
     }
     found = [match["name"] for match in _BLOCK.finditer(text)]
     if sorted(found) != sorted(blocks):
-        raise ValueError(f"docs/scale.md has the blocks {found}; it must have each of {', '.join(blocks)} once")
+        raise ValueError(f"docs/memory.md has the blocks {found}; it must have each of {', '.join(blocks)} once")
     return _BLOCK.sub(
         lambda match: (
             f"<!-- {match['name']}: written by benchmarks/doctor.py -->\n{blocks[match['name']]}\n<!-- end -->"

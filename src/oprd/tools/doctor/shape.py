@@ -14,7 +14,7 @@ from oprd.models.architecture import blocks, causal_lm
 from oprd.models.loading import load_config
 
 CHECKED = ("llama", "qwen2")
-"""Model types for which tests/test_doctor.py and docs/scale.md check the formulas against measurements."""
+"""Model types for which tests/test_doctor.py and docs/memory.md check the formulas against measurements."""
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

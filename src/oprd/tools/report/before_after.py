@@ -25,7 +25,13 @@ from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
 from oprd.tasks.task import get_task, with_instruction
-from oprd.tools.report.distances import comparable_teacher, layer_distances, rounded, token_texts
+from oprd.tools.report.distances import (
+    comparable_teacher,
+    other_texts,
+    read_rollouts,
+    rounded,
+    token_texts,
+)
 from oprd.tools.report.read import RunRecord
 from oprd.tools.report.rollouts import (
     FORMAT,
@@ -203,7 +209,7 @@ class _Reader:
         sides = [
             Side(
                 prompt=prompt_text(prompts[row].row.prompt), text=text, correct=verdict, finish_reason=reason,
-                length=len(ids),
+                length=len(ids), answer=prompts[row].row.answer,
             )
             for row, text, verdict, reason, ids in zip(
                 rollouts.rows, rollouts.texts, verdicts, rollouts.finish_reasons, rollouts.completion_ids, strict=True
@@ -245,14 +251,15 @@ class _Reader:
     def _read(self, student: LoadedModel, sides: Sequence[Side], rollouts: Rollouts) -> list[Side]:
         if self.teacher is None:
             return list(sides)
-        found = layer_distances(ModelPair(student, self.teacher, layers=self.layers), rollouts)
+        found = read_rollouts(ModelPair(student, self.teacher, layers=self.layers), rollouts)
         kept = [self.layers.index(layer) for layer in self.shown_layers]
         return [
             replace(
-                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(own_LT.mean(0))),
-                by_layer=tuple(tuple(rounded(own_LT[place])) for place in kept),
+                side, tokens=tuple(token_texts(self.tokenizer, ids)), distances=tuple(rounded(one.distances_LT.mean(0))),
+                by_layer=tuple(tuple(rounded(one.distances_LT[place])) for place in kept),
+                preferred=tuple(other_texts(self.tokenizer, ids, one.preferred, self.engine.stop_token_ids)),
             )
-            for side, ids, own_LT in zip(sides, rollouts.completion_ids, found, strict=True)
+            for side, ids, one in zip(sides, rollouts.completion_ids, found, strict=True)
         ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oprd.runs.columns import MOST_POINTS, drawn, number, spaced
-from oprd.tasks.measures import REWARD
+from oprd.tasks.measures import REWARD, reward_keys
 from oprd.tools.report.read import RunRecord, interval, measured
 
 PHASES = ("rollout", "grade", "teacher", "update", "optimizer")
@@ -103,12 +103,14 @@ def grades_panel(records: Sequence[RunRecord]) -> Panel:
 def panels(records: Sequence[RunRecord]) -> tuple[list[Panel], list[str]]:
     """The panels with values in some run, and the titles of those without.
 
-    If a run has several loss terms, their panels follow that of the loss.
+    If a run has several loss terms, their panels follow that of the loss. Reward functions come first, one panel each.
     """
     of_run = [{key for key in record.steps.keys if key.startswith(_LOSS)} for record in records]
     terms = sorted(set().union(*of_run))[:_MOST_TERMS]
     several = any(len(keys) > 1 for keys in of_run)
-    wanted = []
+    rewards = dict(sorted(set().union(*(reward_keys(record.steps.keys).items() for record in records))))
+    wanted = [Panel("Weighted sum of the rewards", ("reward",), "mean over rollouts")] if len(rewards) > 1 else []
+    wanted += [Panel(f"Reward: {name}", (key,), "mean over rollouts") for name, key in [*rewards.items()][:_MOST_TERMS]]
     for panel in _PANELS:
         wanted.append(panel)
         if panel.keys == ("loss",) and several:

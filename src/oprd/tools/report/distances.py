@@ -7,7 +7,9 @@ predicts the token. With a bridge, both states are projected first. 0: same dire
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.bridge import Bridge
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.fingerprint import fingerprint
+from oprd.models.lm_head import LMHead
 from oprd.models.loading import LoadedModel, check_same_shape
 from oprd.models.pruning import KeptBlocks
 from oprd.models.tokens import check_same_tokens
@@ -26,10 +29,11 @@ from oprd.states.capture import gather_states
 from oprd.states.layer_maps import KEPT, compared_layers
 from oprd.states.mapped import map_teacher
 from oprd.states.requests import plan_micro_batches, request_states
-from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher
-from oprd.types import Rollouts
+from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, has_head
+from oprd.types import Rollouts, States
 
 _MICRO_BATCH_TOKENS = 4096
+_HEAD_ROWS = 256  # positions whose logits are in memory at once
 _OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map")
 
 
@@ -75,9 +79,23 @@ def comparable_teacher(
     return BridgedTeacher(frozen, bridge), layers
 
 
+@dataclass(frozen=True)
+class ReadRollout:
+    """What both models make of one rollout.
+
+    Args:
+        distances_LT: `[layers, tokens]`, float32: the distance of every layer at every response token.
+        preferred: the teacher's likeliest token at every response token, given the rollout's tokens before it; empty where the
+            teacher has no LM head here.
+    """
+
+    distances_LT: Tensor
+    preferred: list[int]
+
+
 @torch.no_grad()
-def layer_distances(pair: ModelPair, rollouts: Rollouts) -> list[Tensor]:
-    """The distance of every layer at every response token: for each rollout one tensor `[layers, tokens]`, float32.
+def read_rollouts(pair: ModelPair, rollouts: Rollouts) -> list[ReadRollout]:
+    """Let both models read rollouts, once.
 
     Args:
         pair: student and teacher; both read the same tokens. Its layers are compared.
@@ -87,10 +105,12 @@ def layer_distances(pair: ModelPair, rollouts: Rollouts) -> list[Tensor]:
         ValueError: `pair.layers` names a layer that one of the models does not have.
     """
     model, device = pair.student.model, next(pair.student.model.parameters()).device
-    results: list[Tensor] = [torch.empty(0)] * len(rollouts)
+    head = pair.teacher.head() if has_head(pair.teacher) else None
+    found: dict[int, ReadRollout] = {}
     for group in plan_micro_batches(rollouts.input_lengths, _MICRO_BATCH_TOKENS):
-        request = request_states(rollouts.select(group), pair.layers, pad_token_id=pair.pad_token_id).to(device)
-        student, teacher = gather_states(model, request), pair.teacher.states(request)
+        read = rollouts.select(group)
+        request = request_states(read, pair.layers, pad_token_id=pair.pad_token_id, head=head is not None).to(device)
+        student, teacher = gather_states(model, replace(request, head=None)), pair.teacher.states(request)
         lines = []
         for layer, own, theirs in zip(student.layers, student.values, teacher.values, strict=True):
             if isinstance(pair.teacher, ProjectsStudent):
@@ -98,14 +118,22 @@ def layer_distances(pair: ModelPair, rollouts: Rollouts) -> list[Tensor]:
             lines.append((1 - cosine(own, theirs)).clamp_min(0))
         distances_LN = torch.stack(lines).cpu()
         index_N = student.rollout_index.cpu()
+        likeliest = iter(() if head is None else _likeliest(head, teacher))
         for place, index in enumerate(group):
-            results[index] = distances_LN[:, index_N == place]
-    return results
+            preferred = [*islice(likeliest, read.completion_lengths[place])]
+            found[index] = ReadRollout(distances_LN[:, index_N == place], preferred)
+    return [found[index] for index in range(len(rollouts))]
+
+
+def _likeliest(head: LMHead, teacher: States) -> list[int]:
+    """The likeliest next token at each position that the head reads."""
+    assert teacher.head_MD is not None, "the request asks for it"
+    return [token for part in teacher.head_MD.split(_HEAD_ROWS) for token in head.logits(part).argmax(-1).tolist()]
 
 
 def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
-    """The distance at every response token of every rollout: the mean over layers of `layer_distances`."""
-    return [rounded(own.mean(0)) for own in layer_distances(pair, rollouts)]
+    """The distance at every response token of every rollout: the mean over layers."""
+    return [rounded(one.distances_LT.mean(0)) for one in read_rollouts(pair, rollouts)]
 
 
 def rounded(distances_T: Tensor) -> list[float]:
@@ -117,10 +145,25 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     """The text that each token adds; "" where a token ends inside a character."""
     pieces, done = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = _text(tokenizer, ids[:end])
         if text.endswith("\ufffd") and end < len(ids):
             pieces.append("")
             continue
         pieces.append(text[len(done) :])
         done = text
     return pieces
+
+
+def other_texts(
+    tokenizer: PreTrainedTokenizerBase, written: Sequence[int], preferred: Sequence[int], stops: Collection[int]
+) -> list[str]:
+    """The text of each preferred token in place of the written one; "" where they are the same, or both end the response."""
+    found = []
+    for place, (own, other) in enumerate(zip(written, preferred, strict=False)):
+        same, before = own == other or {own, other} <= {*stops}, written[:place]
+        found.append("" if same else _text(tokenizer, [*before, other])[len(_text(tokenizer, before)) :])
+    return found
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -27,6 +27,7 @@ from oprd.tools.report.rollouts import (
     as_side,
     as_wrong,
     choose,
+    disagreements,
     is_wrong,
     logged_pairs,
     read_distances,
@@ -38,7 +39,7 @@ from oprd.tools.report.text import plain, shown, shown_token
 MARK = "<!-- written by oprd report -->"
 _TEMPLATE, _STYLE, _SCRIPT = "page.html.jinja", "page.css", "page.js"
 _LEVELS = 10  # colours of distances; page.css has the same number of classes
-_SHOWN_TOKENS, _SHOWN_PAIRS, _SHOWN_ROLLOUTS = 4000, 12, 200
+_SHOWN_TOKENS, _SHOWN_PAIRS, _SHOWN_ROLLOUTS, _SHOWN_DISAGREEMENTS = 4000, 12, 200, 20
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,14 @@ def render(records: Sequence[RunRecord], comparisons: Sequence[Comparison] = ())
         "letter": draw.letter,
         "layers": _layers,
         "duration": duration,
+        "disagreements": disagreements,
     }
     environment.globals |= {
         "level": scales.level,
         "levels_of_layers": scales.of_layers,
         "numbers": lambda panel: [(c, curves.extent(c)) for c in of_panel[panel.title]],
         "max_tokens": _SHOWN_TOKENS,
+        "max_disagreements": _SHOWN_DISAGREEMENTS,
     }
     return environment.get_template(_TEMPLATE).render(
         mark=Markup(MARK),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from oprd.runs.columns import Columns, number
+from oprd.runs.columns import Columns, number, step_seconds
 from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
 from oprd.runs.measure import measure_of_run
@@ -53,6 +53,12 @@ class RunRecord:
     def measure(self) -> str:
         """Whether its grades are accuracies or rewards; see `oprd.runs.measure`."""
         return measure_of_run(self.config, self.summary, self.steps.keys)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of all steps, also of those before a resume; from the summary where times were not recorded."""
+        taken = step_seconds(self.steps)
+        return number(self.summary, "train_seconds") if taken is None else taken
 
 
 class LoggedRollouts:

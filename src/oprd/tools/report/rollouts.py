@@ -17,7 +17,7 @@ from oprd.files import write_json
 from oprd.runs.columns import spaced
 
 DISTANCES = "distances.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Side:
         tokens: text of each token; empty without distances.
         distances: distance between student and teacher at each token (`oprd.tools.report.distances`).
         by_layer: the same for each of `Distances.shown_layers`; empty without.
+        answer: the reference answer, None where there is none.
+        preferred: text of the teacher's likeliest token at each token, "" where it is the written one; empty without.
     """
 
     prompt: str
@@ -45,12 +47,16 @@ class Side:
     tokens: tuple[str, ...] = ()
     distances: tuple[float, ...] = ()
     by_layer: tuple[tuple[float, ...], ...] = ()
+    answer: str | None = None
+    preferred: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
         if any(len(line) != len(self.tokens) for line in self.by_layer):
             raise ValueError(f"a layer has another number of distances than there are tokens ({len(self.tokens)})")
+        if self.preferred and len(self.preferred) != len(self.tokens):
+            raise ValueError(f"{len(self.preferred)} tokens of the teacher for {len(self.tokens)} tokens")
         if self.correct is not None and not math.isfinite(self.correct):
             raise ValueError("a reward is no finite number")
         if not all(math.isfinite(d) and d >= 0 for line in (self.distances, *self.by_layer) for d in line):
@@ -60,6 +66,32 @@ class Side:
     def mean_distance(self) -> float | None:
         """Mean over the tokens; None without distances."""
         return math.fsum(self.distances) / len(self.distances) if self.distances else None
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A token in whose place the teacher would write another one.
+
+    Args:
+        token: its number, from 1.
+        before: the text before it.
+        written: the student's token.
+        preferred: the teacher's likeliest token there.
+    """
+
+    token: int
+    before: str
+    written: str
+    preferred: str
+
+
+def disagreements(side: Side) -> list[Disagreement]:
+    """Where the teacher would write another token, in the order of the rollout."""
+    return [
+        Disagreement(place + 1, "".join(side.tokens[:place]), side.tokens[place], preferred)
+        for place, preferred in enumerate(side.preferred)
+        if preferred
+    ]
 
 
 @dataclass(frozen=True)
@@ -218,6 +250,7 @@ def as_side(row: Mapping[str, Any]) -> Side:
         correct=reward if isinstance(reward, bool | float) and math.isfinite(reward) else None,
         finish_reason=str(row.get("finish_reason", "")),
         length=tokens if isinstance(tokens, int) else None,
+        answer=row["answer"] if isinstance(row.get("answer"), str) else None,
     )
 
 
@@ -259,9 +292,9 @@ def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     if graded:
         rewards = [pairs[i].late.correct for i in graded]
         numbers = any(not isinstance(reward, bool) for reward in rewards)
-        name("best" if numbers or True in rewards else "best (none is right)", max(graded, key=rank))
+        name("best" if numbers or True in rewards else "best (none is right in the end)", max(graded, key=rank))
         if len(graded) > 1:
-            name("worst" if numbers or False in rewards else "worst (none is wrong)", min(graded, key=rank))
+            name("worst" if numbers or False in rewards else "worst (none is wrong in the end)", min(graded, key=rank))
     if read:
         name("most divergent", max(read, key=lambda i: (pairs[i].late.mean_distance or 0.0, -i)))
     if not names and pairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from oprd.states.teacher_settings import describe_teacher
 from oprd.tasks.measures import ACCURACY, REWARD
 from oprd.tools.compare.finished import between
 from oprd.tools.compare.words import difference_in_words
-from oprd.tools.report.curves import peak_memory, time_split
+from oprd.tools.report.curves import peak_memory
 from oprd.tools.report.read import RunRecord, interval, measured, objective_of
 
 NOTHING = "–"
@@ -204,9 +203,8 @@ def _finished(record: RunRecord) -> Cell:
 
 
 def _step_seconds(record: RunRecord) -> Cell:
-    """Of all steps, also those before a resume; from the summary where times were not recorded."""
-    taken = math.fsum(time_split(record).values()) * len(record.steps)
-    return _of_summary("train_seconds", duration)(record) if taken == 0 else Cell(duration(taken), taken)
+    taken = record.step_seconds
+    return Cell(NOTHING) if taken is None else Cell(duration(taken), taken)
 
 
 def _command_seconds(record: RunRecord) -> Cell:
