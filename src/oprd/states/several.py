@@ -27,9 +27,14 @@ class HoldsTeachers(Protocol):
     teachers: Mapping[str, Teacher]
 
 
+def by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
+    """The teachers that one is made of by their teacher_id; the teacher itself under None where it is one."""
+    return dict(teacher.teachers.items()) if isinstance(teacher, HoldsTeachers) else {None: teacher}
+
+
 def teachers_of(teacher: Teacher) -> list[Teacher]:
     """The teachers that one is made of; the teacher itself where it is one."""
-    return [*teacher.teachers.values()] if isinstance(teacher, HoldsTeachers) else [teacher]
+    return [*by_id(teacher).values()]
 
 
 def modules_of(teacher: Teacher) -> list[nn.Module]:
@@ -44,7 +49,7 @@ def _each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
 class SeveralTeachers:
     """Hands each request to the teacher that it names.
 
-    All teachers have the student's depth, width and tokens; no bridge is between them and the student.
+    All teachers read the student's tokens. Those of another depth or width stand behind a bridge of their own.
 
     Args:
         teachers: teacher_id → teacher.

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 
-from oprd.bridge.teacher import BridgedTeacher
+from oprd.bridge.teacher import place_bridges
 from oprd.config import AUTO, OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.models.architecture import evaluating
@@ -122,8 +122,7 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     model = pair.student.model.to(args.device)
     for part in pair.teacher.modules:
         part.to(args.device)
-    if isinstance(pair.teacher, BridgedTeacher):
-        pair.teacher.to(args.device)
+    place_bridges(pair.teacher, args.device)
     cuda = [args.device] if args.device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))

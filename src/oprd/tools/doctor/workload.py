@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
-from oprd.states.teacher_settings import is_student, model_here, model_of_entry
+from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
 SHARDING = ("none", "ddp", "fsdp")
@@ -218,7 +217,7 @@ def workload_of(
         layers=compared_layers(config.layer_map, config.layers, student.layers) if compares else (),
         positions=len(select_positions(length, config.positions, config.position_k)),
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
-        bridge_rank=_bridge_rank(config),
+        bridge_rank=_bridge_rank(run),
         representation=is_on(config.representation_weight),
         output_space=config.output_term.kind if config.output_term else None,
         policy_gradient=is_on(config.policy_gradient_weight),
@@ -294,14 +293,22 @@ def _base(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | N
     return base, _weight_bytes((run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"), base)
 
 
-def _bridge_rank(config: OPRDConfig) -> int | None:
-    if config.bridge is None:
+def _bridge_rank(run: RunConfig) -> int | None:
+    """The rank of the states that are kept; of several teachers the largest, None where one has no bridge."""
+    config, several = run.args, bridges_of(run.teachers)
+    if config.bridge is not None:
+        return _rank_of(EntryBridge(config.bridge, config.bridge_rank))
+    if not several or len(several) < len(run.teachers or {}):
         return None
-    if config.bridge_rank is not None:
-        return config.bridge_rank
+    return max(map(_rank_of, several.values()))
+
+
+def _rank_of(bridge: EntryBridge) -> int:
+    if bridge.rank is not None:
+        return bridge.rank
     from oprd.bridge import Bridge
 
-    return Bridge.load(config.bridge).rank
+    return Bridge.load(bridge.folder).rank
 
 
 def _weight_bytes(dtype: object, shape: Shape) -> int:
