@@ -556,6 +556,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alignment.py::test_partners_have_read_the_same_bytes"),
     ],
     "alignment/model_pair.py": [
+        ("the first teacher's bridge projects for all", "reader = self._reader(teacher_id)\n        return reader.project",
+         "reader = teachers_of(self.teacher)[-1]\n        return reader.project",
+         "test_several_bridges.py::test_states_of_a_teacher_without_a_bridge_are_compared_as_they_are"),
         ("the teacher's ends count by id, too", 'merged = self.aligner is None and self.compared.end_of_turn != "by_id"',
          "merged = self.aligner is None", "test_off_policy.py::test_a_teacher_with_an_end_of_its_own"),
         ("padding rows are events", "size = min(vocabulary, student.size, teacher.size)",
@@ -914,6 +917,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_stopping.py::test_a_stop_waits_for_the_last_update_on_the_same_rollouts"),
     ],
     "runs/identity.py": [
+        ("a run goes on with another bridge of one teacher", 'digests[f"bridge_content/{name}"] = one.digest', "pass",
+         "test_several_bridges.py::test_a_resumed_run_names_the_bridge_that_has_changed"),
         ("teachers are known by their addresses", "{name: entry_in_words(entry) for name,", "{name: entry for name,",
          "test_several_teachers.py::test_a_run_whose_teachers_are_objects_of_a_script_can_be_resumed"),
         ("a run goes on with other responses", "file_digest(source.responses)", '""',
@@ -1131,12 +1136,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_checkpoint.py::test_files_are_on_the_disk_before_the_manifest_that_lists_them"),
     ],
     "resolve/run.py": [
-        ("states of other tokens are compared", "if alike and (aligner is None or aligner.same_ids):", "if alike:",
+        ("states of other tokens are compared", "if alike and same_text:", "if alike:",
          "test_cross_tokenizer_training.py::test_states_of_other_tokens_are_not_compared_though_the_shapes_agree"),
         ("the loss does not know the temperature of the sampling", "        temperature=args.temperature,\n", "",
          "test_objectives_in_training.py::test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher"),
         ("models of another shape are not refused",
-         "if compares_states(terms) and run.args.bridge is None and run.args.layer_map is None:", "if False:",
+         "if compares_states(terms) and not projected and run.args.layer_map is None:", "if False:",
          "test_bridge_training.py::test_without_a_bridge_shapes_must_agree"),
     ],
     "resolve/student.py": [
