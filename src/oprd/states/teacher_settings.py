@@ -177,6 +177,7 @@ def _check_entries(run: Any) -> None:
             raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
         if not isinstance(entry, Mapping) or "use" in entry:
             continue
+        _check_fresh(teacher_id, entry)
         if "bridge" in entry:
             raise ValueError(
                 f"teachers: {teacher_id}: bridge is not supported with several teachers, which share the student's depth and "
@@ -191,13 +192,25 @@ def _check_entries(run: Any) -> None:
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
             )
-    for key, off, why in (
-        ("bridge", args.bridge is None, "which projects the states of one teacher"),
-        ("lmbda", args.student_writes, "below 1 lets one teacher write"),
-    ):
-        if not off:
-            raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
+    if args.bridge is not None:
+        raise ValueError(
+            f"teachers: they do not go with bridge: {args.bridge}, which projects the states of one teacher; leave bridge out"
+        )
+    if args.teachers_per_prompt == "all" and not args.student_writes:
+        raise ValueError(
+            f"teachers_per_prompt: all does not go with lmbda: {args.lmbda}, which lets a teacher write: no one teacher owns a "
+            "prompt that all read; set teachers_per_prompt: one, where the row's teacher_id names the writer, or lmbda: 1"
+        )
     if args.teachers_per_prompt == "all" and args.mix_teachers:
         raise ValueError(
             "mix_teachers: true has no effect with teachers_per_prompt: all, where all read every rollout; leave it out"
+        )
+
+
+def _check_fresh(teacher_id: str, entry: Mapping[str, Any]) -> None:
+    """Refuse one of several teachers with responses, or states of them, that exist before the run."""
+    if fixed := {"responses", "cache"} & {*entry}:
+        raise ValueError(
+            f"teachers: {teacher_id}: {min(fixed)} is for one teacher_model; name a model, which writes the responses of its own "
+            "rows with lmbda: 0"
         )

@@ -228,7 +228,7 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
                 places: Sequence[int] = range(len(rollouts))
             else:
                 writer = TeacherWriter(pair, resolved.engine, args.rollout_engine, **args.engine_kwargs)
-                written = writer.write(prompts, **drawn)
+                written = writer.write(prompts, device=args.device, **drawn)
                 rollouts, places = written.rollouts, written.places
         start = 0
         for step in steps:
