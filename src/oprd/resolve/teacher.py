@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,10 +27,11 @@ from oprd.run_config import RunConfig
 from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import read_states
 from oprd.states.layers import resolve_layers
+from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
 from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
-from oprd.states.several import SeveralTeachers
+from oprd.states.several import SeveralTeachers, each_once
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import is_student, model_of_entry
 from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, OfKnownWeights, Teacher, innermost
@@ -168,9 +169,22 @@ def _several_teachers(run: RunConfig, student: LoadedModel) -> tuple[Teacher, Pr
     if of_teacher := run.args.prompt_rendering.of_teacher:
         _check_one_rendering(rendering, of_teacher[0])
     several = SeveralTeachers(
-        found, per_prompt=run.args.teachers_per_prompt, offload=run.args.offload_teachers  # type: ignore[arg-type]
+        found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
+        offload=_offloads(run.args, student.model, each_once([*found.values()])),
     )  # fmt: skip
     return several, tokenizer if tokenizer is not None else student.tokenizer
+
+
+def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> bool:
+    """Whether the teachers wait in host memory; a choice that `auto` makes is logged."""
+    if isinstance(args.offload_teachers, bool):
+        return args.offload_teachers
+    device = None if args.splits_weights else device_bytes(args.device)
+    state = TrainingState.of_model(student, ddp=args.world_size > 1, overlap=args.overlap_rollouts)
+    placed = Placement(state.total, [*map(weight_bytes, teachers)], device)
+    if placed.open:
+        logger.info("offload_teachers: auto is %s: %s", "true" if placed.offloads else "false", placed.describe())
+    return placed.offloads
 
 
 def _check_one_rendering(tokenizers: Mapping[str, PreTrainedTokenizerBase], key: str) -> None:

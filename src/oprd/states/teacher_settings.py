@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from oprd.states.offload import AUTO
+
 TeachersPerPrompt = Literal["one", "all"]
 STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
@@ -90,8 +92,10 @@ def check_teachers(run: Any) -> None:
     """
     args = run.args
     if run.teachers is None:
-        for key, default in (("teachers_per_prompt", "one"), ("mix_teachers", False), ("offload_teachers", False)):
-            if getattr(args, key) != default:
+        for key, off in (
+            ("teachers_per_prompt", ("one",)), ("mix_teachers", (False,)), ("offload_teachers", (AUTO, False)),
+        ):  # fmt: skip
+            if getattr(args, key) not in off:
                 raise ValueError(
                     f"{key}: {getattr(args, key)} has no effect without several teachers; set teachers, or leave it out"
                 )
@@ -138,7 +142,7 @@ def check_sharded(args: Any, by: str) -> None:
     for key, off, why in (
         ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
         ("mix_teachers", not args.mix_teachers, same),
-        ("offload_teachers", not args.offload_teachers, "which spreads weights itself"),
+        ("offload_teachers", args.offload_teachers is not True, "which spreads weights itself"),
     ):
         if not off:
             raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")

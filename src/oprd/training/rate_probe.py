@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -381,8 +380,7 @@ def _check_not_sharded(args: OPRDConfig) -> None:
     Raises:
         ValueError: says what to do.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fully_shard or args.deepspeed or any(os.environ.get(flag, "").lower() in ("1", "true") for flag in flags):
+    if args.splits_weights:
         raise ValueError(
             f"learning_rate: {AUTO} does not work with a sharded student (fully_shard, FSDP, DeepSpeed), of which no process has a "
             f"copy; {_GIVE}"
