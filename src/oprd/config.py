@@ -127,8 +127,8 @@ class OPRDConfig(TrainingArguments):
     offload_teachers: bool | str = field(
         default=AUTO,
         metadata=_help(
-            "Keep each of several teachers in host memory until it is asked: true, false, or auto: on a GPU of which they and the "
-            "student's training state would leave a step less than a quarter."
+            "Keep each of several teachers in host memory until it is asked; auto: where all of them and the student's training "
+            "state would leave a step less than a quarter of the GPU."
         ),
     )
     teacher_update_rate: float = field(
