@@ -28,9 +28,8 @@ from oprd.rollouts.engines import ENGINES, engine_abilities
 from oprd.sanitize import redacted
 from oprd.states.layer_maps import check_setting
 from oprd.states.layers import LAYERS
-from oprd.states.offload import check_offload
 from oprd.states.positions import check_end_of_turn, check_positions
-from oprd.states.teacher_settings import check_per_prompt
+from oprd.states.teacher_settings import check_offload, check_per_prompt
 from oprd.tasks.answer_formats import FORMATS, check_format
 from oprd.tasks.rewards import check_weights, reward_functions
 from oprd.tasks.task import TASKS, get_task

@@ -8,22 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-AUTO = "auto"
 STEP_SHARE = 0.25
 """Share of a device's memory that is left to a step: activations, logits and rollouts."""
-
-
-def check_offload(value: bool | str) -> None:
-    """Refuse an unknown value of `offload_teachers`.
-
-    Raises:
-        ValueError: names the value and what is allowed.
-    """
-    if not isinstance(value, bool) and value != AUTO:
-        raise ValueError(
-            f"offload_teachers: {value!r} is not one of {AUTO}, true, false: true keeps each of several teachers in host memory "
-            "until it is asked"
-        )
 
 
 @dataclass(frozen=True)

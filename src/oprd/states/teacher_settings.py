@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from oprd.states.offload import AUTO
-
 TeachersPerPrompt = Literal["one", "all"]
 STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
+AUTO = "auto"
+"""Value of `offload_teachers`: a rule on bytes decides (`oprd.states.offload`)."""
 
 _TEACHER_ID = re.compile(r"[\w.-]+")
 
@@ -25,6 +25,19 @@ def check_per_prompt(value: Any) -> None:
         raise ValueError(
             f"teachers_per_prompt: {value!r} is not one of {', '.join(get_args(TeachersPerPrompt))}: one: the row's teacher_id "
             "names it, all: every teacher reads every rollout"
+        )
+
+
+def check_offload(value: bool | str) -> None:
+    """Refuse an unknown value of `offload_teachers`.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if not isinstance(value, bool) and value != AUTO:
+        raise ValueError(
+            f"offload_teachers: {value!r} is not one of {AUTO}, true, false: true keeps each of several teachers in host memory "
+            "until it is asked"
         )
 
 

@@ -14,7 +14,8 @@ import torch
 
 from oprd.models.lm_head import LMHead
 from oprd.models.lm_head.chunked import chunk_slices
-from oprd.states.offload import AUTO, Placement, TrainingState
+from oprd.states.offload import Placement, TrainingState
+from oprd.states.teacher_settings import AUTO
 from oprd.tools.doctor.workload import Workload
 
 PHASES = ("rollout", "teacher", "update", "optimizer")
