@@ -258,7 +258,7 @@ def test_the_rate_is_found_on_the_responses_of_all(tmp_path):
             return scripted_generate(model, prompt_ids, rows=rows, **more)
 
     probe = probe_learning_rate(resolved(tmp_path, data, teacher=pool(), engine=Watched(), lmbda=0.0))
-    assert probe.rate > 0
+    assert probe.learning_rate > 0
     assert len(asked) == 2
 
 
