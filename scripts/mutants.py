@@ -429,6 +429,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("nothing is equal", "return self.off[way] <= self.allowed[way]", "return False",
          "test_layouts.py::test_families_whose_layouts_are_equal_keep_them"),
     ],
+    "states/offload.py": [
+        ("teachers may fill the device", "> (1 - STEP_SHARE) * (self.device or 0)", "> (self.device or 0)",
+         "test_offload.py::test_teachers_wait_where_all_would_leave_a_step_less_than_a_quarter"),
+        ("one model under two names waits", "sum(size > 0 for size in self.teachers) > 1", "len(self.teachers) > 1",
+         "test_offload.py::test_teachers_wait_where_all_would_leave_a_step_less_than_a_quarter"),
+        ("moments of weights that are not trained", "2 * trained, trained if overlap", "2 * weights, trained if overlap",
+         "test_offload.py::test_the_training_state_of_a_model_by_hand"),
+    ],
     "states/several.py": [
         ("where all teachers read, each reads its own rollouts", "everywhere or own == name", "own == name",
          "test_several_teachers.py::test_where_all_teachers_read_a_rollout_each_counts_equally"),
@@ -728,7 +736,16 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("rollouts in the order of the micro-batches", "[own[i] for i in range(len(rollouts))]", "list(own.values())",
          "test_parity.py::test_gaps_are_in_the_order_of_the_rollouts"),
     ],
+    "states/teacher_settings.py": [
+        ("one of all the teachers that read a prompt writes it",
+         'if args.teachers_per_prompt == "all" and not args.student_writes:', "if False:",
+         "test_teachers_write.py::test_settings_that_do_not_fit_are_refused_before_a_model_is_loaded"),
+    ],
     "rollouts/teacher_text.py": [
+        ("responses in the order of the teachers", ".select(sorted(range(len(written)), key=written.__getitem__))", "",
+         "test_teachers_write.py::test_each_prompt_is_written_by_its_teacher_in_its_place"),
+        ("a teacher writes where it waits", "yield several.ready(teacher_id, device), places",
+         "yield several.teachers[teacher_id], places", "test_teachers_write.py::test_a_teacher_is_where_it_runs_before_it_writes"),
         ("a finished response keeps no end", "            ids.append(self._end(row))", "            pass",
          "test_teacher_text.py::test_a_finished_response_ends_with_the_students_end"),
         ("a response may be longer than the limit", "kept[place] = ids[:limit]", "kept[place] = ids",

@@ -51,10 +51,15 @@ def pool(bridge, **entry):
     return {"a": tiny_model(seed=2), "b": {"model": wide(), "bridge": bridge, **entry}}
 
 
-def trained(folder, teacher, data, **settings):
+def trained(folder, teacher, data, *, scripted=True, **settings):
     """The trainer after one step on `data`."""
     trainer = tiny_trainer(
-        folder, teacher=teacher, rows=data, scripted=True, per_device_train_batch_size=len(data), **{**SGD, **settings}
+        folder,
+        teacher=teacher,
+        rows=data,
+        scripted=scripted,
+        per_device_train_batch_size=len(data),
+        **{**SGD, **settings},
     )
     trainer.train(outputs=False)
     return trainer
@@ -93,6 +98,16 @@ def test_a_run_of_which_all_rows_go_to_the_bridged_teacher_is_the_run_with_that_
         own, after = weights(one.model), weights(several.model)
         assert all(torch.equal(own[name], after[name]) for name in own)
         assert several.last_step.metrics["loss"] == one.last_step.metrics["loss"]
+
+
+def test_the_bridged_teacher_writes_its_rows(tmp_path, bridge):
+    """To the bit, on the CPU: the run with one bridged teacher that writes all responses."""
+    data = rows("b", "b", "b", "b")
+    one = trained(tmp_path / "one", wide(), data, scripted=False, bridge=bridge, lmbda=0.0)
+    several = trained(tmp_path / "several", pool(bridge), data, scripted=False, mix_teachers=True, lmbda=0.0)
+    assert several.last_step.rollouts.completion_ids == one.last_step.rollouts.completion_ids
+    own, after = weights(one.model), weights(several.model)
+    assert all(torch.equal(own[name], after[name]) for name in own)
 
 
 def test_where_all_read_a_rollout_the_bridged_one_counts_as_much(tmp_path, bridge):

@@ -456,13 +456,8 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ),
         (
             {"bridge": "folder"},
-            "teachers: they do not go with bridge: folder, which is of one teacher: each has its own",
+            "teachers: they do not go with bridge: folder, which is of one teacher; each has its own",
         ),
-        (
-            {"lmbda": {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 2}},
-            "teachers: they do not go with lmbda: {'schedule': 'linear'",
-        ),
-        ({"lmbda": 0.5}, "teachers: they do not go with lmbda: 0.5"),
         (
             {"teachers_per_prompt": "all", "fully_shard": True},
             "teachers_per_prompt: all does not go with fully_shard, under",

@@ -477,7 +477,7 @@ _SHOWN_IF_SET = ("objectives", "reward_funcs", "reward_weights")
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
-    "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
+    "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard", "offload_teachers",
     "preset",  # a name: its keys are compared themselves
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (

@@ -174,9 +174,7 @@ def plan(run: RunConfig) -> PlannedRun:
         kind = RemoteTeacher if source.remote else CachedTeacher if source.cache else FrozenTeacher
         check_teacher(run, terms, kind, source)
     elif isinstance(run.teacher_model, Mapping):
-        make, _ = teacher_maker(run.teacher_model)
-        if isinstance(make, type):
-            check_teacher(run, terms, make)
+        _check_own_teacher(run, terms, run.teacher_model)
     if student is not None:
         compared_layers(args.layer_map, args.layers, student.layers)
     if student is not None and teacher is not None and args.layer_map is not None:
@@ -187,10 +185,21 @@ def plan(run: RunConfig) -> PlannedRun:
         check_same_shape(student, teacher)
     bridged = bridges_of(run.teachers)
     for teacher_id, info in several.items():
-        if student is not None and info is not None and compares_states(terms) and teacher_id not in bridged:
-            with naming_teacher(teacher_id):
-                check_same_shape(student, info)
+        entry = (run.teachers or {})[teacher_id]
+        with naming_teacher(teacher_id):
+            if isinstance(entry, Mapping) and "use" in entry:
+                _check_own_teacher(run, terms, entry)
+            if teacher_id in bridged or student is None or info is None or not compares_states(terms):
+                continue
+            check_same_shape(student, info)
     return PlannedRun(run, terms, student, teacher, several)
+
+
+def _check_own_teacher(run: RunConfig, terms: Mapping[str, Term], entry: Mapping[str, Any]) -> None:
+    """Refuse code of the user's that makes no teacher, or one without what the run needs."""
+    make, _ = teacher_maker(entry)
+    if isinstance(make, type):
+        check_teacher(run, terms, make)
 
 
 def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:

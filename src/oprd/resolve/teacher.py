@@ -27,10 +27,11 @@ from oprd.run_config import RunConfig
 from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import read_states
 from oprd.states.layers import resolve_layers
+from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
 from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
-from oprd.states.several import SeveralTeachers
+from oprd.states.several import SeveralTeachers, each_once
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_of_entry, naming_teacher
 from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, OfKnownWeights, Teacher, innermost
@@ -180,9 +181,22 @@ def _several_teachers(
     if of_teacher := run.args.prompt_rendering.of_teacher:
         _check_one_rendering(rendering, of_teacher[0])
     several = SeveralTeachers(
-        found, per_prompt=run.args.teachers_per_prompt, offload=run.args.offload_teachers  # type: ignore[arg-type]
+        found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
+        offload=_offloads(run.args, student.model, each_once([*found.values()])),
     )  # fmt: skip
     return several, tokenizer if tokenizer is not None else student.tokenizer
+
+
+def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> bool:
+    """Whether the teachers wait in host memory; a choice that `auto` makes is logged."""
+    if isinstance(args.offload_teachers, bool):
+        return args.offload_teachers
+    device = None if args.splits_weights else device_bytes(args.device)
+    state = TrainingState.of_model(student, ddp=args.world_size > 1, overlap=args.overlap_rollouts)
+    placed = Placement(state.total, [*map(weight_bytes, teachers)], device)
+    if placed.open:
+        logger.info("offload_teachers: auto is %s: %s", "true" if placed.offloads else "false", placed.describe())
+    return placed.offloads
 
 
 def _check_one_rendering(tokenizers: Mapping[str, PreTrainedTokenizerBase], key: str) -> None:

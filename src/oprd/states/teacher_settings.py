@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, get_args
 TeachersPerPrompt = Literal["one", "all"]
 STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
+AUTO = "auto"
+"""Value of `offload_teachers`: a rule on bytes decides (`oprd.states.offload`)."""
 
 _TEACHER_ID = re.compile(r"[\w.-]+")
 
@@ -24,6 +26,19 @@ def check_per_prompt(value: Any) -> None:
         raise ValueError(
             f"teachers_per_prompt: {value!r} is not one of {', '.join(get_args(TeachersPerPrompt))}: one: the row's teacher_id "
             "names it, all: every teacher reads every rollout"
+        )
+
+
+def check_offload(value: bool | str) -> None:
+    """Refuse an unknown value of `offload_teachers`.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if not isinstance(value, bool) and value != AUTO:
+        raise ValueError(
+            f"offload_teachers: {value!r} is not one of {AUTO}, true, false: true keeps each of several teachers in host memory "
+            "until it is asked"
         )
 
 
@@ -134,8 +149,10 @@ def check_teachers(run: Any) -> None:
     """
     args = run.args
     if run.teachers is None:
-        for key, default in (("teachers_per_prompt", "one"), ("mix_teachers", False), ("offload_teachers", False)):
-            if getattr(args, key) != default:
+        for key, off in (
+            ("teachers_per_prompt", ("one",)), ("mix_teachers", (False,)), ("offload_teachers", (AUTO, False)),
+        ):  # fmt: skip
+            if getattr(args, key) not in off:
                 raise ValueError(
                     f"{key}: {getattr(args, key)} has no effect without several teachers; set teachers, or leave it out"
                 )
@@ -182,7 +199,7 @@ def check_sharded(args: Any, by: str) -> None:
     for key, off, why in (
         ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
         ("mix_teachers", not args.mix_teachers, same),
-        ("offload_teachers", not args.offload_teachers, "which spreads weights itself"),
+        ("offload_teachers", args.offload_teachers is not True, "which spreads weights itself"),
     ):
         if not off:
             raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")
@@ -221,6 +238,7 @@ def _check_entries(run: Any) -> None:
             raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
         if not isinstance(entry, Mapping) or "use" in entry:
             continue
+        _check_fresh(teacher_id, entry)
         if unknown := {*entry} - {"model", "init_kwargs", "bridge", "bridge_rank"}:
             raise ValueError(
                 f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model, init_kwargs, bridge and "
@@ -231,16 +249,16 @@ def _check_entries(run: Any) -> None:
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
             )
-    for key, off, why in (
-        (
-            "bridge",
-            args.bridge is None,
-            "which is of one teacher: each has its own, {teacher_id: {model: …, bridge: …}}",
-        ),
-        ("lmbda", args.student_writes, "below 1 lets one teacher write"),
-    ):
-        if not off:
-            raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
+    if args.bridge is not None:
+        raise ValueError(
+            f"teachers: they do not go with bridge: {args.bridge}, which is of one teacher; each has its own: "
+            "{teacher_id: {model: …, bridge: …}}"
+        )
+    if args.teachers_per_prompt == "all" and not args.student_writes:
+        raise ValueError(
+            f"teachers_per_prompt: all does not go with lmbda: {args.lmbda}, which lets a teacher write: no one teacher owns a "
+            "prompt that all read; set teachers_per_prompt: one, where the row's teacher_id names the writer, or lmbda: 1"
+        )
     if args.teachers_per_prompt == "all" and args.mix_teachers:
         raise ValueError(
             "mix_teachers: true has no effect with teachers_per_prompt: all, where all read every rollout; leave it out"
@@ -262,3 +280,12 @@ def _check_bridge(teacher_id: str, entry: Mapping[str, Any]) -> None:
         )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"teachers: {teacher_id}: bridge_rank: {rank!r} is not allowed; 1 or more")
+
+
+def _check_fresh(teacher_id: str, entry: Mapping[str, Any]) -> None:
+    """Refuse one of several teachers with responses, or states of them, that exist before the run."""
+    if fixed := {"responses", "cache"} & {*entry}:
+        raise ValueError(
+            f"teachers: {teacher_id}: {min(fixed)} is for one teacher_model; name a model, which writes the responses of its own "
+            "rows with lmbda: 0"
+        )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -227,7 +226,7 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
                 places: Sequence[int] = range(len(rollouts))
             else:
                 writer = TeacherWriter(pair, resolved.engine, args.rollout_engine, **args.engine_kwargs)
-                written = writer.write(prompts, **drawn)
+                written = writer.write(prompts, device=args.device, **drawn)
                 rollouts, places = written.rollouts, written.places
         start = 0
         for step in steps:
@@ -380,8 +379,7 @@ def _check_not_sharded(args: OPRDConfig) -> None:
     Raises:
         ValueError: says what to do.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fully_shard or args.deepspeed or any(os.environ.get(flag, "").lower() in ("1", "true") for flag in flags):
+    if args.splits_weights:
         raise ValueError(
             f"learning_rate: {AUTO} does not work with a sharded student (fully_shard, FSDP, DeepSpeed), of which no process has a "
             f"copy; {_GIVE}"

@@ -13,6 +13,8 @@ from oprd.states.positions import select_positions
 from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
+GPU_BYTES = 80e9
+"""Memory of an H100 SXM."""
 SHARDING = ("none", "ddp", "fsdp")
 _LORA_RANK, _LORA_TARGETS = 8, ("q_proj", "v_proj")  # peft's defaults, for Llama and Qwen2
 
@@ -65,7 +67,8 @@ class Workload:
         accelerator: whether the device is not a CPU; accelerators use larger chunks of logits.
         several: teacher_id → bytes of the weights, where there are several teachers; `teacher` is the largest of them. A model
             that stands under two ids counts under the first.
-        offload: only one of them is on the device at a time.
+        offload: only one of them is on the device at a time; "auto": as `oprd.states.offload` chooses.
+        device_bytes: memory of the device, for that choice.
         eager: the student keeps its attention maps for backward (attn_implementation: eager).
         attention_layers: layers whose attention rows the loss compares.
     """
@@ -98,7 +101,8 @@ class Workload:
     sharding: str = "none"
     accelerator: bool = True
     several: Mapping[str, float] = field(default_factory=dict)
-    offload: bool = False
+    offload: bool | str = False
+    device_bytes: float = GPU_BYTES
     base: Shape | None = None
     eager: bool = False
     attention_layers: int = 0
@@ -180,6 +184,7 @@ def workload_of(
     sharding: str | None = None,
     bf16: bool | None = None,
     accelerator: bool = True,
+    device_bytes: float = GPU_BYTES,
 ) -> Workload:
     """The workload of a recipe on each device.
 
@@ -190,6 +195,7 @@ def workload_of(
         sharding: none, ddp or fsdp; default: none for one device, ddp for more.
         bf16: compute in bfloat16; default: as in the config.
         accelerator: see `Workload`.
+        device_bytes: see `Workload`.
 
     Raises:
         ValueError: a model config cannot be read, the formulas do not cover its architecture, a layer is out of range, or the
@@ -229,6 +235,7 @@ def workload_of(
         teacher_bytes=teacher_bytes,
         several=several,
         offload=config.offload_teachers,
+        device_bytes=device_bytes,
         base=base,
         base_bytes=base_bytes,
         eager=own.get("attn_implementation") == "eager",
