@@ -29,7 +29,12 @@ RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
 MODEL = "model"
 _SHOWN_LINES = 12
-_NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
+_NOT_TRAINING = {
+    "output_dir",
+    "eval_before",
+    "eval_teacher",
+    "offload_teachers",
+}  # settings that do not affect the training
 
 Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]
