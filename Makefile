@@ -1,5 +1,6 @@
 # make demo: trains the pair that ships with the package.   make test: lint, types and tests (make test-all: the slow repetitions too).
 # make evidence: measures the paper's claims (docs/evidence.md), resumable; make evidence-quick: a tenth of it, in runs/.
+# make evidence-real: the claim on a pretrained model, under four hours on two cores, resumable.
 # Each creates its virtual environment and installs what it needs. Needs Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP := pip --disable-pip-version-check install --quiet
 # Every file is checked against a hash in locks/ (make lock). The lists are complete: also what builds a package is in them.
 LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation -r
 
-.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel test-browser docs notebooks dist lint install evidence evidence-quick audit lock clean
+.PHONY: demo test test-all test-mutants test-faults test-vllm test-ray test-deepspeed test-wheel test-browser docs notebooks dist lint install evidence evidence-real evidence-quick audit lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -72,6 +73,9 @@ dist: $(VENV)/.ready
 
 evidence: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence
+
+evidence-real: $(VENV)/.ready-evidence
+	$(BIN)/python -m evidence --only E11 --tune --again
 
 evidence-quick: $(VENV)/.ready-evidence
 	$(BIN)/python -m evidence --quick

@@ -62,7 +62,7 @@ def _e1(objective: str, **settings: Any) -> Case:
 
 
 def _e11(objective: str, **settings: Any) -> Case:
-    own = {"max_steps": 16, "max_completion_length": 8, "generation_batch_size": 200, **settings}
+    own = {"max_steps": 40, "per_device_train_batch_size": 32, "generation_batch_size": 320, **settings}
     return Case(own, "evidence/e11_real_model/recipe.yaml", ("evidence/e11_real_model/result.json", objective))
 
 

@@ -85,6 +85,10 @@ def _plain(arguments: tuple[Any, ...]) -> Any:
     return json.loads(json.dumps(arguments))
 
 
+PRETRAINED = {"E11", "E14"}
+"""Claims on a pretrained model, which take hours: measured only where `--only` names them, and again only with `--again`."""
+
+
 class Claim(Protocol):
     """A module `evidence/eNN_name/claim.py`."""
 

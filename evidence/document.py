@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Claim, Finding, Result, rule
+from evidence.claim import PRETRAINED, Claim, Finding, Result, rule
 from evidence.words import COMPARISONS, NOT_MEASURED, RULES, VERDICTS, table
 
 DETAILS = "README.md"
@@ -38,7 +38,8 @@ script.
 
 ## Measure again
 
-    make evidence                            # measures every claim; continues after interruptions
+    make evidence                            # measures the claims on small models; continues after interruptions
+    make evidence-real                       # E11, on a pretrained model: rates, then seeds; under four hours on two cores
     make evidence-quick                      # a tenth of the work, in runs/: checks that it runs
     .venv/bin/python -m evidence --only E7   # one claim
     .venv/bin/python -m evidence --tune      # also chooses the learning rates again
@@ -91,7 +92,8 @@ def details(claim: Claim, result: Result) -> str:
     return (
         f"# {claim.ID} {claim.TITLE}: {VERDICTS[finding.verdict]}\n\n> {claim.CLAIM}\n\n"
         f"**{VERDICTS[finding.verdict].capitalize()}**: {finding.number}. *Rule*: {rule(claim)}\n\n![{claim.TITLE}](figure.png)\n\n"
-        f"{finding.paragraph.strip()}\n\n{against}**Setting.** {claim.SETTING}\n\n`python -m evidence --only {claim.ID}` measures it again. "
+        f"{finding.paragraph.strip()}\n\n{against}**Setting.** {claim.SETTING}\n\n`python -m evidence --only {claim.ID}{' --again' if claim.ID in PRETRAINED else ''}` measures it "
+        "again. "
         "Script: [claim.py](claim.py). Numbers: [result.json](result.json). All verdicts: [docs/evidence.md](../../docs/evidence.md).\n"
     )
 

@@ -51,17 +51,21 @@ def _folder(claims: Claims, name: str) -> str:
 
 
 def _picture(claims: Claims, results: Results) -> str:
-    found = curves()
-    best = best_runs(found["runs"])
-    ours, supervised, top, full, sampled = (
-        percent(best[name]["final"])
-        for name in ("representation", "supervised", "top_16", "full_reverse_kl", "sampled_token")
+    runs, long = results["E11"]["runs"], curves()
+    names = ("representation", "states_off_policy", "supervised", "full_reverse_kl", "top_16", "sampled_token")
+    ours, given, supervised, full, top, sampled = (
+        percent(mean_and_interval([r["final"] for r in of(runs, name)])[0]) for name in names
     )
+    own = of(runs, "representation")
+    teacher = percent(mean_and_interval([r["teacher"] for r in own])[0])
+    best = {name: percent(run["final"]) for name, run in best_runs(long["runs"]).items()}
     return (
-        f"![accuracy of six objectives on a real model](evidence/real_model_gpu/figure.png)\n\n"
-        f"*SmolLM2-135M learns chain sums from a copy of itself trained on worked solutions ({percent(found['teacher'])}): "
-        f"{best['representation']['points'][-1][0]} steps of {found['rollouts']} rollouts, one seed. Hidden states {ours}, supervised training on the teacher's "
-        f"responses {supervised}, top-16 {top}, full reverse KL {full}, sampled-token {sampled} ([settings](evidence/real_model_gpu/README.md)).*"
+        f"![accuracy of six objectives on a real model](evidence/{_folder(claims, 'E11')}/figure.png)\n\n"
+        f"*SmolLM2-135M learns chain sums from a copy of itself trained on worked solutions ({teacher}): {own[0]['steps']} steps of 32 "
+        f"rollouts, each objective at its tuned rate, means of {len(own)} seeds. Hidden states {ours} (on the teacher's responses {given}), supervised {supervised}, "
+        f"full reverse KL {full}, top-16 {top}, sampled-token {sampled} ([E11](evidence/{_folder(claims, 'E11')}/README.md)). After "
+        f"{best_runs(long['runs'])['representation']['points'][-1][0]} steps of {long['rollouts']} on a GPU, one seed: {best['representation']} of the teacher's "
+        f"{percent(long['teacher'])}, supervised {best['supervised']}, full reverse KL {best['full_reverse_kl']} ([curves](evidence/real_model_gpu/README.md)).*"
     )
 
 
@@ -125,11 +129,11 @@ def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
 
 
 def _real_model(result: Mapping[str, Any], verdict: str) -> str:
-    lead = difference(result["runs"], "representation", "full_reverse_kl")
-    steps = of(result["runs"], "representation")[0]["steps"]
+    full, supervised = (
+        points(*difference(result["runs"], "representation", name)[:2]) for name in ("full_reverse_kl", "supervised")
+    )
     return (
-        f"**A pretrained model** ({verdict}): after {steps} steps at low rates, {points(*lead[:2])} against the full reverse KL; the picture above "
-        f"shows {best_runs(curves()['runs'])['representation']['points'][-1][0]} steps."
+        f"**A pretrained model** ({verdict}): {full} over the full reverse KL, {supervised} over supervised training."
     )
 
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results
-from evidence.claim import Finding, Work, kept_side_by_side, rule, side_by_side
+from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results, show
+from evidence.claim import PRETRAINED, Finding, Work, kept_side_by_side, rule, side_by_side
 from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of
 from evidence.document import DETAILS, details, document
 from evidence.readme import BLOCKS, with_blocks
@@ -289,6 +289,15 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_said():
 
 
 @pytest.mark.further
+def test_a_claim_on_a_pretrained_model_is_printed_from_its_committed_result(capsys):
+    finding = CLAIMS["E11"].judge(RESULTS["E11"])
+    show(CLAIMS["E11"], RESULTS["E11"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{finding.verdict}: {finding.number}\n")
+    assert finding.paragraph in printed
+    assert {*CLAIMS} >= PRETRAINED
+
+
 def test_what_is_kept_is_computed_anew_for_other_arguments(tmp_path):
     work, file = Work(tmp_path, False, 1, print), tmp_path / "seed_0.json"
     assert kept_side_by_side(work, divmod, {file: (7, 2)}) == [[3, 1]]

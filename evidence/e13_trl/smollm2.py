@@ -1,8 +1,8 @@
 """E13 on E11's pretrained pair, a measurement apart from `make evidence`: `python -m evidence.e13_trl.smollm2`.
 
 It takes E11's models, prompts, steps, rollouts and rates, whatever E11's comparison says, and needs E11's two models
-(`python -m evidence --only E11` gets and builds them) and its result. With E11's 12 steps of 16 rollouts a run takes a few minutes on one
-core, and there are 21: about an hour and a half. GKD and GOLD are left out: they want an answer for each prompt.
+(`python -m evidence --only E11` gets and builds them) and its result. With E11's 40 steps of 32 rollouts a run takes about seven minutes
+on one core, and there are 21: about two and a half hours. GKD and GOLD are left out: they want an answer for each prompt.
 """
 
 from __future__ import annotations
