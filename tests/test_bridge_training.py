@@ -293,8 +293,8 @@ def test_bf16_is_projected_in_float32(tmp_path, saved):
             tmp_path / str(bf16), saved, bf16=bf16, max_steps=2, scripted=True, diagnostic_steps=0
         )
         seen, project = [], trainer.objective.project
-        trainer.objective.project = lambda layer, x, seen=seen, project=project: (
-            seen.append((x, project(layer, x))) or seen[-1][1]
+        trainer.objective.project = lambda layer, x, teacher_id, seen=seen, project=project: (
+            seen.append((x, project(layer, x, teacher_id))) or seen[-1][1]
         )
         trainer.train()
         assert {projected.dtype for _, projected in seen} == {torch.float32}

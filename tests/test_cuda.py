@@ -16,9 +16,10 @@ from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.states.capture import capture_states
+from oprd.states.several import modules_of
 from oprd.tools.bench.cuda import GPU_SHAPES, bench_on_gpu, markdown
 from oprd.tools.bench.update import Size
-from tiny import FAMILIES, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
+from tiny import FAMILIES, prompt_rows, random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 LAYERS = (1, 2, 3)
@@ -240,6 +241,26 @@ def test_resuming_goes_on_where_the_run_stopped(tmp_path):
     resumed = train("parts", 4, True)
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_teachers_that_do_not_fit_wait_in_host_memory_and_teach_the_same(tmp_path, monkeypatch, lmbda):
+    """`offload_teachers: auto` on a device that is said to hold one byte, beside one on which all stay."""
+    monkeypatch.setattr("oprd.resolve.teacher.device_bytes", lambda device: 1)
+    found = {}
+    for offload in ("auto", False):
+        data = [row | {"teacher_id": name} for row, name in zip(prompt_rows(), "abab", strict=True)]
+        trainer = tiny_trainer(
+            tmp_path / str(offload), teacher={"a": tiny_model(seed=1), "b": tiny_model(seed=2)}, rows=data, mix_teachers=True,
+            lmbda=lmbda, max_steps=2, use_cpu=False, offload_teachers=offload,
+        )  # fmt: skip
+        trainer.train(outputs=False)
+        found[offload] = weights(trainer.model)
+        places = [next(module.parameters()).device.type for module in modules_of(trainer.pair.teacher)]
+        assert sorted(places) == (["cpu", "cuda"] if offload else ["cuda", "cuda"])
+        assert (trainer.last_step.metrics.get("teacher_moves", 0) > 0) is bool(offload)
+    for name, weight in found["auto"].items():
+        torch.testing.assert_close(weight, found[False][name], rtol=1e-5, atol=1e-7)
 
 
 def test_the_benchmark_on_a_gpu(monkeypatch):

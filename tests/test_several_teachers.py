@@ -430,13 +430,18 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ({"teacher_model": "embedded:tiny/teacher"}, "teachers: there is a teacher_model too"),
         ({"teachers": {}}, "teachers: {} has no teacher"),
         ({"teachers": {"a/b": "x"}}, "teachers: 'a/b' is not a teacher_id"),
+        ({"teachers": {"a": {"model": "x", "bridge": 3}}}, "teachers: a: bridge: 3 is not a folder"),
         (
-            {"teachers": {"a": {"model": "x", "bridge": "y"}}},
-            "teachers: a: bridge is not supported with several teachers",
+            {"teachers": {"a": {"model": "x", "bridge_rank": 3}}},
+            "teachers: a: bridge_rank: 3 has no effect without a bridge",
+        ),
+        (
+            {"teachers": {"a": {"model": "x", "bridge": "y", "bridge_rank": 0}}},
+            "teachers: a: bridge_rank: 0 is not allowed; 1 or more",
         ),
         (
             {"teachers": {"a": {"model": "x", "dtype": "y"}}},
-            "teachers: a: unknown key 'dtype'; allowed are model and init_kwargs",
+            "teachers: a: unknown key 'dtype'; allowed are model, init_kwargs, bridge and bridge_rank",
         ),
         ({"teachers": {"a": {"init_kwargs": {}}}}, "teachers: a: the key 'model' is missing"),
         ({"teachers": {"a": "student"}}, "teachers: a: student is for teacher_model alone"),
@@ -449,12 +454,10 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
             },
             "teachers: a: teacher_model: it has",
         ),
-        ({"bridge": "folder"}, "teachers: they do not go with bridge: folder"),
         (
-            {"lmbda": {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 2}},
-            "teachers: they do not go with lmbda: {'schedule': 'linear'",
+            {"bridge": "folder"},
+            "teachers: they do not go with bridge: folder, which is of one teacher; each has its own",
         ),
-        ({"lmbda": 0.5}, "teachers: they do not go with lmbda: 0.5"),
         (
             {"teachers_per_prompt": "all", "fully_shard": True},
             "teachers_per_prompt: all does not go with fully_shard, under",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
@@ -28,7 +29,7 @@ from oprd.sanitize import redacted
 from oprd.states.layer_maps import check_setting
 from oprd.states.layers import LAYERS
 from oprd.states.positions import check_end_of_turn, check_positions
-from oprd.states.teacher_settings import check_per_prompt
+from oprd.states.teacher_settings import check_offload, check_per_prompt
 from oprd.tasks.answer_formats import FORMATS, check_format
 from oprd.tasks.rewards import check_weights, reward_functions
 from oprd.tasks.task import TASKS, get_task
@@ -122,8 +123,12 @@ class OPRDConfig(TrainingArguments):
             "2610.02381."
         ),
     )
-    offload_teachers: bool = field(
-        default=False, metadata=_help("Keep each of several teachers in host memory until it is asked.")
+    offload_teachers: bool | str = field(
+        default=AUTO,
+        metadata=_help(
+            "Keep each of several teachers in host memory until it is asked; auto: where all of them and the student's training "
+            "state would leave a step less than a quarter of the GPU."
+        ),
     )
     teacher_update_rate: float = field(
         default=0.0,
@@ -405,6 +410,7 @@ class OPRDConfig(TrainingArguments):
         ):  # fmt: skip
             _check_at_least_one(self, name)
         check_per_prompt(self.teachers_per_prompt)
+        check_offload(self.offload_teachers)
         abilities = engine_abilities(self.rollout_engine)
         if self.task is not None:
             get_task(self.task)
@@ -504,6 +510,13 @@ class OPRDConfig(TrainingArguments):
     def student_writes(self) -> bool:
         """Whether the student writes the rollouts of every step."""
         return bounds(self.lmbda)[0] == 1
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no process has the whole student: `fully_shard`, accelerate's FSDP or DeepSpeed."""
+        launched = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+        asked = any(os.environ.get(flag, "").lower() in ("1", "true") for flag in launched)
+        return bool(self.fully_shard or self.deepspeed) or asked
 
     @property
     def learns_from_rewards(self) -> bool:

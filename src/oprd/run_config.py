@@ -66,7 +66,8 @@ class RunConfig:
         eval_before: evaluate the student before training.
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
-        teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}} or {use: …}.
+        teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}, bridge: folder,
+            bridge_rank: n} or {use: …}.
         base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
         preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
             ride or phf.
@@ -476,7 +477,7 @@ _SHOWN_IF_SET = ("objectives", "reward_funcs", "reward_weights")
 _MAY_CHANGE = frozenset((
     "output_dir", "max_steps", "num_train_epochs", "micro_batch_tokens", "generation_batch_size", "rollout_engine_kwargs",
     "run_name", "use_cpu", "dataloader_num_workers", "diagnostic_steps", "alarm_window",
-    "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard",
+    "nan_policy", "max_skipped_steps", "max_useless_steps", "fully_shard", "offload_teachers",
     "preset",  # a name: its keys are compared themselves
 ))  # fmt: skip
 _MAY_CHANGE_PREFIXES = (

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats
@@ -24,7 +24,7 @@ from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.several import HoldsTeachers, SeveralTeachers, teachers_of
-from oprd.states.teachers import CanSample, FrozenTeacher, Teacher, has_head
+from oprd.states.teachers import CanSample, FrozenTeacher, ProjectsStudent, Teacher, has_head
 from oprd.types import Rollouts
 
 
@@ -121,6 +121,22 @@ class ModelPair:
         if not isinstance(self.teacher, FrozenTeacher):
             raise ValueError(f"teacher_model: {type(self.teacher).__name__} is not a model that is loaded here")
         return self.student.model, self.teacher.model
+
+    @property
+    def projects(self) -> bool:
+        """Whether a bridge projects the student's states for some teacher."""
+        return any(isinstance(teacher, ProjectsStudent) for teacher in teachers_of(self.teacher))
+
+    def project_student(self, layer: int, states_ND: Tensor, teacher_id: str | None = None) -> Tensor:
+        """The student's states `[N, D]` of a layer in the space of the teacher's: `[N, r]` through a bridge, else as they are.
+
+        Args:
+            layer: the student's.
+            states_ND: its states.
+            teacher_id: the teacher that they are compared with, where there are several.
+        """
+        reader = self._reader(teacher_id)
+        return reader.project_student(layer, states_ND) if isinstance(reader, ProjectsStudent) else states_ND
 
     @property
     def has_teacher_head(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from oprd.bridge.bridge import Bridge
 from oprd.models.lm_head import LMHead
 from oprd.states.requests import HEAD, StateRequest
+from oprd.states.several import teachers_of
 from oprd.states.teachers import CanSample, HasHead, Teacher, hand_over
 from oprd.types import States
 
@@ -90,3 +91,10 @@ class BridgedTeacher:
     def to(self, device: Any) -> None:
         """Move the projections to `device`."""
         self.bridge = self.bridge.to(device)
+
+
+def place_bridges(teacher: Teacher, device: Any) -> None:
+    """Move the projections of a teacher, or of those that it is made of, to `device`."""
+    for one in teachers_of(teacher):
+        if isinstance(one, BridgedTeacher):
+            one.to(device)

@@ -40,6 +40,9 @@ def doctor(
     device_bandwidth: Annotated[
         float | None, typer.Option(help="Memory bandwidth, GB/s (default: 3350, H100 SXM); instead of measuring.")
     ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(help="Memory of the device, GB (default: 80, H100 SXM), for offload_teachers: auto.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine: its GPU, or without one its CPU.")
     ] = False,
@@ -52,7 +55,7 @@ def doctor(
     check_json(json_file)
     overrides = parse_overrides(context.args)
     cpu = cpu or RunConfig.asks_for_cpu(config, overrides)
-    _check(dtype, device_tflops, device_bandwidth, measure, cpu)
+    _check(dtype, device_tflops, device_bandwidth, measure, cpu, device_memory)
     quiet_libraries()
     from oprd.tools.doctor.show import examine, lines_of
     from oprd.tools.doctor.workload import workload_of
@@ -63,12 +66,24 @@ def doctor(
     work = workload_of(
         run, prompt=prompt_length, devices=devices, sharding=sharding,
         bf16=None if dtype is None else dtype == "bfloat16", accelerator=not cpu,
+        device_bytes=_device_bytes(device_memory, measure and not cpu),
     )  # fmt: skip
     device = _device(work, cpu, device_tflops, device_bandwidth, measure, run.args.rollout_engine)
     found = examine(work, device)
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
     write_report(json_file, found)
+
+
+def _device_bytes(gigabytes: float | None, measure: bool) -> float:
+    """Memory of the device that was described, or of this machine's GPU."""
+    import torch
+
+    from oprd.states.offload import device_bytes
+    from oprd.tools.doctor.workload import GPU_BYTES
+
+    here = device_bytes(torch.device("cuda")) if measure and torch.cuda.is_available() else None
+    return 1e9 * gigabytes if gigabytes else here or GPU_BYTES
 
 
 def _device(
@@ -91,11 +106,12 @@ def _check(
     bandwidth: float | None,
     measure: bool,
     cpu: bool,
+    memory: float | None,
 ) -> None:
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype: {dtype!r} is not one of float32, bfloat16")
     given = {"tflops": tflops, "bandwidth": bandwidth}
-    for name, value in given.items():
+    for name, value in {**given, "memory": memory}.items():
         if value is not None and value <= 0:
             raise ValueError(f"--device-{name}: {value} is not above 0")
     if measure and (tflops or bandwidth):

@@ -34,7 +34,7 @@ from oprd.rollouts.engine import student_writes
 from oprd.states.requests import HEAD, HeadRequest, StateRequest, attention_key
 from oprd.types import States
 
-Project = Callable[[int, Tensor], Tensor]
+Project = Callable[[int, Tensor, str | None], Tensor]
 Fade = Literal["out", "in", "none"]
 
 
@@ -82,7 +82,7 @@ class CompositeObjective:
         lmbda: share of steps whose rollouts the student writes, or its schedule; the teacher writes those of the others.
         seed: chooses these steps.
         temperature: sampling temperature, for the log-probabilities of the student's tokens.
-        project: the student's side of a bridge, called with layer and states.
+        project: the student's side of a bridge, called with layer, states and the teacher_id (None where there is one teacher).
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class CompositeLoss:
     def _layer_terms(self, layer: int, student_ND: Tensor) -> Tensor:
         objective, teacher_ND = self.terms.objective, self.teacher_states.pop(layer)
         if objective.project is not None:
-            student_ND = objective.project(layer, student_ND)
+            student_ND = objective.project(layer, student_ND, self.teacher_id)
         cosine_N = cosine(student_ND, teacher_ND)
         alike = (cosine_N * self.weights_N).sum()
         self.observe(**{f"cosine/layer_{layer:02d}": alike})

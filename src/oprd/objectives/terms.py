@@ -266,5 +266,5 @@ class PolicyGradient:
         return (loss_N * at.weights).sum()
 
 
-def unobserved(**metrics: torch.Tensor) -> None:
+def unobserved(**metrics: torch.Tensor | float) -> None:
     """An `observe` that drops its metrics: for a micro-batch that counts for nothing."""

@@ -28,7 +28,7 @@ from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.remote.teacher import RemoteTeacher
-from oprd.states.teacher_settings import is_student, model_of_entry
+from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_of_entry, naming_teacher
 from oprd.states.teachers import FrozenTeacher
 from oprd.tasks.problems import GENERATED
 
@@ -78,7 +78,7 @@ class PlannedRun:
         if self.student is not None:
             lines.append(self._layers_line(self.student))
         if args.bridge is not None:
-            lines.append(self._bridge_line(args.bridge))
+            lines.append(self._bridge_line(EntryBridge(args.bridge, args.bridge_rank), run.teacher_model, self.teacher))
         lines.append(_tokenizer_line(run))
         return [
             *lines,
@@ -95,6 +95,11 @@ class PlannedRun:
                 _model_line(f"teacher {teacher_id}", model_of_entry(run.teachers[teacher_id], None)[0], info)
                 for teacher_id, info in self.several.items()
             ]
+            for teacher_id, bridge in bridges_of(run.teachers).items():
+                named = model_of_entry(run.teachers[teacher_id], None)[0]
+                with naming_teacher(teacher_id):
+                    line = self._bridge_line(bridge, named, self.several[teacher_id])
+                lines.append(f"teacher {teacher_id}: {line}")
             one = "several in one update" if args.mix_teachers else "one an update"
             how = (
                 "all read every rollout"
@@ -119,27 +124,34 @@ class PlannedRun:
         pairs = _planned_pairs(args, student, self.teacher)
         return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
-    def _bridge_line(self, folder: str) -> str:
-        run, args = self.run, self.run.args
-        if run.teacher_model is None:
+    def _bridge_line(self, named: EntryBridge, teacher: Any, info: ModelInfo | None) -> str:
+        """What a bridge is, or that it is not there yet.
+
+        Args:
+            named: its folder and rank.
+            teacher: the name of the teacher behind it.
+            info: facts of that teacher; None if they are not known.
+        """
+        run, folder = self.run, named.folder
+        if teacher is None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
-        sides = (("student", self.student), ("teacher", self.teacher))
+        sides = (("student", self.student), ("teacher", info))
         if not Path(folder).exists() and not all(
-            info for _, info in sides
+            one for _, one in sides
         ):  # without the models it cannot be fitted here either
             return (
                 f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
-                f"{run.model} --teacher {run.teacher_model} --prompts {run.train_dataset} --out {folder}"
+                f"{run.model} --teacher {teacher} --prompts {run.train_dataset} --out {folder}"
             )
-        bridge = Bridge.load(folder, rank=args.bridge_rank)
-        for (side, info), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
-            if info is not None and (info.layers, info.width) != (known.layers, known.width):
+        bridge = Bridge.load(folder, rank=named.rank)
+        for (side, one), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
+            if one is not None and (one.layers, one.width) != (known.layers, known.width):
                 raise ValueError(
                     f"bridge: it was fitted for the {side} {known.name} of {known.layers} layers of width {known.width}, this "
-                    f"{side} has {info.layers} of {info.width}; fit a bridge for this one: oprd bridge fit"
+                    f"{side} has {one.layers} of {one.width}; fit a bridge for this one: oprd bridge fit"
                 )
         if self.student is not None:
-            bridge = bridge.for_layers(resolve_layers(args.layers, self.student.layers))
+            bridge = bridge.for_layers(resolve_layers(run.args.layers, self.student.layers))
         return f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
 
 
@@ -163,9 +175,7 @@ def plan(run: RunConfig) -> PlannedRun:
         kind = RemoteTeacher if source.remote else CachedTeacher if source.cache else FrozenTeacher
         check_teacher(run, terms, kind, source)
     elif isinstance(run.teacher_model, Mapping):
-        make, _ = teacher_maker(run.teacher_model)
-        if isinstance(make, type):
-            check_teacher(run, terms, make)
+        _check_own_teacher(run, terms, run.teacher_model)
     if student is not None:
         compared_layers(args.layer_map, args.layers, student.layers)
     if student is not None and teacher is not None and args.layer_map is not None:
@@ -174,13 +184,23 @@ def plan(run: RunConfig) -> PlannedRun:
             _planned_pairs(args, student, teacher)
     elif student is not None and teacher is not None and args.bridge is None and compares_states(terms):
         check_same_shape(student, teacher)
+    bridged = bridges_of(run.teachers)
     for teacher_id, info in several.items():
-        if student is not None and info is not None and compares_states(terms):
-            try:
-                check_same_shape(student, info)
-            except ValueError as error:
-                raise ValueError(f"teachers: {teacher_id}: {error}") from error
+        entry = (run.teachers or {})[teacher_id]
+        with naming_teacher(teacher_id):
+            if isinstance(entry, Mapping) and "use" in entry:
+                _check_own_teacher(run, terms, entry)
+            if teacher_id in bridged or student is None or info is None or not compares_states(terms):
+                continue
+            check_same_shape(student, info)
     return PlannedRun(run, terms, student, teacher, several)
+
+
+def _check_own_teacher(run: RunConfig, terms: Mapping[str, Term], entry: Mapping[str, Any]) -> None:
+    """Refuse code of the user's that makes no teacher, or one without what the run needs."""
+    make, _ = teacher_maker(entry)
+    if isinstance(make, type):
+        check_teacher(run, terms, make)
 
 
 def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:

@@ -43,10 +43,12 @@ from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import read_states
 from oprd.states.extrapolation import ExtrapolatedTeacher
 from oprd.states.layer_maps import compared_layers
+from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
-from oprd.states.several import teachers_of
+from oprd.states.several import by_id, teachers_of
 from oprd.states.sources import TeacherSource
+from oprd.states.teacher_settings import EntryBridge, naming_teacher
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import Task
@@ -103,17 +105,19 @@ def resolve(run: RunConfig) -> ResolvedRun:
         dataset_rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
     student, own_print, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
-    teacher, teacher_tokenizer = make_teacher(run, student, source)
+    teacher, teacher_tokenizer = make_teacher(run, student, source, own_print)
     _keep_date(args, student.tokenizer, teacher_tokenizer)
-    for one in teachers_of(teacher):
-        _check_one_teacher(run, terms, student, one, source)
+    for teacher_id, one in by_id(teacher).items():
+        with naming_teacher(teacher_id):
+            _check_one_teacher(run, terms, student, one, source)
     if args.layer_map is not None:
         teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
     aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
     if args.extrapolation != 1:
         teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, teacher_tokenizer), args.extrapolation)
     if args.bridge is not None:
-        teacher = bridge_teacher(args, teacher, teacher_tokenizer or student.tokenizer, student.info, own_print)
+        named, reads = EntryBridge(args.bridge, args.bridge_rank), teacher_tokenizer or student.tokenizer
+        teacher = bridge_teacher(named, resolve_layers(args.layers, student.info.layers), teacher, reads, own_print)
     layers = _comparable_layers(args, student.info, teacher, aligner)
     check_attention(terms, student.model, teacher, layers, same_text=aligner is None)
     pair = ModelPair(
@@ -149,7 +153,8 @@ def _check_one_teacher(
     """Refuse a teacher that lacks what the run needs, or whose states cannot be compared with the student's."""
     check_teacher(run, terms, teacher, source)
     check_unprojected(run.args, teacher)
-    if compares_states(terms) and run.args.bridge is None and run.args.layer_map is None:
+    projected = run.args.bridge is not None or isinstance(teacher, ProjectsStudent)
+    if compares_states(terms) and not projected and run.args.layer_map is None:
         check_same_shape(student.info, teacher.info)
 
 
@@ -264,7 +269,7 @@ def _objective(args: OPRDConfig, terms: Mapping[str, Term], pair: ModelPair) -> 
         lmbda=args.lmbda,
         seed=args.seed,
         temperature=args.temperature,
-        project=pair.teacher.project_student if isinstance(pair.teacher, ProjectsStudent) else None,
+        project=pair.project_student if pair.projects else None,
     )
     if (objective.uses(LayerTerm) or objective.uses(AttentionTerm)) and not pair.layers:
         raise ValueError(
@@ -358,9 +363,10 @@ def _comparable_layers(
     layers = compared_layers(args.layer_map, args.layers, student.layers)
     if args.bridge is not None:
         return layers
-    same_depth = args.layer_map is not None or student.layers == teacher.info.layers
-    alike = same_depth and student.width == teacher.info.width
-    if alike and (aligner is None or aligner.same_ids):
+    mapped, same_text = args.layer_map is not None, aligner is None or aligner.same_ids
+    unbridged = [one.info for one in teachers_of(teacher) if not isinstance(one, ProjectsStudent)]
+    alike = all((mapped or own.layers == student.layers) and own.width == student.width for own in unbridged)
+    if alike and same_text:
         return layers
     logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
     return ()

@@ -21,6 +21,7 @@ from oprd.models.tokens import say_ends
 from oprd.run_config import RunConfig
 from oprd.states.capture import install_state_forward
 from oprd.states.layer_maps import KEPT, compared_layers
+from oprd.states.teacher_settings import bridges_of
 
 logger = logging.getLogger("oprd")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -39,7 +40,9 @@ def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprin
     assert tokenizer is not None, "a student always has a tokenizer"
     layers = compared_layers(args.layer_map, args.layers, info.layers)
     kept = KeptBlocks.of(model) if args.layer_map == KEPT else None
-    own_print = fingerprint(model, tokenizer, info.name or "student") if args.bridge else None
+    own_print = (
+        fingerprint(model, tokenizer, info.name or "student") if args.bridge or bridges_of(run.teachers) else None
+    )
     _check_trainable(model, added=peft_config is not None)
     if args.student_quantization is not None:
         count = fake_quantize(model, args.student_quantization)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,12 +27,13 @@ from oprd.run_config import RunConfig
 from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.capture import read_states
 from oprd.states.layers import resolve_layers
+from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
 from oprd.states.remote.teacher import RemoteTeacher
 from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
-from oprd.states.several import SeveralTeachers
+from oprd.states.several import SeveralTeachers, each_once
 from oprd.states.sources import TeacherSource
-from oprd.states.teacher_settings import is_student, model_of_entry
+from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_of_entry, naming_teacher
 from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, OfKnownWeights, Teacher, innermost
 from oprd.types import Rollouts
 
@@ -107,12 +108,19 @@ def _check_unchanged(student: nn.Module, base: Teacher) -> None:
 
 
 def make_teacher(
-    run: RunConfig, student: LoadedModel, source: TeacherSource | None
+    run: RunConfig, student: LoadedModel, source: TeacherSource | None, own_print: Fingerprint | None = None
 ) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teacher and its tokenizer (None when unknown)."""
+    """The teacher and its tokenizer (None when unknown). Of several, those with a bridge are behind it.
+
+    Args:
+        run: the configuration.
+        student: the student.
+        source: where the teacher is; None for a model in this process.
+        own_print: the student's fingerprint, where a teacher has a bridge.
+    """
     args = run.args
     if run.teachers is not None:
-        return _several_teachers(run, student)
+        return _several_teachers(run, student, own_print)
     if source is not None and source.remote is not None:
         remote = RemoteTeacher(source.remote, os.environ.get(source.remote.token_env, ""), args.device)
         logger.info("teacher's server: %s at %s (%s)", remote.info.name, source.remote.url, remote.served.dtype)
@@ -142,35 +150,53 @@ def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
     return copy_of(student.model, student.info)
 
 
-def _several_teachers(run: RunConfig, student: LoadedModel) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teachers, each model loaded once, and the tokenizer that they share with the student.
+def _several_teachers(
+    run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teachers, each model loaded once and behind its bridge, and the tokenizer that they share with the student.
 
     Raises:
-        ValueError: a teacher reads other tokens than the student, or prompts of its own that another would render otherwise.
+        ValueError: a teacher reads other tokens than the student, or prompts of its own that another would render otherwise, or
+            its bridge was fitted for other models.
     """
     assert run.teachers is not None, "the caller has checked"
     assert student.tokenizer is not None, "a student always has a tokenizer"
     made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
     found: dict[str, Teacher] = {}
     rendering: dict[str, PreTrainedTokenizerBase] = {}
+    bridges, layers = bridges_of(run.teachers), resolve_layers(run.args.layers, student.info.layers)
     for teacher_id, entry in run.teachers.items():
         model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
         key = repr((model, init_kwargs)) if isinstance(model, str) else id(model)
-        try:
+        with naming_teacher(teacher_id):
             if key not in made:
                 made[key] = _one_teacher(run, student, model, init_kwargs)
             found[teacher_id], tokenizer = made[key]
             if tokenizer is not None:
                 check_same_tokens(student.tokenizer, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"teachers: {teacher_id}: {error}") from error
+            if teacher_id in bridges:
+                reads = tokenizer if tokenizer is not None else student.tokenizer
+                found[teacher_id] = bridge_teacher(bridges[teacher_id], layers, found[teacher_id], reads, own_print)
         rendering[teacher_id] = student.tokenizer if tokenizer is None else tokenizer
     if of_teacher := run.args.prompt_rendering.of_teacher:
         _check_one_rendering(rendering, of_teacher[0])
     several = SeveralTeachers(
-        found, per_prompt=run.args.teachers_per_prompt, offload=run.args.offload_teachers  # type: ignore[arg-type]
+        found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
+        offload=_offloads(run.args, student.model, each_once([*found.values()])),
     )  # fmt: skip
     return several, tokenizer if tokenizer is not None else student.tokenizer
+
+
+def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> bool:
+    """Whether the teachers wait in host memory; a choice that `auto` makes is logged."""
+    if isinstance(args.offload_teachers, bool):
+        return args.offload_teachers
+    device = None if args.splits_weights else device_bytes(args.device)
+    state = TrainingState.of_model(student, ddp=args.world_size > 1, overlap=args.overlap_rollouts)
+    placed = Placement(state.total, [*map(weight_bytes, teachers)], device)
+    if placed.open:
+        logger.info("offload_teachers: auto is %s: %s", "true" if placed.offloads else "false", placed.describe())
+    return placed.offloads
 
 
 def _check_one_rendering(tokenizers: Mapping[str, PreTrainedTokenizerBase], key: str) -> None:
@@ -282,20 +308,25 @@ def teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def bridge_teacher(
-    args: OPRDConfig,
+    named: EntryBridge,
+    layers: Sequence[int],
     teacher: Teacher,
-    tokenizer: PreTrainedTokenizerBase | None,
-    student: ModelInfo,
+    tokenizer: PreTrainedTokenizerBase,
     own_print: Fingerprint | None,
 ) -> BridgedTeacher:
-    """The teacher behind the bridge of the settings.
+    """The teacher behind a bridge.
+
+    Args:
+        named: folder and rank of the bridge.
+        layers: student layers that are compared.
+        teacher: the teacher.
+        tokenizer: of the teacher.
+        own_print: the student's fingerprint.
 
     Raises:
         ValueError: the bridge was fitted for other models, or the teacher's weights are unknown.
     """
     own = innermost(teacher)
-    assert tokenizer is not None, "at least the student's"
-    assert args.bridge is not None, "the caller has checked"
     if isinstance(own, FrozenTeacher):
         theirs = fingerprint(own.model, tokenizer, own.info.name or "teacher")
     elif isinstance(own, OfKnownWeights):
@@ -305,16 +336,10 @@ def bridge_teacher(
             "bridge: it needs a teacher_model whose weights are in this process, or a server or cache that knows their "
             "fingerprint, to compare them with those it was fitted for"
         )
-    bridge = Bridge.load(
-        args.bridge,
-        student=own_print,
-        teacher=theirs,
-        layers=resolve_layers(args.layers, student.layers),
-        rank=args.bridge_rank,
-    )
-    kind, layers = bridge.verdict
-    logger.info("bridge %s: rank %d, verdict: %s %s", args.bridge, bridge.rank, kind, layers or "")
-    digest = folder_digest(Path(args.bridge))
+    bridge = Bridge.load(named.folder, student=own_print, teacher=theirs, layers=layers, rank=named.rank)
+    kind, doubtful = bridge.verdict
+    logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
+    digest = folder_digest(Path(named.folder))
     through = own.projected_by if isinstance(own, OfKnownWeights) else None
     if through is not None and own is not teacher:
         raise ValueError(
@@ -323,7 +348,7 @@ def bridge_teacher(
         )
     if through is not None and through != (digest, bridge.rank):
         raise ValueError(
-            f"bridge: the teacher's states come through another bridge or rank than {args.bridge} at rank {bridge.rank}; give the "
+            f"bridge: the teacher's states come through another bridge or rank than {named.folder} at rank {bridge.rank}; give the "
             "server or cache this one, with the same rank"
         )
     return BridgedTeacher(teacher, bridge, digest, projected=through is not None)

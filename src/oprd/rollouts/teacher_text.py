@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from oprd.alignment.aligner import Aligner
 from oprd.alignment.boundaries import Alignment, align_completion
@@ -20,7 +22,8 @@ from oprd.data.rows import PromptRow
 from oprd.rollouts.engine import RolloutEngine, Sampling, to_rollouts
 from oprd.rollouts.engines import make_engine
 from oprd.sanitize import printable
-from oprd.states.teachers import CanSample
+from oprd.states.several import SeveralTeachers
+from oprd.states.teachers import CanSample, Teacher
 from oprd.types import FinishReason, Rollouts
 
 _LOST = {
@@ -83,7 +86,7 @@ class Written:
 
 
 class TeacherWriter:
-    """Samples responses from the teacher.
+    """Samples responses from the teacher; of several, from the one that each prompt's row names.
 
     Args:
         pair: student and teacher.
@@ -100,30 +103,59 @@ class TeacherWriter:
             self.rewriter = Rewriter(pair.aligner, stops, pair.turn_end_ids)
             self.engine = make_engine(rollout_engine, pair.aligner.teacher_tokenizer, stops, **engine_kwargs)
 
-    def write(self, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, seed: int) -> Written:
-        """The teacher's responses to `prompts`, as rollouts of the student.
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> Written:
+        """The teacher's responses to `prompts`, as rollouts of the student, prompt after prompt.
 
         Args:
             prompts: as the student reads them.
             num_generations: responses a prompt.
             sampling: how they are drawn. `max_completion_length` holds in the tokens of both models.
             seed: of the drawing.
+            device: where teachers write whose weights wait in host memory.
 
         Raises:
             ValueError: the teacher's template cannot render a prompt, or no response can be written in the student's tokens.
         """
-        teacher, rewriter = self.pair.teacher, self.rewriter
-        assert isinstance(teacher, CanSample), "checked when the run was resolved"
+        rewriter = self.rewriter
         own = [p.ids for p in prompts] if rewriter is None else [rewriter.aligner.render(p.row)[0] for p in prompts]
-        with teacher.sampler() as model:
-            rollouts = self.engine.generate(
-                model, own, num_generations=num_generations, sampling=sampling, seed=seed,
-                rows=[p.index for p in prompts],
-            ).rollouts  # fmt: skip
+        parts: list[Rollouts] = []
+        written: list[int] = []  # place of each rollout of the parts among all
+        for teacher, places in self._writers(prompts, device):
+            assert isinstance(teacher, CanSample), "checked when the run was resolved"
+            with teacher.sampler() as model:
+                found = self.engine.generate(
+                    model, [own[place] for place in places], num_generations=num_generations, sampling=sampling, seed=seed,
+                    rows=[prompts[place].index for place in places],
+                )  # fmt: skip
+            parts.append(found.rollouts)
+            written += [place * num_generations + number for place in places for number in range(num_generations)]
+        rollouts = Rollouts.concatenate(parts).select(sorted(range(len(written)), key=written.__getitem__))
         if rewriter is None:
             return Written(rollouts, range(len(rollouts)))
         of_prompts = [prompt for prompt in prompts for _ in range(num_generations)]
         return rewriter.rewrite(rollouts, of_prompts, sampling.max_completion_length)
+
+    def _writers(
+        self, prompts: Sequence[Prompt], device: torch.device | str
+    ) -> Iterator[tuple[Teacher, Sequence[int]]]:
+        """Each teacher that writes, on its device, and the places of its prompts."""
+        several = self.pair.teacher
+        if not isinstance(several, SeveralTeachers):
+            yield several, range(len(prompts))
+            return
+        teacher_ids = self.pair.teacher_ids(prompts)
+        assert teacher_ids is not None, "where all teachers read a prompt, none may write"
+        for teacher_id, places in several.readers(teacher_ids).items():
+            if places:
+                yield several.ready(teacher_id, device), places
 
 
 class Rewriter:

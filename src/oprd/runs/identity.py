@@ -132,6 +132,9 @@ def identify(
     digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
     if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
         digests |= {f"teacher/{name}": _of_weights(one) for name, one in teacher.teachers.items()}
+        for name, one in teacher.teachers.items():
+            if isinstance(one, BridgedTeacher) and one.digest is not None:
+                digests[f"bridge_content/{name}"] = one.digest
     if pair.teacher_tokenizer is not None:
         digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:

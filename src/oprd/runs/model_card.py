@@ -19,7 +19,7 @@ from oprd.runs.measure import measure_of_run
 from oprd.runs.rewards import rewards_in_words
 from oprd.runs.verdict import judge_run
 from oprd.sanitize import printable, redacted
-from oprd.states.teacher_settings import describe_teacher, is_student
+from oprd.states.teacher_settings import bridge_in_words, describe_teacher, is_student
 from oprd.tasks.measures import ACCURACY, in_words
 
 CARD = "README.md"
@@ -112,7 +112,7 @@ def _own_share(settings: Mapping[str, Any]) -> float:
 
 
 def _origin(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    bridge = settings.get("bridge")
+    bridge = bridge_in_words(settings)
     lines = {
         "student": _code(settings["model"]),
         "teacher": _teacher(settings),

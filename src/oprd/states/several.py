@@ -27,24 +27,30 @@ class HoldsTeachers(Protocol):
     teachers: Mapping[str, Teacher]
 
 
+def by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
+    """The teachers that one is made of by their teacher_id; the teacher itself under None where it is one."""
+    return dict(teacher.teachers.items()) if isinstance(teacher, HoldsTeachers) else {None: teacher}
+
+
 def teachers_of(teacher: Teacher) -> list[Teacher]:
     """The teachers that one is made of; the teacher itself where it is one."""
-    return [*teacher.teachers.values()] if isinstance(teacher, HoldsTeachers) else [teacher]
+    return [*by_id(teacher).values()]
 
 
 def modules_of(teacher: Teacher) -> list[nn.Module]:
     """The models of a teacher in this process, each once, also those that wait in host memory."""
-    return _each_once(teachers_of(teacher))
+    return each_once(teachers_of(teacher))
 
 
-def _each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
+def each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
+    """The models of some teachers in this process, a shared one once."""
     return [*{id(module): module for teacher in teachers for module in teacher.modules}.values()]
 
 
 class SeveralTeachers:
     """Hands each request to the teacher that it names.
 
-    All teachers have the student's depth, width and tokens; no bridge is between them and the student.
+    All teachers read the student's tokens. Those of another depth or width stand behind a bridge of their own.
 
     Args:
         teachers: teacher_id → teacher.
@@ -66,7 +72,7 @@ class SeveralTeachers:
         self.teachers, self.per_prompt, self.offload = dict(teachers), per_prompt, offload
         self.info = _shared_info([teacher.info for teacher in teachers.values()])
         self.identity = ", ".join(f"{name}: {teacher.identity}" for name, teacher in self.teachers.items())
-        self.modules: Sequence[nn.Module] = () if offload else _each_once([*self.teachers.values()])
+        self.modules: Sequence[nn.Module] = () if offload else each_once([*self.teachers.values()])
         self._moved = 0
 
     @property
@@ -91,7 +97,7 @@ class SeveralTeachers:
         chosen = self.teachers[teacher_id]
         if self.offload:
             wanted = {id(module) for module in chosen.modules}
-            for module in _each_once([*self.teachers.values()]):
+            for module in each_once([*self.teachers.values()]):
                 self._move(module, torch.device(device if id(module) in wanted else "cpu"))
         return chosen
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
 
 TeachersPerPrompt = Literal["one", "all"]
 STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
+AUTO = "auto"
+"""Value of `offload_teachers`: a rule on bytes decides (`oprd.states.offload`)."""
 
 _TEACHER_ID = re.compile(r"[\w.-]+")
 
@@ -26,6 +29,19 @@ def check_per_prompt(value: Any) -> None:
         )
 
 
+def check_offload(value: bool | str) -> None:
+    """Refuse an unknown value of `offload_teachers`.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    if not isinstance(value, bool) and value != AUTO:
+        raise ValueError(
+            f"offload_teachers: {value!r} is not one of {AUTO}, true, false: true keeps each of several teachers in host memory "
+            "until it is asked"
+        )
+
+
 def is_student(teacher_model: Any) -> bool:
     """Whether the student is its own teacher (`teacher_model: student`)."""
     return isinstance(teacher_model, str) and teacher_model == STUDENT
@@ -36,6 +52,49 @@ def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[A
     if isinstance(entry, Mapping) and "use" not in entry:
         return entry["model"], entry.get("init_kwargs", init_kwargs)
     return entry, init_kwargs
+
+
+@contextmanager
+def naming_teacher(teacher_id: str | None) -> Iterator[None]:
+    """Name the one of several teachers that a ValueError in the context is about; None: there is one teacher.
+
+    Raises:
+        ValueError: with the teacher_id before its message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if teacher_id is None:
+            raise
+        raise ValueError(f"teachers: {teacher_id}: {error}") from error
+
+
+class EntryBridge(NamedTuple):
+    """The bridge of one of several teachers: its folder, and the rank to use (None: the fitted one)."""
+
+    folder: str
+    rank: int | None
+
+
+def bridges_of(teachers: Mapping[str, Any] | None) -> dict[str, EntryBridge]:
+    """teacher_id → its bridge, of those of several teachers that have one."""
+    return {
+        teacher_id: EntryBridge(entry["bridge"], entry.get("bridge_rank"))
+        for teacher_id, entry in (teachers or {}).items()
+        if isinstance(entry, Mapping) and "use" not in entry and entry.get("bridge") is not None
+    }
+
+
+def bridge_in_words(settings: Mapping[str, Any]) -> str | None:
+    """The bridge of a run, or those of its teachers; None without any.
+
+    Args:
+        settings: of a run, as `config.yaml` has them.
+    """
+    if settings.get("bridge"):
+        return str(settings["bridge"])
+    found = bridges_of(settings.get("teachers"))
+    return ", ".join(f"{teacher_id}: {bridge.folder}" for teacher_id, bridge in found.items()) or None
 
 
 def model_here(teacher_model: Any) -> str | None:
@@ -90,8 +149,10 @@ def check_teachers(run: Any) -> None:
     """
     args = run.args
     if run.teachers is None:
-        for key, default in (("teachers_per_prompt", "one"), ("mix_teachers", False), ("offload_teachers", False)):
-            if getattr(args, key) != default:
+        for key, off in (
+            ("teachers_per_prompt", ("one",)), ("mix_teachers", (False,)), ("offload_teachers", (AUTO, False)),
+        ):  # fmt: skip
+            if getattr(args, key) not in off:
                 raise ValueError(
                     f"{key}: {getattr(args, key)} has no effect without several teachers; set teachers, or leave it out"
                 )
@@ -138,7 +199,7 @@ def check_sharded(args: Any, by: str) -> None:
     for key, off, why in (
         ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
         ("mix_teachers", not args.mix_teachers, same),
-        ("offload_teachers", not args.offload_teachers, "which spreads weights itself"),
+        ("offload_teachers", args.offload_teachers is not True, "which spreads weights itself"),
     ):
         if not off:
             raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")
@@ -177,27 +238,54 @@ def _check_entries(run: Any) -> None:
             raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
         if not isinstance(entry, Mapping) or "use" in entry:
             continue
-        if "bridge" in entry:
+        _check_fresh(teacher_id, entry)
+        if unknown := {*entry} - {"model", "init_kwargs", "bridge", "bridge_rank"}:
             raise ValueError(
-                f"teachers: {teacher_id}: bridge is not supported with several teachers, which share the student's depth and "
-                "width; leave it out, or train on one teacher_model with a bridge"
+                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model, init_kwargs, bridge and "
+                "bridge_rank, or use with its arguments"
             )
-        if unknown := {*entry} - {"model", "init_kwargs"}:
-            raise ValueError(
-                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model and init_kwargs, or use "
-                "with its arguments"
-            )
+        _check_bridge(teacher_id, entry)
         if not entry.get("model"):
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
             )
-    for key, off, why in (
-        ("bridge", args.bridge is None, "which projects the states of one teacher"),
-        ("lmbda", args.student_writes, "below 1 lets one teacher write"),
-    ):
-        if not off:
-            raise ValueError(f"teachers: they do not go with {key}: {getattr(args, key)}, {why}; leave {key} out")
+    if args.bridge is not None:
+        raise ValueError(
+            f"teachers: they do not go with bridge: {args.bridge}, which is of one teacher; each has its own: "
+            "{teacher_id: {model: …, bridge: …}}"
+        )
+    if args.teachers_per_prompt == "all" and not args.student_writes:
+        raise ValueError(
+            f"teachers_per_prompt: all does not go with lmbda: {args.lmbda}, which lets a teacher write: no one teacher owns a "
+            "prompt that all read; set teachers_per_prompt: one, where the row's teacher_id names the writer, or lmbda: 1"
+        )
     if args.teachers_per_prompt == "all" and args.mix_teachers:
         raise ValueError(
             "mix_teachers: true has no effect with teachers_per_prompt: all, where all read every rollout; leave it out"
+        )
+
+
+def _check_bridge(teacher_id: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a bridge that is no folder's name, and a rank that is no count or has no bridge."""
+    folder, rank = entry.get("bridge"), entry.get("bridge_rank")
+    if folder is not None and (not isinstance(folder, str) or not folder):
+        raise ValueError(
+            f"teachers: {teacher_id}: bridge: {folder!r} is not a folder; write what oprd bridge fit wrote"
+        )
+    if rank is None:
+        return
+    if folder is None:
+        raise ValueError(
+            f"teachers: {teacher_id}: bridge_rank: {rank} has no effect without a bridge; set bridge to its folder"
+        )
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"teachers: {teacher_id}: bridge_rank: {rank!r} is not allowed; 1 or more")
+
+
+def _check_fresh(teacher_id: str, entry: Mapping[str, Any]) -> None:
+    """Refuse one of several teachers with responses, or states of them, that exist before the run."""
+    if fixed := {"responses", "cache"} & {*entry}:
+        raise ValueError(
+            f"teachers: {teacher_id}: {min(fixed)} is for one teacher_model; name a model, which writes the responses of its own "
+            "rows with lmbda: 0"
         )

@@ -48,25 +48,29 @@ def probe_run(
     found: dict[str, Any] = {
         "student": _probe(pair.student.model, pair.layers, parallel.autocast(), engine),
     }
-    teacher, layers = pair.teacher, pair.layers
-    if isinstance(teacher, BridgedTeacher):
-        layers = tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
-        teacher = teacher.teacher
-    elif isinstance(teacher, MappedTeacher):
-        layers = tuple(teacher.layers[layer] for layer in layers)
-        teacher = teacher.teacher
-    if isinstance(teacher, ExtrapolatedTeacher):
-        if isinstance(teacher.base, FrozenTeacher):
-            found["base"] = _probe(teacher.base.model, layers, nullcontext(), None)
-        teacher = teacher.teacher
+    teacher = pair.teacher
     if isinstance(teacher, SeveralTeachers):
         names = {f"teacher/{name}": teacher.ready(name, args.device) for name in teacher.teachers}
     else:
         names = {"teacher": teacher}
-    for name, one in names.items():
+    for name, given in names.items():
+        one, layers = _behind(given, pair.layers)
+        if isinstance(one, ExtrapolatedTeacher):
+            if isinstance(one.base, FrozenTeacher):
+                found["base"] = _probe(one.base.model, layers, nullcontext(), None)
+            one = one.teacher
         writes = isinstance(one, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
         found[name] = _probe_teacher(one, layers, engine if writes else None)
     return found
+
+
+def _behind(teacher: Teacher, layers: Sequence[int]) -> tuple[Teacher, Sequence[int]]:
+    """The teacher behind a bridge or a map of layers, and its layers that are compared with some of the student's."""
+    if isinstance(teacher, BridgedTeacher):
+        return teacher.teacher, tuple(teacher.bridge.pairs[layer].teacher_layer for layer in layers)
+    if isinstance(teacher, MappedTeacher):
+        return teacher.teacher, tuple(teacher.layers[layer] for layer in layers)
+    return teacher, layers
 
 
 def _probe_teacher(teacher: Teacher, layers: Sequence[int], engine: RolloutEngine | None) -> Any:

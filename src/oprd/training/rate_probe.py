@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 
-from oprd.bridge.teacher import BridgedTeacher
+from oprd.bridge.teacher import place_bridges
 from oprd.config import AUTO, OPRDConfig
 from oprd.data.prompts import Prompt
 from oprd.models.architecture import evaluating
@@ -122,8 +121,7 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     model = pair.student.model.to(args.device)
     for part in pair.teacher.modules:
         part.to(args.device)
-    if isinstance(pair.teacher, BridgedTeacher):
-        pair.teacher.to(args.device)
+    place_bridges(pair.teacher, args.device)
     cuda = [args.device] if args.device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -228,7 +226,7 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
                 places: Sequence[int] = range(len(rollouts))
             else:
                 writer = TeacherWriter(pair, resolved.engine, args.rollout_engine, **args.engine_kwargs)
-                written = writer.write(prompts, **drawn)
+                written = writer.write(prompts, device=args.device, **drawn)
                 rollouts, places = written.rollouts, written.places
         start = 0
         for step in steps:
@@ -381,8 +379,7 @@ def _check_not_sharded(args: OPRDConfig) -> None:
     Raises:
         ValueError: says what to do.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fully_shard or args.deepspeed or any(os.environ.get(flag, "").lower() in ("1", "true") for flag in flags):
+    if args.splits_weights:
         raise ValueError(
             f"learning_rate: {AUTO} does not work with a sharded student (fully_shard, FSDP, DeepSpeed), of which no process has a "
             f"copy; {_GIVE}"

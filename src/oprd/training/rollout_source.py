@@ -257,8 +257,9 @@ class RolloutSource:
             return Sampled(self.responses.rollouts(ids, num_generations=count, seed=seed, rows=rows))
         assert self.teacher_writer is not None, "lmbda is below 1"
         written = self.teacher_writer.write(
-            prompts, num_generations=self.args.num_generations, sampling=self.args.sampling, seed=seed
-        )
+            prompts, num_generations=self.args.num_generations, sampling=self.args.sampling, seed=seed,
+            device=self.args.device,
+        )  # fmt: skip
         if written.counts is not None:
             self._observe_text(written.counts, terms.step, share)
         return Sampled(written.rollouts)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from oprd.bridge.teacher import BridgedTeacher
+from oprd.bridge.teacher import BridgedTeacher, place_bridges
 from oprd.config import AUTO, OPRDConfig
 from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
@@ -202,8 +202,7 @@ class OPRDTrainer(Trainer):
             if not hasattr(self, "is_distributed_loading_by_transformers"):
                 raise ValueError("fully_shard: needs transformers 5.23 or newer")
             self.is_distributed_loading_by_transformers = True
-        if isinstance(pair.teacher, BridgedTeacher):
-            pair.teacher.to(args.device)
+        place_bridges(pair.teacher, args.device)
         self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
         self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)

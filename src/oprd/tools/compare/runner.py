@@ -28,7 +28,12 @@ from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summar
 RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
 _SHOWN_LINES = 12
-_NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher"}  # settings that do not affect the training
+_NOT_TRAINING = {
+    "output_dir",
+    "eval_before",
+    "eval_teacher",
+    "offload_teachers",
+}  # settings that do not affect the training
 
 Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from oprd.tools.doctor.memory import predict_memory
+from oprd.tools.doctor.memory import predict_memory, teachers_wait
 from oprd.tools.doctor.workload import Lora, Workload
 
 
@@ -36,7 +36,7 @@ def advise(work: Workload, least: float = 0.02) -> list[Advice]:
         changes["lora: {r: 8, target_modules: [q_proj, v_proj]}"] = replace(work, lora=Lora())
     if work.teacher is not None and not work.several and work.teacher_bytes > 2:
         changes["teacher_model_init_kwargs: {dtype: bfloat16}"] = replace(work, teacher_bytes=2)
-    if len(work.several) > 1 and not work.offload and work.sharding != "fsdp":
+    if len(work.several) > 1 and not teachers_wait(work)[0] and work.sharding != "fsdp":
         changes["offload_teachers: true"] = replace(work, offload=True)
     if work.devices > 1 and work.sharding == "ddp" and work.lora is None:
         changes["fully_shard: true"] = replace(work, sharding="fsdp")

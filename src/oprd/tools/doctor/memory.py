@@ -14,6 +14,8 @@ import torch
 
 from oprd.models.lm_head import LMHead
 from oprd.models.lm_head.chunked import chunk_slices
+from oprd.states.offload import Placement, TrainingState
+from oprd.states.teacher_settings import AUTO
 from oprd.tools.doctor.workload import Workload
 
 PHASES = ("rollout", "teacher", "update", "optimizer")
@@ -78,6 +80,14 @@ def predict_memory(work: Workload) -> Memory:
         for phase in ("teacher", "update", "optimizer"):
             phases[phase] += held.rollout_cache + held.sampling
     return Memory(parts, phases)
+
+
+def teachers_wait(work: Workload) -> tuple[bool, str]:
+    """Whether several teachers wait in host memory as the run goes, and why, in words."""
+    held = _Held(work)
+    if work.offload != AUTO:
+        return held.offloads, str(held.offloads).lower()
+    return held.offloads, f"auto: {held.placed.describe()}" if held.placed.open else "auto"
 
 
 def saved_bytes(work: Workload) -> tuple[float, float]:
@@ -157,16 +167,24 @@ class _Held:
         trainable = work.trainable
         adapter = trainable if work.lora is not None else 0
         weight = work.student_bytes
-        self.weights = (weight * shape.parameters + _FLOAT * adapter) / self.split
-        self.gradients = (_FLOAT if adapter else weight) * trainable / self.split
-        self.moments = 2 * self.gradients
-        self.copy = self.gradients if work.overlap else 0.0  # copy of the trained weights
-        if work.sharding == "ddp" and work.devices > 1:
-            self.gradients *= 2  # DDP's buckets are a second copy
+        state = TrainingState.of(
+            (weight * shape.parameters + _FLOAT * adapter) / self.split,
+            (_FLOAT if adapter else weight) * trainable / self.split,
+            ddp=work.sharding == "ddp" and work.devices > 1, overlap=work.overlap,
+        )  # fmt: skip
+        self.weights, self.gradients, self.moments, self.copy = (
+            state.weights,
+            state.gradients,
+            state.moments,
+            state.copy,
+        )
+        whole = work.accelerator and work.sharding != "fsdp"
+        self.placed = Placement(state.total, [*work.several.values()], work.device_bytes if whole else None)
+        self.offloads = self.placed.offloads if work.offload == AUTO else bool(work.offload)
         other = work.teacher or shape
         self.teacher = 0.0 if work.teacher is None else work.teacher_bytes * other.parameters
         if work.several:
-            self.teacher = max(work.several.values()) if work.offload else sum(work.several.values())
+            self.teacher = max(work.several.values()) if self.offloads else sum(work.several.values())
         self.teacher /= self.split
         self.base = 0.0 if work.base is None else work.base_bytes * work.base.parameters / self.split
         # fully_shard gathers the root's weights and two blocks (one prefetched) at a time; in backward also their gradients.

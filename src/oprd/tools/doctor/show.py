@@ -6,12 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from oprd.tools.doctor.advice import advise
-from oprd.tools.doctor.memory import predict_memory
+from oprd.tools.doctor.memory import predict_memory, teachers_wait
 from oprd.tools.doctor.shape import CHECKED, KNOWN, known_shape
 from oprd.tools.doctor.time import Device, predict_seconds
-from oprd.tools.doctor.workload import Workload
+from oprd.tools.doctor.workload import GPU_BYTES, Workload
 
-GPU = 80e9
 DEVICE_COUNTS = (1, 8, 64)
 _PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activations", "state cache",
           "vocabulary chunks", "rollout KV cache", "base weights")  # fmt: skip
@@ -22,7 +21,7 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
     memory = predict_memory(work)
     return {
         "parts": memory.parts,
-        **({"teachers": dict(work.several), "offloaded": work.offload} if work.several else {}),
+        **_several(work),
         "phases": memory.phases,
         "peak": memory.peak,
         "peak_phase": memory.peak_phase,
@@ -37,6 +36,14 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
         },
         **({"this_machine": asdict(device)} if device.threads else {}),
     }  # fmt: skip
+
+
+def _several(work: Workload) -> dict[str, Any]:
+    """The weights of several teachers, and where they wait; nothing where there is one."""
+    if not work.several:
+        return {}
+    waits, why = teachers_wait(work)
+    return {"teachers": dict(work.several), "offloaded": waits, "offload_teachers": why}
 
 
 def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
@@ -76,13 +83,9 @@ def _teacher_lines(found: dict[str, Any]) -> list[str]:
     """The weights of each of several teachers."""
     if not (several := found.get("teachers")):
         return []
-    where = (
-        "in host memory until it is asked"
-        if found["offloaded"]
-        else "all on the device; offload_teachers: true keeps one"
-    )
+    where = "each in host memory until it is asked" if found["offloaded"] else "all on the device"
     return [
-        "", f"weights of the teachers ({where})",
+        "", f"weights of the teachers ({where}; offload_teachers: {found['offload_teachers']})",
         *(f"  {name:<20} {_size(size) if size else '   shared with one above'}" for name, size in several.items()),
     ]  # fmt: skip
 
@@ -124,6 +127,6 @@ def known_table() -> str:
             ]  # fmt: skip
             shown = " | ".join(f"{cell / 1e9:.1f}" for cell in cells)
             rows.append(
-                f"| {size} | {devices} | {shown} ({memory.peak_phase}) | {'yes' if memory.peak <= GPU else 'no'} |"
+                f"| {size} | {devices} | {shown} ({memory.peak_phase}) | {'yes' if memory.peak <= GPU_BYTES else 'no'} |"
             )
     return "\n".join(rows)

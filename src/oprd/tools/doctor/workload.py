@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
-from oprd.states.teacher_settings import is_student, model_here, model_of_entry
+from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
+GPU_BYTES = 80e9
+"""Memory of an H100 SXM."""
 SHARDING = ("none", "ddp", "fsdp")
 _LORA_RANK, _LORA_TARGETS = 8, ("q_proj", "v_proj")  # peft's defaults, for Llama and Qwen2
 
@@ -66,7 +67,8 @@ class Workload:
         accelerator: whether the device is not a CPU; accelerators use larger chunks of logits.
         several: teacher_id → bytes of the weights, where there are several teachers; `teacher` is the largest of them. A model
             that stands under two ids counts under the first.
-        offload: only one of them is on the device at a time.
+        offload: only one of them is on the device at a time; "auto": as `oprd.states.offload` chooses.
+        device_bytes: memory of the device, for that choice.
         eager: the student keeps its attention maps for backward (attn_implementation: eager).
         attention_layers: layers whose attention rows the loss compares.
     """
@@ -99,7 +101,8 @@ class Workload:
     sharding: str = "none"
     accelerator: bool = True
     several: Mapping[str, float] = field(default_factory=dict)
-    offload: bool = False
+    offload: bool | str = False
+    device_bytes: float = GPU_BYTES
     base: Shape | None = None
     eager: bool = False
     attention_layers: int = 0
@@ -181,6 +184,7 @@ def workload_of(
     sharding: str | None = None,
     bf16: bool | None = None,
     accelerator: bool = True,
+    device_bytes: float = GPU_BYTES,
 ) -> Workload:
     """The workload of a recipe on each device.
 
@@ -191,6 +195,7 @@ def workload_of(
         sharding: none, ddp or fsdp; default: none for one device, ddp for more.
         bf16: compute in bfloat16; default: as in the config.
         accelerator: see `Workload`.
+        device_bytes: see `Workload`.
 
     Raises:
         ValueError: a model config cannot be read, the formulas do not cover its architecture, a layer is out of range, or the
@@ -218,7 +223,7 @@ def workload_of(
         layers=compared_layers(config.layer_map, config.layers, student.layers) if compares else (),
         positions=len(select_positions(length, config.positions, config.position_k)),
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
-        bridge_rank=_bridge_rank(config),
+        bridge_rank=_bridge_rank(run),
         representation=is_on(config.representation_weight),
         output_space=config.output_term.kind if config.output_term else None,
         policy_gradient=is_on(config.policy_gradient_weight),
@@ -230,6 +235,7 @@ def workload_of(
         teacher_bytes=teacher_bytes,
         several=several,
         offload=config.offload_teachers,
+        device_bytes=device_bytes,
         base=base,
         base_bytes=base_bytes,
         eager=own.get("attn_implementation") == "eager",
@@ -294,14 +300,22 @@ def _base(run: RunConfig, student: Shape, student_bytes: int) -> tuple[Shape | N
     return base, _weight_bytes((run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"), base)
 
 
-def _bridge_rank(config: OPRDConfig) -> int | None:
-    if config.bridge is None:
+def _bridge_rank(run: RunConfig) -> int | None:
+    """The rank of the states that are kept; of several teachers the largest, None where one has no bridge."""
+    config, several = run.args, bridges_of(run.teachers)
+    if config.bridge is not None:
+        return _rank_of(EntryBridge(config.bridge, config.bridge_rank))
+    if not several or len(several) < len(run.teachers or {}):
         return None
-    if config.bridge_rank is not None:
-        return config.bridge_rank
+    return max(map(_rank_of, several.values()))
+
+
+def _rank_of(bridge: EntryBridge) -> int:
+    if bridge.rank is not None:
+        return bridge.rank
     from oprd.bridge import Bridge
 
-    return Bridge.load(config.bridge).rank
+    return Bridge.load(bridge.folder).rank
 
 
 def _weight_bytes(dtype: object, shape: Shape) -> int:

@@ -15,6 +15,7 @@ from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
 from oprd.runs.measure import measure_of_run
 from oprd.sanitize import redacted
+from oprd.states.teacher_settings import bridge_in_words
 
 COMPARISON = "compare.json"
 """What `oprd compare` writes into its folder."""
@@ -160,7 +161,7 @@ def interval(measures: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def objective_of(config: Mapping[str, Any]) -> str:
     """Describe the loss of a run from its settings, such as `1 × representation (bridge) + 0.5 × reverse_kl`."""
-    bridge = " (bridge)" if config.get("bridge") else ""
+    bridge = " (bridge)" if bridge_in_words(config) else ""
     terms = [("representation_weight", 1.0, f"representation{bridge}")]
     if config.get("output_space"):
         terms.append(("output_weight", 1.0, config["output_space"] if isinstance(config["output_space"], str) else "?"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from oprd.runs.columns import number
-from oprd.states.teacher_settings import describe_teacher
+from oprd.states.teacher_settings import bridge_in_words, describe_teacher
 from oprd.tasks.measures import ACCURACY, REWARD
 from oprd.tools.compare.finished import between
 from oprd.tools.compare.words import difference_in_words
@@ -240,7 +240,7 @@ _ROWS: dict[str, Callable[[RunRecord], Cell]] = {
     "objective": _objective,
     "student": _setting("model"),
     "teacher": _teacher,
-    "bridge": _setting("bridge"),
+    "bridge": lambda record: Cell(word(bridge_in_words(record.config))),
     "seed": _seed,
     "learning rate": _rate,
     "steps": _steps,

@@ -1,0 +1,183 @@
+"""`offload_teachers: auto`: a rule on bytes, the same in a run and in `oprd doctor`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import oprd.resolve.teacher
+from oprd.cli import app
+from oprd.config import OPRDConfig
+from oprd.models.loading import load_model
+from oprd.resolve import plan, resolve
+from oprd.run_config import GivenObjects, RunConfig, changed_settings, free_changes
+from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
+from oprd.tools.compare.results import Run
+from oprd.tools.compare.runner import refuse_other_settings
+from oprd.tools.doctor.advice import advise
+from oprd.tools.doctor.memory import predict_memory, teachers_wait
+from oprd.tools.doctor.workload import workload_of
+from test_several_teachers import pool, recipe, rows
+from tiny import tiny_model, tiny_tokenizer, tiny_trainer
+
+TEACHERS = {"math": "embedded:tiny/teacher", "prose": "embedded:tiny/student"}
+
+
+@pytest.mark.parametrize(
+    ("student", "teachers", "device", "offloads"),
+    [
+        (40, (20, 15), 100, False),  # 75: a quarter is left
+        (40, (20, 16), 100, True),
+        (80, (1, 1), 100, True),
+        (0, (1, 1), 100, False),
+        (40, (90,), 100, False),  # one teacher has no other to make room for
+        (40, (90, 0), 100, False),  # two names of one model
+        (40, (90, 90), None, False),  # a CPU
+    ],
+)
+def test_teachers_wait_where_all_would_leave_a_step_less_than_a_quarter(student, teachers, device, offloads):
+    assert Placement(student, teachers, device).offloads is offloads
+
+
+sizes = st.floats(0, 1e12)
+
+
+@given(sizes, st.lists(sizes, max_size=4), sizes, sizes, sizes)
+def test_a_larger_device_never_makes_them_wait_and_another_teacher_never_brings_them_back(
+    student, teachers, device, more, another
+):
+    now = Placement(student, teachers, device)
+    assert now.offloads or not replace(now, device=device + more).offloads
+    assert not now.offloads or replace(now, teachers=[*teachers, another]).offloads
+
+
+def test_the_choice_is_said_with_its_figures():
+    assert Placement(6.2e9, (14e9, 14.1e9), 40e9).describe() == (
+        "the student's training state (6.20 GB) and all teachers (28.10 GB) leave less than 25% of the device's 40.00 GB to a step"
+    )
+    assert "leave 25% or more of the device's 80.00 GB" in Placement(6.2e9, (14e9, 14.1e9), 80e9).describe()
+
+
+def test_the_training_state_of_a_model_by_hand():
+    model = tiny_model()
+    size = sum(weight.numel() for weight in model.parameters())
+    assert TrainingState.of_model(model).total == (4 + 4 + 8) * size
+    assert TrainingState.of_model(model, ddp=True, overlap=True) == TrainingState(
+        4 * size, 8 * size, 8 * size, 4 * size
+    )
+    head = model.get_output_embeddings().weight
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    assert TrainingState.of_model(model).total == 4 * size + (4 + 8) * head.numel()
+    assert weight_bytes(model.bfloat16()) == 2 * size
+
+
+def test_the_doctor_counts_the_training_state_of_the_run(tmp_path):
+    parts = predict_memory(workload_of(RunConfig.load("tiny", {"output_dir": str(tmp_path)}))).parts
+    state = TrainingState.of_model(load_model("embedded:tiny/student", dtype=torch.float32))
+    assert parts["student weights"] == state.weights
+    assert parts["gradients"] == state.gradients
+    assert parts["optimizer"] == state.moments
+
+
+def several(folder, memory, monkeypatch, teachers=None, **settings):
+    """The teachers of a run on a device with so much memory."""
+    monkeypatch.setattr(oprd.resolve.teacher, "device_bytes", lambda device: memory)
+    args = OPRDConfig(str(folder), max_completion_length=9, use_cpu=True, report_to="none", **settings)
+    given = GivenObjects(processing_class=tiny_tokenizer())
+    run = RunConfig(args, tiny_model(), teachers or pool(), rows("a", "b", "a", "b"), given=given)
+    return resolve(run).pair.teacher
+
+
+def test_a_run_chooses_by_what_the_device_holds(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "oprd")
+    model = tiny_model()
+    size, head = weight_bytes(model), weight_bytes(model.get_output_embeddings())  # which the loss does not reach
+    needed = size + 3 * (size - head) + 2 * size
+    for memory, offload in ((needed / 0.75, False), (needed / 0.75 - 1, True)):
+        caplog.clear()
+        assert several(tmp_path, memory, monkeypatch).offload is offload
+        (said,) = [record.getMessage() for record in caplog.records if "offload_teachers" in record.getMessage()]
+        assert said.startswith(
+            f"offload_teachers: auto is {str(offload).lower()}: the student's training state (0.4 MB)"
+        )
+    assert not several(tmp_path, 1, monkeypatch, offload_teachers=False).offload
+    assert several(tmp_path, 1e12, monkeypatch, offload_teachers=True).offload
+    caplog.clear()
+    shared = tiny_model(seed=1)
+    assert not several(tmp_path, 1, monkeypatch, {"a": shared, "b": shared}).offload
+    assert not several(tmp_path, 1, monkeypatch, fully_shard=True).offload
+    assert "offload_teachers" not in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_splits_weights_is_known_before_a_model_is_loaded(tmp_path, monkeypatch, flag):
+    args = recipe(tmp_path).args
+    assert not args.splits_weights
+    monkeypatch.setenv(flag, "true")
+    assert args.splits_weights
+
+
+def test_a_cpu_has_no_choice_and_says_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "oprd")
+    teacher = tiny_trainer(tmp_path, teacher=pool(), rows=rows("a", "b", "a", "b"), mix_teachers=True).pair.teacher
+    assert not teacher.offload
+    assert len(teacher.modules) == 2
+    assert device_bytes(torch.device("cpu")) is None
+    assert "offload_teachers" not in caplog.text
+
+
+def test_which_values_are_allowed(tmp_path):
+    for value in ("auto", True, False):
+        assert recipe(tmp_path, offload_teachers=value).args.offload_teachers is value
+    with pytest.raises(ValueError, match="offload_teachers: 'sometimes' is not one of auto, true, false"):
+        recipe(tmp_path, offload_teachers="sometimes")
+    for value in ("auto", False):  # as config.yaml of a run with one teacher has it
+        plan(recipe(tmp_path, teachers=None, teacher_model="embedded:tiny/teacher", offload_teachers=value))
+    with pytest.raises(ValueError, match="offload_teachers: True has no effect without several teachers"):
+        plan(recipe(tmp_path, teachers=None, teacher_model="embedded:tiny/teacher", offload_teachers=True))
+
+
+def test_a_run_from_before_the_default_was_auto_goes_on(tmp_path):
+    """It changes where weights wait, and no number."""
+    assert changed_settings({"offload_teachers": False}, {"offload_teachers": "auto"}) == {}
+    assert free_changes({"offload_teachers": False}, {"offload_teachers": "auto"}) == {
+        "offload_teachers": (False, "auto")
+    }
+    settings = recipe(tmp_path / "run").settings()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({**settings, "offload_teachers": False}))
+    refuse_other_settings(Run("run", 1e-3, 0, tmp_path / "run", settings))
+
+
+def test_the_doctor_shows_the_choice_of_the_run(tmp_path):
+    run = RunConfig.load("tiny", {"teachers": TEACHERS, "teacher_model": None, "output_dir": str(tmp_path)})
+    large, small = (workload_of(run, device_bytes=size) for size in (80e9, 1e6))
+    size = large.student.parameters
+    assert predict_memory(large).parts["teacher weights"] == 8 * size
+    assert predict_memory(small).parts["teacher weights"] == 4 * size
+    assert teachers_wait(large)[0] is False
+    assert teachers_wait(small)[0] is True
+    assert teachers_wait(replace(small, accelerator=False)) == (False, "auto")
+    assert teachers_wait(replace(small, sharding="fsdp", devices=2)) == (False, "auto")
+    assert teachers_wait(replace(small, offload=False)) == (False, "false")
+    settings = [[advice.setting for advice in advise(work, least=0)] for work in (large, small)]
+    assert ["offload_teachers: true" in found for found in settings] == [True, False]
+
+
+def test_the_doctor_says_it_for_the_device_that_is_described():
+    teachers = "{math: embedded:tiny/teacher, prose: embedded:tiny/student}"
+    asked = ["doctor", "--config", "tiny", "--use_cpu", "false", "--teachers", teachers, "--teacher_model", "null"]
+    small, large = (CliRunner().invoke(app, [*asked, *more]) for more in (["--device-memory", "0.001"], []))
+    assert small.exit_code == large.exit_code == 0, small.output + large.output
+    assert "weights of the teachers (each in host memory until it is asked; offload_teachers: auto: the" in small.output
+    assert "weights of the teachers (all on the device; offload_teachers: auto: the student's" in large.output
+    wrong = CliRunner().invoke(app, [*asked, "--device-memory", "0"])
+    assert str(wrong.exception) == "--device-memory: 0.0 is not above 0"
