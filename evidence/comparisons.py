@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Work
+from evidence.words import mean_of, points
 from oprd.runs.folder import RunFolder
 from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from oprd.tools.compare.interval import mean_and_interval
@@ -170,6 +171,18 @@ def difference(
     if mean is None:
         raise ValueError(f"{one!r} and {other!r} have no seed in common")
     return mean, interval, len(gaps)
+
+
+def at_its_rate(result: Mapping[str, Any], name: str, lead: tuple[float, list[float] | None, int] | None) -> list[str]:
+    """Cells of an objective: its tuned rate, its final accuracy with interval, its lead; without a lead the last is empty.
+
+    Args:
+        result: of a claim, with `runs` and `rates`.
+        name: of the objective.
+        lead: as `difference` gives it.
+    """
+    accuracy = mean_of([r["final"] for r in of(result["runs"], name)])
+    return [f"{result['rates'][name]:g}", accuracy, "" if lead is None else points(*lead[:2])]
 
 
 def gap_closed(records: Sequence[Record]) -> tuple[float | None, list[float] | None]:

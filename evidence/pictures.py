@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Claim, Result
-from evidence.comparisons import Record
+from evidence.comparisons import Record, of
 from evidence.real_model_gpu.picture import FIGURE as FIGURE_OF_CURVES
 from evidence.real_model_gpu.picture import curves
 from evidence.real_model_gpu.picture import draw as draw_curves
@@ -99,6 +99,35 @@ def accuracy_rows(
     name_rows(axis, list(found))
     axis.set(xlim=(-0.02, 1.02), xlabel=unit)
     in_percent(axis.xaxis)
+
+
+def draw_objectives(
+    figure: Any,
+    runs: Sequence[Record],
+    names: Mapping[str, str],
+    *,
+    ours: Sequence[str],
+    reference: str,
+    title: str,
+    unit: str,
+) -> None:
+    """The whole figure of a claim that compares objectives: `accuracy_rows` in one panel, with teacher and start.
+
+    Args:
+        figure: an empty figure.
+        runs: of the claim.
+        names: objective → its name in the figure, top row first.
+        ours: objectives in the colour of this method.
+        reference: the objective whose runs say where teacher and start are.
+        title: of the panel.
+        unit: label of the x axis.
+    """
+    axis = figure.subplots()
+    found = {text: [r["final"] for r in of(runs, name)] for name, text in names.items()}
+    accuracy_rows(axis, found, ours=[names[name] for name in ours], unit=unit)
+    title_above_marks(axis, title)
+    reference_lines(axis, of(runs, reference))
+    note(figure, SEEDS)
 
 
 def name_rows(axis: Any, names: Sequence[str]) -> None:

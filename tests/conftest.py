@@ -54,7 +54,7 @@ settings.load_profile("oprd")
 # Files whose tests share what is expensive to make: a process of pytest-xdist gets all tests of a group, or none.
 GROUPS = {
     "test_distributed": "two ranks", "test_fsdp": "two ranks", "test_memory": "two ranks", "test_nodes": "two nodes",
-    "test_compare": "a server of forks", "test_grading": "a grader",
+    "test_compare": "a server of forks", "test_grading": "a grader", "test_architecture": "parsed modules",
     **{f"test_{name}": name for name in ("cross_tokenizer_training", "diagnose", "overlap", "resume")},
 }  # fmt: skip
 

@@ -252,7 +252,10 @@ def test_a_line_is_said_when_there_is_an_overlap():
     assert say_overlap(rows(DICE), rows("Something else."), say=said.append)["overlapping"] == 0
     assert said == []
     assert say_overlap(rows(DICE), rows(DICE), say=said.append)["overlapping"] == 1
-    assert said[0].startswith("contamination: 1 of 1 problems are also among the 1 training prompts (1 the same")
+    assert said == [
+        "note: of the evaluation set, 1 of 1 problems are also among the 1 training prompts (1 the same, 0 nearly: similarity 0.5 "
+        "or more). Training goes on; accuracy on them may come from having seen them (`oprd data check` lists them)"
+    ]
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.5, math.nan])

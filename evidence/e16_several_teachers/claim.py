@@ -16,7 +16,7 @@ from evidence.comparisons import (
     of,
     run_comparison,
 )
-from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.pictures import draw_objectives
 from evidence.sums import additions, fine_tuned, write_rows
 from evidence.words import mean_of, points, standing, surely, table
 
@@ -118,9 +118,7 @@ def _same_rate(tuning: Any) -> dict[float, float]:
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of both orders."""
     figure.set_figheight(2.6)
-    axis = figure.subplots()
-    rows = {text: [r["final"] for r in of(result["runs"], name)] for name, text in NAMES.items()}
-    accuracy_rows(axis, rows, ours=[NAMES["one_domain"]])
-    title_above_marks(axis, "Two teachers, two domains")
-    reference_lines(axis, of(result["runs"], "one_domain"))
-    note(figure, SEEDS)
+    draw_objectives(
+        figure, result["runs"], NAMES, ours=["one_domain"], reference="one_domain", title="Two teachers, two domains",
+        unit="Avg@2, %",
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import Record, difference, first_seeds, of, run_comparison
 from evidence.e01_accuracy.claim import FILE as MAIN
-from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tuned_runs
 from evidence.words import mean_of, percent, points, standing, surely, table
 from oprd.tools.compare.interval import mean_and_interval
@@ -86,12 +86,7 @@ def _past_teacher(runs: list[Record]) -> tuple[float, list[float] | None]:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each λ beside the teacher's."""
-    axis = figure.subplots()
-    runs = result["runs"]
-    accuracy_rows(
-        axis, {text: [r["final"] for r in of(runs, name)] for name, text in NAMES.items()},
-        ours=[NAMES[name] for name in BEYOND], unit="Avg@4 after 60 steps, %",
+    draw_objectives(
+        figure, result["runs"], NAMES, ours=BEYOND, reference="lambda_1", title="A teacher that was stopped early",
+        unit="Avg@4 after 60 steps, %",
     )  # fmt: skip
-    title_above_marks(axis, "A teacher that was stopped early")
-    reference_lines(axis, of(runs, "lambda_1"))
-    note(figure, SEEDS)

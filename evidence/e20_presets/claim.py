@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import difference, first_seeds, of
-from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.comparisons import at_its_rate, difference, first_seeds
+from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tuned_runs
-from evidence.words import mean_of, points, standings, surely, table
+from evidence.words import standings, surely, table
 from oprd.objectives.presets import PRESETS
 
 ID = "E20"
@@ -42,19 +42,15 @@ def measure(work: Work) -> dict[str, Any]:
 
 def judge(result: Result) -> Finding:
     """Holds if OPRD is behind none and ahead of LastOPD, Latent-MOPD and PHF; in part if it is behind none."""
-    runs, rates = result["runs"], result["rates"]
-    leads = {name: difference(runs, "oprd", name) for name in NAMES if name != "oprd"}
+    leads = {name: difference(result["runs"], "oprd", name) for name in NAMES if name != "oprd"}
     signs = {name: surely(leads[name][1]) for name in LATER}
     behind_none = min(signs.values()) >= 0
     ahead = all(signs[name] > 0 for name in LATER if name != "ride")
     verdict = "holds" if behind_none and ahead else "partly" if behind_none else "not"
     rows = [
-        [
-            text, PRESETS[name].source if name in PRESETS else "this project", f"{rates[name]:g}", mean_of([r["final"] for r in of(runs, name)]),
-            points(*leads[name][:2]) if name in leads else "",
-        ]
+        [text, PRESETS[name].source if name in PRESETS else "this project", *at_its_rate(result, name, leads.get(name))]
         for name, text in NAMES.items()
-    ]  # fmt: skip
+    ]
     stands = standings({NAMES[name]: leads[name][1] for name in LATER})
     switch = f"OPRD is {standings({'the adaptive switch': leads['adaptive'][1]})}, which no paper has and the verdict leaves out."
     text = (
@@ -66,12 +62,7 @@ def judge(result: Result) -> Finding:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each preset."""
-    axis = figure.subplots()
-    runs = result["runs"]
-    accuracy_rows(
-        axis, {text: [r["final"] for r in of(runs, name)] for name, text in NAMES.items()}, ours=[NAMES["oprd"]],
+    draw_objectives(
+        figure, result["runs"], NAMES, ours=["oprd"], reference="oprd", title="Published objectives, equal steps",
         unit="Avg@2 after 60 steps, %",
     )  # fmt: skip
-    title_above_marks(axis, "Published objectives, equal steps")
-    reference_lines(axis, of(runs, "oprd"))
-    note(figure, SEEDS)

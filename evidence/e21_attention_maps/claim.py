@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
-from evidence.comparisons import difference, first_seeds, of
-from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.comparisons import at_its_rate, difference, first_seeds, of
+from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tuned_runs
 from evidence.words import listed, mean_of, points, standing, surely, table
 from oprd.tools.compare.interval import mean_and_interval
@@ -36,17 +36,18 @@ def measure(work: Work) -> dict[str, Any]:
 def judge(result: Result) -> Finding:
     """Holds if states with maps are ahead of states alone at one of the two weights and behind at neither; in part if they are ahead at one and behind
     at the other."""
-    runs, rates = result["runs"], result["rates"]
+    runs = result["runs"]
     leads = {name: difference(runs, name, "states") for name in NAMES if name != "states"}
     signs = [surely(leads[name][1]) for name in BOTH]
     verdict = "not" if max(signs) <= 0 else "holds" if min(signs) >= 0 else "partly"
     rows = [
         [
-            text, f"{rates[name]:g}", mean_of([r["final"] for r in of(runs, name)]), points(*leads[name][:2]) if name in leads else "",
+            text,
+            *at_its_rate(result, name, leads.get(name)),
             f"{mean_and_interval([r['seconds'] for r in of(runs, name)])[0] or 0:.0f}",
         ]
         for name, text in NAMES.items()
-    ]  # fmt: skip
+    ]
     before = mean_of([r["before"] for r in of(runs, "states")])
     text = (
         f"{table(['loss', 'rate', 'Avg@2 after 100 steps', 'ahead of states by', 'seconds'], rows)}\n\nThe student has {before} before. Seconds of a run are "
@@ -60,11 +61,7 @@ def judge(result: Result) -> Finding:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each objective."""
-    axis, runs = figure.subplots(), result["runs"]
-    accuracy_rows(
-        axis, {text: [r["final"] for r in of(runs, name)] for name, text in NAMES.items()}, ours=[NAMES["states"]],
+    draw_objectives(
+        figure, result["runs"], NAMES, ours=["states"], reference="states", title="Attention maps beside states",
         unit="Avg@2 after 100 steps, %",
     )  # fmt: skip
-    title_above_marks(axis, "Attention maps beside states")
-    reference_lines(axis, of(runs, "states"))
-    note(figure, SEEDS)

@@ -176,16 +176,16 @@ class RunConfig:
                 shown[name] = float(values[name]) if whole else values[name]
         return redacted({**{key: getattr(self, key) for key in recipe_keys() if key != "preset"}, **shown})
 
-    def chosen(self) -> dict[str, Any]:
-        """Of `settings`, those that are not at their default, and what every recipe chooses."""
+    @classmethod
+    def chosen(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a run's `settings`, those that are not at their default, and what every recipe chooses."""
         defaults = {
             f.name: f.default
-            for f in (*dataclasses.fields(OPRDConfig), *dataclasses.fields(type(self)))
+            for f in (*dataclasses.fields(OPRDConfig), *dataclasses.fields(cls))
             if f.default is not dataclasses.MISSING
         }
         defaults |= _FILLED_IN
-        given = self.settings().items()
-        return {k: v for k, v in given if k in _ALWAYS_CHOSEN or k not in defaults or v != defaults[k]}
+        return {k: v for k, v in settings.items() if k in _ALWAYS_CHOSEN or k not in defaults or v != defaults[k]}
 
     def shown(self) -> dict[str, Any]:
         """`settings` for people and files: objects that Python code gives are named there in words, which `parse` refuses."""

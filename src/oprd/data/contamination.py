@@ -170,10 +170,13 @@ def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshol
 
 
 def say_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the overlap's counts for a run's summary; report a non-zero overlap in one line through `say`."""
+    """Return the overlap's counts for a run's summary; say in one line what a non-zero overlap means, which stops no run."""
     overlap = find_overlap(train, test)
     if overlap.overlapping:
-        say(f"contamination: {overlap}; `oprd data check` shows which")
+        say(
+            f"note: of the evaluation set, {overlap}. Training goes on; accuracy on them may come from having seen them "
+            "(`oprd data check` lists them)"
+        )
     return overlap.summary()
 
 

@@ -62,10 +62,11 @@ class PlannedRun:
         run, args = self.run, self.run.args
         rollouts = args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps
         steps = f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs} epoch(s) of'} steps"
-        chosen = run.chosen()
+        settings = run.settings()
+        chosen = run.chosen(settings)
         lines = [
             *(f"{key}: {value}" for key, value in chosen.items()),
-            f"({len(run.settings()) - len(chosen)} further settings are at their defaults: oprd keys)",
+            f"({len(settings) - len(chosen)} further settings are at their defaults: oprd keys)",
             "",
             f"plan: {rollouts} rollouts a step and device of up to {args.max_completion_length} tokens, {steps}",
             f"loss: {describe_objective(args, self.terms)}",

@@ -32,7 +32,7 @@ class TransformersContinuousEngine:
     All requests are queued before the thread starts, so that batches do not depend on timing. Where memory runs out, the whole
     `generate` runs again with half as many completions at the same time, and with the cache that they need.
 
-    Tested on CPU with transformers 5.23. Not tested: GPUs, tensor parallelism.
+    Tested on CPU with transformers 5.24. Not tested: GPUs, tensor parallelism.
 
     Args:
         tokenizer: decodes completions.

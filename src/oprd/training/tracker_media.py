@@ -9,6 +9,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -175,58 +176,44 @@ class _TensorBoard:
             self.callback.tb_writer.add_scalar("gap_closed", gap_closed, step)
 
 
-class _Wandb:
-    """The run of this process, which transformers' callback has begun."""
+class _RunOfPackage:
+    """The run that transformers' callback has begun in a package with `log`, `Table` and `Image`.
 
-    def __init__(self, callback: WandbCallback) -> None:
-        pass
+    Args:
+        package: its name; it is imported by the first call.
+        show: shows a verdict: (the package, text, gap closed, step).
+    """
 
-    def table(self, name: str, table: Table, step: int) -> None:
-        import wandb
-
-        rows = wandb.Table(columns=[*table.columns], data=[[*row] for row in table.rows])
-        wandb.log({name: rows, _STEP: step})
-
-    def picture(self, name: str, file: Path, step: int) -> None:
-        import wandb
-
-        wandb.log({name: wandb.Image(str(file)), _STEP: step})
-
-    def verdict(self, text: str, gap_closed: float | None, step: int) -> None:
-        import wandb
-
-        wandb.run.summary["verdict"] = text
-        wandb.run.summary["gap_closed"] = gap_closed
-
-
-class _Trackio:
-    """The run of this thread, which transformers' callback has begun."""
-
-    def __init__(self, callback: TrackioCallback) -> None:
-        pass
+    def __init__(self, package: str, show: Callable[[Any, str, float | None, int], None]) -> None:
+        self.package, self.show = package, show
 
     def table(self, name: str, table: Table, step: int) -> None:
-        import trackio
-
-        rows = trackio.Table(columns=[*table.columns], data=[[*row] for row in table.rows])
-        trackio.log({name: rows, _STEP: step})
+        package = import_module(self.package)
+        rows = package.Table(columns=[*table.columns], data=[[*row] for row in table.rows])
+        package.log({name: rows, _STEP: step})
 
     def picture(self, name: str, file: Path, step: int) -> None:
-        import trackio
-
-        trackio.log({name: trackio.Image(str(file)), _STEP: step})
+        package = import_module(self.package)
+        package.log({name: package.Image(str(file)), _STEP: step})
 
     def verdict(self, text: str, gap_closed: float | None, step: int) -> None:
-        import trackio
+        self.show(import_module(self.package), text, gap_closed, step)
 
-        share = {} if gap_closed is None else {"gap_closed": gap_closed}
-        trackio.log({"verdict": trackio.Markdown(text), **share, _STEP: step})
+
+def _in_summary(wandb: Any, text: str, gap_closed: float | None, step: int) -> None:
+    wandb.run.summary["verdict"] = text
+    wandb.run.summary["gap_closed"] = gap_closed
+
+
+def _in_log(trackio: Any, text: str, gap_closed: float | None, step: int) -> None:
+    share = {} if gap_closed is None else {"gap_closed": gap_closed}
+    trackio.log({"verdict": trackio.Markdown(text), **share, _STEP: step})
 
 
 _BOARDS: dict[type, Callable[[Any], Board]] = {
     TensorBoardCallback: _TensorBoard,
-    WandbCallback: _Wandb,
-    TrackioCallback: _Trackio,
+    WandbCallback: lambda _: _RunOfPackage("wandb", _in_summary),
+    TrackioCallback: lambda _: _RunOfPackage("trackio", _in_log),
 }
 
 
