@@ -39,7 +39,7 @@ script.
 ## Measure again
 
     make evidence                            # measures the claims on small models; continues after interruptions
-    make evidence-real                       # E11, on a pretrained model: rates, then seeds; under four hours on two cores
+    make evidence-real                       # E11, on a pretrained model: rates, then seeds; hours, continues after interruptions
     make evidence-quick                      # a tenth of the work, in runs/: checks that it runs
     .venv/bin/python -m evidence --only E7   # one claim
     .venv/bin/python -m evidence --tune      # also chooses the learning rates again

@@ -62,10 +62,10 @@ def _picture(claims: Claims, results: Results) -> str:
     return (
         f"![accuracy of six objectives on a real model](evidence/{_folder(claims, 'E11')}/figure.png)\n\n"
         f"*SmolLM2-135M learns chain sums from a copy of itself trained on worked solutions ({teacher}): {own[0]['steps']} steps of 32 "
-        f"rollouts, each objective at its tuned rate, means of {len(own)} seeds. Hidden states {ours} (on the teacher's responses {given}), supervised {supervised}, "
+        f"rollouts, tuned rates, means of {len(own)} seeds. Hidden states {ours} (on the teacher's responses {given}), supervised {supervised}, "
         f"full reverse KL {full}, top-16 {top}, sampled-token {sampled} ([E11](evidence/{_folder(claims, 'E11')}/README.md)). After "
         f"{best_runs(long['runs'])['representation']['points'][-1][0]} steps of {long['rollouts']} on a GPU, one seed: {best['representation']} of the teacher's "
-        f"{percent(long['teacher'])}, supervised {best['supervised']}, full reverse KL {best['full_reverse_kl']} ([curves](evidence/real_model_gpu/README.md)).*"
+        f"{percent(long['teacher'])} ([curves](evidence/real_model_gpu/README.md)).*"
     )
 
 

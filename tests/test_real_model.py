@@ -25,7 +25,7 @@ def invented(values, rates=(5e-5, 1.5e-4, 5e-4)):
         for name, value in values.items() for seed in range(3)
     ]  # fmt: skip
     tuning = [
-        {"objective": name, "learning_rate": rate, "seed": 10, "final": value - 0.1 * (rate != rates[1])}
+        {"objective": name, "learning_rate": rate, "seed": 10, "before": 0.3, "final": value - 0.1 * (rate != rates[1])}
         for name, value in values.items()
         for rate in rates
     ]

@@ -184,7 +184,8 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
-        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}\n\n"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"
+        f"{_never_better(result['tuning'], names)}\n\n"
         "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
         "two has had as many seconds of training as the faster one's whole run, interpolated between evaluations."
     )
@@ -201,7 +202,7 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
     equal = "" if name == "representation" else points(*equal_time(result, name))
     return [
         NAMES[name], f"{chosen['rate']:g}", "a tenth" if chosen["warm_up"] else "none", mean_of([r["final"] for r in own]),
-        percent(gap_closed(own)[0], 0), lead, equal, f"{result['step_seconds'][name]:.1f}",
+        percent(gap_closed(own)[0], 0).replace("-", "−"), lead, equal, f"{result['step_seconds'][name]:.1f}",
         ", ".join(f"{r['learning_rate']:g}: {100 * r['final']:.0f}" for r in tried)
         + "".join(f"; warm {100 * r['final']:.0f}" for r in warm),
     ]  # fmt: skip
@@ -223,6 +224,17 @@ def equal_time(result: Result, other: str) -> tuple[float, list[float] | None]:
 
 def _by_seconds(run: Record, step_seconds: Mapping[str, float]) -> list[Point]:
     return [Point(step, step * step_seconds[run["objective"]], avg) for step, avg in run["points"]]
+
+
+def _never_better(tuning: list[Record], names: list[str]) -> str:
+    """The objectives that are best at the lowest rate tried, and below the start even there, in a sentence; empty without any."""
+    found = []
+    for name in names:
+        tried = of(tuning, name)
+        lowest = min(tried, key=lambda r: r["learning_rate"])
+        if lowest["learning_rate"] == best_rate(tuning, name) and lowest["final"] < lowest["before"]:
+            found.append(NAMES[name])
+    return f" At its lowest rate it ends below the start too: {', '.join(found)}." if found else ""
 
 
 def _ahead(gaps: Any) -> str:
