@@ -279,11 +279,11 @@ def test_shared_files_load_whole(name, rows):
 
 
 def test_tasks_by_name():
-    assert set(TASKS) == {"math", "exact_match", "addition", "chain_sum", "sum_of_two"}
+    assert set(TASKS) == {"math", "exact_match", "addition", "chain_sum", "chain_sum_long", "sum_of_two"}
     assert all(task.name == name and task.description for name, task in TASKS.items())
     with pytest.raises(
         ValueError,
-        match=r"task: 'maths' is not one of math, exact_match, addition, chain_sum, sum_of_two, "
+        match=r"task: 'maths' is not one of math, exact_match, addition, chain_sum, chain_sum_long, sum_of_two, "
         r"nor module:attribute.*Did you mean 'math'",
     ):
         get_task("maths")

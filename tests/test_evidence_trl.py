@@ -153,9 +153,17 @@ def test_both_sides_get_the_same_work():
 
 
 def test_the_pretrained_pair_takes_another_claims_settings():
-    recipe, _, _ = arguments_of(Plan("representation", 5e-5, 0), smollm2.SMOLLM2, quick=False)
-    assert recipe["model"] == "models/SmolLM2-135M-Instruct"
-    assert set(OURS) < set(smollm2.SMOLLM2.committed()["rates"])
+    found = {name: arguments_of(Plan(name, 5e-5, 0), smollm2.SMOLLM2, quick=False)[0] for name in OURS}
+    assert {recipe["model"] for recipe in found.values()} == {"models/SmolLM2-135M-Instruct"}
+    assert {recipe["learning_rate"] for recipe in found.values()} == {5e-5}
+    chosen = smollm2.SMOLLM2.committed()["settings"]
+    assert {name: smollm2.SMOLLM2.chosen(name)["learning_rate"] for name in OURS} == {
+        name: chosen[name]["rate"] for name in OURS
+    }
+    warm = {name: "warmup_steps" in recipe for name, recipe in found.items()}
+    assert (
+        warm == {name: chosen[name]["warm_up"] for name in OURS} == {"representation": True, "full_reverse_kl": False}
+    )
 
 
 def test_the_clock_counts_work_and_leaves_out_the_first_step():

@@ -136,7 +136,7 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     # surroundings
     ({"report_to": "wandbb"}, "report_to: 'wandbb' is not one of azure_ml, comet_ml, mlflow, neptune, tensorboard, trackio, wandb, "
      "codecarbon, clearml, dagshub, flyte, dvclive, swanlab, kubeflow; did you mean 'wandb'?"),
-    ({"task": "maths"}, "task: 'maths' is not one of math, exact_match, addition, chain_sum, sum_of_two, "
+    ({"task": "maths"}, "task: 'maths' is not one of math, exact_match, addition, chain_sum, chain_sum_long, sum_of_two, "
      "nor module:attribute of your own code. Did you mean 'math'?"),
 ]  # fmt: skip
 

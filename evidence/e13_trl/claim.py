@@ -116,6 +116,14 @@ class Pair:
         found: dict[str, Any] = json.loads((self.file.parent / "result.json").read_text())
         return found
 
+    def chosen(self, name: str) -> dict[str, float]:
+        """The learning rate that the claim chose for an objective, and the share of warm-up steps where it chose one."""
+        found = self.committed()
+        if "rates" in found:
+            return {"learning_rate": found["rates"][name]}
+        own = found["settings"][name]
+        return {"learning_rate": own["rate"], **({"warmup_steps": 0.1} if own["warm_up"] else {})}
+
 
 TINY = Pair(
     MAIN,
@@ -167,7 +175,7 @@ def measure_pair(work: Work, pair: Pair, tuning: list[Record] | None = None) -> 
     main = pair.committed()
     tuned = list(pair.rates)
     tuning = tune(work, pair) if tuning is None else [r for r in tuning if r["objective"] in tuned]
-    rates: dict[str, float | None] = {name: main["rates"][name] for name in OURS}
+    rates: dict[str, float | None] = {name: pair.chosen(name)["learning_rate"] for name in OURS}
     rates |= {name: best_rate(tuning, name) for name in tuned}
     rates |= {"distillation_as_ours": rates["full_reverse_kl"], "gold": rates.get("gkd"), "distillation_default": None}
     seeds = first_seeds(work, pair.seeds)
@@ -249,7 +257,7 @@ def arguments_of(plan: Plan, pair: Pair, *, quick: bool) -> tuple[dict[str, Any]
             for key, v in (load_comparison(pair.file)[1].objectives[plan.name] or {}).items()
             if key != "learning_rates"
         }
-        return {**recipe, **changes, "learning_rate": plan.rate}, "oprd", {}
+        return {**recipe, **changes, **pair.chosen(plan.name), "learning_rate": plan.rate}, "oprd", {}
     own: dict[str, Any] = {} if plan.rate is None else {"learning_rate": plan.rate}
     own |= SCHEDULE if plan.name == "distillation_as_ours" else {}
     own |= {} if plan.steps is None else {"max_steps": plan.steps}
