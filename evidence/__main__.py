@@ -99,13 +99,13 @@ def main(
             continue
         target = base / own.name / "measured" if quick else own
         done = base / own.name / "done"
+        if claim.ID in PRETRAINED and (own / RESULT).is_file() and not (quick or tune or again):
+            show(claim, json.loads((own / RESULT).read_text()))
+            continue
         if done.exists() and not again:
             typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it again)")
             continue
         typer.echo(f"{claim.ID} {claim.TITLE}")
-        if claim.ID in PRETRAINED and (own / RESULT).is_file() and not (quick or tune or again):
-            show(claim, json.loads((own / RESULT).read_text()))
-            continue
         work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune)
         measure(claim, work, target)
         done.touch()

@@ -99,10 +99,7 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, build its teacher, choose rates and warm-up on one seed, measure on three others."""
-    if not (STUDENT / "config.json").exists():
-        run_script("get_smollm2.py", "--output", str(STUDENT))
-    if not (TEACHER / "build.json").exists():
-        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(TEACHER), *TEACHER_BUILD)
+    get_models(TEACHER, *TEACHER_BUILD)
     names = ("representation", "full_reverse_kl") if work.quick else MEASURED
     chosen = _tuned(work, names) if work.tune or work.quick else _committed(names)
     runs = []
@@ -155,6 +152,19 @@ def _committed(names: tuple[str, ...]) -> dict[str, Any]:
     if missing := {*names} - {*found.get("settings", {})}:
         raise ValueError(f"{file}: no rate was chosen for {', '.join(sorted(missing))}; choose with --tune")
     return {key: found[key] for key in ("tuning", "tuning_warm", "settings")}
+
+
+def get_models(teacher: Path, *build: str) -> None:
+    """Get SmolLM2, and build a teacher from it, where they are not there yet.
+
+    Args:
+        teacher: the teacher's folder.
+        build: arguments of `scripts/build_reasoning_teacher.py`.
+    """
+    if not (STUDENT / "config.json").exists():
+        run_script("get_smollm2.py", "--output", str(STUDENT))
+    if not (teacher / "build.json").exists():
+        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(teacher), *build)
 
 
 def run_script(name: str, *arguments: str) -> None:

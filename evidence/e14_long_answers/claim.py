@@ -18,7 +18,7 @@ from evidence.comparisons import (
     of,
     run_comparison,
 )
-from evidence.e11_real_model.claim import LADDER, ROOT, STUDENT, run_script
+from evidence.e11_real_model.claim import LADDER, ROOT, get_models
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
 from evidence.tuning import edges_said, tune_inside
 from evidence.words import mean_of, percent, points, surely, table
@@ -55,10 +55,7 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 
 def measure(work: Work) -> dict[str, Any]:
     """Build the teacher, choose rates on one seed, measure on three others."""
-    if not (STUDENT / "config.json").exists():
-        run_script("get_smollm2.py", "--output", str(STUDENT))
-    if not (TEACHER / "build.json").exists():
-        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(TEACHER), *TEACHER_BUILD)
+    get_models(TEACHER, *TEACHER_BUILD)
     tuning = _tuned(work) if work.tune or work.quick else _committed()
     rates = {name: best_rate(tuning, name) for name in TUNED} | {
         name: best_rate(tuning, "representation") for name in PARTS
