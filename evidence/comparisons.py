@@ -120,7 +120,6 @@ def _record(run: Run, of_seed: Mapping[str, float]) -> Record:
         "final": _round(result.final.avg),
         "best": _round(result.best),
         "points": [[point.step, _round(point.avg)] for point in result.points],
-        "seconds_at": [[_round(point.seconds), _round(point.avg)] for point in result.points],
         "cosine": [_round(cosines[0]), _round(cosines[-1])] if cosines else None,
         "length": _round(after["mean_length"]),
         "dist_4": _round(after["dist_4"]),

@@ -58,13 +58,13 @@ def _picture(claims: Claims, results: Results) -> str:
     )
     own = of(runs, "representation")
     teacher = percent(mean_and_interval([r["teacher"] for r in own])[0])
-    best = {name: percent(run["final"]) for name, run in best_runs(long["runs"]).items()}
+    best = best_runs(long["runs"])["representation"]
     return (
         f"![accuracy of six objectives on a real model](evidence/{_folder(claims, 'E11')}/figure.png)\n\n"
         f"*SmolLM2-135M learns chain sums from a copy of itself trained on worked solutions ({teacher}): {own[0]['steps']} steps of 32 "
         f"rollouts, tuned rates, means of {len(own)} seeds. Hidden states {ours} (on the teacher's responses {given}), supervised {supervised}, "
         f"full reverse KL {full}, top-16 {top}, sampled-token {sampled} ([E11](evidence/{_folder(claims, 'E11')}/README.md)). After "
-        f"{best_runs(long['runs'])['representation']['points'][-1][0]} steps of {long['rollouts']} on a GPU, one seed: {best['representation']} of the teacher's "
+        f"{best['points'][-1][0]} steps of {long['rollouts']} on a GPU, one seed: {percent(best['final'])} of the teacher's "
         f"{percent(long['teacher'])} ([curves](evidence/real_model_gpu/README.md)).*"
     )
 

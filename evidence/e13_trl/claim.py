@@ -104,25 +104,27 @@ class Pair:
         names: of `NAMES`, what is trained.
         rates: trainer of TRL → its rates on the tuning seed.
         seeds: how many are measured, of `SIDE` at most `SIDE_SEEDS`.
+        warm: settings of the warm-up, where the claim chose between with and without.
     """
 
     file: Path
     names: tuple[str, ...]
     rates: dict[str, tuple[float, ...]]
     seeds: int
+    warm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def committed(self) -> dict[str, Any]:
         """The claim's committed result."""
         found: dict[str, Any] = json.loads((self.file.parent / "result.json").read_text())
         return found
 
-    def chosen(self, name: str) -> dict[str, float]:
-        """The learning rate that the claim chose for an objective, and the share of warm-up steps where it chose one."""
+    def chosen(self, name: str) -> dict[str, Any]:
+        """The settings that the claim chose for an objective: its learning rate, and a warm-up where it chose one."""
         found = self.committed()
         if "rates" in found:
             return {"learning_rate": found["rates"][name]}
         own = found["settings"][name]
-        return {"learning_rate": own["rate"], **({"warmup_steps": 0.1} if own["warm_up"] else {})}
+        return {"learning_rate": own["rate"], **(self.warm if own["warm_up"] else {})}
 
 
 TINY = Pair(

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from evidence.claim import Work
-from evidence.e11_real_model.claim import FILE
+from evidence.e11_real_model.claim import FILE, WARM
 from evidence.e13_trl.claim import OURS, Pair, judge, measure_pair
 
 SMOLLM2 = Pair(
@@ -23,6 +23,7 @@ SMOLLM2 = Pair(
     (*OURS, "distillation_as_ours", "distillation", "distillation_default"),
     {"distillation": (5.0e-5, 1.5e-4, 5.0e-4)},
     3,
+    WARM[True],
 )
 
 

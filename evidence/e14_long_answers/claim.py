@@ -12,6 +12,7 @@ from evidence.comparisons import (
     TUNING_SEED,
     Record,
     best_rate,
+    committed_tuning,
     difference,
     first_seeds,
     gap_closed,
@@ -19,7 +20,7 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.e11_real_model.claim import LADDER, ROOT, get_models
-from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tune_inside
 from evidence.words import mean_of, percent, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
@@ -36,7 +37,8 @@ SETTING = (
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
     "apart are chosen on seed 10, widened until the best lies between two worse ones; the parts of an answer take the rate of the whole."
 )
-FILE = Path(__file__).parent / "comparison.yaml"
+HERE = Path(__file__).parent
+FILE = HERE / "comparison.yaml"
 TEACHER = ROOT / "models" / "SmolLM2-135M-chain-sum-long"
 TEACHER_BUILD = ("--task", "chain_sum_long", "--steps", "250", "--batch", "64", "--learning-rate", "2e-4", "--bf16")
 TUNED = ("representation", "full_reverse_kl", "sampled_token")
@@ -56,7 +58,7 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 def measure(work: Work) -> dict[str, Any]:
     """Build the teacher, choose rates on one seed, measure on three others."""
     get_models(TEACHER, *TEACHER_BUILD)
-    tuning = _tuned(work) if work.tune or work.quick else _committed()
+    tuning = _tuned(work) if work.tune or work.quick else committed_tuning(HERE, TUNED)
     rates = {name: best_rate(tuning, name) for name in TUNED} | {
         name: best_rate(tuning, "representation") for name in PARTS
     }
@@ -76,14 +78,6 @@ def _runs(work: Work, rates: Any, seeds: list[int]) -> list[Record]:
 def _tuned(work: Work) -> list[Record]:
     run = partial(_runs, work, seeds=[TUNING_SEED])
     return tune_inside(run, dict.fromkeys(TUNED, START), ladder=LADDER, quick=work.quick)
-
-
-def _committed() -> list[Record]:
-    file = Path(__file__).parent / "result.json"
-    found: list[Record] = json.loads(file.read_text())["tuning"] if file.is_file() else []
-    if missing := {*TUNED} - {record["objective"] for record in found}:
-        raise ValueError(f"{file}: no rate was chosen for {', '.join(sorted(missing))}; choose with --tune")
-    return found
 
 
 def judge(result: Result) -> Finding:
@@ -117,10 +111,8 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
 
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each objective."""
-    axis = figure.subplots()
-    runs = {NAMES[name]: own for name in NAMES if (own := of(result["runs"], name))}
-    ours = [NAMES[name] for name in ("representation", *PARTS)]
-    accuracy_rows(axis, {text: [r["final"] for r in own] for text, own in runs.items()}, ours=ours)
-    title_above_marks(axis, "After training")
-    reference_lines(axis, runs[NAMES["representation"]])
-    note(figure, SEEDS)
+    names = {name: text for name, text in NAMES.items() if of(result["runs"], name)}
+    draw_objectives(
+        figure, result["runs"], names, ours=[name for name in ("representation", *PARTS) if name in names],
+        reference="representation", title="After training", unit="Avg@2, %",
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from oprd.states.cache.teacher import CachedTeacher
 from oprd.states.layer_maps import KEPT, compared_layers, layer_pairs
 from oprd.states.layers import resolve_layers
 from oprd.states.remote.teacher import RemoteTeacher
-from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_of_entry, naming_teacher
+from oprd.states.teacher_settings import BridgeSettings, bridges_of, is_student, model_of_entry, naming_teacher
 from oprd.states.teachers import FrozenTeacher
 from oprd.tasks.problems import GENERATED
 
@@ -78,7 +78,9 @@ class PlannedRun:
         if self.student is not None:
             lines.append(self._layers_line(self.student))
         if args.bridge is not None:
-            lines.append(self._bridge_line(EntryBridge(args.bridge, args.bridge_rank), run.teacher_model, self.teacher))
+            lines.append(
+                self._bridge_line(BridgeSettings(args.bridge, args.bridge_rank), run.teacher_model, self.teacher)
+            )
         lines.append(_tokenizer_line(run))
         return [
             *lines,
@@ -124,7 +126,7 @@ class PlannedRun:
         pairs = _planned_pairs(args, student, self.teacher)
         return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
-    def _bridge_line(self, named: EntryBridge, teacher: Any, info: ModelInfo | None) -> str:
+    def _bridge_line(self, named: BridgeSettings, teacher: Any, info: ModelInfo | None) -> str:
         """What a bridge is, or that it is not there yet.
 
         Args:

@@ -48,7 +48,7 @@ from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
 from oprd.states.several import by_id, teachers_of
 from oprd.states.sources import TeacherSource
-from oprd.states.teacher_settings import EntryBridge, naming_teacher
+from oprd.states.teacher_settings import BridgeSettings, naming_teacher
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
 from oprd.tasks.task import Task
@@ -116,7 +116,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     if args.extrapolation != 1:
         teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, teacher_tokenizer), args.extrapolation)
     if args.bridge is not None:
-        named, reads = EntryBridge(args.bridge, args.bridge_rank), teacher_tokenizer or student.tokenizer
+        named, reads = BridgeSettings(args.bridge, args.bridge_rank), teacher_tokenizer or student.tokenizer
         teacher = bridge_teacher(named, resolve_layers(args.layers, student.info.layers), teacher, reads, own_print)
     layers = _comparable_layers(args, student.info, teacher, aligner)
     check_attention(terms, student.model, teacher, layers, same_text=aligner is None)

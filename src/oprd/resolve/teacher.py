@@ -33,7 +33,7 @@ from oprd.states.requests import request_states
 from oprd.states.self_teacher import FollowingTeacher, copy_of
 from oprd.states.several import SeveralTeachers, each_once
 from oprd.states.sources import TeacherSource
-from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_of_entry, naming_teacher
+from oprd.states.teacher_settings import BridgeSettings, bridges_of, is_student, model_of_entry, naming_teacher
 from oprd.states.teachers import AdapterOffTeacher, FrozenTeacher, OfKnownWeights, Teacher, innermost
 from oprd.types import Rollouts
 
@@ -308,7 +308,7 @@ def teacher_maker(entry: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def bridge_teacher(
-    named: EntryBridge,
+    named: BridgeSettings,
     layers: Sequence[int],
     teacher: Teacher,
     tokenizer: PreTrainedTokenizerBase,

@@ -29,6 +29,8 @@ EVAL_COMPLETIONS = "eval_completions.jsonl"
 GRADES = "eval_grades.json"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+MODEL = "model"
+"""Folder of the trained model."""
 RUN = "run.json"
 RATE_PROBE = "learning_rate_probe.json"
 LOCK = "_lock"  # hub uploads skip names that start with an underscore

@@ -22,7 +22,7 @@ from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.run_config import RunConfig, changed_settings, entry_in_words, free_changes
 from oprd.states.mapped import MappedTeacher
-from oprd.states.several import HoldsTeachers, modules_of
+from oprd.states.several import HoldsTeachers, by_id, modules_of
 from oprd.states.sources import teacher_source
 from oprd.states.teachers import Teacher, innermost
 from oprd.tasks.rewards import RewardFunctions
@@ -132,16 +132,14 @@ def identify(
     digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
     if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
         digests |= {f"teacher/{name}": _of_weights(one) for name, one in teacher.teachers.items()}
-        for name, one in teacher.teachers.items():
-            if isinstance(one, BridgedTeacher) and one.digest is not None:
-                digests[f"bridge_content/{name}"] = one.digest
+    for name, one in by_id(teacher).items():
+        if isinstance(one, BridgedTeacher) and one.digest is not None:
+            digests["bridge_content" if name is None else f"bridge_content/{name}"] = one.digest
     if pair.teacher_tokenizer is not None:
         digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:
         frozen = ((name, weight) for name, weight in student.named_parameters() if not weight.requires_grad)
         digests["base_model"] = weights_checksum(frozen)
-    if isinstance(teacher, BridgedTeacher) and teacher.digest is not None:
-        digests["bridge_content"] = teacher.digest
     source = teacher_source(run.teacher_model)
     if source is not None and source.responses is not None:
         digests["responses"] = file_digest(source.responses)

@@ -69,17 +69,17 @@ def naming_teacher(teacher_id: str | None) -> Iterator[None]:
         raise ValueError(f"teachers: {teacher_id}: {error}") from error
 
 
-class EntryBridge(NamedTuple):
-    """The bridge of one of several teachers: its folder, and the rank to use (None: the fitted one)."""
+class BridgeSettings(NamedTuple):
+    """A bridge as a configuration names it: its folder, and the rank to use (None: the fitted one)."""
 
     folder: str
     rank: int | None
 
 
-def bridges_of(teachers: Mapping[str, Any] | None) -> dict[str, EntryBridge]:
+def bridges_of(teachers: Mapping[str, Any] | None) -> dict[str, BridgeSettings]:
     """teacher_id → its bridge, of those of several teachers that have one."""
     return {
-        teacher_id: EntryBridge(entry["bridge"], entry.get("bridge_rank"))
+        teacher_id: BridgeSettings(entry["bridge"], entry.get("bridge_rank"))
         for teacher_id, entry in (teachers or {}).items()
         if isinstance(entry, Mapping) and "use" not in entry and entry.get("bridge") is not None
     }

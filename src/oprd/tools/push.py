@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from oprd.data.hub import hub_answers, why_no_hub
 from oprd.faults import RunStopped
+from oprd.runs.folder import MODEL
 from oprd.runs.loaded import LoadedRun, load_run
 from oprd.runs.measure import measure_of_run
 from oprd.runs.model_card import CARD, on_hub
@@ -20,7 +21,6 @@ from oprd.sanitize import REDACTED, redacted
 from oprd.states.teacher_settings import is_student, model_here, model_of_entry
 from oprd.tasks.measures import ACCURACY
 
-MODEL = "model"
 BESIDE_MODEL = ("config.yaml", "summary.json", "curves.png")
 """Files of the run that go to the folder `oprd` of the repository."""
 SENT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".png")

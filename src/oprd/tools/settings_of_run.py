@@ -13,10 +13,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.data.rows import for_dataset
 from oprd.run_config import recipe_types
-from oprd.runs.folder import CONFIG, METRICS, RUN, SUMMARY, read_mapping
+from oprd.runs.folder import CONFIG, METRICS, MODEL, RUN, SUMMARY, read_mapping
 from oprd.tasks.problems import GENERATED
 
-MODEL = "model"
 _IN_RUN = re.compile(rf"{MODEL}|checkpoint-\d+")
 
 

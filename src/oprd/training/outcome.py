@@ -26,7 +26,7 @@ from oprd.models.sharding import is_sharded, whole_weights
 from oprd.resolve import describe_objective
 from oprd.runs.columns import Columns, step_seconds
 from oprd.runs.curves import plot_run
-from oprd.runs.folder import CONFIG, METRICS, RATE_PROBE, SUMMARY, RunFolder
+from oprd.runs.folder import CONFIG, METRICS, MODEL, RATE_PROBE, SUMMARY, RunFolder
 from oprd.runs.grades import problem_key, record_grades
 from oprd.runs.model_card import write_model_card
 from oprd.runs.rewards import reward_changes, rewards_in_words
@@ -87,15 +87,15 @@ def leave_results(trainer: OPRDTrainer, summary: dict[str, Any], *, started: flo
     folder, settings = trainer.run_folder.path, _settings(trainer)
     summary |= _about(trainer)
     with rounded_weights(trainer.model):
-        _export(trainer, folder / "model", summary, settings)  # before the evaluation, which a signal may end
-        summary["export_verified"] = _verify_export(trainer, folder / "model")
+        _export(trainer, folder / MODEL, summary, settings)  # before the evaluation, which a signal may end
+        summary["export_verified"] = _verify_export(trainer, folder / MODEL)
     if trainer.eval_dataset:
         summary["student_after"] = _keep(trainer, "student_after", trainer.measure_now(), say)
     summary |= _judged(summary)
     summary |= _over_steps(trainer, say)
     summary |= {"seconds": round(trainer.seconds_to_load + time.perf_counter() - started, 2)}
     if trainer.is_world_process_zero():
-        write_model_card(folder / "model", summary, settings)
+        write_model_card(folder / MODEL, summary, settings)
         write_json(folder / SUMMARY, summary)
         if (folder / METRICS).exists():
             plot_run(folder, folder / "curves.png")

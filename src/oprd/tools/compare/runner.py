@@ -18,7 +18,7 @@ import yaml
 
 from oprd.config import OPRDConfig
 from oprd.files import write_json, write_text
-from oprd.runs.folder import LOCK, RunFolder
+from oprd.runs.folder import LOCK, MODEL, RunFolder
 from oprd.runs.measure import measure_of_run
 from oprd.sanitize import printable
 from oprd.tasks.measures import ACCURACY, REWARD, in_words
@@ -27,14 +27,9 @@ from oprd.tools.compare.results import FAILED, MACHINE, Run, is_complete, summar
 
 RECIPE = "recipe.yaml"
 OUTPUT = "output.log"
-MODEL = "model"
 _SHOWN_LINES = 12
-_NOT_TRAINING = {
-    "output_dir",
-    "eval_before",
-    "eval_teacher",
-    "offload_teachers",
-}  # settings that do not affect the training
+_NOT_TRAINING = {"output_dir", "eval_before", "eval_teacher", "offload_teachers"}
+"""Settings that do not affect the training."""
 
 Say = Callable[[str], None]
 Command = Callable[[Run], list[str]]

@@ -10,7 +10,7 @@ from oprd.objectives.schedules import is_on
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
-from oprd.states.teacher_settings import EntryBridge, bridges_of, is_student, model_here, model_of_entry
+from oprd.states.teacher_settings import BridgeSettings, bridges_of, is_student, model_here, model_of_entry
 from oprd.tools.doctor.shape import Shape, read_shape
 
 GPU_BYTES = 80e9
@@ -304,13 +304,13 @@ def _bridge_rank(run: RunConfig) -> int | None:
     """The rank of the states that are kept; of several teachers the largest, None where one has no bridge."""
     config, several = run.args, bridges_of(run.teachers)
     if config.bridge is not None:
-        return _rank_of(EntryBridge(config.bridge, config.bridge_rank))
+        return _rank_of(BridgeSettings(config.bridge, config.bridge_rank))
     if not several or len(several) < len(run.teachers or {}):
         return None
     return max(map(_rank_of, several.values()))
 
 
-def _rank_of(bridge: EntryBridge) -> int:
+def _rank_of(bridge: BridgeSettings) -> int:
     if bridge.rank is not None:
         return bridge.rank
     from oprd.bridge import Bridge

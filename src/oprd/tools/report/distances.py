@@ -29,7 +29,7 @@ from oprd.states.capture import gather_states
 from oprd.states.layer_maps import KEPT, compared_layers
 from oprd.states.mapped import map_teacher
 from oprd.states.requests import plan_micro_batches, request_states
-from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, has_head
+from oprd.states.teachers import FrozenTeacher, Teacher, has_head
 from oprd.types import Rollouts, States
 
 _MICRO_BATCH_TOKENS = 4096
@@ -113,9 +113,7 @@ def read_rollouts(pair: ModelPair, rollouts: Rollouts) -> list[ReadRollout]:
         student, teacher = gather_states(model, replace(request, head=None)), pair.teacher.states(request)
         lines = []
         for layer, own, theirs in zip(student.layers, student.values, teacher.values, strict=True):
-            if isinstance(pair.teacher, ProjectsStudent):
-                own = pair.teacher.project_student(layer, own)
-            lines.append((1 - cosine(own, theirs)).clamp_min(0))
+            lines.append((1 - cosine(pair.project_student(layer, own), theirs)).clamp_min(0))
         distances_LN = torch.stack(lines).cpu()
         index_N = student.rollout_index.cpu()
         likeliest = iter(() if head is None else _likeliest(head, teacher))
