@@ -73,7 +73,10 @@ def show(claim: Claim, result: Mapping[str, Any]) -> None:
 
 def main(
     only: Annotated[
-        str, typer.Option(help="Claims, such as E1,E7; default: all but those on a pretrained model, E11 and E14.")
+        str,
+        typer.Option(
+            help=f"Claims, such as E1,E7; default: all but those on a pretrained model, {', '.join(sorted(PRETRAINED))}."
+        ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, in runs/: checks that it runs.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time, one thread each.")] = 2,

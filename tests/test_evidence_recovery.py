@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from evidence.e15_recovery.claim import EMBEDDED, FILE, NAMES, draw, judge
+from evidence.e15_recovery.claim import EMBEDDED, NAMES, draw, judge
 from evidence.e15_recovery.perplexity import perplexity
+from evidence.e25_recovery_real_model.claim import SMOLLM2
 
 from oprd.runs.pictures import new_figure
 from oprd.tools.compare.plan import load_comparison
@@ -84,8 +85,8 @@ def test_perplexity_is_its_definition(tmp_path):
 
 
 def test_both_comparisons_have_the_claims_objectives():
-    for file in (FILE, FILE.parent / "smollm2.yaml"):
-        comparison = load_comparison(file)[1]
+    for setting in (EMBEDDED, SMOLLM2):
+        comparison = load_comparison(setting.file)[1]
         assert list(comparison.objectives) == list(NAMES)
         assert comparison.settings["layer_map"] == "kept"
-    assert load_comparison(FILE)[1].settings["teacher_model"] == EMBEDDED.original
+        assert comparison.settings["teacher_model"] == setting.original

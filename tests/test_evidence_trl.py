@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from evidence.claim import Work
-from evidence.e13_trl import claim, smollm2
+from evidence.e13_trl import claim
 from evidence.e13_trl.claim import (
     EQUAL_TIME,
     NAMES,
@@ -25,6 +25,7 @@ from evidence.e13_trl.claim import (
     recipe_of,
 )
 from evidence.e13_trl.train import TRAINERS, CpuClock, reference, train
+from evidence.e24_trl_real_model.claim import PAIR as SMOLLM2
 
 from figure_texts import covered
 from oprd.runs.pictures import new_figure, style
@@ -153,17 +154,20 @@ def test_both_sides_get_the_same_work():
 
 
 def test_the_pretrained_pair_takes_another_claims_settings():
-    found = {name: arguments_of(Plan(name, 5e-5, 0), smollm2.SMOLLM2, quick=False)[0] for name in OURS}
+    found = {name: arguments_of(Plan(name, 5e-5, 0), SMOLLM2, quick=False)[0] for name in OURS}
     assert {recipe["model"] for recipe in found.values()} == {"models/SmolLM2-135M-Instruct"}
     assert {recipe["learning_rate"] for recipe in found.values()} == {5e-5}
-    chosen = smollm2.SMOLLM2.committed()["settings"]
-    assert {name: smollm2.SMOLLM2.chosen(name)["learning_rate"] for name in OURS} == {
+    chosen = SMOLLM2.committed()["settings"]
+    assert {name: SMOLLM2.chosen(name)["learning_rate"] for name in OURS} == {
         name: chosen[name]["rate"] for name in OURS
     }
     warm = {name: "warmup_steps" in recipe for name, recipe in found.items()}
     assert (
         warm == {name: chosen[name]["warm_up"] for name in OURS} == {"representation": True, "full_reverse_kl": False}
     )
+    recipe, _, own = arguments_of(Plan("distillation_as_ours", 5e-5, 0), SMOLLM2, quick=False)
+    assert own == {"learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0.03}
+    assert recipe["bf16"]
 
 
 def test_the_clock_counts_work_and_leaves_out_the_first_step():

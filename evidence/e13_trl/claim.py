@@ -261,7 +261,10 @@ def arguments_of(plan: Plan, pair: Pair, *, quick: bool) -> tuple[dict[str, Any]
         }
         return {**recipe, **changes, **pair.chosen(plan.name), "learning_rate": plan.rate}, "oprd", {}
     own: dict[str, Any] = {} if plan.rate is None else {"learning_rate": plan.rate}
-    own |= SCHEDULE if plan.name == "distillation_as_ours" else {}
+    if plan.name == "distillation_as_ours":
+        own |= SCHEDULE | {
+            key: value for key, value in {**recipe, **pair.chosen("full_reverse_kl")}.items() if key in SCHEDULE
+        }
     own |= {} if plan.steps is None else {"max_steps": plan.steps}
     return recipe, TRL[plan.name], own
 
@@ -351,7 +354,7 @@ def _grids(tuning: Sequence[Record]) -> str:
         said = ", ".join(f"{r['learning_rate']:g}: {percent(r['final'], 0).removesuffix(' %')}" for r in grid)
         edge = best_rate(tuning, name) in (grid[0]["learning_rate"], grid[-1]["learning_rate"])
         parts.append(f"{_family(name)} {said}{' (best at the edge of the grid)' if edge else ''}")
-    return f"**Rates**, Avg@2 in percent on the tuning seed: {'; '.join(parts)}. oprd's grids are E1's."
+    return f"**Rates**, Avg@2 in percent on the tuning seed: {'; '.join(parts)}. oprd's grids are its comparison's."
 
 
 def _family(name: str) -> str:

@@ -172,8 +172,12 @@ def _quietly(trainer: Any) -> Any:
 
 
 def _models(resolved: ResolvedRun) -> tuple[Any, Any, Any]:
-    """Student and teacher as `from_pretrained` gives them, and the student's tokenizer; those of `resolved` are prepared for OPRD."""
-    student, teacher = (load(name, dtype=torch.float32) for name in (resolved.run.model, resolved.run.teacher_model))
+    """Student and teacher as `from_pretrained` gives them with the recipe's arguments, and the student's tokenizer; those of `resolved`
+    are prepared for OPRD.
+    """
+    run, args = resolved.run, resolved.run.args
+    student = load(run.model, dtype=torch.float32, init_kwargs=args.model_init_kwargs)
+    teacher = load(run.teacher_model, dtype=torch.float32, init_kwargs=args.teacher_model_init_kwargs)
     return student.model, teacher.model.eval().requires_grad_(False), student.tokenizer
 
 
@@ -198,7 +202,7 @@ def _budget(args: OPRDConfig) -> dict[str, Any]:
     return {
         "output_dir": args.output_dir, "max_steps": args.max_steps, "seed": args.seed,
         "per_device_train_batch_size": args.per_device_train_batch_size, "temperature": args.temperature,
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "use_cpu": True, "bf16": args.bf16, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }  # fmt: skip

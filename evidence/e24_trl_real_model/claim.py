@@ -1,0 +1,43 @@
+"""E24: accuracy beside TRL's distillation trainer on a pretrained pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Work
+from evidence.comparisons import committed_tuning
+from evidence.e11_real_model.claim import FILE, TEACHER, TEACHER_BUILD, WARM, get_models
+from evidence.e13_trl.claim import OURS, Pair, draw, judge, measure_pair
+
+__all__ = ["CLAIM", "ID", "SETTING", "TITLE", "draw", "judge", "measure"]
+
+ID = "E24"
+TITLE = (
+    "On a pretrained model too, matching hidden states beats TRL's tuned trainer, after equal steps and equal seconds"
+)
+CLAIM = (
+    "E13's claim on E11's models: OPRD-Vanilla is more accurate than TRL's `DistillationTrainer` with a tuned rate, and oprd's full reverse KL is as "
+    "accurate as TRL's (this project's own claim)."
+)
+SETTING = (
+    "E11's models, prompts, steps, rollouts and evaluation; oprd's runs are E11's, trained again, with the rates and the warm-up that E11 chose. TRL's "
+    "`DistillationTrainer` (reverse KL) gets the same steps, rollouts, sampling, attention, precision (weights in float32, products and the teacher in "
+    "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1. Its rate is tuned on seed 10, "
+    "a factor of three apart, on a grid that grows until the best is inside. GKD and GOLD want an answer for each prompt and are left out. Seconds: "
+    "CPU seconds of the training process (one thread, two processes side by side), without evaluation and the first step."
+)
+PAIR = Pair(
+    FILE,
+    (*OURS, "distillation_as_ours", "distillation", "distillation_default"),
+    {"distillation": (1.5e-5, 5.0e-5, 1.5e-4)},
+    3,
+    WARM[True],
+)
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Get E11's models, tune TRL's rate on one seed, and train all on three others."""
+    get_models(TEACHER, *TEACHER_BUILD)
+    known = None if work.tune or work.quick else committed_tuning(Path(__file__).parent, PAIR.rates)
+    return measure_pair(work, PAIR, known)
