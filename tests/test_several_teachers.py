@@ -492,29 +492,6 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path):
         tiny_trainer(tmp_path, teacher=models, rows=rows("a", "b", "a", "b"), teacher_processing_class=_reversed(other))
 
 
-@pytest.mark.parametrize(
-    ("attribute", "theirs"),
-    [("chat_template", "{% for m in messages %}9{{ m.content }}{% endfor %}"), ("eos_token", "a")],
-)
-def test_teachers_that_would_render_one_prompt_differently_are_refused(tmp_path, attribute, theirs):
-    """In either order: before, all of them read the prompt as the last one renders it."""
-    for name, model in pool().items():
-        tokenizer = tiny_tokenizer(chat=True)
-        if name == "b":
-            setattr(tokenizer, attribute, theirs)
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    names = {name: str(tmp_path / name) for name in ("a", "b")}
-    asked = {
-        "rows": rows("a", "b", "a", "b"), "mix_teachers": True, "processing_class": tiny_tokenizer(chat=True),
-    }  # fmt: skip
-    for named in (names, dict(reversed(names.items()))):
-        with pytest.raises(ValueError, match=rf"teacher_prompt: teachers {' and '.join(named)} differ in {attribute}"):
-            tiny_trainer(tmp_path / "run", teacher=named, teacher_prompt="{prompt}", **asked)
-    tiny_trainer(tmp_path / "run", teacher=names, **asked)
-    tiny_trainer(tmp_path / "run", teacher={**names, "b": names["a"]}, teacher_prompt="{prompt}", **asked)
-
-
 def _reversed(tokenizer):
     """A tokenizer whose ids stand for other characters."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,11 @@ class AlignmentStats:
             teacher_positions=sum(len(item.teacher_ids) for item in items),
             dropped=dict(dropped),
         )
+
+    def __add__(self, other: AlignmentStats) -> AlignmentStats:
+        """The counts of both."""
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "dropped"}
+        return AlignmentStats(**counts, dropped=dict(Counter(self.dropped) + Counter(other.dropped)))
 
     def counts(self) -> dict[str, float]:
         """Counts for the log, which sums them over batches. Every reason has a key, because ranks sum the values by index."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats
-from oprd.alignment.position_pairs import InsideTokens, PositionPairs, pair_positions, request_pair
+from oprd.alignment.position_pairs import InsideTokens, PositionPairs, Reading, pair_positions, request_pair
 from oprd.alignment.privileged import quotes
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
@@ -23,7 +23,7 @@ from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
-from oprd.states.several import HoldsTeachers, SeveralTeachers, teachers_of
+from oprd.states.several import HoldsTeachers, SeveralTeachers, by_id, teachers_of
 from oprd.states.teachers import CanSample, FrozenTeacher, ProjectsStudent, Teacher, has_head
 from oprd.types import Rollouts
 
@@ -81,8 +81,9 @@ class ModelPair:
     Args:
         student: the student; its tokenizer must be known.
         teacher: the teacher.
-        aligner: gives the teacher its own prompts and tokens; None where it reads the student's.
-        teacher_tokenizer: the teacher's tokenizer; None when unknown.
+        aligner: gives the teacher its own prompts and tokens; None where it reads the student's. Of several teachers: teacher_id →
+            aligner, of those that read their own.
+        teacher_tokenizer: the teacher's tokenizer; None when unknown. Of several teachers: teacher_id → tokenizer.
         layers: student layers whose states are compared; empty where the two models' states cannot be compared.
         rendering: how both models' prompts are rendered.
         compared: the positions at which the two are compared.
@@ -94,9 +95,9 @@ class ModelPair:
         self,
         student: LoadedModel,
         teacher: Teacher,
-        aligner: Aligner | None = None,
+        aligner: Aligner | Mapping[Any, Aligner] | None = None,
         *,
-        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | Mapping[Any, PreTrainedTokenizerBase | None] | None = None,
         layers: Sequence[int] = (),
         rendering: TeacherPromptSettings | None = None,
         compared: ComparedPositions | None = None,
@@ -104,9 +105,11 @@ class ModelPair:
         attention: Sequence[int] = (),
     ) -> None:
         assert student.tokenizer is not None, "a student always has a tokenizer"
-        self.student, self.teacher, self.aligner, self.layers = student, teacher, aligner, tuple(layers)
+        self.student, self.teacher, self.layers = student, teacher, tuple(layers)
+        self.aligners: Mapping[str | None, Aligner] = by_teacher(aligner)
         self.tokenizer: PreTrainedTokenizerBase = student.tokenizer
-        self.teacher_tokenizer = teacher_tokenizer
+        self.teacher_tokenizers: Mapping[str | None, PreTrainedTokenizerBase | None] = by_teacher(teacher_tokenizer)
+        self._shared_vocabularies: dict[str | None, SharedVocabulary] = {}
         self.rendering = rendering or TeacherPromptSettings()
         self.compared = compared or ComparedPositions()
         self.head_dtype, self.attention = head_dtype, tuple(attention)
@@ -121,6 +124,16 @@ class ModelPair:
         if not isinstance(self.teacher, FrozenTeacher):
             raise ValueError(f"teacher_model: {type(self.teacher).__name__} is not a model that is loaded here")
         return self.student.model, self.teacher.model
+
+    @property
+    def aligner(self) -> Aligner | None:
+        """The aligner of an only teacher."""
+        return self.aligners.get(None)
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of an only teacher."""
+        return self.teacher_tokenizers.get(None)
 
     @property
     def projects(self) -> bool:
@@ -143,11 +156,28 @@ class ModelPair:
         """Whether next-token distributions of every teacher can be computed here."""
         return all(has_head(teacher) for teacher in teachers_of(self.teacher))
 
-    def readers(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> dict[str, list[int]] | None:
-        """Which teacher reads which rollouts: teacher_id → their places. None where there is one teacher."""
-        if not isinstance(self.teacher, SeveralTeachers):
-            return None
-        return self.teacher.readers([str(rows[row].columns.get(TEACHER_ID)) for row in rollouts.rows])
+    def readings(
+        self, rollouts: Rollouts, rows: Mapping[int, PromptRow]
+    ) -> tuple[dict[str | None, Reading], AlignmentStats | None]:
+        """What each teacher reads of the student's rollouts, with counts of all that read their own tokens; None if none does.
+
+        Args:
+            rollouts: the student's.
+            rows: the dataset rows that `rollouts.rows` points into.
+
+        Raises:
+            ValueError: as `align`.
+        """
+        places: Mapping[Any, Sequence[int]] = {None: range(len(rollouts))}
+        if isinstance(self.teacher, SeveralTeachers):
+            places = self.teacher.readers([str(rows[row].columns.get(TEACHER_ID)) for row in rollouts.rows])
+        found: dict[str | None, Reading] = {}
+        counted = AlignmentStats() if self.aligners else None
+        for teacher_id, own in places.items():
+            pairs, stats = self.align(rollouts.select(own), rows, teacher_id=teacher_id)
+            found[teacher_id] = Reading(own, pairs)
+            counted = counted + stats if counted is not None and stats is not None else counted
+        return found, counted
 
     def teacher_ids(self, prompts: Sequence[Prompt]) -> list[str] | None:
         """The teacher_id of each prompt; None where one teacher, or all of them, read every prompt."""
@@ -157,11 +187,12 @@ class ModelPair:
 
     def quotes(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> list[bool] | None:
         """Whether each rollout quotes what only the teacher was shown; None without a `teacher_prompt`."""
-        if self.aligner is None or self.aligner.teacher_prompt is None:
+        aligner = next(iter(self.aligners.values()), None)  # all teachers are shown the same
+        if aligner is None or aligner.teacher_prompt is None:
             return None
         found = []
         for row, text in zip(rollouts.rows, rollouts.texts, strict=True):
-            found += quotes([text], self.aligner.teacher_row(rows[row]).prompt, rows[row].prompt)
+            found += quotes([text], aligner.teacher_row(rows[row]).prompt, rows[row].prompt)
         return found
 
     @property
@@ -180,22 +211,29 @@ class ModelPair:
         """Facts of student and teacher."""
         return self.student.info, self.teacher.info
 
+    def shared_vocabulary(self, teacher_id: str | None = None) -> SharedVocabulary:
+        """The tokens that the student shares with a teacher which reads its own tokens."""
+        if teacher_id not in self._shared_vocabularies:
+            stops = self._reader(teacher_id).info.stop_token_ids
+            self._shared_vocabularies[teacher_id] = SharedVocabulary.of(self.aligners[teacher_id], stops)
+        return self._shared_vocabularies[teacher_id]
+
     @cached_property
-    def shared_vocabulary(self) -> SharedVocabulary:
-        """The tokens that both models have. Only for a teacher that reads its own tokens."""
-        assert self.aligner is not None, "the teacher reads the student's tokens: all of them are shared"
-        return SharedVocabulary.of(self.aligner, self.teacher.info.stop_token_ids)
+    def infos_of_same_tokens(self) -> list[ModelInfo]:
+        """Facts of the teachers that read the student's tokens."""
+        return [one.info for teacher_id, one in by_id(self.teacher).items() if teacher_id not in self.aligners]
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end a rollout: the student's, and the teacher's if it reads the same ids and end tokens are merged."""
+        """Ids that end a rollout: the student's, and those of teachers that read the same ids, if end tokens are merged."""
         return sorted({*self.student.info.stop_token_ids, *self.teacher_stop_ids})
 
     @cached_property
     def teacher_stop_ids(self) -> list[int]:
         """Ids that end a rollout although only the teacher names them as an end; they are in `stop_token_ids`."""
-        merged = self.aligner is None and self.compared.end_of_turn != "by_id"
-        return sorted({*(self.teacher.info.stop_token_ids if merged else ())} - {*self.student.info.stop_token_ids})
+        merged = self.infos_of_same_tokens if self.compared.end_of_turn != "by_id" else []
+        theirs = {i for info in merged for i in info.stop_token_ids}
+        return sorted(theirs - {*self.student.info.stop_token_ids})
 
     @cached_property
     def template_kwargs(self) -> Mapping[str, Any] | None:
@@ -214,8 +252,8 @@ class ModelPair:
 
     @property
     def pad_token_id(self) -> int:
-        """A token id that both models have. Padded positions are masked."""
-        if self.aligner is not None:
+        """A token id that all models have. Padded positions are masked."""
+        if self.aligners:
             return 0
         own = self.tokenizer.pad_token_id
         return own if own is not None else self.stop_token_ids[0]
@@ -223,9 +261,8 @@ class ModelPair:
     @property
     def context_length(self) -> int | None:
         """Maximum tokens of a prompt with its completion, in the student's tokens; None if unknown."""
-        own, theirs = self.student.info.context_length, self.teacher.info.context_length
-        limits = [limit for limit in (own, theirs if self.aligner is None else None) if limit is not None]
-        return min(limits, default=None)
+        infos = (self.student.info, *self.infos_of_same_tokens)
+        return min((info.context_length for info in infos if info.context_length is not None), default=None)
 
     def prompts(
         self, rows: Sequence[PromptRow], *, name: str, max_completion_length: int, max_prompt_length: int | None = None
@@ -242,36 +279,45 @@ class ModelPair:
             split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
         check_token_ids(prompts, self.tokenizer, self.student.info.embedding_rows, "student")
-        if self.aligner is None:
-            check_token_ids(prompts, self.tokenizer, self.teacher.info.embedding_rows, "teacher")
+        for info in self.infos_of_same_tokens:
+            check_token_ids(prompts, self.tokenizer, info.embedding_rows, "teacher")
         return prompts
 
-    def teacher_prompts(self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int) -> Sequence[Prompt]:
+    def teacher_prompts(
+        self, prompts: Sequence[Prompt], *, name: str, max_completion_length: int, teacher_id: str | None = None
+    ) -> Sequence[Prompt]:
         """The same prompts as the teacher reads them.
+
+        Args:
+            prompts: as the student reads them.
+            name: of the dataset, for messages.
+            max_completion_length: most tokens of a completion.
+            teacher_id: the teacher, where there are several.
 
         Raises:
             ValueError: a prompt that its template cannot render, or that leaves no room for a completion; names the row.
         """
-        aligner = self.aligner
+        aligner = self.aligners.get(teacher_id)
         if aligner is None:
             return prompts
+        info = self._reader(teacher_id).info
         try:
             theirs = prepare_prompts(
                 OnAccess(lambda i: aligner.teacher_row(prompts[i].row), range(len(prompts))),
                 aligner.teacher_tokenizer,
                 name=f"the teacher's {name}",
                 max_completion_length=max_completion_length,
-                context_length=self.teacher.info.context_length,
+                context_length=info.context_length,
                 chat_template_kwargs=aligner.teacher_kwargs,
                 split_special_tokens=self.rendering.split_special_tokens,
             )
-            check_token_ids(theirs, aligner.teacher_tokenizer, self.teacher.info.embedding_rows, "teacher")
+            check_token_ids(theirs, aligner.teacher_tokenizer, info.embedding_rows, "teacher")
             return theirs
         except ValueError as error:
             raise ValueError(f"the teacher's prompts: {error}") from error
 
     def align(
-        self, rollouts: Rollouts, rows: Mapping[int, PromptRow], *, heads: bool = True
+        self, rollouts: Rollouts, rows: Mapping[int, PromptRow], *, heads: bool = True, teacher_id: str | None = None
     ) -> tuple[PositionPairs | None, AlignmentStats | None]:
         """The rollouts as the teacher reads them, with counts; None if it reads the student's tokens.
 
@@ -279,20 +325,22 @@ class ModelPair:
             rollouts: the student's.
             rows: the dataset rows that `rollouts.rows` points into.
             heads: also pair positions whose next-token distributions are compared.
+            teacher_id: the teacher, where there are several.
 
         Raises:
             ValueError: a prompt that the teacher's template cannot render, or more tokens than the teacher can read.
         """
-        if self.aligner is None:
+        aligner = self.aligners.get(teacher_id)
+        if aligner is None:
             return None, None
-        theirs, alignments, stats = self.aligner.align(rollouts, rows)
-        limit, longest = self.teacher.info.context_length, max(theirs.input_lengths)
+        theirs, alignments, stats = aligner.align(rollouts, rows)
+        limit, longest = self._reader(teacher_id).info.context_length, max(theirs.input_lengths, default=0)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"teacher_model: a rollout has {longest} tokens in its tokenizer, more than its context of {limit}; shorten "
                 "max_completion_length, or leave long prompts out with max_prompt_length"
             )
-        event_of = self.shared_vocabulary.event_of if heads else {}
+        event_of = self.shared_vocabulary(teacher_id).event_of if heads else {}
         where = self.compared
         pairs = pair_positions(
             rollouts, theirs, alignments, event_of, positions=where.positions, position_k=where.position_k,
@@ -337,13 +385,17 @@ class ModelPair:
             student, teacher = (replace(one, attention=self.attention) for one in (student, teacher))
         return student.to(device), teacher.to(device)
 
-    def count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
+    def count(self, rollouts: Rollouts, readings: Mapping[Any, Reading]) -> list[int]:
         """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions.
 
         A rollout counts once for each teacher that reads it, so that a mean over rollouts is also one over their teachers.
+
+        Args:
+            rollouts: of a batch.
+            readings: teacher_id → what it reads of them.
         """
-        readings = self.teacher.readings if isinstance(self.teacher, SeveralTeachers) else 1
-        return [readings * count for count in self._count(rollouts, pairs)]
+        counts = [self._count(rollouts.select(reading.places), reading.pairs) for reading in readings.values()]
+        return [sum(column) for column in zip(*counts, strict=True)]
 
     def _count(self, rollouts: Rollouts, pairs: PositionPairs | None) -> list[int]:
         lengths = rollouts.completion_lengths
@@ -366,7 +418,7 @@ class ModelPair:
         stops, vocabulary = tuple(self.stop_token_ids), vocabulary_size(self.tokenizer)
         reader = self._reader(teacher_id)
         teacher = reader.head() if has_head(reader) else student
-        if self.aligner is None:
+        if teacher_id not in self.aligners:
             size = min(vocabulary, student.size, teacher.size)
             ends = () if self.compared.end_of_turn == "by_id" else stops
             student, teacher = match_heads(student, teacher, vocab_size=size, stop_token_ids=ends)
@@ -374,7 +426,7 @@ class ModelPair:
         policy, _ = match_heads(student, student, vocab_size=min(vocabulary, student.size), stop_token_ids=stops)
         if not has_head(reader):
             return Heads(policy, policy, policy)
-        shared = self.shared_vocabulary
+        shared = self.shared_vocabulary(teacher_id)
         both = share_events(
             student, teacher, shared.ids, student_stop_ids=stops, teacher_stop_ids=shared.teacher_stop_ids
         )
@@ -417,6 +469,13 @@ class ModelPair:
             return [select_positions(n, positions, k) for n in rollouts.completion_lengths]
         lengths = zip(rollouts.completion_lengths, rollouts.finish_reasons, strict=True)
         return [select_before_end(n, reason == "stop", positions, k) for n, reason in lengths]
+
+
+def by_teacher(value: Any) -> dict[Any, Any]:
+    """teacher_id → what is given for it; what is given for an only teacher has the id None, and nothing is given as None."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {} if value is None else {None: value}
 
 
 def _check_whole(head: LMHead, model: nn.Module) -> None:

@@ -65,6 +65,26 @@ class PositionPairs:
         return sum(map(len, self.events))
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one teacher reads of a batch.
+
+    Args:
+        places: of its rollouts in the batch.
+        pairs: how it reads them, an entry for each of `places`; None where it reads the student's tokens.
+    """
+
+    places: Sequence[int]
+    pairs: PositionPairs | None = None
+
+    def part(self, places: Sequence[int]) -> Reading:
+        """The reading of a batch that has the rollouts at some of its places alone, in that order."""
+        if self.pairs is None:
+            return Reading(range(len(places)))
+        entry = {place: number for number, place in enumerate(self.places)}
+        return Reading(range(len(places)), self.pairs.select([entry[place] for place in places]))
+
+
 def input_lengths(rollouts: Rollouts, pairing: PositionPairs | None) -> list[int]:
     """Tokens of each rollout: the larger count of the two tokenizers; without pairs, the student's."""
     own = rollouts.input_lengths

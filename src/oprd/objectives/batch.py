@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd.alignment.position_pairs import PositionPairs, input_lengths
+from oprd.alignment.position_pairs import PositionPairs, Reading, input_lengths
 from oprd.objectives.policy_gradient import Scale, group_advantages
 from oprd.tasks.evaluation import Grades
 from oprd.types import Rollouts
@@ -31,22 +31,34 @@ class Batch:
         rewards_by_function: reward function → its reward of each rollout, None where it does not apply.
         advantages: one a rollout, where there is a policy-gradient term.
         old_log_probs: log-probabilities of each rollout's tokens under the policy that sampled it; None before the first update.
-        pairs: what the teacher reads, where it reads its own tokens.
-        readers: teacher_id → places of the rollouts that it reads, where there are several teachers.
+        readings: teacher_id → what it reads of them; None is the id of an only teacher, which by default reads all in the student's
+            tokens.
         quotes: whether each rollout quotes what only the teacher was shown, where it has a `teacher_prompt`.
-        teacher_id: the teacher that reads all of them: of a micro-batch, where there are several.
     """
 
     rollouts: Rollouts
     rewards: Sequence[bool | float | None]
     advantages: Sequence[float] | None = None
     old_log_probs: Sequence[Tensor] | None = None
-    pairs: PositionPairs | None = None
+    readings: Mapping[str | None, Reading] = field(default_factory=dict)
     verdicts: Sequence[bool | float | None] | None = None
     rewards_by_function: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    readers: Mapping[str, Sequence[int]] | None = None
     quotes: Sequence[bool] | None = None
-    teacher_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.readings:
+            object.__setattr__(self, "readings", {None: Reading(range(len(self.rollouts)))})
+
+    @property
+    def teacher_id(self) -> str | None:
+        """The teacher that reads all of them: of a micro-batch, where there are several."""
+        (found,) = self.readings
+        return found
+
+    @property
+    def pairs(self) -> PositionPairs | None:
+        """How this teacher reads them, where it reads its own tokens."""
+        return self.readings[self.teacher_id].pairs
 
     @property
     def input_lengths(self) -> list[int]:
@@ -60,11 +72,11 @@ class Batch:
             for name in ("rewards", "verdicts", "advantages", "old_log_probs", "quotes")
             for column in (getattr(self, name),)
         }
-        pairs = None if self.pairs is None else self.pairs.select(indices)
+        reading = self.readings[teacher_id].part(indices)
         rewards = {name: [values[i] for i in indices] for name, values in self.rewards_by_function.items()}
         return replace(
-            self, rollouts=self.rollouts.select(indices), pairs=pairs, rewards_by_function=rewards, readers=None,
-            teacher_id=teacher_id, **columns,
+            self, rollouts=self.rollouts.select(indices), readings={teacher_id: reading}, rewards_by_function=rewards,
+            **columns,
         )  # fmt: skip
 
     def with_grades(self, grades: Grades) -> Batch:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from oprd.alignment.teacher_prompts import check_one_text
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig, check_own_tokens
@@ -81,7 +83,7 @@ class PlannedRun:
             lines.append(
                 self._bridge_line(BridgeSettings(args.bridge, args.bridge_rank), run.teacher_model, self.teacher)
             )
-        lines.append(_tokenizer_line(run))
+        lines += _tokenizer_lines(run)
         return [
             *lines,
             *filter(None, map(not_installed, args.report_to)),
@@ -227,36 +229,54 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     return f"{role}: {name}: {shape}"
 
 
-def _tokenizer_line(run: RunConfig) -> str:
-    args = run.args
+def _tokenizer_lines(run: RunConfig) -> list[str]:
+    """Whether each teacher reads the student's tokens, as far as folders here say."""
+    student = _tokenizer_here(run, run.model)
+    if run.teachers is None:
+        teacher = run.model if is_student(run.teacher_model) else run.teacher_model
+        return [f"tokenizers: {_tokens(run, student, teacher, bridged=run.args.bridge is not None)}"]
+    lines = []
+    for teacher_id, entry in run.teachers.items():
+        with naming_teacher(teacher_id):
+            teacher, bridged = model_of_entry(entry, None)[0], teacher_id in bridges_of(run.teachers)
+            lines.append(f"tokenizers, {teacher_id}: {_tokens(run, student, teacher, bridged=bridged)}")
+    return lines
+
+
+def _tokenizer_here(run: RunConfig, name: Any) -> PreTrainedTokenizerBase | str:
+    """The tokenizer in a model's folder; without a folder here, that it is not checked."""
+    if not isinstance(name, str):
+        return "of a model that is not loaded by name, not checked"
     try:
-        own = is_student(run.teacher_model)
-        names = [
-            resolve_name(name) for name in (run.model, run.model if own else run.teacher_model) if isinstance(name, str)
-        ]
+        folder = resolve_name(name)
     except ValueError:
-        return "tokenizers: not reachable from here, not checked"
-    found = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names if Path(name).is_dir()]
-    if run.teachers is not None:
-        return "tokenizers: one for the student and all teachers, checked when they are loaded"
-    if run.teacher_model is None:
-        return "tokenizers: one"
-    if not isinstance(run.teacher_model, str):
-        return "tokenizers: of a teacher that is not loaded by name, not checked"
-    if len(found) < len(names):
-        return "tokenizers: on the hub, not checked"
-    student, teacher = found
+        return "not reachable from here, not checked"
+    if not Path(folder).is_dir():
+        return "on the hub, not checked"
+    return load_tokenizer(folder, trust_remote_code=run.args.trust_remote_code)
+
+
+def _tokens(run: RunConfig, student: PreTrainedTokenizerBase | str, named: Any, *, bridged: bool) -> str:
+    """Whether a teacher reads the student's tokens.
+
+    Raises:
+        ValueError: settings that do not fit tokens of its own.
+    """
+    if named is None:
+        return "one"
+    teacher = _tokenizer_here(run, named)
+    if isinstance(teacher, str) or isinstance(student, str):
+        return teacher if isinstance(teacher, str) else str(student)
     # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
     ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
-    aligner = args.prompt_rendering.aligner(student, teacher, *ends)
+    aligner = run.args.prompt_rendering.aligner(student, teacher, *ends)
     if aligner is None:
-        return "tokenizers: the teacher gives the student's ids the same tokens"
-    check_own_tokens(args)
-    check_one_text(aligner, compares_states=is_on(args.representation_weight) and args.bridge is None)
+        return "the teacher gives the student's ids the same tokens"
+    check_own_tokens(run.args)
+    check_one_text(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
     shared = len(aligner.shared_vocabulary()[0])
     return (
-        f"tokenizers: the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its "
-        f"{len(teacher)}"
+        f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"
     )
 
 

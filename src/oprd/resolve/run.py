@@ -32,7 +32,7 @@ from oprd.resolve.attention import attention_layers, check_attention
 from oprd.resolve.checks import check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, prepare, task_of
 from oprd.resolve.student import make_student
-from oprd.resolve.teacher import base_of, bridge_teacher, check_unprojected, make_teacher
+from oprd.resolve.teacher import TeacherTokenizers, base_of, bridge_teacher, check_unprojected, make_teacher
 from oprd.resolve.terms import build_rewards, build_terms, have_kind
 from oprd.rollouts.engine import RolloutEngine
 from oprd.rollouts.engines import check_engine, make_engine
@@ -46,7 +46,7 @@ from oprd.states.layer_maps import compared_layers
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
-from oprd.states.several import by_id, teachers_of
+from oprd.states.several import by_id
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import BridgeSettings, naming_teacher
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
@@ -105,26 +105,26 @@ def resolve(run: RunConfig) -> ResolvedRun:
         dataset_rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
     student, own_print, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
-    teacher, teacher_tokenizer = make_teacher(run, student, source, own_print)
-    _keep_date(args, student.tokenizer, teacher_tokenizer)
+    teacher, tokenizers = make_teacher(run, student, source, own_print)
+    _keep_date(args, student.tokenizer, tokenizers)
     for teacher_id, one in by_id(teacher).items():
         with naming_teacher(teacher_id):
             _check_one_teacher(run, terms, student, one, source)
     if args.layer_map is not None:
         teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
-    aligner = _aligner(args, terms, student, teacher, teacher_tokenizer)
+    aligners = _aligners(args, terms, student, teacher, tokenizers)
     if args.extrapolation != 1:
-        teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, teacher_tokenizer), args.extrapolation)
+        teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, tokenizers[None]), args.extrapolation)
     if args.bridge is not None:
-        named, reads = BridgeSettings(args.bridge, args.bridge_rank), teacher_tokenizer or student.tokenizer
+        named, reads = BridgeSettings(args.bridge, args.bridge_rank), tokenizers[None] or student.tokenizer
         teacher = bridge_teacher(named, resolve_layers(args.layers, student.info.layers), teacher, reads, own_print)
-    layers = _comparable_layers(args, student.info, teacher, aligner)
-    check_attention(terms, student.model, teacher, layers, same_text=aligner is None)
+    layers = _comparable_layers(args, student.info, teacher, aligners)
+    check_attention(terms, student.model, teacher, layers, same_text=not aligners)
     pair = ModelPair(
         student,
         teacher,
-        aligner,
-        teacher_tokenizer=teacher_tokenizer,
+        aligners,
+        teacher_tokenizer=tokenizers,
         layers=layers,
         attention=attention_layers(terms),
         rendering=args.prompt_rendering,
@@ -132,7 +132,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
         # Under bf16 a GPU multiplies 16-bit numbers and adds in float32; a CPU gains nothing by rounding.
         head_dtype=torch.bfloat16 if args.bf16 and args.device.type == "cuda" else None,
     )
-    if aligner is not None:
+    if aligners:
         _check_own_text(run, pair)
     _check_cache(pair)
     _check_readable(pair)
@@ -334,39 +334,44 @@ def cached_positions(pair: ModelPair) -> CachedPositions:
     return CachedPositions(compared.positions, compared.position_k, compared.end_of_turn == "skip")
 
 
-def _aligner(
+def _aligners(
     args: OPRDConfig,
     terms: Mapping[str, Term],
     student: LoadedModel,
     teacher: Teacher,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-) -> Aligner | None:
-    """The aligner that gives the teacher its own prompts and tokens; None where it reads the student's."""
+    tokenizers: TeacherTokenizers,
+) -> dict[str | None, Aligner]:
+    """The aligners that give teachers their own prompts and tokens, by teacher_id; none for one that reads the student's."""
     assert student.tokenizer is not None, "a student always has a tokenizer"
-    stops = student.info.stop_token_ids, teacher.info.stop_token_ids
-    aligner = args.prompt_rendering.aligner(student.tokenizer, teacher_tokenizer, *stops)
-    if aligner is not None:
-        check_one_text(aligner, compares_states=compares_states(terms) and args.bridge is None)
-        if any(isinstance(term.objective, HeadTerm) and not is_supervised(term.objective) for term in terms.values()):
-            logger.warning(
-                "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
-                "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
-                "(docs/bridge.md)"
-            )
-    return aligner
+    found: dict[str | None, Aligner] = {}
+    for teacher_id, one in by_id(teacher).items():
+        with naming_teacher(teacher_id):
+            stops = student.info.stop_token_ids, one.info.stop_token_ids
+            aligner = args.prompt_rendering.aligner(student.tokenizer, tokenizers[teacher_id], *stops)
+            if aligner is not None:
+                bridged = args.bridge is not None or isinstance(one, ProjectsStudent)
+                check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
+                found[teacher_id] = aligner
+    if found and any(isinstance(t.objective, HeadTerm) and not is_supervised(t.objective) for t in terms.values()):
+        logger.warning(
+            "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
+            "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
+            "(docs/bridge.md)"
+        )
+    return found
 
 
 def _comparable_layers(
-    args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligner: Aligner | None
+    args: OPRDConfig, student: ModelInfo, teacher: Teacher, aligners: Mapping[str | None, Aligner]
 ) -> tuple[int, ...]:
     """The student's layers whose states can be compared with the teacher's; empty for another shape or tokens without a bridge."""
     layers = compared_layers(args.layer_map, args.layers, student.layers)
     if args.bridge is not None:
         return layers
-    mapped, same_text = args.layer_map is not None, aligner is None or aligner.same_ids
-    unbridged = [one.info for one in teachers_of(teacher) if not isinstance(one, ProjectsStudent)]
-    alike = all((mapped or own.layers == student.layers) and own.width == student.width for own in unbridged)
-    if alike and same_text:
+    mapped = args.layer_map is not None
+    unbridged = {name: one.info for name, one in by_id(teacher).items() if not isinstance(one, ProjectsStudent)}
+    alike = all((mapped or own.layers == student.layers) and own.width == student.width for own in unbridged.values())
+    if alike and all(aligners[name].same_ids for name in unbridged if name in aligners):
         return layers
     logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
     return ()
@@ -381,17 +386,19 @@ def _check_own_text(run: RunConfig, pair: ModelPair) -> None:
             f"{run.args.lmbda} a teacher with its own prompts and tokens writes too; name the engine in OPRDConfig, so that one is "
             "made for each, or set lmbda to 1"
         )
-    assert pair.aligner is not None, "the caller has checked"
-    logger.info(
-        "the teacher reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
-        len(pair.shared_vocabulary.ids[0]), len(pair.tokenizer), len(pair.aligner.teacher_tokenizer),
-    )  # fmt: skip
+    for teacher_id, aligner in pair.aligners.items():
+        logger.info(
+            "%s reads its own prompts and tokens; %d of the student's %d tokens are among its %d",
+            "the teacher" if teacher_id is None else f"teacher {teacher_id}",
+            len(pair.shared_vocabulary(teacher_id).ids[0]), len(pair.tokenizer), len(aligner.teacher_tokenizer),
+        )  # fmt: skip
 
 
 def _check_readable(pair: ModelPair) -> None:
-    """Refuse a student that can write a token id which its teacher, reading the same ids, has no embedding for."""
-    rows, own = pair.teacher.info.embedding_rows, pair.student.info.embedding_rows
-    if pair.aligner is not None or rows is None or own is None:
+    """Refuse a student that can write a token id which a teacher, reading the same ids, has no embedding for."""
+    known = (info.embedding_rows for info in pair.infos_of_same_tokens if info.embedding_rows is not None)
+    rows, own = min(known, default=None), pair.student.info.embedding_rows
+    if rows is None or own is None:
         return
     written = min(vocabulary_size(pair.tokenizer), own)
     if written > rows:
@@ -402,10 +409,13 @@ def _check_readable(pair: ModelPair) -> None:
         )
 
 
-def _keep_date(args: OPRDConfig, *tokenizers: PreTrainedTokenizerBase | None) -> None:
+def _keep_date(args: OPRDConfig, student: PreTrainedTokenizerBase | None, teachers: TeacherTokenizers) -> None:
     """Set `chat_template_date`, where a chat template prints today's date: the run and what resumes it print this one."""
-    both = zip(tokenizers, (args.chat_template_kwargs, args.teacher_chat_template_kwargs), strict=True)
-    if args.chat_template_date is None and any(t is not None and prints_date(t, kwargs) for t, kwargs in both):
+    all_of_them = [
+        (student, args.chat_template_kwargs),
+        *((t, args.teacher_chat_template_kwargs) for t in teachers.values()),
+    ]
+    if args.chat_template_date is None and any(t is not None and prints_date(t, kwargs) for t, kwargs in all_of_them):
         args.chat_template_date = broadcast_object_list([now()])[0]  # clocks of machines differ
         logger.info("the chat template prints the date: chat_template_date is %s in this run", args.chat_template_date)
 

@@ -21,7 +21,7 @@ from oprd.models.architecture import evaluating
 from oprd.models.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from oprd.models.finite import check_finite
 from oprd.models.loading import LoadedModel, ModelInfo, load, load_tokenizer
-from oprd.models.tokens import check_same_tokens, different_tokens, say_ends
+from oprd.models.tokens import different_tokens, say_ends
 from oprd.registry import arguments_problem, resolve_with_arguments
 from oprd.run_config import RunConfig
 from oprd.states.cache.teacher import CachedTeacher
@@ -107,10 +107,14 @@ def _check_unchanged(student: nn.Module, base: Teacher) -> None:
         )
 
 
+TeacherTokenizers = Mapping[str | None, PreTrainedTokenizerBase | None]
+"""teacher_id → the teacher's tokenizer, None when unknown. None is the id of an only teacher."""
+
+
 def make_teacher(
     run: RunConfig, student: LoadedModel, source: TeacherSource | None, own_print: Fingerprint | None = None
-) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teacher and its tokenizer (None when unknown). Of several, those with a bridge are behind it.
+) -> tuple[Teacher, TeacherTokenizers]:
+    """The teacher and its tokenizer. Of several, those with a bridge are behind it.
 
     Args:
         run: the configuration.
@@ -118,9 +122,17 @@ def make_teacher(
         source: where the teacher is; None for a model in this process.
         own_print: the student's fingerprint, where a teacher has a bridge.
     """
-    args = run.args
     if run.teachers is not None:
         return _several_teachers(run, student, own_print)
+    teacher, tokenizer = _only_teacher(run, student, source)
+    return teacher, {None: tokenizer}
+
+
+def _only_teacher(
+    run: RunConfig, student: LoadedModel, source: TeacherSource | None
+) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
+    """The teacher of a run that has one, and its tokenizer (None when unknown)."""
+    args = run.args
     if source is not None and source.remote is not None:
         remote = RemoteTeacher(source.remote, os.environ.get(source.remote.token_env, ""), args.device)
         logger.info("teacher's server: %s at %s (%s)", remote.info.name, source.remote.url, remote.served.dtype)
@@ -152,18 +164,17 @@ def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
 
 def _several_teachers(
     run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
-) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """The teachers, each model loaded once and behind its bridge, and the tokenizer that they share with the student.
+) -> tuple[Teacher, TeacherTokenizers]:
+    """The teachers, each model loaded once and behind its bridge, and their tokenizers.
 
     Raises:
-        ValueError: a teacher reads other tokens than the student, or prompts of its own that another would render otherwise, or
-            its bridge was fitted for other models.
+        ValueError: a bridge was fitted for other models.
     """
     assert run.teachers is not None, "the caller has checked"
     assert student.tokenizer is not None, "a student always has a tokenizer"
     made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
     found: dict[str, Teacher] = {}
-    rendering: dict[str, PreTrainedTokenizerBase] = {}
+    tokenizers: dict[str | None, PreTrainedTokenizerBase | None] = {}
     bridges, layers = bridges_of(run.teachers), resolve_layers(run.args.layers, student.info.layers)
     for teacher_id, entry in run.teachers.items():
         model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
@@ -172,19 +183,15 @@ def _several_teachers(
             if key not in made:
                 made[key] = _one_teacher(run, student, model, init_kwargs)
             found[teacher_id], tokenizer = made[key]
-            if tokenizer is not None:
-                check_same_tokens(student.tokenizer, tokenizer)
+            tokenizers[teacher_id] = tokenizer
             if teacher_id in bridges:
                 reads = tokenizer if tokenizer is not None else student.tokenizer
                 found[teacher_id] = bridge_teacher(bridges[teacher_id], layers, found[teacher_id], reads, own_print)
-        rendering[teacher_id] = student.tokenizer if tokenizer is None else tokenizer
-    if of_teacher := run.args.prompt_rendering.of_teacher:
-        _check_one_rendering(rendering, of_teacher[0])
     several = SeveralTeachers(
         found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
         offload=_offloads(run.args, student.model, each_once([*found.values()])),
     )  # fmt: skip
-    return several, tokenizer if tokenizer is not None else student.tokenizer
+    return several, tokenizers
 
 
 def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> bool:
@@ -197,23 +204,6 @@ def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module
     if placed.open:
         logger.info("offload_teachers: auto is %s: %s", "true" if placed.offloads else "false", placed.describe())
     return placed.offloads
-
-
-def _check_one_rendering(tokenizers: Mapping[str, PreTrainedTokenizerBase], key: str) -> None:
-    """Refuse several teachers that would render one prompt differently: prompts of the teacher's own are rendered once.
-
-    Args:
-        tokenizers: teacher_id → its tokenizer, or the student's where it is unknown.
-        key: the setting that gives the teacher its own prompts.
-    """
-    (first, one), *others = tokenizers.items()
-    for teacher_id, other in others:
-        for name in ("chat_template", "bos_token", "eos_token"):
-            if getattr(one, name) != getattr(other, name):
-                raise ValueError(
-                    f"{key}: teachers {first} and {teacher_id} differ in {name}, and all teachers read one prompt; name teachers "
-                    f"that agree in it, or leave {key} out: then they read what the student reads"
-                )
 
 
 def _one_teacher(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from oprd.rollouts.engine import RolloutEngine, Sampling, to_rollouts
 from oprd.rollouts.engines import make_engine
 from oprd.sanitize import printable
 from oprd.states.several import SeveralTeachers
+from oprd.states.teacher_settings import naming_teacher
 from oprd.states.teachers import CanSample, Teacher
 from oprd.types import FinishReason, Rollouts
 
@@ -54,6 +55,13 @@ class RewriteCounts:
     reasons: Mapping[str, int] = field(default_factory=dict)
     example: str = ""
 
+    def __add__(self, other: RewriteCounts) -> RewriteCounts:
+        """The counts of both."""
+        return RewriteCounts(
+            self.responses + other.responses, self.cut + other.cut, self.incomplete + other.incomplete,
+            self.left_out + other.left_out, dict(Counter(self.reasons) + Counter(other.reasons)), self.example or other.example,
+        )  # fmt: skip
+
     def shares(self) -> dict[str, float]:
         """Metrics, as shares of the responses."""
         counts = {"cut": self.cut, "incomplete": self.incomplete, "left_out": self.left_out}
@@ -77,7 +85,7 @@ class Written:
     Args:
         rollouts: with the student's prompts, in the student's tokens.
         places: place of each among all responses, prompt after prompt; none is missing unless responses are left out.
-        counts: None where both models read the same prompts and tokens.
+        counts: None where no teacher that wrote has prompts and tokens of its own.
     """
 
     rollouts: Rollouts
@@ -97,11 +105,11 @@ class TeacherWriter:
 
     def __init__(self, pair: ModelPair, engine: RolloutEngine, rollout_engine: str, **engine_kwargs: Any) -> None:
         self.pair, self.engine = pair, engine
-        self.rewriter: Rewriter | None = None
-        if pair.aligner is not None:
-            stops = sorted({*pair.shared_vocabulary.teacher_stop_ids})
-            self.rewriter = Rewriter(pair.aligner, stops, pair.turn_end_ids)
-            self.engine = make_engine(rollout_engine, pair.aligner.teacher_tokenizer, stops, **engine_kwargs)
+        self._own: dict[str | None, tuple[Rewriter, RolloutEngine]] = {}  # of teachers that read their own tokens
+        for teacher_id, aligner in pair.aligners.items():
+            stops = sorted({*pair.shared_vocabulary(teacher_id).teacher_stop_ids})
+            sampler = make_engine(rollout_engine, aligner.teacher_tokenizer, stops, **engine_kwargs)
+            self._own[teacher_id] = Rewriter(aligner, stops, pair.turn_end_ids), sampler
 
     def write(
         self,
@@ -122,40 +130,50 @@ class TeacherWriter:
             device: where teachers write whose weights wait in host memory.
 
         Raises:
-            ValueError: the teacher's template cannot render a prompt, or no response can be written in the student's tokens.
+            ValueError: a teacher's template cannot render a prompt, or the student's tokens can write none of its responses.
         """
-        rewriter = self.rewriter
-        own = [p.ids for p in prompts] if rewriter is None else [rewriter.aligner.render(p.row)[0] for p in prompts]
-        parts: list[Rollouts] = []
-        written: list[int] = []  # place of each rollout of the parts among all
-        for teacher, places in self._writers(prompts, device):
+        parts: list[Written] = []
+        for teacher_id, teacher, places in self._writers(prompts, device):
             assert isinstance(teacher, CanSample), "checked when the run was resolved"
+            rewriter, engine = self._own.get(teacher_id, (None, self.engine))
+            own = [prompts[place] for place in places]
             with teacher.sampler() as model:
-                found = self.engine.generate(
-                    model, [own[place] for place in places], num_generations=num_generations, sampling=sampling, seed=seed,
-                    rows=[prompts[place].index for place in places],
+                found = engine.generate(
+                    model, [p.ids if rewriter is None else rewriter.aligner.render(p.row)[0] for p in own],
+                    num_generations=num_generations, sampling=sampling, seed=seed, rows=[p.index for p in own],
                 )  # fmt: skip
-            parts.append(found.rollouts)
-            written += [place * num_generations + number for place in places for number in range(num_generations)]
-        rollouts = Rollouts.concatenate(parts).select(sorted(range(len(written)), key=written.__getitem__))
-        if rewriter is None:
-            return Written(rollouts, range(len(rollouts)))
-        of_prompts = [prompt for prompt in prompts for _ in range(num_generations)]
-        return rewriter.rewrite(rollouts, of_prompts, sampling.max_completion_length)
+            part = Written(found.rollouts, range(len(found.rollouts)))
+            if rewriter is not None:
+                of_prompts = [prompt for prompt in own for _ in range(num_generations)]
+                with naming_teacher(teacher_id):
+                    part = rewriter.rewrite(found.rollouts, of_prompts, sampling.max_completion_length)
+            among_all = [place * num_generations + number for place in places for number in range(num_generations)]
+            parts.append(replace(part, places=[among_all[place] for place in part.places]))
+        return _joined(parts)
 
     def _writers(
         self, prompts: Sequence[Prompt], device: torch.device | str
-    ) -> Iterator[tuple[Teacher, Sequence[int]]]:
-        """Each teacher that writes, on its device, and the places of its prompts."""
+    ) -> Iterator[tuple[str | None, Teacher, Sequence[int]]]:
+        """Each teacher that writes, with its teacher_id, on its device, and the places of its prompts."""
         several = self.pair.teacher
         if not isinstance(several, SeveralTeachers):
-            yield several, range(len(prompts))
+            yield None, several, range(len(prompts))
             return
         teacher_ids = self.pair.teacher_ids(prompts)
         assert teacher_ids is not None, "where all teachers read a prompt, none may write"
         for teacher_id, places in several.readers(teacher_ids).items():
             if places:
-                yield several.ready(teacher_id, device), places
+                yield teacher_id, several.ready(teacher_id, device), places
+
+
+def _joined(parts: Sequence[Written]) -> Written:
+    """What several teachers wrote, in the order of the prompts."""
+    places = [place for part in parts for place in part.places]
+    counted = [part.counts for part in parts if part.counts is not None]
+    counts = sum(counted[1:], start=counted[0]) if counted else None
+    order = sorted(range(len(places)), key=places.__getitem__)
+    rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
+    return Written(rollouts, [places[i] for i in order], counts)
 
 
 class Rewriter:

@@ -135,8 +135,9 @@ def identify(
     for name, one in by_id(teacher).items():
         if isinstance(one, BridgedTeacher) and one.digest is not None:
             digests["bridge_content" if name is None else f"bridge_content/{name}"] = one.digest
-    if pair.teacher_tokenizer is not None:
-        digests["teacher_tokenizer"] = _of_tokenizer(pair.teacher_tokenizer)
+    for name, tokenizer in pair.teacher_tokenizers.items():
+        if tokenizer is not None:
+            digests["teacher_tokenizer" if name is None else f"teacher_tokenizer/{name}"] = _of_tokenizer(tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:
         frozen = ((name, weight) for name, weight in student.named_parameters() if not weight.requires_grad)
         digests["base_model"] = weights_checksum(frozen)

@@ -50,7 +50,7 @@ def each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
 class SeveralTeachers:
     """Hands each request to the teacher that it names.
 
-    All teachers read the student's tokens. Those of another depth or width stand behind a bridge of their own.
+    Those of another depth, width or tokenizer stand behind a bridge of their own.
 
     Args:
         teachers: teacher_id → teacher.
@@ -74,11 +74,6 @@ class SeveralTeachers:
         self.identity = ", ".join(f"{name}: {teacher.identity}" for name, teacher in self.teachers.items())
         self.modules: Sequence[nn.Module] = () if offload else each_once([*self.teachers.values()])
         self._moved = 0
-
-    @property
-    def readings(self) -> int:
-        """How many teachers read each rollout."""
-        return len(self.teachers) if self.per_prompt == "all" else 1
 
     def readers(self, teacher_ids: Sequence[str]) -> dict[str, list[int]]:
         """teacher_id → places of the rollouts that it reads, in the order of the teachers; one that reads none has an empty list.

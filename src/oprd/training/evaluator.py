@@ -66,25 +66,27 @@ class Evaluator:
             prompts = [*prompts] * len(several.teachers)
         places = {name: [place for place, own in enumerate(ids) if own == name] for name in several.teachers}
         parts = {
-            name: self._one(several.ready(name, self.args.device), [prompts[place] for place in own])
+            name: self._one(several.ready(name, self.args.device), [prompts[place] for place in own], name)
             for name, own in places.items() if own
         }  # fmt: skip
         joined = join_parts([*parts.values()], [places[name] for name in parts], k)
         by_teacher = {name: part.summary["avg_at_k"] for name, part in parts.items()}
         return replace(joined, summary={**joined.summary, "by_teacher": by_teacher})
 
-    def _one(self, teacher: Teacher, prompts: Sequence[Prompt]) -> Evaluation:
-        pair, args = self.pair, self.args
+    def _one(self, teacher: Teacher, prompts: Sequence[Prompt], teacher_id: str | None = None) -> Evaluation:
+        args, aligner = self.args, self.pair.aligners.get(teacher_id)
         if not isinstance(teacher, CanSample):
             raise ValueError(
                 f"eval_teacher: {type(teacher).__name__} cannot sample here; set eval_teacher: false to train without its "
                 "measures"
             )
         with teacher.sampler() as model:
-            if pair.aligner is None:
+            if aligner is None:
                 return self.model(model, prompts)
             length = args.eval_sampling.max_completion_length
-            own = pair.teacher_prompts(prompts, name="eval_dataset", max_completion_length=length)
-            stops = sorted({*teacher.info.stop_token_ids, pair.aligner.pair.end_id})
-            engine = make_engine(args.rollout_engine, pair.aligner.teacher_tokenizer, stops, **args.engine_kwargs)
+            own = self.pair.teacher_prompts(
+                prompts, name="eval_dataset", max_completion_length=length, teacher_id=teacher_id
+            )
+            stops = sorted({*teacher.info.stop_token_ids, aligner.pair.end_id})
+            engine = make_engine(args.rollout_engine, aligner.teacher_tokenizer, stops, **args.engine_kwargs)
             return self.model(model, own, engine)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oprd.alignment.position_pairs import Reading
 from oprd.objectives.batch import of_teacher
 from oprd.types import Rollouts
 
@@ -58,20 +59,22 @@ def reward_metrics(
 
 
 def teacher_metrics(
-    readers: Mapping[str, Sequence[int]] | None, rewards: Sequence[bool | float | None], *, cosine: bool
+    readings: Mapping[str | None, Reading], rewards: Sequence[bool | float | None], *, cosine: bool
 ) -> dict[str, float]:
     """Counts of each of several teachers, in the same order on every rank; `StepMetrics.close` turns sums into means.
 
     Args:
-        readers: teacher_id → places of the rollouts that it reads.
+        readings: teacher_id → what it reads; None is the id of an only teacher, which is not counted by itself.
         rewards: of each rollout; empty where they do not count.
         cosine: whether the step measures it.
     """
     found: dict[str, float] = {}
-    for teacher_id, places in (readers or {}).items():
-        graded = [reward for place in places if rewards and (reward := rewards[place]) is not None]
+    for teacher_id, reading in readings.items():
+        if teacher_id is None:
+            continue
+        graded = [reward for place in reading.places if rewards and (reward := rewards[place]) is not None]
         counts = {
-            "rollouts": len(places), "correct": sum(graded), "graded": len(graded), "share": 0.0, "loss": 0.0,
+            "rollouts": len(reading.places), "correct": sum(graded), "graded": len(graded), "share": 0.0, "loss": 0.0,
             **({"cosine": 0.0} if cosine else {}),
         }  # fmt: skip
         found |= {of_teacher(teacher_id, name): value for name, value in counts.items()}

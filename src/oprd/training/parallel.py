@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from oprd.alignment.position_pairs import input_lengths
 from oprd.config import OPRDConfig
 from oprd.models.lm_head import embedding_gradient_by_rows
 from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
@@ -182,17 +183,14 @@ def plan_for_teachers(batch: Batch, token_budget: int) -> tuple[list[str | None]
     """The micro-batches of a batch, each read by one teacher: its teacher_id (None where there is one teacher) and its rollouts.
 
     Args:
-        batch: rollouts, with their `readers` where there are several teachers.
+        batch: rollouts.
         token_budget: most padded tokens of a micro-batch.
     """
-    lengths = batch.input_lengths
-    if batch.readers is None:
-        groups = plan_micro_batches(lengths, token_budget)
-        return [None] * len(groups), groups
     found: list[tuple[str | None, list[int]]] = []
-    for teacher_id, places in batch.readers.items():
-        planned = plan_micro_batches([lengths[place] for place in places], token_budget)
-        found += [(teacher_id, [places[i] for i in group]) for group in planned]
+    for teacher_id, reading in batch.readings.items():
+        lengths = input_lengths(batch.rollouts.select(reading.places), reading.pairs)
+        planned = plan_micro_batches(lengths, token_budget)
+        found += [(teacher_id, [reading.places[i] for i in group]) for group in planned]
     return [teacher_id for teacher_id, _ in found], [group for _, group in found]
 
 

@@ -238,8 +238,8 @@ def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Pr
                     f"responses; {_GIVE}"
                 )
             by_row = {p.index: p.row for p in batches[step]}
-            pairs, _ = pair.align(own, by_row)
-            found[step] = Batch(own, [None] * len(own), pairs=pairs, readers=pair.readers(own, by_row))
+            readings, _ = pair.readings(own, by_row)
+            found[step] = Batch(own, [None] * len(own), readings=readings)
     return [found[step] for step in range(len(batches))]
 
 
@@ -298,7 +298,7 @@ class _Learner:
             return self._loss(self.held_out, self.held_out_terms, learn=False)
 
     def _loss(self, batch: Batch, terms: StepObjective, *, learn: bool) -> float:
-        counts = [max(float(count), 1e-9) for count in self.pair.count(batch.rollouts, batch.pairs)]
+        counts = [max(float(count), 1e-9) for count in self.pair.count(batch.rollouts, batch.readings)]
         totals, sums = StepTotals(*counts), 0.0
         for reader, group in zip(*plan_for_teachers(batch, self.args.micro_batch_tokens), strict=True):
             part = batch.select(group, reader)

@@ -177,7 +177,7 @@ class Recorder:
         correct = batch.correct if mine else []
         self.observe(**rollout_metrics(batch.rollouts, correct), micro_batches=len(groups))
         compares = terms.needs_layers and terms.objective.num_layers > 0
-        self.observe(**teacher_metrics(batch.readers, correct, cosine=compares))
+        self.observe(**teacher_metrics(batch.readings, correct, cosine=compares))
         self.observe(**quote_metrics(batch.quotes if mine else None, correct))
         if mine and batch.rewards_by_function:
             self.observe(**reward_metrics(batch.rewards, batch.rewards_by_function))

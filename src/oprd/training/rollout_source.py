@@ -157,14 +157,12 @@ class RolloutSource:
             graded = self.grading.begin(rollouts, prompts)
         with self.recorder.timed("teacher"):
             rows = {p.index: p.row for p in prompts}
-            pairs, stats = self.pair.align(rollouts, rows)
+            readings, stats = self.pair.readings(rollouts, rows)
         if stats is not None:
             self.recorder.observe(**stats.counts())
         self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
-        batch = Batch(
-            rollouts, [None] * len(rollouts), pairs=pairs, readers=self.pair.readers(rollouts, rows),
-            quotes=self.pair.quotes(rollouts, rows),
-        )  # fmt: skip
+        quotes = self.pair.quotes(rollouts, rows)
+        batch = Batch(rollouts, [None] * len(rollouts), readings=readings, quotes=quotes)
         if graded is not None:
             batch = self._with_grades(batch, graded)
         if not self.objective.uses(PolicyTerm):

@@ -263,7 +263,7 @@ class OPRDTrainer(Trainer):
         # The student samples; the rollouts are graded and aligned.
         with self.guard.explaining(terms.step + 1):
             batch = self.rollouts.take(inputs, terms, self.parallel.unwrap(model), share)
-        totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.pairs), share)
+        totals = self.parallel.step_totals(self.pair.count(batch.rollouts, batch.readings), share)
         model.train()
         # Both models read them, micro-batch after micro-batch.
         learn = partial(self._learn, model, terms, totals, self.rollouts.batch_of_step)

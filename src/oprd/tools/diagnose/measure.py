@@ -168,7 +168,7 @@ def _tokens(pair: ModelPair, stats: AlignmentStats | None) -> dict[str, Any]:
         return {**alone, "aligned": 1.0, "one_to_one": 1.0, "shared_vocabulary": None, "dropped": {}}
     return {
         **alone, "aligned": stats.share, "one_to_one": stats.one_to_one / max(stats.positions, 1),
-        "shared_vocabulary": len(pair.shared_vocabulary.ids[0]), "dropped": dict(stats.dropped),
+        "shared_vocabulary": len(pair.shared_vocabulary().ids[0]), "dropped": dict(stats.dropped),
     }  # fmt: skip
 
 

@@ -1,0 +1,241 @@
+"""Several teachers of which some read their own tokens: each reads, writes and teaches as it would alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oprd.models.loading import load_model
+from oprd.resolve import plan
+from oprd.run_config import RunConfig
+from oprd.states.teachers import innermost
+from test_cross_tokenizer_training import CHARACTERS, OTHERS, PIECES, SHAPE, fit_on
+from test_several_bridges import trained
+from test_several_teachers import counted, moved, rows
+from tiny import prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
+
+OUTPUT = {"representation_weight": 0.0, "output_space": "reverse_kl", "diagnostic_steps": 0}
+SUPERVISED = {
+    "representation_weight": 0.0, "output_space": "cross_entropy", "lmbda": 0.0, "diagnostic_steps": 0,
+}  # fmt: skip
+
+
+def saved(folder, side, seed):
+    """The folder of a model of another shape, with the tokenizer that it reads."""
+    side.model(seed, **SHAPE).save_pretrained(folder)
+    side.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Two teachers with tokenizers of their own: name → `model` and `bridge`."""
+    base = tmp_path_factory.mktemp("tokenizers")
+    found = {}
+    for seed, (name, side) in enumerate({"pieces": PIECES, "others": OTHERS}.items(), start=1):
+        model, bridge = saved(base / name, side, seed), base / f"bridge-{name}"
+        fit_on(CHARACTERS, side, tiny_model(), load_model(model, dtype=torch.float32)).save(bridge)
+        found[name] = {"model": model, "bridge": str(bridge)}
+    return found
+
+
+def pool(others, *, bridged=True):
+    """a reads the student's tokens, b and c their own."""
+    entries = [entry if bridged else entry["model"] for entry in others.values()]
+    return {"a": tiny_model(seed=2), **dict(zip("bc", entries, strict=True))}
+
+
+def alone(folder, entry, data, **settings):
+    """The run of one teacher of the pool on some rows."""
+    if isinstance(entry, dict):
+        return trained(folder, entry["model"], data, bridge=entry["bridge"], **settings)
+    return trained(folder, entry, data, **settings)
+
+
+def _length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def check_mixture(both, parts, share):
+    """Loss and gradient of a run are the means of those of others, weighted by `share`."""
+    metrics = {name: trainer.last_step.metrics for name, trainer in parts.items()}
+    expected = sum(share[name] * metrics[name]["loss"] for name in parts)
+    assert both.last_step.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    changes = {name: moved(weights(trainer.model)) for name, trainer in parts.items()}
+    for weight, change in moved(weights(both.model)).items():
+        mean = sum(share[name] * changes[name][weight] for name in parts)
+        torch.testing.assert_close(change, mean, rtol=1e-3, atol=3e-7)
+
+
+@pytest.mark.parametrize("loss", [{"output_space": "reverse_kl"}, {"layers": [1, 3]}])
+def test_each_teacher_teaches_what_it_would_alone(tmp_path, others, loss):
+    """One reads the student's tokens; the states of two others, with a tokenizer and a bridge each, are paired by bytes."""
+    data, teachers = rows("a", "b", "c", "b"), pool(others)
+    both = trained(tmp_path / "all", teachers, data, mix_teachers=True, **loss)
+    parts = {
+        name: alone(tmp_path / name, entry, [row for row in data if row["teacher_id"] == name], **loss)
+        for name, entry in teachers.items()
+    }
+    check_mixture(both, parts, {"a": 0.25, "b": 0.5, "c": 0.25})
+    found = {name: trainer.last_step.metrics for name, trainer in parts.items()}
+    together = both.last_step.metrics
+    for name in parts:
+        assert together[f"teacher/{name}/cosine"] == pytest.approx(found[name]["cosine"], rel=1e-5)
+    tokens = {name: found[name]["tokens"] for name in "bc"}
+    for share in ("alignment/paired", "alignment/one_to_one"):  # of the tokens of those that read their own
+        expected = sum(tokens[name] * found[name][share] for name in "bc") / sum(tokens.values())
+        assert together[share] == pytest.approx(expected)
+    assert 0 < together["alignment/paired"] < 1
+
+
+def test_next_token_distributions_of_each_are_compared_over_what_it_shares(tmp_path, others):
+    """No bridge: states are not compared, so that teachers of any shape and tokenizer can be asked."""
+    data, teachers = rows("a", "b", "c", "b"), pool(others, bridged=False)
+    both = trained(tmp_path / "all", teachers, data, mix_teachers=True, **OUTPUT)
+    parts = {
+        name: trained(tmp_path / name, model, [row for row in data if row["teacher_id"] == name], **OUTPUT)
+        for name, model in teachers.items()
+    }
+    check_mixture(both, parts, {"a": 0.25, "b": 0.5, "c": 0.25})
+
+
+def test_where_all_read_a_rollout_each_counts_equally(tmp_path, others):
+    teachers = pool(others)
+    together = trained(tmp_path / "all", teachers, prompt_rows(), teachers_per_prompt="all")
+    parts = {name: alone(tmp_path / name, entry, prompt_rows()) for name, entry in teachers.items()}
+    check_mixture(together, parts, dict.fromkeys(parts, 1 / 3))
+
+
+def test_means_over_tokens_count_the_positions_that_are_compared(tmp_path, others):
+    data, teachers = rows("a", "b", "b", "a"), {name: entry for name, entry in pool(others).items() if name != "c"}
+    both = trained(tmp_path / "all", teachers, data, mix_teachers=True, reduction="token")
+    parts = {
+        name: alone(tmp_path / name, entry, [row for row in data if row["teacher_id"] == name], reduction="token")
+        for name, entry in teachers.items()
+    }
+    found = {name: trainer.last_step.metrics for name, trainer in parts.items()}
+    compared = {"a": counted(found["a"], "token"), "b": found["b"]["alignment/paired"] * counted(found["b"], "token")}
+    check_mixture(both, parts, {name: count / sum(compared.values()) for name, count in compared.items()})
+
+
+@pytest.mark.parametrize("settings", [{}, {**SUPERVISED, "num_generations": 2}])
+def test_a_run_of_which_all_rows_go_to_one_is_the_run_with_that_teacher(tmp_path, others, settings):
+    """To the bit, on the CPU; also where it writes the responses, and where the weights wait in host memory."""
+    data, entry = rows("b", "b", "b", "b"), others["pieces"]
+    bridge = {} if settings else {"bridge": entry["bridge"]}
+    one = trained(tmp_path / "one", entry["model"], data, scripted=not settings, **bridge, **settings)
+    for offload in (False, True):
+        several = trained(
+            tmp_path / str(offload), pool(others, bridged=not settings), data, scripted=not settings, mix_teachers=True,
+            offload_teachers=offload, **settings,
+        )  # fmt: skip
+        assert several.last_step.rollouts.completion_ids == one.last_step.rollouts.completion_ids
+        assert several.last_step.metrics["loss"] == one.last_step.metrics["loss"]
+        own, after = weights(one.model), weights(several.model)
+        assert all(torch.equal(own[name], after[name]) for name in own)
+
+
+def test_each_writes_its_rows_in_its_own_tokens(tmp_path, others):
+    """A row's response is the one that its teacher writes in a run of its own, and the counts of rewriting are of all."""
+    teachers = pool(others, bridged=False)
+    both = trained(
+        tmp_path / "all", teachers, rows("c", "a", "b", "b"), scripted=False, mix_teachers=True, **SUPERVISED
+    )
+    written = both.last_step.rollouts
+    for name, model in teachers.items():
+        own = trained(tmp_path / name, model, rows(*(name * 4)), scripted=False, **SUPERVISED).last_step.rollouts
+        responses = dict(zip(own.rows, own.completion_ids, strict=True))
+        mine = [place for place, row in enumerate(written.rows) if "cabb"[row] == name]
+        assert mine
+        assert [written.completion_ids[place] for place in mine] == [responses[written.rows[place]] for place in mine]
+    assert {key for key in both.last_step.metrics if key.startswith("teacher_text/")} == {
+        "teacher_text/cut", "teacher_text/incomplete", "teacher_text/left_out",
+    }  # fmt: skip
+
+
+def test_each_is_evaluated_in_its_own_tokens(tmp_path, others):
+    data = rows("a", "b", "c", "b")
+    asked = {"eval_dataset": data, "eval_num_generations": 2, "reward_funcs": _length}
+    trainer = tiny_trainer(tmp_path / "all", teacher=pool(others), rows=data, mix_teachers=True, **asked)
+    found = trainer.evaluate_teacher().summary["by_teacher"]
+    for name, entry in pool(others).items():
+        mine = [row for row in data if row["teacher_id"] == name]
+        settings = {"bridge": entry["bridge"]} if isinstance(entry, dict) else {}
+        teacher = entry["model"] if isinstance(entry, dict) else entry
+        one = tiny_trainer(tmp_path / name, teacher=teacher, rows=mine, **{**asked, "eval_dataset": mine}, **settings)
+        assert found[name] == pytest.approx(one.evaluate_teacher().summary["avg_at_k"])
+
+
+def test_a_resumed_run_is_the_same_and_names_a_tokenizer_that_has_changed(tmp_path, others):
+    data = rows("a", "b", "c", "b")
+    settings = {"mix_teachers": True, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+
+    def run(folder, steps, teachers, **more):
+        return tiny_trainer(folder, teacher=teachers, rows=data, max_steps=steps, **settings, **more)
+
+    whole = run(tmp_path / "whole", 3, pool(others))
+    whole.train(outputs=False)
+    run(tmp_path / "parts", 2, pool(others)).train(outputs=False)
+    resumed = run(tmp_path / "parts", 3, pool(others))
+    resumed.train(True, outputs=False)
+    own, after = weights(whole.model), weights(resumed.model)
+    assert all(torch.equal(own[name], after[name]) for name in own)
+    assert without_times(whole.run_folder.read_metrics()) == without_times(resumed.run_folder.read_metrics())
+    teachers = pool(others) | {"c": others["pieces"]}
+    with pytest.raises(ValueError, match="teacher_tokenizer/c"):
+        run(tmp_path / "parts", 4, teachers).train(True, outputs=False)
+
+
+def test_states_of_other_tokens_without_a_bridge_are_refused_with_the_teachers_name(tmp_path, others):
+    teachers = {"a": tiny_model(seed=2), "b": others["pieces"]["model"]}
+    CHARACTERS.model(3).save_pretrained(tmp_path / "same-shape")
+    PIECES.tokenizer.save_pretrained(tmp_path / "same-shape")
+    for wrong in (teachers, teachers | {"b": str(tmp_path / "same-shape")}):
+        with pytest.raises(ValueError, match=r"^teachers: b: teacher_model: "):
+            tiny_trainer(tmp_path / "run", teacher=wrong, rows=rows("a", "b"))
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_each_renders_its_prompt_with_its_own_template(tmp_path, order):
+    """Two teachers of the student's tokens whose chat templates differ, where prompts of the teacher's own are asked for."""
+    folders = {}
+    for name, template in {"a": "<turn>", "b": "<note>"}.items():
+        folders[name] = str(tmp_path / name)
+        tiny_model(seed=1).save_pretrained(folders[name])
+        tokenizer = tiny_tokenizer(chat=True)
+        tokenizer.chat_template = (
+            "{% for m in messages %}" + {"<turn>": "1", "<note>": "2"}[template] + "{{ m.content }}{% endfor %}"
+        )
+        tokenizer.save_pretrained(folders[name])
+    chats = [{"prompt": [{"role": "user", "content": "1+2="}], "teacher_id": name} for name in "abab"]
+    trainer = tiny_trainer(
+        tmp_path / "run", teacher={name: folders[name] for name in order}, rows=chats, teacher_prompt="{prompt}",
+        mix_teachers=True, scripted=True, processing_class=tiny_tokenizer(chat=True),
+    )  # fmt: skip
+    heard = {}
+    for name, teacher in trainer.pair.teacher.teachers.items():
+        states = innermost(teacher).states
+        innermost(teacher).states = lambda request, own=states, n=name: (
+            heard.setdefault(n, []).append(request) or own(request)
+        )
+    trainer.train(outputs=False)
+    first = {
+        name: {tuple(row[:5]) for request in seen for row in request.input_ids.tolist()} for name, seen in heard.items()
+    }
+    texts = {name: [tiny_tokenizer().decode(ids) for ids in found] for name, found in first.items()}
+    assert texts == {"a": ["11+2="], "b": ["21+2="]}
+
+
+def test_the_plan_says_what_each_reads(tmp_path, others):
+    tiny_model().save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+2=", "teacher_id": "a"}\n')
+    keys = {
+        "model": str(tmp_path / "student"), "teachers": {"a": str(tmp_path / "student"), "b": others["pieces"]},
+        "train_dataset": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"), "max_steps": 1,
+    }  # fmt: skip
+    lines = plan(RunConfig.parse(keys)).describe()
+    assert "tokenizers, a: the teacher gives the student's ids the same tokens" in lines
+    assert any(line.startswith("tokenizers, b: the teacher reads its own prompts and tokens; ") for line in lines)
+    with pytest.raises(ValueError, match=r"^teachers: b: "):
+        plan(RunConfig.parse(keys | {"teachers": {"a": keys["model"], "b": others["pieces"]["model"]}}))
