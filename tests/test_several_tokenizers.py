@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oprd.data.rows import PromptRow
 from oprd.models.loading import load_model
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
 from oprd.states.teachers import innermost
+from oprd.types import Rollouts
 from test_cross_tokenizer_training import CHARACTERS, OTHERS, PIECES, SHAPE, fit_on
 from test_several_bridges import trained
 from test_several_teachers import counted, moved, rows
@@ -193,6 +195,20 @@ def test_states_of_other_tokens_without_a_bridge_are_refused_with_the_teachers_n
     for wrong in (teachers, teachers | {"b": str(tmp_path / "same-shape")}):
         with pytest.raises(ValueError, match=r"^teachers: b: teacher_model: "):
             tiny_trainer(tmp_path / "run", teacher=wrong, rows=rows("a", "b"))
+
+
+def test_an_end_that_one_teacher_names_ends_the_response_for_all(tmp_path, others):
+    """Rollouts end there, so that a teacher with other tokens reads its own end."""
+    ends = tiny_model(seed=2, eos_token_id=[2, 10])
+    trainer = tiny_trainer(tmp_path, teacher={"a": ends, "b": others["pieces"]}, rows=rows("a", "b"), mix_teachers=True)
+    assert trainer.pair.stop_token_ids == [2, 10]
+    written = Rollouts([[4, 3, 5]] * 2, [[4, 5, 10], [4, 5]], ["stop", "length"], ["", ""], [1, 1])
+    found, _ = trainer.pair.readings(written, {1: PromptRow("1+2=", columns={"teacher_id": "b"})})
+    read = found["b"].pairs.teacher_rollouts
+    assert read.finish_reasons == ["stop", "length"]
+    assert read.completion_ids[0][-1] == PIECES.stops[0]
+    heads = trainer.pair.heads("b")
+    assert heads.student.num_events == heads.teacher.num_events
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])

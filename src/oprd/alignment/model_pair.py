@@ -24,6 +24,7 @@ from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
 from oprd.states.several import HoldsTeachers, SeveralTeachers, by_id, teachers_of
+from oprd.states.teacher_settings import naming_teacher
 from oprd.states.teachers import CanSample, FrozenTeacher, ProjectsStudent, Teacher, has_head
 from oprd.types import Rollouts
 
@@ -174,7 +175,8 @@ class ModelPair:
         found: dict[str | None, Reading] = {}
         counted = AlignmentStats() if self.aligners else None
         for teacher_id, own in places.items():
-            pairs, stats = self.align(rollouts.select(own), rows, teacher_id=teacher_id)
+            with naming_teacher(teacher_id):
+                pairs, stats = self.align(rollouts.select(own), rows, teacher_id=teacher_id)
             found[teacher_id] = Reading(own, pairs)
             counted = counted + stats if counted is not None and stats is not None else counted
         return found, counted

@@ -275,9 +275,7 @@ def _tokens(run: RunConfig, student: PreTrainedTokenizerBase | str, named: Any, 
     check_own_tokens(run.args)
     check_one_text(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
     shared = len(aligner.shared_vocabulary()[0])
-    return (
-        f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"
-    )
+    return f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"
 
 
 def _dataset_line(run: RunConfig, role: str) -> str:

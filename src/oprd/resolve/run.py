@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -342,22 +342,41 @@ def _aligners(
     tokenizers: TeacherTokenizers,
 ) -> dict[str | None, Aligner]:
     """The aligners that give teachers their own prompts and tokens, by teacher_id; none for one that reads the student's."""
-    assert student.tokenizer is not None, "a student always has a tokenizer"
-    found: dict[str | None, Aligner] = {}
-    for teacher_id, one in by_id(teacher).items():
+    teachers, ends = by_id(teacher), {*student.info.stop_token_ids}
+    found = _aligners_of(args, student, teachers, tokenizers, ends)
+    of_same_tokens = {i for name, one in teachers.items() if name not in found for i in one.info.stop_token_ids}
+    if found and of_same_tokens - ends:  # rollouts end there too
+        found = _aligners_of(args, student, teachers, tokenizers, ends | of_same_tokens)
+    for teacher_id, aligner in found.items():
         with naming_teacher(teacher_id):
-            stops = student.info.stop_token_ids, one.info.stop_token_ids
-            aligner = args.prompt_rendering.aligner(student.tokenizer, tokenizers[teacher_id], *stops)
-            if aligner is not None:
-                bridged = args.bridge is not None or isinstance(one, ProjectsStudent)
-                check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
-                found[teacher_id] = aligner
+            bridged = args.bridge is not None or isinstance(teachers[teacher_id], ProjectsStudent)
+            check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
     if found and any(isinstance(t.objective, HeadTerm) and not is_supervised(t.objective) for t in terms.values()):
         logger.warning(
             "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
             "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
             "(docs/bridge.md)"
         )
+    return found
+
+
+def _aligners_of(
+    args: OPRDConfig,
+    student: LoadedModel,
+    teachers: Mapping[str | None, Teacher],
+    tokenizers: TeacherTokenizers,
+    ends: Collection[int],
+) -> dict[str | None, Aligner]:
+    """The aligners of those teachers that read their own prompts or tokens, for rollouts that end at the ids `ends`."""
+    assert student.tokenizer is not None, "a student always has a tokenizer"
+    found: dict[str | None, Aligner] = {}
+    for teacher_id, one in teachers.items():
+        with naming_teacher(teacher_id):
+            aligner = args.prompt_rendering.aligner(
+                student.tokenizer, tokenizers[teacher_id], sorted(ends), one.info.stop_token_ids
+            )
+        if aligner is not None:
+            found[teacher_id] = aligner
     return found
 
 

@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from oprd.models.loading import ModelInfo
 from oprd.states.requests import StateRequest
 from oprd.states.teacher_settings import TeachersPerPrompt, check_per_prompt
 from oprd.states.teachers import Teacher
@@ -59,6 +58,7 @@ class SeveralTeachers:
         offload: keep the weights of a teacher in host memory until it is asked.
 
     Attributes:
+        info: of the first, under the names of all; each has its own.
         modules: all models, for the trainer to place; none where `offload` is on, since they are moved here.
 
     Raises:
@@ -70,7 +70,8 @@ class SeveralTeachers:
     ) -> None:
         check_per_prompt(per_prompt)
         self.teachers, self.per_prompt, self.offload = dict(teachers), per_prompt, offload
-        self.info = _shared_info([teacher.info for teacher in teachers.values()])
+        infos = [teacher.info for teacher in teachers.values()]
+        self.info = replace(infos[0], name=", ".join(info.name for info in infos))
         self.identity = ", ".join(f"{name}: {teacher.identity}" for name, teacher in self.teachers.items())
         self.modules: Sequence[nn.Module] = () if offload else each_once([*self.teachers.values()])
         self._moved = 0
@@ -116,16 +117,3 @@ class SeveralTeachers:
         if weight is not None and weight.device.type != device.type:
             module.to(device)
             self._moved += device.type != "cpu"
-
-
-def _shared_info(infos: Sequence[ModelInfo]) -> ModelInfo:
-    """What holds for all: the least context and embedding, and every token that ends a text for any of them."""
-    contexts = [info.context_length for info in infos if info.context_length is not None]
-    rows = [info.embedding_rows for info in infos if info.embedding_rows is not None]
-    return replace(
-        infos[0],
-        name=", ".join(info.name for info in infos),
-        context_length=min(contexts, default=None),
-        stop_token_ids=tuple(sorted({i for info in infos for i in info.stop_token_ids})),
-        embedding_rows=min(rows, default=None),
-    )
