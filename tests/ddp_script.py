@@ -81,7 +81,7 @@ def trainer_of(name: str, folder, world_size: int, **more):
         merged["teacher_processing_class"] = other_tokenizer()
     trainer = tiny_trainer(folder, tiny_model(**model), tiny_model(seed=1, **model), scripted=True, **merged)
     if name == "far":
-        trainer.rollouts.teacher_writer.engine.generate = scripted_generate
+        trainer.rollouts.teacher_writer.engine_of().generate = scripted_generate
     if "task" in settings:
         reward_last_tokens(trainer)
     return trainer

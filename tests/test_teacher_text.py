@@ -276,7 +276,7 @@ def far_trainer(folder, *, ours=CHARACTERS, theirs=PIECES, teacher_writes=None, 
             seen.append((model, Rollouts(prompts, chosen, reasons, [""] * count, owners)))
             return Sampled(seen[-1][1])
 
-        trainer.rollouts.teacher_writer.engine.generate = generate
+        trainer.rollouts.teacher_writer.engine_of().generate = generate
     return trainer, seen
 
 
@@ -427,7 +427,7 @@ def test_an_adapter_learns_from_its_own_base_with_another_prompt(tmp_path):
     }  # fmt: skip
     trainer = tiny_trainer(tmp_path, **settings)
     written = []
-    engine, generate = trainer.rollouts.teacher_writer.engine, trainer.rollouts.teacher_writer.engine.generate
+    engine, generate = trainer.rollouts.teacher_writer.engine_of(), trainer.rollouts.teacher_writer.engine_of().generate
 
     def listen(model, prompt_ids, **arguments):
         written.append(generate(model, prompt_ids, **arguments))
@@ -505,5 +505,5 @@ def test_a_given_engine_samples_in_the_students_tokens_alone(tmp_path):
 def test_the_writer_of_a_teacher_with_the_students_tokens_is_the_students_engine(tmp_path):
     trainer = tiny_trainer(tmp_path, lmbda=0.0)
     assert isinstance(trainer.rollouts.teacher_writer, TeacherWriter)
-    assert trainer.rollouts.teacher_writer.engine is trainer.engine
+    assert trainer.rollouts.teacher_writer.engine_of() is trainer.engine
     assert tiny_trainer(tmp_path / "b").rollouts.teacher_writer is None

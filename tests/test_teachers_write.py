@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -228,13 +229,15 @@ def test_teachers_that_see_more_write_their_rows_too(tmp_path):
     trainer = tiny_trainer(
         tmp_path, teacher=pool(), rows=data, mix_teachers=True, teacher_prompt="{answer}#{prompt}", **SUPERVISED
     )
-    asked, generate = [], trainer.rollouts.teacher_writer.engine.generate
+    asked = []
 
-    def spy(model, ids, **more):
+    def spy(generate, model, ids, **more):
         asked.append((model, [trainer.pair.tokenizer.decode(prompt) for prompt in ids]))
         return generate(model, ids, **more)
 
-    trainer.rollouts.teacher_writer.engine.generate = spy
+    for name in "ab":
+        engine = trainer.rollouts.teacher_writer.engine_of(name)
+        engine.generate = partial(spy, engine.generate)
     trainer.train(outputs=False)
     several = trainer.pair.teacher.teachers
     texts = {id(model): sorted(text.removeprefix("<bos>") for text in ids) for model, ids in asked}

@@ -64,7 +64,7 @@ TRL: dict[str, str] = {
 """Runs of TRL → trainer."""
 TUNED = ("distillation", "gkd")
 RIVALS = ("distillation", "gkd", "gold")
-SIDE, SIDE_SEEDS = ("gkd", "gold", "distillation_default"), 3
+SIDE = ("gkd", "gold", "distillation_default")
 EQUAL_TIME = "equal_time"
 NAMES = {
     "representation": "oprd, representation",
@@ -103,7 +103,8 @@ class Pair:
             has their rates.
         names: of `NAMES`, what is trained.
         rates: trainer of TRL → its rates on the tuning seed.
-        seeds: how many are measured, of `SIDE` at most `SIDE_SEEDS`.
+        seeds: how many are measured.
+        side_seeds: how many of `SIDE`.
         warm: settings of the warm-up, where the claim chose between with and without.
     """
 
@@ -111,6 +112,7 @@ class Pair:
     names: tuple[str, ...]
     rates: dict[str, tuple[float, ...]]
     seeds: int
+    side_seeds: int
     warm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def committed(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ TINY = Pair(
         "gkd": (1.0e-4, 3.0e-4, 5.0e-4, 1.0e-3),
     },
     5,
+    3,
 )
 
 
@@ -183,7 +186,7 @@ def measure_pair(work: Work, pair: Pair, tuning: list[Record] | None = None) -> 
     seeds = first_seeds(work, pair.seeds)
     plans = [
         *(Plan(name, rates[name], seed) for seed in seeds for name in pair.names if name not in SIDE),
-        *(Plan(name, rates[name], seed) for seed in seeds[:SIDE_SEEDS] for name in pair.names if name in SIDE),
+        *(Plan(name, rates[name], seed) for seed in seeds[: pair.side_seeds] for name in pair.names if name in SIDE),
     ]
     runs = train_all(work, pair, plans)
     rival = best_of_trl(runs)

@@ -174,7 +174,7 @@ def _several_teachers(
     assert student.tokenizer is not None, "a student always has a tokenizer"
     made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
     found: dict[str, Teacher] = {}
-    tokenizers: dict[str | None, PreTrainedTokenizerBase | None] = {}
+    tokenizers: dict[str | None, PreTrainedTokenizerBase | None] = {}  # the student's, where a teacher's is unknown
     bridges, layers = bridges_of(run.teachers), resolve_layers(run.args.layers, student.info.layers)
     for teacher_id, entry in run.teachers.items():
         model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
@@ -183,9 +183,8 @@ def _several_teachers(
             if key not in made:
                 made[key] = _one_teacher(run, student, model, init_kwargs)
             found[teacher_id], tokenizer = made[key]
-            tokenizers[teacher_id] = tokenizer
+            reads = tokenizers[teacher_id] = tokenizer if tokenizer is not None else student.tokenizer
             if teacher_id in bridges:
-                reads = tokenizer if tokenizer is not None else student.tokenizer
                 found[teacher_id] = bridge_teacher(bridges[teacher_id], layers, found[teacher_id], reads, own_print)
     several = SeveralTeachers(
         found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]

@@ -105,11 +105,16 @@ class TeacherWriter:
 
     def __init__(self, pair: ModelPair, engine: RolloutEngine, rollout_engine: str, **engine_kwargs: Any) -> None:
         self.pair, self.engine = pair, engine
-        self._own: dict[str | None, tuple[Rewriter, RolloutEngine]] = {}  # of teachers that read their own tokens
+        self._rewriters: dict[str | None, Rewriter] = {}
+        self._engines: dict[str | None, RolloutEngine] = {}  # of teachers that read their own tokens
         for teacher_id, aligner in pair.aligners.items():
             stops = sorted({*pair.shared_vocabulary(teacher_id).teacher_stop_ids})
-            sampler = make_engine(rollout_engine, aligner.teacher_tokenizer, stops, **engine_kwargs)
-            self._own[teacher_id] = Rewriter(aligner, stops, pair.turn_end_ids), sampler
+            self._rewriters[teacher_id] = Rewriter(aligner, stops, pair.turn_end_ids)
+            self._engines[teacher_id] = make_engine(rollout_engine, aligner.teacher_tokenizer, stops, **engine_kwargs)
+
+    def engine_of(self, teacher_id: str | None = None) -> RolloutEngine:
+        """The engine that samples from a teacher: the student's, or one for the teacher's own tokens."""
+        return self._engines.get(teacher_id, self.engine)
 
     def write(
         self,
@@ -135,10 +140,9 @@ class TeacherWriter:
         parts: list[Written] = []
         for teacher_id, teacher, places in self._writers(prompts, device):
             assert isinstance(teacher, CanSample), "checked when the run was resolved"
-            rewriter, engine = self._own.get(teacher_id, (None, self.engine))
-            own = [prompts[place] for place in places]
+            rewriter, own = self._rewriters.get(teacher_id), [prompts[place] for place in places]
             with teacher.sampler() as model:
-                found = engine.generate(
+                found = self.engine_of(teacher_id).generate(
                     model, [p.ids if rewriter is None else rewriter.aligner.render(p.row)[0] for p in own],
                     num_generations=num_generations, sampling=sampling, seed=seed, rows=[p.index for p in own],
                 )  # fmt: skip
