@@ -74,10 +74,18 @@ def document(page: Path, claims: Claims, results: Mapping[str, Result], whole: M
         words=table(["verdict", "when"], [[f"**{word}**", when] for word, when in RULES.items()]),
         comparisons=COMPARISONS,
         verdicts=table(["", "claim", "verdict", "measured"], rows),
-        rules="\n".join(f"- **{claim.ID}** {rule(claim)}" for _, claim in claims),
+        rules=_rules([claim for _, claim in claims]),
         against=_against(findings),
         whole=_took(whole),
     )
+
+
+def _rules(claims: Sequence[Claim]) -> str:
+    """Each rule once, with the claims that it judges."""
+    judged: dict[str, list[str]] = {}
+    for claim in claims:
+        judged.setdefault(rule(claim), []).append(claim.ID)
+    return "\n".join(f"- **{', '.join(names)}** {text}" for text, names in judged.items())
 
 
 def _against(findings: Mapping[str, Finding]) -> str:

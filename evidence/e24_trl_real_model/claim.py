@@ -13,9 +13,7 @@ from evidence.e13_trl.claim import OURS, Pair, draw, judge, measure_pair
 __all__ = ["CLAIM", "ID", "SETTING", "TITLE", "draw", "judge", "measure"]
 
 ID = "E24"
-TITLE = (
-    "On a pretrained model too, matching hidden states beats TRL's tuned trainer, after equal steps and equal seconds"
-)
+TITLE = "On a pretrained model, matching hidden states beats TRL's tuned trainer"
 CLAIM = (
     "E13's claim on E11's models: OPRD-Vanilla is more accurate than TRL's `DistillationTrainer` with a tuned rate, and oprd's full reverse KL is as "
     "accurate as TRL's (this project's own claim)."

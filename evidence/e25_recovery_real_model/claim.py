@@ -13,9 +13,7 @@ from evidence.e15_recovery.claim import NAMES, Setting, draw, judge, measure_set
 __all__ = ["CLAIM", "ID", "SETTING", "TITLE", "draw", "judge", "measure"]
 
 ID = "E25"
-TITLE = (
-    "Matching its original's hidden states brings a pruned pretrained model back better than output-space distillation"
-)
+TITLE = "Matching hidden states brings a pruned pretrained model back better than output-space distillation"
 CLAIM = (
     "A pretrained model that lost a third of its blocks is recovered by its own original on its own rollouts, compared layer by layer without a "
     "bridge. Not in the paper; published recoveries of pruned models train on fixed text."
