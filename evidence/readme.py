@@ -142,6 +142,11 @@ def _beside_trl(result: Mapping[str, Any], verdict: str) -> str:
     return f"**Beside TRL** ({verdict}): {points(*lead[:2])} over its tuned `DistillationTrainer`."
 
 
+def _beside_trl_pretrained(result: Mapping[str, Any], verdict: str) -> str:
+    lead = difference(result["runs"], "representation", "distillation")
+    return f"**Beside TRL, pretrained** ({verdict}): {points(*lead[:2])}."
+
+
 _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "E1": _accuracy,
     "E5": _cost,
@@ -149,6 +154,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "E10": _other_teachers,
     "E11": _real_model,
     "E13": _beside_trl,
+    "E24": _beside_trl_pretrained,
 }
 
 
