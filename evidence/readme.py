@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,9 @@ def _real_model(result: Mapping[str, Any], verdict: str) -> str:
     )
 
 
-def _beside_trl(result: Mapping[str, Any], verdict: str) -> str:
+def _beside_trl(result: Mapping[str, Any], verdict: str, pair: str = "") -> str:
     lead = difference(result["runs"], "representation", "distillation")
-    return f"**Beside TRL** ({verdict}): {points(*lead[:2])} over its tuned `DistillationTrainer`."
-
-
-def _beside_trl_pretrained(result: Mapping[str, Any], verdict: str) -> str:
-    lead = difference(result["runs"], "representation", "distillation")
-    return f"**Beside TRL, pretrained** ({verdict}): {points(*lead[:2])}."
+    return f"**Beside TRL{pair}** ({verdict}): {points(*lead[:2])} over its tuned `DistillationTrainer`."
 
 
 _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
@@ -154,7 +150,7 @@ _LINES: dict[str, Callable[[Mapping[str, Any], str], str]] = {
     "E10": _other_teachers,
     "E11": _real_model,
     "E13": _beside_trl,
-    "E24": _beside_trl_pretrained,
+    "E24": partial(_beside_trl, pair=", pretrained"),
 }
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from oprd.alignment.position_pairs import Reading
+from oprd.alignment.position_pairs import TeacherReading
 from oprd.config import OPRDConfig
 from oprd.data.order import OneTeacherSteps
 from oprd.resolve import plan
@@ -145,12 +145,12 @@ def test_accuracy_is_counted_by_teacher(tmp_path):
 @pytest.mark.parametrize("cosine", [True, False])
 def test_the_metrics_of_a_teacher_have_the_same_names_whether_it_read_a_rollout_here_or_not(cosine):
     """Processes add metrics up by their place among the sorted names."""
-    some = teacher_metrics({"a": Reading([0, 1]), "b": Reading([])}, [True, None], cosine=cosine)
-    none = teacher_metrics({"a": Reading([]), "b": Reading([])}, [], cosine=cosine)
+    some = teacher_metrics({"a": TeacherReading([0, 1]), "b": TeacherReading([])}, [True, None], cosine=cosine)
+    none = teacher_metrics({"a": TeacherReading([]), "b": TeacherReading([])}, [], cosine=cosine)
     assert [*some] == [*none]
     assert (some["teacher/a/rollouts"], some["teacher/a/correct"], some["teacher/a/graded"]) == (2, 1, 1)
     assert ("teacher/a/cosine" in some) is cosine
-    assert teacher_metrics({None: Reading([0])}, [True], cosine=cosine) == {}
+    assert teacher_metrics({None: TeacherReading([0])}, [True], cosine=cosine) == {}
 
 
 # The order of the prompts
@@ -490,7 +490,9 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path):
     other = tiny_tokenizer("ABC")
     models = pool()
     with pytest.raises(ValueError, match="teachers: a: teacher_model: "):
-        tiny_trainer(tmp_path, teacher=models, rows=rows("a", "b", "a", "b"), teacher_processing_class=_reversed(other))
+        tiny_trainer(
+            tmp_path, teacher=models, rows=rows("a", "b", "a", "b"), teacher_processing_class={"a": _reversed(other)}
+        )
 
 
 def _reversed(tokenizer):

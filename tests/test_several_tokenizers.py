@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from oprd.data.rows import PromptRow
 from oprd.models.loading import load_model
 from oprd.resolve import plan
+from oprd.rollouts.engine import Sampled
 from oprd.run_config import RunConfig
-from oprd.states.teachers import innermost
+from oprd.states.teachers import FrozenTeacher, innermost
 from oprd.types import Rollouts
 from test_cross_tokenizer_training import CHARACTERS, OTHERS, PIECES, SHAPE, fit_on
 from test_several_bridges import trained
@@ -155,6 +158,44 @@ def test_each_writes_its_rows_in_its_own_tokens(tmp_path, others):
     }  # fmt: skip
 
 
+def test_all_processes_count_what_is_lost_whoever_wrote(tmp_path, others):
+    """The names of metrics do not depend on whose rows a process has: they are added up by their place."""
+    trainer = tiny_trainer(
+        tmp_path, teacher=pool(others, bridged=False), rows=rows(*"aaaa"), mix_teachers=True, **SUPERVISED
+    )
+    trainer.train(outputs=False)
+    found = trainer.last_step.metrics
+    assert [found[f"teacher_text/{name}"] for name in ("cut", "incomplete", "left_out")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("names", ["abba", "bbbb"])
+def test_a_teacher_of_which_nothing_can_be_written_leaves_the_rows_of_others(tmp_path, others, names):
+    """Its responses are left out and counted; without any response the run ends."""
+    trainer = tiny_trainer(
+        tmp_path, teacher=pool(others, bridged=False), rows=rows(*names), mix_teachers=True, **SUPERVISED
+    )
+    engine = trainer.rollouts.teacher_writer.engine_of("b")
+    generate = engine.generate
+
+    def notes(*arguments, **settings):
+        found = generate(*arguments, **settings).rollouts
+        count = len(found)
+        return Sampled(
+            replace(found, completion_ids=[PIECES.split("<note>")] * count, finish_reasons=["length"] * count)
+        )
+
+    engine.generate = notes
+    if names == "bbbb":
+        with pytest.raises(
+            ValueError, match=r"lmbda: of 4 responses .* 4 are left out: a special token .* set lmbda: 1"
+        ):
+            trainer.train(outputs=False)
+        return
+    trainer.train(outputs=False)
+    assert sorted(trainer.last_step.rollouts.rows) == [0, 3]
+    assert trainer.last_step.metrics["teacher_text/left_out"] == 0.5
+
+
 def test_each_is_evaluated_in_its_own_tokens(tmp_path, others):
     data = rows("a", "b", "c", "b")
     asked = {"eval_dataset": data, "eval_num_generations": 2, "reward_funcs": _length}
@@ -211,17 +252,53 @@ def test_an_end_that_one_teacher_names_ends_the_response_for_all(tmp_path, other
     assert heads.student.num_events == heads.teacher.num_events
 
 
+def test_a_prompt_that_one_of_them_cannot_read_is_refused_before_training(tmp_path, others):
+    """Of the rows that name it: b's prompt leaves no room in its context."""
+    data = [row | {"answer": "1" * (300 if row["teacher_id"] == "b" else 1)} for row in rows("a", "b")]
+    settings = {"teacher_prompt": "{answer}{prompt}", "mix_teachers": True, "per_device_train_batch_size": 2}
+    with pytest.raises(
+        ValueError, match=r"^teachers: b: the teacher's prompts: train_dataset row 1: the prompt has 305"
+    ):
+        tiny_trainer(tmp_path, teacher=pool(others), rows=data, **settings)
+    tiny_trainer(tmp_path, teacher=pool(others), rows=[row | {"teacher_id": "a"} for row in data[:1] * 2], **settings)
+
+
+def test_tokenizers_are_given_by_teacher(tmp_path, others):
+    """One tokenizer for several teachers would be read by all of them."""
+    models = {"a": tiny_model(seed=2), "b": PIECES.model(1)}
+    settings = {"rows": rows("a", "b"), "mix_teachers": True, **OUTPUT}
+    for wrong in (PIECES.tokenizer, {"c": PIECES.tokenizer}):
+        with pytest.raises(
+            ValueError, match=r"teacher_processing_class: with several teachers it is \{teacher_id: tok"
+        ):
+            tiny_trainer(tmp_path, teacher=models, teacher_processing_class=wrong, **settings)
+    pair = tiny_trainer(tmp_path, teacher=models, teacher_processing_class={"b": PIECES.tokenizer}, **settings).pair
+    assert {*pair.aligners} == {"b"}
+    assert pair.aligners["b"].teacher_tokenizer is PIECES.tokenizer
+
+
+def test_a_teacher_of_ones_own_may_hold_teachers_that_no_row_names(tmp_path):
+    """It answers itself, and reads the student's tokens."""
+    inner = FrozenTeacher(tiny_model(seed=1))
+
+    class Ensemble:
+        info, identity, modules, teachers = inner.info, "ensemble", inner.modules, {"x": inner}
+        states, head = staticmethod(inner.states), staticmethod(inner.head)
+
+    found = trained(tmp_path / "own", Ensemble(), prompt_rows())
+    one = trained(tmp_path / "one", tiny_model(seed=1), prompt_rows())
+    assert found.last_step.metrics["loss"] == one.last_step.metrics["loss"]
+
+
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_each_renders_its_prompt_with_its_own_template(tmp_path, order):
     """Two teachers of the student's tokens whose chat templates differ, where prompts of the teacher's own are asked for."""
     folders = {}
-    for name, template in {"a": "<turn>", "b": "<note>"}.items():
+    for name, begin in {"a": "1", "b": "2"}.items():
         folders[name] = str(tmp_path / name)
         tiny_model(seed=1).save_pretrained(folders[name])
         tokenizer = tiny_tokenizer(chat=True)
-        tokenizer.chat_template = (
-            "{% for m in messages %}" + {"<turn>": "1", "<note>": "2"}[template] + "{{ m.content }}{% endfor %}"
-        )
+        tokenizer.chat_template = begin + "{% for m in messages %}{{ m.content }}{% endfor %}"
         tokenizer.save_pretrained(folders[name])
     chats = [{"prompt": [{"role": "user", "content": "1+2="}], "teacher_id": name} for name in "abab"]
     trainer = tiny_trainer(

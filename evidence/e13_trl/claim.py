@@ -357,7 +357,7 @@ def _grids(tuning: Sequence[Record]) -> str:
         said = ", ".join(f"{r['learning_rate']:g}: {percent(r['final'], 0).removesuffix(' %')}" for r in grid)
         edge = best_rate(tuning, name) in (grid[0]["learning_rate"], grid[-1]["learning_rate"])
         parts.append(f"{_family(name)} {said}{' (best at the edge of the grid)' if edge else ''}")
-    return f"**Rates**, Avg@2 in percent on the tuning seed: {'; '.join(parts)}. oprd's grids are its comparison's."
+    return f"**Rates**, Avg@2 in percent on the tuning seed: {'; '.join(parts)}. oprd's rates are those that its comparison chose."
 
 
 def _family(name: str) -> str:

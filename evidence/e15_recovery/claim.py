@@ -65,7 +65,6 @@ class Setting:
         rates: with which the grid begins.
         ladder: rates at which it may grow.
         seeds: how many.
-        settings: of all runs, beside the file's.
         quick: of a quick run, beside `evidence.comparisons.QUICK`.
     """
 
@@ -78,7 +77,6 @@ class Setting:
     rates: tuple[float, ...] = GRID
     ladder: tuple[float, ...] = LADDER
     seeds: int = 3
-    settings: Mapping[str, Any] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -146,7 +144,7 @@ def _runs(
     seeds: Sequence[int],
     rates: Mapping[str, Sequence[float]],
 ) -> list[Record]:
-    settings = {**setting.settings, **(setting.quick if work.quick else {}), "model": str(cuts[keep]["folder"])}
+    settings = {**(setting.quick if work.quick else {}), "model": str(cuts[keep]["folder"])}
     return run_comparison(
         setting.file, work, folder=_folder(setting, keep), seeds=seeds, rates=rates, settings=settings
     )

@@ -38,6 +38,6 @@ PAIR = Pair(
 
 def measure(work: Work) -> dict[str, Any]:
     """Get E11's models, tune TRL's rate on one seed, and train all on three others."""
-    get_models(TEACHER, *TEACHER_BUILD)
     known = None if work.tune or work.quick else committed_tuning(Path(__file__).parent, PAIR.rates)
+    get_models(TEACHER, *TEACHER_BUILD)
     return measure_pair(work, PAIR, known)

@@ -40,6 +40,6 @@ SMOLLM2 = Setting(
 
 def measure(work: Work) -> dict[str, Any]:
     """Get E11's teacher, cut it, choose each objective's rate on one seed, and recover it with three others."""
-    get_models(TEACHER, *TEACHER_BUILD)
     known = None if work.tune or work.quick else committed_tuning(FILE.parent, NAMES)
+    get_models(TEACHER, *TEACHER_BUILD)
     return measure_setting(work, SMOLLM2, known)

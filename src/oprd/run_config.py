@@ -30,7 +30,7 @@ class GivenObjects:
 
     Args:
         processing_class: the student's tokenizer.
-        teacher_processing_class: the teacher's tokenizer.
+        teacher_processing_class: the teacher's tokenizer; of several teachers teacher_id → tokenizer.
         peft_config: adapter to train; in place of `lora`.
         objectives: name → `oprd.objectives.composite.Term`; beside those that the settings turn on.
         rollout_engine: in place of `OPRDConfig.rollout_engine`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner, AlignmentStats
-from oprd.alignment.position_pairs import InsideTokens, PositionPairs, Reading, pair_positions, request_pair
+from oprd.alignment.position_pairs import InsideTokens, PositionPairs, TeacherReading, pair_positions, request_pair
 from oprd.alignment.privileged import quotes
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.data.compact import OnAccess
@@ -23,7 +23,7 @@ from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.models.tokens import check_token_ids, turn_end_ids, vocabulary_size
 from oprd.states.positions import EndOfTurn, Positions, select_before_end, select_positions
 from oprd.states.requests import StateRequest
-from oprd.states.several import HoldsTeachers, SeveralTeachers, by_id, teachers_of
+from oprd.states.several import HoldsTeachers, SeveralTeachers, asked_by_id, teachers_of
 from oprd.states.teacher_settings import naming_teacher
 from oprd.states.teachers import CanSample, FrozenTeacher, ProjectsStudent, Teacher, has_head
 from oprd.types import Rollouts
@@ -107,9 +107,11 @@ class ModelPair:
     ) -> None:
         assert student.tokenizer is not None, "a student always has a tokenizer"
         self.student, self.teacher, self.layers = student, teacher, tuple(layers)
-        self.aligners: Mapping[str | None, Aligner] = by_teacher(aligner)
+        self.aligners: Mapping[str | None, Aligner] = keyed_by_teacher(aligner)
         self.tokenizer: PreTrainedTokenizerBase = student.tokenizer
-        self.teacher_tokenizers: Mapping[str | None, PreTrainedTokenizerBase | None] = by_teacher(teacher_tokenizer)
+        self.teacher_tokenizers: Mapping[str | None, PreTrainedTokenizerBase | None] = keyed_by_teacher(
+            teacher_tokenizer
+        )
         self._shared_vocabularies: dict[str | None, SharedVocabulary] = {}
         self.rendering = rendering or TeacherPromptSettings()
         self.compared = compared or ComparedPositions()
@@ -129,11 +131,13 @@ class ModelPair:
     @property
     def aligner(self) -> Aligner | None:
         """The aligner of an only teacher."""
+        assert not isinstance(self.teacher, SeveralTeachers), "each of several teachers has its own"
         return self.aligners.get(None)
 
     @property
     def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of an only teacher."""
+        assert not isinstance(self.teacher, SeveralTeachers), "each of several teachers has its own"
         return self.teacher_tokenizers.get(None)
 
     @property
@@ -159,7 +163,7 @@ class ModelPair:
 
     def readings(
         self, rollouts: Rollouts, rows: Mapping[int, PromptRow]
-    ) -> tuple[dict[str | None, Reading], AlignmentStats | None]:
+    ) -> tuple[dict[str | None, TeacherReading], AlignmentStats | None]:
         """What each teacher reads of the student's rollouts, with counts of all that read their own tokens; None if none does.
 
         Args:
@@ -172,14 +176,14 @@ class ModelPair:
         places: Mapping[Any, Sequence[int]] = {None: range(len(rollouts))}
         if isinstance(self.teacher, SeveralTeachers):
             places = self.teacher.readers([str(rows[row].columns.get(TEACHER_ID)) for row in rollouts.rows])
-        found: dict[str | None, Reading] = {}
-        counted = AlignmentStats() if self.aligners else None
+        found: dict[str | None, TeacherReading] = {}
+        counted: list[AlignmentStats] = []
         for teacher_id, own in places.items():
             with naming_teacher(teacher_id):
                 pairs, stats = self.align(rollouts.select(own), rows, teacher_id=teacher_id)
-            found[teacher_id] = Reading(own, pairs)
-            counted = counted + stats if counted is not None and stats is not None else counted
-        return found, counted
+            found[teacher_id] = TeacherReading(own, pairs)
+            counted += [] if stats is None else [stats]
+        return found, sum(counted, start=AlignmentStats()) if counted else None
 
     def teacher_ids(self, prompts: Sequence[Prompt]) -> list[str] | None:
         """The teacher_id of each prompt; None where one teacher, or all of them, read every prompt."""
@@ -221,9 +225,10 @@ class ModelPair:
         return self._shared_vocabularies[teacher_id]
 
     @cached_property
-    def infos_of_same_tokens(self) -> list[ModelInfo]:
-        """Facts of the teachers that read the student's tokens."""
-        return [one.info for teacher_id, one in by_id(self.teacher).items() if teacher_id not in self.aligners]
+    def infos_of_same_tokens(self) -> dict[str | None, ModelInfo]:
+        """teacher_id → facts of the teachers that read the student's tokens."""
+        asked = asked_by_id(self.teacher).items()
+        return {teacher_id: one.info for teacher_id, one in asked if teacher_id not in self.aligners}
 
     @cached_property
     def stop_token_ids(self) -> list[int]:
@@ -232,9 +237,9 @@ class ModelPair:
 
     @cached_property
     def teacher_stop_ids(self) -> list[int]:
-        """Ids that end a rollout although only the teacher names them as an end; they are in `stop_token_ids`."""
-        merged = self.infos_of_same_tokens if self.compared.end_of_turn != "by_id" else []
-        theirs = {i for info in merged for i in info.stop_token_ids}
+        """Ids that end a rollout although only a teacher names them as an end; they are in `stop_token_ids`."""
+        merged = self.infos_of_same_tokens if self.compared.end_of_turn != "by_id" else {}
+        theirs = {i for info in merged.values() for i in info.stop_token_ids}
         return sorted(theirs - {*self.student.info.stop_token_ids})
 
     @cached_property
@@ -263,7 +268,7 @@ class ModelPair:
     @property
     def context_length(self) -> int | None:
         """Maximum tokens of a prompt with its completion, in the student's tokens; None if unknown."""
-        infos = (self.student.info, *self.infos_of_same_tokens)
+        infos = (self.student.info, *self.infos_of_same_tokens.values())
         return min((info.context_length for info in infos if info.context_length is not None), default=None)
 
     def prompts(
@@ -281,8 +286,9 @@ class ModelPair:
             split_special_tokens=self.rendering.split_special_tokens,
         )  # fmt: skip
         check_token_ids(prompts, self.tokenizer, self.student.info.embedding_rows, "student")
-        for info in self.infos_of_same_tokens:
-            check_token_ids(prompts, self.tokenizer, info.embedding_rows, "teacher")
+        for teacher_id, info in self.infos_of_same_tokens.items():
+            with naming_teacher(teacher_id):
+                check_token_ids(prompts, self.tokenizer, info.embedding_rows, "teacher")
         return prompts
 
     def teacher_prompts(
@@ -387,7 +393,7 @@ class ModelPair:
             student, teacher = (replace(one, attention=self.attention) for one in (student, teacher))
         return student.to(device), teacher.to(device)
 
-    def count(self, rollouts: Rollouts, readings: Mapping[Any, Reading]) -> list[int]:
+    def count(self, rollouts: Rollouts, readings: Mapping[Any, TeacherReading]) -> list[int]:
         """Numbers of rollouts, positions with matched states, response tokens, positions with compared distributions.
 
         A rollout counts once for each teacher that reads it, so that a mean over rollouts is also one over their teachers.
@@ -473,7 +479,7 @@ class ModelPair:
         return [select_before_end(n, reason == "stop", positions, k) for n, reason in lengths]
 
 
-def by_teacher(value: Any) -> dict[Any, Any]:
+def keyed_by_teacher(value: Any) -> dict[Any, Any]:
     """teacher_id → what is given for it; what is given for an only teacher has the id None, and nothing is given as None."""
     if isinstance(value, Mapping):
         return dict(value)

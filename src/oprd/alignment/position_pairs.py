@@ -66,7 +66,7 @@ class PositionPairs:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherReading:
     """What one teacher reads of a batch.
 
     Args:
@@ -77,12 +77,12 @@ class Reading:
     places: Sequence[int]
     pairs: PositionPairs | None = None
 
-    def part(self, places: Sequence[int]) -> Reading:
-        """The reading of a batch that has the rollouts at some of its places alone, in that order."""
+    def part(self, places: Sequence[int]) -> TeacherReading:
+        """What the teacher reads of a smaller batch: the rollouts at `places`, in that order."""
         if self.pairs is None:
-            return Reading(range(len(places)))
+            return TeacherReading(range(len(places)))
         entry = {place: number for number, place in enumerate(self.places)}
-        return Reading(range(len(places)), self.pairs.select([entry[place] for place in places]))
+        return TeacherReading(range(len(places)), self.pairs.select([entry[place] for place in places]))
 
 
 def input_lengths(rollouts: Rollouts, pairing: PositionPairs | None) -> list[int]:

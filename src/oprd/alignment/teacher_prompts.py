@@ -68,6 +68,14 @@ class TeacherPromptSettings:
         """Arguments of the student's chat template, with the date that it prints."""
         return with_date(tokenizer, self.chat_template_kwargs, self.chat_template_date)
 
+    def reads_own(
+        self, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None
+    ) -> bool:
+        """Whether a teacher reads prompts or tokens of its own; None: its tokenizer is unknown."""
+        if teacher_tokenizer is None:
+            return False
+        return bool(self.of_teacher or different_tokens(student_tokenizer, teacher_tokenizer))
+
     def aligner(
         self,
         student_tokenizer: PreTrainedTokenizerBase,
@@ -94,7 +102,7 @@ class TeacherPromptSettings:
                     f"{self.of_teacher[0]}: it needs the teacher's tokenizer; pass teacher_processing_class"
                 )
             return None
-        if not self.of_teacher and not different_tokens(student_tokenizer, teacher_tokenizer):
+        if not self.reads_own(student_tokenizer, teacher_tokenizer):
             if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
                 logger.warning(
                     "the teacher's chat template is not the student's, and it reads prompts as the student does; "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd.alignment.position_pairs import PositionPairs, Reading, input_lengths
+from oprd.alignment.position_pairs import PositionPairs, TeacherReading, input_lengths
 from oprd.objectives.policy_gradient import Scale, group_advantages
 from oprd.tasks.evaluation import Grades
 from oprd.types import Rollouts
@@ -40,14 +40,14 @@ class Batch:
     rewards: Sequence[bool | float | None]
     advantages: Sequence[float] | None = None
     old_log_probs: Sequence[Tensor] | None = None
-    readings: Mapping[str | None, Reading] = field(default_factory=dict)
+    readings: Mapping[str | None, TeacherReading] = field(default_factory=dict)
     verdicts: Sequence[bool | float | None] | None = None
     rewards_by_function: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     quotes: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.readings:
-            object.__setattr__(self, "readings", {None: Reading(range(len(self.rollouts)))})
+            object.__setattr__(self, "readings", {None: TeacherReading(range(len(self.rollouts)))})
 
     @property
     def teacher_id(self) -> str | None:

@@ -244,7 +244,7 @@ def _tokenizer_lines(run: RunConfig) -> list[str]:
 
 
 def _tokenizer_here(run: RunConfig, name: Any) -> PreTrainedTokenizerBase | str:
-    """The tokenizer in a model's folder; without a folder here, that it is not checked."""
+    """The tokenizer in a model's folder, or a sentence that says why it is not checked."""
     if not isinstance(name, str):
         return "of a model that is not loaded by name, not checked"
     try:
@@ -265,8 +265,10 @@ def _tokens(run: RunConfig, student: PreTrainedTokenizerBase | str, named: Any, 
     if named is None:
         return "one"
     teacher = _tokenizer_here(run, named)
-    if isinstance(teacher, str) or isinstance(student, str):
-        return teacher if isinstance(teacher, str) else str(student)
+    if isinstance(teacher, str):
+        return teacher
+    if isinstance(student, str):
+        return student
     # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
     ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
     aligner = run.args.prompt_rendering.aligner(student, teacher, *ends)

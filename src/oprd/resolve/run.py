@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from oprd.states.layer_maps import compared_layers
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
-from oprd.states.several import by_id
+from oprd.states.several import SeveralTeachers, asked_by_id, by_id
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import BridgeSettings, naming_teacher
 from oprd.states.teachers import FrozenTeacher, ProjectsStudent, Teacher, innermost
@@ -222,9 +222,24 @@ def check_inputs(resolved: ResolvedRun, *, deepspeed: bool) -> CompositeObjectiv
             logger.warning("diagnostics are off: %s", error)
             objective = objective.without_measurements()
     if resolved.train_prompts:  # training renders the teacher's prompts step by step; check all of them now
-        length = args.max_completion_length
-        pair.teacher_prompts(resolved.train_prompts, name="train_dataset", max_completion_length=length)
+        _check_teacher_prompts(pair, resolved.train_prompts, args.max_completion_length)
     return objective
+
+
+def _check_teacher_prompts(pair: ModelPair, prompts: Sequence[Prompt], max_completion_length: int) -> None:
+    """Render every prompt for the teacher that reads it.
+
+    Raises:
+        ValueError: as `ModelPair.teacher_prompts`.
+    """
+    ids = pair.teacher_ids(prompts)
+    for teacher_id in pair.aligners:
+        own = prompts if ids is None else [prompt for prompt, of in zip(prompts, ids, strict=True) if of == teacher_id]
+        if own:
+            with naming_teacher(teacher_id):
+                pair.teacher_prompts(
+                    own, name="train_dataset", max_completion_length=max_completion_length, teacher_id=teacher_id
+                )
 
 
 def load_pair(
@@ -342,41 +357,27 @@ def _aligners(
     tokenizers: TeacherTokenizers,
 ) -> dict[str | None, Aligner]:
     """The aligners that give teachers their own prompts and tokens, by teacher_id; none for one that reads the student's."""
-    teachers, ends = by_id(teacher), {*student.info.stop_token_ids}
-    found = _aligners_of(args, student, teachers, tokenizers, ends)
-    of_same_tokens = {i for name, one in teachers.items() if name not in found for i in one.info.stop_token_ids}
-    if found and of_same_tokens - ends:  # rollouts end there too
-        found = _aligners_of(args, student, teachers, tokenizers, ends | of_same_tokens)
-    for teacher_id, aligner in found.items():
+    assert student.tokenizer is not None, "a student always has a tokenizer"
+    teachers, ends, rendering = asked_by_id(teacher), {*student.info.stop_token_ids}, args.prompt_rendering
+    for teacher_id, one in teachers.items():
+        if not rendering.reads_own(student.tokenizer, tokenizers[teacher_id]):
+            ends |= {*one.info.stop_token_ids}  # rollouts end there too
+    found: dict[str | None, Aligner] = {}
+    for teacher_id, one in teachers.items():
         with naming_teacher(teacher_id):
-            bridged = args.bridge is not None or isinstance(teachers[teacher_id], ProjectsStudent)
-            check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
+            aligner = rendering.aligner(
+                student.tokenizer, tokenizers[teacher_id], sorted(ends), one.info.stop_token_ids
+            )
+            if aligner is not None:
+                bridged = args.bridge is not None or isinstance(one, ProjectsStudent)
+                check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
+                found[teacher_id] = aligner
     if found and any(isinstance(t.objective, HeadTerm) and not is_supervised(t.objective) for t in terms.values()):
         logger.warning(
             "output_space across tokenizers compares only positions where both models' next tokens are the same bytes; the "
             "others have no loss, and the student can get worse there: watch alignment/one_to_one and accuracy "
             "(docs/bridge.md)"
         )
-    return found
-
-
-def _aligners_of(
-    args: OPRDConfig,
-    student: LoadedModel,
-    teachers: Mapping[str | None, Teacher],
-    tokenizers: TeacherTokenizers,
-    ends: Collection[int],
-) -> dict[str | None, Aligner]:
-    """The aligners of those teachers that read their own prompts or tokens, for rollouts that end at the ids `ends`."""
-    assert student.tokenizer is not None, "a student always has a tokenizer"
-    found: dict[str | None, Aligner] = {}
-    for teacher_id, one in teachers.items():
-        with naming_teacher(teacher_id):
-            aligner = args.prompt_rendering.aligner(
-                student.tokenizer, tokenizers[teacher_id], sorted(ends), one.info.stop_token_ids
-            )
-        if aligner is not None:
-            found[teacher_id] = aligner
     return found
 
 
@@ -388,11 +389,22 @@ def _comparable_layers(
     if args.bridge is not None:
         return layers
     mapped = args.layer_map is not None
-    unbridged = {name: one.info for name, one in by_id(teacher).items() if not isinstance(one, ProjectsStudent)}
-    alike = all((mapped or own.layers == student.layers) and own.width == student.width for own in unbridged.values())
-    if alike and all(aligners[name].same_ids for name in unbridged if name in aligners):
+    other = [
+        str(teacher_id)
+        for teacher_id, one in asked_by_id(teacher).items()
+        if not isinstance(one, ProjectsStudent)
+        and not (
+            (mapped or one.info.layers == student.layers)
+            and one.info.width == student.width
+            and (teacher_id not in aligners or aligners[teacher_id].same_ids)
+        )
+    ]
+    if not other:
         return layers
-    logger.warning("hidden states of these two models cannot be compared without a bridge: no cosine is measured")
+    whose = f" (teachers: {', '.join(other)})" if isinstance(teacher, SeveralTeachers) else ""
+    logger.warning(
+        "hidden states of these two models cannot be compared without a bridge: no cosine is measured%s", whose
+    )
     return ()
 
 
@@ -415,7 +427,8 @@ def _check_own_text(run: RunConfig, pair: ModelPair) -> None:
 
 def _check_readable(pair: ModelPair) -> None:
     """Refuse a student that can write a token id which a teacher, reading the same ids, has no embedding for."""
-    known = (info.embedding_rows for info in pair.infos_of_same_tokens if info.embedding_rows is not None)
+    infos = pair.infos_of_same_tokens.values()
+    known = (info.embedding_rows for info in infos if info.embedding_rows is not None)
     rows, own = min(known, default=None), pair.student.info.embedding_rows
     if rows is None or own is None:
         return
@@ -440,13 +453,13 @@ def _keep_date(args: OPRDConfig, student: PreTrainedTokenizerBase | None, teache
 
 
 def _say_ends(pair: ModelPair) -> None:
-    """Log which tokens end a rollout although only the teacher names them."""
+    """Log which tokens end a rollout although only a teacher names them."""
     if pair.teacher_stop_ids:
         names = [
             f"{token!r} ({i})" for i in pair.teacher_stop_ids for token in pair.tokenizer.convert_ids_to_tokens([i])
         ]
         logger.warning(
-            "rollouts end at %s too, which only the teacher names as an end (the student: %s). In training, "
+            "rollouts end at %s too, which only a teacher names as an end (the student: %s). In training, "
             "completions/teacher_stop_ratio counts them, and end_of_turn: by_id ends rollouts at the student's alone",
             ", ".join(names), ", ".join(map(str, pair.student.info.stop_token_ids)),
         )  # fmt: skip

@@ -108,7 +108,7 @@ def _check_unchanged(student: nn.Module, base: Teacher) -> None:
 
 
 TeacherTokenizers = Mapping[str | None, PreTrainedTokenizerBase | None]
-"""teacher_id → the teacher's tokenizer, None when unknown. None is the id of an only teacher."""
+"""teacher_id → the teacher's tokenizer, None when unknown (of several: the student's then). None is the id of an only teacher."""
 
 
 def make_teacher(
@@ -146,7 +146,7 @@ def _only_teacher(
     if is_student(run.teacher_model):
         return _self_teacher(run, student), student.tokenizer
     named = run.teacher_model if source is None else source.model
-    return _one_teacher(run, student, named, args.teacher_model_init_kwargs)
+    return _one_teacher(run, student, named, args.teacher_model_init_kwargs, run.given.teacher_processing_class)
 
 
 def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
@@ -168,20 +168,25 @@ def _several_teachers(
     """The teachers, each model loaded once and behind its bridge, and their tokenizers.
 
     Raises:
-        ValueError: a bridge was fitted for other models.
+        ValueError: a bridge was fitted for other models, or `teacher_processing_class` is one tokenizer.
     """
     assert run.teachers is not None, "the caller has checked"
     assert student.tokenizer is not None, "a student always has a tokenizer"
+    given = run.given.teacher_processing_class or {}
+    if not isinstance(given, Mapping) or {*given} - {*run.teachers}:
+        raise ValueError(
+            f"teacher_processing_class: with several teachers it is {{teacher_id: tokenizer}} of some of {', '.join(run.teachers)}"
+        )
     made: dict[Any, tuple[Teacher, PreTrainedTokenizerBase | None]] = {}
     found: dict[str, Teacher] = {}
     tokenizers: dict[str | None, PreTrainedTokenizerBase | None] = {}  # the student's, where a teacher's is unknown
     bridges, layers = bridges_of(run.teachers), resolve_layers(run.args.layers, student.info.layers)
     for teacher_id, entry in run.teachers.items():
         model, init_kwargs = model_of_entry(entry, run.args.teacher_model_init_kwargs)
-        key = repr((model, init_kwargs)) if isinstance(model, str) else id(model)
+        key = (repr((model, init_kwargs)) if isinstance(model, str) else id(model)), id(given.get(teacher_id))
         with naming_teacher(teacher_id):
             if key not in made:
-                made[key] = _one_teacher(run, student, model, init_kwargs)
+                made[key] = _one_teacher(run, student, model, init_kwargs, given.get(teacher_id))
             found[teacher_id], tokenizer = made[key]
             reads = tokenizers[teacher_id] = tokenizer if tokenizer is not None else student.tokenizer
             if teacher_id in bridges:
@@ -206,12 +211,23 @@ def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module
 
 
 def _one_teacher(
-    run: RunConfig, student: LoadedModel, given: Any, init_kwargs: Mapping[str, Any] | None
+    run: RunConfig,
+    student: LoadedModel,
+    given: Any,
+    init_kwargs: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Teacher, PreTrainedTokenizerBase | None]:
-    """A teacher by name, as a model or of the user's own, and its tokenizer (None when unknown)."""
-    tokenizer = run.given.teacher_processing_class
+    """A teacher by name, as a model or of the user's own, and its tokenizer (None when unknown).
+
+    Args:
+        run: the configuration.
+        student: the student.
+        given: the teacher's name, a model, a teacher or its entry.
+        init_kwargs: arguments of the model's `from_pretrained`.
+        tokenizer: in place of the one that is loaded with the teacher.
+    """
     if isinstance(given, nn.Module | str):
-        loaded = _load_teacher(run, student, given, init_kwargs)
+        loaded = _load_teacher(run, student, given, init_kwargs, tokenizer)
         teacher: Teacher = FrozenTeacher(loaded.model, loaded.info)
         tokenizer = loaded.tokenizer
     else:
@@ -244,9 +260,13 @@ def _tokenizer_of(remote: RemoteTeacher) -> PreTrainedTokenizerBase:
 
 
 def _load_teacher(
-    run: RunConfig, student: LoadedModel, model: Any, init_kwargs: Mapping[str, Any] | None
+    run: RunConfig,
+    student: LoadedModel,
+    model: Any,
+    init_kwargs: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> LoadedModel:
-    args, tokenizer = run.args, run.given.teacher_processing_class
+    args = run.args
     if isinstance(model, str):
         return load(
             model, dtype="auto", init_kwargs=init_kwargs, trust_remote_code=args.trust_remote_code, tokenizer=tokenizer

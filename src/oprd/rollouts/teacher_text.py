@@ -85,7 +85,7 @@ class Written:
     Args:
         rollouts: with the student's prompts, in the student's tokens.
         places: place of each among all responses, prompt after prompt; none is missing unless responses are left out.
-        counts: None where no teacher that wrote has prompts and tokens of its own.
+        counts: None where all teachers read the student's prompts and tokens.
     """
 
     rollouts: Rollouts
@@ -135,22 +135,25 @@ class TeacherWriter:
             device: where teachers write whose weights wait in host memory.
 
         Raises:
-            ValueError: a teacher's template cannot render a prompt, or the student's tokens can write none of its responses.
+            ValueError: a teacher's template cannot render a prompt, or the student's tokens can write nothing of any response.
         """
         parts: list[Written] = []
         for teacher_id, teacher, places in self._writers(prompts, device):
             assert isinstance(teacher, CanSample), "checked when the run was resolved"
             rewriter, own = self._rewriters.get(teacher_id), [prompts[place] for place in places]
+            with naming_teacher(teacher_id):
+                ids = [p.ids if rewriter is None else rewriter.aligner.render(p.row)[0] for p in own]
             with teacher.sampler() as model:
                 found = self.engine_of(teacher_id).generate(
-                    model, [p.ids if rewriter is None else rewriter.aligner.render(p.row)[0] for p in own],
+                    model, ids,
                     num_generations=num_generations, sampling=sampling, seed=seed, rows=[p.index for p in own],
                 )  # fmt: skip
-            part = Written(found.rollouts, range(len(found.rollouts)))
-            if rewriter is not None:
+            if rewriter is None:  # counted too, so that all processes have the same metrics
+                counts = RewriteCounts(len(found.rollouts), 0, 0, 0) if self._rewriters else None
+                part = Written(found.rollouts, range(len(found.rollouts)), counts)
+            else:
                 of_prompts = [prompt for prompt in own for _ in range(num_generations)]
-                with naming_teacher(teacher_id):
-                    part = rewriter.rewrite(found.rollouts, of_prompts, sampling.max_completion_length)
+                part = rewriter.rewrite(found.rollouts, of_prompts, sampling.max_completion_length)
             among_all = [place * num_generations + number for place in places for number in range(num_generations)]
             parts.append(replace(part, places=[among_all[place] for place in part.places]))
         return _joined(parts)
@@ -171,10 +174,16 @@ class TeacherWriter:
 
 
 def _joined(parts: Sequence[Written]) -> Written:
-    """What several teachers wrote, in the order of the prompts."""
+    """What several teachers wrote, in the order of the prompts.
+
+    Raises:
+        ValueError: the student's tokens can write nothing of any response.
+    """
     places = [place for part in parts for place in part.places]
     counted = [part.counts for part in parts if part.counts is not None]
     counts = sum(counted[1:], start=counted[0]) if counted else None
+    if counts is not None and not places:
+        raise ValueError(f"lmbda: {counts.warning()}; give the teacher other prompts, or set lmbda: 1")
     order = sorted(range(len(places)), key=places.__getitem__)
     rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
     return Written(rollouts, [places[i] for i in order], counts)
@@ -202,9 +211,6 @@ class Rewriter:
             written: in the teacher's tokens.
             prompts: of each, as the student reads them.
             limit: most tokens of a completion; a longer one ends there.
-
-        Raises:
-            ValueError: nothing of any response can be written in the student's tokens.
         """
         kept: dict[int, list[int]] = {}
         cut, incomplete, reasons, examples = 0, 0, Counter[str](), []
@@ -224,8 +230,6 @@ class Rewriter:
             kept[place] = ids[:limit]
         left_out = len(prompts) - len(kept)
         counts = RewriteCounts(len(prompts), cut, incomplete, left_out, dict(reasons), next(iter(examples), ""))
-        if not kept:
-            raise ValueError(f"lmbda: {counts.warning()}; give the teacher other prompts, or set lmbda: 1")
         rollouts = to_rollouts(
             [prompts[place].ids for place in kept], [*kept.values()], [prompts[place].index for place in kept],
             self.aligner.student_tokenizer, self.aligner.pair.stop_ids,

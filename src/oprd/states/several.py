@@ -31,6 +31,11 @@ def by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
     return dict(teacher.teachers.items()) if isinstance(teacher, HoldsTeachers) else {None: teacher}
 
 
+def asked_by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
+    """The teachers that requests name by their teacher_id; the teacher itself under None where a request names none."""
+    return by_id(teacher) if isinstance(teacher, SeveralTeachers) else {None: teacher}
+
+
 def teachers_of(teacher: Teacher) -> list[Teacher]:
     """The teachers that one is made of; the teacher itself where it is one."""
     return [*by_id(teacher).values()]
@@ -49,7 +54,7 @@ def each_once(teachers: Sequence[Teacher]) -> list[nn.Module]:
 class SeveralTeachers:
     """Hands each request to the teacher that it names.
 
-    Those of another depth, width or tokenizer stand behind a bridge of their own.
+    A teacher of another depth, width or tokenizer stands behind a bridge of its own where its states are compared.
 
     Args:
         teachers: teacher_id → teacher.
@@ -58,7 +63,7 @@ class SeveralTeachers:
         offload: keep the weights of a teacher in host memory until it is asked.
 
     Attributes:
-        info: of the first, under the names of all; each has its own.
+        info: facts of the first teacher, with the names of all; `teachers[teacher_id].info` has those of one.
         modules: all models, for the trainer to place; none where `offload` is on, since they are moved here.
 
     Raises:

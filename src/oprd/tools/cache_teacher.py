@@ -70,7 +70,7 @@ def cache_teacher(
         raise ValueError("teacher_model: a cache is written by the machine that has the teacher; name a model there")
     resolved = resolve(run)
     teacher = resolved.pair.teacher
-    if resolved.pair.aligner is not None:
+    if resolved.pair.aligners:
         raise ValueError(
             "teacher_model: a teacher that reads its own prompts or tokens cannot be cached; train with it directly"
         )

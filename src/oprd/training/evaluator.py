@@ -15,6 +15,7 @@ from oprd.data.prompts import Prompt
 from oprd.rollouts.engine import RolloutEngine, derive_seed
 from oprd.rollouts.engines import make_engine
 from oprd.states.several import SeveralTeachers
+from oprd.states.teacher_settings import naming_teacher
 from oprd.states.teachers import CanSample, Teacher
 from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_parts, join_ranks
 from oprd.training.parallel import Parallel
@@ -84,9 +85,10 @@ class Evaluator:
             if aligner is None:
                 return self.model(model, prompts)
             length = args.eval_sampling.max_completion_length
-            own = self.pair.teacher_prompts(
-                prompts, name="eval_dataset", max_completion_length=length, teacher_id=teacher_id
-            )
+            with naming_teacher(teacher_id):
+                own = self.pair.teacher_prompts(
+                    prompts, name="eval_dataset", max_completion_length=length, teacher_id=teacher_id
+                )
             stops = sorted({*teacher.info.stop_token_ids, aligner.pair.end_id})
             engine = make_engine(args.rollout_engine, aligner.teacher_tokenizer, stops, **args.engine_kwargs)
             return self.model(model, own, engine)

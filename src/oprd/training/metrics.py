@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd.alignment.position_pairs import Reading
+from oprd.alignment.position_pairs import TeacherReading
 from oprd.objectives.batch import of_teacher
 from oprd.types import Rollouts
 
@@ -59,7 +59,7 @@ def reward_metrics(
 
 
 def teacher_metrics(
-    readings: Mapping[str | None, Reading], rewards: Sequence[bool | float | None], *, cosine: bool
+    readings: Mapping[str | None, TeacherReading], rewards: Sequence[bool | float | None], *, cosine: bool
 ) -> dict[str, float]:
     """Counts of each of several teachers, in the same order on every rank; `StepMetrics.close` turns sums into means.
 

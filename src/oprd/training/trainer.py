@@ -98,7 +98,7 @@ class OPRDTrainer(Trainer):
         eval_dataset: rows with "prompt" and "answer", for `evaluate`.
         processing_class: the student's tokenizer; by default loaded with the model.
         teacher_processing_class: the teacher's tokenizer; by default loaded with the teacher. Where its tokens are not the
-            student's, the teacher reads its own prompts and tokens (`oprd.alignment`).
+            student's, the teacher reads its own prompts and tokens (`oprd.alignment`). Of several teachers: teacher_id → tokenizer.
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
@@ -136,7 +136,7 @@ class OPRDTrainer(Trainer):
         train_dataset: Dataset | str | None = None,
         eval_dataset: Dataset | str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any | None = None,
