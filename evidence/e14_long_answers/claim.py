@@ -19,7 +19,7 @@ from evidence.comparisons import (
     of,
     run_comparison,
 )
-from evidence.e11_real_model.claim import LADDER, ROOT, get_models
+from evidence.e11_real_model.claim import GENTLE, LADDER, ROOT, START, get_models
 from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tune_inside
 from evidence.words import mean_of, percent, points, surely, table
@@ -33,7 +33,7 @@ CLAIM = (
 )
 SETTING = (
     "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
-    "scripts/build_reasoning_teacher.py --task chain_sum_long). 40 steps of 32 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
+    "scripts/build_reasoning_teacher.py --task chain_sum_long). 40 steps of 16 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
     "apart are chosen on seed 10, widened until the best lies between two worse ones; the parts of an answer take the rate of the whole."
 )
@@ -50,7 +50,6 @@ NAMES = {
     "full_reverse_kl": "full reverse KL",
     "sampled_token": "sampled-token",
 }
-START = (1.5e-4, 5.0e-4)
 FOLDER = "smollm2_long"
 QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
 
@@ -77,7 +76,7 @@ def _runs(work: Work, rates: Any, seeds: list[int]) -> list[Record]:
 
 def _tuned(work: Work) -> list[Record]:
     run = partial(_runs, work, seeds=[TUNING_SEED])
-    return tune_inside(run, dict.fromkeys(TUNED, START), ladder=LADDER, quick=work.quick)
+    return tune_inside(run, {name: GENTLE.get(name, START) for name in TUNED}, ladder=LADDER, quick=work.quick)
 
 
 def judge(result: Result) -> Finding:
