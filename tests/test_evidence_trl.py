@@ -72,7 +72,11 @@ def test_what_is_said_is_what_was_measured():
     found = judge(invented())
     assert "**The same loss in both libraries.**" in found.paragraph
     assert "agree within noise: " in found.paragraph
-    assert "do not agree within noise" in judge(invented(full_reverse_kl=0.7)).paragraph
+    assert "(`beta` 1) differ: " in judge(invented(full_reverse_kl=0.7)).paragraph
+    wide = invented()
+    for record in wide["runs"]:
+        record["final"] += 0.2 * (record["seed"] % 2) * (record["objective"] == "full_reverse_kl")
+    assert "not significantly different, in an interval too wide to call it agreement: " in judge(wide).paragraph
     assert (
         "10 of oprd's 10 runs have exactly the same accuracy; the largest difference is 0.0 points" in found.paragraph
     )
