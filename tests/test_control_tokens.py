@@ -323,7 +323,7 @@ def test_ends_that_only_the_teacher_names_are_said_and_counted(tmp_path, caplog)
     teacher.generation_config.eos_token_id = [2, 7]
     with caplog.at_level(logging.WARNING, logger="oprd"):
         trainer = tiny_trainer(tmp_path / "a", tiny_model(), teacher)
-    assert "rollouts end at '4' (7) too, which only the teacher names as an end (the student: 2)" in caplog.text
+    assert "rollouts end at '4' (7) too, which only a teacher names as an end (the student: 2)" in caplog.text
     trainer.engine.generate = ends_by_turns
     trainer.train()
     (row,) = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())

@@ -154,9 +154,10 @@ def test_gradients_are_those_of_the_loop(tmp_path):
     from oprd.objectives.terms import unobserved
     from oprd.states.capture import read_through_forward
 
-    totals = StepTotals(*map(float, trainer.pair.count(rollouts, None)))
+    batch = Batch(rollouts, [None] * len(rollouts))
+    totals = StepTotals(*map(float, trainer.pair.count(rollouts, batch.readings)))
     losses = terms.on(
-        Batch(rollouts, [None] * len(rollouts)), request, trainer.pair.teacher.states(theirs), totals,
+        batch, request, trainer.pair.teacher.states(theirs), totals,
         heads=trainer.pair.heads, observe=unobserved,
     )  # fmt: skip
     torch.stack(read_through_forward(student, request, losses.read)).sum().backward()
