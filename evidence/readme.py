@@ -12,6 +12,7 @@ from typing import Any
 from evidence.claim import Claim
 from evidence.comparisons import difference, gap_closed, of
 from evidence.e05_cost.claim import gpu_saving, gpu_time_saving
+from evidence.e13_trl.claim import best_of_trl
 from evidence.real_model_gpu.picture import best_runs, curves, rows
 from evidence.words import VERDICTS, less, mean_of, percent, points, table
 from oprd.tools.compare.interval import mean_and_interval
@@ -139,7 +140,7 @@ def _real_model(result: Mapping[str, Any], verdict: str) -> str:
 
 
 def _beside_trl(result: Mapping[str, Any], verdict: str, pair: str = "") -> str:
-    lead = difference(result["runs"], "representation", "distillation")
+    lead = difference(result["runs"], "representation", best_of_trl(result["runs"]))
     return f"**Beside TRL{pair}** ({verdict}): {points(*lead[:2])} over its tuned `DistillationTrainer`."
 
 

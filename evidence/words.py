@@ -25,8 +25,11 @@ STANDINGS = {1: "ahead of", 0: "not significantly different from", -1: "behind"}
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """`0.941` as "94.1 %"."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    """`0.941` as "94.1 %"; what rounds to 0 has no sign."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:.{digits}f}"
+    return f"{text if float(text) else text.removeprefix('-')} %"
 
 
 def share(mean: float | None, interval: Sequence[float] | None, digits: int = 0) -> str:

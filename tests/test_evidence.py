@@ -193,6 +193,7 @@ def test_records_by_hand():
 
 def test_words():
     assert percent(0.9412) == "94.1 %"
+    assert percent(-0.004, 0) == "0 %"
     assert percent(None) == "–"
     assert mean_of([0.5]) == "50.0 %"
     assert mean_of([0.4, 0.6]).startswith("50.0 % [-77.1, 177.1]")

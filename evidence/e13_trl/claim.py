@@ -63,7 +63,7 @@ TRL: dict[str, str] = {
 }
 """Runs of TRL → trainer."""
 TUNED = ("distillation", "gkd")
-RIVALS = ("distillation", "gkd", "gold")
+RIVALS = ("distillation", "distillation_as_ours", "gkd", "gold")
 EQUAL_TIME = "equal_time"
 NAMES = {
     "representation": "oprd, representation",
@@ -276,7 +276,7 @@ def arguments_of(plan: Plan, pair: Pair, *, quick: bool) -> tuple[dict[str, Any]
 
 
 def best_of_trl(runs: Sequence[Record]) -> str:
-    """The tuned trainer of TRL that comes nearest to the representation loss, seed by seed: chosen on the measured seeds, in TRL's favour."""
+    """The run of TRL, at a rate that was chosen, that comes nearest to the representation loss: on the measured seeds, in TRL's favour."""
     return min(
         (name for name in RIVALS if of(runs, name)), key=lambda name: difference(runs, "representation", name)[0]
     )
@@ -317,7 +317,7 @@ def judge(result: Result) -> Finding:
         f"{table(header, rows)}\n\n{_two_libraries(runs, kl)}\n\n{_leads(runs, rival, leads)}\n\n{_grids(result['tuning'])}\n\n{_again(result)}"
     )
     number = (
-        f"{points(*leads[0][:2])} against {_family(rival)} after equal steps, {points(*leads[1][:2])} after equal seconds; reverse KL, oprd against TRL: "
+        f"{points(*leads[0][:2])} against {_trainer(rival)} after equal steps, {points(*leads[1][:2])} after equal seconds; reverse KL, oprd against TRL: "
         f"{points(*kl[:2])}"
     )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
@@ -364,6 +364,11 @@ def _grids(tuning: Sequence[Record]) -> str:
     return f"**Rates**, Avg@2 in percent on the tuning seed: {'; '.join(parts)}. oprd's rates are those that its comparison chose."
 
 
+def _trainer(name: str) -> str:
+    """The name of TRL's trainer, without its rate."""
+    return NAMES[name].split(",")[0]
+
+
 def _family(name: str) -> str:
     return NAMES[name].removesuffix(", tuned rate")
 
@@ -386,7 +391,7 @@ def draw(result: Result, figure: Any) -> None:
     runs, rival = result["runs"], best_of_trl(result["runs"])
     final, grid = figure.subplots(1, 2, width_ratios=(1, 1))
     rows = {SHORT[name]: [r["final"] for r in of(runs, name)] for name in NAMES if of(runs, name)}
-    rows[f"{_family(rival)},\nequal seconds"] = [r["final"] for r in of(runs, EQUAL_TIME)]
+    rows[f"{_trainer(rival)},\nequal seconds"] = [r["final"] for r in of(runs, EQUAL_TIME)]
     accuracy_rows(final, rows, ours=[SHORT[name] for name in OURS])
     title_above_marks(final, "After training")
     reference_lines(final, of(runs, "representation"), numbers=False)
