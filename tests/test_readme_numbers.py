@@ -318,6 +318,23 @@ def test_the_recipe_of_pruned_students_says_what_was_measured():
     )
 
 
+def test_the_recipe_of_pruned_students_says_what_was_measured_on_a_pretrained_model():
+    runs, text = (
+        read("evidence/e25_recovery_real_model/result.json")["runs"], prose((ROOT / "docs" / "recipes.md").read_text())
+    )  # fmt: skip
+
+    def at(keep: str, name: str, key: str = "final") -> str:
+        return percent(mean([r[key] for r in runs[keep] if r["objective"] == name]))
+
+    others = max((at("20", name) for name in ("full_reverse_kl", "sampled_token", "supervised")), key=float)
+    assert f"{at('20', 'representation', 'before')} → {at('20', 'representation')} % with hidden states" in text
+    assert f"at most {others} otherwise. To 24 blocks: {at('24', 'representation')}, supervised" in text
+    assert f"supervised {at('24', 'supervised')}." in text
+    steps = {r["steps"] for own in runs.values() for r in own}
+    assert f"to 20 blocks, {steps.pop()} steps" in text
+    assert not steps
+
+
 def test_the_full_kl_across_tokenizers_is_said_at_its_own_rate():
     runs = read(E10)["other_tokenizer"]
     bridge, alone = (mean([r["final"] for r in runs if r["objective"] == name]) for name in ("rank_16", "output_alone"))
