@@ -18,9 +18,17 @@ from oprd.tools.compare.interval import mean_and_interval, t_quantile
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-E1, E3, E5, E10, E11, E13 = (
+E1, E3, E5, E10, E11, E13, E24 = (
     f"evidence/{name}/result.json"
-    for name in ("e01_accuracy", "e03_positions", "e05_cost", "e10_bridge", "e11_real_model", "e13_trl")
+    for name in (
+        "e01_accuracy",
+        "e03_positions",
+        "e05_cost",
+        "e10_bridge",
+        "e11_real_model",
+        "e13_trl",
+        "e24_trl_real_model",
+    )
 )
 DEMO = "evidence/first_light/demo_summary.json"
 NUMBER = re.compile(r"(?<![\w@.-])[+−]?\d(?:[\d.,]*\d)?")  # not the number of a name: top-16, H200, Avg@2
@@ -161,7 +169,10 @@ SOURCES: dict[str, Callable[[], list[str]]] = {
     "{} ± {} points over the full reverse KL, {} ± {} points over supervised training": lambda: [
         *lead(E11, "representation", "full_reverse_kl"), *lead(E11, "representation", "supervised"),
     ],
-    "{} ± {} points over its tuned `…`": partial(lead, E13, "representation", "distillation"),
+    "Beside TRL** (holds): {} ± {} points over its tuned `…`": partial(lead, E13, "representation", "distillation"),
+    "pretrained** (holds in part): {} ± {} points over its tuned `…`": partial(
+        lead, E24, "representation", "distillation_as_ours"
+    ),
     "Cite arXiv {} for the method": partial(in_file, "CITATION.cff", "https://arxiv.org/abs/{}", "2606.06021"),
 }  # fmt: skip
 
