@@ -61,7 +61,7 @@ def train(recipe: Mapping[str, Any], trainer: str, own: Mapping[str, Any]) -> di
     """
     clock = CpuClock()
     with tempfile.TemporaryDirectory() as folder:
-        resolved = _resolved(recipe, folder)
+        resolved = resolved_run(recipe, folder)
         model, rate = TRAINERS[trainer](resolved, own, clock)
         after = _evaluated(model, resolved)
     print(
@@ -80,15 +80,16 @@ def train(recipe: Mapping[str, Any], trainer: str, own: Mapping[str, Any]) -> di
 def reference(recipe: Mapping[str, Any]) -> dict[str, float]:
     """Avg@k of the recipe's student before training, and of its teacher, on the problems on which `train` evaluates."""
     with tempfile.TemporaryDirectory() as folder:
-        resolved = _resolved(recipe, folder)
-        student, teacher, _ = _models(resolved)
+        resolved = resolved_run(recipe, folder)
+        student, teacher, _ = models(resolved)
         return {
             "before": _evaluated(student, resolved)["avg_at_k"],
             "teacher": _evaluated(teacher, resolved)["avg_at_k"],
         }
 
 
-def _resolved(recipe: Mapping[str, Any], folder: str) -> ResolvedRun:
+def resolved_run(recipe: Mapping[str, Any], folder: str) -> ResolvedRun:
+    """The recipe's models, prompts and engine, without evaluations of its own."""
     return resolve(RunConfig.parse({**recipe, "output_dir": folder, "eval_before": False, "eval_teacher": False}))
 
 
@@ -116,7 +117,7 @@ def _distillation(resolved: ResolvedRun, own: Mapping[str, Any], clock: CpuClock
     import trl
     from datasets import Dataset
 
-    student, teacher, tokenizer = _models(resolved)
+    student, teacher, tokenizer = models(resolved)
     prompts = _prompts(resolved, tokenizer)
     args = {**_budget(resolved.run.args), "max_completion_length": resolved.run.args.max_completion_length, **own}
     config = trl.DistillationConfig(**args)
@@ -150,7 +151,7 @@ def _with_answers(
     """
     from datasets import Dataset
 
-    student, teacher, tokenizer = _models(resolved)
+    student, teacher, tokenizer = models(resolved)
     rows = []
     for prompt in _prompts(resolved, tokenizer):
         text = str(prompt.row.prompt)
@@ -171,7 +172,7 @@ def _quietly(trainer: Any) -> Any:
     return trainer.model
 
 
-def _models(resolved: ResolvedRun) -> tuple[Any, Any, Any]:
+def models(resolved: ResolvedRun) -> tuple[Any, Any, Any]:
     """Student and teacher as `from_pretrained` gives them with the recipe's arguments, and the student's tokenizer; those of `resolved`
     are prepared for OPRD.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,27 @@ CLAIM = (
     "E13's claim on E11's models: OPRD-Vanilla is more accurate than TRL's `DistillationTrainer` with a tuned rate, and oprd's full reverse KL is as "
     "accurate as TRL's (this project's own claim)."
 )
+HERE = Path(__file__).parent
+
+
+def _one_batch() -> str:
+    """What `one_batch.py` found, in a sentence."""
+    found = json.loads((HERE / "one_batch.json").read_text())
+    said = [
+        f"{name}: cosine {own['cosine']:.6f}, norms {own['norm_trl']:.4f} (TRL) and {own['norm_oprd']:.4f}"
+        for name, own in found.items()
+    ]
+    return f"On the same eight rollouts the gradients of both reverse KLs agree (`one_batch.py`; {'; '.join(said)})."
+
+
 SETTING = (
     "E11's models (the teacher built again), prompts, steps, rollouts and evaluation; oprd's runs are E11's, trained again, with the rates and the warm-up "
     "that E11 chose. TRL's "
     "`DistillationTrainer` (reverse KL) gets the same steps, rollouts, sampling, attention, precision (weights in float32, products and the teacher in "
     "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1. Its rate is tuned on seed 10, "
     "a factor of three apart, on a grid that grows until the best is inside. GKD and GOLD want an answer for each prompt and are left out; at TRL's default rate one seed is run. Seconds: "
-    "CPU seconds of the training process (one thread, two processes side by side), without evaluation and the first step."
+    "CPU seconds of the training process (one thread, two processes side by side), without evaluation and the first step. "
+    + _one_batch()
 )
 PAIR = Pair(
     FILE,
@@ -38,6 +53,6 @@ PAIR = Pair(
 
 def measure(work: Work) -> dict[str, Any]:
     """Get E11's models, tune TRL's rate on one seed, and train all on three others."""
-    known = None if work.tune or work.quick else committed_tuning(Path(__file__).parent, PAIR.rates)
+    known = None if work.tune or work.quick else committed_tuning(HERE, PAIR.rates)
     get_models(TEACHER, *TEACHER_BUILD)
     return measure_pair(work, PAIR, known)
