@@ -29,7 +29,7 @@ def _one_batch() -> str:
         f"{name}: cosine {own['cosine']:.6f}, norms {own['norm_trl']:.4f} (TRL) and {own['norm_oprd']:.4f}"
         for name, own in found.items()
     ]
-    return f"On the same eight rollouts the gradients of both reverse KLs agree (`one_batch.py`; {'; '.join(said)})."
+    return f"Gradients of both reverse KLs on the same eight rollouts (`one_batch.py`): {'; '.join(said)}."
 
 
 SETTING = (

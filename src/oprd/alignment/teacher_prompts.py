@@ -71,7 +71,7 @@ class TeacherPromptSettings:
     def reads_own(
         self, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None
     ) -> bool:
-        """Whether a teacher reads prompts or tokens of its own; None: its tokenizer is unknown."""
+        """Whether a teacher reads prompts or tokens of its own; False where its tokenizer is unknown (None)."""
         if teacher_tokenizer is None:
             return False
         return bool(self.of_teacher or different_tokens(student_tokenizer, teacher_tokenizer))

@@ -359,9 +359,10 @@ def _aligners(
     """The aligners that give teachers their own prompts and tokens, by teacher_id; none for one that reads the student's."""
     assert student.tokenizer is not None, "a student always has a tokenizer"
     teachers, ends, rendering = asked_by_id(teacher), {*student.info.stop_token_ids}, args.prompt_rendering
-    for teacher_id, one in teachers.items():
-        if not rendering.reads_own(student.tokenizer, tokenizers[teacher_id]):
-            ends |= {*one.info.stop_token_ids}  # rollouts end there too
+    if len(teachers) > 1:  # the ends of those that read the student's tokens end rollouts for all
+        for teacher_id, one in teachers.items():
+            if not rendering.reads_own(student.tokenizer, tokenizers[teacher_id]):
+                ends |= {*one.info.stop_token_ids}
     found: dict[str | None, Aligner] = {}
     for teacher_id, one in teachers.items():
         with naming_teacher(teacher_id):
