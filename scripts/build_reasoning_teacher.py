@@ -20,6 +20,9 @@ from oprd.models.loading import load_model, load_tokenizer
 from oprd.tasks.reasoning import worked_solution
 from oprd.tasks.task import get_task
 
+Encoded = tuple[list[int], list[int]]
+"""Token ids of a question and of its solution, end token included."""
+
 
 def main() -> None:
     """Train, then save model, tokenizer and build.json."""
@@ -29,6 +32,9 @@ def main() -> None:
     parser.add_argument("--task", default="chain_sum", help="chain_sum or chain_sum_long")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--rows-at-once", type=int, help="rows of one forward and backward, of like lengths (default: the whole batch)"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -54,13 +60,17 @@ def main() -> None:
             group["lr"] = args.learning_rate * min((step + 1) / (args.steps / 10), 1.0) * (1 - 0.9 * step / args.steps)
         batch = rows[step * args.batch : (step + 1) * args.batch]
         pairs = [(row.prompt, worked_solution(str(row.prompt))) for row in batch]
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = solution_loss(model, tokenizer, pairs)
-        loss.backward()
+        encoded = [(tokenizer(q)["input_ids"], [*tokenizer(s)["input_ids"], tokenizer.eos_token_id]) for q, s in pairs]
+        tokens, total = sum(len(solution) for _, solution in encoded), 0.0
+        for part in parts_of_like_length(encoded, args.rows_at_once or args.batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                loss = solution_loss(model, part, tokenizer.eos_token_id) / tokens
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(round(float(loss.detach()), 4))
+        losses.append(round(total, 4))
         if (step + 1) % 10 == 0:
             print(
                 f"step {step + 1}/{args.steps}  loss {losses[-1]:.3f}  {time.perf_counter() - start:.0f} s", flush=True
@@ -71,18 +81,25 @@ def main() -> None:
     (args.output / "build.json").write_text(json.dumps({"settings": settings, "losses": losses}, indent=1) + "\n")
 
 
-def solution_loss(model: torch.nn.Module, tokenizer, pairs: list[tuple[str, str]]) -> torch.Tensor:
-    """Mean cross-entropy of the solutions' tokens, their end included."""
-    encoded = [(tokenizer(q)["input_ids"], [*tokenizer(s)["input_ids"], tokenizer.eos_token_id]) for q, s in pairs]
+def parts_of_like_length(encoded: list[Encoded], rows: int) -> list[list[Encoded]]:
+    """The batch in parts of `rows` rows, shortest first, so that little is padded; as it is where one part holds all."""
+    if rows >= len(encoded):
+        return [encoded]
+    ordered = sorted(encoded, key=lambda pair: len(pair[0]) + len(pair[1]))
+    return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+
+
+def solution_loss(model: torch.nn.Module, encoded: list[Encoded], padding_id: int) -> torch.Tensor:
+    """Sum of the cross-entropies of the solutions' tokens, their end included."""
     width = max(len(q) + len(s) for q, s in encoded)
-    ids = torch.full((len(encoded), width), tokenizer.eos_token_id)
+    ids = torch.full((len(encoded), width), padding_id)
     counts = torch.zeros_like(ids, dtype=torch.bool)
     for row, (question, solution) in enumerate(encoded):
         ids[row, : len(question) + len(solution)] = torch.tensor([*question, *solution])
         counts[row, len(question) - 1 : len(question) + len(solution) - 1] = True
     # No mask: padding comes after every token that counts.
     logits = model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[counts])
-    return torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[counts])
+    return torch.nn.functional.cross_entropy(logits, ids.roll(-1, dims=1)[counts], reduction="sum")
 
 
 if __name__ == "__main__":
