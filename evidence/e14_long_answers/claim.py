@@ -41,18 +41,8 @@ HERE = Path(__file__).parent
 FILE = HERE / "comparison.yaml"
 TEACHER = ROOT / "models" / "SmolLM2-135M-chain-sum-long"
 TEACHER_BUILD = (
-    "--task",
-    "chain_sum_long",
-    "--steps",
-    "250",
-    "--batch",
-    "64",
-    "--rows-at-once",
-    "16",
-    "--learning-rate",
-    "2e-4",
-    "--bf16",
-)
+    "--task", "chain_sum_long", "--steps", "250", "--batch", "64", "--rows-at-once", "16", "--learning-rate", "2e-4", "--bf16",
+)  # fmt: skip
 TUNED = ("representation", "full_reverse_kl", "sampled_token")
 PARTS = ("states_first", "states_last")
 NAMES = {
