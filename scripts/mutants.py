@@ -553,6 +553,11 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("text after a special token begins too early", "start = student.read[n + 1]", "start = student.read[n]",
          "test_alignment.py::test_a_special_token_in_the_middle"),
     ],
+    "alignment/teacher_prompts.py": [
+        ("null in a teacher's entry leaves the run's setting", "in PROMPT_KEYS.items() if key in entry}",
+         "in PROMPT_KEYS.items() if entry.get(key) is not None}",
+         "test_several_tokenizers.py::test_one_model_under_two_ids_may_read_two_system_prompts"),
+    ],
     "alignment/aligner.py": [
         ("counts are those of the last teacher", "getattr(self, f.name) + getattr(other, f.name)", "getattr(other, f.name)",
          "test_several_tokenizers.py::test_each_teacher_teaches_what_it_would_alone"),
@@ -567,6 +572,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alignment.py::test_partners_have_read_the_same_bytes"),
     ],
     "alignment/model_pair.py": [
+        ("quotes are of what another teacher was shown", "self.aligners.get(rows[row].columns.get(TEACHER_ID), first)",
+         "first", "test_several_tokenizers.py::test_a_quote_is_of_what_the_rows_own_teacher_was_shown"),
         ("the last teacher's bridge projects for all", "reader = self._reader(teacher_id)\n        return reader.project",
          "reader = teachers_of(self.teacher)[-1]\n        return reader.project",
          "test_several_bridges.py::test_states_of_a_teacher_without_a_bridge_are_compared_as_they_are"),

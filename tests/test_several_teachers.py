@@ -442,7 +442,24 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ),
         (
             {"teachers": {"a": {"model": "x", "dtype": "y"}}},
-            "teachers: a: unknown key 'dtype'; allowed are model, init_kwargs, bridge and bridge_rank",
+            "teachers: a: unknown key 'dtype'; allowed are model, init_kwargs, bridge, bridge_rank, chat_template_kwargs, "
+            "system_prompt, special_token_map, or use with its arguments",
+        ),
+        (
+            {"teachers": {"a": {"model": "x", "system_prompt": ["Be brief."]}}},
+            "teachers: a: system_prompt: ['Be brief.'] is not a text",
+        ),
+        (
+            {"teachers": {"a": {"model": "x", "chat_template_kwargs": "thinking"}}},
+            "teachers: a: chat_template_kwargs: 'thinking' is not a mapping",
+        ),
+        (
+            {"teachers": {"a": {"model": "x", "chat_template_kwargs": {"add_generation_prompt": False}}}},
+            "teachers: a: teacher_chat_template_kwargs: 'add_generation_prompt' is not allowed",
+        ),
+        (
+            {"teachers": {"a": {"model": "x", "special_token_map": {"<a>": 3}}}},
+            "teachers: a: special_token_map: 3 is not a token's text",
         ),
         ({"teachers": {"a": {"init_kwargs": {}}}}, "teachers: a: the key 'model' is missing"),
         ({"teachers": {"a": "student"}}, "teachers: a: student is for teacher_model alone"),

@@ -319,6 +319,73 @@ def test_each_renders_its_prompt_with_its_own_template(tmp_path, order):
     assert texts == {"a": ["11+2="], "b": ["21+2="]}
 
 
+@pytest.mark.parametrize("run_wide", [{}, {"teacher_system_prompt": "4*4="}])
+def test_one_model_under_two_ids_may_read_two_system_prompts(tmp_path, run_wide):
+    """The entry's replaces the run's, and null takes it away; each part is as it would be alone."""
+    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer(chat=True).save_pretrained(tmp_path / "teacher")
+    model, own = str(tmp_path / "teacher"), {"processing_class": tiny_tokenizer(chat=True)}
+    data = [{"prompt": [{"role": "user", "content": f"1+{i}="}], "teacher_id": name} for i, name in enumerate("abbcb")]
+    teachers = {
+        "a": {"model": model, "system_prompt": "9+9="},
+        "b": {"model": model, "system_prompt": None},
+        "c": model,
+    }
+    both = trained(tmp_path / "all", teachers, data, mix_teachers=True, **own, **run_wide)
+    read = {"a": {"teacher_system_prompt": "9+9="}, "b": {}, "c": run_wide}
+    parts = {
+        name: trained(tmp_path / name, model, [row for row in data if row["teacher_id"] == name], **own, **read[name])
+        for name in read
+    }
+    check_mixture(both, parts, {"a": 0.2, "b": 0.6, "c": 0.2})
+    assert len({*map(id, both.pair.teacher.modules)}) == 1
+    assert [first_prompt(both, name) for name in "abc"] == [
+        "9+9=1+0=#", "1+1=#", f"{run_wide.get('teacher_system_prompt', '')}1+3=#",
+    ]  # fmt: skip
+
+
+def first_prompt(trainer, teacher_id):
+    """The first prompt that a teacher reads, as text."""
+    prompts = [p for p in trainer.train_dataset if p.row.columns["teacher_id"] == teacher_id]
+    found = trainer.pair.teacher_prompts(prompts[:1], name="x", max_completion_length=1, teacher_id=teacher_id)
+    return trainer.processing_class.decode(found[0].ids)
+
+
+def test_special_tokens_are_mapped_teacher_by_teacher(tmp_path):
+    """A token that one teacher has and another lacks."""
+    models = {"b": OTHERS.model(1), "c": CHARACTERS.model(2)}
+    given = {"b": OTHERS.tokenizer, "c": CHARACTERS.tokenizer}
+    settings = {
+        "student": PIECES.model(0), "processing_class": PIECES.tokenizer, "teacher_processing_class": given,
+        "rows": rows("b", "c"), "mix_teachers": True, **OUTPUT,
+    }  # fmt: skip
+    wanted = {"<note>": "<turn>"}
+    entries = {"b": {"model": models["b"], "special_token_map": wanted}, "c": models["c"]}
+    pair = tiny_trainer(tmp_path, teacher=entries, **settings).pair
+    ids = PIECES.tokenizer.convert_tokens_to_ids("<note>"), OTHERS.tokenizer.convert_tokens_to_ids("<turn>")
+    assert pair.aligners["b"].pair.special_map == dict([ids])
+    assert ids in [*zip(*pair.shared_vocabulary("b").ids, strict=True)]
+    assert pair.aligners["c"].pair.special_map == {}
+    with pytest.raises(ValueError, match=r"^teachers: c: special_token_map: '<turn>' is no token of the teacher's"):
+        tiny_trainer(tmp_path, teacher=models, special_token_map=wanted, **settings)
+
+
+def test_a_quote_is_of_what_the_rows_own_teacher_was_shown(tmp_path):
+    """Two teachers with a hint and a system prompt each: words of b's system prompt are none that a was shown."""
+    said = {"a": "one two three four five six", "b": "seven eight nine ten eleven twelve"}
+    tokenizer = tiny_tokenizer(chat=True)
+    entries = {name: {"model": tiny_model(seed=2), "system_prompt": text} for name, text in said.items()}
+    data = [{"prompt": [{"role": "user", "content": "1+2="}], "answer": "3", "teacher_id": name} for name in "ab"]
+    trainer = tiny_trainer(
+        tmp_path, teacher=entries, teacher_processing_class=dict.fromkeys("ab", tokenizer), rows=data, mix_teachers=True,
+        teacher_prompt="#{answer}{prompt}", processing_class=tokenizer,
+    )  # fmt: skip
+    known = {i: prompt.row for i, prompt in enumerate(trainer.train_dataset)}
+    texts = [*said.values(), *[*said.values()][::-1]]
+    rollouts = Rollouts([[3]] * 4, [[4]] * 4, ["length"] * 4, texts, rows=[0, 1, 0, 1])
+    assert trainer.pair.quotes(rollouts, known) == [True, True, False, False]
+
+
 def test_the_plan_says_what_each_reads(tmp_path, others):
     tiny_model().save_pretrained(tmp_path / "student")
     tiny_tokenizer().save_pretrained(tmp_path / "student")

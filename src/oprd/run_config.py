@@ -67,7 +67,7 @@ class RunConfig:
         eval_teacher: evaluate the teacher.
         lora: arguments of `peft.LoraConfig`: train an adapter.
         teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}, bridge: folder,
-            bridge_rank: n} or {use: …}.
+            bridge_rank: n, system_prompt: …, chat_template_kwargs: {…}, special_token_map: {…}} or {use: …}.
         base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
         preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
             ride or phf.

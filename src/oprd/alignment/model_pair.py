@@ -193,11 +193,12 @@ class ModelPair:
 
     def quotes(self, rollouts: Rollouts, rows: Mapping[int, PromptRow]) -> list[bool] | None:
         """Whether each rollout quotes what only the teacher was shown; None without a `teacher_prompt`."""
-        aligner = next(iter(self.aligners.values()), None)  # all teachers are shown the same
-        if aligner is None or aligner.teacher_prompt is None:
+        first = next(iter(self.aligners.values()), None)
+        if first is None or first.teacher_prompt is None:  # which is the same for all teachers
             return None
         found = []
         for row, text in zip(rollouts.rows, rollouts.texts, strict=True):
+            aligner = self.aligners.get(rows[row].columns.get(TEACHER_ID), first)
             found += quotes([text], aligner.teacher_row(rows[row]).prompt, rows[row].prompt)
         return found
 

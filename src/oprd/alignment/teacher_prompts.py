@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from oprd.alignment.aligner import Aligner
 from oprd.alignment.privileged import fields_of
 from oprd.data.chat_template import check_template_kwargs, parse_date, with_date
 from oprd.models.tokens import check_same_tokens, different_tokens
+from oprd.states.teacher_settings import PROMPT_KEYS
 
 logger = logging.getLogger("oprd")
 
@@ -58,6 +59,19 @@ class TeacherPromptSettings:
     def of(cls, settings: Any) -> TeacherPromptSettings:
         """The settings of an object with attributes of these names, such as an `OPRDConfig`."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
+
+    def of_one(self, entry: Any) -> TeacherPromptSettings:
+        """The settings of one of several teachers: those that its entry of `teachers` has replace the run's.
+
+        Args:
+            entry: the entry; None, or one that is no mapping, replaces none.
+
+        Raises:
+            ValueError: as the class itself.
+        """
+        if not isinstance(entry, Mapping) or "use" in entry:
+            return self
+        return replace(self, **{setting: entry[key] for key, setting in PROMPT_KEYS.items() if key in entry})
 
     @property
     def of_teacher(self) -> list[str]:

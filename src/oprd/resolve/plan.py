@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.alignment.teacher_prompts import check_one_text
+from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig, check_own_tokens
 from oprd.data.rows import TEACHER_ID
@@ -231,15 +231,16 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
 
 def _tokenizer_lines(run: RunConfig) -> list[str]:
     """Whether each teacher reads the student's tokens, as far as folders here say."""
-    student = _tokenizer_here(run, run.model)
+    student, rendering = _tokenizer_here(run, run.model), run.args.prompt_rendering
     if run.teachers is None:
         teacher = run.model if is_student(run.teacher_model) else run.teacher_model
-        return [f"tokenizers: {_tokens(run, student, teacher, bridged=run.args.bridge is not None)}"]
+        return [f"tokenizers: {_tokens(run, student, teacher, rendering, bridged=run.args.bridge is not None)}"]
     lines = []
     for teacher_id, entry in run.teachers.items():
         with naming_teacher(teacher_id):
             teacher, bridged = model_of_entry(entry, None)[0], teacher_id in bridges_of(run.teachers)
-            lines.append(f"tokenizers, {teacher_id}: {_tokens(run, student, teacher, bridged=bridged)}")
+            said = _tokens(run, student, teacher, rendering.of_one(entry), bridged=bridged)
+            lines.append(f"tokenizers, {teacher_id}: {said}")
     return lines
 
 
@@ -256,8 +257,15 @@ def _tokenizer_here(run: RunConfig, name: Any) -> PreTrainedTokenizerBase | str:
     return load_tokenizer(folder, trust_remote_code=run.args.trust_remote_code)
 
 
-def _tokens(run: RunConfig, student: PreTrainedTokenizerBase | str, named: Any, *, bridged: bool) -> str:
-    """Whether a teacher reads the student's tokens.
+def _tokens(
+    run: RunConfig,
+    student: PreTrainedTokenizerBase | str,
+    named: Any,
+    rendering: TeacherPromptSettings,
+    *,
+    bridged: bool,
+) -> str:
+    """Whether a teacher reads the student's tokens, where its prompts are rendered in this way.
 
     Raises:
         ValueError: settings that do not fit tokens of its own.
@@ -271,7 +279,7 @@ def _tokens(run: RunConfig, student: PreTrainedTokenizerBase | str, named: Any, 
         return student
     # The ids that end a turn do not matter here. Without the models only the tokenizers' own end tokens are known.
     ends = ([end] if (end := side.eos_token_id) is not None else [0] for side in (student, teacher))
-    aligner = run.args.prompt_rendering.aligner(student, teacher, *ends)
+    aligner = rendering.aligner(student, teacher, *ends)
     if aligner is None:
         return "the teacher gives the student's ids the same tokens"
     check_own_tokens(run.args)

@@ -106,13 +106,13 @@ def resolve(run: RunConfig) -> ResolvedRun:
     )  # before the models: a bad row ends the run at once
     student, own_print, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
     teacher, tokenizers = make_teacher(run, student, source, own_print)
-    _keep_date(args, student.tokenizer, tokenizers)
+    _keep_date(run, student.tokenizer, tokenizers)
     for teacher_id, one in by_id(teacher).items():
         with naming_teacher(teacher_id):
             _check_one_teacher(run, terms, student, one, source)
     if args.layer_map is not None:
         teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
-    aligners = _aligners(args, terms, student, teacher, tokenizers)
+    aligners = _aligners(run, terms, student, teacher, tokenizers)
     if args.extrapolation != 1:
         teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, tokenizers[None]), args.extrapolation)
     if args.bridge is not None:
@@ -349,8 +349,14 @@ def cached_positions(pair: ModelPair) -> CachedPositions:
     return CachedPositions(compared.positions, compared.position_k, compared.end_of_turn == "skip")
 
 
+def _rendering(run: RunConfig, teacher_id: str | None) -> TeacherPromptSettings:
+    """How prompts are rendered for a teacher."""
+    own = run.teachers or {}
+    return run.args.prompt_rendering.of_one(None if teacher_id is None else own.get(teacher_id))
+
+
 def _aligners(
-    args: OPRDConfig,
+    run: RunConfig,
     terms: Mapping[str, Term],
     student: LoadedModel,
     teacher: Teacher,
@@ -358,15 +364,16 @@ def _aligners(
 ) -> dict[str | None, Aligner]:
     """The aligners that give teachers their own prompts and tokens, by teacher_id; none for one that reads the student's."""
     assert student.tokenizer is not None, "a student always has a tokenizer"
-    teachers, ends, rendering = asked_by_id(teacher), {*student.info.stop_token_ids}, args.prompt_rendering
+    args, teachers, ends = run.args, asked_by_id(teacher), {*student.info.stop_token_ids}
+    rendering = {teacher_id: _rendering(run, teacher_id) for teacher_id in teachers}
     if len(teachers) > 1:  # the ends of those that read the student's tokens end rollouts for all
         for teacher_id, one in teachers.items():
-            if not rendering.reads_own(student.tokenizer, tokenizers[teacher_id]):
+            if not rendering[teacher_id].reads_own(student.tokenizer, tokenizers[teacher_id]):
                 ends |= {*one.info.stop_token_ids}
     found: dict[str | None, Aligner] = {}
     for teacher_id, one in teachers.items():
         with naming_teacher(teacher_id):
-            aligner = rendering.aligner(
+            aligner = rendering[teacher_id].aligner(
                 student.tokenizer, tokenizers[teacher_id], sorted(ends), one.info.stop_token_ids
             )
             if aligner is not None:
@@ -442,11 +449,12 @@ def _check_readable(pair: ModelPair) -> None:
         )
 
 
-def _keep_date(args: OPRDConfig, student: PreTrainedTokenizerBase | None, teachers: TeacherTokenizers) -> None:
+def _keep_date(run: RunConfig, student: PreTrainedTokenizerBase | None, teachers: TeacherTokenizers) -> None:
     """Set `chat_template_date`, where a chat template prints today's date: the run and what resumes it print this one."""
+    args = run.args
     all_of_them = [
         (student, args.chat_template_kwargs),
-        *((t, args.teacher_chat_template_kwargs) for t in teachers.values()),
+        *((own, _rendering(run, one).teacher_chat_template_kwargs) for one, own in teachers.items()),
     ]
     if args.chat_template_date is None and any(t is not None and prints_date(t, kwargs) for t, kwargs in all_of_them):
         args.chat_template_date = broadcast_object_list([now()])[0]  # clocks of machines differ

@@ -12,7 +12,14 @@ STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
 AUTO = "auto"
 """Value of `offload_teachers`: a rule on bytes decides (`oprd.states.offload`)."""
+PROMPT_KEYS = {
+    "chat_template_kwargs": "teacher_chat_template_kwargs",
+    "system_prompt": "teacher_system_prompt",
+    "special_token_map": "special_token_map",
+}
+"""Key of one of several teachers → the setting of the run that it replaces for this teacher."""
 
+_ENTRY_KEYS = ("model", "init_kwargs", "bridge", "bridge_rank", *PROMPT_KEYS)
 _TEACHER_ID = re.compile(r"[\w.-]+")
 
 
@@ -239,12 +246,15 @@ def _check_entries(run: Any) -> None:
         if not isinstance(entry, Mapping) or "use" in entry:
             continue
         _check_fresh(teacher_id, entry)
-        if unknown := {*entry} - {"model", "init_kwargs", "bridge", "bridge_rank"}:
+        if unknown := {*entry} - {*_ENTRY_KEYS}:
             raise ValueError(
-                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are model, init_kwargs, bridge and "
-                "bridge_rank, or use with its arguments"
+                f"teachers: {teacher_id}: unknown key {min(map(str, unknown))!r}; allowed are {', '.join(_ENTRY_KEYS)}, or use "
+                "with its arguments"
             )
         _check_bridge(teacher_id, entry)
+        _check_prompt_keys(teacher_id, entry)
+        with naming_teacher(teacher_id):
+            args.prompt_rendering.of_one(entry)  # checks its values
         if not entry.get("model"):
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"
@@ -280,6 +290,22 @@ def _check_bridge(teacher_id: str, entry: Mapping[str, Any]) -> None:
         )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"teachers: {teacher_id}: bridge_rank: {rank!r} is not allowed; 1 or more")
+
+
+def _check_prompt_keys(teacher_id: str, entry: Mapping[str, Any]) -> None:
+    """Refuse settings of a teacher's prompts that are of another kind than the run's."""
+    system = entry.get("system_prompt")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"teachers: {teacher_id}: system_prompt: {system!r} is not a text")
+    for key in ("chat_template_kwargs", "special_token_map"):
+        value = entry.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"teachers: {teacher_id}: {key}: {value!r} is not a mapping; write {{name: value, …}}")
+    texts = [text for pair in (entry.get("special_token_map") or {}).items() for text in pair]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(
+            f"teachers: {teacher_id}: special_token_map: {wrong[0]!r} is not a token's text; write {{'<think>': '<reasoning>'}}"
+        )
 
 
 def _check_fresh(teacher_id: str, entry: Mapping[str, Any]) -> None:
