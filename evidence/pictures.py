@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,18 +88,32 @@ def accuracy_rows(
         ours: names in the colour of this method.
         unit: label of the x axis.
     """
+    seed_rows(axis, found, ours, number=percent, most=1.0)
+    axis.set(xlim=(-0.02, 1.02), xlabel=unit)
+    in_percent(axis.xaxis)
+
+
+def seed_rows(
+    axis: Any,
+    found: Mapping[str, Sequence[float]],
+    ours: Sequence[str] = (),
+    *,
+    number: Callable[[float | None], str],
+    most: float = math.inf,
+) -> None:
+    """One row a name: a dot a seed, the 95 % t-interval between 0 and `most` as a band, and the mean as `number` writes it."""
     for row, (name, values) in enumerate(found.items()):
         mean, interval = mean_and_interval(list(values))
         low, high = interval or (mean, mean)
         colour, marker = (OURS, "o") if name in ours else (OTHER, "s")
-        axis.plot([max(low, 0), min(high, 1)], [row, row], color=colour, alpha=0.35, linewidth=9, solid_capstyle="butt")
+        axis.plot(
+            [max(low, 0), min(high, most)], [row, row], color=colour, alpha=0.35, linewidth=9, solid_capstyle="butt"
+        )
         axis.plot(values, [row] * len(values), marker, color=colour, markersize=5, mec="white", mew=0.6)
         axis.annotate(
-            percent(mean), (1, row), xycoords=axis.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center"
+            number(mean), (1, row), xycoords=axis.get_yaxis_transform(), xytext=(6, 0), textcoords="offset points", va="center"
         )  # fmt: skip
     name_rows(axis, list(found))
-    axis.set(xlim=(-0.02, 1.02), xlabel=unit)
-    in_percent(axis.xaxis)
 
 
 def draw_objectives(

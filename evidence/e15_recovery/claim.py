@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,23 @@ from evidence.comparisons import (
     difference,
     first_seeds,
     of,
-    run_comparison,
 )
 from evidence.e15_recovery.perplexity import perplexity, write_text
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
-from evidence.tuning import GRID, LADDER, Rates, edges_said, tune_inside
+from evidence.recovery import (
+    NAMES,
+    RIVALS,
+    SHORT,
+    Setting,
+    cut_original,
+    influence_said,
+    recover,
+    recovered_model,
+    tried_rates,
+)
+from evidence.tuning import tune_inside
 from evidence.words import mean_of, percent, points, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
-from oprd.tools.prune import Choice, PromptFile, prune_model
 
 ID = "E15"
 TITLE = "Matching its original's hidden states brings a pruned model back better than output-space distillation"
@@ -40,46 +48,6 @@ SETTING = (
     "own completions of 128 other problems. On a pretrained model: E25."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
-NAMES = {
-    "representation": "representation (OPRD-Vanilla)",
-    "full_reverse_kl": "full reverse KL",
-    "sampled_token": "sampled-token OPD",
-    "supervised": "supervised on the original's responses",
-}
-SHORT = {"representation": "representation", "supervised": "supervised on the\noriginal's responses"}
-RIVALS = ("full_reverse_kl", "sampled_token", "supervised")
-_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is cut and recovered.
-
-    Args:
-        file: the comparison.
-        original: the model that is cut, and the teacher.
-        keeps: numbers of blocks that are kept; the rates are chosen for the first.
-        prompts: of the completions on which blocks are measured, and of the held-out text.
-        folder: of the runs, with the number of blocks appended.
-        tokens: most tokens of a completion.
-        rates: with which the grid begins.
-        ladder: rates at which it may grow.
-        seeds: how many.
-        quick: of a quick run, beside `evidence.comparisons.QUICK`.
-    """
-
-    file: Path
-    original: str
-    keeps: tuple[int, ...]
-    prompts: str
-    folder: str
-    tokens: int = _TOKENS
-    rates: tuple[float, ...] = GRID
-    ladder: tuple[float, ...] = LADDER
-    seeds: int = 3
-    quick: Mapping[str, Any] = field(default_factory=dict)
-
-
 EMBEDDED = Setting(FILE, "embedded:wider/teacher", (3, 4), "generated:addition", "recovery")
 
 
@@ -97,21 +65,17 @@ def measure_setting(work: Work, setting: Setting, tuning: list[Record] | None = 
         setting: what is cut and recovered.
         tuning: the runs that chose the rates; None: they run now.
     """
-    cuts = {keep: _cut(work, setting, keep) for keep in setting.keeps}
+    cuts = {keep: cut_original(work, setting, keep) for keep in setting.keeps}
     text = work.folder / "text.json"
     if not text.is_file():
         limit = 16 if work.quick else 128
         write_text(setting.original, setting.prompts, text, limit=limit, tokens=setting.tokens, seed=TUNING_SEED)
-    tuning = _tune(work, setting, cuts) if tuning is None else tuning
+    tuning = _tune(work, setting) if tuning is None else tuning
     rates = {name: best_rate(tuning, name) for name in NAMES}
-    runs = {
-        str(keep): _runs(
-            work, setting, keep, cuts, first_seeds(work, setting.seeds), {n: [r] for n, r in rates.items()}
-        )
-        for keep in setting.keeps
-    }
-    for keep, records in runs.items():
-        _add_perplexity(work, setting, keep, records, text)
+    chosen, seeds = {name: [rate] for name, rate in rates.items()}, first_seeds(work, setting.seeds)
+    runs = {str(keep): recover(work, setting, keep, seeds, chosen) for keep in setting.keeps}
+    for keep in setting.keeps:
+        _add_perplexity(work, setting, keep, runs[str(keep)], text)
     (original,) = _perplexities(work, text, {"original": setting.original})
     before = dict(
         zip(runs, _perplexities(work, text, {f"cut_{k}": str(c["folder"]) for k, c in cuts.items()}), strict=True)
@@ -123,53 +87,15 @@ def measure_setting(work: Work, setting: Setting, tuning: list[Record] | None = 
     }  # fmt: skip
 
 
-def _cut(work: Work, setting: Setting, keep: int) -> dict[str, Any]:
-    """Cut the original once; what was found."""
-    folder, file = work.folder / f"cut_{keep}", work.folder / f"cut_{keep}.json"
-    if not (folder / "config.json").is_file():
-        prompts = PromptFile(
-            setting.prompts, limit=64, max_completion_length=setting.tokens, split="train", seed=TUNING_SEED
-        )
-        file.write_text(
-            json.dumps(prune_model(setting.original, Choice("cosine", keep), folder, prompts=prompts, dtype="float32"))
-        )
-    return {**json.loads(file.read_text()), "folder": folder}
-
-
-def _runs(
-    work: Work,
-    setting: Setting,
-    keep: int,
-    cuts: Mapping[int, Any],
-    seeds: Sequence[int],
-    rates: Mapping[str, Sequence[float]],
-) -> list[Record]:
-    settings = {**(setting.quick if work.quick else {}), "model": str(cuts[keep]["folder"])}
-    return run_comparison(
-        setting.file, work, folder=_folder(setting, keep), seeds=seeds, rates=rates, settings=settings
-    )
-
-
-def _folder(setting: Setting, keep: int | str) -> str:
-    return f"{setting.folder}_{keep}"
-
-
-def _tune(work: Work, setting: Setting, cuts: Mapping[int, Any]) -> list[Record]:
+def _tune(work: Work, setting: Setting) -> list[Record]:
     """Each objective on the tuning seed, on a grid that grows at an edge while its best rate lies there."""
-
-    def run(rates: Rates) -> list[Record]:
-        return _runs(work, setting, setting.keeps[0], cuts, [TUNING_SEED], rates)
-
+    run = partial(recover, work, setting, setting.keeps[0], [TUNING_SEED])
     return tune_inside(run, dict.fromkeys(NAMES, setting.rates), ladder=setting.ladder, quick=work.quick)
 
 
-def _add_perplexity(work: Work, setting: Setting, keep: str, records: list[Record], text: Path) -> None:
+def _add_perplexity(work: Work, setting: Setting, keep: int, records: list[Record], text: Path) -> None:
     """Perplexity of each run's model, into its record."""
-    names = {}
-    for record in records:
-        folder = work.folder.parent / _folder(setting, keep) / "runs" / record["objective"]
-        folder = folder / f"lr_{record['learning_rate']!r}" / f"seed_{record['seed']}" / "model"
-        names[f"{keep}_{record['objective']}_{record['seed']}"] = str(folder)
+    names = {f"{keep}_{r['objective']}_{r['seed']}": str(recovered_model(work, setting, keep, r)) for r in records}
     for record, value in zip(records, _perplexities(work, text, names), strict=True):
         record["perplexity"] = value
 
@@ -202,9 +128,9 @@ def judge(result: Result) -> Finding:
         verdict = "partly" if {"sampled_token", "supervised"} <= ahead else "not"
     parts = [_part(result, keep) for keep in (first, *others)]
     text = (
-        f"{_influence(result)}\n\n" + "\n\n".join(parts) + f"\n\nWith {first} blocks representation is "
+        f"{influence_said(result)}\n\n" + "\n\n".join(parts) + f"\n\nWith {first} blocks representation is "
         f"{standings({NAMES[name]: gaps[name][1] for name in RIVALS})} in accuracy. A lower perplexity is better: 1 is certainty, and the original's is "
-        f"{result['perplexity']['original']:.4g}.\n\n{_edges(result)}"
+        f"{result['perplexity']['original']:.4g}.\n\n{tried_rates(result['tuning'])}"
     )
     rival = min(RIVALS, key=lambda name: gaps[name][0])
     number = (
@@ -246,25 +172,13 @@ def _part(result: Result, keep: str) -> str:
     )
 
 
-def _influence(result: Result) -> str:
-    values = ", ".join(f"{layer}: {value:.3f}" for layer, value in enumerate(result["influence"], start=1))
-    return f"Block influence on the original's own completions: {values}."
-
-
-def _edges(result: Result) -> str:
-    tried = {name: sorted(r["learning_rate"] for r in of(result["tuning"], name)) for name in NAMES}
-    grids = "; ".join(f"{NAMES[n]} {', '.join(f'{rate:g}' for rate in tried[n])}" for n in NAMES)
-    return f"**Learning rates** tried on the tuning seed: {grids}. {edges_said(result['tuning'], NAMES)}"
-
-
 def draw(result: Result, figure: Any) -> None:
     """Accuracy of each objective, one panel a cut."""
     figure.set_figheight(2.1 + 1.9 * len(result["runs"]))
     panels = figure.subplots(len(result["runs"]), 1, squeeze=False)[:, 0]
-    short = {name: SHORT.get(name, text) for name, text in NAMES.items()}
     for axis, (keep, runs) in zip(panels, result["runs"].items(), strict=True):
-        found = {short[name]: [r["final"] for r in of(runs, name)] for name in NAMES}
-        accuracy_rows(axis, found, ours=[short["representation"]])
+        found = {SHORT[name]: [r["final"] for r in of(runs, name)] for name in NAMES}
+        accuracy_rows(axis, found, ours=[SHORT["representation"]])
         title_above_marks(axis, f"{keep} of {len(result['influence'])} blocks")
         reference_lines(axis, of(runs, "representation"))
     note(figure, SEEDS)

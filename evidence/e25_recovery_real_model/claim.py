@@ -8,7 +8,8 @@ from typing import Any
 from evidence.claim import Work
 from evidence.comparisons import committed_tuning
 from evidence.e11_real_model.claim import LADDER, START, TEACHER, TEACHER_BUILD, get_models
-from evidence.e15_recovery.claim import NAMES, Setting, draw, judge, measure_setting
+from evidence.e15_recovery.claim import draw, judge, measure_setting
+from evidence.recovery import NAMES, Setting
 
 __all__ = ["CLAIM", "ID", "SETTING", "TITLE", "draw", "judge", "measure"]
 
