@@ -32,7 +32,7 @@ CLAIM = (
     "Section 5). Here: answers of 40 to 90 tokens."
 )
 SETTING = (
-    "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
+    "Student SmolLM2-135M-Instruct; teacher the same model after 200 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
     "scripts/build_reasoning_teacher.py --task chain_sum_long). 40 steps of 16 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
     "apart are chosen on seed 10, widened until the best lies between two worse ones; the parts of an answer take the rate of the whole."
@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 FILE = HERE / "comparison.yaml"
 TEACHER = ROOT / "models" / "SmolLM2-135M-chain-sum-long"
 TEACHER_BUILD = (
-    "--task", "chain_sum_long", "--steps", "250", "--batch", "64", "--rows-at-once", "16", "--learning-rate", "2e-4", "--bf16",
+    "--task", "chain_sum_long", "--steps", "200", "--batch", "64", "--rows-at-once", "16", "--learning-rate", "2e-4", "--bf16",
 )  # fmt: skip
 TUNED = ("representation", "full_reverse_kl", "sampled_token")
 PARTS = ("states_first", "states_last")
