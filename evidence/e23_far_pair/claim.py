@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
-from evidence.tuning import tune_comparison
+from evidence.tuning import Rates, tune_comparison
 from evidence.words import mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -28,7 +29,7 @@ CLAIM = (
     "(the usual cold start; of hidden states across tokenizers no public result was found)."
 )
 SETTING = (
-    "Stand-in for a pair of two public models (`evidence/e23_far_pair/recipe.yaml`, not measured): the embedded student, and a teacher of 6 layers with another "
+    "Stand-in for a pair of two public models (E27): the embedded student, and a teacher of 6 layers with another "
     "tokenizer and chat template, trained separately. Bridge of rank 16 from 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, three seeds. "
     "Each loss has its own rate, tuned on seed 10 on a grid that grows until the best rate is inside. The teacher's responses are decoded and tokenised again "
     "for the student."
@@ -38,7 +39,7 @@ FILE = HERE / "comparison.yaml"
 NAMES = {
     "supervised": "supervised, on the teacher's responses",
     "states": "states, on-policy",
-    "supervised_then_states": "supervised for 20 steps, then states",
+    "supervised_then_states": "supervised in a third of the steps, then states",
     "mixed": "states; in half of the steps the teacher writes, and supervised too",
     "output_space": "full reverse KL on shared tokens, on-policy",
     "states_and_output_space": "states + full reverse KL, on-policy",
@@ -66,14 +67,28 @@ GRIDS = {
 def measure(work: Work) -> dict[str, Any]:
     """Tune every loss on one seed, measure on three others."""
     names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(NAMES)
-    folder = "far_pair"
+    return measure_pair(FILE, work, folder="far_pair", grids={name: GRIDS[name] for name in names})
+
+
+def measure_pair(
+    file: Path, work: Work, *, folder: str, grids: Rates, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`measure` of any pair.
+
+    Args:
+        file: the comparison.
+        work: amount of work, and its folder.
+        folder: of the runs.
+        grids: loss → the rates that it tries first.
+        settings: of all runs.
+    """
     if work.tune:
-        tuning = tune_comparison(FILE, work, folder=folder, start={name: GRIDS[name] for name in names})
+        tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings)
     else:
-        tuning = committed_tuning(HERE, names)
-    rates = {name: best_rate(tuning, name) for name in names}
+        tuning = committed_tuning(file.parent, grids)
+    rates = {name: best_rate(tuning, name) for name in grids}
     chosen = {name: [rate] for name, rate in rates.items()}
-    runs = run_comparison(FILE, work, folder=folder, seeds=first_seeds(work, 3), rates=chosen)
+    runs = run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=chosen, settings=settings)
     return {"tuning": tuning, "rates": rates, "runs": runs}
 
 
@@ -91,16 +106,16 @@ def judge(result: Result) -> Finding:
          f"{_mean(own, 'length'):.1f}", "" if name == BOTH else points(*leads[name][:2])]
         for name in names if (own := of(runs, name))
     ]  # fmt: skip
+    first = of(runs, BOTH)
     header = [
         "loss",
         "rate",
-        "Avg@2 after 60 steps",
+        f"Avg@2 after {first[0]['steps']} steps",
         "gap closed",
         "finished",
         "length",
         "supervised, then states leads by",
     ]
-    first = of(runs, BOTH)
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
         f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}"
@@ -120,6 +135,6 @@ def draw(result: Result, figure: Any) -> None:
     runs = result["runs"]
     axis = figure.subplots()
     rows = {SHORT[name]: [r["final"] for r in own] for name in NAMES if (own := of(runs, name))}
-    accuracy_rows(axis, rows, ours=[SHORT[BOTH]], unit="Avg@2 after 60 steps, %")
+    accuracy_rows(axis, rows, ours=[SHORT[BOTH]], unit=f"Avg@2 after {runs[0]['steps']} steps, %")
     reference_lines(axis, of(runs, BOTH))
     note(figure, SEEDS)

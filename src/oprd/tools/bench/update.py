@@ -267,11 +267,10 @@ def judge(rows: Sequence[Mapping[str, Any]], full_size: bool) -> list[str]:
             if not meant or (shape, name) not in found:
                 continue
             ratio = found[shape, name][f"{what}_ratio"] / found[shape, base][f"{what}_ratio"]
-            wanted_text = (
-                f"{'at least' if sign > 0 else 'at most'} {wanted:g} times that of {TITLES[base].split(':')[0]}"
-            )
+            one, other = TITLES[name].split(" (")[0], TITLES[base].split(":")[0]
             met = "met" if sign * (ratio - wanted) >= 0 else "not met"
-            lines.append(f"{shape}, {what} of {TITLES[name]}: {wanted_text}, found {ratio:.2f} ({met})")
+            bound = f"{'at least' if sign > 0 else 'at most'} {wanted:g}"
+            lines.append(f"{shape}, {what}: {one} / {other} = {ratio:.2f}, {bound} ({met})")
     return lines
 
 

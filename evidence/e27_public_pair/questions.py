@@ -1,6 +1,6 @@
 """Short arithmetic questions as chat messages, for the recipe of this folder.
 
-python -m evidence.e23_far_pair.questions --output data/far_pair      # writes train.jsonl and test.jsonl
+python -m evidence.e27_public_pair.questions --output data/far_pair      # writes train.jsonl and test.jsonl
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""E27: E23 with two public models of two families."""

@@ -1,0 +1,38 @@
+"""E27: E23 with two public models of two families, and nothing of this project in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evidence.claim import Work
+from evidence.e11_real_model.claim import ROOT, STUDENT, run_script
+from evidence.e23_far_pair.claim import draw, judge, measure_pair
+from evidence.e27_public_pair.questions import write
+
+__all__ = ["CLAIM", "ID", "SETTING", "TITLE", "draw", "judge", "measure"]
+
+ID = "E27"
+TITLE = "With two public models of two families, the teacher's responses first make matching its states work better"
+CLAIM = "As E23, with two models that are published, of two families and two tokenizers. No public result of hidden states on such a pair was found."
+SETTING = (
+    'Student SmolLM2-135M-Instruct, teacher Qwen2.5-Coder-1.5B-Instruct, eleven times its size. Short arithmetic questions as chat messages ("What is 25 - 82 + 60? '
+    'Answer with the number only."). Bridge of rank 32 from 400 rollouts. 24 steps of 32 rollouts of at most 24 tokens, Avg@2 on 100 problems, three seeds. Rates a factor '
+    "of three apart are chosen on seed 10, on grids that grow until the best is inside. The teacher's responses are decoded and tokenised again for the student."
+)
+FILE = Path(__file__).parent / "comparison.yaml"
+TEACHER = ROOT / "models" / "Qwen2.5-Coder-1.5B-Instruct"
+LOSSES = ("supervised", "states", "supervised_then_states", "mixed")
+START = (3.0e-5, 1.0e-4, 3.0e-4)
+QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
+
+
+def measure(work: Work) -> dict[str, Any]:
+    """Get both models, tune every loss on one seed, measure on three others."""
+    for folder, script in ((STUDENT, "get_smollm2.py"), (TEACHER, "get_qwen_coder.py")):
+        if not (folder / "config.json").exists():
+            run_script(script, "--output", str(folder))
+    write(work.folder)
+    questions = {"train_dataset": str(work.folder / "train.jsonl"), "eval_dataset": str(work.folder / "test.jsonl")}
+    settings = {**questions, **(QUICK if work.quick else {})}
+    return measure_pair(FILE, work, folder="public_pair", grids=dict.fromkeys(LOSSES, START), settings=settings)
