@@ -40,7 +40,7 @@ from oprd.models.lm_head import Heads, embedding_gradient_by_rows, lm_head_of, m
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepTotals, Term
 from oprd.objectives.output_space import OutputTerm
-from oprd.objectives.terms import OutputSpace, Representation, unobserved
+from oprd.objectives.terms import OutputSpace, Representation, drop_metrics
 from oprd.states.capture import gather_states, read_states
 from oprd.states.requests import request_states
 from oprd.tools.bench.memory import MEMORY_ENVIRONMENT, in_a_fork, resident_bytes, settle_memory
@@ -95,7 +95,7 @@ def ours(pair: Pair, *, kind: str = "representation", spares: bool = True) -> No
         with torch.no_grad():
             teacher = gather_states(pair.teacher, request)
         totals = StepTotals(1.0, count, count, count)
-        losses = objective.at(1).on(batch, request, teacher, totals, heads=heads, observe=unobserved)
+        losses = objective.at(1).on(batch, request, teacher, totals, heads=heads, observe=drop_metrics)
         del teacher
         with embedding_gradient_by_rows(pair.student):
             loss = torch.stack(read_states(pair.student, request, losses.read)).sum()

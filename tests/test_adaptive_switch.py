@@ -45,7 +45,8 @@ def test_it_switches_where_the_gain_falls_below_half_of_the_largest():
     expected = next(s for s, gain in gains.items() if gain < 0.5 * max(g for t, g in gains.items() if t <= s))
     assert switch_of(losses, window=window) == (
         expected,
-        f"from here on reverse_kl in place of states: their loss fell by {gains[expected]:.1%} a step over the last 4 steps, and "
+        f"from here on reverse_kl replaces the representation loss, which fell by {gains[expected]:.1%} a step over the "
+        "last 4 steps, and "
         "by 10.0% at best",
     )
     assert switch_of(losses, window=window, share=0.9)[0] < expected < switch_of(losses, window=window, share=0.1)[0]

@@ -17,7 +17,7 @@ from fsdp_script import READS, SCENARIOS, STEPS, read_gradients
 from oprd.config import OPRDConfig
 from oprd.files import verify
 from oprd.models.loading import load_model
-from oprd.models.sharding import is_sharded, most_of_ranks, shard_model, sharded_like, whole
+from oprd.models.sharding import is_sharded, max_over_ranks, shard_model, sharded_like, whole
 from oprd.runs.checkpoints import list_checkpoints
 from oprd.training.parallel import Parallel, check_launch, even_rounds
 from tiny import tiny_model, tiny_trainer, weights
@@ -207,7 +207,7 @@ def test_what_is_not_sharded_is_left_alone():
     assert not is_sharded(model)
     assert whole(tensor) is tensor
     assert sharded_like(tensor, tensor) is tensor
-    assert most_of_ranks(3, "cpu") == 3
+    assert max_over_ranks(3, "cpu") == 3
 
 
 @pytest.mark.parametrize("most", [2, 3, 5])

@@ -151,14 +151,14 @@ def test_gradients_are_those_of_the_loop(tmp_path):
     terms = trainer.objective.at(0)
     from oprd.objectives.batch import Batch
     from oprd.objectives.composite import StepTotals
-    from oprd.objectives.terms import unobserved
+    from oprd.objectives.terms import drop_metrics
     from oprd.states.capture import read_through_forward
 
     batch = Batch(rollouts, [None] * len(rollouts))
     totals = StepTotals(*map(float, trainer.pair.count(rollouts, batch.readings)))
     losses = terms.on(
         batch, request, trainer.pair.teacher.states(theirs), totals,
-        heads=trainer.pair.heads, observe=unobserved,
+        heads=trainer.pair.heads, observe=drop_metrics,
     )  # fmt: skip
     torch.stack(read_through_forward(student, request, losses.read)).sum().backward()
     found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}

@@ -248,8 +248,9 @@ def test_ends_are_shown_with_the_files_that_name_them(tmp_path, caplog):
     turn = tokenizer.convert_tokens_to_ids("<turn>")
     assert said(caplog) == [
         f"{folder}: its files name different ends (eos_token_id): '<eos>' (2) of generation_config.json and the tokenizer ends a "
-        "text; '2' (5) of config.json alone ends none; '4' (7) of generation_config.json alone ends a text; "
-        f"'<turn>' ({turn}) of the chat template alone ends none"
+        "completion; '2' (5) of config.json alone does not end a completion; '4' (7) of generation_config.json alone ends a "
+        "completion; "
+        f"'<turn>' ({turn}) of the chat template alone does not end a completion"
     ]
     caplog.clear()
     agreeing = saved(tmp_path / "agreeing")

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from memory_ranks_script import MENDED, trainer_of
 from oprd.faults import RunStopped
 from oprd.models.architecture import blocks
-from oprd.models.memory import HalvedSize, ran_out_of_memory, say_what_to_lower
+from oprd.models.memory import HalvedSize, explaining_out_of_memory, ran_out_of_memory
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_continuous import TransformersContinuousEngine
 from oprd.rollouts.transformers_engine import TransformersEngine
@@ -427,9 +427,12 @@ def test_a_size_goes_down_to_one(caplog):
         raise torch.OutOfMemoryError(CUDA_TEXT)
     with pytest.raises(ValueError, match="other"), size.or_halve(1, "a test", "give up"):
         raise ValueError("other")
-    with pytest.raises(RunStopped, match="out of memory in reading: lower x"), say_what_to_lower("reading", "lower x"):
+    with (
+        pytest.raises(RunStopped, match="out of memory in reading: lower x"),
+        explaining_out_of_memory("reading", "lower x"),
+    ):
         raise torch.OutOfMemoryError(CUDA_TEXT)
-    with pytest.raises(ValueError, match="other"), say_what_to_lower("reading", "lower x"):
+    with pytest.raises(ValueError, match="other"), explaining_out_of_memory("reading", "lower x"):
         raise ValueError("other")
 
 

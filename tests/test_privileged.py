@@ -318,4 +318,4 @@ def test_a_template_may_begin_with_what_yaml_does_not_read_as_text():
 def test_the_plan_says_who_teaches(tmp_path):
     assert "teacher: the student, as it starts" in plan(recipe(tmp_path)).describe()
     text = "\n".join(plan(recipe(tmp_path, teacher_update_rate=0.05)).describe())
-    assert "teacher: the student, follows it at 0.05 every 1 steps" in text
+    assert "teacher: the student, moving towards it by 0.05 every 1 step(s)" in text

@@ -95,7 +95,7 @@ def test_the_search_ends_at_the_lowest_loss_and_tries_only_what_leads_there(log_
         ({3e-4: 9.0, 1e-3: 9.0, 1e-4: 1.7, 3e-5: 1.1, 1e-5: 0.8}, 5, 3e-5),
     ],
 )
-def test_the_highest_rate_that_is_tolerated(losses, tried, chosen):
+def test_the_highest_rate_whose_loss_is_accepted(losses, tried, chosen):
     curve = search(losses.__getitem__, 1.0, 1.5)
     assert len(curve) == tried
     assert choose(curve, 1.0, 1.5) == chosen

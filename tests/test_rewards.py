@@ -346,8 +346,8 @@ def test_a_rollout_that_no_function_rewards_is_said_once_and_counted(tmp_path, r
     assert all(step["reward_missing"] == 0.5 for step in steps)
     said = [r.getMessage() for r in caplog.records if "every reward function returned None" in r.getMessage()]
     assert said == [
-        "step 1: every reward function returned None for 8 of 16 rollouts, which teach no reward; from here on, "
-        "reward_missing counts them"
+        "step 1: every reward function returned None for 8 of 16 rollouts, which get no reward; from here on, "
+        "reward_missing is their share"
     ]
 
 

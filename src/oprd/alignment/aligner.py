@@ -134,7 +134,7 @@ class Aligner:
         teacher_chat_template_kwargs: arguments of the teacher's chat template.
         teacher_system_prompt: system prompt for the teacher; None keeps the row's.
         teacher_prompt: template of what the teacher reads in place of the prompt (`oprd.alignment.privileged`).
-        split_special_tokens: read control tokens that a plain prompt writes as text.
+        split_special_tokens: tokenise control tokens in a plain prompt as ordinary text.
 
     Raises:
         ValueError: the bytes of a tokenizer's tokens cannot be determined, or the teacher lacks an end or mapped id.

@@ -481,7 +481,7 @@ class ModelPair:
 
 
 def keyed_by_teacher(value: Any) -> dict[Any, Any]:
-    """teacher_id → what is given for it; what is given for an only teacher has the id None, and nothing is given as None."""
+    """`value` by teacher_id. A value for an only teacher gets the id None; None gives an empty map."""
     if isinstance(value, Mapping):
         return dict(value)
     return {} if value is None else {None: value}

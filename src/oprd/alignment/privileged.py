@@ -32,14 +32,14 @@ def fields_of(template: str) -> list[str]:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
-            f"teacher_prompt: {template!r} cannot be read: {error}; columns stand in braces; {{{{ and }}}} are braces"
+            f"teacher_prompt: {template!r} cannot be read: {error}; write columns in braces, and other braces as {{{{ and }}}}"
         ) from None
     names = [name for _, name, _, _ in parts if name is not None]
     for _, name, form, conversion in parts:
         if name is not None and (form or conversion or not _NAME.fullmatch(name)):
             raise ValueError(
-                f"teacher_prompt: {template!r} has {name!r} in braces, which is not the name of a column; write it as "
-                "{answer}, or double braces that mean themselves"
+                f"teacher_prompt: {template!r} has {name!r} in braces, which is not the name of a column; write a "
+                "column as {answer}, or double the braces to keep them as text"
             )
     if not names:
         raise ValueError(

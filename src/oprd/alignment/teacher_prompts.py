@@ -28,7 +28,8 @@ class TeacherPromptSettings:
         teacher_system_prompt: system prompt of the teacher alone, in place of the row's.
         teacher_prompt: what the teacher reads in place of the prompt (`oprd.alignment.privileged`).
         special_token_map: special token of the student → the teacher's with the same meaning; end tokens need no entry.
-        split_special_tokens: read control tokens that a plain prompt writes as text; False where prompts are rendered already.
+        split_special_tokens: tokenise control tokens in a plain prompt as ordinary text; False where prompts are rendered
+            already.
         chat_template_date: what templates print as today's date, in ISO format; None: the clock's.
 
     Raises:
@@ -119,8 +120,8 @@ class TeacherPromptSettings:
         if not self.reads_own(student_tokenizer, teacher_tokenizer):
             if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
                 logger.warning(
-                    "the teacher's chat template is not the student's, and it reads prompts as the student does; "
-                    "teacher_chat_template_kwargs: {} gives it its own"
+                    "the teacher has another chat template, but reads prompts rendered with the student's; "
+                    "teacher_chat_template_kwargs: {} makes it use its own"
                 )
             return None
         end = teacher_tokenizer.eos_token_id
@@ -143,7 +144,7 @@ class TeacherPromptSettings:
         )
 
 
-def check_one_text(aligner: Aligner, *, compares_states: bool) -> None:
+def check_shared_vocabulary(aligner: Aligner, *, compares_states: bool) -> None:
     """Refuse two vocabularies where hidden states are compared without a bridge: models of one origin share their tokens.
 
     Raises:

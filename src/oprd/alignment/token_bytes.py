@@ -187,8 +187,8 @@ def _check_words(description: Mapping[str, Any], name: str) -> None:
     if not removing:
         raise _refused(
             name,
-            "it has no decoder, so spaces that no text had stand between decoded tokens; where tokens simply follow one "
-            "another, set backend_tokenizer.decoder = tokenizers.decoders.Fuse()",
+            "it has no decoder, so decoding puts spaces between tokens that the text did not have; if tokens follow each "
+            "other without spaces, set backend_tokenizer.decoder = tokenizers.decoders.Fuse()",
         )
 
 

@@ -20,7 +20,7 @@ from oprd.bridge.statistics import PairStatistics, cka_matrix
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import num_layers
 from oprd.models.fingerprint import fingerprint
-from oprd.models.memory import say_what_to_lower
+from oprd.models.memory import explaining_out_of_memory
 from oprd.rollouts.engine import Sampling, derive_seed
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.states.capture import gather_states, read_states
@@ -94,7 +94,7 @@ def fit_bridge(
         pairs, stats = pair.align(rollouts, {p.index: p.row for p in part}, heads=False)
         if stats is not None:
             logger.info("%.1f %% of %d student positions have a partner", 100 * stats.share, stats.positions)
-        with say_what_to_lower("reading both models", f"lower --micro-batch-tokens ({micro_batch_tokens})"):
+        with explaining_out_of_memory("reading both models", f"lower --micro-batch-tokens ({micro_batch_tokens})"):
             if phi is None:
                 cka_ST = similarity(models, rollouts, pairs, micro_batch_tokens)
                 phi = layer_map(maps, *depths, cka_ST=cka_ST)

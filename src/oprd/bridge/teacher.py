@@ -85,7 +85,7 @@ class BridgedTeacher:
         return self.teacher.sampler()
 
     def project_student(self, layer: int, states_ND: Tensor) -> Tensor:
-        """The student's side of the comparison, `[N, r]`: P_S h_S of `layer`."""
+        """The student's side of the comparison, `[N, r]`: P_S (h_S − µ_S) of `layer`, in the bridge's units."""
         return self.bridge.project_student(layer, states_ND)
 
     def to(self, device: Any) -> None:

@@ -137,7 +137,8 @@ def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
-    """Afterwards `config.use_cache` is as before: transformers' Trainer turns it off, and so it would be saved for generation.
+    """Restore `config.use_cache` at the end: transformers' Trainer turns it off, and the saved model would generate without a
+    cache.
 
     Training states are computed without a cache, whatever the config says.
     """

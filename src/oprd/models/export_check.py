@@ -94,9 +94,9 @@ def compare_files(lm: PreTrainedModel, folder: Path, live: Mapping[str, Tensor])
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 if name not in live:
-                    return ExportCheck(False, f"its files hold {name}, which the trained model has not")
+                    return ExportCheck(False, f"its files hold {name}, which the trained model lacks")
                 if not _alike(live[name], tensors.get_tensor(name)):
-                    return ExportCheck(False, f"{name} is another in its files")
+                    return ExportCheck(False, f"{name} differs in its files")
                 stored.add(name)
     if gone := sorted({*live} - stored - {*lm.all_tied_weights_keys}):
         return ExportCheck(False, f"{gone[0]} is in none of its files")
@@ -123,7 +123,7 @@ def _compare_loaded(
         return ExportCheck(False, f"{name} is {'missing' if name in ours else 'there'} when it is loaded again")
     for name, tensor in ours.items():
         if not _alike(tensor, theirs[name]):
-            return ExportCheck(False, f"{name} is another when it is loaded again")
+            return ExportCheck(False, f"{name} differs when it is loaded again")
     attention = causal_lm(model).config._attn_implementation
     if attention in _EVERYWHERE:  # in 16 bits two implementations round apart by more than a wrong config would show
         causal_lm(copy).set_attn_implementation(attention)

@@ -54,7 +54,7 @@ class HalvedSize:
         """
         before, self.value, self._failed = self.value, min(self.value, used) // 2, True
         logger.warning(
-            "out of memory in %s: %s is lowered from %d to %d for the rest of the run; set it so to spare the failed attempt",
+            "out of memory in %s: %s is lowered from %d to %d for the rest of the run; set this value to avoid the failed attempt",
             doing, self.setting, before, self.value,
         )  # fmt: skip
 
@@ -88,7 +88,7 @@ class HalvedSize:
 
 
 @contextmanager
-def say_what_to_lower(doing: str, advice: str) -> Iterator[None]:
+def explaining_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     """Turn an out-of-memory error into one sentence, where what failed cannot be run again.
 
     Args:

@@ -152,7 +152,7 @@ def block_input(args: Sequence[Any], kwargs: Any) -> torch.Tensor:
 
 
 def check_can_cut(model: nn.Module, kept: Sequence[int]) -> None:
-    """Refuse a model that is not itself without some blocks.
+    """Refuse a model from which blocks cannot be cut.
 
     Args:
         model: the original.

@@ -1,4 +1,4 @@
-"""Saved weights and the model in memory: the names under which one is the other, and reading them back with none left out."""
+"""Maps weights in memory to their names in saved files, and reads them back with none left out."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def shard_model(model: nn.Module, device: torch.device | str = "cpu", **settings
         ValueError: the model is not plain or already sharded, there is no process group, or torch is too old to train it.
 
     Example:
-        >>> shard_model(student); shard_model(teacher)
         >>> install_state_forward(student); install_state_forward(teacher)
+        >>> shard_model(student); shard_model(teacher)
         >>> losses = read_through_forward(student, request, read)
     """
     if not isinstance(model, PreTrainedModel):
@@ -89,7 +89,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # attribute set by ZeRO-3
 
 
-def most_of_ranks(count: int, device: torch.device | str) -> int:
+def max_over_ranks(count: int, device: torch.device | str) -> int:
     """The maximum of `count` over all processes. A collective call."""
     if not dist.is_initialized():
         return count

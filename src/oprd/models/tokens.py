@@ -64,11 +64,11 @@ def say_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) ->
             alone = " alone" if len(sources) == 1 else ""
             token = tokenizer.convert_ids_to_tokens(i)
             effect = (
-                "ends none"
+                "does not end a completion"
                 if i not in stops
-                else "ends a text"
+                else "ends a completion"
                 if token is not None
-                else "ends none, as it is no token"
+                else "is no token and ends no completion"
             )
             parts.append(f"{token!r} ({i}) of {' and '.join(sources)}{alone} {effect}")
     unused = {*chain.from_iterable(named.values())} - {*stops}

@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def teacher_id(self) -> str | None:
-        """The teacher that reads all of them: of a micro-batch, where there are several."""
+        """teacher_id of the one teacher that reads this batch; with several teachers, only a micro-batch has one."""
         (found,) = self.readings
         return found
 

@@ -364,7 +364,7 @@ class CompositeLoss:
         return weighted
 
     def _share(self) -> float:
-        """What this micro-batch is of all that counts in the step."""
+        """The micro-batch's share of the step's rollouts, or of its positions (`reduction: token`)."""
         if self.terms.objective.reduction == "rollout":
             return self.request.num_rollouts / self.totals.rollouts
         return len(self.request.rollout_index) / self.totals.positions
@@ -376,7 +376,7 @@ class CompositeLoss:
 
 
 def _scalar(name: str, method: str, value: Any) -> Tensor:
-    """The value of a term, if it is a scalar: of `[N]` values the sum over micro-batches would be taken silently.
+    """Check that a term's value is a scalar: `[N]` values would otherwise be summed silently over micro-batches.
 
     Raises:
         ValueError: names the term and what it returned.

@@ -19,7 +19,7 @@ class Preset:
     Args:
         source: the paper.
         keys: key of a recipe → value; those of other presets are at their defaults.
-        differs: what is otherwise in the paper, or not known of it.
+        differs: how the paper differs, or what is not known of it.
     """
 
     source: str
@@ -50,7 +50,7 @@ PRESETS: dict[str, Preset] = {
         "RIDE, arXiv 2609.36484",
         {"layers": "all", "positions": "last_k", "position_k": 2000, "representation_weight": 1.0, "extrapolation": 1.25,
          "reduction": "rollout"},
-        "the student must start as what the teacher was trained from, or base_model name it",
+        "the student must start from the model that the teacher was trained from; else set base_model to it",
     ),
     "phf": Preset(
         "PHF, arXiv 2606.29340",

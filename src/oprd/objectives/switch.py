@@ -77,8 +77,8 @@ class AdaptiveSwitch:
             return None
         self.switched_after = step
         return (
-            f"from here on {self.outputs.loss.kind} in place of states: their loss fell by {gain:.1%} a step over the last "
-            f"{self.window} steps, and by {self._largest:.1%} at best"
+            f"from here on {self.outputs.loss.kind} replaces the representation loss, which fell by {gain:.1%} a step over the "
+            f"last {self.window} steps, and by {self._largest:.1%} at best"
         )
 
     def layer_loss(self, layer: int, student_ND: Tensor, teacher_ND: Tensor, at: PackedPositions) -> Tensor:

@@ -108,7 +108,8 @@ class AttentionTerm(Protocol):
 
 @runtime_checkable
 class SeesSteps(Protocol):
-    """A term that is told of each finished step, and of all steps before a resumed one, in order. It keeps no other state."""
+    """A term whose `finished` is called after each step; on resuming, first for all earlier steps in order. It keeps no other
+    state."""
 
     def begin(self) -> None:
         """A run begins or is resumed: forget all steps."""
@@ -128,8 +129,8 @@ Objective = LayerTerm | HeadTerm | PolicyTerm | AttentionTerm
 Attribute `on_policy_only = True` (default: False, of policy terms True): the gradient is an expectation over tokens that the
 student draws.
 
-Attribute `supervised = True` (default: False): it reads the student alone, at its own tokens, and counts in steps whose responses
-the teacher writes.
+Attribute `supervised = True` (default: False): it reads only the student, at the response tokens, and counts only in steps
+whose responses the teacher writes.
 
 Attribute `needs_positions` (default: 1): positions of a rollout below which its loss of the rollout is 0."""
 
@@ -266,5 +267,5 @@ class PolicyGradient:
         return (loss_N * at.weights).sum()
 
 
-def unobserved(**metrics: torch.Tensor | float) -> None:
+def drop_metrics(**metrics: torch.Tensor | float) -> None:
     """An `observe` that drops its metrics: for a micro-batch that counts for nothing."""

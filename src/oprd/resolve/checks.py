@@ -150,7 +150,7 @@ def _of(settings: Any, name: str) -> Any:
 
 
 def _check_layer_map(run: RunConfig) -> None:
-    """Refuse `layer_map: kept` where there is no original to have kept layers of.
+    """Refuse a `layer_map` with several teachers, an extrapolation or a cache, and `kept` without a teacher_model.
 
     Raises:
         ValueError: says what to set.

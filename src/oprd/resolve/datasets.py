@@ -81,10 +81,10 @@ def _keeps_columns(run: RunConfig, rewards: RewardFunctions | None) -> bool:
 
 
 def _with_teacher_ids(run: RunConfig, rows: Sequence[PromptRow], kind: str) -> Sequence[PromptRow]:
-    """The rows, whose teacher_id names one of the run's teachers where each prompt has one.
+    """Check that each row's teacher_id names a teacher of the run, where teachers are chosen by row, and return the rows.
 
     Raises:
-        ValueError: a row's does not; names it.
+        ValueError: a row without such a teacher_id; names the row.
     """
     if run.teachers is None or run.args.teachers_per_prompt == "all" or (kind == "eval" and not run.eval_teacher):
         return rows

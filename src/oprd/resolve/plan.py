@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
+from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_shared_vocabulary
 from oprd.bridge import Bridge
 from oprd.config import OPRDConfig, check_own_tokens
 from oprd.data.rows import TEACHER_ID
@@ -113,7 +113,9 @@ class PlannedRun:
             return [*lines, f"teachers: {how}"]
         if is_student(run.teacher_model):
             rate = args.teacher_update_rate
-            follows = f"follows it at {rate:g} every {args.teacher_sync_steps} steps" if rate else "as it starts"
+            follows = (
+                f"moving towards it by {rate:g} every {args.teacher_sync_steps} step(s)" if rate else "as it starts"
+            )
             return [f"teacher: the student, {follows}"]
         return [_model_line("teacher", run.teacher_model, self.teacher)]
 
@@ -283,7 +285,7 @@ def _tokens(
     if aligner is None:
         return "the teacher gives the student's ids the same tokens"
     check_own_tokens(run.args)
-    check_one_text(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
+    check_shared_vocabulary(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
     shared = len(aligner.shared_vocabulary()[0])
     return f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"
 

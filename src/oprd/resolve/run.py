@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.aligner import Aligner
 from oprd.alignment.model_pair import ModelPair
-from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_one_text
+from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_shared_vocabulary
 from oprd.config import OPRDConfig, check_own_tokens
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, PromptRenderer
@@ -104,8 +104,8 @@ def resolve(run: RunConfig) -> ResolvedRun:
     train, evaluated = (
         dataset_rows(run, task, kind, rewards) for kind in PER_DATASET
     )  # before the models: a bad row ends the run at once
-    student, own_print, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
-    teacher, tokenizers = make_teacher(run, student, source, own_print)
+    student, student_fingerprint, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
+    teacher, tokenizers = make_teacher(run, student, source, student_fingerprint)
     _keep_date(run, student.tokenizer, tokenizers)
     for teacher_id, one in by_id(teacher).items():
         with naming_teacher(teacher_id):
@@ -117,7 +117,9 @@ def resolve(run: RunConfig) -> ResolvedRun:
         teacher = ExtrapolatedTeacher(teacher, base_of(run, student, teacher, tokenizers[None]), args.extrapolation)
     if args.bridge is not None:
         named, reads = BridgeSettings(args.bridge, args.bridge_rank), tokenizers[None] or student.tokenizer
-        teacher = bridge_teacher(named, resolve_layers(args.layers, student.info.layers), teacher, reads, own_print)
+        teacher = bridge_teacher(
+            named, resolve_layers(args.layers, student.info.layers), teacher, reads, student_fingerprint
+        )
     layers = _comparable_layers(args, student.info, teacher, aligners)
     check_attention(terms, student.model, teacher, layers, same_text=not aligners)
     pair = ModelPair(
@@ -378,7 +380,7 @@ def _aligners(
             )
             if aligner is not None:
                 bridged = args.bridge is not None or isinstance(one, ProjectsStudent)
-                check_one_text(aligner, compares_states=compares_states(terms) and not bridged)
+                check_shared_vocabulary(aligner, compares_states=compares_states(terms) and not bridged)
                 found[teacher_id] = aligner
     if found and any(isinstance(t.objective, HeadTerm) and not is_supervised(t.objective) for t in terms.values()):
         logger.warning(

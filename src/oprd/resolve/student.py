@@ -28,7 +28,8 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None, KeptBlocks | None]:
-    """The student, ready to train; with a bridge its fingerprint, with layer_map: kept its blocks, both without an added adapter.
+    """The student, ready to train, its fingerprint (with a bridge) and its kept blocks (`layer_map: kept`), both before an
+    adapter is added.
 
     A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
     one. Parameters that the loss does not reach are frozen.
@@ -40,7 +41,7 @@ def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprin
     assert tokenizer is not None, "a student always has a tokenizer"
     layers = compared_layers(args.layer_map, args.layers, info.layers)
     kept = KeptBlocks.of(model) if args.layer_map == KEPT else None
-    own_print = (
+    student_fingerprint = (
         fingerprint(model, tokenizer, info.name or "student") if args.bridge or bridges_of(run.teachers) else None
     )
     _check_trainable(model, added=peft_config is not None)
@@ -59,7 +60,7 @@ def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprin
     _require_reached(model, args.layers)
     _require_full_precision(model)
     install_state_forward(model)
-    return replace(loaded, model=model), own_print, kept
+    return replace(loaded, model=model), student_fingerprint, kept
 
 
 def _check_trainable(model: nn.Module, *, added: bool) -> None:

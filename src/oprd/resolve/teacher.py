@@ -112,7 +112,7 @@ TeacherTokenizers = Mapping[str | None, PreTrainedTokenizerBase | None]
 
 
 def make_teacher(
-    run: RunConfig, student: LoadedModel, source: TeacherSource | None, own_print: Fingerprint | None = None
+    run: RunConfig, student: LoadedModel, source: TeacherSource | None, student_fingerprint: Fingerprint | None = None
 ) -> tuple[Teacher, TeacherTokenizers]:
     """The teacher and its tokenizer. Of several, those with a bridge are behind it.
 
@@ -120,10 +120,10 @@ def make_teacher(
         run: the configuration.
         student: the student.
         source: where the teacher is; None for a model in this process.
-        own_print: the student's fingerprint, where a teacher has a bridge.
+        student_fingerprint: the student's fingerprint, where a teacher has a bridge.
     """
     if run.teachers is not None:
-        return _several_teachers(run, student, own_print)
+        return _several_teachers(run, student, student_fingerprint)
     teacher, tokenizer = _only_teacher(run, student, source)
     return teacher, {None: tokenizer}
 
@@ -150,7 +150,8 @@ def _only_teacher(
 
 
 def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
-    """The student as its own teacher: as it starts, without a copy where a fresh adapter can be turned off, or following it."""
+    """The student as its own teacher: a copy that follows it; with a new adapter, the student with it off; else a frozen
+    copy."""
     args = run.args
     if args.teacher_update_rate > 0:
         return FollowingTeacher(
@@ -163,7 +164,7 @@ def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
 
 
 def _several_teachers(
-    run: RunConfig, student: LoadedModel, own_print: Fingerprint | None
+    run: RunConfig, student: LoadedModel, student_fingerprint: Fingerprint | None
 ) -> tuple[Teacher, TeacherTokenizers]:
     """The teachers, each model loaded once and behind its bridge, and their tokenizers.
 
@@ -190,7 +191,9 @@ def _several_teachers(
             found[teacher_id], tokenizer = made[key]
             reads = tokenizers[teacher_id] = tokenizer if tokenizer is not None else student.tokenizer
             if teacher_id in bridges:
-                found[teacher_id] = bridge_teacher(bridges[teacher_id], layers, found[teacher_id], reads, own_print)
+                found[teacher_id] = bridge_teacher(
+                    bridges[teacher_id], layers, found[teacher_id], reads, student_fingerprint
+                )
     several = SeveralTeachers(
         found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
         offload=_offloads(run.args, student.model, each_once([*found.values()])),
@@ -321,7 +324,7 @@ def bridge_teacher(
     layers: Sequence[int],
     teacher: Teacher,
     tokenizer: PreTrainedTokenizerBase,
-    own_print: Fingerprint | None,
+    student_fingerprint: Fingerprint | None,
 ) -> BridgedTeacher:
     """The teacher behind a bridge.
 
@@ -330,7 +333,7 @@ def bridge_teacher(
         layers: student layers that are compared.
         teacher: the teacher.
         tokenizer: of the teacher.
-        own_print: the student's fingerprint.
+        student_fingerprint: the student's fingerprint.
 
     Raises:
         ValueError: the bridge was fitted for other models, or the teacher's weights are unknown.
@@ -345,7 +348,7 @@ def bridge_teacher(
             "bridge: it needs a teacher_model whose weights are in this process, or a server or cache that knows their "
             "fingerprint, to compare them with those it was fitted for"
         )
-    bridge = Bridge.load(named.folder, student=own_print, teacher=theirs, layers=layers, rank=named.rank)
+    bridge = Bridge.load(named.folder, student=student_fingerprint, teacher=theirs, layers=layers, rank=named.rank)
     kind, doubtful = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
     digest = folder_digest(Path(named.folder))

@@ -57,7 +57,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows become these of the present ones; where they are fewer, only those that change their place are copied."""
+        """Replace the rows by those at `beam_idx`. If the memory has room for them, copy only rows that change place."""
         rows, length = len(beam_idx), self.keys.shape[-2]
         if rows > len(self._all_keys):
             self._show(self.keys[beam_idx], self.values[beam_idx], rows, length)
@@ -102,7 +102,7 @@ class CachedRows:
             self._padded = False  # a recurrent state holds no padding, which the mask would hide
 
     def take(self, rows_R: Int[Tensor, " R"]) -> None:
-        """The rows become these of the present ones: repeated, left out, in another order.
+        """Replace the rows by those at `rows_R`, which may repeat, leave out or reorder them.
 
         Args:
             rows_R: places of present rows.

@@ -44,7 +44,7 @@ from oprd.states.layouts import Probe, rounding
 logger = logging.getLogger("oprd")
 
 _LEAVE_SHARE = 1 / 8  # ended rows leave the batch once they are this share of it; leaving copies a part of the cache
-_LOOK_EVERY = {"cpu": 1}  # steps between two looks at which rows have ended; a look makes another device wait
+_LOOK_EVERY = {"cpu": 1}  # steps between two checks for ended rows; on a GPU a check waits for the device
 _LOOK_EVERY_ELSEWHERE = 8
 
 
@@ -208,9 +208,9 @@ def _check_sound(sound_B: Tensor) -> None:
 
 
 class DecodeEngine:
-    """Samples with `complete_rows`, and with `generate` from a model for which that is not possible or not right.
+    """Samples with `complete_rows`, or with `generate` if the model has no usable cache or its cached logits are wrong.
 
-    Whether it is right is measured on each model before its first rollout. A fall-back is logged once. Where memory runs out, fewer
+    The logits are compared on each model before its first rollout. A fall-back is logged once. Where memory runs out, fewer
     rows are written at once from then on, with the same tokens but for the rounding of logits.
 
     Args:

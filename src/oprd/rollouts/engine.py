@@ -115,7 +115,7 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class CanInterrupt(Protocol):
-    """An engine that waits for another process."""
+    """An engine or teacher that waits for another process."""
 
     @property
     def failing(self) -> bool:

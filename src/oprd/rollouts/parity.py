@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oprd.models.lm_head import lm_head_of, log_probs
-from oprd.models.memory import say_what_to_lower
+from oprd.models.memory import explaining_out_of_memory
 from oprd.rollouts.engine import Sampled
 from oprd.states.capture import gather_states
 from oprd.states.requests import plan_micro_batches, request_states
@@ -75,7 +75,9 @@ class ParityWatch:
             return {}
         training = model.training
         model.eval()
-        with say_what_to_lower("reading the student's log-probabilities", f"lower micro_batch_tokens ({token_budget})"):
+        with explaining_out_of_memory(
+            "reading the student's log-probabilities", f"lower micro_batch_tokens ({token_budget})"
+        ):
             gap = float(log_prob_gap(model, sampled.rollouts, sampled.log_probs, token_budget).mean())
         model.train(training)
         if gap > PARITY_BOUND and not self._warned:

@@ -132,7 +132,7 @@ class TeacherWriter:
             num_generations: responses a prompt.
             sampling: how they are drawn. `max_completion_length` holds in the tokens of both models.
             seed: of the drawing.
-            device: where teachers write whose weights wait in host memory.
+            device: for teachers whose weights are offloaded to host memory.
 
         Raises:
             ValueError: a teacher's template cannot render a prompt, or the student's tokens can write nothing of any response.
@@ -266,7 +266,7 @@ class Rewriter:
         return self.mirror.end_id if isinstance(row.prompt, str) else next(iter(self.turn_end_ids), self.mirror.end_id)
 
     def _lost(self, found: Alignment, completion: Sequence[int], finished: FinishReason, opening: str) -> str:
-        """Why a part of the response is missing; "" if none is. The part of a character that a length limit cut is none."""
+        """Why a part of the response is missing; "" if none is. A character that the length limit cuts does not count."""
         why = next((name for name in _LOST if name in found.dropped), "")
         if why or finished == "stop":
             return why or ("" if found.ended else "special_token")

@@ -21,8 +21,8 @@ from transformers import (
 
 from oprd.models.architecture import causal_lm, evaluating
 from oprd.models.lm_head import contiguous_head_input
-from oprd.models.memory import HalvedSize, say_what_to_lower
-from oprd.models.sharding import is_sharded, most_of_ranks
+from oprd.models.memory import HalvedSize, explaining_out_of_memory
+from oprd.models.sharding import is_sharded, max_over_ranks
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import (
     EngineAbilities,
@@ -107,7 +107,7 @@ class TransformersEngine:
     def _starts(self, model: nn.Module, count: int) -> range:
         batches = -(-count // self.batch_size)
         if is_sharded(model):
-            batches = most_of_ranks(batches, next(model.parameters()).device)
+            batches = max_over_ranks(batches, next(model.parameters()).device)
         return range(0, batches * self.batch_size, self.batch_size)
 
     def _generate_batch(
@@ -116,7 +116,7 @@ class TransformersEngine:
         """The completions of one batch, in parts where memory does not hold it at once."""
         if is_sharded(model):
             advice = f"lower generation_batch_size ({self.batch_size}); it is not halved with a sharded model"
-            with say_what_to_lower(SAMPLING, advice):
+            with explaining_out_of_memory(SAMPLING, advice):
                 return self._generate_rows(model, prompts, sampling, Draw(generator))
         before, after, most = generator.get_state(), generator.get_state(), 0
         completions: list[list[int]] = []

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from oprd.models.memory import say_what_to_lower
+from oprd.models.memory import explaining_out_of_memory
 
 
 class WeightsCopies:
@@ -39,7 +39,9 @@ class WeightsCopies:
                 if copied[name] is not live:
                     copied[name].copy_(live)
             return kept
-        with say_what_to_lower("copying the weights for rollouts", "leave weights_dtype out of rollout_engine_kwargs"):
+        with explaining_out_of_memory(
+            "copying the weights for rollouts", "leave weights_dtype out of rollout_engine_kwargs"
+        ):
             made = copy.deepcopy(model, {id(p): self._cast(p) for p in model.parameters()}).eval()
         self._copies[model] = made
         return made

@@ -57,7 +57,7 @@ class Placement:
 
     Args:
         student: bytes of its training state.
-        teachers: bytes of the weights of each model; 0 for one that is another's.
+        teachers: bytes of each teacher's weights; 0 if it shares another teacher's model.
         device: bytes of the device's memory; None where there is no other memory than the host's.
     """
 

@@ -18,7 +18,7 @@ HEAD = 0  # layer number that means the LM head's input at the response position
 
 
 def attention_key(layer: int) -> int:
-    """The number below 0 under which a layer's attention rows are read; of such a number, the layer."""
+    """Key of a layer's attention rows: the negated layer. Applied to a key, it gives the layer."""
     return -layer
 
 

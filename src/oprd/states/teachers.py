@@ -1,4 +1,4 @@
-"""Teachers: the models whose hidden states the student matches. One class for each kind; none is ever updated."""
+"""Teachers: the models whose hidden states the student matches. One class for each kind; none gets a gradient."""
 
 from __future__ import annotations
 

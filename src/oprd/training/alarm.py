@@ -24,8 +24,8 @@ _TOP = 0.5  # above this one it does not either: the student may be done
 _SURE = 0.05  # the gain in accuracy must be below this, by two standard errors
 _RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
 _MEAN_OF = 5  # steps: of one step the loss is noisy
-_UNEQUAL = 100.0  # times: no noise of a step
-_SCALES_AT = 5  # the step whose terms are compared: one alone, so that a resumed run tells the same
+_UNEQUAL = 100.0  # ratio; the noise of one step is far smaller
+_SCALES_AT = 5  # the one step whose terms are compared, so that a resumed run gives the same warning
 
 
 class AlarmWatch:
@@ -82,11 +82,11 @@ def only_teacher(row: Mapping[str, Any]) -> str:
 class RisingLoss:
     """Tells when a term's loss has risen to a multiple of the lowest so far: the usual sign of too high a learning rate.
 
-    It watches the representation loss, and an output-space loss that is a distance, before their weights. Compared are geometric
+    It watches the representation loss, and an output-space loss that is a distance, before their weights. It compares geometric
     means over five steps, since a loss varies by factors; the loss of the first step counts as one too. After an alarm it is
     quiet for `alarm_window` steps. Steps of one of several teachers are compared with each other.
 
-    Where something else than the rate may raise a loss, it is not watched: a weight that fades, rewards, two writers.
+    A loss is not watched where more than the rate may raise it: a scheduled weight, rewards, rollouts of two models.
 
     Args:
         args: the run's settings; with `alarm_window: 0` it never tells.
@@ -196,8 +196,8 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
     Cosine must have risen, and either accuracy fallen by more than three standard errors (over the graded rollouts of each half;
     binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each
-    half). Else cosine and loss must both have come a tenth nearer to their goals, and an accuracy between 5 and 50 % not have
-    risen: a far pair, whose teacher says little about what the student writes.
+    half). Otherwise loss and 1 − cosine must both have fallen by more than a tenth while an accuracy of 5 to 50 % did not rise:
+    a far pair, whose teacher says little about what the student writes.
 
     Args:
         rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and

@@ -17,7 +17,7 @@ from oprd.faults import RunStopped
 from oprd.files import write_json
 from oprd.models.memory import HalvedSize, ran_out_of_memory
 from oprd.objectives.batch import Batch
-from oprd.objectives.terms import unobserved
+from oprd.objectives.terms import drop_metrics
 from oprd.training.long_sequences import LongSequences
 from oprd.training.parallel import MicroBatch, Parallel
 from oprd.training.recorder import Recorder
@@ -36,8 +36,8 @@ class MemoryGuard:
     so far is learned again from its rollouts. This takes no memory while all goes well. Gradients are equal up to the order of
     their sum; dropout draws other masks, because it is seeded by micro-batch.
 
-    With several processes this is done while they do not wait for each other: under DDP, in all micro-batches but a batch's last,
-    which exchanges gradients. Otherwise the run ends.
+    With several processes this works only in a pass in which no other takes part: under DDP, in all micro-batches but a batch's
+    last, which exchanges gradients. Otherwise the run ends.
 
     Args:
         args: the run's settings.
@@ -50,7 +50,7 @@ class MemoryGuard:
         self.args, self.parallel, self.recorder, self.long_sequences = args, parallel, recorder, long_sequences
         self.token_budget = HalvedSize("micro_batch_tokens", args.micro_batch_tokens)
         self._accumulated: list[tuple[Batch, Learn[Any]]] = []  # batches whose gradients are in .grad
-        self._only_ours = True  # no other gradients are
+        self._only_ours = True  # whether .grad holds gradients of these batches alone
         self._step = -1
         self._running: MicroBatch | None = None
 
@@ -100,7 +100,7 @@ class MemoryGuard:
             for earlier, relearn in self._accumulated:  # their metrics are recorded already, and nothing is exchanged
                 cut = self.parallel.micro_batches(earlier, self.token_budget.value, model)
                 with closing(self._watched([replace(part, last=False) for part in cut])) as watched:
-                    relearn(watched, unobserved)
+                    relearn(watched, drop_metrics)
         observed: list[dict[str, Any]] = []
         parts = self.parallel.micro_batches(batch, self.token_budget.value, model)
         with closing(self._watched(parts)) as watched:

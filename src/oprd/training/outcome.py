@@ -50,7 +50,7 @@ def measure_before(trainer: OPRDTrainer, *, resumed_at: int | None, say: Say) ->
 
     Args:
         trainer: whose run has begun.
-        resumed_at: step from which the run goes on: what an earlier part of it has measured is taken; None: it starts.
+        resumed_at: step that the run resumes from; earlier measures are reused. None: a new run.
         say: called with each line of news.
 
     Returns:
@@ -179,7 +179,7 @@ def _about(trainer: OPRDTrainer) -> dict[str, Any]:
 
 
 def _rate_probe(trainer: OPRDTrainer) -> dict[str, Any] | None:
-    """What found the run's learning rate, also in an earlier part of the run; None where it was given."""
+    """The probe that found the run's learning rate, perhaps before it was resumed; None where the rate was given."""
     probe = trainer.run_folder.read_json(RATE_PROBE)
     return probe if probe.get("learning_rate") == trainer.args.learning_rate else None
 
@@ -221,7 +221,7 @@ def _keep(trainer: OPRDTrainer, key: str, found: Measured, say: Say) -> dict[str
 
 
 def _warn_of_teacher(found: Mapping[str, Any]) -> None:
-    """Warn of a teacher that solves next to nothing: rather the grader, its instruction or the length is wrong than the teacher."""
+    """Warn of a teacher that solves next to nothing: more likely the grader, its instruction or the length is wrong."""
     average, finished = found.get("avg_at_k"), found.get("finished")
     problems = found.get("problems") or 0
     rewarded = found.get("measure") == REWARD  # a reward may be anything

@@ -1,7 +1,6 @@
 """What the training processes do together: placing models, even rounds of micro-batches, exchanging gradients, totals of a step.
 
-One process needs none of it; `Parallel` then does the plain thing. DDP, FSDP2 (`fully_shard`, or accelerate's) and DeepSpeed are
-told apart here and nowhere else.
+One process exchanges nothing. Most of what differs between DDP, FSDP2 (`fully_shard`, or accelerate's) and DeepSpeed is here.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from oprd.alignment.position_pairs import input_lengths
 from oprd.config import OPRDConfig
 from oprd.models.lm_head import embedding_gradient_by_rows
-from oprd.models.sharding import is_sharded, most_of_ranks, shard_models
+from oprd.models.sharding import is_sharded, max_over_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
@@ -119,7 +118,7 @@ class Parallel:
 
         Args:
             counts: rollouts, positions, tokens and compared positions of this rank's batch.
-            share: of this rank's part of the step that the batch is.
+            share: the batch's fraction of this rank's part of the step.
         """
         totals = torch.tensor(counts, dtype=torch.float64, device=self.args.device) / share
         if self.args.world_size > 1:  # DDP averages gradients over ranks, so the mean count gives a mean over all
@@ -264,9 +263,9 @@ def _inner_backward(accelerator: Any) -> Iterator[None]:
 
 
 def even_rounds(groups: list[list[int]], models: Sequence[nn.Module], accelerator: Any) -> list[list[int]]:
-    """The micro-batches of this rank; where another rank has more, filled up with a rollout that is to count for nothing.
+    """This rank's micro-batches, padded with idle ones of one rollout to the largest number on any rank.
 
-    A sharded model takes every rank for each of its passes, and DeepSpeed for each backward pass.
+    A sharded model needs all ranks in each of its passes, DeepSpeed in each backward pass.
 
     Args:
         groups: indices of each micro-batch's rollouts.
@@ -276,7 +275,7 @@ def even_rounds(groups: list[list[int]], models: Sequence[nn.Module], accelerato
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if not (deepspeed or any(is_sharded(model) for model in models)):
         return groups
-    missing = most_of_ranks(len(groups), accelerator.device) - len(groups)
+    missing = max_over_ranks(len(groups), accelerator.device) - len(groups)
     return [*groups, *[groups[-1][:1]] * missing]
 
 

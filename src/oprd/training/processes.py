@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 
 from oprd.files import file_digest
-from oprd.models.sharding import most_of_ranks
+from oprd.models.sharding import max_over_ranks
 
 SHOWN_SECONDS = 60.0  # a network file system may show a new file this late (NFS: acdirmax)
 _OF_GLOO = re.compile(r"^\[\S*/gloo/\S+\] ?")  # "[/…/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
@@ -52,11 +52,11 @@ def check_shared(file: Path, device: torch.device | str) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     first = dist.get_rank() == 0
-    written = most_of_ranks(_digest(file) if first else 0, device)
+    written = max_over_ranks(_digest(file) if first else 0, device)
     end = time.monotonic() + SHOWN_SECONDS
     while (found := _digest(file)) != written and time.monotonic() < end:
         time.sleep(0.1)
-    if blind := most_of_ranks(0 if found == written else dist.get_rank() + 1, device):
+    if blind := max_over_ranks(0 if found == written else dist.get_rank() + 1, device):
         raise ValueError(
             f"output_dir: rank {blind - 1} does not see {file.absolute()} as rank 0 wrote it; all processes save their part of a "
             "checkpoint there: name a folder on a disk that all machines share"

@@ -26,7 +26,7 @@ from oprd.models.recomputation import recomputed_blocks
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import CompositeObjective, StepObjective, StepTotals
 from oprd.objectives.schedules import weight_at
-from oprd.objectives.terms import AttentionTerm, HeadTerm, LayerTerm, Representation, unobserved
+from oprd.objectives.terms import AttentionTerm, HeadTerm, LayerTerm, Representation, drop_metrics
 from oprd.resolve import ResolvedRun
 from oprd.rollouts.engine import derive_seed, student_writes
 from oprd.rollouts.teacher_text import TeacherWriter
@@ -51,7 +51,7 @@ class RateProbe:
         learning_rate: the rate to train with.
         curve: rate → held-out loss after the steps; infinite where the loss or the gradients were not finite.
         before: held-out loss of the start weights.
-        tolerated: how the rate was chosen (`choose`).
+        loss_factor: multiple of `before` up to which a loss was accepted; 0: the lowest loss was taken.
         left_out: terms of the objective that the probe leaves out.
         seconds: that it took.
     """
@@ -59,15 +59,15 @@ class RateProbe:
     learning_rate: float
     curve: Mapping[float, float]
     before: float
-    tolerated: float = 0.0
+    loss_factor: float = 0.0
     left_out: Sequence[str] = ()
     seconds: float = 0.0
 
     @property
     def rule(self) -> str:
         """How the rate was chosen, in words."""
-        if self.tolerated:
-            return f"the highest rate whose held-out loss stays below {self.tolerated:g} × that before"
+        if self.loss_factor:
+            return f"the highest rate whose held-out loss stays below {self.loss_factor:g} × that before"
         return "the rate with the lowest held-out loss"
 
     def as_json(self) -> dict[str, Any]:
@@ -132,20 +132,20 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
         if args.activation_checkpointing:
             stack.enter_context(recomputed_blocks(model))
         before = learner.held_out_loss()
-        tolerated = tolerance(args, objective, len(resolved.train_prompts or ())) if not left_out else 0.0
-        curve = search(learner.loss_at, before, tolerated)
+        loss_factor = tolerance(args, objective, len(resolved.train_prompts or ())) if not left_out else 0.0
+        curve = search(learner.loss_at, before, loss_factor)
     # That of the first process: GPUs may differ in the last bits.
-    (rate,) = broadcast_object_list([choose(curve, before, tolerated)])
-    return RateProbe(rate, curve, before, tolerated, left_out, time.perf_counter() - started)
+    (rate,) = broadcast_object_list([choose(curve, before, loss_factor)])
+    return RateProbe(rate, curve, before, loss_factor, left_out, time.perf_counter() - started)
 
 
-def search(loss_at: Callable[[float], float], before: float, tolerated: float = 0.0) -> dict[float, float]:
-    """Try rates of `RATES` from `FIRST` on, upwards and else downwards, while the loss falls or is tolerated.
+def search(loss_at: Callable[[float], float], before: float, loss_factor: float = 0.0) -> dict[float, float]:
+    """Try rates of `RATES` from `FIRST` on, upwards and else downwards, while the loss falls or is accepted.
 
     Args:
         loss_at: rate → held-out loss after the steps.
         before: held-out loss of the start weights.
-        tolerated: multiple of it up to which a loss is taken; 0: the lowest loss is looked for.
+        loss_factor: multiple of it up to which a loss is accepted; 0: the lowest loss is searched.
 
     Returns:
         Rate → loss, ascending.
@@ -159,9 +159,9 @@ def search(loss_at: Callable[[float], float], before: float, tolerated: float = 
 
     first = highest = lowest = RATES.index(FIRST)
     loss(first)
-    while highest + 1 < len(RATES) and (loss(highest + 1) <= tolerated * before or loss(highest + 1) < loss(highest)):
+    while highest + 1 < len(RATES) and (loss(highest + 1) <= loss_factor * before or loss(highest + 1) < loss(highest)):
         highest += 1
-    if tolerated:
+    if loss_factor:
         while lowest > 0 and min(tried.values()) >= before:
             lowest -= 1
             loss(lowest)
@@ -171,13 +171,13 @@ def search(loss_at: Callable[[float], float], before: float, tolerated: float = 
     return dict(sorted(tried.items()))
 
 
-def choose(curve: Mapping[float, float], before: float, tolerated: float = 0.0) -> float:
-    """The rate to train with: that of the lowest loss, or the highest one whose loss is tolerated.
+def choose(curve: Mapping[float, float], before: float, loss_factor: float = 0.0) -> float:
+    """The rate to train with: that of the lowest loss, or the highest one whose loss is accepted.
 
     Args:
         curve: rate → held-out loss.
         before: held-out loss of the start weights.
-        tolerated: as in `search`.
+        loss_factor: as in `search`.
 
     Raises:
         ValueError: no rate lowers the loss.
@@ -188,14 +188,14 @@ def choose(curve: Mapping[float, float], before: float, tolerated: float = 0.0) 
             f"learning_rate: {AUTO} found no rate that lowers the held-out loss: {before:.4g} before, {curve[best]:.4g} after "
             f"{STEPS} steps at {best:g}; check the pair (oprd diagnose), or {_GIVE}"
         )
-    return max((rate for rate, loss in curve.items() if loss <= tolerated * before), default=best)
+    return max((rate for rate, loss in curve.items() if loss <= loss_factor * before), default=best)
 
 
 def tolerance(args: OPRDConfig, objective: CompositeObjective, prompts: int) -> float:
-    """What a run tolerates in its first steps: a multiple of the loss before, or 0.
+    """The multiple of the start's loss up to which the probe accepts a held-out loss; 0: it takes the lowest loss.
 
-    A squared distance of states overshoots in Adam's first steps and recovers, and a higher rate then goes further; a run of few
-    steps has no time for it, and a loss on distributions, which is bounded, does not show how far it has overshot.
+    A squared distance of states overshoots in Adam's first steps, then recovers, and a higher rate gets further. A short run has
+    no time to recover, and a bounded loss on distributions hides how far it overshot.
 
     Args:
         args: the run's settings.
@@ -210,7 +210,8 @@ def tolerance(args: OPRDConfig, objective: CompositeObjective, prompts: int) -> 
 
 
 def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Prompt]]) -> list[Batch]:
-    """One rollout of each prompt, written by who writes those of the step with the batch's number; each writer is asked once."""
+    """One rollout of each prompt. Batch i is written by the model that writes step i; each model samples once for all its
+    batches."""
     args, pair = resolved.run.args, resolved.pair
     found: dict[int, Batch] = {}
     by_student = _writers(args, len(batches))
@@ -308,7 +309,7 @@ class _Learner:
             )  # fmt: skip
             teacher = self.pair.teacher.states(asked) if terms.needs_teacher else None
             heads = partial(self.pair.heads, reader)
-            losses = terms.on(part, request, teacher, totals, heads=heads, observe=unobserved)
+            losses = terms.on(part, request, teacher, totals, heads=heads, observe=drop_metrics)
             with _precision(self.args):
                 loss: Tensor = torch.stack(read_through_forward(self.model, request, losses.read)).sum()
             if learn:

@@ -68,7 +68,7 @@ class Recorder:
         args: the run's settings.
         parallel: the training processes.
         requests: counts requests to another process; None: there are none.
-        terms: of the loss, by name; those that see steps are told of them.
+        terms: of the loss, by name; `finished` is called on those that are `SeesSteps`.
 
     Attributes:
         last_step: the step that was closed last.
@@ -129,7 +129,7 @@ class Recorder:
         self._useless = UselessSteps(self.args, int(before))
 
     def _tell(self, step: int, row: Mapping[str, Any]) -> list[str]:
-        """Tell the terms that see steps of one; what they say about it."""
+        """Call `finished` on each `SeesSteps` term, and return the lines that they give."""
         said = [
             term.finished(step, row[f"loss/{name}"]) for name, term in self._watching.items() if f"loss/{name}" in row
         ]
@@ -199,8 +199,8 @@ class Recorder:
         if missing and not self._said_missing:
             self._said_missing = True
             logger.warning(
-                "step %d: every reward function returned None for %d of %d rollouts, which teach no reward; from here on, "
-                "reward_missing counts them",
+                "step %d: every reward function returned None for %d of %d rollouts, which get no reward; from here on, "
+                "reward_missing is their share",
                 step, missing, len(rewards),
             )  # fmt: skip
 

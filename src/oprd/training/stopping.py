@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from oprd.config import OPRDConfig
-from oprd.models.sharding import most_of_ranks
+from oprd.models.sharding import max_over_ranks
 
 logger = logging.getLogger("oprd")
 
@@ -137,7 +137,7 @@ class StopOrSave(TrainerCallback):
         if state.global_step % self.args.num_iterations:
             return
         due = self.args.save_seconds is not None and time.monotonic() - self._saved_at >= self.args.save_seconds
-        wish = most_of_ranks(2 * self.signals.received + due, self.args.device)  # one exchange for both
+        wish = max_over_ranks(2 * self.signals.received + due, self.args.device)  # one exchange for both
         control.should_save = control.should_save or wish > 0
         if wish > 1:
             control.should_training_stop, control.should_evaluate = True, False

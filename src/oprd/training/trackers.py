@@ -64,7 +64,7 @@ def trackers_of(callbacks: Iterable[Any]) -> list[Tracker]:
 
 @contextmanager
 def kept_open(callbacks: Iterable[Any]) -> Iterator[None]:
-    """Inside, trackers are not told that training has ended: what comes after it belongs to the same run. They are at the end."""
+    """Delay the trackers' `on_train_end` to the end of the context: what follows training belongs to the same run."""
     trackers = trackers_of(callbacks)
     for tracker in trackers:
         tracker.keep_open()

@@ -28,12 +28,12 @@ from oprd.data.order import OneTeacherSteps, RepeatedSteps
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
 from oprd.models.architecture import keeping_cache_setting
-from oprd.models.memory import HalvedSize, say_what_to_lower
+from oprd.models.memory import HalvedSize, explaining_out_of_memory
 from oprd.models.processor import copy_processor
 from oprd.models.saved import check_names, has_own_layout, weight_files
-from oprd.models.sharding import most_of_ranks, shard_models, whole_weights
+from oprd.models.sharding import max_over_ranks, shard_models, whole_weights
 from oprd.objectives.composite import StepObjective, StepTotals
-from oprd.objectives.terms import unobserved
+from oprd.objectives.terms import drop_metrics
 from oprd.resolve import ResolvedRun, check_inputs, given_rows, prepare, resolve
 from oprd.rollouts.background import BackgroundSampler
 from oprd.rollouts.engine import CanInterrupt, RolloutEngine
@@ -89,8 +89,8 @@ class OPRDTrainer(Trainer):
             the loss does not reach (an untied LM head, layers above the highest chosen one) loses `requires_grad`.
         teacher_model: teacher of the same width, depth (unless `layer_map` is set) and tokens (with a `bridge`, any), by name, as a
             model, or any `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id`
-            names theirs). "student": the student as it is now, or following it (`args.teacher_update_rate`), with a
-            `teacher_prompt`. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
+            names theirs). "student": the student as it starts, or a copy that follows it (`args.teacher_update_rate`), with a
+                prompt of its own. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
             `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
@@ -102,7 +102,7 @@ class OPRDTrainer(Trainer):
         callbacks: as in any Trainer.
         optimizers: as in any Trainer.
         peft_config: train an adapter (LoRA) instead of all weights.
-        base_model: what the teacher was trained from, for `args.extrapolation`. None: the student as it is now.
+        base_model: what the teacher was trained from, for `args.extrapolation`. None: the student as it starts.
         objectives: name → `oprd.objectives.composite.Term`: terms of your own, beside those that `args` turns on.
         rollout_engine: in place of `args.rollout_engine`.
         task: in place of `args.task`.
@@ -294,7 +294,7 @@ class OPRDTrainer(Trainer):
             )  # fmt: skip
             with self.recorder.timed("teacher"):  # the teacher reads them, without gradient
                 teacher = self.pair.teacher.states(teacher_request) if terms.needs_teacher else None
-            seen = unobserved if part.idle else observe
+            seen = drop_metrics if part.idle else observe
             heads = partial(self.pair.heads, teacher_id, in_place=self.parallel.in_place)
             losses = terms.on(part.batch, request, teacher, totals, heads=heads, observe=seen)
             del teacher  # `losses` frees it layer by layer
@@ -339,7 +339,8 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
-            RunStopped: memory does not hold the smallest batch, `max_useless_steps`, or a reward function raises an error.
+            RunStopped: one rollout does not fit into memory, `max_useless_steps` is reached, or a reward function raises an
+            error.
             LostProcessError: another process of the run has ended.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
@@ -372,7 +373,7 @@ class OPRDTrainer(Trainer):
         else:
             with ExitStack() as stack:
                 stack.enter_context(
-                    say_what_to_lower("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
+                    explaining_out_of_memory("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
                 )
                 stack.enter_context(self.grading.open())
                 stack.enter_context(self.rollouts.running())
@@ -420,8 +421,8 @@ class OPRDTrainer(Trainer):
     def _saving_what_is_learnt(self) -> Iterator[None]:
         """Where a server is lost in a step, or a signal ends a step that waits for one, save the steps before it.
 
-        Of several processes, the others wait elsewhere and cannot save; rollouts that are sampled ahead, or serve another update,
-        belong to a later step than the weights.
+        Nothing is saved where a run could not go on from it: with several processes, since the others wait elsewhere, with
+        `overlap_rollouts`, or between the updates on the same rollouts (`num_iterations`).
         """
         try:
             yield
@@ -443,7 +444,7 @@ class OPRDTrainer(Trainer):
         Raises:
             StoppedBySignal: it has.
         """
-        number = most_of_ranks(self.signals.received, self.args.device)
+        number = max_over_ranks(self.signals.received, self.args.device)
         if not number:
             return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -634,7 +635,7 @@ class OPRDTrainer(Trainer):
 
 
 def _resolve(args: OPRDConfig | None, *models_and_data: Any, **more: Any) -> ResolvedRun:
-    """What the arguments of a trainer make. Where there is a run to resume, its chat template goes on printing the run's date."""
+    """Resolve a trainer's arguments. If `output_dir` has a checkpoint, keep the date that the run's chat template prints."""
     args = args if args is not None else OPRDConfig("oprd-output")
     check_one_device(args)
     _check_rate(args)

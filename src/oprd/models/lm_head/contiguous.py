@@ -15,9 +15,9 @@ from oprd.models.architecture import causal_lm
 def contiguous_head_input(model: nn.Module) -> Iterator[None]:
     """Make every input of the model's LM head contiguous, until the end of the block.
 
-    For the first token transformers passes the slice `hidden[:, -1:, :]`. By a frozen weight PyTorch multiplies such a slice as a
-    batch, over one copy of the weight for each row: many times slower, and `rows · |V| · D` numbers more. A model without an LM
-    head is left alone.
+    For the first token transformers passes the slice `hidden[:, -1:, :]`. If the weight is frozen, PyTorch multiplies such a
+    slice as a batch, with a copy of the weight for each row: many times slower, and `rows · |V| · D` more numbers. A model
+    without an LM head is left alone.
     """
     head = causal_lm(model).get_output_embeddings()
     if head is None:

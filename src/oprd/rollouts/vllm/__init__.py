@@ -2,5 +2,6 @@
 
 Imported by `rollouts/engines.py` and the benchmarks only; vLLM itself is imported at first use, so it need not be installed.
 Start reading at `engine.py`; `weights.py` collects the student's weights. For a server, `weights_folder.py` writes them into a
-`held_folder.py`, and `requests.py` sends them and asks for rollouts, as long as `patience.py` says.
+folder that `held_folder.py` locks, and `requests.py` makes the server load them and requests rollouts, repeated as
+`oprd/http/patience.py` says.
 """

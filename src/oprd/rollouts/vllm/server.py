@@ -176,7 +176,7 @@ class VLLMServerEngine:
         return f"{self.server_weights_dir}/{names[0]}" if names else ""
 
     def _complete(self, wanted: WantedSet, folder: str) -> None:
-        """Complete the set on all ranks; rank 0 sends the weights in `folder` as often as that takes."""
+        """Complete the set on all ranks. Rank 0 sends the weights in `folder`, and after a loss up to `retries` times more."""
         repeats, losses = self.requests.repeats, list[WeightsLost]()
         for _ in range(1 + self.retries):
             self._ranks.first(lambda: self.requests.hold(wanted, folder, self.start_command()))

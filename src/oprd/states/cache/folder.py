@@ -48,7 +48,7 @@ class CachedPositions:
         return range(found[0], found[-1] + 1) if len(found) else range(0)
 
     def hold(self, wanted: CachedPositions) -> bool:
-        """Whether every position of another set is in this one."""
+        """Whether this set is all positions or equals the wanted one."""
         whole = self.positions == "all" and not self.before_end
         return whole or self == wanted
 

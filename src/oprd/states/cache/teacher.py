@@ -116,7 +116,7 @@ class CachedTeacher:
         return States(request.layers, tuple(values), request.rollout_index, request.num_rollouts)
 
     def _find(self, request: StateRequest) -> list[tuple[int, int, int]]:
-        """Of each run of positions that are next to each other: shard, first row and row after the last, in the request's order."""
+        """For each rollout: shard, first row and row after the last, in the request's order."""
         assert request.attention_mask is not None, "the caller has checked"
         length = request.input_ids.shape[1]
         rows = [row.nonzero()[:, 0] for row in request.attention_mask.cpu()]
@@ -144,7 +144,7 @@ class CachedTeacher:
         )
 
     def _by_text(self) -> dict[bytes, list[tuple[int, int, int]]]:
-        """Digest of what is read → shard, its first row there, and the token at whose state that row is."""
+        """Digest of the token ids → (shard, first row in it, index of the token whose state that row is)."""
         places: dict[bytes, list[tuple[int, int, int]]] = {}
         self._lengths: dict[tuple[int, int], int] = {}
         for number, shard in enumerate(self._index.shards):

@@ -250,8 +250,8 @@ def is_loopback(host: str) -> bool:
 class _Listener(ThreadingHTTPServer):
     """Accepts connections and ends those that take too long.
 
-    A connection is a stranger until the gate lets its request in, and has a place only then: who sends nothing keeps no place from
-    who may ask. Of too many strangers the oldest is ended.
+    A connection is a stranger until its request passes the gate. Only then it takes one of the limited places, so silent
+    connections block no client. With too many strangers the oldest is closed.
 
     Args:
         address: host and port.

@@ -178,7 +178,7 @@ class RemoteTeacher:
         return {"teacher_retries": float(retries), "teacher_mib": received / 2**20}
 
     def _ask(self, path: str, largest: int, read: Callable[[Answer], T], body: bytes | None = None) -> T:
-        """What `read` makes of an answer; it raises a ValueError where the answer is not what was asked for."""
+        """Request `path` and return `read(answer)`, which raises a ValueError where the answer is not what was requested."""
         patience = Patience(
             self.settings.wait,
             "teacher_model: the server has not answered",

@@ -13,7 +13,7 @@ from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.position_pairs import PositionPairs, input_lengths, request_pair
 from oprd.bridge.statistics import cka_matrix
 from oprd.models.lm_head import Heads, LMHead, check_head, divergence, entropy, lm_head_of, log_probs, top_k
-from oprd.models.memory import say_what_to_lower
+from oprd.models.memory import explaining_out_of_memory
 from oprd.models.tokens import vocabulary_size
 from oprd.objectives.diagnostics import OVERLAP_K
 from oprd.objectives.output_space import overlap
@@ -93,7 +93,7 @@ def read_pair(
     reader = _Reader(pair, rollouts, pairing, sample, seed)
     done = 0
     for group in plan_micro_batches(input_lengths(rollouts, pairing), micro_batch_tokens):
-        with say_what_to_lower("reading both models", f"lower --micro-batch-tokens ({micro_batch_tokens})"):
+        with explaining_out_of_memory("reading both models", f"lower --micro-batch-tokens ({micro_batch_tokens})"):
             reader.read(group)
         done += len(group)
         if on_rollouts is not None:
