@@ -99,7 +99,7 @@ def test_a_run_is_states_before_and_distributions_after(tmp_path, caplog):
     assert at is not None
     assert 4 <= at < 11
     assert [row["switched"] for row in rows] == [float(row["step"] > at) for row in rows]
-    assert [record.message for record in caplog.records if "in place of states" in record.message] == [
+    assert [record.message for record in caplog.records if "replaces the representation loss" in record.message] == [
         f"step {at}: {switch_of([row['loss'] for row in rows[:at]], window=2, share=0.9)[1]}"
     ]
     common = {"reduction": "token", "diagnostic_steps": 0, "max_steps": 12, "learning_rate": 3e-3, "scripted": True}

@@ -194,3 +194,35 @@ def test_another_number_of_processes_is_refused(two_ranks, tmp_path):
 
     with pytest.raises(ValueError, match=r"rng_state_2\.json is missing: resume with as many processes as before"):
         RandomStates(2).load(two_ranks / "whole" / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["best", "best_sharded"])
+def test_all_ranks_end_with_the_best_weights(two_ranks_folder, name):
+    """The path of the best checkpoint is the published one on all ranks, not that of the staging folder."""
+    out = two_ranks_folder / "rare"
+    found, kept = results(out, name), load_file(out / name / "checkpoint-1" / "model.safetensors")
+    last = load_file(out / name / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(value, found[key]) for key, value in kept.items())
+    assert not all(torch.equal(value, found[key]) for key, value in last.items())
+    for rank in (0, 1):
+        assert json.loads((out / f"{name}-{rank}.json").read_text()) == {"best": "checkpoint-1", "step": 3}
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks_folder):
+    """Sharded, two batches a step: the search for the bad tensor takes as many passes on every rank."""
+    out = two_ranks_folder / "rare"
+    results(out, "skipping")
+    rows = metrics(out / "skipping")
+    assert [row.get("skipped_steps", 0) for row in rows if "loss" in row] == [1, 0]
+    written = [json.loads((out / "skipping" / "failed_step_1" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert written[0]["first_bad_tensor"].startswith("state of the teacher at")
+    assert written[1]["first_bad_tensor"].startswith("gradient of")  # summed over ranks
+
+
+def test_ranks_may_have_other_metrics(two_ranks_folder):
+    """A rank without a conversation measures no end of a turn; its share counts as 0."""
+    out = two_ranks_folder / "rare"
+    results(out, "mixed")
+    rows = [row for row in metrics(out / "mixed") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert any("completions/off_template_stop_ratio" in row for row in rows)

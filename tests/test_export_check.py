@@ -99,7 +99,7 @@ def flipped(stored) -> None:
 
 
 WRONG = {
-    "one bit": (lambda folder: rewritten(folder, flipped), "model.layers.1.mlp.up_proj.weight is another"),
+    "one bit": (lambda folder: rewritten(folder, flipped), "model.layers.1.mlp.up_proj.weight differs"),
     "a weight is gone": (
         lambda folder: rewritten(folder, lambda stored: stored.pop("model.norm.weight")), "model.norm.weight"
     ),
@@ -234,5 +234,9 @@ def test_a_run_does_not_resume_onto_another_adapter(tmp_path):
     trainer_in(target_modules=["q_proj"]).train()
     trainer = trainer_in(target_modules=["q_proj", "v_proj"])
     trainer.args.max_steps = 2
+    with pytest.raises(ValueError, match=r"belongs to:\n  .*peft_config"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = trainer_in(target_modules=["q_proj", "v_proj"])
+    trainer.args.max_steps = 2
     with pytest.raises(ValueError, match="6 weights of the model are not in the checkpoint"):
-        trainer.train(resume_from_checkpoint=True, accept_changes=["base_model"])
+        trainer.train(resume_from_checkpoint=True, accept_changes=["base_model", "peft_config"])

@@ -195,6 +195,9 @@ def tiny_trainer(folder, student=None, teacher=None, *, scripted: bool = False, 
         "base_model",
     )  # fmt: skip
     arguments = {name: settings.pop(name) for name in own if name in settings}
+    for name in ("objectives", "rollout_engine"):  # objects; what is a name or a list is a setting
+        if not isinstance(settings.get(name), str | list | None):
+            arguments[name] = settings.pop(name)
     arguments.setdefault("processing_class", tiny_tokenizer())
     defaults = {
         "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",

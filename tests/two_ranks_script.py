@@ -1,4 +1,4 @@
-"""Run by test_distributed.py on two processes: the scenarios of ddp_script.py, fsdp_script.py, memory_ranks_script.py.
+"""Run by test_distributed.py on two processes: the scenarios of the scripts that it imports.
 
     RANK=… LOCAL_RANK=… WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 python two_ranks_script.py FOLDER
 
@@ -13,12 +13,14 @@ from pathlib import Path
 import ddp_script
 import fsdp_script
 import memory_ranks_script
+import rare_ranks_script
 from rank_process import join, run_and_leave
 
 
 def main(out: Path) -> None:
     rank = join(out)
-    for name, script in (("ddp", ddp_script), ("fsdp", fsdp_script), ("memory", memory_ranks_script)):
+    scripts = {"ddp": ddp_script, "fsdp": fsdp_script, "memory": memory_ranks_script, "rare": rare_ranks_script}
+    for name, script in scripts.items():
         (out / name).mkdir(exist_ok=True)
         script.train_all(out / name, rank)
 

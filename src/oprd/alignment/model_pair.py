@@ -243,6 +243,15 @@ class ModelPair:
         theirs = {i for info in merged.values() for i in info.stop_token_ids}
         return sorted(theirs - {*self.student.info.stop_token_ids})
 
+    def writing_stop_ids(self, teacher_id: str | None = None) -> list[int]:
+        """Ids that end what a teacher writes in the student's tokens: its own, if end ids are compared one by one.
+
+        Args:
+            teacher_id: one of `infos_of_same_tokens`.
+        """
+        own = self.infos_of_same_tokens[teacher_id].stop_token_ids
+        return sorted({*own}) if own and self.compared.end_of_turn == "by_id" else self.stop_token_ids
+
     @cached_property
     def template_kwargs(self) -> Mapping[str, Any] | None:
         """Arguments of the student's chat template."""

@@ -98,22 +98,25 @@ class TeacherWriter:
 
     Args:
         pair: student and teacher.
-        engine: the student's; samples from a teacher that reads the student's prompts and tokens.
-        rollout_engine: name of the engine for a teacher with its own.
+        engine: the student's; samples from a teacher that reads the student's prompts and tokens, and ends as the student does.
+        rollout_engine: name of the engine for another teacher.
         **engine_kwargs: its arguments.
     """
 
     def __init__(self, pair: ModelPair, engine: RolloutEngine, rollout_engine: str, **engine_kwargs: Any) -> None:
         self.pair, self.engine = pair, engine
         self._rewriters: dict[str | None, Rewriter] = {}
-        self._engines: dict[str | None, RolloutEngine] = {}  # of teachers that read their own tokens
+        self._engines: dict[str | None, RolloutEngine] = {}  # of teachers with tokens or ends of their own
+        for teacher_id in pair.infos_of_same_tokens:
+            if (stops := pair.writing_stop_ids(teacher_id)) != pair.stop_token_ids:
+                self._engines[teacher_id] = make_engine(rollout_engine, pair.tokenizer, stops, **engine_kwargs)
         for teacher_id, aligner in pair.aligners.items():
             stops = sorted({*pair.shared_vocabulary(teacher_id).teacher_stop_ids})
             self._rewriters[teacher_id] = Rewriter(aligner, stops, pair.turn_end_ids)
             self._engines[teacher_id] = make_engine(rollout_engine, aligner.teacher_tokenizer, stops, **engine_kwargs)
 
     def engine_of(self, teacher_id: str | None = None) -> RolloutEngine:
-        """The engine that samples from a teacher: the student's, or one for the teacher's own tokens."""
+        """The engine that samples from a teacher: the student's, or one for the teacher's own tokens or ends."""
         return self._engines.get(teacher_id, self.engine)
 
     def write(

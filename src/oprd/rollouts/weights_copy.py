@@ -38,6 +38,7 @@ class WeightsCopies:
             for name, live in _tensors(model).items():
                 if copied[name] is not live:
                     copied[name].copy_(live)
+            _use_same_adapters(kept, model)
             return kept
         with explaining_out_of_memory(
             "copying the weights for rollouts", "leave weights_dtype out of rollout_engine_kwargs"
@@ -60,6 +61,13 @@ class WeightsCopies:
         if self._shared(parameter):
             return parameter
         return nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
+
+
+def _use_same_adapters(copied: nn.Module, model: nn.Module) -> None:
+    """Turn the copy's adapters (peft) on or off as the model's are."""
+    for own, live in zip(copied.modules(), model.modules(), strict=True):
+        if isinstance(off := getattr(live, "disable_adapters", None), bool) and own.disable_adapters != off:
+            own.enable_adapters(not off)  # type: ignore[operator]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from oprd.runs.folder import RUN, RunFolder
 logger = logging.getLogger("oprd")
 
 STAGING = ".staging"
+OPTIMIZER = "optimizer.json"
 BRIDGE = "bridge_digest.json"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -100,13 +101,18 @@ def find_checkpoint(
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, it belongs to another run than the one in `folder`, or it was trained
-            with another bridge.
+            with another bridge; or it holds the model only.
     """
     if resume_from_checkpoint == "auto":
         resume_from_checkpoint = bool(list_checkpoints(folder.path))
     if not resume_from_checkpoint:
         return None
     checkpoint = _named_checkpoint(folder, resume_from_checkpoint)
+    if not (checkpoint / OPTIMIZER).is_file() and not any(checkpoint.glob("global_step*")):  # DeepSpeed's
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} holds the model only (save_only_model), without the optimizer's state; begin a "
+            "run in another output_dir with it as 'model'"
+        )
     check_bridge(checkpoint, bridge, digest)
     return checkpoint
 
@@ -202,12 +208,12 @@ def save_optimizer(state_dict: dict[str, Any], folder: Path) -> None:
             f"the optimizer's state {name} is not finite (NaN or infinity), so no checkpoint is saved"
         )
     save_file(tensors, folder / "optimizer.safetensors")
-    write_json(folder / "optimizer.json", {"scalars": scalars, "param_groups": state_dict["param_groups"]}, indent=None)
+    write_json(folder / OPTIMIZER, {"scalars": scalars, "param_groups": state_dict["param_groups"]}, indent=None)
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
     """Read what `save_optimizer` wrote, as a `state_dict`."""
-    rest = json.loads((folder / "optimizer.json").read_text())
+    rest = json.loads((folder / OPTIMIZER).read_text())
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in rest["scalars"].items()}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -347,6 +353,8 @@ class CheckpointStore:
             with explaining_full_disk(self.run_folder / name, needed or None):
                 write()
                 wait_for_everyone()
+                if (best := self.best(state)) is not None and (best.exists() or best == self.run_folder / name):
+                    state.best_model_checkpoint = str(best)  # the trainer has looked for it in the staging folder only
                 if self.writes:
                     self._publish(name, state)
         finally:
@@ -411,12 +419,13 @@ class CheckpointStore:
             trainer_module.TRAINING_ARGS_NAME = name
             (self.run_folder / "_training_args.bin").unlink(missing_ok=True)
 
+    def best(self, state: Any) -> Path | None:
+        """Where the best checkpoint so far is, or is about to be published; None if there is no best step."""
+        return self.run_folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+
     def _publish(self, name: str, state: Any) -> None:
         staged, final = self.run_folder / STAGING / name, self.run_folder / name
-        best = self.run_folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-        if best is not None and (best.exists() or best == final):
-            # The trainer has looked for it in the staging folder only.
-            state.best_model_checkpoint = str(best)
+        if state.best_global_step:
             state.save_to_json(str(staged / "trainer_state.json"))
         if self.bridge_digest is not None:
             write_json(staged / BRIDGE, {"sha256": self.bridge_digest})

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.data.prompts import Prompt
 from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
+from oprd.objectives.composite import Term
 from oprd.run_config import RunConfig, changed_settings, entry_in_words, free_changes
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, by_id, modules_of
@@ -30,6 +32,7 @@ from oprd.tasks.task import TASKS, Task
 
 logger = logging.getLogger("oprd")
 
+_DEEP = 4
 _DIGEST = re.compile("[0-9a-f]{64}")
 _OBJECTS = (
     "model",
@@ -39,6 +42,9 @@ _OBJECTS = (
     "train_dataset",
     "eval_dataset",
 )  # in Python these may be objects; digests cover them
+PROMPTS_A_STEP = "prompts_a_step"
+_OF_SETTINGS = ("representation", "output_space", "policy_gradient")  # terms whose settings are keys of a recipe
+_SIZES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _ONLY_SHOWN = ("eval_prompts",)  # may change: they do not enter the loss
 
 
@@ -49,7 +55,8 @@ class RunIdentity:
     Args:
         settings: key → value, as in `config.yaml`.
         digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher/<teacher_id> of several,
-            teacher_tokenizer, bridge_content, responses, compared_layers, task, reward_functions, and with an adapter base_model.
+            teacher_tokenizer, bridge_content, responses, compared_layers, task, reward_functions, objectives and peft_config given
+            in Python, and with an adapter base_model. `prompts_a_step` is their number, over all processes.
     """
 
     settings: Mapping[str, Any]
@@ -70,6 +77,8 @@ class RunIdentity:
         for key, now in self.digests.items():
             if key in before and before[key] != now:
                 changed[key] = (before[key], now)
+        if changed.keys() & _SIZES:  # which show the cause
+            changed.pop(PROMPTS_A_STEP, None)
         return changed
 
     def check(self, stored: Mapping[str, Any], accepted: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
@@ -113,6 +122,7 @@ def identify(
     eval_prompts: Iterable[Prompt] | None,
     task: Task | None,
     rewards: RewardFunctions | None = None,
+    terms: Mapping[str, Term] | None = None,
 ) -> RunIdentity:
     """The identity of a run. Reads the teacher's weights once; call it before models are sharded or a checkpoint is loaded.
 
@@ -123,6 +133,7 @@ def identify(
         eval_prompts: likewise.
         task: the grader's task.
         rewards: reward functions.
+        terms: of the loss.
     """
     given = run.settings().items()
     settings = {key: value for key, value in given if key not in _OBJECTS or isinstance(value, str | Mapping | None)}
@@ -151,6 +162,13 @@ def identify(
             digests[name] = _of_prompts(prompts)
     if task is not None and task not in TASKS.values():
         digests["task"] = _of_code(task.name, task.grader)
+    if own := {name: term for name, term in (terms or {}).items() if name not in _OF_SETTINGS}:
+        found = " ".join(_of_term(name, term) for name, term in own.items())
+        digests["objectives"] = hashlib.sha256(found.encode()).hexdigest()
+    if run.given.peft_config is not None:
+        digests["peft_config"] = _of_adapter(run.given.peft_config)
+    args = run.args
+    digests[PROMPTS_A_STEP] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
     if rewards is not None:
         code = [_of_code(function.name, function.function) for function in rewards.functions if function.function]
         digests["reward_functions"] = hashlib.sha256(" ".join(code).encode()).hexdigest()
@@ -190,6 +208,38 @@ def _of_code(name: str, function: Any) -> str:
     file = getattr(module, "__file__", None)
     content = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
     return hashlib.sha256(f"{name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
+
+
+def _of_term(name: str, term: Term) -> str:
+    """Of a term of the user's: its weight, its public attributes, and the code that defines it where that is not oprd's."""
+    kind = type(term.objective)
+    code = "" if kind.__module__.startswith("oprd.") else _of_code(kind.__qualname__, kind)
+    return f"{name} {term.weight!r} {term.fade} {code} {_plain(term.objective)}"
+
+
+def _plain(value: Any, depth: int = 0) -> str:
+    """A value as text that the next process gives too; code by its module's content, what lies deeper than `_DEEP` by its kind."""
+    own = partial(_plain, depth=depth + 1)
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {own(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(own, value))}]"
+    if isinstance(value, set | frozenset):
+        return f"[{', '.join(sorted(map(own, value)))}]"
+    if inspect.isroutine(value):
+        return _of_code(value.__qualname__, value)
+    shows = depth < _DEEP and hasattr(value, "__dict__") and not isinstance(value, type)
+    public = {key: item for key, item in vars(value).items() if not key.startswith("_")} if shows else {}
+    return f"{type(value).__qualname__}({', '.join(f'{key}={own(item)}' for key, item in public.items())})"
+
+
+def _of_adapter(peft_config: Any) -> str:
+    """Of an adapter's settings, without where its base model lies."""
+    given = peft_config.to_dict() if hasattr(peft_config, "to_dict") else vars(peft_config)
+    kept = {key: value for key, value in given.items() if key not in ("base_model_name_or_path", "peft_version")}
+    return hashlib.sha256(_plain(dict(sorted(kept.items()))).encode()).hexdigest()
 
 
 def _diff(changes: Mapping[str, tuple[Any, Any]]) -> str:

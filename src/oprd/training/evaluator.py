@@ -83,12 +83,16 @@ class Evaluator:
             )
         with teacher.sampler() as model:
             if aligner is None:
-                return self.model(model, prompts)
+                stops = self.pair.writing_stop_ids(teacher_id)
+                if stops == self.pair.stop_token_ids:
+                    return self.model(model, prompts)
+                own = make_engine(args.rollout_engine, self.pair.tokenizer, stops, **args.engine_kwargs)
+                return self.model(model, prompts, own)
             length = args.eval_sampling.max_completion_length
             with naming_teacher(teacher_id):
-                own = self.pair.teacher_prompts(
+                theirs = self.pair.teacher_prompts(
                     prompts, name="eval_dataset", max_completion_length=length, teacher_id=teacher_id
                 )
             stops = sorted({*teacher.info.stop_token_ids, aligner.pair.end_id})
             engine = make_engine(args.rollout_engine, aligner.teacher_tokenizer, stops, **args.engine_kwargs)
-            return self.model(model, own, engine)
+            return self.model(model, theirs, engine)

@@ -140,18 +140,26 @@ class FiniteGuard(TrainerCallback):
     def _first_bad(self, batches: list[tuple[Batch, StepObjective, Tensor]], model: nn.Module) -> str | None:
         """Name of the first tensor that is not finite, in the order in which a step computes them."""
         student = self.parallel.unwrap(model)
+        weight = self._bad_weight(student)
+        if self.parallel.sum_over_ranks(torch.tensor([float(weight is not None)]))[0]:
+            return weight
+        # A sharded model needs all ranks in each pass, so each rank reads all of its batches.
+        states = [self._first_bad_state(batch, terms, model) for batch, terms, _ in batches]
+        if found := next((state for state in states if state), None):
+            return found
+        if not all(_finite(loss) for _, _, loss in batches):
+            return "loss"
+        name = first_not_finite(_gradients(student))
+        return None if name is None else f"gradient of {name}"
+
+    def _bad_weight(self, student: nn.Module) -> str | None:
+        """The first weight of this rank that is not finite."""
         if name := first_not_finite(student.named_parameters()):
             return f"weight of the student {name}"
         for module in modules_of(self.pair.teacher):
             if name := first_not_finite(module.named_parameters()):
                 return f"weight of the teacher {name}"
-        for batch, terms, _ in batches:
-            if found := self._first_bad_state(batch, terms, model):
-                return found
-        if not all(_finite(loss) for _, _, loss in batches):
-            return "loss"
-        name = first_not_finite(_gradients(student))
-        return None if name is None else f"gradient of {name}"
+        return None
 
     @torch.no_grad()
     def _first_bad_state(self, batch: Batch, terms: StepObjective, model: nn.Module) -> str | None:

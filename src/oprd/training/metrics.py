@@ -82,7 +82,7 @@ def teacher_metrics(
 
 
 class StepMetrics:
-    """Sums of the running step, and the closed steps since the last report.
+    """Sums of the running step, and means over the closed steps since the last report.
 
     Attributes:
         interrupted: name of the timed part that an error ended last.
@@ -91,7 +91,7 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float | Tensor] = defaultdict(float)
-        self._closed: list[dict[str, float]] = []
+        self._closed: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])  # sum and number of steps
         self.interrupted = ""
         self.totals: dict[str, float] = {}
 
@@ -124,7 +124,12 @@ class StepMetrics:
             self._sums[f"time/{name}"] += time.perf_counter() - start
 
     def close(
-        self, sum_over_ranks: Callable[[Tensor], Tensor], ranks: int, grad_norm: Any, learning_rate: float | None
+        self,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        ranks: int,
+        grad_norm: Any,
+        learning_rate: float | None,
+        names_of_ranks: Callable[[list[str]], list[str]] = list,
     ) -> dict[str, float]:
         """End the step: sums become means and shares over all ranks.
 
@@ -133,13 +138,14 @@ class StepMetrics:
             ranks: number of processes.
             grad_norm: of the step.
             learning_rate: of the step.
+            names_of_ranks: this process's metrics → those of any process, in one order on all. A process without one adds 0.
 
         Returns:
             loss, cosine (mean and a layer), accuracy (where graded), completions/mean_length, completions/clipped_ratio, …;
             see docs/metrics.md.
         """
-        names = sorted(self._sums)
-        values = torch.tensor([float(self._sums[n]) for n in names], dtype=torch.float64)
+        names = names_of_ranks(sorted(self._sums))
+        values = torch.tensor([float(self._sums.get(n, 0.0)) for n in names], dtype=torch.float64)
         sums = dict(zip(names, sum_over_ranks(values).tolist(), strict=True))
         totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
@@ -169,17 +175,17 @@ class StepMetrics:
         if torch.cuda.is_available():
             row["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._sums.clear()
-        self._closed.append(row)
+        for name, value in row.items():
+            closed = self._closed[name]
+            closed[0] += value
+            closed[1] += 1
         return row
 
     def drain(self) -> dict[str, float]:
         """Mean of every metric over the steps closed since the last call."""
-        collected: defaultdict[str, list[float]] = defaultdict(list)
-        for row in self._closed:
-            for name, value in row.items():
-                collected[name].append(value)
+        found = {name: total / steps for name, (total, steps) in self._closed.items()}
         self._closed.clear()
-        return {name: sum(values) / len(values) for name, values in collected.items()}
+        return found
 
 
 def _rewards(sums: dict[str, float], rollouts: float) -> dict[str, float]:

@@ -6,13 +6,14 @@ One process exchanges nothing. Most of what differs between DDP, FSDP2 (`fully_s
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -130,6 +131,19 @@ class Parallel:
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+    def names_of_ranks(self, names: list[str]) -> list[str]:
+        """The names that any process has, in one order on all: a sum over processes needs as many numbers of each.
+
+        Args:
+            names: of this process, sorted.
+        """
+        ranks = self.accelerator.num_processes
+        if ranks == 1:
+            return names
+        digest = float(zlib.crc32("\n".join(names).encode()) & 0xFFFF)  # sums of squares stay exact
+        total, squares = self.sum_over_ranks(torch.tensor([digest, digest**2], dtype=torch.float64)).tolist()
+        return names if ranks * squares == total**2 else sorted({*gather_object(names)})
 
     def micro_batches(self, batch: Batch, token_budget: int, model: nn.Module) -> list[MicroBatch]:
         """The batch cut into micro-batches by token budget. Where a model is sharded, every rank gets the same number of them.

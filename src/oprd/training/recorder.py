@@ -99,21 +99,26 @@ class Recorder:
         self._watching = {name: own for name, own in objectives.items() if isinstance(own, SeesSteps)}
         self.last_step: StepRecord | None = None
 
-    def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+    def restart(self, earlier: Iterable[Mapping[str, Any]] = (), steps: int = 0) -> None:
         """Begin a call of `train`: drop the unfinished step of an earlier call.
 
         Args:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
+            steps: how many steps were before.
+
+        Raises:
+            ValueError: a term goes on from the steps before, and lines are missing.
         """
         self._metrics, self._batches, self._prompts = StepMetrics(), [], []
         self._measured, self._distances = [], []
         self._rising = RisingLoss(self.args)
-        useless = 0.0
+        useless, found = 0.0, 0
 
         def lines() -> Iterator[Mapping[str, Any]]:
-            nonlocal useless
+            nonlocal useless, found
             for row in earlier:
                 if "loss" in row:
+                    found += 1
                     useless = row.get("useless_steps", 0.0)
                     self._rising.watch(row)
                     self._tell(row["step"], row)
@@ -125,13 +130,19 @@ class Recorder:
         self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, rows)
         for _ in rows:  # without a window the alarm reads none
             pass
+        if found < steps and self._watching and self.main:
+            raise ValueError(
+                f"resume_from_checkpoint: {self.folder.path / METRICS} has {found} of the {steps} steps before the checkpoint, and "
+                f"the term {next(iter(self._watching))} goes on from them; resume in the folder where the run began"
+            )
         before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
         self._useless = UselessSteps(self.args, int(before))
 
     def _tell(self, step: int, row: Mapping[str, Any]) -> list[str]:
         """Call `finished` on each `SeesSteps` term, and return the lines that they give."""
-        said = [
-            term.finished(step, row[f"loss/{name}"]) for name, term in self._watching.items() if f"loss/{name}" in row
+        losses = {name: row[f"loss/{name}"] for name in self._watching if f"loss/{name}" in row}
+        said = [  # metrics.jsonl holds null for a loss that was not finite
+            self._watching[name].finished(step, math.nan if loss is None else loss) for name, loss in losses.items()
         ]
         return [line for line in said if line]
 
@@ -225,7 +236,9 @@ class Recorder:
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})
         if self._requests is not None:
             self.observe(**self._requests.take_counts())
-        row = self._metrics.close(self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate)
+        row = self._metrics.close(
+            self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate, self.parallel.names_of_ranks
+        )
         if row.get("micro_batch_tokens") == self.args.micro_batch_tokens:
             del row["micro_batch_tokens"]  # shown where memory ran out
         if row.get("long_sequences") == 0:

@@ -160,7 +160,8 @@ class RolloutSource:
             readings, stats = self.pair.readings(rollouts, rows)
         if stats is not None:
             self.recorder.observe(**stats.counts())
-        self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
+        if terms.on_policy:
+            self._observe_ends(rollouts, {p.index for p in prompts if not isinstance(p.row.prompt, str)}, share)
         quotes = self.pair.quotes(rollouts, rows)
         batch = Batch(rollouts, [None] * len(rollouts), readings=readings, quotes=quotes)
         if graded is not None:

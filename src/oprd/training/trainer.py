@@ -164,7 +164,9 @@ class OPRDTrainer(Trainer):
         self.identity: RunIdentity | None = None
         if args.should_save:  # it reads the teacher's weights and all prompts
             prompts = resolved.train_prompts, resolved.eval_prompts
-            self.identity = identify(resolved.run, pair, *prompts, resolved.task, resolved.rewards)
+            self.identity = identify(
+                resolved.run, pair, *prompts, resolved.task, resolved.rewards, resolved.objective.terms
+            )
         if args.fully_shard:
             shard_models((pair.student.model, *teacher.modules), args.device)
         self.pair, self.engine, self.task = pair, resolved.engine, resolved.task
@@ -240,6 +242,7 @@ class OPRDTrainer(Trainer):
             shown = {"every": args.diagnostic_steps, "most": args.num_completions_to_log}
             callbacks = self.callback_handler.callbacks
             self.add_callback(ShowCompletions(**shown, last_step=lambda: self.last_step, callbacks=callbacks))
+        self._has_best_weights = False  # whether the end of training has loaded them
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, Measured] | None = None
@@ -355,20 +358,22 @@ class OPRDTrainer(Trainer):
                 stack.enter_context(self.run_folder.hold())
             if not self._begun:
                 self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
-            checkpoint, self._begun = self._checkpoint, False
+            checkpoint, self._begun, self._has_best_weights = self._checkpoint, False, False
+            resumed_at = step_of(checkpoint) if checkpoint else None  # training may delete it (save_total_limit)
             if outputs:
-                self.summary = measure_before(self, resumed_at=step_of(checkpoint) if checkpoint else None, say=say)
+                self.summary = measure_before(self, resumed_at=resumed_at, say=say)
             train_started = time.perf_counter()
             output = self._train_from(checkpoint, **kwargs)
             if outputs:
                 self.summary["train_seconds"] = round(time.perf_counter() - train_started, 2)
-                self.summary["resumed_from_step"] = step_of(checkpoint) if checkpoint else 0
+                self.summary["resumed_from_step"] = resumed_at or 0
                 leave_results(self, self.summary, started=started, say=say)
         return output
 
     def _train_from(self, checkpoint: Path | None, **kwargs: Any) -> Any:
         """Train from a checkpoint, or from the beginning, and record in the folder that the run has reached its end."""
-        if checkpoint and 0 < self.args.max_steps <= step_of(checkpoint):
+        self._check_iterations()
+        if checkpoint and self._all_steps() <= step_of(checkpoint):
             output = self._restore_finished(checkpoint)
         else:
             with ExitStack() as stack:
@@ -415,7 +420,9 @@ class OPRDTrainer(Trainer):
             self.run_folder.begin_run(self.identity.as_json(), resumed)
         check_shared(self.run_folder.path / RUN, self.args.device)
         self._begun, self._checkpoint = True, checkpoint
-        self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
+        self.recorder.restart(
+            self.run_folder.metrics() if self.is_world_process_zero() else (), step_of(checkpoint) if checkpoint else 0
+        )
 
     @contextmanager
     def _saving_what_is_learnt(self) -> Iterator[None]:
@@ -448,8 +455,11 @@ class OPRDTrainer(Trainer):
         if not number:
             return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not checkpoint.exists():  # the signal came after the last step
+        exists = max_over_ranks(checkpoint.exists() and self.is_world_process_zero(), self.args.device)
+        if not exists and not self._has_best_weights:  # the signal came after the last step
             self._save_checkpoint(self.model, None)
+        elif not exists and (best := self.checkpoints.best(self.state)) is not None:
+            checkpoint = best
         logger.warning(
             "stopped by a signal after step %d of %d: %s", self.state.global_step, self.state.max_steps, checkpoint
         )
@@ -536,10 +546,41 @@ class OPRDTrainer(Trainer):
         """Not counted: the batch is prompts, whose rollouts do not exist yet."""
         return 0
 
+    def _all_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        updates = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * updates)
+
+    def _check_iterations(self) -> None:
+        """Refuse a part of an epoch that ends between two updates on the same rollouts.
+
+        Raises:
+            ValueError: names the key and the number of steps.
+        """
+        args = self.args
+        if args.num_iterations > 1 and args.max_steps <= 0 and (steps := self._all_steps()) % args.num_iterations:
+            raise ValueError(
+                f"num_train_epochs: {args.num_train_epochs:g} gives {steps} steps, which is no multiple of num_iterations="
+                f"{args.num_iterations}: a checkpoint between two updates on the same rollouts cannot be resumed; set max_steps"
+            )
+
     def _restore_finished(self, checkpoint: Path) -> TrainOutput:
+        """End as the run that left its last checkpoint would have: with its weights, or with the best ones.
+
+        Raises:
+            ValueError: the best checkpoint is not there any more.
+        """
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        logger.info("%s is the last of max_steps=%d steps: nothing is left to train", checkpoint, self.args.max_steps)
+        best = self.checkpoints.best(self.state) if self.args.load_best_model_at_end else None
+        if best is not None:
+            if not best.is_dir():
+                raise ValueError(f"load_best_model_at_end: {best}, the best checkpoint, is missing; set it to false")
+            self.state.best_model_checkpoint = str(best)
+            self._load_best_model()
+        logger.info("%s is the last of %d steps: nothing is left to train", checkpoint, self.state.max_steps)
         return TrainOutput(self.state.global_step, math.nan, {})
 
     # These methods override transformers' hooks. Each calls a collaborator.
@@ -620,7 +661,18 @@ class OPRDTrainer(Trainer):
             check_names(target, folder)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # After a signal the last step's weights and checkpoint stay: the resumed run goes on from them.
+        best = self.state.best_model_checkpoint
+        if max_over_ranks(self.signals.received, self.args.device):
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
+
     def _load_best_model(self) -> None:
+        self._has_best_weights = True
         if self.state.best_model_checkpoint and (self.parallel.sharded or has_own_layout(self.model)):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
