@@ -234,7 +234,7 @@ def test_a_run_does_not_resume_onto_another_adapter(tmp_path):
     trainer_in(target_modules=["q_proj"]).train()
     trainer = trainer_in(target_modules=["q_proj", "v_proj"])
     trainer.args.max_steps = 2
-    with pytest.raises(ValueError, match="(?s)belongs to:.*peft_config"):
+    with pytest.raises(ValueError, match=r"(?s)belongs to:.*peft_config"):
         trainer.train(resume_from_checkpoint=True)
     trainer = trainer_in(target_modules=["q_proj", "v_proj"])
     trainer.args.max_steps = 2
