@@ -319,7 +319,7 @@ def test_every_teacher_is_counted_once_or_one_at_a_time_where_they_are_offloaded
     offloaded = workload_of(RunConfig.load("tiny", {**several, "offload_teachers": True}))
     assert predict_memory(offloaded).parts["teacher weights"] == 4 * size
     lines = "\n".join(lines_of(examine(offloaded, Device()), ()))
-    assert "weights of the teachers (each in host memory until it is asked; offload_teachers: true)" in lines
+    assert "weights of the teachers (each in host memory until it is used; offload_teachers: true)" in lines
     assert "shared with one above" in lines
 
 

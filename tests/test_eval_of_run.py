@@ -53,7 +53,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(oprd, run, tmp_path):  # noqa
     done = oprd("eval", "--model", str(folder), "--json", str(found))
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()[0]
-    assert said.startswith(f"settings of the run {folder}, but for those given here: dataset {tmp_path}/rows.jsonl, ")
+    assert said.startswith(f"settings taken from the run {folder}: dataset {tmp_path}/rows.jsonl, ")
     for words in (
         "limit 3", "task addition", "answer_format number", "k 2", "max_completion_length 8", "temperature 0.0", "seed 3",
         "prompt_column prompt", "answer_column result", "split_special_tokens False",

@@ -17,7 +17,7 @@ from oprd.cli import app
 from oprd.config import OPRDConfig
 from oprd.models.loading import load_model
 from oprd.resolve import plan, resolve
-from oprd.run_config import GivenObjects, RunConfig, changed_settings, free_changes
+from oprd.run_config import GivenObjects, RunConfig, allowed_changes, changed_settings
 from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
 from oprd.tools.compare.results import Run
 from oprd.tools.compare.runner import refuse_other_settings
@@ -148,7 +148,7 @@ def test_which_values_are_allowed(tmp_path):
 def test_a_run_from_before_the_default_was_auto_goes_on(tmp_path):
     """It changes where weights wait, and no number."""
     assert changed_settings({"offload_teachers": False}, {"offload_teachers": "auto"}) == {}
-    assert free_changes({"offload_teachers": False}, {"offload_teachers": "auto"}) == {
+    assert allowed_changes({"offload_teachers": False}, {"offload_teachers": "auto"}) == {
         "offload_teachers": (False, "auto")
     }
     settings = recipe(tmp_path / "run").settings()
@@ -177,7 +177,7 @@ def test_the_doctor_says_it_for_the_device_that_is_described():
     asked = ["doctor", "--config", "tiny", "--use_cpu", "false", "--teachers", teachers, "--teacher_model", "null"]
     small, large = (CliRunner().invoke(app, [*asked, *more]) for more in (["--device-memory", "0.001"], []))
     assert small.exit_code == large.exit_code == 0, small.output + large.output
-    assert "weights of the teachers (each in host memory until it is asked; offload_teachers: auto: the" in small.output
+    assert "weights of the teachers (each in host memory until it is used; offload_teachers: auto: the" in small.output
     assert "weights of the teachers (all on the device; offload_teachers: auto: the student's" in large.output
     wrong = CliRunner().invoke(app, [*asked, "--device-memory", "0"])
     assert str(wrong.exception) == "--device-memory: 0.0 is not above 0"

@@ -119,14 +119,14 @@ class OPRDConfig(TrainingArguments):
     mix_teachers: bool = field(
         default=False,
         metadata=_help(
-            "Take prompts of several teachers in one update. Off: one teacher an update; mixing fell to 9.8 of 91.7 in arXiv "
-            "2610.02381."
+            "Take prompts of several teachers in one update. Off: one teacher an update; in arXiv 2610.02381 "
+            "mixing ended at 9.8, one teacher an update at 91.7."
         ),
     )
     offload_teachers: bool | str = field(
         default=AUTO,
         metadata=_help(
-            "Keep each of several teachers in host memory until it is asked; auto: where all of them and the student's training "
+            "Keep each of several teachers in host memory until it is used; auto: where all of them and the student's training "
             "state would leave a step less than a quarter of the GPU."
         ),
     )
@@ -136,7 +136,7 @@ class OPRDConfig(TrainingArguments):
             "With teacher_model: student, the share by which the teacher moves to the student (EMA); 0: it stays the start."
         ),
     )
-    teacher_sync_steps: int = field(default=1, metadata=_help("Steps between two such moves."))
+    teacher_sync_steps: int = field(default=1, metadata=_help("Steps between two moves by teacher_update_rate."))
     fully_shard: bool = field(
         default=False,
         metadata=_help("Shard student and teacher over all processes (FSDP2; docs/scale.md)."),
@@ -163,7 +163,7 @@ class OPRDConfig(TrainingArguments):
         metadata=_help(f"How answers are written: {', '.join(FORMATS)}; None: plain."),
     )
     dataset_config: str | dict[str, str] | None = field(
-        default=None, metadata=_help("Subset of a dataset; `name:subset` comes first.")
+        default=None, metadata=_help("Subset of a dataset; `name:subset` takes precedence.")
     )
     merge_system_prompt: bool = field(
         default=False,
@@ -241,7 +241,7 @@ class OPRDConfig(TrainingArguments):
         default=None, metadata=_help(f"Output-space loss to add: {', '.join(OUTPUT_SPACE)}; None is off.")
     )
     output_weight: float | dict[str, Any] = field(
-        default=1.0, metadata=_help("Factor on that loss; may be a schedule.")
+        default=1.0, metadata=_help("Factor on the output-space loss; may be a schedule.")
     )
     policy_gradient_weight: float | dict[str, Any] = field(
         default=0.0,
@@ -330,8 +330,8 @@ class OPRDConfig(TrainingArguments):
     micro_batch_tokens: int = field(
         default=16384,
         metadata=_help(
-            "Maximum tokens of one forward and backward pass, with padding; memory grows with it. A longer rollout runs alone, its "
-            "blocks again in backward."
+            "Maximum tokens of one forward and backward pass, with padding; memory grows with it. A longer rollout runs alone, and "
+            "backward recomputes its blocks."
         ),
     )
     diagnostic_steps: int = field(
@@ -374,7 +374,7 @@ class OPRDConfig(TrainingArguments):
         ),
     )
     reward_weights: list[float] | None = field(
-        default=None, metadata=_help("Weight of each of them in the reward (default: 1 each).")
+        default=None, metadata=_help("Weight of each reward function in the reward (default: 1 each).")
     )
     eval_num_generations: int = field(default=4, metadata=_help("Samples per problem (k of Avg@k)."))
     eval_temperature: float = field(default=0.7, metadata=_help("Sampling temperature of evaluation."))
@@ -723,7 +723,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
         )
 
 
-def check_own_tokens(config: Any) -> None:
+def refuse_with_own_tokens(config: Any) -> None:
     """Refuse settings that are not supported with a teacher that reads its own prompts and tokens.
 
     Raises:

@@ -69,7 +69,8 @@ class RunConfig:
         teachers: several teachers in place of teacher_model: teacher_id → name, {model: name, init_kwargs: {…}, bridge: folder,
             bridge_rank: n, system_prompt: …, chat_template_kwargs: {…}, special_token_map: {…}} or {use: …}.
         base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
-        preset: a published objective, whose keys the recipe's own replace (oprd keys --preset NAME): oprd, lastopd, latent_mopd,
+        preset: a published objective; the recipe's own keys take precedence (oprd keys --preset NAME): oprd, lastopd,
+        latent_mopd,
             ride or phf.
         given: objects from Python.
     """
@@ -235,7 +236,7 @@ def entry_in_words(entry: Any) -> Any:
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with those of their `preset`, which they replace.
+    """The values, completed by the keys of their `preset`; a key in both keeps its own value.
 
     Keys that other presets set and this one does not are at their defaults: a preset is a whole objective.
 
@@ -250,7 +251,7 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(file: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a recipe, replaced by `overrides`. Their preset replaces the recipe's objective."""
+    """The values of a recipe, replaced by `overrides`. A preset among `overrides` replaces the recipe's objective."""
     if "preset" in overrides:
         file = {key: value for key, value in file.items() if key != "preset"}
     return {**with_preset(file), **with_preset(overrides)}
@@ -510,7 +511,7 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
     return {key: change for key, change in _differing(stored, now).items() if not _may_change(key)}
 
 
-def free_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def allowed_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ between two calls and may, such as the run's length; as `changed_settings`."""
     return {key: change for key, change in _differing(stored, now).items() if _may_change(key)}
 

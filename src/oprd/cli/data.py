@@ -1,4 +1,4 @@
-"""`oprd data check`: find problems of a benchmark among the training prompts."""
+"""`oprd data check`: show a dataset as a run reads it, or find benchmark problems among training prompts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check(
     chat_template_kwargs: Template = None,
     threshold: _Threshold = 0.5,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure here; of two datasets, all pairs.")
+        Path | None, typer.Option("--json", help="Write all results to this JSON file; of two datasets, all pairs.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Problems to print, most similar first.")] = 20,
     fail: Annotated[bool, typer.Option("--fail", help="End with exit code 1 when there is an overlap.")] = False,

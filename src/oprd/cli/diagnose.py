@@ -34,7 +34,7 @@ _Task = Annotated[
 ]
 
 _ProbeRate = Annotated[
-    bool, typer.Option(help="Find a learning rate by a few steps; the optimizer needs memory, the weights stay.")
+    bool, typer.Option(help="Find a learning rate by a few steps; needs the optimizer's memory, restores the weights.")
 ]
 
 
@@ -45,7 +45,7 @@ def diagnose(
     limit: Annotated[int, typer.Option(min=1, help="Prompts to use, one rollout each.")] = 64,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
     task: _Task = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this JSON file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw CKA and the curve over positions here (PNG).")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Write the recipe fragment here (YAML).")] = None,
     sample: Annotated[int, typer.Option(min=4, help="Positions for the CKA of all pairs of layers.")] = 1024,

@@ -99,7 +99,7 @@ def _with_settings_of_run(context: typer.Context) -> dict[str, Any]:
         options |= {**taken, "model": str(run.model)}
         if taken:
             words = ", ".join(f"{name} {value}" for name, value in taken.items())
-            say(printable(f"settings of the run {run.folder}, but for those given here: {words}"))
+            say(printable(f"settings taken from the run {run.folder}: {words}"))
         if run.task_missing:
             raise ValueError(f"task: the run {run.folder} {run.task_missing}; say how answers are graded: --task NAME")
     if options["dataset"] is None:

@@ -38,10 +38,12 @@ SpecialMap = Annotated[
 
 SplitSpecial = Annotated[
     bool,
-    typer.Option(help="Read control tokens in plain prompts as text; not so for prompts that are rendered already."),
+    typer.Option(
+        help="Read control tokens in plain prompts as text; turn it off for prompts that are rendered already."
+    ),
 ]
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results to this JSON file.")]
 
 
 def check_json(json_file: Path | None) -> None:

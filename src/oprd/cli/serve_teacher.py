@@ -26,7 +26,7 @@ def serve_teacher(
     bridge_rank: Annotated[
         int | None, typer.Option(help="Directions of the bridge (default: as it was saved).")
     ] = None,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get 503 and a Retry-After.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = 600,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a request, padding included.")] = 131072,
     max_body_mib: Annotated[int, typer.Option(help="Most MiB of a request's body.")] = 64,

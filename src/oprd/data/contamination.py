@@ -29,7 +29,8 @@ SHINGLE_WORDS = 5
 # Smoothing: add ten imaginary problems, so that in a tiny set a shared phrase is not mistaken for an instruction.
 _SMOOTHING = 10
 CONTENT_WORDS = 8
-"""Fewer distinct content words are too short to judge. Content: words and numbers, no signs, that are not in most problems."""
+"""A problem with fewer distinct content words is too short to judge. Content: words and numbers that are not in most
+problems."""
 _STOCK = 0.1  # rarity, as of a shingle, below which a word is part of what most problems say
 
 

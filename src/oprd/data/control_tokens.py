@@ -1,7 +1,7 @@
 """The control tokens of a tokenizer, and how text that writes their names is tokenised without them.
 
-Transformers has two arguments that do less. `split_special_tokens` knows nothing of chat templates, nor of special tokens in a
-Unigram vocabulary; `sanitize_control_tokens` (not in 5.16) knows nothing of plain prompts. Both cut the text at the name.
+Transformers has two arguments that do less. `split_special_tokens` does not cover chat templates, nor special tokens in a
+Unigram vocabulary; `sanitize_control_tokens` (not in 5.16) does not cover plain prompts. Both cut the text at the name.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.data.compact import JsonColumn, OnAccess
-from oprd.data.hub import hub_answers, why_no_hub
+from oprd.data.hub import hub_or_offline, why_no_hub
 from oprd.sanitize import printable
 
 logger = logging.getLogger("oprd")
@@ -64,9 +64,9 @@ class Reading:
         answer_column: column of the answer, likewise.
         dataset_config: subset of a hub dataset or folder; `name:subset` names it for one dataset, and comes first.
         merge_system_prompt: put a system message at the head of the first user message.
-        graded: answers are compared, so that one that may be the place of a choice in another column is refused.
+        graded: answers are compared; one that may be the index of a choice in another column is refused.
         answers_needed: a dataset without any answer, but with columns that may hold it, is refused.
-        columns: keep the columns beside the prompt, for reward functions; but for values that JSON does not hold.
+        columns: keep the columns besides the prompt, for reward functions, except values that JSON cannot hold.
     """
 
     prompt_column: str | None = None
@@ -258,7 +258,7 @@ def _lookup(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _inside(value: Any, key: str) -> Any:
-    """What a mapping, or one as JSON text, has under a key, or a list at a place; None if it has nothing there."""
+    """The value under a key of a mapping (or of one as JSON text), or at an index of a list; None if there is none."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
@@ -402,7 +402,7 @@ class _Rows:
         if self.reading.answers_needed and not self.answer_columns and self.unread:
             raise ValueError(
                 f"{name}: no row has an answer to grade by; the columns beside the prompt are {', '.join(map(repr, self.unread))}. "
-                f"Name the one that holds it with answer_column (found by themselves: {', '.join(_ANSWER_COLUMNS)}), or remove "
+                f"Name the one that holds it with answer_column (tried without it: {', '.join(_ANSWER_COLUMNS)}), or remove "
                 "them to measure without grades"
             )
 
@@ -616,7 +616,7 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, 
         raise ValueError(
             f"{name!r}: save_to_disk wrote this folder, which is not read: write the dataset with to_parquet, and name that file"
         )
-    offline = not Path(name).expanduser().is_dir() and not hub_answers()
+    offline = not Path(name).expanduser().is_dir() and not hub_or_offline()
     try:
         dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class

@@ -101,7 +101,7 @@ class RunFolder:
             )
 
     def check_free(self) -> bool:
-        """Check that a new run may begin here, and leave everything as it is; whether there is no attempt to move aside.
+        """Check that a new run may begin here, without changing anything. True if there is no earlier attempt to move aside.
 
         Raises:
             ValueError: as `make_free`.
@@ -254,7 +254,8 @@ def restore_config(file: Path) -> None:
 
 
 def _is_whole_recipe(file: Path, recorded: Mapping[str, Any]) -> bool:
-    """Whether a file is a recipe, and not the recorded one cut at some place. Changed values are the user's."""
+    """Whether a file is a complete recipe, not the recorded one cut off. One with other values than the record counts as
+    complete."""
     found = read_mapping(file, yaml.safe_load)
     if not found:
         return False

@@ -22,7 +22,7 @@ from oprd.data.prompts import Prompt
 from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.objectives.composite import Term
-from oprd.run_config import RunConfig, changed_settings, entry_in_words, free_changes
+from oprd.run_config import RunConfig, allowed_changes, changed_settings, entry_in_words
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, by_id, modules_of
 from oprd.states.sources import teacher_source
@@ -56,7 +56,7 @@ class RunIdentity:
         settings: key → value, as in `config.yaml`.
         digests: what the run reads → SHA-256: prompts, eval_prompts, tokenizer, teacher, teacher/<teacher_id> of several,
             teacher_tokenizer, bridge_content, responses, compared_layers, task, reward_functions, objectives and peft_config given
-            in Python, and with an adapter base_model. `prompts_a_step` is their number, over all processes.
+            in Python, and with an adapter base_model. `prompts_a_step` is the number of prompts a step, over all processes.
     """
 
     settings: Mapping[str, Any]
@@ -102,14 +102,14 @@ class RunIdentity:
                 )
         changed = self.changes(stored)
         allowed = {key for key in changed if key in accepted or key in _ONLY_SHOWN}
-        shown = free_changes(stored.get("settings") or self.settings, self.settings)
+        shown = allowed_changes(stored.get("settings") or self.settings, self.settings)
         shown |= {key: changed[key] for key in allowed}
         if shown:
             logger.warning("resumed with changes:%s", _diff({key: shown[key] for key in sorted(shown)}))
         if refused := {key: change for key, change in changed.items() if key not in allowed}:
             raise ValueError(
                 f"resume_from_checkpoint: this is not the run that the checkpoint belongs to:{_diff(refused)}\nKeep them as they "
-                f"were, start anew in another output_dir, or mean it: --accept-changes {','.join(refused)} (in Python "
+                f"were, start anew in another output_dir, or accept the changes: --accept-changes {','.join(refused)} (in Python "
                 "train(…, accept_changes=[…]))"
             )
         return shown
@@ -190,7 +190,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _of_weights(teacher: Teacher) -> str:
-    """Of its weights where they are in this process, else of what it says that it is; of both where a part is elsewhere."""
+    """Digest of the teacher's weights in this process; of its `identity` if none are here; of both if a part is elsewhere."""
     modules, answering = modules_of(teacher), innermost(teacher)
     if not modules:
         return hashlib.sha256(teacher.identity.encode()).hexdigest()

@@ -218,7 +218,7 @@ def _gap(summary: Mapping[str, Any]) -> str:
 
 
 def _uncertain(summary: Mapping[str, Any]) -> str:
-    """Says so where the change lies within what the choice of problems can do."""
+    """A sentence if the intervals of the student before and after overlap; else empty."""
     before, after = ((summary.get(name) or {}).get("ci95") for name in ("student_before", "student_after"))
     if before is None or after is None or before[1] < after[0] or after[1] < before[0]:
         return ""
@@ -286,7 +286,8 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _resumed(summary: Mapping[str, Any]) -> str:
-    """A sentence on settings that were changed on the way: one run with the last ones is another run. Empty without changes."""
+    """Names the settings that were changed on resuming: one run with the last ones is not the same run. Empty without
+    changes."""
     parts = [part for part in summary.get("resumed") or () if part["changes"]]
     if not parts:
         return ""

@@ -164,7 +164,8 @@ def name_two(axis: Any, x: Sequence[float], lines: Mapping[str, Sequence[float]]
 
 
 def spread(middles: Sequence[float], sizes: Sequence[float], top: float) -> list[float]:
-    """Move texts apart: their middles, ascending, up as far as `top`, then down. Closer where there is no room for all."""
+    """Move texts apart, given their middles in ascending order: first up, then down below `top`. They overlap if not all
+    fit."""
     if sum(sizes) > top > 0:
         sizes = [size * top / sum(sizes) for size in sizes]
     moved: list[float] = []

@@ -60,7 +60,7 @@ class SeveralTeachers:
         teachers: teacher_id → teacher.
         per_prompt: "one": the row's `teacher_id` names its teacher. "all": every teacher reads every rollout, and each counts
             equally in the rollout's loss.
-        offload: keep the weights of a teacher in host memory until it is asked.
+        offload: keep the weights of a teacher in host memory until it is used.
 
     Attributes:
         info: facts of the first teacher, with the names of all; `teachers[teacher_id].info` has those of one.

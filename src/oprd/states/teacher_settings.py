@@ -45,7 +45,7 @@ def check_offload(value: bool | str) -> None:
     if not isinstance(value, bool) and value != AUTO:
         raise ValueError(
             f"offload_teachers: {value!r} is not one of {AUTO}, true, false: true keeps each of several teachers in host memory "
-            "until it is asked"
+            "until it is used"
         )
 
 

@@ -125,7 +125,8 @@ def difference(left: Any, right: Any) -> Any:
 
 
 def agreement(first: Any, second: Any) -> bool | None:
-    """Whether two expressions have the same values; None if too few points say so, or a decimal number is merely rounded."""
+    """Whether two expressions have the same values; None if too few points decide it, or they differ only by a decimal's
+    rounding."""
     import sympy
 
     try:

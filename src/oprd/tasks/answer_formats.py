@@ -1,4 +1,4 @@
-r"""Reference answers, read once before anything is sampled: by the convention they are written in, and whether a task can use them.
+r"""Reference answers: parses the format that they are written in, and checks before sampling that a task can use them.
 
 Every refusal lists the first rows and their number, and names the format under which they could be used.
 """

@@ -22,7 +22,7 @@ Relation = tuple[str, str, str]  # left side, one of `=`, `<` and `\le`, right s
 
 @runtime_checkable
 class Algebra(Protocol):
-    """What decides about expressions of plain LaTeX. Each method returns None for what it cannot read."""
+    """Decides about expressions of plain LaTeX. The `same_…` methods return None for what they cannot read."""
 
     def same_expression(self, answer: str, truth: str) -> Verdict:
         """Whether two expressions have the same value, for all values of their variables."""
@@ -132,7 +132,7 @@ class Comparison:
         return all_of(self.same(a, t) for a, t in zip(answer, truth, strict=True))
 
     def _in_any_order(self, answer: Part, truth: Part) -> Verdict:
-        """Each value as often as in the truth. With dots, or names on one side only, the order matters."""
+        """Each value as often as in the truth. With dots, or names in the truth only, the order matters."""
         if not _may_be_one_name(answer, truth):
             return False
         has_dots = any(_DOTS in item.text for part in (answer, truth) for item in part.items)

@@ -76,11 +76,11 @@ class Grades:
 
 
 class Grading:
-    """Grades rollouts by a task and by reward functions. Opens both once, however many ask for them at a time.
+    """Grades rollouts by a task and by reward functions. Nested `open` calls share one grader and one event loop.
 
     Args:
-        task: None: there are no verdicts but the rewards.
-        rewards: None: there are no rewards but the verdicts.
+        task: None: the rewards serve as verdicts.
+        rewards: None: the verdicts serve as rewards.
     """
 
     def __init__(self, task: Task | None, rewards: RewardFunctions | None = None) -> None:

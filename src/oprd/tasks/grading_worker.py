@@ -88,7 +88,7 @@ def start_worker(memory_bytes: int) -> None:
 def check(answer: str, truth: str, timeout_s: float) -> tuple[bool | None, float]:
     """`verify`, and the seconds of CPU time that it took. None also if it raises.
 
-    A second after the timeout, which the pool watches over, the kernel ends the process: also when the pool is gone.
+    The pool enforces the timeout. A kernel timer ends the process one second later, even if the pool is gone.
     """
     _kill_after(timeout_s + 1.0)
     start = time.process_time()

@@ -72,7 +72,7 @@ def near_miss(answer: str, truth: str) -> bool:
 
 
 def _may_read_the_same(answer: str, truth: str) -> bool:
-    """False if the digits alone show that they do not: what is removed leaves the other digits in their order."""
+    """False if the digits rule it out: markup may hold digits, but removing it keeps the order of the others."""
     if not (answer.isascii() and truth.isascii()):
         return True
     fewer, more = sorted(("".join(re.findall(r"\d", text)) for text in (answer, truth)), key=len)

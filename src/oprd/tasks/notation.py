@@ -40,7 +40,7 @@ def from_unicode(text: str) -> str:
 
 
 def _greek(match: re.Match[str]) -> str:
-    """`π` as ``\\pi``. Capitals that look like Latin letters are these."""
+    """`π` as ``\\pi``. Capitals keep their Greek name."""
     _, size, _, name, *_ = unicodedata.name(unicodedata.normalize("NFKC", match[0])).split()
     name = {"LAMDA": "LAMBDA", "FINAL": "SIGMA"}.get(name, name).lower()
     return f"\\{name} " if size == "SMALL" else f"\\{name.capitalize()} "

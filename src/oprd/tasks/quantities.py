@@ -354,7 +354,7 @@ def _unit(name: str) -> Unit:
 def same_value(answer: Quantity, truth: Quantity) -> bool | None:
     """Whether two quantities are the same number; None if one is no plain number.
 
-    A missing unit is not held against either. A percentage may be written without its sign, or as a fraction.
+    Units count only if both are known. A percentage may be written without its sign, or as a fraction.
     """
     a, t = value_of(answer.text), value_of(truth.text)
     if a is None or t is None:

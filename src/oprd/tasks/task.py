@@ -26,7 +26,8 @@ class Grader(AbstractContextManager["Grader"], Protocol):
 
     A reward is a verdict (bool) or any finite number. Accuracy is the mean reward; verdicts count as 0 and 1. A grader may also
     have `stats`, a Counter of the graded pairs by how they were decided ("exact", "verified", …). Those that took too long,
-    "timed_out", are the metric `grader_timeouts`. One whose `in_processes` is true grades while the models work.
+    "timed_out", are the metric `grader_timeouts`. A grader whose `in_processes` is true may run in a background thread while
+    the models work.
     """
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> Sequence[bool | float]:

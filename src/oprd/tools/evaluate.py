@@ -119,7 +119,7 @@ def evaluate_checkpoint(
         processing_class: the model's tokenizer; None: the one beside it.
 
     Returns:
-        The measures, with the settings they were measured under; `near_misses` counts and lists verdicts near the edge.
+        The measures, with their settings; `near_misses` counts and lists wrong answers that equal the reference without markup.
 
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.

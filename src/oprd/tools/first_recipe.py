@@ -119,7 +119,7 @@ def first_recipe(
         reasons["train_dataset"] = "no eval_dataset: the run shows loss and cosine, no accuracy"
     else:
         values |= {"eval_dataset": eval_dataset, "eval_limit": MOST_PROBLEMS}
-        reasons["eval_limit"] = "problems at most; more narrow the interval"
+        reasons["eval_limit"] = "problems at most; more give a narrower interval"
         values |= {"eval_num_generations": 4 if machine.cuda else 2}
         reasons["eval_num_generations"] = "answers a problem, before and after training"
         graded = {"--prompts": prompts, "--eval": eval_dataset} if train.answered else {"--eval": eval_dataset}

@@ -1,4 +1,5 @@
-"""Cuts blocks out of a decoder, those that change its states least, and writes a student that `layer_map: kept` brings back.
+"""Cuts blocks out of a decoder, by default those that change its states least, and writes a student to train with `layer_map:
+kept`.
 
 Block influence (ShortGPT, arXiv 2403.03853): the mean over positions of 1 − cosine between the state that a block receives and the
 state that it hands on. It is measured on completions that the model itself writes.
@@ -302,7 +303,7 @@ def _check_written(
     if not difference <= allowed * scale:
         raise ValueError(
             f"{wrong}its logits differ by {difference:.2g} (largest {scale:.2g}) from the original's with the other blocks "
-            "skipped: its blocks depend on their number; choose others (--by list)"
+            "skipped: its blocks behave differently at another index; choose others (--by list)"
         )
 
 

@@ -119,9 +119,7 @@ def serve_until_signal(server: TeacherServer) -> int:
     thread.start()
     while not asked.wait(1):
         pass
-    logger.info(
-        "%s: the request that is computed is finished, those that wait are dropped", signal.Signals(received[0]).name
-    )
+    logger.info("%s: finishing the current request, dropping those that wait", signal.Signals(received[0]).name)
     server.stop()
     thread.join()
     return received[0]

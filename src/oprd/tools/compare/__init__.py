@@ -1,4 +1,4 @@
-"""`oprd compare`: train one model pair with several objectives, on the same prompts and seeds.
+"""`oprd compare`: compare finished runs, or train several objectives on the same models, prompts and seeds.
 
 May be imported by cli only.
 Start reading at `plan.py`, then `runner.py`.

@@ -17,7 +17,7 @@ def with_interval(value: float | None, interval: Sequence[float] | None, measure
 
 
 def difference_in_words(difference: Mapping[str, Any] | None, measure: str = ACCURACY) -> str:
-    """`+10.0 [+2.0, +18.0]` in percentage points, or `+0.1 [+0.02, +0.18]`; `(unpaired)` where it is so."""
+    """`+10.0 [+2.0, +18.0]` in percentage points, or `+0.1 [+0.02, +0.18]`; ends in `unpaired` without pairs."""
     if difference is None:
         return "–"
     form = (lambda value: f"{100 * value:+.1f}") if measure == ACCURACY else "{:+.3g}".format

@@ -192,7 +192,7 @@ class _Held:
         self.gathered = float(weight) * (root + 2 * block) if self.split > 1 else 0.0
         self.gathered_gradients = float(weight) * (root + block) if self.split > 1 else 0.0
         rows = work.attention_layers * work.rows * work.positions * other.heads * work.length
-        self.own_rows = 2.0 * _FLOAT * rows  # of the student, and those bounded from below
+        self.own_rows = 2.0 * _FLOAT * rows  # the student's attention rows, and their clamped copy
         self.cache = (self._states() if work.needs_teacher else 0.0) + float(work.teacher_bytes * rows)
         tokens, intermediate = work.tokens, other.intermediate
         wide = max(2 * other.width + 3 * intermediate, 2 * other.width + 5 * other.attention)

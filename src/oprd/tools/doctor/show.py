@@ -83,7 +83,7 @@ def _teacher_lines(found: dict[str, Any]) -> list[str]:
     """The weights of each of several teachers."""
     if not (several := found.get("teachers")):
         return []
-    where = "each in host memory until it is asked" if found["offloaded"] else "all on the device"
+    where = "each in host memory until it is used" if found["offloaded"] else "all on the device"
     return [
         "", f"weights of the teachers ({where}; offload_teachers: {found['offload_teachers']})",
         *(f"  {name:<20} {_size(size) if size else '   shared with one above'}" for name, size in several.items()),

@@ -27,7 +27,8 @@ _OPTIMIZER_PASSES = 10  # reads and writes of a number by clipping (3) and AdamW
 class Device:
     """Throughput of one device. The defaults are from NVIDIA's data sheet of the H100 SXM: dense bfloat16, HBM3.
 
-    What follows `bandwidth_share` is measured on a CPU (`probe.py`); a data sheet does not say it, so by default it costs nothing.
+    The fields after `bandwidth_share` are measured on a CPU (`probe.py`); a data sheet lacks them, so by default they add no
+    time.
 
     Args:
         tflops: 10¹² floating point operations per second.

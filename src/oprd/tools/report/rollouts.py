@@ -274,8 +274,8 @@ def prompt_text(prompt: Any) -> str:
 def choose(pairs: Sequence[Pair]) -> list[tuple[str, Pair]]:
     """Choose and label the best, the worst and the most divergent pair. A pair with several labels appears once.
 
-    Best: right after training, preferably wrong before. Worst: wrong after, preferably right before. Ties go to the smaller mean
-    one with the smaller, or larger, mean distance.
+    Best: right after training, preferably wrong before. Worst: wrong after, preferably right before. Ties go to the smaller
+    mean distance for the best, to the larger for the worst.
     Rewards that are numbers are compared as they are. Most divergent: the late rollout with the largest mean distance.
     """
     names: dict[int, list[str]] = {}
