@@ -312,8 +312,8 @@ def test_a_far_pair_has_the_teachers_responses_in_half_of_the_steps(other_tokeni
     assert rule["choose"] == "let the teacher write them in half of the steps"
     assert rule["because"] == (
         "the student finishes 55% of its answers, the teacher 98%; the student's tokens have a cross-entropy of 1.9 nats under "
-        "the teacher, of 0.5 under the student; its answers have 21 tokens on average, the teacher's 6: another style, about which the teacher's states say "
-        "little"
+        "the teacher, of 0.5 under the student; its answers have 21 tokens on average, the teacher's 6: "
+        "another style, about which the teacher's states say little"
     )
     assert rule["settings"] == {"lmbda": 0.5, "output_space": "cross_entropy", "reduction": "token"}
     assert start(wider, finished=0.55)["settings"] == {"lmbda": 0.5}  # beside its reverse KL
