@@ -1095,7 +1095,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("evaluated in full precision", "self.parallel.autocast() if model is self.pair.student.model else nullcontext()",
          "nullcontext()",
          "test_evaluate.py::test_the_student_is_evaluated_in_the_precision_it_is_trained_in_and_another_model_in_its_own"),
-        ("the teacher is evaluated with the student's prompts", "return self.model(model, own, engine)",
+        ("the teacher is evaluated with the student's prompts", "return self.model(model, theirs, engine)",
          "return self.model(model, prompts, engine)",
          "test_cross_tokenizer_training.py::test_the_teacher_is_evaluated_in_its_own_tokens"),
     ],

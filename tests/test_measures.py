@@ -146,7 +146,6 @@ def test_summarize_without_finished_or_graded_samples_says_none():
         ([], "no problems"),
         ([[]], "samples"),
         ([[sample(True)], [sample(True), sample(True)]], r"\[1, 2\] samples"),
-        ([[sample(True), sample(True)], [sample(True), sample(None)]], "problem 1: 1 of 2"),
     ],
 )
 def test_summarize_refuses(problems, message):

@@ -107,7 +107,7 @@ def test_the_older_spelling_of_activation_checkpointing_counts():
 def test_overrides():
     words = ["--learning-rate", "2e-4", "--layers=[1, 2]", "--bf16", "--teacher_model", "null", "--seed", "3"]
     assert parse_overrides(words) == {
-        "learning_rate": "2e-4", "layers": [1, 2], "bf16": True, "teacher_model": None, "seed": 3,
+        "learning_rate": 2e-4, "layers": [1, 2], "bf16": True, "teacher_model": None, "seed": 3,
     }  # fmt: skip
     with pytest.raises(ValueError, match="--layers: '\\[1,' cannot be read"):
         parse_overrides(["--layers", "[1,"])

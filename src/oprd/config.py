@@ -503,7 +503,7 @@ class OPRDConfig(TrainingArguments):
             self.output_support,
             self.output_beta,
             self.output_baseline,
-            self.output_temperature or self.temperature or 1.0,
+            self.output_temperature if self.output_temperature is not None else self.temperature or 1.0,
         )
 
     @property

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from oprd.config import OPRDConfig
+from oprd.data.yaml_text import load_yaml
 from oprd.files import shipped_folders
 from oprd.models.adapters import is_adapter_folder
 from oprd.objectives.presets import find_preset, keys_of_presets
@@ -281,7 +282,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: not a YAML file, or not a mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = load_yaml(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not a YAML file: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
@@ -413,7 +414,10 @@ def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML, a text that begins with # or { as it is.
+    """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
+
+    The value of a key that holds text is taken as it is, unless it is in quotes or null.
+
 
     Raises:
         ValueError: a word without a key, a key that is no flag without a value, or a value that is not YAML.
@@ -432,11 +436,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not text.strip():
             raise ValueError(f"--{key}: the value is missing; write --{key} VALUE, or --{key} null to unset it")
         name = key.replace("-", "_")
-        if _takes_text(name) and text.lstrip()[0] in "#{":
-            overrides[name] = text  # to YAML a comment or a mapping, which no text can be
+        if _takes_text(name) and text.strip()[0] not in "'\"" and text.strip() not in ("null", "~"):
+            overrides[name] = text  # which YAML could take for a comment, a mapping, a number or a switch
             continue
         try:
-            overrides[name] = yaml.safe_load(text)
+            overrides[name] = load_yaml(text)
         except yaml.YAMLError as error:
             shown = redacted_text(text)
             raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error

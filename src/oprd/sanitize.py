@@ -15,9 +15,12 @@ REDACTED = "<redacted>"
 
 # The last word of a name that holds a secret, unless the word before it names something else: pad_token, prompt_key.
 _SECRET = frozenset((
-    "token", "key", "apikey", "secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase",
+    "token", "key", "apikey", "secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase", "passcode",
     "credential", "credentials", "authorization", "auth", "bearer", "cookie", "cookies", "jwt",
 ))  # fmt: skip
+_SECRET_PLURAL = frozenset(("tokens", "keys"))  # only after one of these: max_new_tokens is a number
+_BEFORE_PLURAL = frozenset(("api", "access", "auth", "bearer", "hf", "hub", "private", "refresh", "secret"))
+_AFTER = frozenset(("header", "pem", "value"))  # auth_header, private_key_pem
 _HARMLESS_BEFORE = frozenset((
     "pad", "eos", "bos", "unk", "mask", "sep", "cls", "stop", "end", "start", "begin", "special", "next", "per", "first", "last",
     "image", "audio", "video", "prompt", "answer", "text", "label", "sort", "column", "primary", "row", "input", "output",
@@ -45,12 +48,17 @@ _SHAPES = re.compile(
     )),
     re.DOTALL,
 )  # fmt: skip
-# 'token': 'x' and "token": "x" as Python and JSON write it; ?token=x, HF_TOKEN=x and --api-key=x.
+# 'token': 'x' and "token": "x" as Python and JSON write it; ?token=x, HF_TOKEN=x and --api-key=x; --hub_token x; api_key: x.
 _QUOTED = re.compile(
     r"""(?P<head>(?P<q>['"])(?P<name>[\w.-]+)(?P=q)\s*:\s*)(?P<v>['"])(?P<value>(?:\\.|(?!(?P=v)).)*)(?P=v)?"""
 )
 _ASSIGNED = re.compile(
     r"""(?P<head>(?P<before>[?&]|(?<![\w.]))(?P<name>[A-Za-z][\w.-]*)=['"]?)(?P<value>[^\s&'",;#)\]}<>]+)"""
+)
+
+_OPTION = re.compile(r"""(?P<head>(?<!\S)--(?P<name>[A-Za-z][\w.-]*)\s+['"]?)(?P<value>(?!--)[^\s'"]+)""")
+_LISTED = re.compile(
+    r"""(?P<head>(?<![\w.'"-])(?P<name>[A-Za-z]\w*[_-]\w+|password|passwd|secret|apikey):\s+['"]?)(?P<value>[^\s&'",;#)\]}<>]+)"""
 )
 
 
@@ -76,13 +84,26 @@ def redacted_text(text: str) -> str:
     """`text` with `<redacted>` in place of what has the shape of a secret, or is assigned to a name of one."""
     text = _SHAPES.sub(REDACTED, text)
     text = _QUOTED.sub(lambda m: f"{m['head']}{m['v']}{REDACTED}{m['v']}" if names_secret(m["name"]) else m[0], text)
+    for written in (_OPTION, _LISTED):
+        text = written.sub(lambda m: f"{m['head']}{REDACTED}" if _gives_secret(m["name"], m["value"]) else m[0], text)
     return _ASSIGNED.sub(_assignment, text)
 
 
 def names_secret(name: object) -> bool:
     """Whether a setting, header or variable of this name holds a secret: `hub_token`, `X-Api-Key`, `HF_TOKEN`; not `pad_token`."""
     words = [word.lower() for word in _WORDS.findall(str(name))] if _NAME.fullmatch(str(name)) else []
+    while len(words) > 1 and (words[-1].isdigit() or words[-1] in _AFTER):  # api_key_1, auth_header
+        words.pop()
+    if len(words) > 1 and words[-1] in _SECRET_PLURAL:
+        return words[-2] in _BEFORE_PLURAL
     return bool(words) and words[-1] in _SECRET and (len(words) < 2 or words[-2] not in _HARMLESS_BEFORE)
+
+
+def _gives_secret(name: str, value: str) -> bool:
+    """Whether a value that follows a name is a secret: no switch or number, not redacted already, no prose (`--key value`)."""
+    word = value.rstrip(",;.").lower()
+    said = word.isdigit() or word in ("true", "false", "null", "none", REDACTED)
+    return names_secret(name) and name.lower() != "key" and not said
 
 
 def without_redacted(value: Any) -> Any:

@@ -135,8 +135,10 @@ def _layers(name: str, text: str) -> str | list[Any]:
     """Parse a name, or a YAML list of layers; a single number becomes a list of one."""
     import yaml
 
+    from oprd.data.yaml_text import load_yaml
+
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: {text!r} cannot be read: {error}") from error
     return value if isinstance(value, str | list) else [value]

@@ -97,6 +97,7 @@ def check(
         raise ValueError("data check: --fail is for two datasets; give the benchmark as the second one")
     check_json(json_file)
     if config is not None:
+        _refuse_with_recipe(train_split=train_split != "train", train_limit=train_limit, seed=seed)
         found = _check_recipe(config, train, model, task, answer_format, read, text)
     elif train is None:
         raise ValueError("data check: no dataset; name a file or hub dataset, or give --config RECIPE")
@@ -119,6 +120,13 @@ def _check_file(
 
     grading = get_task(task) if task else None
     return _check_one(DatasetSettings(*rows, read, grading, answer_format, rendering=text), model, trust=False)
+
+
+def _refuse_with_recipe(**options: Any) -> None:
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        raise ValueError(
+            f"data check: {', '.join(given)}: with --config the recipe says it; leave it out, or set it there"
+        )
 
 
 def _refuse_for_two(**options: Any) -> None:

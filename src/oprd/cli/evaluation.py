@@ -43,6 +43,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "test",
     max_completion_length: Annotated[int, typer.Option(help="Most tokens of a completion.")] = 4096,
+    max_prompt_length: Annotated[int | None, typer.Option(min=1, help="Leave out (and count) longer prompts.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper evaluates at 0.7.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus truncation; the paper evaluates at 0.95.")] = 0.95,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,

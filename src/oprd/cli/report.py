@@ -32,10 +32,11 @@ def report(
 
     quiet_libraries() if distances else show_messages()
     from oprd.tools.report.comparison import unfold
-    from oprd.tools.report.page import render, write_page
+    from oprd.tools.report.page import check_page_file, render, write_page
     from oprd.tools.report.read import read_runs
     from oprd.tools.report.rollouts import DISTANCES, write_distances
 
+    check_page_file(output)  # before distances are measured
     folders, comparisons = unfold(runs)
     records = read_runs(folders)
     if distances:

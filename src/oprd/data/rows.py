@@ -9,7 +9,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -343,11 +343,19 @@ def as_prompt_rows(dataset: Iterable[Any], name: str, reading: Reading | None = 
             f"{name} is a {type(dataset).__name__}, not rows: give rows (of a DatasetDict, one split), or "
             "load_prompts(path or hub name)"
         )
+    merges = reading is not None and reading.merge_system_prompt
     if isinstance(dataset, OnAccess) and dataset and isinstance(dataset[0], PromptRow):  # what `load_prompts` returned
-        return dataset
+        return OnAccess(lambda place: _merged(dataset[place]), range(len(dataset))) if merges else dataset
     if isinstance(dataset, list | tuple) and any(isinstance(row, PromptRow) for row in dataset):
-        return [_checked(row, f"{name} row {i}") for i, row in enumerate(dataset)]
+        rows = [_checked(row, f"{name} row {i}") for i, row in enumerate(dataset)]
+        return [*map(_merged, rows)] if merges else rows
     return _collect(f"{name} row ", enumerate(dataset), name, reading or Reading())
+
+
+def _merged(row: PromptRow) -> PromptRow:
+    """The row with its system message at the head of the first user message."""
+    prompt = merged_system_prompt(row.prompt)
+    return row if prompt is None else replace(row, prompt=prompt)
 
 
 class _Rows:

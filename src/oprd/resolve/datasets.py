@@ -64,9 +64,8 @@ def dataset_rows(
     if dataset is None or (isinstance(dataset, str) and not dataset):
         return None
     if not isinstance(dataset, str):
-        return _with_teacher_ids(
-            run, given_rows(dataset, run.args, task, kind, rewards, columns=_keeps_columns(run, rewards)), kind
-        )
+        given = given_rows(dataset, run.args, task, kind, rewards, columns=_keeps_columns(run, rewards))
+        return _with_teacher_ids(run, given[: getattr(run, f"{kind}_limit")], kind)
     reading = Reading.of(
         vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval",
         columns=_keeps_columns(run, rewards),

@@ -219,10 +219,11 @@ class RunFolder:
         rewards: Sequence[bool | float | None],
         answers: Sequence[str | None],
     ) -> None:
-        """Write completions to the file `name`, one JSON line each, replacing its content."""
-        (self.path / name).unlink(missing_ok=True)
-        for row in _completion_rows(prompts, rollouts, rewards, answers):
-            self.append(name, row)
+        """Write completions to the file `name`, one JSON line each, replacing its content, whole or not at all."""
+        with writing(self.path / name) as temporary:
+            temporary.touch()
+            for row in _completion_rows(prompts, rollouts, rewards, answers):
+                self.append(temporary.name, row)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of `metrics.jsonl`, one at a time; those that cannot be read are left out with a warning."""

@@ -159,7 +159,7 @@ def identify(
         digests["compared_layers"] = hashlib.sha256(teacher.pairs.encode()).hexdigest()
     for name, prompts in (("prompts", train_prompts), ("eval_prompts", eval_prompts)):
         if prompts is not None:
-            digests[name] = _of_prompts(prompts)
+            digests[name] = digest_of_prompts(prompts)
     if task is not None and task not in TASKS.values():
         digests["task"] = _of_code(task.name, task.grader)
     if own := {name: term for name, term in (terms or {}).items() if name not in _OF_SETTINGS}:
@@ -175,7 +175,8 @@ def identify(
     return RunIdentity(json.loads(json.dumps(settings, default=str)), digests)
 
 
-def _of_prompts(prompts: Iterable[Prompt]) -> str:
+def digest_of_prompts(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of prompts as token ids, with their answers and columns."""
     found = hashlib.sha256()
     for prompt in prompts:
         found.update(np.asarray(prompt.ids, dtype=np.int64).tobytes())

@@ -139,31 +139,27 @@ def summarize(problems: Sequence[Sequence[Sample]], *, seed: int = 0) -> dict[st
 
     Keys: `avg_at_k`, `best_at_k`, `ci95` ([low, high] of avg_at_k), `k`, `problems`, `dist_4`, `dist_4_left_out`,
     `mean_length`, `finished` (share of samples), `accuracy_given_finished`, `ungraded` (samples).
-    Accuracies cover the graded problems. They are None if no problem was graded (for `accuracy_given_finished`: if no graded
-    sample finished).
+    Accuracies cover the graded samples: of a problem that is graded in part, its mean and best are of those. They are None if no
+    sample was graded (for `accuracy_given_finished`: if no graded sample finished).
 
     Raises:
-        ValueError: there are no problems or samples, k differs, or a problem is only partly graded.
+        ValueError: there are no problems or samples, or k differs.
     """
     if not problems:
         raise ValueError("no problems: give at least one")
     sizes = sorted({len(samples) for samples in problems})
     if len(sizes) != 1 or sizes[0] == 0:
         raise ValueError(f"problems have {sizes} samples: all need the same number, at least 1")
-    for i, samples in enumerate(problems):
-        ungraded = sum(sample.correct is None for sample in samples)
-        if 0 < ungraded < len(samples):
-            raise ValueError(
-                f"problem {i}: {ungraded} of {len(samples)} samples are ungraded: grade all or none of them"
-            )
     everything = [sample for samples in problems for sample in samples]
-    graded = [[float(s.correct or 0) for s in samples] for samples in problems if samples[0].correct is not None]
+    graded = [own for samples in problems if (own := [float(s.correct) for s in samples if s.correct is not None])]
+    means = [float(np.mean(own)) for own in graded]
+    whole = len({*map(len, graded)}) == 1  # then every sample weighs the same, as in the published measure
     finished = [float(s.correct) for s in everything if s.finished and s.correct is not None]
     distinct = distinct_n([[sample.token_ids for sample in samples] for samples in problems], n=4)
     return {
-        "avg_at_k": avg_at_k(graded) if graded else None,
-        "best_at_k": best_at_k(graded) if graded else None,
-        "ci95": list(bootstrap_ci([float(np.mean(c)) for c in graded], seed=seed)) if graded else None,
+        "avg_at_k": (avg_at_k(graded) if whole else float(np.mean(means))) if graded else None,
+        "best_at_k": (best_at_k(graded) if whole else float(np.mean([max(own) for own in graded]))) if graded else None,
+        "ci95": list(bootstrap_ci(means, seed=seed)) if graded else None,
         "k": sizes[0],
         "problems": len(problems),
         "dist_4": distinct.value,

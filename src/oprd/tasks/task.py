@@ -188,5 +188,7 @@ def _instructed(task: Task, row: PromptRow) -> PromptRow:
         return row
     if isinstance(row.prompt, str):
         return replace(row, prompt=f"{row.prompt} {task.instruction}")
-    last = {**row.prompt[-1], "content": f"{row.prompt[-1]['content']} {task.instruction}"}
-    return replace(row, prompt=[*row.prompt[:-1], last])
+    asked = [place for place, message in enumerate(row.prompt) if message["role"] == "user"]
+    place = asked[-1] if asked else len(row.prompt) - 1  # not into an assistant's turn that is continued
+    message = {**row.prompt[place], "content": f"{row.prompt[place]['content']} {task.instruction}"}
+    return replace(row, prompt=[*row.prompt[:place], message, *row.prompt[place + 1 :]])

@@ -94,6 +94,7 @@ def evaluate_checkpoint(
     output_dir: Path | None = None,
     trust_remote_code: bool = False,
     processing_class: PreTrainedTokenizerBase | None = None,
+    max_prompt_length: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate one model on one set of problems; with `output_dir`, write `eval.json` and `eval_completions.jsonl` there.
 
@@ -117,6 +118,7 @@ def evaluate_checkpoint(
         output_dir: where the result is written.
         trust_remote_code: run code that comes with the model.
         processing_class: the model's tokenizer; None: the one beside it.
+        max_prompt_length: leave out problems with longer prompts, and log how many; None keeps all.
 
     Returns:
         The measures, with their settings; `near_misses` counts and lists wrong answers that equal the reference without markup.
@@ -124,7 +126,7 @@ def evaluate_checkpoint(
     Raises:
         ValueError: a model, dataset, task or setting that does not fit.
     """
-    _check_counts(k, limit)
+    _check_before(k, limit, output_dir)
     grading = get_task(task) if isinstance(task, str) else check_task(task)
     name = dataset if isinstance(dataset, str) else "dataset"
     rows = _rows(dataset, split, limit, seed, reading or Reading())
@@ -133,7 +135,7 @@ def evaluate_checkpoint(
     loaded = _loaded(model, processing_class, dtype=dtype, trust_remote_code=trust_remote_code)
     assert loaded.tokenizer is not None, "it was loaded with the model"
     rendering = _dated(rendering or TeacherPromptSettings(), loaded.tokenizer)
-    prompts = _prompts(rows, loaded, rendering, name, sampling.max_completion_length)
+    prompts = _prompts(rows, loaded, rendering, name, sampling.max_completion_length, max_prompt_length)
     sampler = make_engine(engine, loaded.tokenizer, loaded.info.stop_token_ids, batch_size=batch_size)
     probe_engine(sampler, loaded.model)
     if isinstance(sampler, DecodeEngine | TransformersEngine):
@@ -163,11 +165,15 @@ def evaluate_checkpoint(
     return summary
 
 
-def _check_counts(k: int, limit: int | None) -> None:
+def _check_before(k: int, limit: int | None, output_dir: Path | None) -> None:
+    """Refuse counts that are not allowed, and a folder that cannot be written to or is in use, before hours of sampling."""
     if k < 1:
         raise ValueError(f"k: {k} is not allowed; at least 1 sample per problem")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} is not allowed; at least 1 problem, or leave it out for all")
+    if output_dir is not None:
+        with RunFolder(output_dir).hold():
+            pass
 
 
 def _rows(
@@ -192,13 +198,18 @@ def _loaded(
 
 
 def _prompts(
-    rows: Sequence[PromptRow], loaded: LoadedModel, rendering: TeacherPromptSettings, name: str, room: int
+    rows: Sequence[PromptRow],
+    loaded: LoadedModel,
+    rendering: TeacherPromptSettings,
+    name: str,
+    room: int,
+    longest: int | None,
 ) -> Sequence[Prompt]:
-    """The rows as the model reads them, each with `room` tokens for its completion."""
+    """The rows as the model reads them, each with `room` tokens for its completion; those above `longest` tokens are left out."""
     tokenizer, info = loaded.tokenizer, loaded.info
     assert tokenizer is not None, "it was loaded with the model"
     prompts = prepare_prompts(
-        rows, tokenizer, name=name, max_completion_length=room, context_length=info.context_length,
+        rows, tokenizer, name=name, max_completion_length=room, context_length=info.context_length, max_prompt_length=longest,
         split_special_tokens=rendering.split_special_tokens, chat_template_kwargs=rendering.student_kwargs(tokenizer),
     )  # fmt: skip
     check_token_ids(prompts, tokenizer, info.embedding_rows, info.name)

@@ -174,13 +174,17 @@ def _task_values(
     """
     problems = graded["--eval"]
     report = _read(problems, "test", tokenizer)
-    rows_of = {name: load_rows(name, "train", None, 0) for name in graded.values() if not name.startswith(GENERATED)}
+    rows_of = {
+        option: load_rows(name, "test" if option == "--eval" else "train", None, 0)
+        for option, name in graded.items()
+        if not name.startswith(GENERATED)
+    }
     if task:
         values["task"], why = get_task(task).name, ""
     else:
-        values["task"], why = _guess_task(problems, report, rows_of.get(problems), tokenizer)
+        values["task"], why = _guess_task(problems, report, rows_of.get("--eval"), tokenizer)
     formats = {
-        option.removeprefix("--"): _answer_format(option, dataset, rows_of.get(dataset), values["task"], task is None)
+        option.removeprefix("--"): _answer_format(option, dataset, rows_of.get(option), values["task"], task is None)
         for option, dataset in graded.items()
     }
     mine, evaluated = formats.get("prompts", "plain"), formats["eval"]

@@ -75,6 +75,7 @@ class RunWatch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._read_to: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}
         self._completions: list[Mapping[str, Any]] = []
         self._forget()
 
@@ -123,14 +124,17 @@ class RunWatch:
     def _news(self, name: str) -> list[Mapping[str, Any]]:
         """Lines of a file that were added since the last call; all of them where it was cut back by a resumed run."""
         file, start = self.folder / name, self._read_to.get(name, 0)
-        size = file.stat().st_size if file.is_file() else 0
-        if size < start:
+        found = file.stat() if file.is_file() else None
+        inode, size = (found.st_ino, found.st_size) if found is not None else (0, 0)
+        if size < start or inode != self._inodes.get(
+            name, inode
+        ):  # a run that is resumed puts a shorter file in its place
             start = 0
             self._completions = [] if name == COMPLETIONS else self._completions
             if name == METRICS:
                 self._forget()
         lines = list(read_lines(file, Damage(), start=start))
-        self._read_to[name] = lines[-1].end if lines else start
+        self._read_to[name], self._inodes[name] = lines[-1].end if lines else start, inode
         return [line.row for line in lines]
 
     def _take(self, row: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import time
@@ -28,6 +29,7 @@ from oprd.runs.columns import Columns, step_seconds
 from oprd.runs.curves import plot_run
 from oprd.runs.folder import CONFIG, METRICS, MODEL, RATE_PROBE, SUMMARY, RunFolder
 from oprd.runs.grades import problem_key, record_grades
+from oprd.runs.identity import digest_of_prompts
 from oprd.runs.model_card import write_model_card
 from oprd.runs.rewards import reward_changes, rewards_in_words
 from oprd.runs.verdict import judge_run
@@ -42,6 +44,7 @@ logger = logging.getLogger("oprd")
 
 Say = Callable[[str], None]
 
+EVALUATION = "evaluation"  # key of the summary: digest of the problems and of how they are sampled
 _FEW_PROBLEMS = 8  # of fewer, none may be solved by chance
 
 
@@ -60,7 +63,8 @@ def measure_before(trainer: OPRDTrainer, *, resumed_at: int | None, say: Say) ->
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
     if resumed_at is not None:  # on every rank: all must agree on what is left to evaluate together
-        summary |= _measured_before(trainer.run_folder)
+        summary |= _measured_before(trainer.run_folder, _evaluation(trainer))
+    summary[EVALUATION] = _evaluation(trainer)
     if trainer.is_world_process_zero():
         write_text(trainer.run_folder.path / CONFIG, yaml.safe_dump(_settings(trainer), sort_keys=False))
         if trainer.rate_probe is not None:
@@ -184,11 +188,23 @@ def _rate_probe(trainer: OPRDTrainer) -> dict[str, Any] | None:
     return probe if probe.get("learning_rate") == trainer.args.learning_rate else None
 
 
-def _measured_before(folder: RunFolder) -> dict[str, Any]:
-    """What an earlier part of this run measured before it trained."""
+def _measured_before(folder: RunFolder, evaluation: str) -> dict[str, Any]:
+    """What an earlier part of this run measured before it trained, unless problems or sampling have changed since."""
     earlier = folder.read_json(SUMMARY)
     measured = {name: earlier.get(name) for name in ("student_before", "teacher")}
+    if earlier.get(EVALUATION, evaluation) != evaluation:  # an earlier version did not record it
+        if any(measured.values()):
+            logger.warning(
+                "problems or sampling of the evaluation have changed: student and teacher are measured again"
+            )
+        return dict.fromkeys(measured)
     return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
+
+
+def _evaluation(trainer: OPRDTrainer) -> str:
+    """Digest of what is evaluated, and how."""
+    sampled = (trainer.args.eval_sampling, trainer.args.eval_num_generations)
+    return hashlib.sha256(f"{digest_of_prompts(trainer.eval_dataset or ())} {sampled}".encode()).hexdigest()[:16]
 
 
 def _judged(summary: dict[str, Any]) -> dict[str, Any]:

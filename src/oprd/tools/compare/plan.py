@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from oprd.config import OPRDConfig
 from oprd.files import shipped_folders
 from oprd.resolve import plan
+from oprd.rollouts.engine import Sampling
 from oprd.run_config import RunConfig, read_yaml, recipe_keys
 from oprd.sanitize import redacted_keys
 from oprd.tools.compare.bridges import bridge_folder, parse_bridges
@@ -37,7 +38,8 @@ _SET_BY_COMPARISON = {
 # Keys that must be equal for all objectives, so that differences come from the objectives.
 _SHARED = (
     "model", "teacher_model", "teachers", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
-    "train_limit", "task",
+    "train_limit", "task", "prompt_column", "answer_column", "answer_format", "dataset_config", "merge_system_prompt",
+    "chat_template_kwargs", "chat_template_date", "split_special_tokens", "max_prompt_length",
 )  # fmt: skip
 _RATES = "learning_rates"
 _SHARED_PREFIX = "eval_"
@@ -99,6 +101,7 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
     """
     runs: list[Run] = []
     rollouts: dict[str, dict[str, int]] = {}
+    sampled: dict[str, Sampling] = {}
     for seed in comparison.seeds:
         first = len(runs)
         for rate, name, changes in _grid(comparison):
@@ -110,9 +113,22 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
                 values["bridge"] = str(bridge_folder(comparison.output_dir, values["bridge"]))
             run = _checked(comparison.recipe, values, f"{file}: objective {name!r}", name in rollouts)
             rollouts[name] = {key: getattr(run.args, key) for key in ROLLOUTS}
+            sampled[name] = run.args.eval_sampling
             runs.append(Run(name, rate, seed, folder, run.settings()))
+    _check_evaluations(sampled, file)
     _check_rollouts(rollouts, file)
     return runs
+
+
+def _check_evaluations(sampled: Mapping[str, Sampling], file: Path) -> None:
+    """Refuse objectives whose evaluations sample differently, as where one has another max_completion_length."""
+    (first, expected), *others = sampled.items()
+    for name, own in others:
+        if own != expected:
+            raise ValueError(
+                f"{file}: objectives: {name!r} is evaluated with {own.max_completion_length} tokens a completion, {first!r} with "
+                f"{expected.max_completion_length}; set eval_max_completion_length under 'settings'"
+            )
 
 
 def _grid(comparison: Comparison) -> Iterator[tuple[float, str, dict[str, Any]]]:

@@ -75,11 +75,17 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[bool, list[s
             row["objective"], f"{row['learning_rate']:g}", with_interval(row["final_avg"], row["final_ci95"], measure),
             _difference(report, row), in_words(row["best_avg"], measure),
             with_interval(row["equal_time_avg"], row["equal_time_ci95"], measure),
-            in_words(row["gap_closed"]), _number(row["seconds"], 2), _number(row["steps"], 0),
+            _gap_closed(row), _number(row["seconds"], 2), _number(row["steps"], 0),
             str(asked) if len(row["seeds"]) == asked else f"{len(row['seeds'])} of {asked}",
         ]  # fmt: skip
         rows.append((best, cells))
     return header, rows
+
+
+def _gap_closed(row: Mapping[str, Any]) -> str:
+    """The mean share of the gap, and how many seeds have none to close."""
+    left_out = row.get("seeds_without_gap", 0)
+    return in_words(row["gap_closed"]) + (f" ({left_out} seed(s) without a gap left out)" if left_out else "")
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:

@@ -251,6 +251,7 @@ def _row(
         "final_ci95": interval,
         "best_avg": mean(lambda result: result.best),
         "gap_closed": mean_and_interval(closed)[0],
+        "seeds_without_gap": len(gaps) - len(closed),
         "seconds": mean(lambda result: result.final.seconds),
         "steps": mean(lambda result: result.final.step),
         "final_by_seed": {str(seed): result.final.avg for seed, result in found.items()},

@@ -190,7 +190,7 @@ class _Reader:
         length = self.sampling.max_completion_length
         return prepare_prompts(
             rows[:count], self.tokenizer, name=name, max_completion_length=length,
-            chat_template_kwargs=self.renderer.template_kwargs,
+            max_prompt_length=self.config.get("max_prompt_length"), chat_template_kwargs=self.renderer.template_kwargs,
             split_special_tokens=self.renderer.split_special_tokens,
         )  # fmt: skip
 

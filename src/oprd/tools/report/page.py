@@ -140,6 +140,16 @@ def write_page(file: Path, page: str) -> None:
     """Write the page in one step: to a temporary file, then renamed.
 
     Raises:
+        ValueError: as `check_page_file`.
+    """
+    check_page_file(file)
+    write_text(file, page)
+
+
+def check_page_file(file: Path) -> None:
+    """Refuse a place where no report may be written.
+
+    Raises:
         ValueError: `file` exists and is not a report, or its folder does not exist.
     """
     if file.is_dir():
@@ -148,7 +158,6 @@ def write_page(file: Path, page: str) -> None:
         raise ValueError(f"output: there is no folder {file.parent}; make it first or choose another")
     if file.exists() and MARK.encode() not in file.read_bytes()[:200]:
         raise ValueError(f"output: {file} holds something that no report wrote; choose another file")
-    write_text(file, page)
 
 
 def _policy(style: str, script: str) -> str:

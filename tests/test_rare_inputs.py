@@ -1,0 +1,273 @@
+"""Inputs and settings of the tools that are rare, each of which once gave a wrong number or was ignored without a word."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from oprd.cli import app
+from oprd.config import OPRDConfig
+from oprd.data.rows import PromptRow, Reading, as_prompt_rows, load_prompts
+from oprd.data.yaml_text import load_yaml
+from oprd.resolve.datasets import dataset_rows
+from oprd.run_config import RunConfig, parse_overrides
+from oprd.runs.folder import RunFolder
+from oprd.sanitize import REDACTED, names_secret, redacted, redacted_text
+from oprd.tasks.measures import Sample, avg_at_k, summarize
+from oprd.tasks.task import TASKS, with_instruction
+from oprd.tools import first_recipe
+from oprd.tools.compare.plan import load_comparison, plan_runs
+from oprd.tools.compare.report import table
+from oprd.tools.evaluate import evaluate_checkpoint
+from oprd.tools.watch import RunWatch
+from tiny import PROMPTS, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5), ("5E-2", 0.05), ("1.5e3", 1500.0), (".5", 0.5), ("-3", -3), ("0", 0), ("0x10", 16), (".inf", float("inf")),
+        ("0100", "0100"), ("12:30", "12:30"), ("2026-11-28", "2026-11-28"), ("1.2.3", "1.2.3"), ("yes", True), ("null", None),
+        ("'7'", "7"), ("1_000", 1000),
+    ],
+)  # fmt: skip
+def test_numbers_in_yaml_are_what_they_look_like(text, value):
+    for content, found in ((text, value), (f"{{a: [{text}]}}", {"a": [value]})):
+        read = load_yaml(content)
+        assert read == found
+        assert type(read) is type(found)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-5\nmax_steps: 3\nlearning_rate: 3e-4\n")
+    with pytest.raises(
+        ValueError, match=r"recipe\.yaml: not a YAML file: line 3, column 1: the key 'learning_rate' is there twice"
+    ):
+        RunConfig.load(recipe)
+    with pytest.raises(ValueError, match="the key 'r' is there twice"):
+        parse_overrides(["--lora", "{r: 4, r: 8}"])
+    assert load_yaml("x: &first {a: 1, b: 2}\ny: {<<: *first, a: 3}")["y"] == {"a": 3, "b": 2}
+
+
+def test_text_on_the_command_line_is_taken_as_it_is():
+    words = {
+        "--run_name": "007", "--teacher_system_prompt": "Note: be brief", "--chat_template_date": "2026-11-28",
+        "--teacher_prompt": "Q: {prompt} A:",
+    }  # fmt: skip
+    found = parse_overrides([word for pair in words.items() for word in pair])
+    assert found == {key.removeprefix("--"): text for key, text in words.items()}
+    assert parse_overrides(["--teacher_system_prompt", "yes"]) == {"teacher_system_prompt": "yes"}
+    assert parse_overrides(["--run_name", "null"]) == {"run_name": None}
+    assert parse_overrides(["--run_name", "'007'"]) == {"run_name": "007"}
+    assert parse_overrides(["--seed", "0100"])["seed"] == "0100"  # and 100 once it is typed
+    run = RunConfig.load("tiny", {"seed": "0100", "chat_template_date": "2026-11-28", "output_dir": "unused"})
+    assert (run.args.seed, run.args.chat_template_date) == (100, "2026-11-28")
+
+
+def test_a_problem_that_is_graded_in_part_counts_by_the_samples_that_are():
+    """As where a reward function gives None for some completions."""
+    problems = [[Sample(1.0, 5, True), Sample(None, 5, True)], [Sample(0.0, 5, True), Sample(0.5, 5, False)]]
+    found = summarize(problems)
+    assert found["avg_at_k"] == pytest.approx((1.0 + 0.25) / 2)
+    assert found["best_at_k"] == pytest.approx((1.0 + 0.5) / 2)
+    assert found["accuracy_given_finished"] == pytest.approx(0.5)
+    assert found["ungraded"] == 1
+    whole = [[Sample(True, 5, True), Sample(False, 5, True)], [Sample(True, 5, True), Sample(True, 5, True)]]
+    assert summarize(whole)["avg_at_k"] == avg_at_k([[True, False], [True, True]])
+    assert summarize([[Sample(None, 5, True)]])["avg_at_k"] is None
+
+
+def test_an_instruction_is_not_written_into_the_assistants_turn():
+    math = TASKS["math"]
+    chat = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "<think>\n"}]
+    rows, changed = with_instruction(math, [PromptRow(prompt=chat, answer="4", source="x")])
+    assert changed == 1
+    assert rows[0].prompt == [{**chat[0], "content": f"What is 2+2? {math.instruction}"}, chat[1]]
+
+
+def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch, tmp_path):
+    asked = []
+
+    def load(name, split, limit, seed, reading=None):
+        asked.append((name, split))
+        return [PromptRow(prompt="1+2=", answer="3", source="x")]
+
+    monkeypatch.setattr(first_recipe, "load_rows", load)
+    monkeypatch.setattr(
+        first_recipe, "_read", lambda dataset, split, tokenizer, **more: type("R", (), {"rows": 1, "lengths": [4]})
+    )
+    monkeypatch.setattr(first_recipe, "_guess_task", lambda *given: ("math", "it is"))
+    monkeypatch.setattr(first_recipe, "_answer_format", lambda *given: "plain")
+    with pytest.raises(AttributeError):  # what follows needs a real report
+        first_recipe._task_values({"--prompts": "org/one", "--eval": "org/one"}, None, tiny_tokenizer(), {}, {})
+    assert asked == [("org/one", "train"), ("org/one", "test")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_completion_length": 32}, "'b' is evaluated with 32 tokens a completion, 'a' with 64; set eval_max"),
+        ({"prompt_column": "q"}, "'prompt_column' cannot differ between objectives"),
+        ({"answer_format": "gsm8k"}, "'answer_format' cannot differ between objectives"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs' cannot differ between objectives"),
+        ({"max_prompt_length": 10}, "'max_prompt_length' cannot differ between objectives"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_objectives_are_compared_by_the_same_evaluation(tmp_path, changes, message):
+    content = {
+        "recipe": "tiny", "output_dir": str(tmp_path / "out"), "seeds": [0], "learning_rates": [1e-3],
+        "objectives": {"a": {}, "b": changes},
+    }  # fmt: skip
+    file = tmp_path / "comparison.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        plan_runs(load_comparison(file)[1], file)
+    if "max_completion_length" in changes:
+        file.write_text(yaml.safe_dump({**content, "settings": {"eval_max_completion_length": 64}}))
+        assert len(plan_runs(load_comparison(file)[1], file)) == 2
+
+
+def test_seeds_without_a_gap_are_counted():
+    row = {
+        "objective": "a", "learning_rate": 1e-3, "seeds": [0, 1, 2], "final_avg": 0.5, "final_ci95": None, "best_avg": 0.5,
+        "gap_closed": 0.4, "seeds_without_gap": 2, "seconds": 1.0, "steps": 1.0, "equal_time_avg": None, "equal_time_ci95": None,
+        "difference": None, "difference_ci95": None, "paired": True,
+    }  # fmt: skip
+    report = {
+        "measure": "accuracy", "settings": {"seeds": [0, 1, 2]}, "k": 2, "baseline": {"objective": "a", "learning_rate": 1e-3},
+        "equal_time": {"seconds": 1.0}, "rows": [row], "best_rate": {"a": 1e-3},
+    }  # fmt: skip
+    ((_, cells),) = table(report)[1]
+    assert "40.0% (2 seed(s) without a gap left out)" in cells
+
+
+SECRET = "hunter2hunter2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"oprd train --hub_token {SECRET} --resume auto", f"--rollout_engine_kwargs '{{base_url: http://h, api_key: {SECRET}}}'",
+        f"hub_token: {SECRET}", f"auth-header: '{SECRET}'", f"--api-key={SECRET}",
+    ],
+)  # fmt: skip
+def test_secrets_in_command_lines_and_yaml_are_hidden(text):
+    shown = redacted_text(text)
+    assert SECRET not in shown
+    assert REDACTED in shown
+    assert redacted_text(shown) == shown
+
+
+def test_names_of_secrets():
+    for name in ("api_keys", "access_tokens", "api_key_1", "HF_TOKEN_2", "auth_header", "private_key_pem", "passcode"):
+        assert names_secret(name), name
+        assert redacted({name: [SECRET]}) == {name: [REDACTED]}
+    for name in (
+        "max_new_tokens", "num_tokens", "split_special_tokens", "micro_batch_tokens", "keys", "tokens", "pad_token", "token_ids",
+        "pad_token_2", "header", "value",
+    ):  # fmt: skip
+        assert not names_secret(name), name
+    prose = "--max_new_tokens 5 --hub_token true; unknown key: foo; the key 'a' is missing; tokens: 5; --k 3"
+    assert redacted_text(prose) == prose
+
+
+def test_rows_that_are_parsed_already_are_merged_too(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2="}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": chat, "answer": "3"}) + "\n")
+    reading, merged = Reading(merge_system_prompt=True), [{"role": "user", "content": "Be brief.\n\n1+2="}]
+    loaded = load_prompts(str(tmp_path / "rows.jsonl"))
+    expected = as_prompt_rows([{"prompt": chat, "answer": "3"}], "t", reading)[0].prompt
+    for rows in (loaded, [*loaded]):
+        assert as_prompt_rows(rows, "t", reading)[0].prompt == expected
+        assert [m["role"] for m in as_prompt_rows(rows, "t")[0].prompt] == ["system", "user"]
+    assert [m["role"] for m in expected] == [m["role"] for m in merged]
+
+
+def test_a_limit_holds_for_rows_given_as_objects():
+    args = OPRDConfig("unused", use_cpu=True)
+    run = RunConfig(args, "m", "t", prompt_rows(8), train_limit=3)
+    assert len(dataset_rows(run, None, "train", None)) == 3
+
+
+def test_a_temperature_of_0_is_refused_for_a_divergence():
+    with pytest.raises(ValueError, match=r"output_temperature.* 0"):
+        _ = OPRDConfig(
+            "unused", use_cpu=True, output_space="reverse_kl", output_temperature=0.0, temperature=0.7
+        ).output_term
+
+
+def test_a_run_that_was_cut_back_is_watched_anew(tmp_path):
+    """Although its file is as long as before."""
+    folder = RunFolder(tmp_path)
+    rows = [
+        {"step": step, "loss": 1.0, **({"alarm": 1.0, "alarm_text": "x"} if step > 5 else {})} for step in range(1, 8)
+    ]
+    for row in rows:
+        folder.append("metrics.jsonl", row)
+    watch = RunWatch(tmp_path)
+    assert watch.status().alarms == (6, 7)
+    folder.cut_back(5)
+    for step in range(6, 12):
+        folder.append("metrics.jsonl", {"step": step, "loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").stat().st_size > 0
+    assert watch.status().alarms == ()
+
+
+def test_options_that_a_recipe_says_are_refused():
+    found = CliRunner().invoke(app, ["data", "check", "--config", "tiny", "--train-split", "validation", "--seed", "3"])
+    assert "data check: --train-split, --seed: with --config the recipe says it" in str(found.exception)
+
+
+def saved(folder):
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_eval_leaves_out_what_the_run_left_out_and_says_at_once_where_it_cannot_write(tmp_path):
+    from oprd import Sampling
+
+    model = saved(tmp_path / "model")
+    rows = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "1+2+3+4+5=", "answer": "15"}]
+    asked = {"task": "addition", "k": 1, "sampling": Sampling(2), "instruction": False}
+    assert evaluate_checkpoint(model, rows, **asked)["problems"] == 2
+    assert evaluate_checkpoint(model, rows, max_prompt_length=6, **asked)["problems"] == 1
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((ValueError, OSError)):
+        evaluate_checkpoint("not/there", rows, output_dir=tmp_path / "file", **asked)
+    with RunFolder(tmp_path / "busy").hold(), pytest.raises(ValueError, match="in use by another run"):
+        evaluate_checkpoint("not/there", rows, output_dir=tmp_path / "busy", **asked)
+
+
+def test_a_report_says_at_once_where_it_cannot_be_written(tmp_path):
+    found = CliRunner().invoke(app, ["report", str(tmp_path / "no-run"), "--output", str(tmp_path)])
+    assert str(found.exception).startswith(f"output: {tmp_path} is a folder")
+
+
+def test_an_evaluation_that_changed_is_measured_again(tmp_path, caplog):
+    """A resumed run with other problems or another k must not mix both in its verdict."""
+    settings = {
+        "rows": prompt_rows(4), "save_strategy": "steps", "save_steps": 1, "task": "addition", "per_device_train_batch_size": 1,
+        "eval_dataset": [{"prompt": p, "answer": "1"} for p in PROMPTS[:3]], "eval_num_generations": 1,
+    }  # fmt: skip
+
+    def summary(steps, resume, **changes):
+        trainer = tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=steps, **{**settings, **changes})
+        trainer.train(resume_from_checkpoint=resume, outputs=True)
+        return json.loads((tmp_path / "summary.json").read_text())
+
+    first = summary(1, False)
+    same = summary(2, True)
+    assert same["student_before"] == first["student_before"]
+    assert same["evaluation"] == first["evaluation"]
+    assert "are measured again" not in caplog.text
+    other = summary(3, True, eval_num_generations=2)
+    assert "problems or sampling of the evaluation have changed" in caplog.text
+    assert {other[key]["k"] for key in ("student_before", "teacher", "student_after")} == {2}
+    fewer = summary(4, True, eval_num_generations=2, eval_dataset=settings["eval_dataset"][:2])
+    assert {fewer[key]["problems"] for key in ("student_before", "teacher", "student_after")} == {2}
