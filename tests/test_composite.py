@@ -102,7 +102,7 @@ def test_a_weight_is_on_if_it_ever_counts(weight, on):
         (-0.1, r"w: -0\.1 is not allowed; it must be 0 \(off\) or above"),
         (math.nan, "w: nan is not allowed"),
         (math.inf, "w: inf is not allowed"),
-        ("1e-2", r"w: '1e-2' is not allowed; .* \(YAML reads 1e-2 as text; write 0\.01\)"),
+        ("1e-2", r"w: '1e-2' is not allowed; .* \(a number is written without quotes\)"),
         ("linear", "w: 'linear' is not allowed; .* or a schedule"),
         (None, "w: None is not allowed"),
         (True, "w: True is not allowed"),

@@ -21,7 +21,7 @@ class Keep(logging.Handler):
     def emit(self, record):
         news.append(record.getMessage())
 logging.getLogger("oprd").addHandler(Keep(logging.WARNING))
-from oprd.data.hub import hub_or_offline
+from oprd.data.hub import hub_answers
 from oprd.data.rows import load_prompts
 from oprd.models.loading import ModelInfo, load_tokenizer
 began = time.monotonic()
@@ -31,7 +31,7 @@ for call in (load_tokenizer, load_prompts):
         call("far/away")
     except ValueError as error:
         said.append(str(error))
-print(json.dumps({"seconds": time.monotonic() - began, "said": said, "news": news, "answers": hub_or_offline()}))
+print(json.dumps({"seconds": time.monotonic() - began, "said": said, "news": news, "answers": hub_answers()}))
 """
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from oprd.cli import app
 from oprd.config import OPRDConfig
 from oprd.data.rows import PromptRow, Reading, as_prompt_rows, load_prompts
-from oprd.data.yaml_text import load_yaml
+from oprd.data.yaml_text import dump_yaml, load_yaml
 from oprd.resolve.datasets import dataset_rows
 from oprd.run_config import RunConfig, parse_overrides
 from oprd.runs.folder import RunFolder
@@ -29,6 +31,7 @@ from tiny import PROMPTS, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
 @pytest.mark.parametrize(
     ("text", "value"),
     [
+        ("-0x10", -16),
         ("1e-5", 1e-5), ("5E-2", 0.05), ("1.5e3", 1500.0), (".5", 0.5), ("-3", -3), ("0", 0), ("0x10", 16), (".inf", float("inf")),
         ("0100", "0100"), ("12:30", "12:30"), ("2026-11-28", "2026-11-28"), ("1.2.3", "1.2.3"), ("yes", True), ("null", None),
         ("'7'", "7"), ("1_000", 1000),
@@ -50,7 +53,17 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
         RunConfig.load(recipe)
     with pytest.raises(ValueError, match="the key 'r' is there twice"):
         parse_overrides(["--lora", "{r: 4, r: 8}"])
+    merged = "a: &a {k: 1}\nx: {b: &b {<<: *a, k: 2}}\nc: {<<: *b}"  # PyYAML flattens b before it builds it
+    assert load_yaml(merged) == yaml.safe_load(merged)
     assert load_yaml("x: &first {a: 1, b: 2}\ny: {<<: *first, a: 3}")["y"] == {"a": 3, "b": 2}
+
+
+def test_what_is_written_is_read_back_by_both_readers():
+    values = {
+        "a": "1e5", "b": "53e1234", "c": 1e-5, "d": "0100", "e": "2026-11-28", "f": None, "g": True, "h": ["1e-3", 0.1], "i": "yes",
+        "j": "12:30", "k": float("inf"), "m": {"n": "5", "o": 1e22},
+    }  # fmt: skip
+    assert load_yaml(dump_yaml(values)) == yaml.safe_load(dump_yaml(values)) == values
 
 
 def test_text_on_the_command_line_is_taken_as_it_is():
@@ -63,6 +76,8 @@ def test_text_on_the_command_line_is_taken_as_it_is():
     assert parse_overrides(["--teacher_system_prompt", "yes"]) == {"teacher_system_prompt": "yes"}
     assert parse_overrides(["--run_name", "null"]) == {"run_name": None}
     assert parse_overrides(["--run_name", "'007'"]) == {"run_name": "007"}
+    assert parse_overrides(["--run_name", "NULL"]) == {"run_name": None}
+    assert parse_overrides(["--run_name", '"Hi" he said']) == {"run_name": '"Hi" he said'}
     assert parse_overrides(["--seed", "0100"])["seed"] == "0100"  # and 100 once it is typed
     run = RunConfig.load("tiny", {"seed": "0100", "chat_template_date": "2026-11-28", "output_dir": "unused"})
     assert (run.args.seed, run.args.chat_template_date) == (100, "2026-11-28")
@@ -89,21 +104,19 @@ def test_an_instruction_is_not_written_into_the_assistants_turn():
     assert rows[0].prompt == [{**chat[0], "content": f"What is 2+2? {math.instruction}"}, chat[1]]
 
 
-def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch, tmp_path):
-    asked = []
+def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch):
+    asked, report = [], SimpleNamespace(rows=1, lengths=np.array([4]))
 
     def load(name, split, limit, seed, reading=None):
         asked.append((name, split))
         return [PromptRow(prompt="1+2=", answer="3", source="x")]
 
     monkeypatch.setattr(first_recipe, "load_rows", load)
-    monkeypatch.setattr(
-        first_recipe, "_read", lambda dataset, split, tokenizer, **more: type("R", (), {"rows": 1, "lengths": [4]})
-    )
+    monkeypatch.setattr(first_recipe, "_read", lambda *given, **more: report)
     monkeypatch.setattr(first_recipe, "_guess_task", lambda *given: ("math", "it is"))
     monkeypatch.setattr(first_recipe, "_answer_format", lambda *given: "plain")
-    with pytest.raises(AttributeError):  # what follows needs a real report
-        first_recipe._task_values({"--prompts": "org/one", "--eval": "org/one"}, None, tiny_tokenizer(), {}, {})
+    graded = {"--prompts": "org/one", "--eval": "org/one"}
+    assert first_recipe._task_values(graded, None, tiny_tokenizer(), {}, {}) == 4
     assert asked == [("org/one", "train"), ("org/one", "test")]
 
 
@@ -111,7 +124,7 @@ def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch, tmp_path
     ("changes", "message"),
     [
         ({"max_completion_length": 32}, "'b' is evaluated with 32 tokens a completion, 'a' with 64; set eval_max"),
-        ({"prompt_column": "q"}, "'prompt_column' cannot differ between objectives"),
+        ({"prompt_column": "q"}, "b: 'prompt_column' cannot differ between objectives"),
         ({"answer_format": "gsm8k"}, "'answer_format' cannot differ between objectives"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs' cannot differ between objectives"),
         ({"max_prompt_length": 10}, "'max_prompt_length' cannot differ between objectives"),
@@ -153,7 +166,9 @@ SECRET = "hunter2hunter2"
     "text",
     [
         f"oprd train --hub_token {SECRET} --resume auto", f"--rollout_engine_kwargs '{{base_url: http://h, api_key: {SECRET}}}'",
-        f"hub_token: {SECRET}", f"auth-header: '{SECRET}'", f"--api-key={SECRET}",
+        f"hub_token: {SECRET}", f"auth-header: '{SECRET}'", f"--api-key={SECRET}", f"--password 'two {SECRET}' x",
+        f"api_keys: [a, {SECRET}]", f"{{api_key: 'a {SECRET}'}}", f"password: a#{SECRET};c", f"{{token: {SECRET}}}",
+        f"passphrase: {SECRET}", f'"hub_token": {SECRET}', f"'X-Api-Key: {SECRET}'", f'["--hub_token", "{SECRET}"]',
     ],
 )  # fmt: skip
 def test_secrets_in_command_lines_and_yaml_are_hidden(text):
@@ -169,23 +184,30 @@ def test_names_of_secrets():
         assert redacted({name: [SECRET]}) == {name: [REDACTED]}
     for name in (
         "max_new_tokens", "num_tokens", "split_special_tokens", "micro_batch_tokens", "keys", "tokens", "pad_token", "token_ids",
-        "pad_token_2", "header", "value",
+        "pad_token_2", "header", "value", "query_key_value", "past_key_value", "key_0", "token_1", "key1",
     ):  # fmt: skip
         assert not names_secret(name), name
-    prose = "--max_new_tokens 5 --hub_token true; unknown key: foo; the key 'a' is missing; tokens: 5; --k 3"
-    assert redacted_text(prose) == prose
+    for prose in (
+        "--max_new_tokens 5 --hub_token true; unknown key: foo; the key 'a' is missing; tokens: 5; --k 3",
+        "kl_a_token: 0.25", "write --hub_token VALUE, or --hub_token null to unset it", "These have no password: keep the server",
+        "my_key: unknown key 'x'", "hub_token:\nnext: five", "a token: the student writes it", "settings are given as --key value",
+    ):  # fmt: skip
+        assert redacted_text(prose) == prose
 
 
 def test_rows_that_are_parsed_already_are_merged_too(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2="}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": chat, "answer": "3"}) + "\n")
-    reading, merged = Reading(merge_system_prompt=True), [{"role": "user", "content": "Be brief.\n\n1+2="}]
+    reading = Reading(merge_system_prompt=True)
     loaded = load_prompts(str(tmp_path / "rows.jsonl"))
     expected = as_prompt_rows([{"prompt": chat, "answer": "3"}], "t", reading)[0].prompt
     for rows in (loaded, [*loaded]):
         assert as_prompt_rows(rows, "t", reading)[0].prompt == expected
         assert [m["role"] for m in as_prompt_rows(rows, "t")[0].prompt] == ["system", "user"]
-    assert [m["role"] for m in expected] == [m["role"] for m in merged]
+    (message,) = expected
+    assert message["role"] == "user"
+    assert message["content"].startswith("Be brief.")
+    assert message["content"].endswith("1+2=")
 
 
 def test_a_limit_holds_for_rows_given_as_objects():
@@ -194,15 +216,17 @@ def test_a_limit_holds_for_rows_given_as_objects():
     assert len(dataset_rows(run, None, "train", None)) == 3
 
 
-def test_a_temperature_of_0_is_refused_for_a_divergence():
-    with pytest.raises(ValueError, match=r"output_temperature.* 0"):
-        _ = OPRDConfig(
-            "unused", use_cpu=True, output_space="reverse_kl", output_temperature=0.0, temperature=0.7
-        ).output_term
+def test_a_temperature_of_0_is_refused_for_a_loss():
+    for settings in (
+        {"output_space": "reverse_kl"},
+        {"objectives": [{"use": "oprd.objectives.head_metric:HeadMetric"}]},
+    ):
+        with pytest.raises(ValueError, match=r"output_temperature: 0\.0 is not allowed; it must be above 0"):
+            OPRDConfig("unused", use_cpu=True, output_temperature=0.0, temperature=0.7, **settings)
 
 
 def test_a_run_that_was_cut_back_is_watched_anew(tmp_path):
-    """Although its file is as long as before."""
+    """Although its file is not shorter than before."""
     folder = RunFolder(tmp_path)
     rows = [
         {"step": step, "loss": 1.0, **({"alarm": 1.0, "alarm_text": "x"} if step > 5 else {})} for step in range(1, 8)
@@ -211,10 +235,11 @@ def test_a_run_that_was_cut_back_is_watched_anew(tmp_path):
         folder.append("metrics.jsonl", row)
     watch = RunWatch(tmp_path)
     assert watch.status().alarms == (6, 7)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
     folder.cut_back(5)
     for step in range(6, 12):
         folder.append("metrics.jsonl", {"step": step, "loss": 1.0})
-    assert (tmp_path / "metrics.jsonl").stat().st_size > 0
+    assert (tmp_path / "metrics.jsonl").stat().st_size >= size
     assert watch.status().alarms == ()
 
 

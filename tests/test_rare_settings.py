@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from enum import Enum
+from functools import partial
 
 import pytest
 import torch
@@ -137,27 +139,37 @@ def test_objects_given_in_python_belong_to_what_a_run_is(tmp_path, changes, key)
     )
 
 
+class Kind(Enum):
+    ONE = 1
+    TWO = 2
+
+
 class Error:
     """An objective of the user's, whose state in memory has an address."""
 
-    def __init__(self, scale):
+    def __init__(self, scale, **more):
         self.scale, self.inner = scale, Representation(False)
+        vars(self).update(more, itself=[self], by_object={object(): 1})
 
     def layer_loss(self, layer, student_ND, teacher_ND, at):
         return self.scale * self.inner.layer_loss(layer, student_ND, teacher_ND, at)
 
 
 def test_an_objective_of_ones_own_is_known_again_by_its_attributes(tmp_path):
-    def run(scale, steps):
+    def run(steps, scale=1.0, **more):
         return tiny_trainer(
-            tmp_path, tiny_model(), tiny_model(seed=1), representation_weight=0.0, objectives={"own": Term(Error(scale))},
-            **{**SAVING, "max_steps": steps},
+            tmp_path, tiny_model(), tiny_model(seed=1), representation_weight=0.0,
+            objectives={"own": Term(Error(scale, **more))}, **{**SAVING, "max_steps": steps},
         )  # fmt: skip
 
-    run(1.0, 1).train(outputs=False)
-    run(1.0, 2).train(resume_from_checkpoint=True, outputs=False)
-    with pytest.raises(ValueError, match=r"checkpoint belongs to:\n  objectives: "):
-        run(2.0, 3).train(resume_from_checkpoint=True)
+    run(1, kind=Kind.ONE, table=torch.ones(3), part=partial(divmod, 3)).train(outputs=False)
+    run(2, kind=Kind.ONE, part=partial(divmod, 3), table=torch.ones(3)).train(
+        resume_from_checkpoint=True, outputs=False
+    )
+    same = {"kind": Kind.ONE, "table": torch.ones(3), "part": partial(divmod, 3)}
+    for changes in ({"scale": 2.0}, {"kind": Kind.TWO}, {"table": torch.zeros(3)}, {"part": partial(divmod, 4)}):
+        with pytest.raises(ValueError, match=r"checkpoint belongs to:\n  objectives: "):
+            run(3, **{**same, **changes}).train(resume_from_checkpoint=True)
 
 
 def test_a_step_of_other_size_is_another_run(tmp_path):
@@ -249,28 +261,29 @@ def test_a_teacher_that_writes_stops_at_its_own_end(tmp_path, end_of_turn):
 
 def test_a_loss_that_was_not_finite_counts_as_no_step_when_a_run_is_resumed(tmp_path):
     """metrics.jsonl holds null for it."""
-    entry = {"use": "oprd.objectives.switch:AdaptiveSwitch", "window": 2}
+    entry = {"use": "oprd.objectives.switch:AdaptiveSwitch", "window": 2, "share": 0.9}
     settings = {**SAVING, "representation_weight": 0.0, "objectives": [entry]}
-    first = tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=2, **settings)
+    first = tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=8, **settings)
     first.train(outputs=False)
     file = tmp_path / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert "loss/adaptiveswitch" in lines[0]
-    lines[0]["loss/adaptiveswitch"] = None
+    losses = [3.0, None, 2.0, 1.0, 0.9, 0.89, 0.88, 0.87]  # the gain flattens
+    for line, loss in zip(lines, losses, strict=True):
+        line["loss/adaptiveswitch"] = loss
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    again = tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=3, **settings)
+    again = tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=9, **settings)
     again.train(resume_from_checkpoint=True, outputs=False)
     switch = again.objective.terms["adaptiveswitch"].objective
-    assert isinstance(switch, AdaptiveSwitch)
-    other = AdaptiveSwitch(window=2)
-    for step, loss in enumerate([math.nan, lines[1]["loss/adaptiveswitch"]], start=1):
-        other.finished(step, loss)
-    assert switch.switched_after is other.switched_after is None
+    other = AdaptiveSwitch(window=2, share=0.9)
+    for step, loss in enumerate(losses, start=1):
+        other.finished(step, math.nan if loss is None else loss)
+    assert switch.switched_after == other.switched_after
+    assert other.switched_after in range(5, 9)
     file.unlink()
     with pytest.raises(
-        ValueError, match=r"metrics\.jsonl has 0 of the 3 steps before the checkpoint, and the term adaptiveswitch"
+        ValueError, match=r"metrics\.jsonl has 0 of the 9 steps before the checkpoint, and the term adaptiveswitch"
     ):
-        tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=4, **settings).train(
+        tiny_trainer(tmp_path, tiny_model(), tiny_model(seed=1), max_steps=10, **settings).train(
             resume_from_checkpoint=True
         )
 

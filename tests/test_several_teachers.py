@@ -455,7 +455,7 @@ def test_a_row_without_a_known_teacher_is_named(tmp_path, row, wrong):
         ),
         (
             {"teachers": {"a": {"model": "x", "chat_template_kwargs": {"add_generation_prompt": False}}}},
-            "teachers: a: teacher_chat_template_kwargs: 'add_generation_prompt' is not allowed",
+            "teachers: a: chat_template_kwargs: 'add_generation_prompt' is not allowed",
         ),
         (
             {"teachers": {"a": {"model": "x", "special_token_map": {"<a>": 3}}}},

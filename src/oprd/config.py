@@ -416,6 +416,8 @@ class OPRDConfig(TrainingArguments):
             get_task(self.task)
         _check_rewards(self)
         _check_datasets(self)
+        if not self.loss_temperature > 0:
+            raise ValueError(f"output_temperature: {self.output_temperature} is not allowed; it must be above 0")
         _ = self.prompt_rendering  # checks its settings
         if self.overlap_rollouts:
             _check_overlap(self, abilities.background)
@@ -503,8 +505,18 @@ class OPRDConfig(TrainingArguments):
             self.output_support,
             self.output_beta,
             self.output_baseline,
-            self.output_temperature if self.output_temperature is not None else self.temperature or 1.0,
+            self.loss_temperature,
         )
+
+    @property
+    def loss_temperature(self) -> float:
+        """What divides the logits of losses on next-token distributions."""
+        return self.output_temperature if self.output_temperature is not None else self.temperature or 1.0
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts of an update, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def student_writes(self) -> bool:
@@ -723,7 +735,7 @@ def _check_overlap(config: Any, engine_can: bool) -> None:
         )
 
 
-def refuse_with_own_tokens(config: Any) -> None:
+def refuse_settings_for_own_tokens(config: Any) -> None:
     """Refuse settings that are not supported with a teacher that reads its own prompts and tokens.
 
     Raises:

@@ -401,7 +401,7 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
 
 
 def _typed(key: str, value: Any, annotation: Any, where: str) -> Any:
-    """Convert `value` to the type `annotation`: YAML reads 1e-5 as text, and 1 as an integer."""
+    """Convert `value` to the type `annotation`: YAML reads 1 as an integer, and 0100 as text."""
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         return adapter.validate_python(value)
@@ -436,8 +436,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not text.strip():
             raise ValueError(f"--{key}: the value is missing; write --{key} VALUE, or --{key} null to unset it")
         name = key.replace("-", "_")
-        if _takes_text(name) and text.strip()[0] not in "'\"" and text.strip() not in ("null", "~"):
-            overrides[name] = text  # which YAML could take for a comment, a mapping, a number or a switch
+        if _takes_text(name) and not _is_quoted(text.strip()) and text.strip().lower() not in ("null", "~"):
+            overrides[name] = text.strip()  # which YAML could take for a comment, a mapping, a number or a switch
             continue
         try:
             overrides[name] = load_yaml(text)
@@ -445,6 +445,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             shown = redacted_text(text)
             raise ValueError(f"--{key}: {shown!r} cannot be read: {_yaml_problem(error)}") from error
     return overrides
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
 
 
 def _takes_text(key: str) -> bool:

@@ -18,9 +18,9 @@ _SECRET = frozenset((
     "token", "key", "apikey", "secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase", "passcode",
     "credential", "credentials", "authorization", "auth", "bearer", "cookie", "cookies", "jwt",
 ))  # fmt: skip
-_SECRET_PLURAL = frozenset(("tokens", "keys"))  # only after one of these: max_new_tokens is a number
-_BEFORE_PLURAL = frozenset(("api", "access", "auth", "bearer", "hf", "hub", "private", "refresh", "secret"))
-_AFTER = frozenset(("header", "pem", "value"))  # auth_header, private_key_pem
+_PLURAL = frozenset(("tokens", "keys"))  # secret only after one of these: max_new_tokens is a number
+_MAKES_PLURAL_SECRET = frozenset(("api", "access", "auth", "bearer", "hf", "hub", "private", "refresh", "secret"))
+_IGNORED_LAST = frozenset(("header", "pem"))  # auth_header, private_key_pem; but query_key_value is a layer
 _HARMLESS_BEFORE = frozenset((
     "pad", "eos", "bos", "unk", "mask", "sep", "cls", "stop", "end", "start", "begin", "special", "next", "per", "first", "last",
     "image", "audio", "video", "prompt", "answer", "text", "label", "sort", "column", "primary", "row", "input", "output",
@@ -56,10 +56,12 @@ _ASSIGNED = re.compile(
     r"""(?P<head>(?P<before>[?&]|(?<![\w.]))(?P<name>[A-Za-z][\w.-]*)=['"]?)(?P<value>[^\s&'",;#)\]}<>]+)"""
 )
 
-_OPTION = re.compile(r"""(?P<head>(?<!\S)--(?P<name>[A-Za-z][\w.-]*)\s+['"]?)(?P<value>(?!--)[^\s'"]+)""")
-_LISTED = re.compile(
-    r"""(?P<head>(?<![\w.'"-])(?P<name>[A-Za-z]\w*[_-]\w+|password|passwd|secret|apikey):\s+['"]?)(?P<value>[^\s&'",;#)\]}<>]+)"""
-)
+_GIVEN = r"""(?P<value>'[^']*'|"[^"]*"|\[[^\]\n]*\]|[^\s'",\[\]{}<>()]+)"""
+_OPTION = re.compile(rf"""(?P<head>(?<![\w-])["']?--(?P<name>[A-Za-z][\w.-]*)["']?,?[ \t]+)(?!--){_GIVEN}""")
+# A name of several words anywhere, one of a single word where a line, a mapping or a quotation begins.
+_LONG, _SHORT = r"(?<![\w.-])(?P<long>[A-Za-z]\w*(?:[_-]\w+)+)", r"""(?:^[ \t-]*|[{,][ \t]*|['"])(?P<short>[A-Za-z]+)"""
+_LISTED = re.compile(rf"""(?m:(?P<head>(?:{_LONG}|{_SHORT})['"]?:[ \t]+){_GIVEN})""")
+_NO_SECRET = ("true", "false", "null", "none", "value")
 
 
 def redacted(value: Any, *, by_name: bool = True) -> Any:
@@ -84,26 +86,54 @@ def redacted_text(text: str) -> str:
     """`text` with `<redacted>` in place of what has the shape of a secret, or is assigned to a name of one."""
     text = _SHAPES.sub(REDACTED, text)
     text = _QUOTED.sub(lambda m: f"{m['head']}{m['v']}{REDACTED}{m['v']}" if names_secret(m["name"]) else m[0], text)
-    for written in (_OPTION, _LISTED):
-        text = written.sub(lambda m: f"{m['head']}{REDACTED}" if _gives_secret(m["name"], m["value"]) else m[0], text)
+    text = _OPTION.sub(lambda m: _given(m, m["name"]), text)
+    text = _LISTED.sub(lambda m: _given(m, m["long"] or m["short"], prose=True), text)
     return _ASSIGNED.sub(_assignment, text)
 
 
 def names_secret(name: object) -> bool:
     """Whether a setting, header or variable of this name holds a secret: `hub_token`, `X-Api-Key`, `HF_TOKEN`; not `pad_token`."""
     words = [word.lower() for word in _WORDS.findall(str(name))] if _NAME.fullmatch(str(name)) else []
-    while len(words) > 1 and (words[-1].isdigit() or words[-1] in _AFTER):  # api_key_1, auth_header
+    while len(words) > 1 and (words[-1] in _IGNORED_LAST or (words[-1].isdigit() and len(words) > 2)):  # api_key_1
         words.pop()
-    if len(words) > 1 and words[-1] in _SECRET_PLURAL:
-        return words[-2] in _BEFORE_PLURAL
+    if len(words) > 1 and words[-1] in _PLURAL:
+        return words[-2] in _MAKES_PLURAL_SECRET
     return bool(words) and words[-1] in _SECRET and (len(words) < 2 or words[-2] not in _HARMLESS_BEFORE)
 
 
-def _gives_secret(name: str, value: str) -> bool:
-    """Whether a value that follows a name is a secret: no switch or number, not redacted already, no prose (`--key value`)."""
-    word = value.rstrip(",;.").lower()
-    said = word.isdigit() or word in ("true", "false", "null", "none", REDACTED)
-    return names_secret(name) and name.lower() != "key" and not said
+def _given(found: re.Match[str], name: str, *, prose: bool = False) -> str:
+    """The text that was found, with what follows the name of a secret redacted.
+
+    Args:
+        found: with the groups `head` and `value`.
+        name: that the value follows.
+        prose: the text may be a sentence, `token: unknown`: a value of letters alone counts only if nothing follows it on its line.
+    """
+    value, whole = found["value"], found.string
+    ending = value[len(value.rstrip(",;.")) :] if value[0] not in "'\"[" else ""
+    word = value.removesuffix(ending)
+    bare = word.strip("'\"").lower()
+    rest = whole[found.end() :].split("\n", 1)[0].strip()
+    sentence = prose and word.isalpha() and len(word) < 16 and bool(rest) and rest[0] not in "}],;'\""
+    if (
+        not names_secret(name)
+        or name.lower() == "key"
+        or bare in _NO_SECRET
+        or REDACTED in value
+        or _is_number(bare)
+        or sentence
+    ):
+        return found[0]
+    shown = f"[{REDACTED}]" if value[0] == "[" else f"{value[0]}{REDACTED}{value[0]}" if value[0] in "'\"" else REDACTED
+    return f"{found['head']}{shown}{ending}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def without_redacted(value: Any) -> Any:

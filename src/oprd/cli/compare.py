@@ -88,7 +88,7 @@ def _train_and_compare(
     with RunFolder(folder).hold():
         bridges = {} if report_only else parse_bridges(comparison.bridges, str(file))
         fit_missing(bridges, comparison.output_dir, comparison.recipe, comparison.settings, say, threads=threads)
-        runs = plan_runs(comparison, file)
+        runs = plan_runs(comparison, file, report_only=report_only)
         missing = open_runs(runs)
         if not report_only:
             say(

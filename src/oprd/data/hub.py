@@ -19,7 +19,7 @@ LONGEST = 5.0
 
 
 @cache
-def hub_or_offline() -> bool:
+def hub_answers() -> bool:
     """Whether the hub answers, whatever it says. It is asked once in a process, and not at all where HF_HUB_OFFLINE is set.
 
     Where it does not answer, that is logged, and this process and its children use only the cache.
@@ -49,5 +49,5 @@ def hub_or_offline() -> bool:
 
 
 def why_no_hub() -> str:
-    """Why the hub is not used, after `hub_or_offline` was false: half a sentence."""
+    """Why the hub is not used, after `hub_answers` was false: half a sentence."""
     return f"the hub {constants.ENDPOINT} is not reachable (HF_HUB_OFFLINE is set, or it does not answer)"

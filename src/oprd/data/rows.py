@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.data.compact import JsonColumn, OnAccess
-from oprd.data.hub import hub_or_offline, why_no_hub
+from oprd.data.hub import hub_answers, why_no_hub
 from oprd.sanitize import printable
 
 logger = logging.getLogger("oprd")
@@ -624,7 +624,7 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[int, 
         raise ValueError(
             f"{name!r}: save_to_disk wrote this folder, which is not read: write the dataset with to_parquet, and name that file"
         )
-    offline = not Path(name).expanduser().is_dir() and not hub_or_offline()
+    offline = not Path(name).expanduser().is_dir() and not hub_answers()
     try:
         dataset = datasets.load_dataset(name, *([] if subset is None else [subset]), split=split)
     except Exception as error:  # the library's errors share no base class

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
-from oprd.data.hub import hub_or_offline
+from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
 from oprd.models.finite import check_finite
@@ -191,7 +191,7 @@ def resolve_name(name: str) -> str:
         )
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    hub_or_offline()
+    hub_answers()
     return name
 
 
@@ -259,7 +259,7 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
                     f"weights of its files cannot be converted ({first_names(failed)}), because a part of them is missing or has "
                     "another shape: copy the whole folder again"
                 )
-            elif not local and isinstance(error, OSError) and not hub_or_offline():
+            elif not local and isinstance(error, OSError) and not hub_answers():
                 reason = no_such_model(name)
             raise ValueError(f"model: {name!r} cannot be loaded as a decoder-only language model: {reason}") from error
     if getattr(model.config, "is_encoder_decoder", False):
@@ -341,7 +341,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             raise ValueError(
                 f"tokenizer: the folder {name!r} has none (no tokenizer.json); copy the tokenizer's files of its model into it"
             ) from None
-        if not folder.is_dir() and isinstance(error, OSError) and not hub_or_offline():
+        if not folder.is_dir() and isinstance(error, OSError) and not hub_answers():
             reason = no_such_model(name)
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
 

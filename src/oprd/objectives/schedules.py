@@ -37,8 +37,8 @@ def check_weight(name: str, weight: Any) -> None:
     if not isinstance(weight, Mapping):
         if not _is_weight(weight):
             raise ValueError(
-                f"{name}: {weight!r} is not allowed; it must be 0 (off) or above, or a schedule (YAML reads 1e-2 as text; "
-                "write 0.01)"
+                f"{name}: {weight!r} is not allowed; it must be 0 (off) or above, or a schedule (a number is "
+                "written without quotes)"
             )
         return
     if set(weight) != set(_KEYS):

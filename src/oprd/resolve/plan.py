@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_shared_vocabulary
 from oprd.bridge import Bridge
-from oprd.config import OPRDConfig, refuse_with_own_tokens
+from oprd.config import OPRDConfig, refuse_settings_for_own_tokens
 from oprd.data.rows import TEACHER_ID
 from oprd.models.loading import ModelInfo, check_same_shape, load_tokenizer, resolve_name
 from oprd.models.nearest_folder import nearest_hint
@@ -284,7 +284,7 @@ def _tokens(
     aligner = rendering.aligner(student, teacher, *ends)
     if aligner is None:
         return "the teacher gives the student's ids the same tokens"
-    refuse_with_own_tokens(run.args)
+    refuse_settings_for_own_tokens(run.args)
     check_shared_vocabulary(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
     shared = len(aligner.shared_vocabulary()[0])
     return f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment.aligner import Aligner
 from oprd.alignment.model_pair import ModelPair
 from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_shared_vocabulary
-from oprd.config import OPRDConfig, refuse_with_own_tokens
+from oprd.config import OPRDConfig, refuse_settings_for_own_tokens
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, PromptRenderer
 from oprd.data.responses import FixedResponses, read_responses
@@ -427,7 +427,7 @@ def _comparable_layers(
 
 def _check_own_text(run: RunConfig, pair: ModelPair) -> None:
     """Check the settings for a teacher that reads its own prompts and tokens."""
-    refuse_with_own_tokens(run.args)
+    refuse_settings_for_own_tokens(run.args)
     if bounds(run.args.lmbda)[0] < 1 and run.given.rollout_engine is not None:
         raise ValueError(
             f"rollout_engine: the given {type(run.given.rollout_engine).__name__} samples in the student's tokens, and with lmbda="

@@ -30,8 +30,7 @@ def build_terms(run: RunConfig) -> dict[str, Term]:
         terms["output_space"] = Term(OutputSpace(loss), args.output_weight, "in")
     if is_on(args.policy_gradient_weight):
         terms["policy_gradient"] = Term(PolicyGradient(args.epsilon, args.epsilon_high), args.policy_gradient_weight)
-    temperature = args.output_temperature or args.temperature or 1.0
-    terms |= named_terms(args.objectives or [], {*terms}, temperature)
+    terms |= named_terms(args.objectives or [], {*terms}, args.loss_temperature)
     terms |= given_terms(run.given.objectives or {}, {*terms})
     check_terms(terms, args, graded=_graded(run) or _reward_funcs(run) is not None)
     return terms

@@ -101,20 +101,28 @@ def find_checkpoint(
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, it belongs to another run than the one in `folder`, or it was trained
-            with another bridge; or it holds the model only.
+            with another bridge.
     """
     if resume_from_checkpoint == "auto":
         resume_from_checkpoint = bool(list_checkpoints(folder.path))
     if not resume_from_checkpoint:
         return None
     checkpoint = _named_checkpoint(folder, resume_from_checkpoint)
+    check_bridge(checkpoint, bridge, digest)
+    return checkpoint
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse to train on from a checkpoint without the optimizer's state.
+
+    Raises:
+        ValueError: it has none.
+    """
     if not (checkpoint / OPTIMIZER).is_file() and not any(checkpoint.glob("global_step*")):  # DeepSpeed's
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} holds the model only (save_only_model), without the optimizer's state; begin a "
             "run in another output_dir with it as 'model'"
         )
-    check_bridge(checkpoint, bridge, digest)
-    return checkpoint
 
 
 def _named_checkpoint(folder: RunFolder, resume_from_checkpoint: str | bool) -> Path:

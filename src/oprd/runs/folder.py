@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
+from oprd.data.yaml_text import dump_yaml
 from oprd.files import explaining_full_disk, remove_leftovers, set_aside, write_json, write_text, writing
 from oprd.runs.jsonl import read_lines
 
@@ -249,7 +250,7 @@ def restore_config(file: Path) -> None:
         if _is_whole_recipe(file, settings):
             return
         damaged = set_aside(file)
-        write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        write_text(file, dump_yaml(settings))
         logger.warning("%s is damaged and was renamed to %s; it is written anew from %s", file, damaged.name, record)
         return
 

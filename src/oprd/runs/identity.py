@@ -8,12 +8,15 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from enum import Enum
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
@@ -22,6 +25,7 @@ from oprd.data.prompts import Prompt
 from oprd.files import file_digest
 from oprd.models.fingerprint import tokenizer_digest, weights_checksum
 from oprd.objectives.composite import Term
+from oprd.objectives.terms import SeesSteps
 from oprd.run_config import RunConfig, allowed_changes, changed_settings, entry_in_words
 from oprd.states.mapped import MappedTeacher
 from oprd.states.several import HoldsTeachers, by_id, modules_of
@@ -163,12 +167,11 @@ def identify(
     if task is not None and task not in TASKS.values():
         digests["task"] = _of_code(task.name, task.grader)
     if own := {name: term for name, term in (terms or {}).items() if name not in _OF_SETTINGS}:
-        found = " ".join(_of_term(name, term) for name, term in own.items())
+        found = " ".join(_of_term(name, term) for name, term in sorted(own.items()))
         digests["objectives"] = hashlib.sha256(found.encode()).hexdigest()
     if run.given.peft_config is not None:
         digests["peft_config"] = _of_adapter(run.given.peft_config)
-    args = run.args
-    digests[PROMPTS_A_STEP] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    digests[PROMPTS_A_STEP] = str(run.args.prompts_a_step)
     if rewards is not None:
         code = [_of_code(function.name, function.function) for function in rewards.functions if function.function]
         digests["reward_functions"] = hashlib.sha256(" ".join(code).encode()).hexdigest()
@@ -204,43 +207,67 @@ def _of_weights(teacher: Teacher) -> str:
 
 
 def _of_code(name: str, function: Any) -> str:
-    """Of the module that defines a grader or a reward function, so that an edit of it is noticed."""
+    """Of the module that defines a grader, a reward function or an objective, so that an edit of it is noticed.
+
+    Of a script only the definition itself: its settings may change.
+    """
     module = inspect.getmodule(function)
     file = getattr(module, "__file__", None)
-    content = Path(file).read_bytes() if file is not None and Path(file).is_file() else b""
+    content = b""
+    if getattr(module, "__name__", "") == "__main__":
+        with suppress(OSError, TypeError):
+            content = inspect.getsource(function).encode()
+    elif file is not None and Path(file).is_file():
+        content = Path(file).read_bytes()
     return hashlib.sha256(f"{name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
 
 
 def _of_term(name: str, term: Term) -> str:
     """Of a term of the user's: its weight, its public attributes, and the code that defines it where that is not oprd's."""
     kind = type(term.objective)
+    if isinstance(term.objective, SeesSteps):
+        term.objective.begin()  # an object that has seen steps of another run
     code = "" if kind.__module__.startswith("oprd.") else _of_code(kind.__qualname__, kind)
-    return f"{name} {term.weight!r} {term.fade} {code} {_plain(term.objective)}"
+    return f"{name} {_plain(term.weight)} {term.fade} {code} {_plain(term.objective)}"
 
 
 def _plain(value: Any, depth: int = 0) -> str:
     """A value as text that the next process gives too; code by its module's content, what lies deeper than `_DEEP` by its kind."""
-    own = partial(_plain, depth=depth + 1)
-    if value is None or isinstance(value, bool | int | float | str):
+    own, kind = partial(_plain, depth=depth + 1), type(value).__qualname__
+    if value is None or isinstance(value, bool | int | float | str | bytes | PurePath | torch.dtype | torch.device):
         return repr(value)
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        array = np.asarray(value.detach().cpu().float() if isinstance(value, torch.Tensor) else value)
+        return f"{kind}({array.shape}, {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()})"
+    if isinstance(value, Enum):
+        return f"{kind}.{value.name}"
+    if inspect.isroutine(value) or isinstance(value, type):
+        return _of_code(value.__qualname__, value)
+    if depth >= _DEEP:
+        return kind
+    if isinstance(value, partial):
+        return f"partial({own(value.func)}, {own(value.args)}, {own(value.keywords)})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {own(item)}" for key, item in value.items()) + "}"
+        return f"{{{', '.join(sorted(f'{own(key)}: {own(item)}' for key, item in value.items()))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(own, value))}]"
     if isinstance(value, set | frozenset):
         return f"[{', '.join(sorted(map(own, value)))}]"
-    if inspect.isroutine(value):
-        return _of_code(value.__qualname__, value)
-    shows = depth < _DEEP and hasattr(value, "__dict__") and not isinstance(value, type)
-    public = {key: item for key, item in vars(value).items() if not key.startswith("_")} if shows else {}
-    return f"{type(value).__qualname__}({', '.join(f'{key}={own(item)}' for key, item in public.items())})"
+    names = [f.name for f in fields(value)] if is_dataclass(value) else [*getattr(value, "__dict__", {})]
+    public = {name: getattr(value, name) for name in names if not name.startswith("_")}
+    return f"{kind}({own(public)})"
 
 
 def _of_adapter(peft_config: Any) -> str:
-    """Of an adapter's settings, without where its base model lies."""
-    given = peft_config.to_dict() if hasattr(peft_config, "to_dict") else vars(peft_config)
-    kept = {key: value for key, value in given.items() if key not in ("base_model_name_or_path", "peft_version")}
-    return hashlib.sha256(_plain(dict(sorted(kept.items()))).encode()).hexdigest()
+    """Of an adapter's settings that are not at their defaults, without where its base model lies."""
+    given = {
+        f.name: getattr(peft_config, f.name)
+        for f in fields(peft_config)
+        if f.name not in ("base_model_name_or_path", "peft_version", "revision")
+    }
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(peft_config)}
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    return hashlib.sha256(f"{type(peft_config).__name__} {_plain(changed)}".encode()).hexdigest()
 
 
 def _diff(changes: Mapping[str, tuple[Any, Any]]) -> str:

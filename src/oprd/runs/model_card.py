@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from oprd.data.yaml_text import dump_yaml
 from oprd.files import write_text
 from oprd.objectives.schedules import bounds
 from oprd.runs.folder import RATE_PROBE
@@ -271,7 +271,7 @@ def _limits(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
+    text = dump_yaml(dict(settings), allow_unicode=True, width=120)
     fence = _fence(text, 3)
     processes = summary.get("processes")
     how = (

@@ -153,6 +153,7 @@ def evaluate_checkpoint(
         "task": task if isinstance(task, str) else task.name,
         "seed": seed,
         "instructed": instructed,
+        "left_out": len(rows) - len(prompts),
         "chat_template_kwargs": rendering.chat_template_kwargs,
         "chat_template_date": rendering.chat_template_date,
         **dataclasses.asdict(sampling),

@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from oprd.data.rows import PromptRow
+from oprd.data.yaml_text import dump_yaml
 from oprd.models.loading import resolve_name
 from oprd.models.tokens import different_tokens
 from oprd.resolve import ModelInfo, load_tokenizer
@@ -320,4 +320,4 @@ def workload_for(values: Mapping[str, Any], longest: int, machine: Machine) -> W
 
 
 def _written(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return dump_yaml(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

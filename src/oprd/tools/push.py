@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, me
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from oprd.data.hub import hub_or_offline, why_no_hub
+from oprd.data.hub import hub_answers, why_no_hub
 from oprd.faults import RunStopped
 from oprd.runs.folder import MODEL
 from oprd.runs.loaded import LoadedRun, load_run
@@ -94,7 +94,7 @@ def send(push: Push, *, private: bool) -> str:
     Raises:
         RunStopped: the hub does not answer, or refuses. Then the repository has all files of before, or all of these.
     """
-    if not hub_or_offline():
+    if not hub_answers():
         raise RunStopped(f"push: nothing was sent: {why_no_hub()}")
     api = HfApi()
     operations = [CommitOperationAdd(name, file) for name, file in push.files.items()]
@@ -200,7 +200,7 @@ def _licence(name: str) -> str | None:
     if card.is_file():
         found = (metadata_load(card) or {}).get("license")
         return found if isinstance(found, str) else None
-    if not on_hub(name) or not hub_or_offline():
+    if not on_hub(name) or not hub_answers():
         return None
     try:
         found = ModelCard.load(name).data.to_dict().get("license")

@@ -104,7 +104,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str | None, bool], bool]]] = {
     "chat_template_kwargs": ("chat_template_kwargs", _always),
     "chat_template_date": ("chat_template_date", _always),
     "split_special_tokens": ("split_special_tokens", _always),
-    "max_prompt_length": ("max_prompt_length", _always),
+    "max_prompt_length": ("max_prompt_length", _of_same_dataset),
 }
 """Option of `oprd eval` → key of the run, and whether it is taken: (dataset of the command line, whether it is the run's)."""
 _BY_DATASET = ("prompt_column", "answer_column", "answer_format", "dataset_config")

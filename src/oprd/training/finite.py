@@ -142,7 +142,7 @@ class FiniteGuard(TrainerCallback):
         student = self.parallel.unwrap(model)
         weight = self._bad_weight(student)
         if self.parallel.sum_over_ranks(torch.tensor([float(weight is not None)]))[0]:
-            return weight
+            return weight or "weight of the student on another rank"
         # A sharded model needs all ranks in each pass, so each rank reads all of its batches.
         states = [self._first_bad_state(batch, terms, model) for batch, terms, _ in batches]
         if found := next((state for state in states if state), None):

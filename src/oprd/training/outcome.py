@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.data.compact import OnAccess
 from oprd.data.contamination import say_overlap
 from oprd.data.prompts import Prompt
 from oprd.data.rows import PromptRow
+from oprd.data.yaml_text import dump_yaml
 from oprd.files import write_json, write_text, writing_folder
 from oprd.models.architecture import causal_lm
 from oprd.models.export_check import ExportCheck, check_export, compare_files
@@ -62,11 +62,12 @@ def measure_before(trainer: OPRDTrainer, *, resumed_at: int | None, say: Say) ->
     summary: dict[str, Any] = dict.fromkeys(
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
+    evaluation = _evaluation(trainer)
     if resumed_at is not None:  # on every rank: all must agree on what is left to evaluate together
-        summary |= _measured_before(trainer.run_folder, _evaluation(trainer))
-    summary[EVALUATION] = _evaluation(trainer)
+        summary |= _measured_before(trainer.run_folder, evaluation)
+    summary[EVALUATION] = evaluation
     if trainer.is_world_process_zero():
-        write_text(trainer.run_folder.path / CONFIG, yaml.safe_dump(_settings(trainer), sort_keys=False))
+        write_text(trainer.run_folder.path / CONFIG, dump_yaml(_settings(trainer)))
         if trainer.rate_probe is not None:
             write_json(trainer.run_folder.path / RATE_PROBE, trainer.rate_probe)
     say(_describe(trainer))

@@ -141,9 +141,10 @@ class Parallel:
         ranks = self.accelerator.num_processes
         if ranks == 1:
             return names
-        digest = float(zlib.crc32("\n".join(names).encode()) & 0xFFFF)  # sums of squares stay exact
-        total, squares = self.sum_over_ranks(torch.tensor([digest, digest**2], dtype=torch.float64)).tolist()
-        return names if ranks * squares == total**2 else sorted({*gather_object(names)})
+        digest = zlib.crc32("\n".join(names).encode())
+        parts = torch.tensor([digest >> 16, digest & 0xFFFF, len(names)], dtype=torch.float64)  # squares stay exact
+        totals, squares = self.sum_over_ranks(torch.stack([parts, parts**2]))
+        return names if torch.equal(ranks * squares, totals**2) else sorted({*gather_object(names)})
 
     def micro_batches(self, batch: Batch, token_budget: int, model: nn.Module) -> list[MicroBatch]:
         """The batch cut into micro-batches by token budget. Where a model is sharded, every rank gets the same number of them.

@@ -99,26 +99,21 @@ class Recorder:
         self._watching = {name: own for name, own in objectives.items() if isinstance(own, SeesSteps)}
         self.last_step: StepRecord | None = None
 
-    def restart(self, earlier: Iterable[Mapping[str, Any]] = (), steps: int = 0) -> None:
+    def restart(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         """Begin a call of `train`: drop the unfinished step of an earlier call.
 
         Args:
             earlier: lines of metrics.jsonl of the steps before, where the run is resumed.
-            steps: how many steps were before.
-
-        Raises:
-            ValueError: a term goes on from the steps before, and lines are missing.
         """
         self._metrics, self._batches, self._prompts = StepMetrics(), [], []
         self._measured, self._distances = [], []
         self._rising = RisingLoss(self.args)
-        useless, found = 0.0, 0
+        useless = 0.0
 
         def lines() -> Iterator[Mapping[str, Any]]:
-            nonlocal useless, found
+            nonlocal useless
             for row in earlier:
                 if "loss" in row:
-                    found += 1
                     useless = row.get("useless_steps", 0.0)
                     self._rising.watch(row)
                     self._tell(row["step"], row)
@@ -130,13 +125,25 @@ class Recorder:
         self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, rows)
         for _ in rows:  # without a window the alarm reads none
             pass
-        if found < steps and self._watching and self.main:
+        before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
+        self._useless = UselessSteps(self.args, int(before))
+
+    def check_earlier(self, earlier: Iterable[Mapping[str, Any]], steps: int) -> None:
+        """Check that the lines of the steps before a checkpoint are there, if a term goes on from them.
+
+        Args:
+            earlier: lines of metrics.jsonl.
+            steps: how many steps were before.
+
+        Raises:
+            ValueError: some are missing.
+        """
+        found = sum("loss" in row and row["step"] <= steps for row in earlier) if self._watching else steps
+        if found < steps:
             raise ValueError(
                 f"resume_from_checkpoint: {self.folder.path / METRICS} has {found} of the {steps} steps before the checkpoint, and "
                 f"the term {next(iter(self._watching))} goes on from them; resume in the folder where the run began"
             )
-        before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
-        self._useless = UselessSteps(self.args, int(before))
 
     def _tell(self, step: int, row: Mapping[str, Any]) -> list[str]:
         """Call `finished` on each `SeesSteps` term, and return the lines that they give."""

@@ -41,6 +41,7 @@ from oprd.run_config import GivenObjects, RunConfig
 from oprd.runs.checkpoints import (
     CheckpointStore,
     RandomStates,
+    check_resumable,
     find_checkpoint,
     read_identity,
     refuse_not_finite,
@@ -356,6 +357,7 @@ class OPRDTrainer(Trainer):
             stack.enter_context(kept_open(self.callback_handler.callbacks))
             if main:
                 stack.enter_context(self.run_folder.hold())
+            self._check_iterations()
             if not self._begun:
                 self.begin_run(self.find_checkpoint(resume_from_checkpoint), accept_changes)
             checkpoint, self._begun, self._has_best_weights = self._checkpoint, False, False
@@ -372,10 +374,11 @@ class OPRDTrainer(Trainer):
 
     def _train_from(self, checkpoint: Path | None, **kwargs: Any) -> Any:
         """Train from a checkpoint, or from the beginning, and record in the folder that the run has reached its end."""
-        self._check_iterations()
         if checkpoint and self._all_steps() <= step_of(checkpoint):
             output = self._restore_finished(checkpoint)
         else:
+            if checkpoint:
+                check_resumable(checkpoint)
             with ExitStack() as stack:
                 stack.enter_context(
                     explaining_out_of_memory("the optimizer or elsewhere outside the models' passes", _LOWER_REST)
@@ -413,16 +416,15 @@ class OPRDTrainer(Trainer):
             resumed = None
             if checkpoint:
                 changes = self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
+                self.recorder.check_earlier(self.run_folder.metrics(), step_of(checkpoint))
                 resumed = {"step": step_of(checkpoint), "changes": changes}
                 self.run_folder.cut_back(step_of(checkpoint))
             else:
                 self.run_folder.make_free()
             self.run_folder.begin_run(self.identity.as_json(), resumed)
         check_shared(self.run_folder.path / RUN, self.args.device)
+        self.recorder.restart(self.run_folder.metrics() if self.is_world_process_zero() else ())
         self._begun, self._checkpoint = True, checkpoint
-        self.recorder.restart(
-            self.run_folder.metrics() if self.is_world_process_zero() else (), step_of(checkpoint) if checkpoint else 0
-        )
 
     @contextmanager
     def _saving_what_is_learnt(self) -> Iterator[None]:
@@ -587,13 +589,12 @@ class OPRDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
-        prompts_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         if (teacher_ids := self.pair.teacher_ids(self.train_dataset)) is not None and not args.mix_teachers:
-            return OneTeacherSteps(teacher_ids, prompts_a_step, args.num_iterations, seed)
+            return OneTeacherSteps(teacher_ids, args.prompts_a_step, args.num_iterations, seed)
         if args.num_iterations == 1:
             return super()._get_train_sampler(train_dataset)
-        return RepeatedSteps(len(self.train_dataset), prompts_a_step, args.num_iterations, seed)
+        return RepeatedSteps(len(self.train_dataset), args.prompts_a_step, args.num_iterations, seed)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         # Called once a step after the update: the one place that has the gradient norm, and before a checkpoint is saved.

@@ -38,8 +38,12 @@ _SET_BY_COMPARISON = {
 # Keys that must be equal for all objectives, so that differences come from the objectives.
 _SHARED = (
     "model", "teacher_model", "teachers", "model_init_kwargs", "teacher_model_init_kwargs", "train_dataset", "train_split",
-    "train_limit", "task", "prompt_column", "answer_column", "answer_format", "dataset_config", "merge_system_prompt",
-    "chat_template_kwargs", "chat_template_date", "split_special_tokens", "max_prompt_length",
+    "train_limit", "task",
+)  # fmt: skip
+# The same, of evaluated problems; an older comparison, whose runs differ in them, can still be reported.
+_EVALUATED = (
+    "prompt_column", "answer_column", "answer_format", "dataset_config", "merge_system_prompt", "chat_template_kwargs",
+    "chat_template_date", "split_special_tokens", "max_prompt_length",
 )  # fmt: skip
 _RATES = "learning_rates"
 _SHARED_PREFIX = "eval_"
@@ -90,15 +94,22 @@ def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
     return file, comparison
 
 
-def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
+def plan_runs(comparison: Comparison, file: Path, *, report_only: bool = False) -> list[Run]:
     """Plan and check all runs. Seeds are the outermost loop, so an interrupted comparison has the same seeds for every objective.
 
     Only the first run of a seed evaluates the student before training and the teacher, since all runs of a seed share these
     results. Another seed draws other problems or samples.
 
+    Args:
+        comparison: what `load_comparison` read.
+        file: its file, for messages.
+        report_only: runs whose evaluations differ are not refused.
+
     Raises:
         ValueError: a recipe is invalid, has no evaluation, or takes another number of rollouts than the others.
     """
+    if not report_only:
+        _check_evaluated(comparison, file)
     runs: list[Run] = []
     rollouts: dict[str, dict[str, int]] = {}
     sampled: dict[str, Sampling] = {}
@@ -115,12 +126,23 @@ def plan_runs(comparison: Comparison, file: Path) -> list[Run]:
             rollouts[name] = {key: getattr(run.args, key) for key in ROLLOUTS}
             sampled[name] = run.args.eval_sampling
             runs.append(Run(name, rate, seed, folder, run.settings()))
-    _check_evaluations(sampled, file)
+    if not report_only:
+        _check_sampling(sampled, file)
     _check_rollouts(rollouts, file)
     return runs
 
 
-def _check_evaluations(sampled: Mapping[str, Sampling], file: Path) -> None:
+def _check_evaluated(comparison: Comparison, file: Path) -> None:
+    """Refuse objectives that evaluate other problems, or render them otherwise."""
+    for name, changes in comparison.objectives.items():
+        if differ := sorted({*(changes or {})} & {*_EVALUATED}):
+            raise ValueError(
+                f"{file}: objectives: {name}: {differ[0]!r} cannot differ between objectives, which share problems and evaluation; "
+                "set it under 'settings'"
+            )
+
+
+def _check_sampling(sampled: Mapping[str, Sampling], file: Path) -> None:
     """Refuse objectives whose evaluations sample differently, as where one has another max_completion_length."""
     (first, expected), *others = sampled.items()
     for name, own in others:
@@ -194,7 +216,7 @@ def _check_grid(comparison: Comparison, file: Path) -> None:
 
 def _rates(values: Any, where: str) -> list[float]:
     try:
-        rates = TypeAdapter(list[float]).validate_python(values)  # converts text too: YAML reads 1e-4 as text
+        rates = TypeAdapter(list[float]).validate_python(values)  # converts text too
     except ValidationError:
         raise ValueError(f"{where}: {values!r} is not allowed; give a list of rates, such as [3.0e-4]") from None
     for rate in rates:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import yaml
-
 from oprd.config import OPRDConfig
+from oprd.data.yaml_text import dump_yaml, load_yaml
 from oprd.files import write_json, write_text
 from oprd.runs.folder import LOCK, MODEL, RunFolder
 from oprd.runs.measure import measure_of_run
@@ -68,7 +67,7 @@ def refuse_other_settings(run: Run) -> None:
         raise ValueError(
             f"output_dir: {run.folder} holds something that no comparison wrote; choose another output_dir"
         )
-    stored = yaml.safe_load((run.folder / RECIPE).read_text()) or {}
+    stored = load_yaml((run.folder / RECIPE).read_text()) or {}
     # A setting missing on one side has its default there: it is newer than the run, or omitted at its default.
     defaults = {f.name: f.default for f in dataclasses.fields(OPRDConfig)}
     changed = []
@@ -142,7 +141,7 @@ def _start(run: Run, command: Command | None, workers: int, threads: int) -> Pro
         for item in run.folder.iterdir():
             if item.name != LOCK:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
-        write_text(run.folder / RECIPE, yaml.safe_dump(run.settings, sort_keys=False))
+        write_text(run.folder / RECIPE, dump_yaml(run.settings))
     machine = {"cpus": os.cpu_count(), "threads": threads, "workers": workers, "platform": platform.platform()}
     write_json(run.folder / MACHINE, machine)
     if command is None and forks():

@@ -10,10 +10,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from oprd.bridge.curve import DIRECT_R2, SAME_CKA, USABLE_CKA
 from oprd.config import AUTO
+from oprd.data.yaml_text import dump_yaml
 from oprd.sanitize import printable
 from oprd.states.layer_maps import KEPT
 from oprd.tasks.measures import ACCURACY, REWARD, in_words
@@ -46,7 +45,7 @@ def advise(report: Report) -> dict[str, Any]:
         settings |= rule["settings"]
     verdict = report["verdict"]
     command = bridge_command(report) if verdict["bridge"] and verdict["kind"] != "unrelated" else None
-    return {"advice": rules, "recipe": yaml.safe_dump(settings, sort_keys=False), "bridge_command": command}
+    return {"advice": rules, "recipe": dump_yaml(settings), "bridge_command": command}
 
 
 def advised_settings(report: Report) -> dict[str, Any]:

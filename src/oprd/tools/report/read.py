@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from oprd.data.yaml_text import dump_yaml
 from oprd.runs.columns import Columns, number, step_seconds
 from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
@@ -205,7 +206,7 @@ def _read_config(file: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
         notes.append(f"{CONFIG} holds no settings")
         return text, {}
     safe = redacted(content)
-    return (text if safe == content else yaml.safe_dump(safe, sort_keys=False)), safe
+    return (text if safe == content else dump_yaml(safe)), safe
 
 
 def _read_summary(file: Path, notes: list[str]) -> dict[str, Any]:
