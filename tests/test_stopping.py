@@ -229,7 +229,9 @@ def test_other_inputs_are_shown_and_refused(tmp_path, caplog):
     with pytest.raises(ValueError, match="top_k") as error:
         trainer_in(tmp_path, **both).train(resume_from_checkpoint=True, accept_changes=["prompts"])
     assert "prompts:" not in str(error.value)
-    with pytest.raises(ValueError, match="accept_changes: 'promts' is neither a setting nor one of prompts, teacher"):
+    with pytest.raises(
+        ValueError, match="accept_changes: 'promts' is neither a setting nor one of prompts, prompts_a_step, teacher"
+    ):
         trainer_in(tmp_path).train(resume_from_checkpoint=True, accept_changes=["promts"])
     trainer_in(tmp_path, **both).train(resume_from_checkpoint=True, accept_changes=["prompts", "top_k"])
     assert "resumed with changes:\n  prompts:" in caplog.text

@@ -416,7 +416,7 @@ class OPRDConfig(TrainingArguments):
             get_task(self.task)
         _check_rewards(self)
         _check_datasets(self)
-        if not self.loss_temperature > 0:
+        if self.output_temperature is not None and not self.output_temperature > 0:
             raise ValueError(f"output_temperature: {self.output_temperature} is not allowed; it must be above 0")
         _ = self.prompt_rendering  # checks its settings
         if self.overlap_rollouts:

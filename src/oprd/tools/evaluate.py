@@ -129,8 +129,7 @@ def evaluate_checkpoint(
     _check_before(k, limit, output_dir)
     grading = get_task(task) if isinstance(task, str) else check_task(task)
     name = dataset if isinstance(dataset, str) else "dataset"
-    rows = _rows(dataset, split, limit, seed, reading or Reading())
-    rows = read_answers(rows, grading, answer_format, name)
+    rows = read_answers(_rows(dataset, split, limit, seed, reading or Reading()), grading, answer_format, name)
     rows, instructed = _instructed(grading, rows, name) if instruction else (rows, 0)
     loaded = _loaded(model, processing_class, dtype=dtype, trust_remote_code=trust_remote_code)
     assert loaded.tokenizer is not None, "it was loaded with the model"
