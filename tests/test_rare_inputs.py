@@ -296,3 +296,72 @@ def test_an_evaluation_that_changed_is_measured_again(tmp_path, caplog):
     assert {other[key]["k"] for key in ("student_before", "teacher", "student_after")} == {2}
     fewer = summary(4, True, eval_num_generations=2, eval_dataset=settings["eval_dataset"][:2])
     assert {fewer[key]["problems"] for key in ("student_before", "teacher", "student_after")} == {2}
+
+
+def workload(**settings):
+    from oprd.tools.doctor.workload import not_counted, workload_of
+
+    run = RunConfig.load_on_cpu("tiny", {"output_dir": "unused", **settings})
+    return workload_of(run), not_counted(run)
+
+
+def test_the_doctor_counts_accumulated_batches():
+    from oprd.tools.doctor.memory import predict_memory
+    from oprd.tools.doctor.show import examine
+    from oprd.tools.doctor.time import Device
+
+    one, four = (workload(reduction="rollout", gradient_accumulation_steps=n)[0] for n in (1, 4))
+    found = [examine(work, Device()) for work in (one, four)]
+    assert [f["assumed"]["rollouts"] for f in found] == [32, 128]
+    assert four.micro_batches == 4 * one.micro_batches
+    for phase in ("rollout", "teacher", "update"):
+        assert found[1]["seconds"][phase] == pytest.approx(4 * found[0]["seconds"][phase], rel=0.01)
+    whole = workload(reduction="rollout", micro_batch_tokens=10**6)[0]
+    twice = workload(reduction="rollout", micro_batch_tokens=10**6, gradient_accumulation_steps=2)[0]
+    assert whole.micro_batches == 1
+    kept = predict_memory(twice).phases["teacher"] - predict_memory(whole).phases["teacher"]
+    assert kept == pytest.approx(4 * whole.trainable)  # the first batch's gradients, in float32
+
+
+def test_the_doctor_counts_objectives_of_ones_own_and_says_what_it_leaves_out():
+    head = {"use": "oprd.objectives.head_metric:HeadMetric", "alpha": 0.5}
+    own, left_out = workload(representation_weight=0, diagnostic_steps=0, objectives=[head])
+    assert own.top >= 1
+    assert left_out == []
+    _, left_out = workload(
+        optim="sgd", lmbda=0.5, rollout_engine_kwargs={"weights_dtype": "bfloat16"}, lora={"r": 4, "modules_to_save": ["lm_head"]},
+        model_init_kwargs={"quantization_config": {"load_in_4bit": True}},
+    )  # fmt: skip
+    assert left_out == [
+        "lmbda", "optim", "quantization_config", "lora: modules_to_save", "rollout_engine_kwargs: weights_dtype",
+    ]  # fmt: skip
+
+
+def test_states_beyond_a_dtypes_range_are_refused_where_they_are_sent():
+    import torch
+
+    from oprd.models.loading import parse_dtype
+    from oprd.states.remote.wire import pack_states
+    from oprd.types import States
+
+    states = States((1,), (torch.tensor([[7e4, 1.0]]),), torch.tensor([0]), 1)
+    with pytest.raises(
+        ValueError, match=r"states at 1 are beyond the range of torch\.float16; ask for bfloat16 or float32"
+    ):
+        pack_states(states, torch.float16)
+    pack_states(states, torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="dtype: 'float8_e4m3fn' is not one of auto, float32, bfloat16, float16, float64"
+    ):
+        parse_dtype("float8_e4m3fn")
+
+
+def test_a_secret_beside_a_redacted_one_is_not_published(tmp_path):
+    from oprd.tools.push import _refuse_secrets
+
+    notes = tmp_path / "notes.md"
+    notes.write_text(f"old {REDACTED} new\n")
+    _refuse_secrets({"notes.md": notes})
+    notes.write_text(f"fine\nold {REDACTED} new hf_abcdefghijklmnopqrstuvwxyz0123\n")
+    with pytest.raises(ValueError, match=r"notes\.md:2: the line holds what looks like a secret"):
+        _refuse_secrets({"notes.md": notes})

@@ -58,7 +58,7 @@ def doctor(
     _check(dtype, device_tflops, device_bandwidth, measure, cpu, device_memory)
     quiet_libraries()
     from oprd.tools.doctor.show import examine, lines_of
-    from oprd.tools.doctor.workload import workload_of
+    from oprd.tools.doctor.workload import not_counted, workload_of
 
     run = RunConfig.load_on_cpu(config, overrides)
     if sharding is None and devices > 1:
@@ -72,7 +72,9 @@ def doctor(
     found = examine(work, device)
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
-    write_report(json_file, found)
+    if left_out := not_counted(run):
+        say(f"not counted: {', '.join(left_out)}")
+    write_report(json_file, {**found, "not_counted": left_out})
 
 
 def _device_bytes(gigabytes: float | None, measure: bool) -> float:

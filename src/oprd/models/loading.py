@@ -346,13 +346,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ValueError(f"tokenizer: {name!r} has none that can be loaded: {reason}") from error
 
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """Convert `"bfloat16"`, `"float32"`, … to a torch dtype.
 
     Raises:
         ValueError: not the name of a floating-point dtype.
     """
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: {name!r} is not one of auto, float32, bfloat16, float16, float64")
+    if (known := name.removeprefix("torch.")) not in _DTYPES:
+        raise ValueError(f"dtype: {name!r} is not one of auto, {', '.join(_DTYPES)}")
+    dtype: torch.dtype = getattr(torch, known)
     return dtype

@@ -212,5 +212,11 @@ def _read(resolved: ResolvedRun, found: FixedResponses, shard: Shard, content: C
                     f"the teacher's states at layer {layer} are not finite (NaN or infinity) in responses {shard.first} to "
                     f"{shard.end - 1}; load it in float32 or bfloat16 (teacher_model_init_kwargs)"
                 )
-            values[layer][rows] = own.to("cpu", dtype)
+            kept = own.to("cpu", dtype)
+            if not kept.isfinite().all():
+                raise FloatingPointError(
+                    f"the teacher's states at layer {layer} are beyond the range of {content.dtype} in responses {shard.first} to "
+                    f"{shard.end - 1}; keep them in bfloat16 or float32 (--states-dtype)"
+                )
+            values[layer][rows] = kept
     return values

@@ -80,7 +80,7 @@ def plan_push(folder: str | Path, repo: str) -> Push:
         raise ValueError(f"--repo: {repo!r} has no owner; write owner/name")
     run = load_run(folder)
     files = _files(run)
-    _refuse_secrets(files)
+    _refuse_secrets({**files, CARD: run.folder / MODEL / CARD})
     return Push(repo, files, _card(run, repo), tuple(_warnings(run)))
 
 
@@ -129,10 +129,11 @@ def _files(run: LoadedRun) -> dict[str, Path]:
 
 def _refuse_secrets(files: Mapping[str, Path]) -> None:
     for file in files.values():
-        if file.suffix not in _TEXT:
+        if file.suffix not in _TEXT or not file.is_file():
             continue
         for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-            if REDACTED not in line and redacted(line, by_name=False) != line:
+            shown = line.replace(REDACTED, "")
+            if redacted(shown, by_name=False) != shown:
                 raise ValueError(
                     f"{file}:{number}: the line holds what looks like a secret; remove it before it is published"
                 )

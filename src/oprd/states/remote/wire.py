@@ -199,7 +199,11 @@ def pack_states(states: States, dtype: torch.dtype) -> bytes:
     found = {str(layer): values for layer, values in zip(states.layers, states.values, strict=True)}
     if states.head_MD is not None:
         found[HEAD_NAME] = states.head_MD
-    return save({name: values.to("cpu", dtype).contiguous() for name, values in found.items()})
+    sent = {name: values.to("cpu", dtype).contiguous() for name, values in found.items()}
+    for name, values in sent.items():
+        if not values.isfinite().all() and found[name].isfinite().all():
+            raise ValueError(f"states at {name} are beyond the range of {dtype}; ask for bfloat16 or float32 (dtype)")
+    return save(sent)
 
 
 def unpack_states(body: bytes, request: StateRequest, served: ServedTeacher, dtype: torch.dtype) -> States:

@@ -125,6 +125,11 @@ def shape_of(config: Any, *, trust_remote_code: bool = False) -> Shape:
             f"model: blocks of {text.model_type!r} have the linear layers {', '.join(sorted(linears))}; the formulas of oprd "
             f"doctor are for blocks with {', '.join(_LINEARS)} (checked on {', '.join(CHECKED)})"
         )
+    if len({sum(p.numel() for p in one.parameters()) for one in blocks(model)}) > 1:
+        raise ValueError(
+            f"model: blocks of this {text.model_type!r} differ (experts in some of them?); the formulas of oprd doctor "
+            "are for equal blocks"
+        )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     dtype = getattr(config, "dtype", None)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

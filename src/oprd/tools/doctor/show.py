@@ -28,7 +28,8 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
         "advice": [{"setting": a.setting, "peak": a.peak} for a in advise(work)],
         "seconds": predict_seconds(work, device),
         "assumed": {
-            "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts, "devices": work.devices,
+            "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts * work.accumulation,
+            "devices": work.devices,
             "sharding": work.sharding, "micro_batch_rollouts": work.rows, "micro_batches": work.micro_batches,
             "compute": "bfloat16" if work.compute_bytes == 2 else "float32",
             "student_bytes": work.student_bytes, "tflops": device.tflops, "bandwidth": device.bandwidth,

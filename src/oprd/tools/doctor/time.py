@@ -104,9 +104,10 @@ def predict_seconds(work: Workload, device: Device) -> dict[str, float]:
     of tokens, and the start of operations.
     """
     shape, other = work.student, work.teacher or work.student
-    tokens, middle = work.rollouts * work.length, work.length / 2
+    rollouts = work.rollouts * work.accumulation
+    tokens, middle = rollouts * work.length, work.length / 2
     passes = (2 if work.lora else 3) + work.checkpointing
-    compared = work.rollouts * work.compared
+    compared = rollouts * work.compared
     products = 0 if work.output_space is None else _HEAD_PRODUCTS.get(work.output_space, _OTHER_PRODUCTS)
     products += _POLICY_PRODUCTS * work.policy_gradient
     starts = device.block_seconds * work.micro_batches
@@ -127,7 +128,7 @@ def predict_seconds(work: Workload, device: Device) -> dict[str, float]:
 def _rollout_seconds(work: Workload, device: Device) -> float:
     shape, width = work.student, work.compute_bytes
     rows = min(work.generation_batch, work.rollouts)
-    batches = -(-work.rollouts // rows)
+    batches = work.accumulation * -(-work.rollouts // rows)
     context = work.prompt + work.completion / 2
     prefill = device.forward(shape, shape.layers, rows * work.prompt / work.prompt_readers, work.prompt / 2)
     step = forward_flops(shape, shape.layers, rows, context) + 2.0 * shape.vocabulary * rows

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from oprd.objectives.schedules import is_on
+from oprd.objectives.terms import HeadTerm, LayerTerm
 from oprd.run_config import RunConfig
 from oprd.states.layer_maps import compared_layers
 from oprd.states.positions import select_positions
@@ -40,7 +41,8 @@ class Workload:
         student: the student's shape.
         teacher: the teacher's shape; None: the teacher is the student without its adapter.
         base: shape of the base of an extrapolation past the teacher; None: there is none, or it is the student without its adapter.
-        rollouts: rollouts per step and device.
+        rollouts: rollouts of a batch, on a device.
+        accumulation: batches of a step (gradient_accumulation_steps).
         prompt: tokens per prompt.
         completion: tokens per completion.
         micro_batch_tokens: maximum padded tokens of a forward and backward pass.
@@ -76,6 +78,7 @@ class Workload:
     student: Shape
     teacher: Shape | None
     rollouts: int = 32
+    accumulation: int = 1
     prompt: int = 256
     completion: int = 512
     micro_batch_tokens: int = 16384
@@ -130,7 +133,7 @@ class Workload:
     @property
     def micro_batches(self) -> int:
         """Micro-batches per step."""
-        return -(-self.rollouts // self.rows)
+        return self.accumulation * -(-self.rollouts // self.rows)
 
     @property
     def tokens(self) -> int:
@@ -207,7 +210,12 @@ def workload_of(
     student_bytes = _weight_bytes(own.get("dtype", "float32"), student)
     teacher, teacher_bytes, several = _teachers(run, student, student_bytes)
     base, base_bytes = _base(run, student, student_bytes)
-    compares = is_on(config.representation_weight) or config.diagnostic_steps > 0
+    own_terms = _own_terms(run)
+    compares = (
+        is_on(config.representation_weight)
+        or config.diagnostic_steps > 0
+        or any(isinstance(term, LayerTerm) for term in own_terms)
+    )
     length = config.max_completion_length
     longest_prompt = prompt or config.max_prompt_length or 256
     above_budget = (
@@ -217,6 +225,7 @@ def workload_of(
         student=student,
         teacher=teacher,
         rollouts=config.per_device_train_batch_size * config.num_generations,
+        accumulation=config.gradient_accumulation_steps,
         prompt=longest_prompt,
         completion=length,
         micro_batch_tokens=config.micro_batch_tokens,
@@ -225,7 +234,7 @@ def workload_of(
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
         bridge_rank=_bridge_rank(run),
         representation=is_on(config.representation_weight),
-        output_space=config.output_term.kind if config.output_term else None,
+        output_space=config.output_term.kind if config.output_term else _kind_of(own_terms),
         policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,
         checkpointing=bool(config.activation_checkpointing) or above_budget,
@@ -247,6 +256,36 @@ def workload_of(
         sharding=sharding or ("none" if devices == 1 else "ddp"),
         accelerator=accelerator,
     )
+
+
+def _own_terms(run: RunConfig) -> list[Any]:
+    """The objectives that the recipe names."""
+    if not run.args.objectives:
+        return []
+    from oprd.resolve.terms import build_terms
+
+    return [term.objective for term in build_terms(run).values()]
+
+
+def _kind_of(terms: Sequence[Any]) -> str | None:
+    """An own objective on next-token distributions is counted as a divergence over the whole vocabulary."""
+    return "reverse_kl" if any(isinstance(term, HeadTerm) for term in terms) else None
+
+
+def not_counted(run: RunConfig) -> list[str]:
+    """Settings of a run that change memory or time, and that the formulas leave out."""
+    args, lora = run.args, run.lora or {}
+    kwargs = [args.model_init_kwargs, args.teacher_model_init_kwargs]
+    found = {
+        "num_iterations": args.num_iterations > 1, "lmbda": not args.student_writes,
+        "optim": not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"),
+        "student_quantization": args.student_quantization is not None,
+        "quantization_config": any("quantization_config" in (own or {}) for own in kwargs),
+        "lora: modules_to_save": bool(lora.get("modules_to_save")),
+        "lora: layers_to_transform": bool(lora.get("layers_to_transform")),
+        "rollout_engine_kwargs: weights_dtype": "weights_dtype" in (args.rollout_engine_kwargs or {}),
+    }  # fmt: skip
+    return [name for name, is_set in found.items() if is_set]
 
 
 def _attention_layers(run: RunConfig) -> int:

@@ -204,7 +204,7 @@ def _read_config(file: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
         return redacted(text), {}
     if not isinstance(content, dict):
         notes.append(f"{CONFIG} holds no settings")
-        return text, {}
+        return redacted(text), {}
     safe = redacted(content)
     return (text if safe == content else dump_yaml(safe)), safe
 
