@@ -137,6 +137,10 @@ def test_a_run_without_accuracy_has_no_results(run):
         (lambda run: (run / "model").rename(run / "elsewhere"), "it has no model/, because the run did not end"),
         (lambda run: (run / "model" / CARD).unlink(), "has no card"),
         (lambda run: changed(run / "config.yaml", note="hf_" + "aB3" * 12), "config.yaml:"),
+        (
+            lambda run: (run / "model" / CARD).write_text("# Mine\n\nhf_" + "aB3" * 12 + "\n"),
+            "README.md:3: the line holds what",
+        ),
     ],
 )
 def test_what_must_not_be_sent_is_refused(run, break_it, said):
