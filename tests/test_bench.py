@@ -148,8 +148,9 @@ def test_targets_are_judged_on_the_shape_they_are_meant_for():
         {"model": "qwen2-4-layers", "name": name, "time_ratio": time, "memory_ratio": memory}
         for name, (time, memory) in ratios.items()
     ]
-    assert [line.rsplit(", found ", 1)[1] for line in update.judge(rows, full_size=True)] == [
-        "1.06 (not met)", "1.00 (met)", "2.26 (met)", "2.10 (not met)", "4.43 (not met)", "5.00 (met)", "1.60 (not met)",
+    assert [line.rsplit(" = ", 1)[1] for line in update.judge(rows, full_size=True)] == [
+        "1.06, at most 1.05 (not met)", "1.00, at most 1.1 (met)", "2.26, at least 2.2 (met)", "2.10, at least 2.2 (not met)",
+        "4.43, at least 4.5 (not met)", "5.00, at least 5 (met)", "1.60, at most 1.5 (not met)",
     ]  # fmt: skip
     assert len(update.judge(rows, full_size=False)) == 2
 

@@ -316,7 +316,7 @@ def test_means_over_the_steps_since_the_last_report_are_kept_as_sums():
     metrics, values = StepMetrics(), [0.1, 0.2, 0.7]
     for value in values:
         metrics.add(loss=value, rollouts=1.0, tokens=2.0, finished=1.0)
-        metrics.close(lambda sums: sums, 1, None, None)
+        metrics.keep(metrics.close(lambda sums: sums, 1, None, None))
     assert len(metrics._closed["loss"]) == 2
     assert metrics.drain()["loss"] == sum(values) / 3
     assert metrics.drain() == {}

@@ -8,8 +8,7 @@ shift
 until [[ -e $weights/start/config.json ]]; do sleep 2; done # the trainer writes it at its first rollout
 export VLLM_SERVER_DEV_MODE=1
 # The trainer's precision: bfloat16 under bf16: true, else float32.
-dtype=$(python -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c.get("dtype") or c.get("torch_dtype") or "float32")' \
-  "$weights/start/config.json")
-exec python -m vllm.entrypoints.openai.api_server --model "$weights/start" --dtype "$dtype" \
+dtype=$(sed -n 's/.*dtype": "\([a-z0-9]*\)".*/\1/p' "$weights/start/config.json" | head -n 1)
+exec python -m vllm.entrypoints.openai.api_server --model "$weights/start" --dtype "${dtype:-float32}" \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --skip-tokenizer-init --enable-scale-out --generation-config vllm "$@"

@@ -69,12 +69,10 @@ def doctor(
         device_bytes=_device_bytes(device_memory, measure and not cpu),
     )  # fmt: skip
     device = _device(work, cpu, device_tflops, device_bandwidth, measure, run.args.rollout_engine)
-    found = examine(work, device)
+    found = {**examine(work, device), "not_counted": not_counted(run)}
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
-    if left_out := not_counted(run):
-        say(f"not counted: {', '.join(left_out)}")
-    write_report(json_file, {**found, "not_counted": left_out})
+    write_report(json_file, found)
 
 
 def _device_bytes(gigabytes: float | None, measure: bool) -> float:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
-from oprd.data.chat_template import check_template_kwargs
-
 TeachersPerPrompt = Literal["one", "all"]
 STUDENT = "student"
 """Value of `teacher_model`: the student is its own teacher."""
@@ -303,6 +301,8 @@ def _check_prompt_keys(teacher_id: str, entry: Mapping[str, Any]) -> None:
         value = entry.get(key)
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"teachers: {teacher_id}: {key}: {value!r} is not a mapping; write {{name: value, …}}")
+    from oprd.data.chat_template import check_template_kwargs  # imports transformers, which `oprd report` does without
+
     with naming_teacher(teacher_id):
         check_template_kwargs("chat_template_kwargs", entry.get("chat_template_kwargs"))
     texts = [text for pair in (entry.get("special_token_map") or {}).items() for text in pair]

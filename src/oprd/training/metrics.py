@@ -175,14 +175,17 @@ class StepMetrics:
         if torch.cuda.is_available():
             row["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._sums.clear()
+        return row
+
+    def keep(self, row: Mapping[str, float]) -> None:
+        """Add a step's metrics, complete as they are recorded, to the means of the next report."""
         for name, value in row.items():
             closed = self._closed[name]
             closed[0] += value
             closed[1] += 1
-        return row
 
     def drain(self) -> dict[str, float]:
-        """Mean of every metric over the steps closed since the last call."""
+        """Mean of every metric over the steps kept since the last call."""
         found = {name: total / steps for name, (total, steps) in self._closed.items()}
         self._closed.clear()
         return found

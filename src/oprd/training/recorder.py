@@ -271,6 +271,7 @@ class Recorder:
                 row["unequal_terms"], sentence = found
                 logger.warning("step %d: %s", step, sentence)
             self.folder.append(METRICS, {"step": step, **row, **({"alarm_text": "; ".join(said)} if said else {})})
+        self._metrics.keep(row)
         self.last_step = self._record(step, row)
         self._useless.check(step)
 

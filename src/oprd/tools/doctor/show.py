@@ -77,6 +77,8 @@ def lines_of(found: dict[str, Any], families: tuple[str, ...]) -> list[str]:
         ]
     if unknown := sorted(set(families) - set(CHECKED)):
         lines.append(f"the formulas were checked on {', '.join(CHECKED)} only, not on {', '.join(unknown)}")
+    if left_out := found.get("not_counted"):
+        lines.append(f"not counted: {', '.join(left_out)}")
     return lines
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from oprd.config import OPRDConfig
 from oprd.objectives.schedules import is_on
 from oprd.objectives.terms import HeadTerm, LayerTerm
 from oprd.run_config import RunConfig
@@ -211,11 +212,7 @@ def workload_of(
     teacher, teacher_bytes, several = _teachers(run, student, student_bytes)
     base, base_bytes = _base(run, student, student_bytes)
     own_terms = _own_terms(run)
-    compares = (
-        is_on(config.representation_weight)
-        or config.diagnostic_steps > 0
-        or any(isinstance(term, LayerTerm) for term in own_terms)
-    )
+    compares = config.diagnostic_steps > 0 or _on_states(config, own_terms)
     length = config.max_completion_length
     longest_prompt = prompt or config.max_prompt_length or 256
     above_budget = (
@@ -265,6 +262,11 @@ def _own_terms(run: RunConfig) -> list[Any]:
     from oprd.resolve.terms import build_terms
 
     return [term.objective for term in build_terms(run).values()]
+
+
+def _on_states(config: OPRDConfig, terms: Sequence[Any]) -> bool:
+    """Whether some objective reads hidden states."""
+    return is_on(config.representation_weight) or any(isinstance(term, LayerTerm) for term in terms)
 
 
 def _kind_of(terms: Sequence[Any]) -> str | None:
