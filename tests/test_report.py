@@ -23,6 +23,7 @@ from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.loading import LoadedModel, ModelInfo
 from oprd.runs.columns import MOST_POINTS
 from oprd.states.teachers import FrozenTeacher
+from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.report import curves, draw
 from oprd.tools.report.distances import other_texts, read_rollouts, token_distances
 from oprd.tools.report.page import render, write_page
@@ -799,6 +800,9 @@ def test_the_teachers_text_stands_in_place_of_the_students():
     found = other_texts(tokenizer, [a, blank, b, end, end], [a, b, blank, other_end, a], [end, other_end])
     assert found == ["", "b", " ", "", "a"]
     assert other_texts(tokenizer, [a, b], [], [end]) == []
+    halves = byte_tokenizer(300)  # a token a byte: é and è differ in their second one
+    first, acute, grave = halves("é")["input_ids"][0], halves("é")["input_ids"][1], halves("è")["input_ids"][1]
+    assert other_texts(halves, [first, acute], [first, grave], [2]) == ["", "è"]
 
 
 def test_a_wrong_answer_stands_beside_the_right_one(make_run):

@@ -413,3 +413,12 @@ def test_shards_hold_every_response_once(cache):
         assert sum(shard.rows for shard in shards) == sum(1 + i % 4 for i in range(50))
     assert CachedPositions("all").hold(CachedPositions("first_k", 3, True))
     assert not CachedPositions("all", before_end=True).hold(CachedPositions("all"))
+
+
+def test_responses_that_are_rendered_otherwise_are_another_cache(tmp_path, models, responses):
+    """The file is the same, its token ids may not be."""
+    folder = tmp_path / "states"
+    cache_teacher(run_of(models, tmp_path / "a"), folder, Path(responses))
+    cache_teacher(run_of(models, tmp_path / "a"), folder, Path(responses))
+    with pytest.raises(ValueError, match=r"a cache of something else \(responses differ\)"):
+        cache_teacher(run_of(models, tmp_path / "b", split_special_tokens=False), folder, Path(responses))

@@ -113,7 +113,7 @@ def _content(resolved: ResolvedRun, responses: Path | None, dtype: str | None, s
     width = bridged.bridge.rank if bridged else pair.teacher.info.width
     if dtype is not None:
         parse_dtype(dtype)
-    made = file_digest(responses) if responses else _how_it_writes(resolved)
+    made = f"{file_digest(responses)}, rendered {_how_it_renders(resolved)}" if responses else _how_it_writes(resolved)
     return CacheContent(
         pair.teacher.info, identity, own, dtype or str(weight.dtype).removeprefix("torch."), dict.fromkeys(pair.layers, width),
         cached_positions(pair), tokenizer_digest(pair.tokenizer), bridge, f"{made}, up to {args.max_completion_length} tokens",
@@ -124,6 +124,16 @@ def _content(resolved: ResolvedRun, responses: Path | None, dtype: str | None, s
 def _fingerprint(resolved: ResolvedRun, frozen: FrozenTeacher) -> Fingerprint:
     tokenizer = resolved.pair.teacher_tokenizer or resolved.pair.tokenizer
     return fingerprint(frozen.model, tokenizer, frozen.info.name or "teacher")
+
+
+def _how_it_renders(resolved: ResolvedRun) -> str:
+    """Digest of what the token ids of given responses depend on, besides their file and the tokenizer's tokens."""
+    args, tokenizer = resolved.run.args, resolved.pair.tokenizer
+    settings = (
+        dict(resolved.pair.template_kwargs or {}), args.split_special_tokens, args.merge_system_prompt, args.prompt_column,
+        tokenizer.chat_template,
+    )  # fmt: skip
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def _how_it_writes(resolved: ResolvedRun) -> str:

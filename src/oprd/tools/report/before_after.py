@@ -14,6 +14,7 @@ from oprd.data.chat_template import with_date
 from oprd.data.prompts import Prompt, PromptRenderer, prepare_prompts
 from oprd.data.rows import PromptRow, Reading, for_dataset, parse_row
 from oprd.models.loading import LoadedModel
+from oprd.models.quantization import fake_quantize
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
@@ -81,6 +82,8 @@ def measure_distances(
     student = load(before, dtype=torch.float32, init_kwargs=_init_kwargs(config, "model_init_kwargs"), **reading)
     tokenizer = student.tokenizer
     assert tokenizer is not None, "loaded with the model"
+    if kind := config.get("student_quantization"):
+        fake_quantize(student.model, kind)  # as training began; the saved model is rounded already
     stops = {*student.info.stop_token_ids}
     notes: list[str] = []
     unavailable: str | None = None

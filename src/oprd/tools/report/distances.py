@@ -155,11 +155,15 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 def other_texts(
     tokenizer: PreTrainedTokenizerBase, written: Sequence[int], preferred: Sequence[int], stops: Collection[int]
 ) -> list[str]:
-    """The text of each preferred token in place of the written one; "" where they are the same, or both end the response."""
+    """The text of each preferred token in place of the written one; "" where they are the same, or both end the response.
+
+    Of a token that completes a character the whole character.
+    """
     found = []
     for place, (own, other) in enumerate(zip(written, preferred, strict=False)):
         same, before = own == other or {own, other} <= {*stops}, written[:place]
-        found.append("" if same else _text(tokenizer, [*before, other])[len(_text(tokenizer, before)) :])
+        text = "" if same else _text(tokenizer, [*before, other])
+        found.append(text[len(_text(tokenizer, before)) :] or text[-1:])
     return found
 
 
