@@ -71,8 +71,7 @@ class RunConfig:
             bridge_rank: n, system_prompt: …, chat_template_kwargs: {…}, special_token_map: {…}} or {use: …}.
         base_model: what the teacher was trained from, for `extrapolation`; None: the student as it is at the start.
         preset: a published objective; the recipe's own keys take precedence (oprd keys --preset NAME): oprd, lastopd,
-        latent_mopd,
-            ride or phf.
+            latent_mopd, ride or phf.
         given: objects from Python.
     """
 
@@ -417,7 +416,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`--key value`, `--key=value` and `--flag` (true) as a dict; values are read as YAML.
 
     The value of a key that holds text is taken as it is, unless it is in quotes or null.
-
 
     Raises:
         ValueError: a word without a key, a key that is no flag without a value, or a value that is not YAML.

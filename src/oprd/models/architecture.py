@@ -137,8 +137,7 @@ def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
-    """Restore `config.use_cache` at the end: transformers' Trainer turns it off, and the saved model would generate without a
-    cache.
+    """Restore `config.use_cache` at the end: transformers' Trainer turns it off, also in the saved model.
 
     Training states are computed without a cache, whatever the config says.
     """

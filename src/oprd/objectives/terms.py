@@ -108,8 +108,7 @@ class AttentionTerm(Protocol):
 
 @runtime_checkable
 class SeesSteps(Protocol):
-    """A term whose `finished` is called after each step; on resuming, first for all earlier steps in order. It keeps no other
-    state."""
+    """A term whose `finished` is called after each step; on resuming, first for all earlier ones. It keeps no other state."""
 
     def begin(self) -> None:
         """A run begins or is resumed: forget all steps."""

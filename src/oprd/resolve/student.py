@@ -28,8 +28,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprint | None, KeptBlocks | None]:
-    """The student, ready to train, its fingerprint (with a bridge) and its kept blocks (`layer_map: kept`), both before an
-    adapter is added.
+    """The student, ready to train, its fingerprint (with a bridge) and kept blocks (`layer_map: kept`), without adapter.
 
     A student given by name is loaded in float32; an adapter continues its training. An adapter is added if there are settings for
     one. Parameters that the loss does not reach are frozen.

@@ -150,8 +150,7 @@ def _only_teacher(
 
 
 def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
-    """The student as its own teacher: a copy that follows it; with a new adapter, the student with it off; else a frozen
-    copy."""
+    """The student as its own teacher: a copy that follows it; with a new adapter, the student without it; else frozen."""
     args = run.args
     if args.teacher_update_rate > 0:
         return FollowingTeacher(

@@ -256,8 +256,7 @@ def restore_config(file: Path) -> None:
 
 
 def _is_whole_recipe(file: Path, recorded: Mapping[str, Any]) -> bool:
-    """Whether a file is a complete recipe, not the recorded one cut off. One with other values than the record counts as
-    complete."""
+    """Whether a file is a complete recipe, not the recorded one cut off. Other values count as complete."""
     found = read_mapping(file, yaml.safe_load)
     if not found:
         return False

@@ -286,8 +286,7 @@ def _recipe(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _resumed(summary: Mapping[str, Any]) -> str:
-    """Names the settings that were changed on resuming: one run with the last ones is not the same run. Empty without
-    changes."""
+    """Names the settings that were changed on resuming: one run with the last ones is another. Empty without changes."""
     parts = [part for part in summary.get("resumed") or () if part["changes"]]
     if not parts:
         return ""

@@ -164,8 +164,7 @@ def name_two(axis: Any, x: Sequence[float], lines: Mapping[str, Sequence[float]]
 
 
 def spread(middles: Sequence[float], sizes: Sequence[float], top: float) -> list[float]:
-    """Move texts apart, given their middles in ascending order: first up, then down below `top`. They overlap if not all
-    fit."""
+    """Move texts apart, given their middles in ascending order: first up, then down below `top`. They may overlap."""
     if sum(sizes) > top > 0:
         sizes = [size * top / sum(sizes) for size in sizes]
     moved: list[float] = []

@@ -125,8 +125,7 @@ def difference(left: Any, right: Any) -> Any:
 
 
 def agreement(first: Any, second: Any) -> bool | None:
-    """Whether two expressions have the same values; None if too few points decide it, or they differ only by a decimal's
-    rounding."""
+    """Whether two expressions have the same values; None if too few points decide it, or only rounding differs."""
     import sympy
 
     try:

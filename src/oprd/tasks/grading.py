@@ -315,8 +315,7 @@ class MathGrader:
         return (*pair, self.timeout_s, self.memory_bytes)
 
     def _check_in(self, pool: Any, batch: _Batch, last: bool) -> None:
-        """Check a batch's open pairs, at most one per worker at a time: a cancelled pair in the queue ends the worker that
-        takes it."""
+        """Check a batch's open pairs, at most one per worker at a time: a cancelled pair ends the worker that takes it."""
         waiting = iter(batch.open)
         running: dict[Future[Any], _Pair] = {}
         while not batch.over:

@@ -1,5 +1,4 @@
-"""Cuts blocks out of a decoder, by default those that change its states least, and writes a student to train with `layer_map:
-kept`.
+"""Cuts blocks out of a decoder, by default those that change its states least, and writes the student.
 
 Block influence (ShortGPT, arXiv 2403.03853): the mean over positions of 1 − cosine between the state that a block receives and the
 state that it hands on. It is measured on completions that the model itself writes.

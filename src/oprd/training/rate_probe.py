@@ -210,8 +210,7 @@ def tolerance(args: OPRDConfig, objective: CompositeObjective, prompts: int) -> 
 
 
 def _draw(resolved: ResolvedRun, model: nn.Module, batches: Sequence[Sequence[Prompt]]) -> list[Batch]:
-    """One rollout of each prompt. Batch i is written by the model that writes step i; each model samples once for all its
-    batches."""
+    """One rollout of each prompt. Batch i is written by the model that writes step i; each model samples once."""
     args, pair = resolved.run.args, resolved.pair
     found: dict[int, Batch] = {}
     by_student = _writers(args, len(batches))

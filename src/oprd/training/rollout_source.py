@@ -171,8 +171,7 @@ class RolloutSource:
         return batch.with_advantages(self.args.num_generations, self.args.scale_rewards)  # type: ignore[arg-type]
 
     def _observe_ends(self, rollouts: Rollouts, conversations: set[int], share: float) -> None:
-        """Record the share of rollouts that end with a stop id of the teacher alone, or with one that ends no turn of the
-        template."""
+        """Record the share of rollouts that end with an id of the teacher alone, or one that ends no turn of the template."""
         if ends := self.pair.teacher_stop_ids:
             count = sum(completion[-1] in ends for completion in rollouts.completion_ids)
             self.recorder.observe(**{"completions/teacher_stop_ratio": share * count / len(rollouts)})

@@ -91,7 +91,7 @@ class OPRDTrainer(Trainer):
         teacher_model: teacher of the same width, depth (unless `layer_map` is set) and tokens (with a `bridge`, any), by name, as a
             model, or any `oprd.states.teachers.Teacher`; or several, as teacher_id → one of these (the rows' column `teacher_id`
             names theirs). "student": the student as it starts, or a copy that follows it (`args.teacher_update_rate`), with a
-                prompt of its own. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
+            prompt of its own. None: the student without its adapter. This needs a trained adapter, or a `teacher_prompt` or
             `teacher_system_prompt`: a fresh adapter changes nothing, so there is nothing to learn.
         args: settings.
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
@@ -343,8 +343,7 @@ class OPRDTrainer(Trainer):
         Raises:
             ValueError: the folder is in use or holds another run, nothing to train on or to resume from, or a damaged checkpoint.
             FloatingPointError: loss, gradients or weights are not finite.
-            RunStopped: one rollout does not fit into memory, `max_useless_steps` is reached, or a reward function raises an
-            error.
+            RunStopped: one rollout does not fit into memory, `max_useless_steps` is reached, or a reward function fails.
             LostProcessError: another process of the run has ended.
             StoppedBySignal: a signal has stopped the run; it is a SystemExit.
         """
