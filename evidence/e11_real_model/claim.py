@@ -161,10 +161,15 @@ def get_models(teacher: Path, *build: str) -> None:
         teacher: the teacher's folder.
         build: arguments of `scripts/build_reasoning_teacher.py`.
     """
-    if not (STUDENT / "config.json").exists():
-        run_script("get_smollm2.py", "--output", str(STUDENT))
+    get_public("get_smollm2.py", STUDENT)
     if not (teacher / "build.json").exists():
         run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(teacher), *build)
+
+
+def get_public(script: str, folder: Path) -> None:
+    """Get a public model with a program of `scripts/`, where it is not there yet."""
+    if not (folder / "config.json").exists():
+        run_script(script, "--output", str(folder))
 
 
 def run_script(name: str, *arguments: str) -> None:

@@ -18,7 +18,7 @@ from evidence.comparisons import (
     first_seeds,
     of,
 )
-from evidence.e11_real_model.claim import LADDER, START, STUDENT, run_script
+from evidence.e11_real_model.claim import LADDER, START, STUDENT, get_public
 from evidence.e15_recovery.perplexity import write_text
 from evidence.e26_generic_recovery.distance import distances
 from evidence.e26_generic_recovery.prompts import write
@@ -71,8 +71,7 @@ HELD_OUT = 120
 
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, cut it, choose each objective's rate by the distance on one seed, and recover it with three others."""
-    if not (STUDENT / "config.json").exists():
-        run_script("get_smollm2.py", "--output", str(STUDENT))
+    get_public("get_smollm2.py", STUDENT)
     write(work.folder)
     prompts = str(work.folder / SMOLLM2.prompts)
     setting = dataclasses.replace(SMOLLM2, prompts=prompts, settings={"train_dataset": prompts})

@@ -5,11 +5,11 @@ python -m evidence.e26_generic_recovery.prompts --output data/generic      # wri
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from pathlib import Path
 
+from evidence.prompt_files import write_files
 from oprd.files import write_text
 
 TOPICS = (
@@ -46,14 +46,5 @@ def write(folder: Path) -> None:
         write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("data/generic"), help="folder for the files")
-    folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder)
-
-
 if __name__ == "__main__":
-    main()
+    write_files(write, __doc__, "data/generic")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence.claim import Work
-from evidence.e11_real_model.claim import ROOT, STUDENT, run_script
+from evidence.e11_real_model.claim import ROOT, STUDENT, get_public
 from evidence.e23_far_pair.claim import draw, judge, measure_pair
 from evidence.e27_public_pair.questions import write
 
@@ -29,9 +29,8 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 
 def measure(work: Work) -> dict[str, Any]:
     """Get both models, tune every loss on one seed, measure on three others."""
-    for folder, script in ((STUDENT, "get_smollm2.py"), (TEACHER, "get_qwen_coder.py")):
-        if not (folder / "config.json").exists():
-            run_script(script, "--output", str(folder))
+    get_public("get_smollm2.py", STUDENT)
+    get_public("get_qwen_coder.py", TEACHER)
     write(work.folder)
     questions = {"train_dataset": str(work.folder / "train.jsonl"), "eval_dataset": str(work.folder / "test.jsonl")}
     settings = {**questions, **(QUICK if work.quick else {})}

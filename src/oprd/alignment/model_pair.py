@@ -243,14 +243,13 @@ class ModelPair:
         theirs = {i for info in merged.values() for i in info.stop_token_ids}
         return sorted(theirs - {*self.student.info.stop_token_ids})
 
-    def writing_stop_ids(self, teacher_id: str | None = None) -> list[int]:
-        """Ids that end what a teacher writes in the student's tokens: its own, if end ids are compared one by one.
-
-        Args:
-            teacher_id: one of `infos_of_same_tokens`.
-        """
-        own = self.infos_of_same_tokens[teacher_id].stop_token_ids
-        return sorted({*own}) if own and self.compared.end_of_turn == "by_id" else self.stop_token_ids
+    @cached_property
+    def other_ends(self) -> dict[str | None, list[int]]:
+        """teacher_id → its end ids, of teachers that read the student's tokens and do not end what they write as rollouts end."""
+        if self.compared.end_of_turn != "by_id":
+            return {}
+        ends = {teacher_id: sorted({*info.stop_token_ids}) for teacher_id, info in self.infos_of_same_tokens.items()}
+        return {teacher_id: own for teacher_id, own in ends.items() if own and own != self.stop_token_ids}
 
     @cached_property
     def template_kwargs(self) -> Mapping[str, Any] | None:

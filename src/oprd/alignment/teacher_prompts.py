@@ -13,7 +13,7 @@ from oprd.alignment.aligner import Aligner
 from oprd.alignment.privileged import fields_of
 from oprd.data.chat_template import check_template_kwargs, parse_date, with_date
 from oprd.models.tokens import check_same_tokens, different_tokens
-from oprd.states.teacher_settings import PROMPT_KEYS
+from oprd.states.teacher_settings import PROMPT_KEYS, describes_model
 
 logger = logging.getLogger("oprd")
 
@@ -65,12 +65,12 @@ class TeacherPromptSettings:
         """The settings of one of several teachers: those that its entry of `teachers` has replace the run's.
 
         Args:
-            entry: the entry; None, or one that is no mapping, replaces none.
+            entry: the entry; one that is no mapping, and None, replaces none.
 
         Raises:
             ValueError: as the class itself.
         """
-        if not isinstance(entry, Mapping) or "use" in entry:
+        if not describes_model(entry):
             return self
         return replace(self, **{setting: entry[key] for key, setting in PROMPT_KEYS.items() if key in entry})
 

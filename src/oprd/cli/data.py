@@ -81,13 +81,10 @@ def check(
     read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
     text = prompt_settings(chat_template_kwargs, None, None, None, True)
     if train is not None and test is not None:
-        _refuse_for_two(
-            model=model,
-            config=config,
-            task=task,
-            answer_format=answer_format,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        _refuse_given(
+            "these are for one dataset; leave the benchmark out", model=model, config=config, task=task,
+            answer_format=answer_format, chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
         overlap = _overlap(train, test, (train_split, test_split), (train_limit, test_limit), seed, threshold, read)
         _report_overlap(overlap, train, test, show, json_file)
         if fail and overlap.overlapping:
@@ -97,7 +94,10 @@ def check(
         raise ValueError("data check: --fail is for two datasets; give the benchmark as the second one")
     check_json(json_file)
     if config is not None:
-        _refuse_with_recipe(train_split=train_split != "train", train_limit=train_limit, seed=seed)
+        _refuse_given(
+            "with --config the recipe says it; leave it out, or set it there",
+            train_split=train_split != "train", train_limit=train_limit, seed=seed,
+        )  # fmt: skip
         found = _check_recipe(config, train, model, task, answer_format, read, text)
     elif train is None:
         raise ValueError("data check: no dataset; name a file or hub dataset, or give --config RECIPE")
@@ -122,16 +122,14 @@ def _check_file(
     return _check_one(DatasetSettings(*rows, read, grading, answer_format, rendering=text), model, trust=False)
 
 
-def _refuse_with_recipe(**options: Any) -> None:
-    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
-        raise ValueError(
-            f"data check: {', '.join(given)}: with --config the recipe says it; leave it out, or set it there"
-        )
+def _refuse_given(why: str, **options: Any) -> None:
+    """Refuse options that are set.
 
-
-def _refuse_for_two(**options: Any) -> None:
+    Raises:
+        ValueError: names them, and says why.
+    """
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
-        raise ValueError(f"data check: {', '.join(given)}: these are for one dataset; leave the benchmark out")
+        raise ValueError(f"data check: {', '.join(given)}: {why}")
 
 
 def _check_recipe(

@@ -410,7 +410,7 @@ class _Rows:
         if self.reading.answers_needed and not self.answer_columns and self.unread:
             raise ValueError(
                 f"{name}: no row has an answer to grade by; the columns beside the prompt are {', '.join(map(repr, self.unread))}. "
-                f"Name the one that holds it with answer_column (tried without it: {', '.join(_ANSWER_COLUMNS)}), or remove "
+                f"Name the one that holds it with answer_column (else tried: {', '.join(_ANSWER_COLUMNS)}), or remove "
                 "them to measure without grades"
             )
 

@@ -171,8 +171,7 @@ def _engine(run: RunConfig, pair: ModelPair) -> RolloutEngine:
         engine = make_engine(args.rollout_engine, pair.tokenizer, pair.stop_token_ids, **args.engine_kwargs)
     else:
         engine = check_engine(given)
-        ends = {tuple(pair.writing_stop_ids(teacher_id)) for teacher_id in pair.infos_of_same_tokens}
-        if bounds(args.lmbda)[0] < 1 and ends - {tuple(pair.stop_token_ids)}:
+        if bounds(args.lmbda)[0] < 1 and pair.other_ends:
             raise ValueError(
                 f"rollout_engine: the given {type(given).__name__} ends completions at the student's end ids, and with "
                 f"end_of_turn: by_id and lmbda={args.lmbda} a teacher writes that has others; name the engine in OPRDConfig, so "

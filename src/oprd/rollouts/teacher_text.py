@@ -107,9 +107,8 @@ class TeacherWriter:
         self.pair, self.engine = pair, engine
         self._rewriters: dict[str | None, Rewriter] = {}
         self._engines: dict[str | None, RolloutEngine] = {}  # of teachers with tokens or ends of their own
-        for teacher_id in pair.infos_of_same_tokens:
-            if (stops := pair.writing_stop_ids(teacher_id)) != pair.stop_token_ids:
-                self._engines[teacher_id] = make_engine(rollout_engine, pair.tokenizer, stops, **engine_kwargs)
+        for teacher_id, stops in pair.other_ends.items():
+            self._engines[teacher_id] = make_engine(rollout_engine, pair.tokenizer, stops, **engine_kwargs)
         for teacher_id, aligner in pair.aligners.items():
             stops = sorted({*pair.shared_vocabulary(teacher_id).teacher_stop_ids})
             self._rewriters[teacher_id] = Rewriter(aligner, stops, pair.turn_end_ids)

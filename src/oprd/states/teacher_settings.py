@@ -54,9 +54,14 @@ def is_student(teacher_model: Any) -> bool:
     return isinstance(teacher_model, str) and teacher_model == STUDENT
 
 
+def describes_model(entry: Any) -> bool:
+    """Whether an entry of `teachers` is a mapping with a model and its settings, and names no code of the user's (`use`)."""
+    return isinstance(entry, Mapping) and "use" not in entry
+
+
 def model_of_entry(entry: Any, init_kwargs: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any] | None]:
     """The model that an entry of `teachers` names, or the teacher that it is, and the arguments of from_pretrained."""
-    if isinstance(entry, Mapping) and "use" not in entry:
+    if describes_model(entry):
         return entry["model"], entry.get("init_kwargs", init_kwargs)
     return entry, init_kwargs
 
@@ -88,7 +93,7 @@ def bridges_of(teachers: Mapping[str, Any] | None) -> dict[str, BridgeSettings]:
     return {
         teacher_id: BridgeSettings(entry["bridge"], entry.get("bridge_rank"))
         for teacher_id, entry in (teachers or {}).items()
-        if isinstance(entry, Mapping) and "use" not in entry and entry.get("bridge") is not None
+        if describes_model(entry) and entry.get("bridge") is not None
     }
 
 
@@ -243,7 +248,7 @@ def _check_entries(run: Any) -> None:
             )
         if is_student(entry):
             raise ValueError(f"teachers: {teacher_id}: {STUDENT} is for teacher_model alone; name a model")
-        if not isinstance(entry, Mapping) or "use" in entry:
+        if not describes_model(entry):
             continue
         _check_fresh(teacher_id, entry)
         if unknown := {*entry} - {*_ENTRY_KEYS}:
@@ -253,8 +258,6 @@ def _check_entries(run: Any) -> None:
             )
         _check_bridge(teacher_id, entry)
         _check_prompt_keys(teacher_id, entry)
-        with naming_teacher(teacher_id):
-            args.prompt_rendering.of_one(entry)  # checks its values
         if not entry.get("model"):
             raise ValueError(
                 f"teachers: {teacher_id}: the key 'model' is missing; write {{model: name}}, or the name alone"

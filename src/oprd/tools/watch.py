@@ -126,9 +126,8 @@ class RunWatch:
         file, start = self.folder / name, self._read_to.get(name, 0)
         found = file.stat() if file.is_file() else None
         inode, size = (found.st_ino, found.st_size) if found is not None else (0, 0)
-        if size < start or inode != self._inodes.get(
-            name, inode
-        ):  # a run that is resumed puts a shorter file in its place
+        replaced = inode != self._inodes.get(name, inode)  # a resumed run puts a shorter file in its place
+        if size < start or replaced:
             start = 0
             self._completions = [] if name == COMPLETIONS else self._completions
             if name == METRICS:

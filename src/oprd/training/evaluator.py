@@ -83,10 +83,9 @@ class Evaluator:
             )
         with teacher.sampler() as model:
             if aligner is None:
-                stops = self.pair.writing_stop_ids(teacher_id)
-                if stops == self.pair.stop_token_ids:
+                if (ends := self.pair.other_ends.get(teacher_id)) is None:
                     return self.model(model, prompts)
-                own = make_engine(args.rollout_engine, self.pair.tokenizer, stops, **args.engine_kwargs)
+                own = make_engine(args.rollout_engine, self.pair.tokenizer, ends, **args.engine_kwargs)
                 return self.model(model, prompts, own)
             length = args.eval_sampling.max_completion_length
             with naming_teacher(teacher_id):

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -90,6 +90,7 @@ def load_comparison(path: str | Path) -> tuple[Path, Comparison]:
     comparison = Comparison(**_typed(read_yaml(file), file))
     _check_grid(comparison, file)
     _check_keys(comparison, file)
+    _refuse_different(comparison, file, _SHARED, _SHARED_PREFIX)
     parse_bridges(comparison.bridges, str(file))
     return file, comparison
 
@@ -109,7 +110,7 @@ def plan_runs(comparison: Comparison, file: Path, *, report_only: bool = False) 
         ValueError: a recipe is invalid, has no evaluation, or takes another number of rollouts than the others.
     """
     if not report_only:
-        _check_evaluated(comparison, file)
+        _refuse_different(comparison, file, _EVALUATED)
     runs: list[Run] = []
     rollouts: dict[str, dict[str, int]] = {}
     sampled: dict[str, Sampling] = {}
@@ -132,14 +133,15 @@ def plan_runs(comparison: Comparison, file: Path, *, report_only: bool = False) 
     return runs
 
 
-def _check_evaluated(comparison: Comparison, file: Path) -> None:
-    """Refuse objectives that evaluate other problems, or render them otherwise."""
+def _refuse_different(comparison: Comparison, file: Path, keys: Collection[str], prefix: str | None = None) -> None:
+    """Refuse objectives that have a setting of their own among `keys`, or one that begins with `prefix`."""
     for name, changes in comparison.objectives.items():
-        if differ := sorted({*(changes or {})} & {*_EVALUATED}):
-            raise ValueError(
-                f"{file}: objectives: {name}: {differ[0]!r} cannot differ between objectives, which share problems and evaluation; "
-                "set it under 'settings'"
-            )
+        for key in changes or {}:
+            if key in keys or (prefix is not None and key.startswith(prefix)):
+                raise ValueError(
+                    f"{file}: objectives: {name}: {key!r} cannot differ between objectives, which share models, problems and "
+                    "evaluation; set it under 'settings'"
+                )
 
 
 def _check_sampling(sampled: Mapping[str, Sampling], file: Path) -> None:
@@ -240,11 +242,6 @@ def _check_keys(comparison: Comparison, file: Path) -> None:
             _refuse_unknown(key, known, f"{file}: {place}", " (all keys: docs/configuration.md)")
             if key in _SET_BY_COMPARISON:
                 raise ValueError(f"{file}: {place}: {key!r} cannot be set here: {_SET_BY_COMPARISON[key]}")
-            if place != "settings" and (key in _SHARED or key.startswith(_SHARED_PREFIX)):
-                raise ValueError(
-                    f"{file}: {place}: {key!r} cannot differ between objectives, which share models, problems and evaluation; "
-                    "set it under 'settings'"
-                )
 
 
 def _refuse_unknown(key: Any, known: Iterable[str], where: str, allowed: str) -> None:
