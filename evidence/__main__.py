@@ -85,6 +85,9 @@ def main(
     ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Also choose the learning rates again.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also measure claims that an earlier call measured.")] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Make only the runs that E11's committed result lacks (with --tune).")
+    ] = False,
 ) -> None:
     """Measure the claims. A call after an interruption continues; runs are kept in runs/evidence[-quick]/."""
     import torch
@@ -109,7 +112,7 @@ def main(
             typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it again)")
             continue
         typer.echo(f"{claim.ID} {claim.TITLE}")
-        work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune)
+        work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune, add)
         measure(claim, work, target)
         done.touch()
         measured.add(claim.ID)

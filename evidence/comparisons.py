@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,49 @@ def run_comparison(
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))
     return [_record(run, known.get(run.seed, {})) for run in runs]
+
+
+def run_each_seed(
+    file: Path,
+    work: Work,
+    *,
+    folder: str,
+    seeds: Sequence[int],
+    rates: Mapping[str, Sequence[float]],
+    settings: Callable[[int], Mapping[str, Any]],
+) -> list[Record]:
+    """`run_comparison` seed by seed, where each has settings of its own: `settings` gives them."""
+    return [
+        record
+        for seed in seeds
+        for record in run_comparison(file, work, folder=folder, seeds=[seed], rates=rates, settings=settings(seed))
+    ]
+
+
+def with_known(
+    run: Callable[[Mapping[str, Sequence[float]]], list[Record]],
+    rates: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    known: Sequence[Record],
+) -> list[Record]:
+    """Records of runs, of which those in `known` are not made again.
+
+    Args:
+        run: makes runs with all of `seeds`, of objective → rates, and returns their records.
+        rates: objective → rates that are wanted.
+        seeds: that are wanted.
+        known: records of an earlier measurement. A rate of which a seed is missing is run with all seeds.
+    """
+    lacking = {
+        name: [rate for rate in own if not {*seeds} <= {r["seed"] for r in of(known, name, rate)}]
+        for name, own in rates.items()
+    }
+    lacking = {name: own for name, own in lacking.items() if own}
+    kept = [
+        r for name, own in rates.items() for rate in own if rate not in lacking.get(name, ())
+        for r in of(known, name, rate) if r["seed"] in seeds
+    ]  # fmt: skip
+    return [*kept, *(run(lacking) if lacking else [])]
 
 
 def committed_tuning(folder: Path, names: Collection[str]) -> list[Record]:

@@ -26,7 +26,7 @@ RESULT, FIGURE = "result.json", "figure.png"
 
 OURS, OTHER = COLOURS[0], COLOURS[1]
 REFERENCES = {"before": BEFORE, "teacher": TEACHER}
-SEEDS = "dots: seeds; band: 95 % interval of the mean over seeds"
+SEEDS = "dots: seeds; band: 95 % interval of the mean over seeds, cut at 0 and 100 %"
 
 
 def draw_claim(claim: Claim, result: Result) -> Any:

@@ -87,5 +87,5 @@ def listed(names: Iterable[str]) -> str:
 
 
 def less(per_cent: int) -> str:
-    """`4` as "4 % less", `-4` as "4 % more"."""
-    return f"{abs(per_cent)} % {'less' if per_cent > 0 else 'more'}"
+    """`4` as "4 % less", `-4` as "4 % more", `0` as "no less"."""
+    return "no less" if per_cent == 0 else f"{abs(per_cent)} % {'less' if per_cent > 0 else 'more'}"

@@ -227,7 +227,7 @@ def _more_rollouts(result: Result) -> str:
         if gain is not None:  # a quick run has another seed
             said.append(f"{NAMES[name]} {mean_of(list(final.values()))}, {points(gain, interval)}")
     return (
-        f"**Rollouts a step.** With {more['rollouts']} instead of {result['rollouts']}, at rates tuned with {more['rollouts']} "
+        f"**Rollouts a step.** With {more['rollouts']} instead of {result['rollouts']}, at rates chosen earlier, sampled-token's at the lower of two "
         f"(`rollouts_{more['rollouts']}.yaml`, a separate measurement): accuracy, then the gain seed by seed. {'; '.join(said) or 'No seed in common'}."
     )
 

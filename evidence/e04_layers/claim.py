@@ -106,6 +106,6 @@ def draw(result: Result, figure: Any) -> None:
         right.plot(layers, values, **look(index))
         ends.append(End(text, layers[-1], values[-1], colour(index)))
     title_above_marks(right, "Before training")
-    right.set(xticks=list(layers), xlabel="layer", ylabel="student and teacher")
+    right.set(xticks=list(layers), xlabel="layer", ylabel="similarity to the teacher")
     note(figure, SEEDS)
     name_ends((right, ends))

@@ -107,7 +107,7 @@ def judge(result: Result) -> Finding:
     ]
     number = (
         f"one GPU, checkpointing: {_saved(gpu, 'top16')} than a chunked top-16, {_saved(gpu, 'floor')} than the floor; against a dense top-16 "
-        f"{less(gpu_saving(gpu, 'dense_top16'))} memory (paper: 54 % less)"
+        f"{less(gpu_saving(gpu, 'dense_top16'))} memory, {less(update_saving(gpu, 'dense_top16'))} without weights (paper: 54 % less)"
     )
     return Finding(verdict, number, "\n\n".join(parts), _against(gpu))  # type: ignore[arg-type]
 
@@ -123,7 +123,9 @@ def _chunked(gpu: dict[str, Any]) -> str:
     return (
         f"**Against updates without dense logits** (one GPU, activation checkpointing, both models' weights included, no optimizer): representation takes "
         f"{_saved(gpu, 'floor')} than the floor, which is both backbones with a trivial loss; {said}. **Against dense ones**, which no one needs to write: "
-        f"{_saved(gpu, 'dense_top16')} than dense top-16, {_saved(gpu, 'dense_sampled_token')} than dense sampled-token OPD (paper: 54 and 32 % less memory)."
+        f"{_saved(gpu, 'dense_top16')} than dense top-16, {_saved(gpu, 'dense_sampled_token')} than dense sampled-token OPD. The paper's 54 and 32 % are of the "
+        f"update's memory alone; of that it saves {update_saving(gpu, 'dense_top16')} and {update_saving(gpu, 'dense_sampled_token')} % here, without checkpointing "
+        f"{update_saving(gpu, 'dense_top16', False)} and {update_saving(gpu, 'dense_sampled_token', False)} %."
     )
 
 
@@ -147,7 +149,7 @@ def _against(gpu: dict[str, Any]) -> str:
     if chunked >= dense / 2:
         return ""
     return (
-        f"Paper: 54 % less memory, against a dense top-16 (here {less(dense)}). Against one that reads only its rows of the head: {less(chunked)}. The saving is "
+        f"Paper: 54 % less memory, against a dense top-16 (here {less(dense)} with the weights). Against one that reads only its rows of the head: {less(chunked)}. The saving is "
         "that of keeping no dense logits."
     )
 
@@ -202,6 +204,12 @@ def gpu_saving(report: dict[str, Any], name: str) -> int:
     """Per cent of memory saved against another implementation, weights included, with activation checkpointing."""
     rows = _gpu_rows(report, True)
     return round(100 * (1 - rows["representation"]["bytes_with_weights"] / rows[name]["bytes_with_weights"]))
+
+
+def update_saving(report: dict[str, Any], name: str, checkpointing: bool = True) -> int:
+    """Per cent of the update's own memory saved against another implementation: the peak less what both models' weights take."""
+    rows = _gpu_rows(report, checkpointing)
+    return round(100 * (1 - rows["representation"]["peak_bytes"] / rows[name]["peak_bytes"]))
 
 
 def gpu_time_saving(report: dict[str, Any], name: str) -> int:

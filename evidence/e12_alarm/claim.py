@@ -18,8 +18,8 @@ ID = "E12"
 TITLE = "Cosine can rise while accuracy falls, and the alarm reports it"
 CLAIM = "Matching all layers of unrelated models raises cosine while accuracy collapses (LastOPD, RIDE: 25 → 46 → 11). oprd's alarm detects such runs."
 SETTING = (
-    "Runs with a teacher whose hidden dimensions are permuted (the same function, no common origin), with bridges of too low a rank, and every run of "
-    "E1, E9 and E10. The alarm has its default, `alarm_window: 20`. A bad run: cosine rises over the run and the student ends below its start."
+    "Runs with a teacher whose hidden dimensions are permuted (the same function, no common origin), with bridges of too low a rank, and the runs that "
+    "E1, E9 and E10 had on 2026-11-26. Any alarm of a run counts, at its default, `alarm_window: 20`. A bad run: cosine rises over the run and the student ends below its start."
 )
 RATE = 1.0e-3
 ENOUGH = 29  # bad runs: if all of them ring, a share below 90 % is excluded at 95 %

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from evidence.comparisons import (
     first_seeds,
     of,
     run_comparison,
+    run_each_seed,
 )
 from evidence.pictures import draw_objectives
-from evidence.sums import additions, fine_tuned, write_rows
+from evidence.sums import Row, additions, fine_tuned, write_rows
 from evidence.words import mean_of, points, standing, surely, table
 
 ID = "E16"
@@ -29,7 +31,7 @@ CLAIM = (
 SETTING = (
     "The embedded student; the embedded teacher for additions of five digits, and a teacher for three digits, which 300 supervised steps on three-digit "
     "additions made of the student. 2048 prompts of each domain, 100 steps of 16 rollouts, all layers, three seeds. Avg@2 over 125 new problems "
-    "of each domain. Rates are tuned on seed 10."
+    "of each domain, other ones each seed. Rates are tuned on seed 10."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
 NAMES = {"one_domain": "one domain an update", "mixed": "both in one update"}
@@ -37,43 +39,51 @@ DOMAINS = {"five": 5, "three": 3}
 TEACHER_STEPS = 300
 
 
-def prepare(work: Work) -> dict[str, Any]:
-    """Write datasets, train the teacher of three digits, and give the settings that name them."""
+def prepare(work: Work, seed: int) -> dict[str, Any]:
+    """Write datasets, train the teacher of three digits, and give the settings that name them. Each seed is judged by problems of its own."""
     folder = work.folder.parent / "several_teachers_made"
     short, steps = folder / "three_digits", 20 if work.quick else TEACHER_STEPS
     fine_tuned("embedded:tiny/student", short, additions(4096, 3, seed=100), steps, work.say)
-    for name, count, seed in (("train", 2048, 1), ("eval", 125, 2)):
-        rows = [
-            {"prompt": row["prompt"], "answer": row["answer"], "teacher_id": domain}
-            for domain, digits in DOMAINS.items()
-            for row in additions(count, digits, seed)
-        ]
-        write_rows(folder / f"{name}.jsonl", rows[:: 25 if work.quick and name == "eval" else 1])
-    return {
+    train = _problems(2048, seed=1)
+    trained = {row["prompt"] for row in train}
+    new = [row for row in _problems(200, seed=1000 + seed) if row["prompt"] not in trained]
+    own = [row for name in DOMAINS for row in [row for row in new if row["teacher_id"] == name][:125]]
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / f"eval_{seed}.jsonl", own[:: 25 if work.quick else 1])
+    settings = {"max_steps": 4, "eval_steps": 4, "eval_limit": None} if work.quick else {}
+    return settings | {
         "teachers": {"five": "embedded:tiny/teacher", "three": os.path.relpath(short)},
         "train_dataset": os.path.relpath(folder / "train.jsonl"),
-        "eval_dataset": os.path.relpath(folder / "eval.jsonl"),
+        "eval_dataset": os.path.relpath(folder / f"eval_{seed}.jsonl"),
     }
+
+
+def _problems(count: int, seed: int) -> list[Row]:
+    """So many of each domain."""
+    return [
+        {"prompt": row["prompt"], "answer": row["answer"], "teacher_id": domain}
+        for domain, digits in DOMAINS.items()
+        for row in additions(count, digits, seed)
+    ]
 
 
 def measure(work: Work) -> dict[str, Any]:
     """Tune both orders on one seed, then run them on three others."""
-    own = prepare(work) | ({"max_steps": 4, "eval_steps": 4, "eval_limit": None} if work.quick else {})
-    several: dict[str, Any] = {"folder": "several_teachers", "settings": own}
+    folder, settings = "several_teachers", partial(prepare, work)
     grid = {name: [1.0e-3] for name in NAMES} if work.quick else None
     tuning = (
-        run_comparison(FILE, work, seeds=[TUNING_SEED], rates=grid, **several)
+        run_comparison(FILE, work, folder=folder, seeds=[TUNING_SEED], rates=grid, settings=settings(TUNING_SEED))
         if work.tune
         else committed_tuning(FILE.parent, NAMES)
     )
     rates = {name: best_rate(tuning, name) for name in NAMES}
     chosen = {name: [rate] for name, rate in rates.items()}
-    runs = run_comparison(FILE, work, seeds=first_seeds(work, 3), rates=chosen, **several)
+    runs = run_each_seed(FILE, work, folder=folder, seeds=first_seeds(work, 3), rates=chosen, settings=settings)
     return {"tuning": tuning, "rates": rates, "runs": runs}
 
 
 def judge(result: Result) -> Finding:
-    """Holds if one domain an update is ahead of both in one; in part if it is ahead at the same rate, one of the two best, and not behind."""
+    """Holds if one domain an update is ahead of both in one; in part if it is not behind, and on the tuning seed five points above at one of the two best rates."""
     runs, rates = result["runs"], result["rates"]
     lead = difference(runs, "one_domain", "mixed")
     same = _same_rate(result["tuning"])

@@ -10,7 +10,7 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import TUNING_SEED, Record, best_rate, committed_tuning, first_seeds, run_comparison
 from evidence.pictures import SEEDS, accuracy_rows, note, title_above_marks
 from evidence.sums import additions, fine_tuned
-from evidence.words import mean_of, points, surely, table
+from evidence.words import mean_of, percent, points, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E17"
@@ -77,7 +77,11 @@ def judge(result: Result) -> Finding:
         start, hinted, after = (mean_of([r[name] for r in own]) for name in ("before", "teacher", "final"))
         rows.append([text, f"{own[0]['learning_rate']:g}", start, hinted, after, points(*gains[key])])
     header = ["student", "rate", "before", "teacher, with the hint", "after", "gain"]
-    said = "; ".join(f"{NAMES[key]}: {points(*gain)}" for key, gain in gains.items())
+    said = "; ".join(
+        f"{NAMES[key]}: {points(*gain)} from {percent(_mean(_of(result['runs'], *key), 'before'))}, teacher "
+        f"{percent(_mean(_of(result['runs'], *key), 'teacher'))}"
+        for key, gain in gains.items()
+    )
     text = (
         f"{table(header, rows)}\n\nThe hint is the answer. The teacher can only show what its weights make of it: where the hint does not make the teacher "
         "more accurate, there is nothing to learn from it."
@@ -87,7 +91,7 @@ def judge(result: Result) -> Finding:
         + ", ".join(f"{r['learning_rate']:g}: {100 * r['final']:.0f}" for r in _by_rate(result["tuning"], *key))
         for key, text in NAMES.items()
     )
-    text += f" Rates on the tuning seed, Avg@2 in percent: {grids}. Where the lowest rate is best, training harms."
+    text += f" Rates on the tuning seed, Avg@2 in percent: {grids}. Where the lowest rate is best, a lower one may be better."
     return Finding(verdict, said, text)  # type: ignore[arg-type]
 
 
@@ -98,6 +102,10 @@ def _of(runs: list[Record], student: str, name: str) -> list[Record]:
 def _by_rate(tuning: list[Record], student: str, name: str) -> list[Record]:
     own = (r for r in tuning if (r["student"], r["objective"]) == (student, name))
     return sorted(own, key=lambda r: r["learning_rate"])
+
+
+def _mean(runs: list[Record], key: str) -> float:
+    return mean_and_interval([r[key] for r in runs])[0] or 0.0
 
 
 def _gain(runs: list[Record]) -> tuple[float, list[float] | None]:

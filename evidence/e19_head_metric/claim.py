@@ -10,7 +10,7 @@ from evidence.claim import Finding, Result, Work
 from evidence.comparisons import Record, difference, first_seeds, of
 from evidence.e08_head_null_space.claim import left_over
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
-from evidence.tuning import edges_said, tuned_runs
+from evidence.tuning import at_edge, edges_said, tuned_runs
 from evidence.words import listed, mean_of, percent, points, standing, surely, table
 from oprd.runs.pictures import End, colour, in_percent, look, name_ends, plain_log
 from oprd.tools.compare.interval import mean_and_interval
@@ -75,8 +75,15 @@ def judge(result: Result) -> Finding:
         f"machine.\n\nOver rates, on the tuning seed:\n\n"
         f"{table(['loss', *[''] * (width - 1)], [[*row, *[''] * (width - len(row))] for row in over_rates])}\n\n{edges_said(result['tuning'], NAMES)}"
     )
-    said = listed(f"{standing(lead[1])} {NAMES[name]} ({points(*lead[:2])})" for name, lead in leads.items())
+    said = listed(
+        f"{standing(lead[1])} {NAMES[name]} ({points(*lead[:2])}{_edge(result['tuning'], name)})"
+        for name, lead in leads.items()
+    )
     return Finding(verdict, f"α = 0.5 is {said}", text)  # type: ignore[arg-type]
+
+
+def _edge(tuning: Sequence[Record], name: str) -> str:
+    return ", best rate at an end" if at_edge(tuning, name) else ""
 
 
 def _mean(records: Sequence[Record], name: str, key: str) -> float:

@@ -13,13 +13,13 @@ from evidence.words import standings, surely, table
 from oprd.objectives.presets import PRESETS
 
 ID = "E20"
-TITLE = "On a pair of one origin, OPRD's own objective is not beaten by those published after it"
+TITLE = "On a pair of one origin, OPRD's own objective is not beaten by our presets of those published after it"
 CLAIM = (
     "Later papers replace OPRD's objective: LastOPD (last layer, fading into a top-16 KL), Latent-MOPD (last three layers, likewise), RIDE (a target past "
     "the teacher), PHF (directions of token-to-token steps beside a KL). Each reports to be better than what came before."
 )
 SETTING = (
-    "Embedded pair, presets as shipped (`oprd keys --preset NAME` says what is not as published), 60 steps of 16 rollouts, Avg@2 on 250 generated problems "
+    "Embedded pair, presets as shipped: what the papers leave open is filled in or left out (`oprd keys --preset NAME` says what). Their weights are not tuned, 60 steps of 16 rollouts, Avg@2 on 250 generated problems "
     "a seed, three seeds. Each preset's rate is chosen on seed 10. The teacher is near 100 %, so RIDE cannot pass it here (E18 asks that); PHF's teacher reads no solution. "
     "The adaptive switch goes over from states to the reverse KL where the gain of states falls below half of its largest."
 )
@@ -41,7 +41,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if OPRD is behind none and ahead of LastOPD, Latent-MOPD and PHF; in part if it is behind none."""
+    """Holds if OPRD is behind no preset and ahead of those for LastOPD, Latent-MOPD and PHF; in part if behind none."""
     leads = {name: difference(result["runs"], "oprd", name) for name in NAMES if name != "oprd"}
     signs = {name: surely(leads[name][1]) for name in LATER}
     behind_none = min(signs.values()) >= 0

@@ -17,7 +17,7 @@ from evidence.comparisons import (
     run_comparison,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
-from evidence.tuning import GRID, tune_comparison
+from evidence.tuning import GRID, edges_said, tune_comparison
 from evidence.words import mean_of, percent, points, standing, surely, table
 
 ID = "E22"
@@ -29,7 +29,7 @@ CLAIM = (
 SETTING = (
     "Embedded student (4 layers, width 128) and two teachers of 6 layers, trained separately: width 160 with the same tokenizer, and width 128 with "
     "another. Bridges of rank 16 from the same 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, five seeds; rank 32, normalised states and "
-    "interpolation inside tokens on three. Each projector's rate is tuned on seed 10 with the units `mean`, on a grid that grows until the best rate is inside."
+    "interpolation inside tokens on three. Each projector's rate is tuned on seed 10 with the units `mean`, on a grid that grows at an end, three times at most."
 )
 HERE = Path(__file__).parent
 PAIRS = {"wider": "a deeper, wider teacher", "other_tokenizer": "a teacher with another tokenizer"}
@@ -95,8 +95,19 @@ def judge(result: Result) -> Finding:
     said = "; ".join(
         f"{PAIRS[pair]}: {standing(lead[1])} least squares ({points(*lead[:2])})" for pair, lead in leads.items()
     )
-    text = f"Procrustes, {said}.\n\n{table(header, rows)}\n\n{_units(result)}"
+    text = f"Procrustes, {said}.\n\n{table(header, rows)}\n\n{_units(result)}\n\n{_edges(result['tuning'])}"
     return Finding(verdict, said, text)  # type: ignore[arg-type]
+
+
+def _edges(tuning: list[Record]) -> str:
+    """Whether each pair's rates lie inside those tried."""
+    own = {pair: [r for r in tuning if r["pair"] == pair] for pair in PAIRS}
+    said = [
+        f"{text}: {edges_said(own[pair], {p: NAMES[p] for p in PROJECTORS})}"
+        for pair, text in PAIRS.items()
+        if own[pair]
+    ]
+    return f"**Learning rates**, {' '.join(said)}"
 
 
 def _units(result: Result) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import (
+    TUNING_SEED,
     Record,
     best_rate,
     committed_tuning,
@@ -15,10 +16,10 @@ from evidence.comparisons import (
     first_seeds,
     gap_closed,
     of,
-    run_comparison,
+    run_each_seed,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
-from evidence.tuning import Rates, tune_comparison
+from evidence.tuning import Rates, edges_said, tune_comparison
 from evidence.words import mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -71,7 +72,7 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def measure_pair(
-    file: Path, work: Work, *, folder: str, grids: Rates, settings: Mapping[str, Any] | None = None
+    file: Path, work: Work, *, folder: str, grids: Rates, settings: Callable[[int], Mapping[str, Any]] = lambda seed: {}
 ) -> dict[str, Any]:
     """`measure` of any pair.
 
@@ -80,15 +81,16 @@ def measure_pair(
         work: amount of work, and its folder.
         folder: of the runs.
         grids: loss → the rates that it tries first.
-        settings: of all runs.
+        settings: of the runs of a seed.
     """
     if work.tune:
-        tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings)
+        tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings(TUNING_SEED))
     else:
         tuning = committed_tuning(file.parent, grids)
     rates = {name: best_rate(tuning, name) for name in grids}
     chosen = {name: [rate] for name, rate in rates.items()}
-    runs = run_comparison(file, work, folder=folder, seeds=first_seeds(work, 3), rates=chosen, settings=settings)
+    seeds = first_seeds(work, 3)
+    runs = run_each_seed(file, work, folder=folder, seeds=seeds, rates=chosen, settings=settings)
     return {"tuning": tuning, "rates": rates, "runs": runs}
 
 
@@ -116,9 +118,10 @@ def judge(result: Result) -> Finding:
         "length",
         "supervised, then states leads by",
     ]
+    edges = edges_said(result["tuning"], {name: NAMES[name] for name in names}) if result["tuning"] else ""
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
-        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}"
+        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}\n\n{edges}"
     )
     said = (
         f"{standing(leads[name][1])} {name} alone ({points(*leads[name][:2])})" for name in ("supervised", "states")

@@ -36,7 +36,8 @@ SETTING = (
     "E11's models (the teacher built again), prompts, steps, rollouts and evaluation; oprd's runs are E11's, trained again, with the rates and the warm-up "
     "that E11 chose. TRL's "
     "`DistillationTrainer` (reverse KL) gets the same steps, rollouts, sampling, attention, precision (weights in float32, products and the teacher in "
-    "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1. Its rate is tuned on seed 10, "
+    "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1, and `generate` on the float32 weights "
+    "(oprd samples from a bfloat16 copy with its own engine, so the same loss takes fewer seconds). Its rate is tuned on seed 10, "
     "a factor of three apart, on a grid that grows until the best is inside. GKD and GOLD want an answer for each prompt and are left out; at TRL's default rate one seed is run. Seconds: "
     "CPU seconds of the training process (one thread, two processes side by side), without evaluation and the first step. "
     + _one_batch()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evidence.claim import Work
+from evidence.comparisons import TUNING_SEED
 from evidence.e11_real_model.claim import ROOT, STUDENT, get_public
 from evidence.e23_far_pair.claim import draw, judge, measure_pair
 from evidence.e27_public_pair.questions import write
@@ -17,7 +19,7 @@ TITLE = "With two public models of two families, the teacher's responses first m
 CLAIM = "As E23, with two models that are published, of two families and two tokenizers. No public result of hidden states on such a pair was found."
 SETTING = (
     'Student SmolLM2-135M-Instruct, teacher Qwen2.5-Coder-1.5B-Instruct, eleven times its size. Short arithmetic questions as chat messages ("What is 25 - 82 + 60? '
-    'Answer with the number only."). Bridge of rank 32 from 400 rollouts. 24 steps of 32 rollouts of at most 24 tokens, Avg@2 on 100 problems, three seeds. Rates a factor '
+    'Answer with the number only."). Bridge of rank 32 from 400 rollouts. 24 steps of 32 rollouts of at most 24 tokens, Avg@2 on 100 problems a seed, three seeds. Rates a factor '
     "of three apart are chosen on seed 10, on grids that grow until the best is inside. The teacher's responses are decoded and tokenised again for the student."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
@@ -32,6 +34,12 @@ def measure(work: Work) -> dict[str, Any]:
     get_public("get_smollm2.py", STUDENT)
     get_public("get_qwen_coder.py", TEACHER)
     write(work.folder)
-    questions = {"train_dataset": str(work.folder / "train.jsonl"), "eval_dataset": str(work.folder / "test.jsonl")}
-    settings = {**questions, **(QUICK if work.quick else {})}
-    return measure_pair(FILE, work, folder="public_pair", grids=dict.fromkeys(LOSSES, START), settings=settings)
+    grids = dict.fromkeys(LOSSES, START)
+    return measure_pair(FILE, work, folder="public_pair", grids=grids, settings=partial(_settings, work))
+
+
+def _settings(work: Work, seed: int) -> dict[str, Any]:
+    """Each seed is judged by questions of its own, which the tuning seed does not see."""
+    test = "test.jsonl" if seed == TUNING_SEED else f"test_{seed}.jsonl"
+    data = {"train_dataset": str(work.folder / "train.jsonl"), "eval_dataset": str(work.folder / test)}
+    return {**data, **(QUICK if work.quick else {})}

@@ -1,6 +1,6 @@
 """Short arithmetic questions as chat messages, for the recipe of this folder.
 
-python -m evidence.e27_public_pair.questions --output data/far_pair      # writes train.jsonl and test.jsonl
+python -m evidence.e27_public_pair.questions --output data/far_pair      # writes train.jsonl, test.jsonl and one test a seed
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from evidence.prompt_files import write_files
 from oprd.files import write_text
 
-COUNTS = {"train": 2048, "test": 200}
+COUNTS = {"train": 2048, "test": 200, **{f"test_{seed}": 100 for seed in range(3)}}
+"""File → questions. `test` is the recipe's, and of the tuning seed; `test_0`, … are of the seeds that are measured."""
 
 
 def question(generator: random.Random) -> dict[str, object]:
@@ -28,7 +29,7 @@ def question(generator: random.Random) -> dict[str, object]:
 
 
 def write(folder: Path) -> None:
-    """Write both files; no question is in both."""
+    """Write the files of `COUNTS`; no question is in two of them."""
     generator, seen = random.Random(0), set[str]()
     for split, count in COUNTS.items():
         rows = []
