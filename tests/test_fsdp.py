@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 import test_distributed as ddp
 from ddp_script import trainer_of
@@ -120,10 +121,11 @@ class Launched:
     def __init__(self, device: str = "cuda", **settings) -> None:
         class Plugin:
             fsdp_version, cpu_ram_efficient_loading, state_dict_type = 2, False, "FULL_STATE_DICT"
+            cpu_offload = OffloadPolicy()
 
         for name, value in settings.items():
             setattr(Plugin, name, value)
-        self.device = torch.device(device)
+        self.device, self.mixed_precision = torch.device(device), "no"
         self.num_processes, self.distributed_type = 1, DistributedType.FSDP
         self.state = type("State", (), {"fsdp_plugin": Plugin})
 
@@ -136,6 +138,7 @@ class Launched:
         (False, Launched(fsdp_version=1), "fsdp_version: 1"),
         (False, Launched(state_dict_type="SHARDED_STATE_DICT"), "FULL_STATE_DICT"),
         (False, Launched(cpu_ram_efficient_loading=True), "without weights"),
+        (False, Launched(cpu_offload=CPUOffloadPolicy()), "fsdp_offload_params"),
     ],
 )
 def test_wrong_launches_are_refused(sharded, accelerator, message):
@@ -156,7 +159,7 @@ def deepspeed(stage: int) -> SimpleNamespace:
     """An accelerator as `accelerate launch` makes it with DeepSpeed."""
     state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
     device, kind = torch.device("cpu"), DistributedType.DEEPSPEED
-    return SimpleNamespace(state=state, device=device, num_processes=1, distributed_type=kind)
+    return SimpleNamespace(state=state, device=device, num_processes=1, distributed_type=kind, mixed_precision="no")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def deepspeed(stage: int) -> SimpleNamespace:
 def test_what_fully_shard_refuses_accelerates_own_fsdp_refuses_too(tmp_path, keys, message):
     args = OPRDConfig(str(tmp_path), use_cpu=True, **keys)
     with pytest.raises(ValueError, match=message):
-        Parallel(Launched(), args, tiny_model(), place=False)
+        Parallel(Launched(), args, tiny_model())
 
 
 def test_a_teacher_cannot_follow_a_student_that_deepspeed_splits(tmp_path):
@@ -189,6 +192,50 @@ def test_a_teacher_cannot_follow_a_student_that_deepspeed_splits(tmp_path):
         Parallel(deepspeed(3), args, tiny_model())
     assert Parallel(deepspeed(2), args, tiny_model()).deepspeed
     assert Parallel(deepspeed(3), OPRDConfig(str(tmp_path), use_cpu=True), tiny_model()).deepspeed
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "message"),
+    [
+        (3, {"rollout_engine": "vllm"}, "rollout_engine: vllm is not supported with DeepSpeed ZeRO-3"),
+        (2, {"nan_policy": "skip"}, "nan_policy: skip is not supported with DeepSpeed, which takes the step"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(tmp_path, stage, keys, message):
+    with pytest.raises(ValueError, match=message):
+        Parallel(deepspeed(stage), OPRDConfig(str(tmp_path), use_cpu=True, **keys), tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("ours", "asked", "message"),
+    [
+        (
+            False,
+            "bf16",
+            "accelerate's mixed_precision is 'bf16'; set mixed_precision to 'no' in accelerate's config, or bf16: true",
+        ),
+        (False, "fp16", "accelerate's mixed_precision is 'fp16'; set mixed_precision to 'no' in accelerate's config$"),
+        (True, "fp16", "bf16: it is true, and accelerate's mixed_precision is 'fp16'; set mixed_precision to 'bf16'"),
+    ],
+)
+def test_a_precision_of_the_launcher_alone_is_refused(tmp_path, ours, asked, message):
+    accelerator = deepspeed(2)
+    accelerator.mixed_precision = asked
+    with pytest.raises(ValueError, match=message):
+        Parallel(accelerator, OPRDConfig(str(tmp_path), use_cpu=True, bf16=ours), tiny_model())
+
+
+def test_teachers_move_to_the_device_under_deepspeed_and_the_student_for_a_while(tmp_path):
+    accelerator, student, teacher = deepspeed(2), tiny_model(), tiny_model()
+    accelerator.device = torch.device("meta")
+    parallel = Parallel(accelerator, OPRDConfig(str(tmp_path), use_cpu=True), student, [teacher])
+    assert {p.device.type for p in teacher.parameters()} == {"meta"}
+    assert {p.device.type for p in student.parameters()} == {"cpu"}
+    moves = []
+    student.to = moves.append  # from "meta" nothing moves back
+    with parallel.student_on_device():
+        assert moves == [torch.device("meta")]
+    assert moves == [torch.device("meta"), torch.device("cpu")]
 
 
 def test_one_process_and_adapters_are_refused(tmp_path):

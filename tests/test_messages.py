@@ -85,6 +85,8 @@ TABLE: list[tuple[dict | tuple[str, ...], str]] = [
     ({"layers": [9]}, "layers: 9 is out of range; the model has layers 1 to 4 (the embedding is not a layer, the last one is the "
      "state after the final norm)"),
     ({"position_k": 5}, "position_k: 5 has no effect with positions='all'; remove it or use one of first_k, last_k"),
+    ({"torch_compile": True}, "torch_compile: not supported (lengths change and hooks read states, so it compiles anew each time); "
+     "leave it out"),
     ({"fp16": True}, "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"),
     ((*DRY, "--layers"), "--layers: the value is missing; write --layers VALUE, or --layers null to unset it"),
     ((*DRY, "--layers", "--bf16"), "--layers: the value is missing; write --layers VALUE, or --layers null to unset it"),

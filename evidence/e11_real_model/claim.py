@@ -82,6 +82,8 @@ DRAWN = {
     "sampled_token": "sampled-token",
 }
 """Objectives of the picture, and their names in it."""
+MEASURED = (*DRAWN, "forward_kl", "jsd", "tail_sampled_16")
+"""Objectives that are measured; `--tune --add` measures further ones of `NAMES` when they are added here."""
 LADDER = (5.0e-7, 1.5e-6, 5.0e-6, 1.5e-5, 5.0e-5, 1.5e-4, 5.0e-4, 1.5e-3, 5.0e-3)
 START = (5.0e-5, 1.5e-4, 5.0e-4)
 GENTLE = {
@@ -99,7 +101,7 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, build its teacher, choose rates and warm-up on one seed, measure on three others."""
     get_models(TEACHER, *TEACHER_BUILD)
-    names = ("representation", "full_reverse_kl") if work.quick else tuple(NAMES)
+    names = ("representation", "full_reverse_kl") if work.quick else MEASURED
     earlier = _earlier() if work.add else {}
     chosen = _tuned(work, names, earlier) if work.tune or work.quick else _committed(names)
     runs = []

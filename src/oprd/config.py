@@ -472,6 +472,10 @@ class OPRDConfig(TrainingArguments):
             raise ValueError(
                 "save_on_each_node: must be False; one process writes output_dir, which all machines share"
             )
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile: not supported (lengths change and hooks read states, so it compiles anew each time); leave it out"
+            )
         if self.fp16:
             raise ValueError(
                 "fp16: not supported (its loss scaler is saved as a pickle, and small updates underflow); use bf16"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
             "message; give the prompt as messages or leave teacher_system_prompt out"
         )
     rest = [message for message in row.prompt if message["role"] != "system"]
-    return PromptRow([{"role": "system", "content": system_prompt}, *rest], row.answer, row.source)
+    return replace(row, prompt=[{"role": "system", "content": system_prompt}, *rest])
 
 
 def template_space(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -111,6 +112,13 @@ def is_expected(error: BaseException) -> bool:
     """
     if not isinstance(error, ValueError):
         return True
-    files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
-    reading = ("/oprd/run_config.py", "/oprd/config.py", "/oprd/data/rows.py")
-    return "/oprd/" in files[-1] or any(file.endswith(reading) or "/oprd/resolve/" in file for file in files)
+    frames = [_in_oprd(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    reading = ("run_config.py", "config.py", "data/rows.py", "resolve/")
+    return frames[-1] is not None or any(name.startswith(reading) for name in frames if name)
+
+
+def _in_oprd(file: str) -> str | None:
+    """Path of a source file within oprd's package; None for another's."""
+    package = Path(__file__).resolve().parents[1]
+    path = Path(file).resolve()
+    return path.relative_to(package).as_posix() if path.is_relative_to(package) else None

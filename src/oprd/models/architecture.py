@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -72,7 +72,12 @@ def hidden_size(model: nn.Module) -> int:
 
 def context_length(model: nn.Module) -> int | None:
     """Maximum context in tokens, or None if the config does not state it."""
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return stated_context(causal_lm(model).config)
+
+
+def stated_context(config: PreTrainedConfig) -> int | None:
+    """Maximum context in tokens that a model's config states, or None."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None  # XLNet writes −1
 
 
@@ -126,7 +131,7 @@ def _called_after(body: nn.Module, block: nn.Module) -> list[nn.Module]:
     called: list[nn.Module] = []
     hooks = [part.register_forward_pre_hook(lambda part, _: called.append(part)) for part in (*parts, block)]
     try:
-        with evaluating(body):
+        with evaluating(body), attention_in_float32(body):
             body(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(body.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
@@ -148,6 +153,21 @@ def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             config.use_cache = before
+
+
+@contextmanager
+def attention_in_float32(model: nn.Module) -> Iterator[None]:
+    """Use SDPA in place of FlashAttention while the context is open: FlashAttention takes neither float32 nor a CPU."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    flash = [(config, name) for config, name in before if isinstance(name, str) and "flash" in name]
+    for config, _ in flash:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        for config, name in flash:
+            config._attn_implementation = name
 
 
 @contextmanager

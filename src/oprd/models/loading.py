@@ -15,7 +15,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
-from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers
+from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers, stated_context
 from oprd.models.finite import check_finite
 from oprd.models.folder_check import check_adapter_folder, check_folder, lacks_tokenizer
 from oprd.models.load_report import check_loaded, conversion_failures, first_names, reason_of
@@ -71,8 +71,7 @@ class ModelInfo:
         except OSError:
             return None
         text = config.get_text_config()
-        context = getattr(text, "max_position_embeddings", None)
-        return cls(name, text.num_hidden_layers, text.hidden_size, context, kept=recorded_kept(config))
+        return cls(name, text.num_hidden_layers, text.hidden_size, stated_context(config), kept=recorded_kept(config))
 
 
 def check_same_shape(student: ModelInfo, teacher: ModelInfo, *, mapped: bool = False) -> None:

@@ -94,14 +94,21 @@ def inverse_cdf(weights_BV: Float[Tensor, "B V"], u_B: Float[Tensor, " B"]) -> I
         u_B: float64, in [0, 1).
     """
     if weights_BV.shape[1] <= _BLOCK:
-        return _passed(weights_BV.double().cumsum(-1), u_B[:, None])[0][:, 0]
+        return _passed(_running_sum(weights_BV.double()), u_B[:, None])[0][:, 0]
     blocks_BKb = F.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    upto_BK = blocks_BKb.sum(-1).double().cumsum(-1)
+    upto_BK = _running_sum(blocks_BKb.sum(-1).double())
     block_B1, left_B1 = _passed(upto_BK, u_B[:, None])
     rows_B = torch.arange(len(weights_BV), device=weights_BV.device)
-    inner_Bb = blocks_BKb[rows_B, block_B1[:, 0]].double().cumsum(-1)
+    inner_Bb = _running_sum(blocks_BKb[rows_B, block_B1[:, 0]].double())
     token_B1, _ = _passed(inner_Bb, left_B1)
     return block_B1[:, 0] * _BLOCK + token_B1[:, 0]
+
+
+def _running_sum(values_BV: Tensor) -> Tensor:
+    """`cumsum` of each row. Where `full_determinism` is set, torch refuses that on a GPU, so it runs on the CPU."""
+    if values_BV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values_BV.cpu().cumsum(-1).to(values_BV.device)
+    return values_BV.cumsum(-1)
 
 
 def _passed(upto_BK: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +140,7 @@ def _from_nucleus(p_BV: Float[Tensor, "B V"], top_p: float, seeds_B: Int[Tensor,
         if not len(todo):
             return places_B
     sorted_BV, ids_BV = p_BV[todo].sort(-1, descending=True)
-    kept_BV = torch.where(sorted_BV.cumsum(-1) - sorted_BV < top_p, sorted_BV, 0.0)
+    kept_BV = torch.where(_running_sum(sorted_BV) - sorted_BV < top_p, sorted_BV, 0.0)
     own_B = inverse_cdf(kept_BV, uniforms(seeds_B[todo], step, _ATTEMPTS - 1))
     places_B[todo] = ids_BV.gather(1, own_B[:, None])[:, 0]
     return places_B

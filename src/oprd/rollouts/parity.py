@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from oprd.models.architecture import evaluating
 from oprd.models.lm_head import lm_head_of, log_probs
 from oprd.models.memory import explaining_out_of_memory
 from oprd.rollouts.engine import Sampled
@@ -73,13 +74,9 @@ class ParityWatch:
         """
         if sampled.log_probs is None:
             return {}
-        training = model.training
-        model.eval()
-        with explaining_out_of_memory(
-            "reading the student's log-probabilities", f"lower micro_batch_tokens ({token_budget})"
-        ):
+        lower = f"lower micro_batch_tokens ({token_budget})"
+        with evaluating(model), explaining_out_of_memory("reading the student's log-probabilities", lower):
             gap = float(log_prob_gap(model, sampled.rollouts, sampled.log_probs, token_budget).mean())
-        model.train(training)
         if gap > PARITY_BOUND and not self._warned:
             self._warned = True
             logger.warning(

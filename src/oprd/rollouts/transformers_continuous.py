@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd.models.architecture import causal_lm
+from oprd.models.architecture import causal_lm, evaluating
 from oprd.models.memory import HalvedSize
 from oprd.models.sharding import is_sharded
 from oprd.models.tokens import vocabulary_size
@@ -276,13 +276,11 @@ def _cast_to_cache_dtype() -> Iterator[None]:
 @contextmanager
 def _state_restored(model: nn.Module, lm: PreTrainedModel) -> Iterator[None]:
     """Restore mode, attention implementation and random state, which the manager changes, also after an error."""
-    was_training, attention = model.training, lm.config._attn_implementation
-    model.eval()
+    attention = lm.config._attn_implementation
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with evaluating(model), torch.random.fork_rng(devices=devices):
             yield
     finally:
         if lm.config._attn_implementation != attention:
             lm.set_attn_implementation(attention)
-        model.train(was_training)

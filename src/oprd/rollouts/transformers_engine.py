@@ -149,7 +149,8 @@ class TransformersEngine:
         return [cut_at_stop(row, self.stop_token_ids) for row in output[:, input_ids.shape[1] :].tolist()]
 
     def _generation_config(self, sampling: Sampling, head: nn.Module | None) -> GenerationConfig:
-        rows = getattr(head, "weight", torch.empty(0)).shape[0]
+        weight = getattr(head, "weight", torch.empty(0))
+        rows = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 the weight itself is empty
         padding = list(range(self.vocab_size, rows))  # rows of the head beyond the vocabulary
         return GenerationConfig(
             do_sample=False,  # `drawing_processors` draw the token

@@ -169,13 +169,17 @@ def check_bridge(checkpoint: Path, folder: str | None, digest: str | None) -> No
         )
 
 
-def refuse_not_finite(model: nn.Module) -> None:
+def refuse_not_finite(model: nn.Module, gathered: Mapping[str, torch.Tensor] | None = None) -> None:
     """Refuse to write weights that are not finite. Of an adapter, its own are read; the base's are not written.
+
+    Args:
+        model: that is written.
+        gathered: the whole weights of a sharded one, of which this process has a part; read in place of its own.
 
     Raises:
         FloatingPointError: names the first such weight.
     """
-    if name := first_not_finite(_saved_weights(model)):
+    if name := first_not_finite(_saved_weights(model) if gathered is None else gathered.items()):
         raise FloatingPointError(
             f"the weight {name} is not finite (NaN or infinity), so nothing is saved; resume from the last checkpoint with a lower "
             "learning_rate"

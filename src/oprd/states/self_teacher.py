@@ -69,14 +69,22 @@ class FollowingTeacher:
         info: its facts.
         update_rate: share of the student's weights in each move, above 0 and at most 1.
         sync_steps: optimizer steps between two moves.
+        autocast_dtype: dtype in which the student's products are computed in training; None: its weights'.
         writes: whether this process writes the shared files of a checkpoint.
     """
 
     def __init__(
-        self, student: nn.Module, info: ModelInfo, *, update_rate: float, sync_steps: int = 1, writes: bool = True
+        self,
+        student: nn.Module,
+        info: ModelInfo,
+        *,
+        update_rate: float,
+        sync_steps: int = 1,
+        autocast_dtype: torch.dtype | None = None,
+        writes: bool = True,
     ) -> None:
         self.student, self.update_rate, self.sync_steps, self.writes = student, update_rate, sync_steps, writes
-        self.teacher = copy_of(student, info)
+        self.teacher = copy_of(student, info, autocast_dtype)
         self.info = self.teacher.info
         self.identity = f"{self.teacher.identity} followed at {update_rate:g} every {sync_steps} steps"
         self.modules: Sequence[nn.Module] = self.teacher.modules
@@ -151,6 +159,6 @@ class FollowingTeacher:
             weight.copy_(found[name])
 
 
-def copy_of(student: nn.Module, info: ModelInfo) -> FrozenTeacher:
-    """The student as it is now, as a teacher with weights of its own."""
-    return FrozenTeacher(deepcopy(student), info)
+def copy_of(student: nn.Module, info: ModelInfo, autocast_dtype: torch.dtype | None = None) -> FrozenTeacher:
+    """The student as it is now, as a teacher with weights of its own that reads in the student's precision."""
+    return FrozenTeacher(deepcopy(student), info, autocast_dtype=autocast_dtype)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from oprd.models.architecture import evaluating
 from oprd.models.fingerprint import Fingerprint
 from oprd.models.lm_head import LMHead, lm_head_of
 from oprd.models.loading import ModelInfo
@@ -150,10 +151,13 @@ class FrozenTeacher:
     Args:
         model: any causal LM of transformers.
         info: its facts; by default read from the model, without stop tokens.
+        autocast_dtype: dtype of its products, as of the student that it is a copy of. None: the weights' own.
     """
 
-    def __init__(self, model: nn.Module, info: ModelInfo | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self, model: nn.Module, info: ModelInfo | None = None, *, autocast_dtype: torch.dtype | None = None
+    ) -> None:
+        self.model, self.autocast_dtype = model.eval().requires_grad_(False), autocast_dtype
         self.info = info if info is not None else ModelInfo.of(model)
         self.identity = self.info.name
         self.modules: Sequence[nn.Module] = (model,)
@@ -166,7 +170,14 @@ class FrozenTeacher:
     @torch.no_grad()
     def read(self, request: StateRequest, read: ReadState) -> list[Any]:
         """Call `read(layer, states [N, D])` as soon as a layer's states exist (`oprd.states.capture.read_states`)."""
-        return read_through_forward(self.model, request, read)
+        with self.precision():
+            return read_through_forward(self.model, request, read)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The precision that it reads in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast_dtype)
 
     def head(self) -> LMHead:
         """The model's LM head."""
@@ -203,14 +214,9 @@ class AdapterOffTeacher:
     @torch.no_grad()
     def states(self, request: StateRequest) -> States:
         """The states of `request` with the adapter off, in the precision that the student runs in."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with _adapter_off(self.model):
-                values = read_through_forward(self.model, request, lambda _, states_ND: states_ND)
-            return as_states(request, values)
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), _adapter_off(self.model):
+            values = read_through_forward(self.model, request, lambda _, states_ND: states_ND)
+        return as_states(request, values)
 
     def head(self) -> LMHead:
         """The LM head with the adapter off."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 from accelerate.utils import gather_object
@@ -41,9 +41,12 @@ class Evaluator:
         """Evaluate any model on `prompts`; with an `engine` for its tokenizer if that is not the student's."""
         k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
         share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
-        # Before training the student is not wrapped yet; it is evaluated in the precision that it is trained in.
-        precision = self.parallel.autocast() if model is self.pair.student.model else nullcontext()
-        with self.grading.open() as grader, precision:
+        with self.grading.open() as grader, ExitStack() as stack:
+            if (
+                model is self.pair.student.model
+            ):  # before training it is neither wrapped nor, with DeepSpeed, in its place
+                stack.enter_context(self.parallel.student_on_device())
+                stack.enter_context(self.parallel.sampling_precision())
             part = evaluate(
                 self.parallel.unwrap(model), engine or self.engine, share, grader, k=k,
                 sampling=self.args.eval_sampling, seed=derive_seed(self.args.seed, rank), rewards=self.grading.rewards,

@@ -186,8 +186,9 @@ class FiniteGuard(TrainerCallback):
     def _describe(self, what: str, step: int) -> str:
         cause = next((cause for kind, cause in _CAUSES.items() if what.startswith(kind)), "look at that rank's message")
         return (
-            f"step {step}, rank {self.args.process_index}: the {what} is not finite (NaN or infinity), so the step was not taken "
-            f"and nothing was saved. Usual cause: {cause}. The batch is in {self._folder(step)}"
+            f"step {step}, rank {self.args.process_index}: the {what} is not finite (NaN or infinity), "
+            f"{'and DeepSpeed has taken the step; ' if self.parallel.deepspeed else 'so the step was not taken and '}"
+            f"nothing was saved. Usual cause: {cause}. The batch is in {self._folder(step)}"
         )
 
     def _folder(self, step: int) -> Path:

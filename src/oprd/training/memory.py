@@ -147,7 +147,9 @@ class MemoryGuard:
         args = self.args
         ways = [f"lower max_completion_length ({args.max_completion_length})"]
         if doing == _PASSES["teacher"]:
-            ways.append("set teacher_model_init_kwargs: {dtype: bfloat16}")
+            ways.append("set teacher_model_init_kwargs: {dtype: bfloat16} (of teacher_model: student, bf16: true)")
+            if len(self.parallel.teacher_modules) > 1 and args.offload_teachers is not True:
+                ways.append("set offload_teachers: true")
         else:
             names = ("activation_checkpointing", "bf16") if self.parallel.deepspeed else ("bf16",)
             ways += [f"set {name}: true" for name in names if not getattr(args, name)]

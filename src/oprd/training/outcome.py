@@ -133,7 +133,7 @@ def _verify_export(trainer: OPRDTrainer, folder: Path) -> bool | None:
         found = compare_files(lm, folder, revert_weight_conversion(lm, weights)) if main else ExportCheck(None, "")
     elif main:
         given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        autocast = torch.bfloat16 if args.bf16 else None
         found = check_export(model, folder, trainer.pair.tokenizer, init_kwargs=given, autocast=autocast)
     if not main:
         return None

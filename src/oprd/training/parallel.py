@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from oprd.alignment.position_pairs import input_lengths
@@ -55,8 +55,7 @@ class Parallel:
         accelerator: the trainer's.
         args: the run's settings.
         student: the model in training, before accelerate wraps it.
-        teacher_modules: the teacher's models in this process.
-        place: move the teacher's models to the device.
+        teacher_modules: the teacher's models in this process. They move to the device; accelerate's FSDP has them sharded.
 
     Raises:
         ValueError: a way of launching that does not train as it should.
@@ -68,21 +67,19 @@ class Parallel:
         args: OPRDConfig,
         student: nn.Module,
         teacher_modules: Sequence[nn.Module] = (),
-        *,
-        place: bool = True,
     ) -> None:
         self.accelerator, self.args = accelerator, args
         self.student, self.teacher_modules = student, tuple(teacher_modules)
         check_launch(args.fully_shard, accelerator)
+        check_precision(args.bf16, accelerator)
         check_joined(accelerator)
         check_shards(args, accelerator)
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
         self.fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
-        if place:
-            for model in self.teacher_modules:
-                model.to(accelerator.device)
         if self.fsdp:  # accelerate shards the student when training begins, and never the teacher
             shard_models(self.teacher_modules, args.device)
+        for model in self.teacher_modules:  # also where Trainer leaves the student's place to DeepSpeed
+            model.to(accelerator.device)
         if args.overlap_rollouts and (self.fsdp or self.deepspeed):
             raise ValueError(
                 "overlap_rollouts: not with a sharded student, of which no process has a copy; set it to false"
@@ -113,6 +110,26 @@ class Parallel:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the student is trained in."""
         return self.accelerator.autocast()
+
+    def sampling_precision(self) -> AbstractContextManager[Any]:
+        """`autocast` around a whole sampling, where every pass uses the weights that the first one cast.
+
+        Not around a sharded student, of which it would keep all gathered weights; its own forward casts them pass by pass.
+        """
+        return nullcontext() if self.sharded else self.autocast()
+
+    @contextmanager
+    def student_on_device(self) -> Iterator[None]:
+        """Hold the student on the device where Trainer leaves it on the CPU until training begins: accelerate's FSDP, DeepSpeed."""
+        device, before = self.accelerator.device, next(self.student.parameters()).device
+        away = before.type != device.type and not self.sharded
+        if away:
+            self.student.to(device)
+        try:
+            yield
+        finally:
+            if away:
+                self.student.to(before)
 
     def step_totals(self, counts: Sequence[int], share: float) -> StepTotals:
         """Counts over the whole step, the mean over ranks.
@@ -234,10 +251,32 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
         raise ValueError(
             f"fsdp_state_dict_type: {plugin.state_dict_type} saves no model; set FULL_STATE_DICT in accelerate's config"
         )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "fsdp_offload_params: set it to false in accelerate's config; sampling needs the weights on the device"
+        )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading: set it to false in accelerate's config; it would leave the teacher of all ranks but "
             "the first without weights"
+        )
+
+
+def check_precision(bf16: bool, accelerator: Any) -> None:
+    """Refuse a precision that only the launcher's config asks for: oprd's checks and engines read the setting.
+
+    Args:
+        bf16: the setting.
+        accelerator: the trainer's.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    asked, ours = accelerator.mixed_precision, "bf16" if bf16 else "no"
+    if asked != ours:
+        raise ValueError(
+            f"bf16: it is {str(bf16).lower()}, and accelerate's mixed_precision is {asked!r}; set mixed_precision to {ours!r} in "
+            "accelerate's config" + ("" if bf16 or asked != "bf16" else ", or bf16: true")
         )
 
 
@@ -263,6 +302,15 @@ def check_shards(args: OPRDConfig, accelerator: Any) -> None:
             )
     elif deepspeed is not None and deepspeed.zero_stage == 3:
         check_followed_whole(args, "DeepSpeed ZeRO-3")
+        if args.rollout_engine.startswith("vllm"):
+            raise ValueError(
+                f"rollout_engine: {args.rollout_engine} is not supported with DeepSpeed ZeRO-3, which splits the "
+                "weights that it is sent; use ZeRO-2, or fully_shard: true"
+            )
+    if deepspeed is not None and args.nan_policy == "skip":
+        raise ValueError(
+            "nan_policy: skip is not supported with DeepSpeed, which takes the step within the backward pass; set it to stop"
+        )
 
 
 @contextmanager

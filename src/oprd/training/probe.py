@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -57,7 +57,7 @@ def probe_run(
         one, layers = _behind(given, pair.layers)
         if isinstance(one, ExtrapolatedTeacher):
             if isinstance(one.base, FrozenTeacher):
-                found["base"] = _probe(one.base.model, layers, nullcontext(), None)
+                found["base"] = _probe(one.base.model, layers, one.base.precision(), None)
             one = one.teacher
         writes = isinstance(one, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
         found[name] = _probe_teacher(one, layers, engine if writes else None)
@@ -75,9 +75,9 @@ def _behind(teacher: Teacher, layers: Sequence[int]) -> tuple[Teacher, Sequence[
 
 def _probe_teacher(teacher: Teacher, layers: Sequence[int], engine: RolloutEngine | None) -> Any:
     if isinstance(teacher, FrozenTeacher):
-        return _probe(teacher.model, layers, nullcontext(), engine)
+        return _probe(teacher.model, layers, teacher.precision(), engine)
     if isinstance(teacher, FollowingTeacher):
-        return _probe(teacher.teacher.model, layers, nullcontext(), engine)
+        return _probe_teacher(teacher.teacher, layers, engine)
     adapter = isinstance(teacher, AdapterOffTeacher)
     return "the student without its adapter" if adapter else "not probed: its model is not loaded here"
 

@@ -144,14 +144,15 @@ class RolloutSource:
         self._batch_of_step += 1
         if terms.step % self.args.num_iterations:
             return self._kept[self._batch_of_step]
-        with self.recorder.timed("rollout"):
+        with self.recorder.timed("rollout"), self.parallel.sampling_precision():
             if self.background is None:
                 sampled = self._sample(prompts, terms, student, share)
                 rollouts = sampled.rollouts
             else:
                 sampled, rollouts = None, self._from_background(self.background, terms, student)
         if sampled is not None and terms.on_policy and terms.measuring and not self.parallel.sharded:
-            gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
+            with self.parallel.autocast():
+                gap = self._parity.measure(sampled, student, self.args.micro_batch_tokens)
             self.recorder.observe(**{name: share * value for name, value in gap.items()})
         with self.recorder.timed("grade"):
             graded = self.grading.begin(rollouts, prompts)

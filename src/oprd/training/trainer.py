@@ -198,16 +198,15 @@ class OPRDTrainer(Trainer):
         args, pair = self.args, self.pair
         _check_rate(args)
         self.rate_probe: dict[str, Any] | None = None  # what found the learning rate; set by `oprd.training.run`
-        self.parallel = Parallel(
-            self.accelerator, args, self.model, pair.teacher.modules, place=self.place_model_on_device
-        )
+        self.parallel = Parallel(self.accelerator, args, self.model, pair.teacher.modules)
         if self.parallel.sharded:  # transformers' own flag for a model that it must not wrap again
             if not hasattr(self, "is_distributed_loading_by_transformers"):
                 raise ValueError("fully_shard: needs transformers 5.23 or newer")
             self.is_distributed_loading_by_transformers = True
         place_bridges(pair.teacher, args.device)
-        self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
-        self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
+        with self.parallel.student_on_device():
+            self.objective = check_inputs(resolved, deepspeed=self.is_deepspeed_enabled)
+            self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
         self.grading = Grading(self.task, rewards)
         asked = innermost(pair.teacher)
@@ -631,12 +630,22 @@ class OPRDTrainer(Trainer):
             with self.checkpoints.upload_without_pickle():
                 super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model and its tokenizer into `output_dir`. All processes take part; one writes."""
+        wraps = (self.parallel.fsdp or self.parallel.deepspeed) and not self.parallel.sharded
+        if wraps and self.model_wrapped is self.model:
+            # A finished run that is resumed has no engine, which transformers would ask for the weights.
+            if self.args.should_save:
+                self._save(output_dir)
+            return
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.parallel.sharded:
             state_dict = whole_weights(self.model, keep=self.args.should_save)
             if not self.args.should_save:
                 return
-        refuse_not_finite(self.model)
+        refuse_not_finite(self.model, state_dict if self.parallel.sharded else None)
         super()._save(output_dir, state_dict)
         copy_processor(self.pair.student.model, Path(output_dir or self.args.output_dir))
         self.checkpoints.replace_pickle(output_dir or self.args.output_dir, self.args.to_json_string())
@@ -655,7 +664,8 @@ class OPRDTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target, folder = self.model if model is None else model, Path(resume_from_checkpoint)
-        if self.parallel.sharded or (weight_files(folder) and has_own_layout(target)):
+        unwrapped_fsdp = self.parallel.fsdp and not self.parallel.sharded  # a finished run: nothing wraps the model
+        if self.parallel.sharded or (weight_files(folder) and (has_own_layout(target) or unwrapped_fsdp)):
             self.checkpoints.load_weights(target, resume_from_checkpoint, sharded=self.parallel.sharded)
         else:
             check_names(target, folder)

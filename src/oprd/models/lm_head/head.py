@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from oprd.models.architecture import backbone, causal_lm
+from oprd.models.architecture import attention_in_float32, backbone, causal_lm
 from oprd.models.lm_head.matmul import to_logits
 from oprd.models.sharding import whole
 
@@ -230,7 +230,8 @@ def check_head(head: LMHead, model: nn.Module) -> None:
     states: list[Tensor] = []
     hook = backbone(lm).register_forward_hook(lambda _, args, output: states.append(output.last_hidden_state[0]))
     try:
-        output = lm(input_ids=torch.tensor([[0, 1]], device=head.weight.device), use_cache=False)
+        with attention_in_float32(lm):
+            output = lm(input_ids=torch.tensor([[0, 1]], device=head.weight.device), use_cache=False)
     finally:
         hook.remove()
     theirs, ours = output.logits[0, :, : head.rows].float(), head.logits(states[0])
