@@ -53,20 +53,25 @@ class Fingerprint:
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> Fingerprint:
     """Compute the fingerprint of a freshly loaded model, before adapters or sharding. Reads every weight."""
     lm = causal_lm(model)
-    weights = hashlib.sha256()
-    for parameter_name, parameter in sorted(lm.named_parameters()):
-        weights.update(f"{parameter_name} {tuple(parameter.shape)}".encode())
-        rounded = parameter.detach().to(torch.bfloat16).cpu().contiguous()
-        weights.update(rounded.flatten().view(torch.uint8).numpy())
     return Fingerprint(
         name=name,
         layers=num_layers(lm),
         width=hidden_size(lm),
         vocabulary=vocabulary_size(tokenizer),
         config=_digest(_without_loading(lm.config.to_diff_dict())),
-        weights=weights.hexdigest(),
+        weights=rounded_weights_digest(lm),
         tokenizer=tokenizer_digest(tokenizer),
     )
+
+
+def rounded_weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights with their names, in bfloat16, so that it does not depend on the dtype they are loaded in."""
+    found = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
+        found.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from oprd.models.architecture import backbone, blocks, causal_lm, num_layers
+from oprd.models.fingerprint import rounded_weights_digest
 
 KEPT_LAYERS, LAYERS_BEFORE = "oprd_kept_layers", "oprd_layers_before"
 """Fields of the config.json of a pruned model: the blocks that were kept, counted from 1, and how many there were."""
@@ -96,16 +96,8 @@ class KeptBlocks:
 
 
 def block_digests(model: nn.Module) -> tuple[str, ...]:
-    """SHA-256 of each block's weights, rounded to bfloat16 so that it does not depend on the dtype that a model was loaded in."""
-    found = []
-    for block in blocks(model):
-        digest = hashlib.sha256()
-        for name, weight in sorted(block.named_parameters()):
-            rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
-        found.append(digest.hexdigest())
-    return tuple(found)
+    """`rounded_weights_digest` of each block."""
+    return tuple(map(rounded_weights_digest, blocks(model)))
 
 
 def match_blocks(own: Sequence[str], others: Sequence[str]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.models.architecture import causal_lm
@@ -36,10 +37,14 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def has_own_layout(model: nn.Module) -> bool:
     """Whether the weights are laid out in memory differently than in a checkpoint, as the experts of a mixture are."""
-    if hasattr(model, "peft_config"):
-        return False
-    names = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
-    return {*revert_weight_conversion(causal_lm(model), names)} != {*names}
+    return not hasattr(model, "peft_config") and not is_laid_out_as_saved(causal_lm(model))
+
+
+def is_laid_out_as_saved(lm: PreTrainedModel) -> bool:
+    """Whether the weights in memory have the names and shapes of those in a checkpoint."""
+    live = {name: tensor.detach().to("meta") for name, tensor in lm.state_dict().items()}
+    saved = revert_weight_conversion(lm, live)
+    return {name: tensor.shape for name, tensor in saved.items()} == {name: t.shape for name, t in live.items()}
 
 
 def check_names(model: nn.Module, folder: Path) -> None:

@@ -154,7 +154,7 @@ class StepObjective:
     measuring: bool
     on_policy: bool = True
 
-    def weigh(self, kind: type) -> bool:
+    def has_weight(self, kind: type) -> bool:
         """Whether a term of this kind has a weight at this step."""
         terms = self.objective.terms
         return any(isinstance(term.objective, kind) and self.weights[name] != 0 for name, term in terms.items())

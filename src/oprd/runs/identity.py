@@ -144,15 +144,15 @@ def identify(
     if settings["teachers"] is not None:  # the address of an object is another one in the next process
         settings["teachers"] = {name: entry_in_words(entry) for name, entry in settings["teachers"].items()}
     student, teacher = pair.student.model, pair.teacher
-    digests = {"tokenizer": _of_tokenizer(pair.tokenizer), "teacher": _of_weights(pair.teacher)}
+    digests = {"tokenizer": _tokenizer_digest(pair.tokenizer), "teacher": _teacher_digest(pair.teacher)}
     if isinstance(teacher, HoldsTeachers):  # so that a resumed run names the one that has changed
-        digests |= {f"teacher/{name}": _of_weights(one) for name, one in teacher.teachers.items()}
+        digests |= {f"teacher/{name}": _teacher_digest(one) for name, one in teacher.teachers.items()}
     for name, one in by_id(teacher).items():
         if isinstance(one, BridgedTeacher) and one.digest is not None:
             digests["bridge_content" if name is None else f"bridge_content/{name}"] = one.digest
     for name, tokenizer in pair.teacher_tokenizers.items():
         if tokenizer is not None:
-            digests["teacher_tokenizer" if name is None else f"teacher_tokenizer/{name}"] = _of_tokenizer(tokenizer)
+            digests["teacher_tokenizer" if name is None else f"teacher_tokenizer/{name}"] = _tokenizer_digest(tokenizer)
     if hasattr(student, "peft_config") or not teacher.modules:
         frozen = ((name, weight) for name, weight in student.named_parameters() if not weight.requires_grad)
         digests["base_model"] = weights_checksum(frozen)
@@ -165,15 +165,18 @@ def identify(
         if prompts is not None:
             digests[name] = digest_of_prompts(prompts)
     if task is not None and task not in TASKS.values():
-        digests["task"] = _of_code(task.name, task.grader)
+        digests["task"] = _code_digest(task.name, task.grader)
     if own := {name: term for name, term in (terms or {}).items() if name not in _OF_SETTINGS}:
-        found = " ".join(_of_term(name, term) for name, term in sorted(own.items()))
+        for term in own.values():
+            if isinstance(term.objective, SeesSteps):
+                term.objective.begin()  # an object that has seen steps of another run
+        found = " ".join(_term_text(name, term) for name, term in sorted(own.items()))
         digests["objectives"] = hashlib.sha256(found.encode()).hexdigest()
     if run.given.peft_config is not None:
-        digests["peft_config"] = _of_adapter(run.given.peft_config)
+        digests["peft_config"] = _adapter_digest(run.given.peft_config)
     digests[PROMPTS_A_STEP] = str(run.args.prompts_a_step)
     if rewards is not None:
-        code = [_of_code(function.name, function.function) for function in rewards.functions if function.function]
+        code = [_code_digest(function.name, function.function) for function in rewards.functions if function.function]
         digests["reward_functions"] = hashlib.sha256(" ".join(code).encode()).hexdigest()
     return RunIdentity(json.loads(json.dumps(settings, default=str)), digests)
 
@@ -189,11 +192,11 @@ def digest_of_prompts(prompts: Iterable[Prompt]) -> str:
     return found.hexdigest()
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()
 
 
-def _of_weights(teacher: Teacher) -> str:
+def _teacher_digest(teacher: Teacher) -> str:
     """Digest of the teacher's weights in this process; of its `identity` if none are here; of both if a part is elsewhere."""
     modules, answering = modules_of(teacher), innermost(teacher)
     if not modules:
@@ -206,7 +209,7 @@ def _of_weights(teacher: Teacher) -> str:
     return hashlib.sha256(f"{found} {answering.identity}".encode()).hexdigest() if elsewhere else found
 
 
-def _of_code(name: str, function: Any) -> str:
+def _code_digest(name: str, function: Any) -> str:
     """Of the module that defines a grader, a reward function or an objective, so that an edit of it is noticed.
 
     Of a script only the definition itself: its settings may change.
@@ -222,12 +225,10 @@ def _of_code(name: str, function: Any) -> str:
     return hashlib.sha256(f"{name} {getattr(module, '__name__', '')}".encode() + content).hexdigest()
 
 
-def _of_term(name: str, term: Term) -> str:
+def _term_text(name: str, term: Term) -> str:
     """Of a term of the user's: its weight, its public attributes, and the code that defines it where that is not oprd's."""
     kind = type(term.objective)
-    if isinstance(term.objective, SeesSteps):
-        term.objective.begin()  # an object that has seen steps of another run
-    code = "" if kind.__module__.startswith("oprd.") else _of_code(kind.__qualname__, kind)
+    code = "" if kind.__module__.startswith("oprd.") else _code_digest(kind.__qualname__, kind)
     return f"{name} {_plain(term.weight)} {term.fade} {code} {_plain(term.objective)}"
 
 
@@ -242,7 +243,7 @@ def _plain(value: Any, depth: int = 0) -> str:
     if isinstance(value, Enum):
         return f"{kind}.{value.name}"
     if inspect.isroutine(value) or isinstance(value, type):
-        return _of_code(value.__qualname__, value)
+        return _code_digest(value.__qualname__, value)
     if depth >= _DEEP:
         return kind
     if isinstance(value, partial):
@@ -258,7 +259,7 @@ def _plain(value: Any, depth: int = 0) -> str:
     return f"{kind}({own(public)})"
 
 
-def _of_adapter(peft_config: Any) -> str:
+def _adapter_digest(peft_config: Any) -> str:
     """Of an adapter's settings that are not at their defaults, without where its base model lies."""
     given = {
         f.name: getattr(peft_config, f.name)

@@ -208,7 +208,7 @@ class Recorder:
             self.observe(student_wrote=share * terms.on_policy)
         if batch.advantages is not None:
             self.observe(frac_reward_zero_std=share * batch.zero_advantage_share)
-            if terms.weigh(PolicyTerm):
+            if terms.has_weight(PolicyTerm):
                 self.observe(alike=sum(a == 0 for a in batch.advantages))
         self._last_backward = time.perf_counter()
 

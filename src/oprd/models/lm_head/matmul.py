@@ -15,7 +15,6 @@ from torch import Tensor
 
 # Rows of a 16-bit weight that are converted to float32 at a time, on devices that cannot multiply 16 bits into float32.
 WEIGHT_ROWS = 8192
-_MM_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def to_logits(
@@ -36,7 +35,7 @@ def to_logits(
     with torch.autocast(hidden_nD.device.type, enabled=False):
         if hidden_nD.dtype == weight_VD.dtype == dtype:
             return hidden_nD @ weight_VD.T
-        if _MM_OUT_DTYPE and hidden_nD.is_cuda and hidden_nD.dtype == weight_VD.dtype:
+        if hidden_nD.is_cuda and hidden_nD.dtype == weight_VD.dtype:
             return torch.mm(hidden_nD, weight_VD.T, out_dtype=dtype)
         logits_nV = hidden_nD.new_empty(len(hidden_nD), len(weight_VD), dtype=dtype)
         for start in range(0, len(weight_VD), weight_rows):
@@ -62,7 +61,7 @@ def to_hidden(
     """
     if rounded and weight_VD.dtype != grad_nV.dtype:
         dtype, grad_nV = grad_nV.dtype, grad_nV.to(weight_VD.dtype)
-        if _MM_OUT_DTYPE and grad_nV.is_cuda:
+        if grad_nV.is_cuda:
             return torch.mm(grad_nV, weight_VD, out_dtype=dtype)
         grad_nV = grad_nV.to(dtype)
     if weight_VD.dtype == grad_nV.dtype:
@@ -93,7 +92,7 @@ def add_weight_gradient(
         total_VD.addmm_(grad_nV.T, hidden_nD.to(total_VD.dtype))
         return
     grad_nV, hidden_nD = grad_nV.to(product_dtype), hidden_nD.to(product_dtype)
-    if _MM_OUT_DTYPE and total_VD.is_cuda:
+    if total_VD.is_cuda:
         torch.addmm(total_VD, grad_nV.T, hidden_nD, out_dtype=total_VD.dtype, out=total_VD)
     else:
         total_VD.addmm_(grad_nV.T.to(total_VD.dtype), hidden_nD.to(total_VD.dtype))

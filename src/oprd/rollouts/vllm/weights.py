@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+
+from oprd.models.saved import is_laid_out_as_saved
 
 
 def live_weights(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -61,8 +62,7 @@ def check_servable(lm: PreTrainedModel) -> None:
     advice = "set rollout_engine: transformers"
     if getattr(lm, "hf_quantizer", None) is not None:
         raise ValueError(f"rollout_engine: vllm is not supported for quantised students; {advice}")
-    names = {name: tensor.detach().to("meta") for name, tensor in lm.state_dict().items()}
-    if set(revert_weight_conversion(lm, names)) != set(names):
+    if not is_laid_out_as_saved(lm):
         raise ValueError(
             f"rollout_engine: vllm is not supported for {type(lm).__name__}, whose weights are laid out in memory differently than "
             f"in its checkpoint; {advice}"
