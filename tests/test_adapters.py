@@ -1,4 +1,4 @@
-"""A model that is an adapter already: continued, used as a teacher, and refused where it is not what its files say."""
+"""A model that is an adapter already: continued, used as a teacher, and refused where it does not match its files."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         verify(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"manifest\.json is missing: the checkpoint was not written to its end"):
+    with pytest.raises(ValueError, match=r"manifest\.json is missing: the folder was not written completely"):
         verify(folder)
 
 

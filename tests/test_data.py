@@ -546,7 +546,7 @@ def test_what_jsonl_is_not_is_said_with_the_line_and_the_mend(tmp_path):
     good = b'{"prompt": "a", "answer": "1"}'
     for content, message in {
         good
-        + b'\n{"prompt": "a", "answer": "1", "answer": "2"}\n': r":2: not JSON: the key 'answer' stands twice .* remove one",
+        + b'\n{"prompt": "a", "answer": "1", "answer": "2"}\n': r":2: not JSON: the key 'answer' occurs twice .* remove one",
         good + b"\r" + good + b"\r": r":1: not JSON: Extra data.* One object a line, with \\n at its end",
         (good.decode() + "\n").encode("utf-16"): ":1: not JSON: .* Save the file as UTF-8$",
         b'{\n"prompt": "a"}': r":1: not JSON: .* In \.jsonl an object stands on one line",

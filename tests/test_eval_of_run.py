@@ -93,7 +93,7 @@ def test_a_model_of_no_run_has_the_defaults(student, tmp_path):
         (
             {"task": "my_task:grade"},
             (),
-            "task: the run {run} names code for it, my_task:grade; if you trust that code, say so: ",
+            "task: the run {run} names code for it, my_task:grade; if you trust that code, pass ",
         ),
         (
             {"eval_dataset": "generated:my_task:grade"},

@@ -1,4 +1,4 @@
-"""A model is what its files say: real folders with weights taken out, renamed, added or reshaped."""
+"""A model matches its files, or is refused: real folders with weights taken out, renamed, added or reshaped."""
 
 from __future__ import annotations
 

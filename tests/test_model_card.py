@@ -135,7 +135,7 @@ def test_values_and_metadata():
     )
     assert "3 of the 30 evaluation problems are also" in card
     assert "On `problems.jsonl` (the first 30 rows), graded as task `math`" in card
-    assert "top-p 0.95, most tokens 4096." in card
+    assert "top-p 0.95, at most 4096 tokens." in card
     assert "in 8 processes." in card
     assert "- seconds of its steps: 12.6" in card
     assert "- reward of rollouts, over the first and the last tenth of the steps: `brevity 0.125 → 0.5`" in card

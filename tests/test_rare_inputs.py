@@ -245,7 +245,7 @@ def test_a_run_that_was_cut_back_is_watched_anew(tmp_path):
 
 def test_options_that_a_recipe_says_are_refused():
     found = CliRunner().invoke(app, ["data", "check", "--config", "tiny", "--train-split", "validation", "--seed", "3"])
-    assert "data check: --train-split, --seed: with --config the recipe says it" in str(found.exception)
+    assert "data check: --train-split, --seed: with --config the recipe sets this" in str(found.exception)
 
 
 def saved(folder):

@@ -679,7 +679,7 @@ def test_distances_of_an_earlier_run_or_damaged_ones_are_not_shown(make_run):
     pair = Pair(side(True, 0.1), side(True, 0.1))
     run = make_run(distances=found_distances([pair]))
     assert read_distances(run, STEPS) == (found_distances([pair]), None)
-    assert "after 60 steps, it has 70 now" in read_distances(run, 70)[1]
+    assert "after 60 steps, the run has 70 now" in read_distances(run, 70)[1]
     assert read_distances(run.parent, STEPS) == (None, None)
     file = run / "distances.json"
     for damage in (

@@ -15,7 +15,7 @@ from test_model_card import SETTINGS, SUMMARY
 from tiny import tiny_trainer
 
 NO_LEAD = "the teacher was not ahead of the student, so there was no gap to close"
-NOTHING = "no change that this evaluation tells from chance"
+NOTHING = "no change beyond chance in this evaluation"
 
 
 def measures(average: float, spread: float = 0.05) -> dict:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: one writer for files and one for folders, manifests with digests, and what a full disk says."""
+"""Writes files and folders whole or not at all, with manifests of digests, and turns a full disk into one error message."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def publish_folder(staged: Path, path: Path, replaced: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process had not written to its end; a folder that it was about to replace comes back."""
+    """Remove files and folders that a killed process left unfinished; restore a folder that it had moved aside."""
     for item in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{_REPLACED}*")]:
         final = folder / item.name.removeprefix(_REPLACED)
         if item.name.startswith(_REPLACED) and not final.exists():
@@ -195,7 +195,7 @@ def verify(folder: Path) -> None:
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise ValueError(f"{manifest} is missing: the checkpoint was not written to its end")
+        raise ValueError(f"{manifest} is missing: the folder was not written completely")
     try:
         listed = json.loads(manifest.read_text())["files"].items()
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed}
@@ -211,9 +211,7 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} does not match its digest: its content changed after it was written")
     for path in sorted(p for p in folder.rglob("*") if not p.is_dir() and p != manifest):
         if str(path.relative_to(folder)) not in {*files, *_FOR_PEOPLE}:
-            raise ValueError(
-                f"{path} is not in the manifest: somebody added it after the checkpoint was written; move it out"
-            )
+            raise ValueError(f"{path} is not in the manifest: it was added after the folder was written; move it out")
 
 
 def is_whole(folder: Path) -> bool:

@@ -107,8 +107,8 @@ def _last_user(row: PromptRow) -> int:
 def quotes(texts: Sequence[str], hidden: str | Messages, shown: str | Messages) -> list[bool]:
     """Whether each text quotes what the teacher alone was shown.
 
-    It does if `QUOTED_WORDS` words in a row stand so in the teacher's prompt and not in the student's. Case and punctuation do not
-    count.
+    It does if `QUOTED_WORDS` consecutive words of it occur in the teacher's prompt and not in the student's. Case and punctuation
+    are ignored.
 
     Args:
         texts: of rollouts.

@@ -87,9 +87,9 @@ def _root(
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 2 for bad input; 1 for a fault of the surroundings (disk, network, values that are not finite) and for a bug;
-    3 of `train --fail-if-worse`; 128 + n for signal n. Input and surroundings end with one sentence; `--traceback` or
-    OPRD_TRACEBACK=1 adds where it was raised. A bug of oprd shows its traceback.
+    Exit codes: 2 bad input; 1 an environment error (disk, network, values that are not finite) or a bug; 3 of
+    `train --fail-if-worse`; 128 + n signal n. Bad input and environment errors print one sentence; `--traceback` or
+    OPRD_TRACEBACK=1 adds the traceback. A bug always shows it.
     """
     guard_output()
     wanted = os.environ.get("OPRD_TRACEBACK", "0") not in ("", "0") or "--traceback" in sys.argv
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error is about input or surroundings, and not a bug.
+    """Whether an error is about input or the environment, and not a bug.
 
     A ValueError counts if oprd raised it, or if a library raised it while oprd read a configuration, a model or data.
     """

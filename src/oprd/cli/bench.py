@@ -77,7 +77,7 @@ def step(
     generations: Annotated[int | None, typer.Option(min=1, help="Rollouts a prompt (default: 1).")] = None,
     drawn: Annotated[
         bool,
-        typer.Option("--drawn", help="Rollouts end where the model ends them; without it, all have the most tokens."),
+        typer.Option("--drawn", help="Let the model end its rollouts; without it, each has the maximum length."),
     ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of timing (default: 3; with --quick, 1).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,

@@ -15,6 +15,7 @@ from oprd.cli.options import (
     PromptColumn,
     SpecialMap,
     SplitSpecial,
+    TeacherModel,
     TeacherSystem,
     TeacherTemplate,
     Template,
@@ -43,7 +44,7 @@ _LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with 
 @app.command("fit")
 def fit(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
-    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    teacher: TeacherModel,
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     out: Annotated[Path, typer.Option(help="New folder for the bridge.")],
     limit: Annotated[int, typer.Option(min=10, help="Prompts to use, one rollout each.")] = 2000,

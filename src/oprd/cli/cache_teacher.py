@@ -19,7 +19,7 @@ def cache_teacher(
     states_dtype: Annotated[
         str | None, typer.Option(help="bfloat16 takes half of float32 (default: the teacher's own).")
     ] = None,
-    shard_mib: Annotated[int, typer.Option(help="About as many MiB a file has.")] = 512,
+    shard_mib: Annotated[int, typer.Option(help="Approximate size of a file, MiB.")] = 512,
 ) -> None:
     """Write a teacher's states of fixed responses; train from them with teacher_model: {cache: FOLDER} and lmbda: 0.
 

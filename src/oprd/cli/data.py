@@ -95,7 +95,7 @@ def check(
     check_json(json_file)
     if config is not None:
         _refuse_given(
-            "with --config the recipe says it; leave it out, or set it there",
+            "with --config the recipe sets this; leave the option out, or change the recipe",
             train_split=train_split != "train", train_limit=train_limit, seed=seed,
         )  # fmt: skip
         found = _check_recipe(config, train, model, task, answer_format, read, text)

@@ -61,7 +61,7 @@ def demo(
     from oprd.training.run import train_and_evaluate
 
     command = resume_command(["train", "--config", str(output_dir / "config.yaml")])
-    go_on = f"OMP_NUM_THREADS={threads} {command}"  # as many as here: another number would change the last bits
+    go_on = f"OMP_NUM_THREADS={threads} {command}"  # the same number of threads: another one changes the last bits
     with resumable(output_dir, go_on), live_progress() as callback:
         summary = train_and_evaluate(run, say=say, callbacks=[callback])
     for name in ("student_before", "student_after", "teacher"):

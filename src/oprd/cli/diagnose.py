@@ -16,6 +16,7 @@ from oprd.cli.options import (
     PromptColumn,
     SpecialMap,
     SplitSpecial,
+    TeacherModel,
     TeacherSystem,
     TeacherTemplate,
     Template,
@@ -40,7 +41,7 @@ _ProbeRate = Annotated[
 
 def diagnose(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
-    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    teacher: TeacherModel,
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     limit: Annotated[int, typer.Option(min=1, help="Prompts to use, one rollout each.")] = 64,
     max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,

@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Sample k completions per problem, grade them, print and write the measures.
 
-    A run's folder or its model/ is evaluated with the settings of the run, but for those given here.
+    A run's folder or its model/ is evaluated with the run's settings, except for options given here.
     """
     from oprd.cli.console import quiet_libraries
 
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _with_settings_of_run(context: typer.Context) -> dict[str, Any]:
-    """The options, where the model is a run's with the settings of the run in place of defaults. Says which were taken.
+    """The options; for a model of a run, the run's settings replace defaults. Prints which were taken.
 
     Raises:
         ValueError: as `settings_of_run`; or there is no dataset, or no task where the run has none.

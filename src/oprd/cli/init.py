@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from oprd.cli.options import TeacherModel
 from oprd.files import write_text
 
 _BRIDGE_PROMPTS = 1000
@@ -14,7 +15,7 @@ _BRIDGE_PROMPTS = 1000
 
 def init(
     student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
-    teacher: Annotated[str, typer.Option(help="Likewise; any depth, width and tokenizer.")],
+    teacher: TeacherModel,
     prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
     output: Annotated[Path, typer.Option(help="The recipe's file; the run's folder is runs/<its name>.")],
     eval_dataset: Annotated[str | None, typer.Option("--eval", help="Problems with answers, in the same ways.")] = None,
@@ -22,7 +23,7 @@ def init(
         str | None, typer.Option(help="How the answers of --eval are graded; default: chosen from models and data.")
     ] = None,
 ) -> None:
-    """Write a recipe that runs: looks at the models' files, the data and this machine, and asks nothing."""
+    """Write a recipe that runs: looks at the models' files, the data and this machine, without questions."""
     from oprd.cli import bridge
     from oprd.cli.console import quiet_libraries, say
 

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.data.rows import Reading
 
+TeacherModel = Annotated[
+    str, typer.Option(help="Folder, hub name, or embedded:tiny/teacher; any depth, width and tokenizer.")
+]
 PromptColumn = Annotated[
     str | None, typer.Option(help="Column of the prompt (a.b: nested); without it, the usual ones are tried.")
 ]
-AnswerColumn = Annotated[str | None, typer.Option(help="Column of the answer, likewise.")]
+AnswerColumn = Annotated[
+    str | None, typer.Option(help="Column of the answer (a.b: nested); without it, the usual ones are tried.")
+]
 AnswerFormat = Annotated[str | None, typer.Option(help="How answers are written: plain, gsm8k, boxed, number, letter.")]
 DatasetConfig = Annotated[
     str | None, typer.Option(help="Subset of a hub dataset or folder; name:subset says the same.")

@@ -47,7 +47,7 @@ def prune(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Write a model without some of its blocks. Its width stays: other tools cut that."""
+    """Write a model without some of its blocks. Its width is not changed."""
     from oprd.cli.console import quiet_libraries, say
 
     check_json(json_file)

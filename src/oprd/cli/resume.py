@@ -1,4 +1,4 @@
-"""What a run that was stopped by a signal prints: the command that goes on with it."""
+"""Prints the command that resumes a run which a signal stopped."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class SafeConsole(Console):
-    """A console of rich whose text cannot control the terminal; only the styles that rich itself draws do.
+    """A rich console that escapes control characters in text, so that only rich's own styles reach the terminal.
 
     Args:
         options: of `rich.console.Console`.

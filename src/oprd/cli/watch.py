@@ -108,7 +108,7 @@ def _remarks(status: RunStatus) -> list[str]:
     if status.state == "stopped":
         found.append(f"stopped at step {status.step}; go on with oprd train --config … --resume auto")
     if status.state == "quiet":
-        found.append(f"no news for {_time(status.silence)}; is it still at work?")
+        found.append(f"no news for {_time(status.silence)}; the process may have been killed")
     return found
 
 

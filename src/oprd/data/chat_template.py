@@ -175,7 +175,7 @@ def _reads_parts(
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
         text = str(tokenizer.apply_chat_template(parts, **(kwargs or {}), tokenize=False))
-    except Exception:  # so it is something else
+    except Exception:  # the template does not accept parts
         return False
     return messages[place]["content"] in text and "'type'" not in text  # not the list itself
 

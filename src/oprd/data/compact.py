@@ -1,4 +1,4 @@
-"""A million rows in little memory: flat arrays instead of an object for each value, and items made when they are asked for."""
+"""A million rows in little memory: flat arrays instead of one object a value; items are built on access."""
 
 from __future__ import annotations
 

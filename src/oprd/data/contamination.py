@@ -171,7 +171,7 @@ def find_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], threshol
 
 
 def say_overlap(train: Iterable[PromptRow], test: Iterable[PromptRow], *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the overlap's counts for a run's summary; say in one line what a non-zero overlap means, which stops no run."""
+    """Return the overlap's counts for a run's summary. If there is an overlap, say so in one line; the run continues."""
     overlap = find_overlap(train, test)
     if overlap.overlapping:
         say(

@@ -49,5 +49,5 @@ def hub_answers() -> bool:
 
 
 def why_no_hub() -> str:
-    """Why the hub is not used, after `hub_answers` was false: half a sentence."""
+    """Why the hub is not used, for an error message after `hub_answers` returned False; without a full stop."""
     return f"the hub {constants.ENDPOINT} is not reachable (HF_HUB_OFFLINE is set, or it does not answer)"

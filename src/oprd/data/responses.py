@@ -1,4 +1,7 @@
-"""Fixed responses to prompts, from a file: the rollouts of an off-policy run (`lmbda: 0`), and what a cache is written for."""
+"""Fixed responses to prompts, read from a file.
+
+They are the rollouts of an off-policy run (`lmbda: 0`), and the responses that a cache holds states of.
+"""
 
 from __future__ import annotations
 

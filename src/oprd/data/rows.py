@@ -127,10 +127,9 @@ def parse_row(row: Mapping[str, Any], source: str, reading: Reading | None = Non
 
     The prompt is the column `prompt` (text, or a list of {role, content}), else `problem` or `question` (text, which
     becomes one user message), `messages` or `conversations` ({role, content} or {from, value}; the assistant's last turn is the
-    response, and is left off). A list of messages may be JSON text, a content a list of
-    text parts. The answer is the column `answer` (text or a
-    number), else verl's `reward_model.ground_truth`, `final_answer`, `expected_answer`, `ground_truth` or `solution`, else None.
-    Other columns are ignored.
+    response, and is left off). A list of messages may be JSON text, and a message's content a list of text parts. The answer is
+    the column `answer` (text or a number), else verl's `reward_model.ground_truth`, `final_answer`, `expected_answer`,
+    `ground_truth` or `solution`, else None. Other columns are ignored.
 
     Args:
         row: column → value.
@@ -656,11 +655,11 @@ def _parse_json(text: bytes, source: str) -> Any:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; one that names a key twice has no one meaning."""
+    """A JSON object; refuses one that repeats a key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twin = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twin!r} stands twice in one object: remove one of the two")
+        raise ValueError(f"the key {twin!r} occurs twice in one object; remove one")
     return found
 
 

@@ -94,8 +94,8 @@ def freeze_above(model: nn.Module, top_layer: int, *, head: bool = False) -> lis
     """Freeze the parameters that the loss does not reach, and return their names.
 
     A loss up to `top_layer` does not reach the blocks above it and the final norm. Without `head` it does not reach an untied
-    LM head either; a loss on texts does not reach what reads images. Left trainable, these parameters get no gradient: DDP fails,
-    and weight decay still changes them.
+    LM head either, and it never reaches an image or audio encoder, because training uses text only. Left trainable, these
+    parameters get no gradient: DDP fails, and weight decay still changes them.
     """
     lm, body = causal_lm(model), backbone(model)
     unreached: list[nn.Module] = list(blocks(model)[top_layer:])

@@ -1,4 +1,4 @@
-"""Whether a model is what its files say: weights that are missing, unexpected or of another shape end the load."""
+"""Refuses a model that does not match its files: weights that are missing, unexpected or of another shape end the load."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
         )
     if problems:
         cause = _cause(model, missing, unexpected, mismatched)
-        raise ValueError(f"model: {name!r} is not what its files say: {', and '.join(problems)}; {cause}")
+        raise ValueError(f"model: {name!r} does not match its files: {', and '.join(problems)}; {cause}")
     _check_ties(name, model)
     if left_out := {key for key in left_out if _UNUSED.search(key)}:
         found = sorted(left_out, key=_natural)
@@ -130,7 +130,7 @@ def refuse_adapter(name: str, base: str, missing: Collection[str], unexpected: C
         problems.append(f"{has} no place on {base!r} ({first_names(unexpected)})")
     if problems:
         raise ValueError(
-            f"model: the adapter {name!r} is not what its files say: {', and '.join(problems)}; it was trained on another base "
+            f"model: the adapter {name!r} does not match its files: {', and '.join(problems)}; it was trained on another base "
             "(base_model_name_or_path, revision), its adapter_config.json was changed (r, target_modules, use_dora), or the copy "
             "was interrupted"
         )
@@ -149,7 +149,7 @@ def _check_ties(name: str, model: PreTrainedModel) -> None:
     wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
     if untied := sorted({*wanted} - {*model.all_tied_weights_keys}):
         raise ValueError(
-            f"model: {name!r} is not what its files say: config.json ties {untied[0]} to {wanted[untied[0]]} "
+            f"model: {name!r} contradicts its files: config.json ties {untied[0]} to {wanted[untied[0]]} "
             "(tie_word_embeddings: true), and the files hold two different weights; if they were trained apart, set "
             "tie_word_embeddings: false in config.json or in model_init_kwargs (teacher_model_init_kwargs)"
         )
@@ -162,7 +162,7 @@ def _is_unused(key: str, buffers: Collection[str], prefix: str) -> bool:
 
 
 def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[Any]) -> str:
-    """The usual cause of what a report lists, and the mend."""
+    """The usual cause of what a report lists, and how to fix it."""
     if prefix := _prefix(missing, unexpected):
         return (
             f"their names hold {prefix!r}, as where the state dict of a wrapper (torch.compile, DDP, another module) was saved: "

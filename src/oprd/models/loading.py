@@ -202,7 +202,7 @@ def load_model(
     trust_remote_code: bool = False,
     trainable: bool = False,
 ) -> Any:
-    """Load a decoder-only causal LM, or an adapter on its base model. Every weight is one of its files.
+    """Load a decoder-only causal LM, or an adapter on its base model. Refuse one with a weight that its files do not hold.
 
     Args:
         name: folder, hub name or `embedded:…`; an adapter's too.

@@ -66,7 +66,7 @@ class HalvedSize:
 
     @contextmanager
     def or_halve(self, used: int, doing: str, at_one: str) -> Iterator[None]:
-        """Swallow an out-of-memory error of the block and halve the size: the caller tries again.
+        """Catch an out-of-memory error of the block and halve the size; the caller then tries again.
 
         Args:
             used: the size that the block goes by.

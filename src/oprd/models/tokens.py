@@ -122,7 +122,8 @@ def check_token_ids(
 ) -> None:
     """Refuse a prompt with a token that a model has no embedding for: its tokenizer has more tokens than the model.
 
-    So is a prompt whose text writes such a token, even where it is read as text (`split_special_tokens`): it means the token.
+    A prompt whose text spells such a token is refused too, even where it is read as text (`split_special_tokens`), because the text
+    stands for the token.
 
     Args:
         prompts: rendered prompts.

@@ -68,7 +68,7 @@ class ResolvedRun:
         task: grades them; None where nothing is graded, or by `rewards` alone.
         rewards: reward functions; None without any.
         responses: fixed ones that are the rollouts where the teacher would write; None: it writes.
-        seconds: it took to make them.
+        seconds: time that building these objects took.
         train_prompts: prompts of the train_dataset as the student reads them; None without one.
         eval_prompts: prompts of the eval_dataset; None without one.
     """

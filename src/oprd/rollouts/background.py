@@ -96,7 +96,7 @@ class BackgroundSampler:
         pending = self._pending
         if pending is None:
             return None
-        wait([pending])  # interrupted here, it is still to be cleared
+        wait([pending])  # if interrupted here, `clear` must still wait for it
         self._pending = None
         found = pending.result()
         return found if found.step == step and found.rows() == rows else None
@@ -110,7 +110,8 @@ class BackgroundSampler:
         """Wait for the sampling to end and drop its rollouts, or its error.
 
         Args:
-            interrupt: called until the sampling has ended, which may be between two calls of the engine; None: it takes its time.
+            interrupt: called until the sampling has ended, which may be between two calls of the engine; None: wait without
+                interrupting.
         """
         pending, self._pending = self._pending, None
         while pending is not None and not pending.done():

@@ -40,10 +40,10 @@ class RewriteCounts:
     """What happened to the teacher's responses on their way into the student's tokens.
 
     Args:
-        responses: that the teacher wrote.
-        cut: had more than `max_completion_length` of the student's tokens, and end there.
-        incomplete: are kept up to the first part that the student's tokens cannot write.
-        left_out: have no part before that one: there is no rollout.
+        responses: number that the teacher wrote.
+        cut: number shortened to `max_completion_length` student tokens.
+        incomplete: number kept only up to the first part that the student's tokens cannot write.
+        left_out: number dropped because nothing precedes that part.
         reasons: why they are incomplete or left out → number of responses.
         example: the beginning of the first of these.
     """

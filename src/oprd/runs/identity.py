@@ -210,9 +210,9 @@ def _teacher_digest(teacher: Teacher) -> str:
 
 
 def _code_digest(name: str, function: Any) -> str:
-    """Of the module that defines a grader, a reward function or an objective, so that an edit of it is noticed.
+    """Digest of the module that defines a grader, a reward function or an objective, so that an edit is noticed.
 
-    Of a script only the definition itself: its settings may change.
+    In a script, only of the definition itself, because the script's settings may change.
     """
     module = inspect.getmodule(function)
     file = getattr(module, "__file__", None)
@@ -260,7 +260,7 @@ def _plain(value: Any, depth: int = 0) -> str:
 
 
 def _adapter_digest(peft_config: Any) -> str:
-    """Of an adapter's settings that are not at their defaults, without where its base model lies."""
+    """Digest of an adapter's settings that differ from their defaults, except where its base model is and peft's version."""
     given = {
         f.name: getattr(peft_config, f.name)
         for f in fields(peft_config)

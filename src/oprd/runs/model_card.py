@@ -157,6 +157,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         return f"Accuracy was {NOT_MEASURED}: the run had no evaluation set."
     task = settings.get("task")
     longest = settings.get("eval_max_completion_length") or settings.get("max_completion_length")
+    limit = f"at most {longest} tokens" if longest else "limit of length not recorded"
     rewards = settings.get("reward_funcs")
     functions = ", ".join(map(_code, rewards)) if isinstance(rewards, list) else _code(rewards)
     by_rewards = f"graded by the mean reward of {functions}" if rewards else "without a task to grade by"
@@ -164,7 +165,7 @@ def _results(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     temperature, top_p = (_recorded(settings.get(name)) for name in ("eval_temperature", "eval_top_p"))
     head = (
         f"On {_dataset(settings, 'eval', summary)}, {graded}: k samples a problem, temperature {temperature}, top-p {top_p}, "
-        f"most tokens {_recorded(longest)}. The interval is a bootstrap over problems."
+        f"{limit}. The interval is a bootstrap over problems."
     )
     measure = measure_of_run(settings, summary)
     average, best = ("Avg@k", "Best@k") if measure == ACCURACY else ("mean reward", "reward of the best of k")
@@ -250,7 +251,7 @@ def _contamination(found: Mapping[str, Any] | None) -> str:
 def _limits(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     measured = {name: summary.get(name) for name in _MODELS}
     missing = [label for name, label in _MODELS.items() if not measured[name]]
-    limits = ["One training seed: the spread over seeds was not measured, and the intervals do not hold it."]
+    limits = ["One training seed: the spread over seeds was not measured, and the intervals do not include it."]
     if missing and settings.get("eval_dataset"):
         limits.append(f"{measure_of_run(settings, summary).capitalize()} was not measured of: {', '.join(missing)}.")
     for name, label in _MODELS.items():

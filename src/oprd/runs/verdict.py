@@ -64,7 +64,7 @@ def judge_run(summary: Mapping[str, Any]) -> Verdict | None:
     elif better:
         text = f"closed {share:.0%} {interval} of the gap to the teacher"
     else:  # without the share's interval, which may exclude 0 where that of the change does not
-        text = f"no change that this evaluation tells from chance: {share:.0%} of the gap to the teacher"
+        text = f"no change beyond chance in this evaluation: {share:.0%} of the gap to the teacher"
     return Verdict(f"{text}; {points}", share, ci95, worse)
 
 

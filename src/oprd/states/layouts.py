@@ -112,12 +112,12 @@ def _states(
 
 @torch.no_grad()
 def check_causal(model: nn.Module, layers: Sequence[int], *, read: Reading) -> None:
-    """Refuse a model that reads ahead: the states of a text's first half change where the second half follows.
+    """Refuse a model whose states depend on later tokens.
 
     Args:
-        model: as in `probe_layouts`.
-        layers: likewise.
-        read: likewise.
+        model: the model, in any mode; it is put in eval mode and back.
+        layers: layers to compare.
+        read: how the states are read, as in `probe_layouts`.
 
     Raises:
         ValueError: names the model, by how much later tokens change its states, and what to do.

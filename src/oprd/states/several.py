@@ -27,12 +27,12 @@ class HoldsTeachers(Protocol):
 
 
 def by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
-    """The teachers that one is made of by their teacher_id; the teacher itself under None where it is one."""
+    """teacher_id → teacher, of a teacher that is made of several; {None: teacher} for a single one."""
     return dict(teacher.teachers.items()) if isinstance(teacher, HoldsTeachers) else {None: teacher}
 
 
 def asked_by_id(teacher: Teacher) -> Mapping[str | None, Teacher]:
-    """The teachers that requests name by their teacher_id; the teacher itself under None where a request names none."""
+    """teacher_id → teacher as requests name them; {None: teacher} where requests name none."""
     return by_id(teacher) if isinstance(teacher, SeveralTeachers) else {None: teacher}
 
 

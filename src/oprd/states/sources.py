@@ -24,7 +24,7 @@ class TeacherSource:
         model: folder, hub name or `embedded:…`, loaded here.
         remote: a server.
         cache: folder of a cache, which holds responses too.
-        responses: file of fixed responses (`oprd.data.responses.read_responses`); None: whoever `lmbda` says writes them.
+        responses: file of fixed responses (`oprd.data.responses.read_responses`); None: they are written as `lmbda` says.
     """
 
     model: str | None = None
@@ -87,7 +87,7 @@ def teacher_source(entry: Any) -> TeacherSource | None:
             )
         except ValidationError as error:
             first = error.errors()[0]
-            if first["type"] == "value_error":  # says it whole
+            if first["type"] == "value_error":  # our own message, already complete
                 raise ValueError(first["msg"].removeprefix("Value error, ")) from None
             raise ValueError(f"teacher_model: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     cache = Path(entry["cache"]).expanduser() if "cache" in entry else None

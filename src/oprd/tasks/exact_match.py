@@ -15,4 +15,4 @@ def check_answer(answer: str) -> None:
         ValueError: it is empty.
     """
     if not answer.strip():
-        raise ValueError("the answer is empty")
+        raise ValueError("is empty")

@@ -83,7 +83,7 @@ class Choice:
         """The blocks to keep, ascending.
 
         By influence, the last block always stays: the final norm and the LM head were trained on its states. Of two blocks with
-        the same influence the upper one goes.
+        the same influence, the upper one is removed first.
 
         Args:
             layers: number of blocks.

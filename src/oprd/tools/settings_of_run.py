@@ -39,7 +39,8 @@ class SettingsOfRun:
 def settings_of_run(model: str, given: Mapping[str, Any]) -> SettingsOfRun | None:
     """The settings of the run that a model is from; None where it is not from a run's folder.
 
-    Names of code (`module:attribute`) and `trust_remote_code` are not taken: a folder may be someone else's.
+    Names of code (`module:attribute`) and `trust_remote_code` are not taken: the folder may come from someone else, and these would
+    run code.
 
     Args:
         model: a run's folder, or its `model/` or `checkpoint-…/`.
@@ -145,7 +146,7 @@ def _refuse_code(folder: Path, name: str, value: Any) -> None:
     code = str(value or "").removeprefix(GENERATED) if name == "task" or str(value).startswith(GENERATED) else ""
     if ":" in code:
         raise ValueError(
-            f"{name}: the run {folder} names code for it, {value}; if you trust that code, say so: --{name} {value}"
+            f"{name}: the run {folder} names code for it, {value}; if you trust that code, pass --{name} {value}"
         )
 
 

@@ -40,7 +40,7 @@ def load_service(
     most_tokens: int = 131072,
     queue: int = 16,
 ) -> TeacherService:
-    """Load a model, check that its states do not depend on the padding, and make what answers requests.
+    """Load a model, check that its states do not depend on the padding, and return the service that answers requests.
 
     Args:
         name: folder, hub name or `embedded:…`.

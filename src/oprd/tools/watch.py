@@ -1,6 +1,6 @@
 """Where runs stand, read from their folders while they are at work: `RunWatch`.
 
-Nothing is written, and no lock is taken: a run does not notice that it is watched.
+Only reads: writes nothing and takes no lock.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ _SCALES_AT = 5  # the one step whose terms are compared, so that a resumed run g
 
 
 class AlarmWatch:
-    """Compares the two halves of the last `window` steps, and tells once when cosine rose while accuracy or KL worsened, or
-    accuracy stood still.
+    """Compares the halves of the last `window` steps and reports when cosine rose while accuracy or KL worsened, or accuracy
+    stood still.
 
     After an alarm it is quiet until a whole new window has passed. Steps of one of several teachers have a window of their own.
 
@@ -46,7 +46,7 @@ class AlarmWatch:
             if "loss" not in row:
                 continue
             rows = self._window_of(row)
-            if row.get("alarm"):  # another alarm may have been told there
+            if row.get("alarm"):  # another alarm may have been logged there
                 self._judge(rows)
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
@@ -80,7 +80,7 @@ def only_teacher(row: Mapping[str, Any]) -> str:
 
 
 class RisingLoss:
-    """Tells when a term's loss has risen to a multiple of the lowest so far: the usual sign of too high a learning rate.
+    """Reports when a term's loss has risen to a multiple of the lowest so far: the usual sign of too high a learning rate.
 
     It watches the representation loss, and an output-space loss that is a distance, before their weights. It compares geometric
     means over five steps, since a loss varies by factors; the loss of the first step counts as one too. After an alarm it is
@@ -89,7 +89,7 @@ class RisingLoss:
     A loss is not watched where more than the rate may raise it: a scheduled weight, rewards, rollouts of two models.
 
     Args:
-        args: the run's settings; with `alarm_window: 0` it never tells.
+        args: the run's settings; with `alarm_window: 0` it never reports.
     """
 
     def __init__(self, args: OPRDConfig) -> None:
@@ -141,11 +141,11 @@ class UselessSteps:
 
     A step counts if every completion is empty (its first token ends it), or every completion was cut off by the length limit, or,
     with a policy-gradient term that has a weight, all rewards of each prompt are equal. A representation or output-space loss still
-    learns from completions that were cut off, and beside a policy gradient of 0; whether that is useless is for
-    `max_useless_steps` to say, which is off by default.
+    learns from completions that were cut off, and beside a policy gradient of 0; set `max_useless_steps` (off by default) to end
+    such a run.
 
     Args:
-        args: the run's settings: the limit is `max_useless_steps`, the alarm rings after `alarm_window` steps.
+        args: the run's settings: the limit is `max_useless_steps`, a warning is logged after `alarm_window` steps.
         before: steps counted before the run was resumed.
     """
 

@@ -34,12 +34,12 @@ _CAUSES = {
     "state of the student": "the student's weights have grown too large: lower learning_rate or max_grad_norm",
     "loss": "a term of the loss overflows or divides by zero: look at loss/* in metrics.jsonl",
     "norm of the gradients": "the gradients are finite, but so large that their norm overflows: lower the weight of the loss",
-    "gradient": "an update before was too large (lower learning_rate), or a callback or hook has changed the gradient",
+    "gradient": "an earlier update was too large (lower learning_rate), or a callback or hook has changed the gradient",
 }
 
 
 class FiniteGuard(TrainerCallback):
-    """Looks at loss and gradients of each step before the optimizer moves. The norm of the gradients exists anyway.
+    """Checks loss and gradients of each step before the optimizer moves. It reuses the gradient norm, so the check is nearly free.
 
     It must be the last callback. Where another callback may have changed gradients after the norm was taken, they are read again.
     When a value is not finite, the step is taken on no rank: the run stops, or the step is skipped (`nan_policy`).

@@ -116,8 +116,8 @@ class OPRDTrainer(Trainer):
         summary: of the last `train`, as in `summary.json`.
 
     Raises:
-        ValueError: models, datasets or settings that do not fit, before anything is trained; says what and how to mend it. A
-            subclass overrides a method of transformers' Trainer that is never called here.
+        ValueError: models, datasets or settings that do not fit, before anything is trained; the message says what is wrong
+            and how to fix it. A subclass overrides a method of transformers' Trainer that is never called here.
 
     Example:
         >>> trainer = OPRDTrainer("embedded:tiny/student", "embedded:tiny/teacher",

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WantedSet:
-    """One set of rollouts: what is wanted, and what is there of it.
+    """One set of rollouts: the requests, and the completions so far.
 
     Args:
         prompts: token ids, one list a completion.

@@ -55,7 +55,7 @@ class CachedPositions:
 
 @dataclass(frozen=True)
 class CacheContent:
-    """What a cache is of. A writer that is started again must ask for the same.
+    """Identifies a cache's teacher, settings and responses. A writer that is started again must ask for the same.
 
     Args:
         info: facts of the teacher.
@@ -68,7 +68,7 @@ class CacheContent:
         bridge: digest and rank of the bridge through which the states came; None: they are whole.
         responses: how they were made: digest of their file; or sampling, prompts and seed where the teacher writes them.
         micro_batch_tokens: most tokens that the teacher reads at once.
-        shard_bytes: about as many bytes a shard has.
+        shard_bytes: approximate size of a shard.
     """
 
     info: ModelInfo
@@ -85,7 +85,7 @@ class CacheContent:
 
     @property
     def bytes_a_position(self) -> int:
-        """Of all layers."""
+        """Bytes of one position's states, all layers together."""
         return sum(self.widths.values()) * parse_dtype(self.dtype).itemsize
 
     def differences(self, other: CacheContent) -> list[str]:
@@ -118,7 +118,7 @@ class CacheIndex:
     """What `index.json` holds.
 
     Args:
-        content: what the cache is of.
+        content: what the cache holds.
         responses_sha256: digest of `responses.jsonl`; empty while there is none.
         shards: those that are written.
         complete: whether all are.
@@ -207,7 +207,7 @@ class CacheWriter:
 
     Args:
         folder: of the cache; made where there is none.
-        content: what it is of.
+        content: what the cache holds.
 
     Attributes:
         index: as it is on disk.

@@ -32,14 +32,14 @@ from oprd.types import States
 class CachedTeacher:
     """Gives the states of the responses that its folder holds, read from memory-mapped files.
 
-    It finds a response by the token ids that are read: of any other text it has no states.
+    A response is looked up by its token ids and its prompt's; any other text raises a ValueError.
 
     Args:
         folder: of the cache, which is complete.
         verify: check the digests of all files. One process of a machine is enough.
 
     Attributes:
-        content: what the cache is of.
+        content: what the cache holds.
         responses: the fixed responses.
 
     Raises:

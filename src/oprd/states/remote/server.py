@@ -250,8 +250,8 @@ def is_loopback(host: str) -> bool:
 class _Listener(ThreadingHTTPServer):
     """Accepts connections and ends those that take too long.
 
-    A connection is a stranger until its request passes the gate. Only then it takes one of the limited places, so silent
-    connections block no client. With too many strangers the oldest is closed.
+    A connection takes one of the limited places only after its request passes the gate, so idle connections block no client. If
+    more than `_STRANGERS` connections have not passed the gate yet, the oldest of them is closed.
 
     Args:
         address: host and port.
@@ -332,7 +332,7 @@ class _Listener(ThreadingHTTPServer):
             _end(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say that a client has left."""
+        """Log that the connection to a client was lost."""
         logger.info("%s: the connection was lost", client_address[0])
 
 
@@ -342,7 +342,7 @@ def _end(connection: socket.socket) -> None:
 
 
 class _Gate:
-    """Who is let in: who sends the token; without one, who calls this machine by a loopback name (no page of another site)."""
+    """Decides which requests are let in: those that send the token; without one, those to a loopback name (no DNS rebinding)."""
 
     def __init__(self, token: str, *, loopback: bool) -> None:
         self._expected = f"Bearer {token}".encode() if token else b""

@@ -2,7 +2,7 @@
 
 Both write the same number of tokens for each row. `generate` gets all rows in one left-padded batch, each prompt as often as it is
 sampled, and draws from the softmax without truncation. The time is CPU seconds of the measuring thread, so that other processes
-disturb it less; of each way the shortest of all rounds counts.
+disturb it less; for each way, the shortest of all rounds counts.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             "vLLM has its own copy of the weights and, unless VLLM_CPU_KVCACHE_SPACE says otherwise, 1 GiB for keys and values.",
         ]
-    lines += ["", "Targets: a step so many times faster than the faster of TRL's."]
+    lines += ["", "Targets: a step's speed-up over the faster of TRL's trainers."]
     lines += [
         f"- {TITLES[base]}: at least {target['wanted']}, found {target['least']:.2f} ({'met' if target['met'] else 'not met'})."
         for base, target in report["targets"].items()

@@ -69,7 +69,7 @@ class Workload:
         sharding: none, ddp (a copy per device) or fsdp (student and teacher split, like the setting fully_shard).
         accelerator: whether the device is not a CPU; accelerators use larger chunks of logits.
         several: teacher_id → bytes of the weights, where there are several teachers; `teacher` is the largest of them. A model
-            that stands under two ids counts under the first.
+            named under two ids is counted once, under the first.
         offload: only one of them is on the device at a time; "auto": as `oprd.states.offload` chooses.
         device_bytes: memory of the device, for that choice.
         eager: the student keeps its attention maps for backward (attn_implementation: eager).

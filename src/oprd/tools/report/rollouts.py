@@ -54,13 +54,13 @@ class Side:
         if self.distances and len(self.distances) != len(self.tokens):
             raise ValueError(f"{len(self.distances)} distances for {len(self.tokens)} tokens")
         if any(len(line) != len(self.tokens) for line in self.by_layer):
-            raise ValueError(f"a layer has another number of distances than there are tokens ({len(self.tokens)})")
+            raise ValueError(f"a layer has a different number of distances than there are tokens ({len(self.tokens)})")
         if self.preferred and len(self.preferred) != len(self.tokens):
             raise ValueError(f"{len(self.preferred)} tokens of the teacher for {len(self.tokens)} tokens")
         if self.correct is not None and not math.isfinite(self.correct):
-            raise ValueError("a reward is no finite number")
+            raise ValueError("a reward is not finite")
         if not all(math.isfinite(d) and d >= 0 for line in (self.distances, *self.by_layer) for d in line):
-            raise ValueError("a distance is no number of 0 or more")
+            raise ValueError("a distance is negative or not finite")
 
     @property
     def mean_distance(self) -> float | None:
@@ -171,7 +171,9 @@ def read_distances(folder: Path, steps: Any) -> tuple[Distances | None, str | No
     if found.format != FORMAT:
         return None, f"{DISTANCES} has format {found.format}, this version of oprd reads {FORMAT}; write it again"
     if found.steps != steps:
-        return None, f"{DISTANCES} is of the run after {found.steps} steps, it has {steps} now; write it again"
+        return None, (
+            f"{DISTANCES} was written after {found.steps} steps, the run has {steps} now; run oprd report --distances again"
+        )
     return found, None
 
 
