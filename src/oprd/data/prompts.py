@@ -110,6 +110,9 @@ class PromptRenderer:
             logger.info(
                 "%s: %d of %d prompts end with an assistant's turn, which is continued", name, continued, len(rows)
             )
+        if any(isinstance(row.prompt, str) for row in rows) and self._appended:
+            tokens = "".join(self.tokenizer.convert_ids_to_tokens(self._appended))
+            logger.warning("%s: the tokenizer appends %s to a text; the prompts are read without it", name, tokens)
         for plain, found in written.items():
             if found.count:
                 self._warn(found, len(rows), name, plain=plain)
@@ -146,10 +149,22 @@ class PromptRenderer:
 
     def _plain(self, text: str, row: PromptRow, control_token: str | None) -> list[int]:
         if self.split_special_tokens and control_token is not None:
-            return self.control.encode(text, source=row.source)
-        starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        with naming_the_row(self.tokenizer, row, self.template_kwargs):
-            return list(self.tokenizer(text, add_special_tokens=not starts)["input_ids"])  # avoid a second BOS token
+            ids, starts = self.control.encode(text, source=row.source), False
+        else:
+            starts = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+            with naming_the_row(self.tokenizer, row, self.template_kwargs):
+                ids = list(self.tokenizer(text, add_special_tokens=not starts)["input_ids"])  # avoid a second BOS token
+        added = [] if starts else self._appended
+        return ids[: len(ids) - len(added)] if added and ids[-len(added) :] == added else ids
+
+    @cached_property
+    def _appended(self) -> list[int]:
+        """Special tokens that the tokenizer appends to a text, such as an end: a prompt that is continued must not have them."""
+        one, other = (list(self.tokenizer(digit)["input_ids"]) for digit in "01")
+        special, count = {*self.tokenizer.all_special_ids}, 0
+        while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count] in special:
+            count += 1
+        return one[len(one) - count :]
 
     def _warn(self, found: _Written, prompts: int, name: str, *, plain: bool) -> None:
         how = "text, not as control tokens"

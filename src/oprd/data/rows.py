@@ -30,7 +30,17 @@ _ANSWER_COLUMNS = (
     "answer", "reward_model.ground_truth", "final_answer", "expected_answer", "ground_truth", "solution",
 )  # fmt: skip
 _CHOICE_COLUMNS = ("choices", "options")
-_BESIDE_PROMPT = ("context", "passage", "input")  # may hold a part of the problem
+# May hold a part of the problem.
+_BESIDE_PROMPT = (
+    "context",
+    "passage",
+    "input",
+    "system",
+    "system_prompt",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SPEAKERS = {
@@ -545,7 +555,8 @@ def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tupl
     _check_text(str(answer), source, "the answer")
     if reading.graded and named is None and str(answer).strip().isdecimal():
         _check_no_choices(row, answer, name, source)
-    return str(answer), name
+    whole = isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53  # as pandas writes beside a null
+    return str(int(answer) if whole else answer), name
 
 
 def _python_value(value: Any) -> Any:

@@ -76,9 +76,19 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def stated_context(config: PreTrainedConfig) -> int | None:
-    """Maximum context in tokens that a model's config states, or None."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None  # XLNet writes −1
+    """Maximum context in tokens that a model's config states, or None.
+
+    With `longrope` (Phi-3 128k) it is the original context: beyond it the longest text of a batch sets the rotation of all its
+    texts, so that a text's states depend on the others.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    limit = limit if limit is not None and limit > 0 else None  # XLNet writes −1
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return limit
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return limit if original is None else min(original, limit or original)
 
 
 def embedding_rows(model: nn.Module) -> int | None:

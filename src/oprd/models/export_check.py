@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from oprd.models.adapters import CONFIG
 from oprd.models.architecture import causal_lm, evaluating
 from oprd.models.load_report import check_loaded
+from oprd.models.loading import whole_class
 from oprd.models.saved import saved_tensors, weight_files
 from oprd.models.tokens import vocabulary_size
 
@@ -151,16 +152,22 @@ def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -
         warnings.simplefilter("ignore")
         if not hasattr(model, "peft_config"):
             trust = init_kwargs.get("trust_remote_code", False)
-            copy, report = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            copy, report = whole_class(config).from_pretrained(
                 folder, trust_remote_code=trust, output_loading_info=True
             )
             check_loaded(str(folder), copy, report)
             return copy.eval()
-        from peft import AutoPeftModelForCausalLM  # an extra: only users of adapters need it
+        from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel  # an extra: only users of adapters need it
 
         # The saved config alone says which revision of the base model it is.
         loading = {"dtype": causal_lm(model).dtype} | init_kwargs
         loading = {key: value for key, value in loading.items() if key not in ("revision", "device_map", "subfolder")}
+        base = causal_lm(model).config
+        if (whole := whole_class(base)) is not AutoModelForCausalLM:
+            own = PeftConfig.from_pretrained(folder)
+            read = whole.from_pretrained(own.base_model_name_or_path, revision=own.revision, **loading)
+            return PeftModel.from_pretrained(read, folder).eval()
         return AutoPeftModelForCausalLM.from_pretrained(folder, **loading).eval()
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -34,11 +35,27 @@ def reason_of(error: Exception) -> str | None:
         type(error).__name__ == "UnpicklingError"
     ):  # torch reads only tensors from a pickle; this one holds other objects
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
-    of_files = isinstance(error, (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, RuntimeError))
+    of_files = isinstance(
+        error,
+        (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            EOFError,
+            AssertionError,
+            SafetensorError,
+            RuntimeError,
+            StrictDataclassError,
+        ),
+    )
+    if type(error) is Exception:  # tokenizers raises it for a file of a newer release
+        return f"{' '.join(str(error).split())}; a newer transformers and tokenizers may read it"
     if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
         return None
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].startswith("Error(s) in loading state_dict") else lines[0]
+    in_two = lines[0].startswith("Error(s) in loading state_dict") or isinstance(error, StrictDataclassError)
+    return " ".join(lines[:2]) if in_two else lines[0]
 
 
 @contextmanager

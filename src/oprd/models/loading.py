@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oprd.data.hub import hub_answers
 from oprd.models.adapters import Adapter, attach, find_adapter
@@ -242,6 +251,21 @@ def load_model(
     return model
 
 
+_OF_CONFIG = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only")
+
+
+def whole_class(config: Any) -> Any:
+    """The Auto class that loads all of a model: of one that also reads images, the causal class may drop what reads them.
+
+    Args:
+        config: the model's.
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config.get_text_config() is config or getattr(causal, "config_class", None) is type(config):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
 def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """Load a model that is no adapter."""
     # Weights of another shape are reported, with their names, and then refused.
@@ -249,7 +273,11 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrain
     local = Path(resolved).is_dir()
     with conversion_failures() as failed, _whole_under_zero3():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(resolved, **arguments)
+            auto: Any = AutoModelForCausalLM
+            if "gguf_file" not in kwargs:
+                own = {key: kwargs[key] for key in _OF_CONFIG if kwargs.get(key) is not None}
+                auto = whole_class(kwargs.get("config") or AutoConfig.from_pretrained(resolved, **own))
+            model, report = auto.from_pretrained(resolved, **arguments)
         except Exception as error:
             if (reason := reason_of(error)) is None:
                 raise
@@ -311,14 +339,17 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         OSError: there is none that can be read.
-        ValueError: a name that is neither a folder nor a hub name.
+        ValueError: a name that is neither a folder nor a hub name, or a config with a value that is not allowed.
     """
     resolved, revision = resolve_name(name), None
     if (adapter := find_adapter(resolved)) is not None:
         resolved, revision = _base_of(adapter), adapter.base_revision
     elif not any(Path(resolved).glob("*.gguf")):
         check_folder(name, Path(resolved))
-    return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: the config of {name!r} is not valid: {reason_of(error)}") from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -22,6 +22,13 @@ GENERATION, MODEL, TOKENIZER, TEMPLATE = "generation_config.json", "config.json"
 _CONTENT = "zq"  # a turn's content that no template writes
 
 
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, which also reads images or sound; a tokenizer as it is; of a mapping, those of its values."""
+    if isinstance(processing_class, Mapping):
+        return {name: tokenizer_of(own) for name, own in processing_class.items()}
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
 def named_ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
     """Source → ids that it names as the end of a text or turn; sources that name none are left out.
 

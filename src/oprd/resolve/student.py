@@ -58,6 +58,7 @@ def make_student(run: RunConfig, *, head: bool) -> tuple[LoadedModel, Fingerprin
         logger.info("frozen, since the loss does not reach it: %s", _shorten(frozen))
     _require_reached(model, args.layers)
     _require_full_precision(model)
+    _say_dropout(model)
     install_state_forward(model)
     return replace(loaded, model=model), student_fingerprint, kept
 
@@ -70,6 +71,21 @@ def _check_trainable(model: nn.Module, *, added: bool) -> None:
             "model: its weights are quantised, and no step changes those: train an adapter on them (lora: {r: 16}), or load the "
             "full weights and set student_quantization"
         )
+
+
+def _say_dropout(model: nn.Module) -> None:
+    """Warn of dropout in the student's config: it is on in training, and the teacher and the rollouts have none."""
+    config = causal_lm(model).config.get_text_config().to_dict()
+    shares = {
+        k: v for k, v in config.items() if "drop" in k and "classifier" not in k and isinstance(v, float) and v > 0
+    }
+    if shares:
+        named = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
+        off = ", ".join(f"{name}: 0.0" for name in shares)
+        logger.warning(
+            "the student has dropout in training (%s), so its states differ from the teacher's even where the weights are equal; "
+            "turn it off: model_init_kwargs: {%s}", named, off,
+        )  # fmt: skip
 
 
 def _load_student(run: RunConfig) -> LoadedModel:

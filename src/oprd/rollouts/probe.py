@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from oprd.models.architecture import causal_lm, evaluating
+from oprd.models.memory import ran_out_of_memory
 from oprd.models.sharding import is_sharded
 from oprd.rollouts.cached_rows import CachedRows
 from oprd.rollouts.transformers_engine import left_padded, replace_generation_config
@@ -36,7 +37,23 @@ def probe_decoding(model: nn.Module) -> Probe:
 
     Args:
         model: as `TransformersEngine` samples from it; sharded on all processes.
+
+    Raises:
+        ValueError: its own code fails; names the model.
     """
+    try:
+        return _generated_together(model)
+    except Exception as error:  # other people's forward
+        if ran_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: {type(causal_lm(model)).__name__} cannot generate for two texts together ({type(error).__name__}: {text}); "
+            "take another model, or sample with vllm"
+        ) from error
+
+
+def _generated_together(model: nn.Module) -> Probe:
     lm = causal_lm(model)
     texts, following = _texts(model)
     generate = getattr(model, "generate", lm.generate)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd.faults import RunStopped
 from oprd.models.architecture import causal_lm, evaluating
 from oprd.models.memory import HalvedSize
 from oprd.models.sharding import is_sharded
@@ -169,10 +170,12 @@ class TransformersContinuousEngine:
                 if result is None:
                     if not manager.is_running():
                         cause = manager.background_thread_status.fatal_error
-                        raise RuntimeError(f"rollout_engine: transformers_continuous stopped ({cause})") from cause
+                        raise RunStopped(
+                            f"rollout_engine: transformers_continuous stopped ({cause}); {_ADVICE}"
+                        ) from cause
                     continue
                 if result.error is not None:
-                    raise RuntimeError(f"rollout_engine: transformers_continuous failed: {result.error}")
+                    raise RunStopped(f"rollout_engine: transformers_continuous failed: {result.error}; {_ADVICE}")
                 done[result.request_id] = list(result.generated_tokens)
                 if self.on_batch is not None:
                     self.on_batch(len(done), len(names))
@@ -226,6 +229,8 @@ def check_supported(model: nn.Module) -> None:
         )
     text = lm.config.get_text_config()
     other = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
+    if getattr(text, "kv_lora_rank", None):
+        other.add("latent attention")  # keys and values of two widths
     if other or lm.config.is_encoder_decoder or not getattr(lm, "_supports_attention_backend", False):
         found = f" with layers {', '.join(sorted(other))}" if other else ""
         raise ValueError(

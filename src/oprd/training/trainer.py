@@ -32,6 +32,7 @@ from oprd.models.memory import HalvedSize, explaining_out_of_memory
 from oprd.models.processor import copy_processor
 from oprd.models.saved import check_names, has_own_layout, weight_files
 from oprd.models.sharding import max_over_ranks, shard_models, whole_weights
+from oprd.models.tokens import tokenizer_of
 from oprd.objectives.composite import StepObjective, StepTotals
 from oprd.objectives.terms import drop_metrics
 from oprd.resolve import ResolvedRun, check_inputs, given_rows, prepare, resolve
@@ -97,7 +98,7 @@ class OPRDTrainer(Trainer):
         train_dataset: rows with a "prompt" (text, or messages for the chat template) and optionally an "answer"; or the name of a
             file, hub dataset or `generated:<task>`.
         eval_dataset: rows with "prompt" and "answer", for `evaluate`.
-        processing_class: the student's tokenizer; by default loaded with the model.
+        processing_class: the student's tokenizer, or a processor that has it; by default loaded with the model.
         teacher_processing_class: the teacher's tokenizer; by default loaded with the teacher. Where its tokens are not the
             student's, the teacher reads its own prompts and tokens (`oprd.alignment`). Of several teachers: teacher_id → tokenizer.
         callbacks: as in any Trainer.
@@ -155,7 +156,7 @@ class OPRDTrainer(Trainer):
         if resolved is not None and any(given is not None for given in (model, teacher_model, args, train_dataset)):
             raise ValueError("resolved: it holds models, settings and datasets already; leave these arguments out")
         if resolved is None:
-            tokenizers = processing_class, teacher_processing_class
+            tokenizers = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
             given = GivenObjects(*tokenizers, peft_config, objectives, rollout_engine, task, reward_funcs)
             rest = {"eval_dataset": eval_dataset, "eval_before": eval_before, "eval_teacher": eval_teacher}
             resolved = _resolve(args, model, teacher_model, train_dataset, base_model=base_model, given=given, **rest)

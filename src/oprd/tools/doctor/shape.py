@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from oprd.models.architecture import blocks, causal_lm
-from oprd.models.loading import load_config
+from oprd.models.load_report import reason_of
+from oprd.models.loading import load_config, whole_class
 
 CHECKED = ("llama", "qwen2")
 """Model types for which tests/test_doctor.py and docs/memory.md check the formulas against measurements."""
@@ -115,8 +116,13 @@ def shape_of(config: Any, *, trust_remote_code: bool = False) -> Shape:
     Raises:
         ValueError: the blocks do not have exactly q, k, v, o, gate, up and down projections.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = whole_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if (reason := reason_of(error)) is None and not isinstance(error, AttributeError):
+            raise
+        raise ValueError(f"model: {config.model_type!r} cannot be made from its config: {reason or error}") from error
     text = causal_lm(model).config.get_text_config()
     block = blocks(model)[0]
     linears = {n.rsplit(".", 1)[-1]: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
