@@ -97,6 +97,7 @@ FOREIGN = {
     ("bridge/statistics.py", "_keys_K"): "from_state, of the same class",
     ("bridge/statistics.py", "_shift"): "merge, of the same class",
     ("models/loading.py", "_hf_deepspeed_config_weak_ref"): "transformers has a setter of it and no getter",
+    ("models/architecture.py", "_attn_implementation"): "transformers has no other name for it",
     ("models/export_check.py", "_attn_implementation"): "transformers has no other name for it",
     ("models/lm_head/gradients.py", "_oprd_densified"): "our mark on a parameter of torch",
     ("models/quantization.py", "_version"): "torch counts changes of a tensor there, without a public name",

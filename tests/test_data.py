@@ -21,7 +21,7 @@ ONE = [{"role": "user", "content": "a"}]
         ({"prompt": "1+1="}, "1+1=", None),
         ({"prompt": USER, "answer": "2", "other": 7}, USER, "2"),
         ({"prompt": "a", "answer": 2}, "a", "2"),
-        ({"prompt": "a", "answer": 142.0}, "a", "142.0"),
+        ({"prompt": "a", "answer": 142.0}, "a", "142"),
         ({"prompt": "a", "answer": np.int64(3)}, "a", "3"),
         ({"prompt": "a", "answer": None}, "a", None),
         ({"prompt": np.array(USER, dtype=object), "reward_model": {"ground_truth": "2"}}, USER, "2"),

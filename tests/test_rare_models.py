@@ -158,9 +158,7 @@ def test_a_block_that_runs_twice_is_refused():
         return once(*args, **kwargs)
 
     first.forward = twice
-    with pytest.raises(
-        ValueError, match=r"a block of Qwen2ForCausalLM runs twice or not at all in a pass.*layers: last"
-    ):
+    with pytest.raises(ValueError, match=r"a block of Qwen2Model runs twice or not at all in a pass.*layers: last"):
         gather_states(model, request_states(random_rollouts(), (1, 2)))
 
 

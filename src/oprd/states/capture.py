@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from oprd.models.architecture import backbone, blocks, causal_lm, num_layers
+from oprd.models.architecture import backbone, blocks, num_layers
 from oprd.states.attention import watch_attention
 from oprd.states.layers import LayerSpec, resolve_layers
 from oprd.states.layouts import Probe, check_layout, probe_layouts, rounding
@@ -100,11 +100,10 @@ def read_states(model: nn.Module, request: StateRequest, read: ReadState) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    expected = len(request.layers) + (request.head is not None)
-    if len(results) != expected or len(rows) != len(request.attention):
+    if (len(results), len(rows)) != (len(request.layers) + (request.head is not None), len(request.attention)):
         raise ValueError(
-            f"layers: a block of {type(causal_lm(model)).__name__} runs twice or not at all in a pass, so its state has no single "
-            "value; set layers: last, or take another model"
+            f"layers: a block of {type(body).__name__} runs twice or not at all in a pass, so its state has no single value; set "
+            "layers: last, or take another model"
         )
     return results + rows
 
