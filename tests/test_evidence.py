@@ -213,7 +213,7 @@ def test_words():
         "a and b",
         "a, b and c",
     ]
-    assert [less(value) for value in (4, 0, -3)] == ["4 % less", "0 % more", "3 % more"]
+    assert [less(value) for value in (4, 0, -3)] == ["4 % less", "no less", "3 % more"]
 
 
 def test_a_readme_without_marks_is_refused():

@@ -102,6 +102,9 @@ def test_the_recipe_of_the_real_pair_reads_its_questions(tmp_path):
         sum_ = row["prompt"][0]["content"].removeprefix("What is ").partition("?")[0]
         terms = sum_.replace("- ", "-").replace("+ ", "").split()
         assert int(row["answer"]) == sum(map(int, terms))
+    files = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in questions.COUNTS}
+    assert {name: len(lines) for name, lines in files.items()} == questions.COUNTS
+    assert len({line for lines in files.values() for line in lines}) == sum(questions.COUNTS.values())
     data = {f"{kind}_dataset": str(tmp_path / f"{name}.jsonl") for kind, name in (("train", "train"), ("eval", "test"))}
     run = RunConfig.load_on_cpu(
         e27.FILE.parent / "recipe.yaml", {**data, "model": "not/here", "teacher_model": "not/here"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from evidence.comparisons import with_known
 from evidence.e06_diversity.claim import _answer
 from evidence.e07_gradient_noise.claim import slope
 from evidence.e07_gradient_noise.noise import EXACT, SAMPLED, FixedPrefixes, at_checkpoint, scatter, state_noise
@@ -126,3 +127,23 @@ def test_small_moves_cost_what_the_second_order_says(monkeypatch):
 
 def test_the_last_word_is_the_answer():
     assert [_answer("1 + 2 #3"), _answer(" "), _answer("#12 ")] == ["#3", "", "#12"]
+
+
+def test_known_runs_are_not_made_again():
+    def record(name, rate, seed):
+        return {"objective": name, "learning_rate": rate, "seed": seed}
+
+    known = [record("a", 1e-3, seed) for seed in (0, 1)] + [record("b", 1e-3, 0), record("c", 1e-3, 0)]
+    asked = []
+
+    def run(rates):
+        asked.append(rates)
+        return [record(name, rate, seed) for name, own in rates.items() for rate in own for seed in (0, 1)]
+
+    found = with_known(run, {"a": [1e-3, 2e-3], "b": [1e-3]}, [0, 1], known)
+    assert asked == [{"a": [2e-3], "b": [1e-3]}]  # of b a seed is missing
+    assert sorted((r["objective"], r["learning_rate"], r["seed"]) for r in found) == [
+        ("a", 1e-3, 0), ("a", 1e-3, 1), ("a", 2e-3, 0), ("a", 2e-3, 1), ("b", 1e-3, 0), ("b", 1e-3, 1),
+    ]  # fmt: skip
+    assert with_known(run, {"a": [1e-3]}, [1], known) == [record("a", 1e-3, 1)]
+    assert len(asked) == 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from evidence.claim import Work
 from evidence.e16_several_teachers import claim as e16
 from evidence.e17_privileged import claim as e17
 from evidence.sums import additions, worked
@@ -17,6 +21,23 @@ def test_worked_solutions_are_those_of_the_embedded_pair():
         assert is_correct(row["worked"], row["answer"])
     assert worked(345, 890) == "5+0+0=05 4+9+0=13 3+8+1=12 #1235"
     assert {row["prompt"] for row in additions(50, 3, seed=1)} != {row["prompt"] for row in additions(50, 3, seed=2)}
+
+
+def test_e16_is_judged_by_problems_that_neither_training_nor_tuning_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(e16, "fine_tuned", lambda *args: None)
+    work = Work(tmp_path / "e16", quick=False, workers=1, say=print)
+    prompts = {}
+    for seed in (0, 10):
+        settings = e16.prepare(work, seed)
+        for kind in ("train", "eval"):
+            rows = [json.loads(line) for line in Path(settings[f"{kind}_dataset"]).read_text().splitlines()]
+            prompts[kind, seed] = {row["prompt"] for row in rows}
+            domains = [row["teacher_id"] for row in rows]
+            assert len({*domains}) == 2
+            assert domains.count("three") == domains.count("five") == {"train": 2048, "eval": 125}[kind]
+    assert prompts["train", 0] == prompts["train", 10]
+    assert not prompts["train", 0] & (prompts["eval", 0] | prompts["eval", 10])
+    assert len(prompts["eval", 0] & prompts["eval", 10]) < 5  # of 810,000 additions of three digits
 
 
 def record(name: str, seed: int, final: float, rate: float = 1e-3, **more) -> dict:

@@ -55,8 +55,14 @@ def measure(work: Work) -> dict[str, Any]:
     found["other tokenizer"] = run_comparison(
         BRIDGES / "other_tokenizer.yaml", work, folder="other_tokenizer", seeds=seeds
     )
-    keys = ("objective", "learning_rate", "seed", "before", "final", "cosine", "alarms")
-    return {"runs": [{"of": where, **{key: r[key] for key in keys}} for where, runs in found.items() for r in runs]}
+    keys = ("objective", "learning_rate", "seed", "before", "final", "cosine")
+    return {
+        "runs": [
+            {"of": where, **{key: r[key] for key in keys}, "alarms": r["cosine_alarms"]}
+            for where, runs in found.items()
+            for r in runs
+        ]
+    }
 
 
 def is_bad(record: Record) -> bool:
