@@ -19,19 +19,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from oprd.models.adapters import CONFIG
 from oprd.models.architecture import causal_lm, evaluating
+from oprd.models.fingerprint import LOADING
 from oprd.models.load_report import check_loaded
 from oprd.models.loading import whole_class
+from oprd.models.probe_logits import difference, is_rounding, logits_on, probe_ids
 from oprd.models.saved import saved_tensors, weight_files
-from oprd.models.tokens import vocabulary_size
 
 logger = logging.getLogger("oprd")
 
 LARGEST = 8 * 2**30
 """Bytes of weights up to which the saved model is loaded a second time."""
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest logit; 16-bit ones round more
-_TOLERANCE_16_BITS = 5e-2
 _EVERYWHERE = ("eager", "sdpa")  # implementations of attention that need no package and no GPU
-_LOADING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+_NOT_THE_MODEL = LOADING | {"architectures"}
 
 
 @dataclass(frozen=True)
@@ -128,22 +127,14 @@ def _compare_loaded(
     attention = causal_lm(model).config._attn_implementation
     if attention in _EVERYWHERE:  # in 16 bits two implementations round apart by more than a wrong config would show
         causal_lm(copy).set_attn_implementation(attention)
-    device = next(model.parameters()).device
-    rows = causal_lm(model).get_input_embeddings().weight.shape[0]
-    probe = torch.linspace(0, min(vocabulary_size(tokenizer), rows) - 1, 32).long().view(2, 16)
-    logits = _logits(model, probe.to(device), autocast), _logits(copy, probe, autocast)
-    width = min(part.shape[-1] for part in logits)  # PEFT adds rows to the embedding for a larger tokenizer
-    one, other = (part[..., :width] for part in logits)
-    difference, scale = float((one - other).abs().max()), max(float(one.abs().max()), 1.0)
-    computed = autocast or causal_lm(model).dtype
-    if not difference <= _TOLERANCE.get(computed, _TOLERANCE_16_BITS) * scale:
+    ids = probe_ids(model, tokenizer)
+    off, scale = difference(logits_on(ids, model, autocast), logits_on(ids.cpu(), copy, autocast))
+    if not is_rounding(off, scale, autocast or causal_lm(model).dtype):
         return ExportCheck(
             False,
-            f"loaded again, its logits differ from the trained model's by up to {difference:.2g} (largest logit {scale:.2g})",
+            f"loaded again, its logits differ from the trained model's by up to {off:.2g} (largest logit {scale:.2g})",
         )
-    return ExportCheck(
-        True, f"loaded again, its logits are the trained model's, to {difference:.1g}, on {probe.numel()} tokens"
-    )
+    return ExportCheck(True, f"loaded again, its logits are the trained model's, to {off:.1g}, on {ids.numel()} tokens")
 
 
 def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -> nn.Module:
@@ -171,12 +162,6 @@ def _load_plainly(model: nn.Module, folder: Path, init_kwargs: dict[str, Any]) -
         return AutoPeftModelForCausalLM.from_pretrained(folder, **loading).eval()
 
 
-def _logits(model: nn.Module, ids: Tensor, autocast: torch.dtype | None) -> Tensor:
-    with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return logits.float().cpu()
-
-
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients; afterwards all modules are in the mode, and the random generators in the state, of before."""
@@ -191,4 +176,4 @@ def _alike(live: Tensor, stored: Tensor) -> bool:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _LOADING}
+    return {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}

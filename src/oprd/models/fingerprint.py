@@ -19,7 +19,7 @@ from oprd.models.tokens import vocabulary_size
 _PROBE = "Hello world! 1234567\n\t  x_1 = déjà vu; 日本語 🙂"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value → the integer of its bits
 # Config entries that describe how a model was loaded, not the model itself.
-_LOADING_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
+LOADING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def weights_checksum(parameters: Iterable[tuple[str, Tensor]]) -> str:
 def _without_loading(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_loading(entry) for key, entry in value.items() if key not in _LOADING_KEYS}
+    return {key: _without_loading(entry) for key, entry in value.items() if key not in LOADING}
 
 
 def _digest(value: Any) -> str:

@@ -23,9 +23,10 @@ from oprd.data.rows import Reading
 from oprd.files import writing_folder
 from oprd.models.architecture import blocks, evaluating, num_layers
 from oprd.models.loading import LoadedModel
+from oprd.models.probe_logits import difference, is_rounding, logits_on, probe_ids
 from oprd.models.processor import copy_processor
 from oprd.models.pruning import block_input, check_can_cut, cut_blocks, skipping
-from oprd.models.tokens import check_token_ids, vocabulary_size
+from oprd.models.tokens import check_token_ids
 from oprd.objectives.representation import cosine
 from oprd.resolve import load
 from oprd.rollouts.engine import Sampling, padding_id
@@ -37,8 +38,6 @@ from oprd.tasks.problems import load_rows
 from oprd.types import Rollouts
 
 BY = ("cosine", "even", "list")
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest logit; 16-bit ones round more
-_TOLERANCE_16_BITS = 5e-2
 
 
 @dataclass(frozen=True)
@@ -270,10 +269,10 @@ def _write(loaded: LoadedModel, rows: Any, prompts: PromptFile) -> Rollouts:
 
 def _save(loaded: LoadedModel, kept: Sequence[int], output: Path, *, trust_remote_code: bool) -> None:
     tokenizer, model = _tokenizer(loaded), loaded.model
-    ids = _probe(model, tokenizer)
+    ids = probe_ids(model, tokenizer)
     dropped = [layer for layer in range(1, num_layers(model) + 1) if layer not in kept]
     with evaluating(model), skipping(model, dropped):
-        expected = _logits(model, ids)
+        expected = logits_on(ids, model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing_folder(output) as staged:
         lm = cut_blocks(model, kept)
@@ -296,23 +295,9 @@ def _check_written(
         written = load(str(folder), dtype="auto", trust_remote_code=trust_remote_code, device=str(ids.device)).model
     except ValueError as error:
         raise ValueError(f"{wrong}it is another kind of model ({error})") from error
-    found = _logits(written, ids)
-    difference, scale = float((found - expected).abs().max()), max(float(expected.abs().max()), 1.0)
-    allowed = _TOLERANCE.get(next(written.parameters()).dtype, _TOLERANCE_16_BITS)
-    if not difference <= allowed * scale:
+    off, scale = difference(expected, logits_on(ids, written))
+    if not is_rounding(off, scale, next(written.parameters()).dtype):
         raise ValueError(
-            f"{wrong}its logits differ by {difference:.2g} (largest {scale:.2g}) from the original's with the other blocks "
+            f"{wrong}its logits differ by {off:.2g} (largest {scale:.2g}) from the original's with the other blocks "
             "skipped: its blocks behave differently at another index; choose others (--by list)"
         )
-
-
-def _probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Two rows of 16 tokens from all of the vocabulary."""
-    rows = min(vocabulary_size(tokenizer), model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    return torch.linspace(0, rows - 1, 32).long().view(2, 16).to(next(model.parameters()).device)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return logits.float()

@@ -16,14 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.models.architecture import causal_lm
+from oprd.models.fingerprint import LOADING
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling, padding_id, repeat_prompts, to_rollouts
 from oprd.rollouts.vllm.weights import check_servable, live_weights
 
 # Config fields without effect on the computation: models that differ only in these share one `vllm.LLM`.
-_INCIDENTAL = frozenset(
-    ("_name_or_path", "transformers_version", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
-)
+_INCIDENTAL = LOADING | {"bos_token_id", "eos_token_id", "pad_token_id"}
 _NO_SLEEP = (
     "rollout_engine_kwargs: sleep: true needs an accelerator whose memory vLLM can release (CUDA, ROCm), and {}; "
     "set it to false"
