@@ -897,7 +897,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_memory.py::test_a_resumed_run_keeps_the_lower_budget"),
     ],
     "training/rollout_source.py": [
-        ("rollouts are sampled in full precision", 'timed("rollout"), self.parallel.sampling_precision():', 'timed("rollout"):',
+        ("rollouts are sampled in full precision", "with self.parallel.sampling_precision():", "if True:",
          "test_precision.py::test_rollouts_are_sampled_in_the_precision_of_training"),
         ("plain prompts count as conversations", "if row in conversations and ids[-1]", "if ids[-1]",
          "test_control_tokens.py::test_rollouts_that_do_not_end_as_the_template_does_are_counted_and_said_once"),

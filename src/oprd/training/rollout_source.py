@@ -144,7 +144,7 @@ class RolloutSource:
         self._batch_of_step += 1
         if terms.step % self.args.num_iterations:
             return self._kept[self._batch_of_step]
-        with self.recorder.timed("rollout"), self.parallel.sampling_precision():
+        with self.recorder.timed("rollout"):
             if self.background is None:
                 sampled = self._sample(prompts, terms, student, share)
                 rollouts = sampled.rollouts
@@ -251,7 +251,8 @@ class RolloutSource:
     def _sample(self, prompts: list[Prompt], terms: StepObjective, student: nn.Module, share: float) -> Sampled:
         seed = self._seed(terms.step, self._batch_of_step - 1)
         if terms.on_policy:
-            return self._generate(student, prompts, seed, terms.measuring)
+            with self.parallel.sampling_precision():
+                return self._generate(student, prompts, seed, terms.measuring)
         if self.responses is not None:
             ids, rows, count = [p.ids for p in prompts], [p.index for p in prompts], self.args.num_generations
             return Sampled(self.responses.rollouts(ids, num_generations=count, seed=seed, rows=rows))
