@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oprd.alignment.model_pair import ComparedPositions
 from oprd.alignment.position_pairs import InsideTokens
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
-from oprd.data.rows import PER_DATASET, for_dataset
+from oprd.data.rows import RUN_DATASETS, for_dataset
 from oprd.models.quantization import GRIDS
 from oprd.objectives.output_space import OUTPUT_SPACE, OutputTerm
 from oprd.objectives.own import check_entries
@@ -585,9 +585,9 @@ def _check_datasets(config: OPRDConfig) -> None:
     """Check the settings that say how datasets are read: one value, or one for each of the two."""
     for name in ("prompt_column", "answer_column", "answer_format", "dataset_config"):
         value = getattr(config, name)
-        if isinstance(value, dict) and not {*value} <= {*PER_DATASET}:
+        if isinstance(value, dict) and not {*value} <= {*RUN_DATASETS}:
             raise ValueError(f"{name}: {value!r} is not allowed; one value, or {{train: …, eval: …}}")
-        for kind in PER_DATASET:
+        for kind in RUN_DATASETS:
             chosen = for_dataset(value, kind)
             if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
                 raise ValueError(f"{name}: {chosen!r} is not allowed; a name, or leave it out")

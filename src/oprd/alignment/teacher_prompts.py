@@ -75,7 +75,7 @@ class TeacherPromptSettings:
         return replace(self, **{setting: entry[key] for key, setting in PROMPT_KEYS.items() if key in entry})
 
     @property
-    def of_teacher(self) -> list[str]:
+    def own_prompt_settings(self) -> list[str]:
         """Names of the settings that are set and give the teacher its own prompts."""
         return [name for name in self.OF_TEACHER if getattr(self, name) is not None]
 
@@ -89,7 +89,7 @@ class TeacherPromptSettings:
         """Whether a teacher reads prompts or tokens of its own; False where its tokenizer is unknown (None)."""
         if teacher_tokenizer is None:
             return False
-        return bool(self.of_teacher or different_tokens(student_tokenizer, teacher_tokenizer))
+        return bool(self.own_prompt_settings or different_tokens(student_tokenizer, teacher_tokenizer))
 
     def aligner(
         self,
@@ -112,9 +112,9 @@ class TeacherPromptSettings:
                 tokenizer is unknown.
         """
         if teacher_tokenizer is None:
-            if self.of_teacher:
+            if self.own_prompt_settings:
                 raise ValueError(
-                    f"{self.of_teacher[0]}: it needs the teacher's tokenizer; pass teacher_processing_class"
+                    f"{self.own_prompt_settings[0]}: it needs the teacher's tokenizer; pass teacher_processing_class"
                 )
             return None
         if not self.reads_own(student_tokenizer, teacher_tokenizer):

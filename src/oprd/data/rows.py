@@ -49,7 +49,7 @@ _SPEAKERS = {
 _MOST_NAMED = 3
 TEACHER_ID = "teacher_id"
 """Column that names a row's teacher (TRL's name)."""
-PER_DATASET = ("train", "eval")
+RUN_DATASETS = ("train", "eval")
 """The datasets of a run."""
 
 

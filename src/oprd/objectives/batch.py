@@ -15,7 +15,7 @@ from oprd.tasks.evaluation import Grades
 from oprd.types import Rollouts
 
 
-def of_teacher(teacher_id: str, metric: str) -> str:
+def teacher_metric(teacher_id: str, metric: str) -> str:
     """Name of a metric of one of several teachers, such as `teacher/math/loss`."""
     return f"teacher/{teacher_id}/{metric}"
 

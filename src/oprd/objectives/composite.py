@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
-from oprd.objectives.batch import Batch, of_teacher
+from oprd.objectives.batch import Batch, teacher_metric
 from oprd.objectives.diagnostics import DISTANCES, head_diagnostics, mean_by_rollout
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
@@ -372,7 +372,7 @@ class CompositeLoss:
     def _observe_of_teacher(self, **values: float | Tensor) -> None:
         """Sums for the metrics of this micro-batch's teacher, where there are several."""
         if self.teacher_id is not None:
-            self.observe(**{of_teacher(self.teacher_id, name): value for name, value in values.items()})
+            self.observe(**{teacher_metric(self.teacher_id, name): value for name, value in values.items()})
 
 
 def _scalar(name: str, method: str, value: Any) -> Tensor:

@@ -45,7 +45,9 @@ def check_attention_settings(run: RunConfig, terms: Mapping[str, Term]) -> None:
     args = run.args
     term = f"objectives: {names[0]}"
     elsewhere = isinstance(run.teacher_model, Mapping) and "model" not in run.teacher_model
-    own_text = args.prompt_rendering.of_teacher or (("teacher_model",) if is_student(run.teacher_model) else ())
+    own_text = args.prompt_rendering.own_prompt_settings or (
+        ("teacher_model",) if is_student(run.teacher_model) else ()
+    )
     wrong = [
         ("teachers", run.teachers is not None, "compares the rows of one teacher_model"),
         ("teacher_model", elsewhere, "needs the teacher's weights in this process: servers and caches hold states alone"),

@@ -191,7 +191,7 @@ def _source(run: RunConfig) -> TeacherSource | None:
             "a run with a model or a server as teacher_model"
         )
     if source.cache is not None:
-        if own := run.args.prompt_rendering.of_teacher:
+        if own := run.args.prompt_rendering.own_prompt_settings:
             raise ValueError(
                 f"{own[0]}: the cache {source.cache} has the teacher's states of the prompts and tokens that the student reads; "
                 f"leave {own[0]} out, or name a model or a server as teacher_model"

@@ -20,7 +20,7 @@ from oprd.config import OPRDConfig, refuse_settings_for_own_tokens
 from oprd.data.chat_template import now, prints_date
 from oprd.data.prompts import Prompt, PromptRenderer
 from oprd.data.responses import FixedResponses, read_responses
-from oprd.data.rows import PER_DATASET, Reading, load_prompts
+from oprd.data.rows import RUN_DATASETS, Reading, load_prompts
 from oprd.models.fingerprint import tokenizer_digest
 from oprd.models.loading import LoadedModel, ModelInfo, check_same_shape, load
 from oprd.models.tokens import vocabulary_size
@@ -102,7 +102,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     task = task_of(run)
     rewards = build_rewards(run)
     train, evaluated = (
-        dataset_rows(run, task, kind, rewards) for kind in PER_DATASET
+        dataset_rows(run, task, kind, rewards) for kind in RUN_DATASETS
     )  # before the models: a bad row ends the run at once
     student, student_fingerprint, kept = make_student(run, head=have_kind(terms, HeadTerm | PolicyTerm))
     teacher, tokenizers = make_teacher(run, student, source, student_fingerprint)

@@ -189,7 +189,7 @@ def check_teachers(run: Any) -> None:
         raise ValueError(
             f"bridge: it does not go with teacher_model: {STUDENT}, which has the student's own states; leave it out"
         )
-    if not args.prompt_rendering.of_teacher and not args.learns_from_rewards:
+    if not args.prompt_rendering.own_prompt_settings and not args.learns_from_rewards:
         raise ValueError(
             f"teacher_model: {STUDENT} reads what the student reads, and starts as the student: there is nothing to learn; give "
             "it a teacher_prompt or a teacher_system_prompt"

@@ -17,7 +17,7 @@ from oprd.data.rows import PromptRow
 from oprd.rollouts.engine import RolloutEngine, Sampling
 from oprd.tasks.measures import ACCURACY, Sample, in_words, mean_and_std, measure_of, reward_keys, summarize
 from oprd.tasks.rewards import TASK, Reward, RewardFunctions
-from oprd.tasks.task import Grader, Task, decided_by
+from oprd.tasks.task import Grader, Task, decision_counts
 from oprd.types import Rollouts
 
 
@@ -135,9 +135,9 @@ def grade(
     source_of: Callable[[int], str] = "row {}".format,
 ) -> Grades:
     """Grade rollouts by a task's grader, by reward functions, or by both; see `Grading.grade`."""
-    before = decided_by(grader)["timed_out"]
+    before = decision_counts(grader)["timed_out"]
     verdicts = grade_rollouts(rollouts, lambda row: row_of(row).answer, grader, source_of)
-    timeouts = None if grader is None else decided_by(grader)["timed_out"] - before
+    timeouts = None if grader is None else decision_counts(grader)["timed_out"] - before
     if rewards is None:
         return Grades(verdicts, verdicts, timeouts=timeouts)
     measured = rewards.measure(rollouts, row_of, verdicts, source_of)

@@ -34,7 +34,7 @@ class Grader(AbstractContextManager["Grader"], Protocol):
         """Return the reward of each response; ValueError if there are not as many answers."""
 
 
-def decided_by(grader: Grader | None) -> Counter[str]:
+def decision_counts(grader: Grader | None) -> Counter[str]:
     """The grader's `stats`; empty if it has none."""
     return Counter(getattr(grader, "stats", {}))
 

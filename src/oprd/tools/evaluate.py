@@ -32,7 +32,7 @@ from oprd.tasks.evaluation import Evaluation
 from oprd.tasks.evaluation import evaluate as sample_and_grade
 from oprd.tasks.near_misses import NearMisses, near_misses
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import Task, check_task, decided_by, get_task, with_instruction
+from oprd.tasks.task import Task, check_task, decision_counts, get_task, with_instruction
 
 logger = logging.getLogger("oprd")
 
@@ -144,7 +144,7 @@ def evaluate_checkpoint(
         result = sample_and_grade(
             loaded.model, sampler, prompts, grader, k=k, sampling=sampling, seed=derive_seed(seed, 0)
         )
-        stats = dict(decided_by(grader))
+        stats = dict(decision_counts(grader))
     summary = {
         **result.summary,
         "model": loaded.info.name,

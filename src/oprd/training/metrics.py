@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oprd.alignment.position_pairs import TeacherReading
-from oprd.objectives.batch import of_teacher
+from oprd.objectives.batch import teacher_metric
 from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
@@ -77,7 +77,7 @@ def teacher_metrics(
             "rollouts": len(reading.places), "correct": sum(graded), "graded": len(graded), "share": 0.0, "loss": 0.0,
             **({"cosine": 0.0} if cosine else {}),
         }  # fmt: skip
-        found |= {of_teacher(teacher_id, name): value for name, value in counts.items()}
+        found |= {teacher_metric(teacher_id, name): value for name, value in counts.items()}
     return found
 
 

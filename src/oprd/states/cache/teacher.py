@@ -65,7 +65,7 @@ class CachedTeacher:
         self.identity = f"cache {file_digest(self.folder / INDEX)}"
         self.modules: Sequence[nn.Module] = ()
         self._dtype = parse_dtype(self.content.dtype)
-        self._places = self._by_text()
+        self._places, self._lengths = self._by_text()
         self._open = cache(self._map)
 
     def check_request(self, layers: Sequence[int], wanted: CachedPositions, tokenizer: str) -> None:
@@ -143,10 +143,10 @@ class CachedTeacher:
             "tokens; it has those of its own responses alone (lmbda: 0)"
         )
 
-    def _by_text(self) -> dict[bytes, list[tuple[int, int, int]]]:
-        """Digest of the token ids → (shard, first row in it, index of the token whose state that row is)."""
+    def _by_text(self) -> tuple[dict[bytes, list[tuple[int, int, int]]], dict[tuple[int, int], int]]:
+        """Digest of the token ids → (shard, first row in it, index of the token whose state that row is); (shard, row) → rows."""
         places: dict[bytes, list[tuple[int, int, int]]] = {}
-        self._lengths: dict[tuple[int, int], int] = {}
+        lengths: dict[tuple[int, int], int] = {}
         for number, shard in enumerate(self._index.shards):
             row = 0
             for place in range(shard.first, shard.end):
@@ -156,9 +156,9 @@ class CachedTeacher:
                     text = [*response.prompt_ids, *response.completion_ids][:-1]
                     at = len(response.prompt_ids) - 1 + own[0]
                     places.setdefault(_key(text), []).append((number, row, at))
-                    self._lengths[number, row] = len(own)
+                    lengths[number, row] = len(own)
                 row += len(own)
-        return places
+        return places, lengths
 
     def _map(self, number: int) -> Any:
         return safe_open(self.folder / shard_name(number), framework="pt")

@@ -216,12 +216,12 @@ def unpack_states(body: bytes, request: StateRequest, served: ServedTeacher, dty
     shapes = {str(layer): [len(request.flat_index), served.widths[layer]] for layer in request.layers}
     if request.head is not None:
         shapes[HEAD_NAME] = [len(request.head.flat_index), served.head_width]
-    wrong = {name: list(found[name].shape) if name in found else "nothing" for name in shapes}
-    differing = [name for name in shapes if wrong[name] != shapes[name]]
+    received = {name: list(found[name].shape) if name in found else "nothing" for name in shapes}
+    differing = [name for name in shapes if received[name] != shapes[name]]
     if differing or found.keys() != shapes.keys():
         first = differing[0] if differing else sorted(found.keys() - shapes.keys())[0][:20]
         raise ValueError(
-            f"layer {first!r} is {wrong.get(first, 'extra')}, and {shapes.get(first, 'nothing')} was asked for"
+            f"layer {first!r} is {received.get(first, 'extra')}, and {shapes.get(first, 'nothing')} was asked for"
         )
     other = {str(tensor.dtype) for tensor in found.values()} - {str(dtype)}
     if other:
