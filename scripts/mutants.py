@@ -844,7 +844,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_teacher_server.py::test_interpolated_states_are_those_of_a_teacher_here"),
     ],
     "resolve/checks.py": [
-        ("a cache has no states for the teacher's own prompts", "if own := run.args.prompt_rendering.of_teacher:", "if own := []:",
+        ("a cache has no states for the teacher's own prompts", "if own := run.args.prompt_rendering.own_prompt_settings:", "if own := []:",
          "test_teacher_cache.py::test_what_a_cache_cannot_do_is_refused_before_models_are_loaded"),
         ("a supervised term needs the teacher's head", " and not is_supervised(found.objective)", "",
          "test_teacher_cache.py::test_a_cached_teacher_trains_to_the_bits_of_a_live_one"),
