@@ -14,7 +14,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema
 from transformers import TrainingArguments
 
-from oprd.config import BOUNDS, RANGES, OPRDConfig
+from oprd.config import RANGES, OPRDConfig
 from oprd.run_config import NO_EFFECT, RunConfig, recipe_keys, recipe_types
 from oprd.tools.keys import OF_TRAINER, Key
 
@@ -135,7 +135,7 @@ def schema() -> str:
     """The JSON schema of a recipe."""
     types, shared, properties = recipe_types(), {}, {}
     for key in (*recipe_rows(), *own_rows(), *trainer_rows()):
-        low, high = BOUNDS[RANGES[key.name]] if key.name in RANGES else (-math.inf, math.inf)
+        _, low, high = RANGES.get(key.name, ("", -math.inf, math.inf))
         limits = {"minimum": low, "maximum": high} if low != math.ulp(0.0) else {"exclusiveMinimum": 0, "maximum": high}
         properties[key.name] = {
             **json_type(types[key.name], shared),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,12 +38,19 @@ NAN_POLICIES = ("stop", "skip")
 AUTO = "auto"
 """Value of `learning_rate`: a probe finds the rate before the run (`oprd.training.rate_probe`)."""
 
-_ANY, _ABOVE_0, _SHARE, _SEED = (
-    "0 or more",
-    "more than 0",
-    "a number from 0 to 1",
-    "a whole number from 0 to 4294967295",
-)
+
+class Range(NamedTuple):
+    """The least and most value of a setting, and how a message says it."""
+
+    text: str
+    least: float
+    most: float
+
+
+_ANY = Range("0 or more", 0, math.inf)
+_ABOVE_0 = Range("more than 0", math.ulp(0.0), math.inf)
+_SHARE = Range("a number from 0 to 1", 0, 1)
+_SEED = Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)
 RANGES = {
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "logging_steps", "num_completions_to_log",
@@ -55,8 +62,6 @@ RANGES = {
     **dict.fromkeys(("seed", "data_seed"), _SEED),
 }  # fmt: skip
 """Key → what is allowed, of keys whose range depends on nothing else."""
-BOUNDS = {_ANY: (0, math.inf), _ABOVE_0: (math.ulp(0.0), math.inf), _SHARE: (0, 1), _SEED: (0, 2**32 - 1)}
-"""Least and most value of each range."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -439,9 +444,8 @@ class OPRDConfig(TrainingArguments):
                 raise ValueError(f"{setting.name}: {value} is not allowed; a number")
         for name, allowed in RANGES.items():
             value = getattr(self, name, None)
-            low, high = BOUNDS[allowed]
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise ValueError(f"{name}: {value} is not allowed; {allowed}")
+            if isinstance(value, int | float) and not allowed.least <= value <= allowed.most:
+                raise ValueError(f"{name}: {value} is not allowed; {allowed.text}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(
                 f"max_steps: {self.max_steps} is not allowed; 1 or more, or -1 to train for num_train_epochs"
