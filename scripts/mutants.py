@@ -114,7 +114,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_python_api.py::test_a_model_and_a_task_may_be_objects"),
     ],
     "config.py": [
-        ("numbers below a range pass", "and not low <= value <= high", "and not value <= high",
+        ("numbers below a range pass", "and not allowed.least <= value <= allowed.most", "and not value <= allowed.most",
          "test_keys.py::test_numbers_out_of_range_are_refused_when_the_recipe_is_read"),
         ("trackers receive secrets", "return redacted(super().to_dict())", "return super().to_dict()",
          "test_sanitize.py::test_no_file_of_a_run_holds_a_secret"),
