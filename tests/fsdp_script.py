@@ -73,7 +73,8 @@ def sampled_trainer(folder, **more):
         "fully_shard": True, "eval_dataset": [{"prompt": p} for p in PROMPTS[:3]], "eval_num_generations": 3,
         "eval_strategy": "steps", "eval_steps": 1, **more,
     }  # fmt: skip
-    return tiny_trainer(folder, tiny_model(), tiny_model(seed=1), **settings)
+    ends = {"eos_token_id": [2, *range(30, 45)]}  # so many that all completions of a rank end before the limit
+    return tiny_trainer(folder, tiny_model(**ends), tiny_model(seed=1, **ends), **settings)
 
 
 def train_all(out: Path, rank: int) -> None:
@@ -103,4 +104,5 @@ def train_all(out: Path, rank: int) -> None:
     trainer = sampled_trainer(out / "sampled")
     trainer.train(outputs=False)
     finish("sampled", {n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    (out / f"sampled-lengths-{rank}.json").write_text(json.dumps(trainer.last_step.rollouts.completion_lengths))
     (out / f"groups-{rank}.json").write_text(json.dumps(groups))

@@ -263,11 +263,9 @@ def test_measuring_across_widths(tmp_path, saved):
     trainer = bridged_trainer(tmp_path, saved, None, teacher, diagnostic_steps=1)
     student, seen = copy.deepcopy(trainer.model), record(trainer)
     trainer.train()
-    expected = DenseObjective(layers=(1, 2, 3)).diagnostics(student, student, seen[0])
     theirs = DenseObjective(layers=()).diagnostics(student, teacher, seen[0])
     row = trainer.run_folder.read_metrics()[0]
     assert {name: row[name] for name in theirs} == pytest.approx(theirs, rel=2e-4)
-    assert all(row[name] < 0.999 for name in expected if name.startswith("cosine"))
 
 
 def test_an_adapter_is_bridged_as_the_student_it_is_put_on(tmp_path, saved):

@@ -112,7 +112,9 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one(two_ranks, tmp_path):
 def test_sampling_ends_for_all_ranks_together(two_ranks):
     rows = ddp.metrics(two_ranks / "sampled")
     assert [row["eval_problems"] for row in rows if "eval_problems" in row] == [3]
-    ddp.results(two_ranks, "sampled")  # the ranks agree
+    lengths = [json.loads((two_ranks / f"sampled-lengths-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(of_rank) for of_rank in lengths] == [6, 6]
+    assert max(lengths[0]) != max(lengths[1])
 
 
 class Launched:

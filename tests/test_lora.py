@@ -170,10 +170,13 @@ def test_resuming_an_adapter_ends_at_the_same_bits(tmp_path):
 
 
 def test_the_same_seed_starts_the_same_adapter(tmp_path):
-    one = weights(tiny_trainer(tmp_path / "a", peft_config=lora(), seed=5).model)
-    torch.rand(7)
-    assert_equal(one, weights(tiny_trainer(tmp_path / "b", peft_config=lora(), seed=5).model))
-    other = weights(tiny_trainer(tmp_path / "c", peft_config=lora(), seed=6).model)
+    def started(number, seed):
+        student = tiny_model()
+        torch.rand(number)
+        return weights(tiny_trainer(tmp_path / str(number), student, peft_config=lora(), seed=seed).model)
+
+    one, other = started(1, 5), started(2, 6)
+    assert_equal(one, started(3, 5))
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 

@@ -124,12 +124,31 @@ def test_which_losses_read_the_settings_of_the_support_and_beta(kind):
     assert (arguments(beta=0.2) != arguments(beta=0.3)) == (kind == "jsd")
 
 
+def brevity(completions, **columns):
+    return [-float(len(completion)) for completion in completions]
+
+
 # Every other setting, by why it needs no entry in the table.
-REFUSED_ELSEWHERE = {
-    "bridge_rank", "inside_tokens", "crossfade_steps", "num_iterations", "output_positions", "output_position_k", "position_k",
-    "reward_weights", "reward_funcs", "mix_teachers", "offload_teachers", "teachers_per_prompt", "teacher_update_rate",
-    "extrapolation", "layer_map", "rollout_engine_kwargs", "policy_gradient_weight", "output_space",
-}  # fmt: skip
+REFUSED_ELSEWHERE = {  # key → settings that another check refuses
+    "bridge_rank": {"bridge_rank": 4},
+    "inside_tokens": {"inside_tokens": "interpolate"},
+    "crossfade_steps": {"crossfade_steps": 5},
+    "num_iterations": {"num_iterations": 2},
+    "output_positions": {"output_positions": "first_k", "output_position_k": 2},
+    "output_position_k": {"output_position_k": 2, **KL},
+    "position_k": {"position_k": 2},
+    "reward_weights": {"reward_weights": [1.0]},
+    "reward_funcs": {"reward_funcs": [f"{__name__}:brevity"], "lmbda": 0.0},
+    "mix_teachers": {"mix_teachers": True},
+    "offload_teachers": {"offload_teachers": True},
+    "teachers_per_prompt": {"teachers_per_prompt": "all"},
+    "teacher_update_rate": {"teacher_update_rate": 0.1},
+    "extrapolation": {"extrapolation": 1.25, "representation_weight": 0, **KL},
+    "layer_map": {"layer_map": "kept", "teacher_model": None, "lora": {"r": 2}},
+    "rollout_engine_kwargs": {"rollout_engine_kwargs": {"enforce_eager": True}, "max_completion_length": 8},
+    "policy_gradient_weight": {"policy_gradient_weight": 1.0, "num_generations": 2, "task": None},
+    "output_space": {"output_space": "cross_entropy"},
+}
 READ_BY_EVERY_RUN = {
     "alarm_window", "bridge", "chat_template_date", "dataset_config", "diagnostic_steps", "end_of_turn", "fully_shard",
     "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
@@ -143,6 +162,13 @@ READ_WHERE_SOMETHING_ELSE_IS_THERE = {  # a dataset's answers, a conversation, a
     "positions",  # without a loss on states, where the cosine is measured
     "eval_instruction", "eval_max_completion_length", "eval_num_generations", "eval_temperature", "eval_top_p",  # evaluate(rows)
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED_ELSEWHERE)
+def test_what_the_table_leaves_to_another_check_is_refused_there(tmp_path, key):
+    check = resolve if key == "rollout_engine_kwargs" else plan  # an engine says what it takes when it is made
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
+        check(recipe(tmp_path, **REFUSED_ELSEWHERE[key]))
 
 
 def test_every_setting_is_decided_on():

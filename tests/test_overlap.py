@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -113,8 +114,9 @@ def test_resuming_goes_on_with_the_rollouts_that_were_under_way(whole_run, tmp_p
     for step in range(k + 1, STEPS + 1):
         shutil.rmtree(folder / f"checkpoint-{step}")
     assert (folder / f"checkpoint-{k}" / "rollouts_ahead_0.json").is_file() == (k % 2 == 1)
-    torch.manual_seed(k)
-    trainer_in(folder, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=True)
+    trainer = trainer_in(folder, save_strategy="steps", save_steps=1)
+    torch.rand(100 + k)
+    trainer.train(resume_from_checkpoint=True)
     assert_same_outcome(folder, whole_run)
 
 
@@ -164,6 +166,8 @@ def test_evaluation_and_sampling_do_not_use_the_engine_at_once(tmp_path):
         assert busy.acquire(blocking=False), "two at once"
         threads.add(threading.current_thread().name)
         try:
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.3)  # so that an evaluation that does not wait would begin now
             return generate(*args, **kwargs)
         finally:
             busy.release()

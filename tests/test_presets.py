@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 
 import pytest
 import torch
@@ -148,7 +147,6 @@ def test_unequal_terms(losses, terms, ratio):
 
 
 def test_a_run_warns_once_of_terms_a_hundred_times_apart(tmp_path, caplog):
-    logging.getLogger("oprd").propagate = True
     trainer = tiny_trainer(
         tmp_path, scripted=True, max_steps=7, output_space="reverse_kl", output_weight=1e-5, diagnostic_steps=0
     )

@@ -209,13 +209,6 @@ def test_help_documents_every_setting():
     assert "on-policy" in lines["temperature"]
 
 
-def test_public_names_are_in_one_list():
-    assert set(oprd.__all__) == set(oprd._HOME)
-    assert oprd.__all__ == sorted(oprd.__all__)
-    for name in oprd.__all__:
-        assert getattr(oprd, name) is not None
-
-
 USERS_SCRIPT = """
 import oprd
 from oprd import LoadedRun, OPRDConfig, OPRDTrainer, StepRecord

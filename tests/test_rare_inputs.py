@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -20,10 +18,10 @@ from oprd.runs.folder import RunFolder
 from oprd.sanitize import REDACTED, names_secret, redacted, redacted_text
 from oprd.tasks.measures import Sample, avg_at_k, summarize
 from oprd.tasks.task import TASKS, with_instruction
-from oprd.tools import first_recipe
 from oprd.tools.compare.plan import load_comparison, plan_runs
 from oprd.tools.compare.report import table
 from oprd.tools.evaluate import evaluate_checkpoint
+from oprd.tools.first_recipe import Machine, first_recipe
 from oprd.tools.watch import RunWatch
 from tiny import PROMPTS, prompt_rows, tiny_model, tiny_tokenizer, tiny_trainer
 
@@ -104,20 +102,20 @@ def test_an_instruction_is_not_written_into_the_assistants_turn():
     assert rows[0].prompt == [{**chat[0], "content": f"What is 2+2? {math.instruction}"}, chat[1]]
 
 
-def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch):
-    asked, report = [], SimpleNamespace(rows=1, lengths=np.array([4]))
+def test_problems_of_the_hub_are_read_from_their_own_split(monkeypatch, tmp_path):
+    answers, asked = {"train": "1+2=3\n#### 3", "test": "3"}, set()
 
-    def load(name, split, limit, seed, reading=None):
-        asked.append((name, split))
-        return [PromptRow(prompt="1+2=", answer="3", source="x")]
+    def load(dataset, *, split, limit, reading):
+        asked.add((dataset, split))
+        return [PromptRow(prompt="1+2=", answer=answers[split], source="x")]
 
-    monkeypatch.setattr(first_recipe, "load_rows", load)
-    monkeypatch.setattr(first_recipe, "_read", lambda *given, **more: report)
-    monkeypatch.setattr(first_recipe, "_guess_task", lambda *given: ("math", "it is"))
-    monkeypatch.setattr(first_recipe, "_answer_format", lambda *given: "plain")
-    graded = {"--prompts": "org/one", "--eval": "org/one"}
-    assert first_recipe._task_values(graded, None, tiny_tokenizer(), {}, {}) == 4
-    assert asked == [("org/one", "train"), ("org/one", "test")]
+    monkeypatch.setattr("oprd.tasks.problems.load_prompts", load)
+    found = first_recipe(
+        "embedded:tiny/student", "embedded:tiny/teacher", "org/one", eval_dataset="org/one", task="math",
+        output=tmp_path / "first.yaml", machine=Machine(cuda=False, free_bytes=2**34),
+    )  # fmt: skip
+    assert asked == {("org/one", "train"), ("org/one", "test")}
+    assert found.values["answer_format"] == {"train": "gsm8k", "eval": "plain"}
 
 
 @pytest.mark.parametrize(

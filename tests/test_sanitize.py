@@ -263,8 +263,7 @@ def test_no_message_of_the_command_line_holds_a_secret(tmp_path, words, message)
 
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         RunConfig.parse({**RECIPE, "output_dir": str(tmp_path), **parse_overrides(words)})
-    assert not {"hf_abc", "sesame"} & {*str(refused.value).split("'")}
-    assert "hf_abc" not in str(refused.value)
+    assert not any(secret in str(refused.value) for secret in ("hf_abc", "sesame"))
 
 
 def test_a_damaged_recipe_is_named_by_its_line_not_by_its_text(tmp_path):

@@ -177,9 +177,10 @@ def test_each_step_has_one_teacher_and_no_prompt_comes_twice(names, prompts_a_st
     assert len(once) == len(names) - left_out
     assert list(OneTeacherSteps(names, prompts_a_step, repeats, seed)) == drawn
     sampler.set_epoch(1)
-    assert sorted({*sampler} - {*drawn}) == sorted(
-        {*range(len(names))} - {*drawn} - ({*range(len(names))} - {*sampler})
-    )
+    again = list(sampler)
+    assert len({*again}) == len({*drawn})
+    steps = [again[i : i + prompts_a_step] for i in range(0, len(again), prompts_a_step)]
+    assert all(len({names[place] for place in step}) == 1 for step in steps)
 
 
 def test_the_steps_of_the_teachers_are_shuffled_by_seed_and_epoch():
@@ -322,12 +323,12 @@ def test_offloaded_weights_are_moved_when_another_teacher_is_asked():
     assert several.take_moved() == 0
 
 
-def test_an_offloaded_run_is_the_same_run_and_counts_the_moves(tmp_path):
+def test_on_a_cpu_offloading_moves_nothing(tmp_path):
     plain, own = stepped(tmp_path / "plain", pool(), rows("a", "b", "a", "b"), mix_teachers=True)
     moved_, after = stepped(
         tmp_path / "moved", pool(), rows("a", "b", "a", "b"), mix_teachers=True, offload_teachers=True
     )
-    assert moved_["teacher_moves"] == 0  # a CPU has nowhere to move them
+    assert moved_["teacher_moves"] == 0
     assert "teacher_moves" not in plain
     assert all(torch.equal(own[name], after[name]) for name in own)
 

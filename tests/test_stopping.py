@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,14 +150,17 @@ def test_afterwards_the_handlers_are_those_of_before(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
 
 
-def test_save_seconds(tmp_path):
+def test_save_seconds(tmp_path, monkeypatch):
+    now = [500.0]
+    monkeypatch.setattr("oprd.training.stopping.time", SimpleNamespace(monotonic=lambda: now[0]))
+
     class Slow(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            time.sleep(0.3 if state.global_step == 3 else 0)
+            now[0] += 60.0 if state.global_step == 3 else 1.0
 
-    trainer_in(tmp_path, Slow(), save_seconds=0.29, max_steps=5).train()
-    assert "checkpoint-4" in [path.name for path in list_checkpoints(tmp_path)]
-    trainer_in(tmp_path / "never", save_seconds=1000.0, max_steps=3).train()
+    trainer_in(tmp_path, Slow(), save_seconds=60.0, max_steps=6).train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    trainer_in(tmp_path / "never", Slow(), save_seconds=1000.0, max_steps=6).train()
     assert not list_checkpoints(tmp_path / "never")
 
 

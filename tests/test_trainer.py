@@ -462,12 +462,24 @@ def test_a_dataset_smaller_than_the_batch(tmp_path):
     assert [row["rollouts"] for row in trainer.run_folder.read_metrics()] == [2, 2, 2]
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(torch.rand, id="draw"),
+        pytest.param(
+            lambda number: torch.manual_seed(1000 + number),
+            id="seed",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="accelerate's SeedableRandomSampler takes torch.initial_seed() at train(), not args.seed",
+            ),
+        ),
+    ],
+)
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path, disturb):
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        torch.manual_seed(hash(name) % 1000)  # whatever came before must not matter
         student = tiny_model("gpt2")
-        torch.rand(len(results))
         trainer = tiny_trainer(
             tmp_path / name,
             student,
@@ -477,6 +489,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
             seed=seed,
             num_generations=2,
         )
+        disturb(len(results))  # after all that seeds
         trainer.train()
         results.append((weights(student), without_times(trainer.run_folder.read_metrics())))
     assert results[0][1] == results[1][1]
