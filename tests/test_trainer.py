@@ -466,14 +466,7 @@ def test_a_dataset_smaller_than_the_batch(tmp_path):
     "disturb",
     [
         pytest.param(torch.rand, id="draw"),
-        pytest.param(
-            lambda number: torch.manual_seed(1000 + number),
-            id="seed",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="accelerate's SeedableRandomSampler takes torch.initial_seed() at train(), not args.seed",
-            ),
-        ),
+        pytest.param(lambda number: torch.manual_seed(1000 + number), id="seed"),
     ],
 )
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path, disturb):

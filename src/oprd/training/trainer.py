@@ -198,6 +198,8 @@ class OPRDTrainer(Trainer):
         """Make the collaborators, now that transformers' Trainer has set up the processes."""
         args, pair = self.args, self.pair
         _check_rate(args)
+        if args.data_seed is None:  # else the order of the prompts would depend on how torch was seeded last
+            self.accelerator.dataloader_config.data_seed = args.seed
         self.rate_probe: dict[str, Any] | None = None  # what found the learning rate; set by `oprd.training.run`
         self.parallel = Parallel(self.accelerator, args, self.model, pair.teacher.modules)
         if self.parallel.sharded:  # transformers' own flag for a model that it must not wrap again
