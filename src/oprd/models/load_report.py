@@ -29,29 +29,21 @@ _ITS_CONFIG = "take the one that was saved with these weights"
 _COPY = "the copy was interrupted or a shard is left out of the index: copy the whole folder again"
 
 
+_OF_FILES = (
+    OSError, ValueError, TypeError, KeyError, EOFError, AssertionError, SafetensorError, RuntimeError, StrictDataclassError,
+)  # fmt: skip
+"""Kinds of errors that damaged or foreign files cause."""
+
+
 def reason_of(error: Exception) -> str | None:
     """What is wrong with the files of a model, in one line; None if the error is not about them."""
     if (
         type(error).__name__ == "UnpicklingError"
     ):  # torch reads only tensors from a pickle; this one holds other objects
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
-    of_files = isinstance(
-        error,
-        (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            EOFError,
-            AssertionError,
-            SafetensorError,
-            RuntimeError,
-            StrictDataclassError,
-        ),
-    )
     if type(error) is Exception:  # tokenizers raises it for a file of a newer release
         return f"{' '.join(str(error).split())}; a newer transformers and tokenizers may read it"
-    if not of_files or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
+    if not isinstance(error, _OF_FILES) or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
         return None
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     in_two = lines[0].startswith("Error(s) in loading state_dict") or isinstance(error, StrictDataclassError)

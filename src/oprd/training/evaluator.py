@@ -42,9 +42,8 @@ class Evaluator:
         k, rank, world = self.args.eval_num_generations, self.args.process_index, self.args.world_size
         share = prompts[rank::world] or prompts[:1]  # a rank without a problem repeats one, which is dropped below
         with self.grading.open() as grader, ExitStack() as stack:
-            if (
-                model is self.pair.student.model
-            ):  # before training it is neither wrapped nor, with DeepSpeed, in its place
+            # Before training the student is neither wrapped nor, with DeepSpeed, on its device.
+            if model is self.pair.student.model:
                 stack.enter_context(self.parallel.student_on_device())
                 stack.enter_context(self.parallel.sampling_precision())
             part = evaluate(

@@ -235,9 +235,8 @@ def check_head(head: LMHead, model: nn.Module) -> None:
     finally:
         hook.remove()
     theirs, ours = output.logits[0, :, : head.rows].float(), head.logits(states[0])
-    steps = (
-        4 if head.weight.dtype.itemsize == 2 else 64
-    )  # of rounding; in 16 bits 64 would be half of the largest logit
+    # Steps of rounding. In 16 bits, 64 of them would be half of the largest logit.
+    steps = 4 if head.weight.dtype.itemsize == 2 else 64
     tolerance = steps * torch.finfo(head.weight.dtype).eps * float(theirs.abs().max().clamp_min(1))
     error = float((ours - theirs).abs().max())
     if not error <= tolerance:
