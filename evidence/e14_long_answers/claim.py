@@ -22,7 +22,7 @@ from evidence.comparisons import (
 from evidence.e11_real_model.claim import GENTLE, LADDER, ROOT, START, get_models
 from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, tune_inside
-from evidence.words import mean_of, percent, points, surely, table
+from evidence.words import mean_of, percent, points, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E14"
@@ -35,7 +35,7 @@ SETTING = (
     "Student SmolLM2-135M-Instruct; teacher the same model after 200 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
     "scripts/build_reasoning_teacher.py --task chain_sum_long). 30 steps of 16 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
-    "apart are chosen on seed 10, widened until the best lies between two worse ones; the parts of an answer take the rate of the whole."
+    "apart are chosen on seed 10, widened until the best lies between two worse ones, down to 5e-6; the parts of an answer take the rate of the whole."
 )
 HERE = Path(__file__).parent
 FILE = HERE / "comparison.yaml"
@@ -94,18 +94,21 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
-        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in TUNED})}\n\n"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\nRepresentation is "
+        f"{standings({NAMES[name]: gap[1] for name, gap in gaps.items()})}. {edges_said(result['tuning'], {name: NAMES[name] for name in TUNED})}\n\n"
         "Length in tokens; Dist-4: unique 4-grams over all 4-grams of a problem's responses; finished: share that ends before the limit."
     )
     rival = min(rivals, key=lambda name: rivals[name][0])
-    return Finding(verdict, f"{points(*rivals[rival][:2])} over the {NAMES[rival]}", text)  # type: ignore[arg-type]
+    final = mean_of([r["final"] for r in ours])
+    number = f"{final} (start {percent(before)}, teacher {percent(teacher)}); {points(*rivals[rival][:2])} over {NAMES[rival]}"
+    return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
 def _row(result: Result, name: str, gaps: Any) -> list[str]:
     own = of(result["runs"], name)
     length, dist, finished = (mean_and_interval([r[key] for r in own])[0] for key in ("length", "dist_4", "finished"))
     return [
-        NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0),
+        NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0).replace("-", "−"),
         "" if name == "representation" else points(*gaps[name][:2]), f"{length:.1f}", f"{dist:.3f}", percent(finished, 0),
     ]  # fmt: skip
 
