@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 from oprd.faults import RunStopped
 from oprd.models.architecture import causal_lm, evaluating
-from oprd.models.memory import HalvedSize
+from oprd.models.memory import HalvedSize, ran_out_of_memory
 from oprd.models.sharding import is_sharded
 from oprd.models.tokens import vocabulary_size
 from oprd.rollouts.engine import EngineAbilities, Sampled, Sampling, padding_id, repeat_prompts, to_rollouts
@@ -170,12 +170,10 @@ class TransformersContinuousEngine:
                 if result is None:
                     if not manager.is_running():
                         cause = manager.background_thread_status.fatal_error
-                        raise RunStopped(
-                            f"rollout_engine: transformers_continuous stopped ({cause}); {_ADVICE}"
-                        ) from cause
+                        raise _failure(f"stopped ({cause})", cause) from cause
                     continue
                 if result.error is not None:
-                    raise RunStopped(f"rollout_engine: transformers_continuous failed: {result.error}; {_ADVICE}")
+                    raise _failure(f"failed: {result.error}")
                 done[result.request_id] = list(result.generated_tokens)
                 if self.on_batch is not None:
                     self.on_batch(len(done), len(names))
@@ -196,6 +194,14 @@ class TransformersContinuousEngine:
             pad_token_id=self.pad_token_id,
             **(drawn if sampling.temperature > 0 else {}),
         )
+
+
+def _failure(what: str, cause: BaseException | None = None) -> RuntimeError:
+    """The error that ends the run, or one that says that memory ran out, after which fewer completions are tried."""
+    error = RuntimeError(f"rollout_engine: transformers_continuous {what}")
+    if ran_out_of_memory(error) or (cause is not None and ran_out_of_memory(cause)):
+        return error
+    return RunStopped(f"{error}; {_ADVICE}")
 
 
 class _MaskPaddingRows(LogitsProcessor):
