@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
@@ -225,6 +225,30 @@ def test_a_precision_of_the_launcher_alone_is_refused(tmp_path, ours, asked, mes
     accelerator.mixed_precision = asked
     with pytest.raises(ValueError, match=message):
         Parallel(accelerator, OPRDConfig(str(tmp_path), use_cpu=True, bf16=ours), tiny_model())
+
+
+def test_a_launcher_that_compiles_is_refused(tmp_path):
+    accelerator = deepspeed(2)
+    accelerator.state.dynamo_plugin = SimpleNamespace(backend=DynamoBackend.INDUCTOR)
+    with pytest.raises(ValueError, match="dynamo_backend: set it to 'no' in accelerate's config"):
+        Parallel(accelerator, OPRDConfig(str(tmp_path), use_cpu=True), tiny_model())
+
+
+def test_a_student_that_one_device_cannot_hold_stays_on_the_cpu(tmp_path, caplog):
+    accelerator, student = deepspeed(2), tiny_model()
+    parallel = Parallel(accelerator, OPRDConfig(str(tmp_path), use_cpu=True), student)
+    accelerator.device = torch.device("meta")
+    moves = []
+
+    def move(device):
+        moves.append(device.type)
+        if device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    student.to = move
+    with parallel.student_on_device():
+        assert moves == ["meta", "cpu"]
+    assert "one device cannot hold the whole student" in caplog.text
 
 
 def test_teachers_move_to_the_device_under_deepspeed_and_the_student_for_a_while(tmp_path):

@@ -47,6 +47,15 @@ def test_a_copy_of_the_student_reads_in_its_precision():
     assert not any(map(torch.equal, whole, expected))
 
 
+def test_a_copy_of_the_student_samples_in_its_precision_too():
+    student = tiny_model()
+    with copy_of(student, ModelInfo.of(student), torch.bfloat16).sampler():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    with copy_of(student, ModelInfo.of(student)).sampler():
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_the_lm_head_is_checked_without_flash_attention():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"  # not installed, and neither for float32 nor for a CPU

@@ -12,7 +12,7 @@ from transformers.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 
 from oprd.data.prompts import PromptRenderer
 from oprd.data.rows import PromptRow, Reading, parse_row
-from oprd.models.architecture import stated_context
+from oprd.models.architecture import attention_in_float32, stated_context
 from oprd.models.export_check import check_export
 from oprd.models.lm_head import lm_head_of
 from oprd.models.lm_head.head import check_head
@@ -122,8 +122,8 @@ class NewerFile(Exception):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (Exception("data did not match any variant of untagged enum"), "data did not match any variant of untagged enum; a newer "
-         "transformers and tokenizers may read it"),
+        (Exception("no variant of untagged enum"), "no variant of untagged enum; where it is of a newer release, update "
+         "transformers and tokenizers"),
         (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
         (NewerFile("x"), None),
     ],
@@ -189,3 +189,56 @@ def test_a_model_that_fails_in_a_batch_is_named():
         ValueError, match=r"Qwen2ForCausalLM cannot generate for two texts together \(RuntimeError: matC_old"
     ):
         probe_decoding(model)
+
+
+def test_a_tokenizer_that_holds_another_one_is_taken_itself():
+    tokenizer = tiny_tokenizer()
+    tokenizer.tokenizer = "an inner one"
+    assert tokenizer_of(tokenizer) is tokenizer
+
+
+def test_tokenizers_without_digits_append_nothing():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    for unknown in (None, "<unk>"):
+        vocabulary = {"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}
+        model = models.WordLevel(vocabulary, unk_token="<unk>") if unknown else models.WordLevel(vocabulary, "<none>")
+        made = Tokenizer(model)
+        made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token=unknown)
+        assert PromptRenderer(tokenizer).render(PromptRow("ab")) == [2, 3]
+        if unknown:
+            assert PromptRenderer(tokenizer).render(PromptRow("ab!")) == [2, 3, 0]
+
+
+def test_adapters_of_a_language_model_alone_and_of_the_whole_model_load_on_what_they_were_trained_on(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    Qwen3_5ForConditionalGeneration(AutoConfig.for_model("qwen3_5", **SEES)).save_pretrained(base)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        student = auto.from_pretrained(base)
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+        trained = get_peft_model(student, adapter)
+        trained.save_pretrained(tmp_path / auto.__name__)
+        loaded = load_model(str(tmp_path / auto.__name__), dtype="float32")
+        assert type(loaded) is type(student)
+
+
+def test_whole_numbers_of_a_table_beside_choices_are_refused_as_integers_are():
+    for answer in (2, 2.0):
+        with pytest.raises(ValueError, match="holds choices"):
+            parse_row({"prompt": "x", "choices": ["p", "q"], "answer": answer}, "row", Reading(graded=True))
+
+
+def test_attention_of_parts_is_restored():
+    model = Qwen3_5ForConditionalGeneration(AutoConfig.for_model("qwen3_5", **SEES))
+    parts = model.config, model.config.text_config, model.config.vision_config
+    model.config._attn_implementation = "flash_attention_2"
+    model.config.text_config._attn_implementation = "eager"
+    model.config.vision_config._attn_implementation = "sdpa"
+    with attention_in_float32(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert [part._attn_implementation for part in parts] == ["flash_attention_2", "eager", "sdpa"]

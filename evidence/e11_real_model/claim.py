@@ -102,7 +102,7 @@ def measure(work: Work) -> dict[str, Any]:
     """Get the model, build its teacher, choose rates and warm-up on one seed, measure on three others."""
     get_models(TEACHER, *TEACHER_BUILD)
     names = ("representation", "full_reverse_kl") if work.quick else MEASURED
-    earlier = _earlier() if work.add else {}
+    earlier = _earlier() if work.add and not work.quick else {}
     chosen = _tuned(work, names, earlier) if work.tune or work.quick else _committed(names)
     runs = []
     for warm in WARM:

@@ -160,9 +160,14 @@ class PromptRenderer:
     @cached_property
     def _appended(self) -> list[int]:
         """Special tokens that the tokenizer appends to a text, such as an end: a prompt that is continued must not have them."""
-        one, other = (list(self.tokenizer(digit)["input_ids"]) for digit in "01")
-        special, count = {*self.tokenizer.all_special_ids}, 0
-        while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count] in special:
+        try:
+            one, other = (list(self.tokenizer(digit)["input_ids"]) for digit in "01")
+        except Exception:  # a tokenizer without digits and without an unknown token
+            return []
+        special, count = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}, 0
+        if not {*one} - special or not {*other} - special:
+            return []  # nothing of the texts is left, so that what is before and after them cannot be told apart
+        while one[-1 - count] == other[-1 - count] in special:
             count += 1
         return one[len(one) - count :]
 

@@ -552,11 +552,12 @@ def _parse_answer(row: Mapping[str, Any], source: str, reading: Reading) -> tupl
             inner = 0 if isinstance(answer, list) else next(iter(answer))
             mend = f"give one text, or name what is inside (answer_column: {name}.{inner})"
         raise ValueError(f"{source}: the answer is {_shown(answer)}: {mend}")
+    if isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53:
+        answer = int(answer)  # a table keeps whole numbers as floats beside a null
     _check_text(str(answer), source, "the answer")
     if reading.graded and named is None and str(answer).strip().isdecimal():
         _check_no_choices(row, answer, name, source)
-    whole = isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53  # as pandas writes beside a null
-    return str(int(answer) if whole else answer), name
+    return str(answer), name
 
 
 def _python_value(value: Any) -> Any:

@@ -85,6 +85,17 @@ def find_adapter(name: str, init_kwargs: Mapping[str, Any] | None = None) -> Ada
     return Adapter(name, base, asked or revision, hub, beside is not None)
 
 
+def is_of_causal_class(adapter: Adapter) -> bool:
+    """Whether the names of an adapter's weights are of a language model alone, not of a part of one that reads images."""
+    try:
+        from peft.utils import load_peft_weights
+
+        names = [*load_peft_weights(adapter.name, device="cpu", **adapter.hub)]
+    except Exception:  # `attach` says what is wrong
+        return False
+    return not any(".language_model." in name or ".text_model." in name for name in names)
+
+
 def attach(base: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> Any:
     """Put an adapter onto its base model, in place. It is not merged: merging rounds the weights.
 

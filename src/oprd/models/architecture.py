@@ -169,14 +169,18 @@ def keeping_cache_setting(model: nn.Module) -> Iterator[None]:
 def attention_in_float32(model: nn.Module) -> Iterator[None]:
     """Use SDPA in place of FlashAttention while the context is open: FlashAttention takes neither float32 nor a CPU."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
-    flash = [(config, name) for config, name in before if isinstance(name, str) and "flash" in name]
-    for config, _ in flash:
-        config._attn_implementation = "sdpa"
+    before = [
+        (config, name)
+        for config in configs.values()
+        if isinstance(name := getattr(config, "_attn_implementation", None), str)
+    ]
+    for config, name in before:
+        if "flash" in name:
+            config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        for config, name in flash:
+        for config, name in before:  # a config before its parts, to which setting it spreads
             config._attn_implementation = name
 
 

@@ -23,7 +23,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oprd.data.hub import hub_answers
-from oprd.models.adapters import Adapter, attach, find_adapter
+from oprd.models.adapters import Adapter, attach, find_adapter, is_of_causal_class
 from oprd.models.architecture import blocks, context_length, embedding_rows, hidden_size, num_layers, stated_context
 from oprd.models.finite import check_finite
 from oprd.models.folder_check import check_adapter_folder, check_folder, lacks_tokenizer
@@ -244,14 +244,15 @@ def load_model(
         of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
             "revision": adapter.base_revision
         }
-        model = attach(_load_whole(base, base, of_base), adapter, trainable=trainable)
+        causal = is_of_causal_class(adapter)
+        model = attach(_load_whole(base, base, of_base, causal=causal), adapter, trainable=trainable)
         if not trainable:
             model = model.get_base_model().eval()
     check_finite(model, name)
     return model
 
 
-_OF_CONFIG = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only")
+_OF_CONFIG = ("trust_remote_code", "revision", "code_revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 def whole_class(config: Any) -> Any:
@@ -266,17 +267,20 @@ def whole_class(config: Any) -> Any:
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
-def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a model that is no adapter."""
+def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any], *, causal: bool = False) -> PreTrainedModel:
+    """Load a model that is no adapter; with `causal`, as a language model alone."""
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     local = Path(resolved).is_dir()
     with conversion_failures() as failed, _whole_under_zero3():
         try:
             auto: Any = AutoModelForCausalLM
-            if "gguf_file" not in kwargs:
+            if not causal and "gguf_file" not in kwargs:
+                given = kwargs.get("config")
                 own = {key: kwargs[key] for key in _OF_CONFIG if kwargs.get(key) is not None}
-                auto = whole_class(kwargs.get("config") or AutoConfig.from_pretrained(resolved, **own))
+                if given is None or isinstance(given, str):
+                    given = AutoConfig.from_pretrained(given or resolved, **own)
+                auto = whole_class(given)
             model, report = auto.from_pretrained(resolved, **arguments)
         except Exception as error:
             if (reason := reason_of(error)) is None:

@@ -26,6 +26,8 @@ def tokenizer_of(processing_class: Any) -> Any:
     """The tokenizer of a processor, which also reads images or sound; a tokenizer as it is; of a mapping, those of its values."""
     if isinstance(processing_class, Mapping):
         return {name: tokenizer_of(own) for name, own in processing_class.items()}
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return processing_class  # some hold another one inside
     return getattr(processing_class, "tokenizer", processing_class)
 
 

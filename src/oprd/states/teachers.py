@@ -183,9 +183,11 @@ class FrozenTeacher:
         """The model's LM head."""
         return lm_head_of(self.model)
 
-    def sampler(self) -> AbstractContextManager[nn.Module]:
-        """The model itself."""
-        return nullcontext(self.model)
+    @contextmanager
+    def sampler(self) -> Iterator[nn.Module]:
+        """The model itself, in the precision that it reads in while the context is open."""
+        with self.precision():
+            yield self.model
 
 
 class AdapterOffTeacher:

@@ -5,6 +5,7 @@ One process exchanges nothing. Most of what differs between DDP, FSDP2 (`fully_s
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from oprd.alignment.position_pairs import input_lengths
 from oprd.config import OPRDConfig
 from oprd.models.lm_head import embedding_gradient_by_rows
+from oprd.models.memory import ran_out_of_memory
 from oprd.models.sharding import is_sharded, max_over_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
 from oprd.states.teacher_settings import check_followed_whole, check_sharded
 from oprd.training.processes import check_joined
+
+logger = logging.getLogger("oprd")
 
 
 @dataclass(frozen=True)
@@ -114,22 +119,37 @@ class Parallel:
     def sampling_precision(self) -> AbstractContextManager[Any]:
         """`autocast` around a whole sampling, where every pass uses the weights that the first one cast.
 
-        Not around a sharded student, of which it would keep all gathered weights; its own forward casts them pass by pass.
+        Of a sharded student, whose gathered weights would be kept, each pass casts them again.
         """
-        return nullcontext() if self.sharded else self.autocast()
+        if self.sharded and self.args.bf16:
+            return torch.autocast(self.accelerator.device.type, torch.bfloat16, cache_enabled=False)
+        return self.autocast()
 
     @contextmanager
     def student_on_device(self) -> Iterator[None]:
-        """Hold the student on the device where Trainer leaves it on the CPU until training begins: accelerate's FSDP, DeepSpeed."""
+        """Hold the student on the device where Trainer leaves it on the CPU until training begins: accelerate's FSDP, DeepSpeed.
+
+        It stays on the CPU, with a warning, where a device cannot hold all of it.
+        """
         device, before = self.accelerator.device, next(self.student.parameters()).device
-        away = before.type != device.type and not self.sharded
-        if away:
+        if before.type == device.type or self.sharded:
+            yield
+            return
+        try:
             self.student.to(device)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            self.student.to(before)
+            clear_device_cache()
+            logger.warning(
+                "one device cannot hold the whole student, so it is evaluated on the CPU before training, which is slow; "
+                "eval_before: false leaves the evaluation out"
+            )
         try:
             yield
         finally:
-            if away:
-                self.student.to(before)
+            self.student.to(before)
 
     def step_totals(self, counts: Sequence[int], share: float) -> StepTotals:
         """Counts over the whole step, the mean over ranks.
@@ -263,7 +283,7 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
 
 
 def check_precision(bf16: bool, accelerator: Any) -> None:
-    """Refuse a precision that only the launcher's config asks for: oprd's checks and engines read the setting.
+    """Refuse a precision, or compilation, that only the launcher's config asks for: oprd's checks and engines read the settings.
 
     Args:
         bf16: the setting.
@@ -272,6 +292,11 @@ def check_precision(bf16: bool, accelerator: Any) -> None:
     Raises:
         ValueError: says what to change.
     """
+    compiles = getattr(getattr(accelerator.state, "dynamo_plugin", None), "backend", DynamoBackend.NO)
+    if compiles != DynamoBackend.NO:
+        raise ValueError(
+            f"dynamo_backend: set it to 'no' in accelerate's config (it is {compiles.value}); see torch_compile"
+        )
     asked, ours = accelerator.mixed_precision, "bf16" if bf16 else "no"
     if asked != ours:
         raise ValueError(

@@ -633,11 +633,15 @@ class OPRDTrainer(Trainer):
             with self.checkpoints.upload_without_pickle():
                 super()._push_from_checkpoint(checkpoint_folder)
 
+    @property
+    def _is_unwrapped(self) -> bool:
+        """Whether accelerate's FSDP or DeepSpeed has not wrapped the model: a finished run that is resumed has no engine."""
+        wraps = (self.parallel.fsdp or self.parallel.deepspeed) and not self.parallel.sharded
+        return wraps and self.model_wrapped is self.model
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and its tokenizer into `output_dir`. All processes take part; one writes."""
-        wraps = (self.parallel.fsdp or self.parallel.deepspeed) and not self.parallel.sharded
-        if wraps and self.model_wrapped is self.model:
-            # A finished run that is resumed has no engine, which transformers would ask for the weights.
+        if self._is_unwrapped:
             if self.args.should_save:
                 self._save(output_dir)
             return
@@ -667,8 +671,7 @@ class OPRDTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target, folder = self.model if model is None else model, Path(resume_from_checkpoint)
-        unwrapped_fsdp = self.parallel.fsdp and not self.parallel.sharded  # a finished run: nothing wraps the model
-        if self.parallel.sharded or (weight_files(folder) and (has_own_layout(target) or unwrapped_fsdp)):
+        if self.parallel.sharded or (weight_files(folder) and (has_own_layout(target) or self._is_unwrapped)):
             self.checkpoints.load_weights(target, resume_from_checkpoint, sharded=self.parallel.sharded)
         else:
             check_names(target, folder)
@@ -686,7 +689,9 @@ class OPRDTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._has_best_weights = True
-        if self.state.best_model_checkpoint and (self.parallel.sharded or has_own_layout(self.model)):
+        if self.state.best_model_checkpoint and (
+            self.parallel.sharded or self._is_unwrapped or has_own_layout(self.model)
+        ):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

@@ -118,7 +118,8 @@ class VLLMEngine:
             ValueError: `num_generations` < 1, a model that vLLM cannot serve, or longer sequences than fit in memory.
         """
         prompts, owners = repeat_prompts(prompt_ids, num_generations, rows)
-        with _process_state_restored():
+        device = next(model.parameters()).device.type
+        with _process_state_restored(), torch.autocast(device, enabled=False):  # its weights have a dtype of their own
             outputs = self._complete(causal_lm(model), prompts, sampling, seed, want_log_probs)
         completions = [list(output.token_ids) for output in outputs]
         log_probs = [

@@ -43,9 +43,10 @@ def _merged(layer: Any) -> dict[str, Tensor]:
     try:
         for parameter in plain.parameters():
             parameter.data = parameter.data.clone()  # merge into a copy: merge and unmerge round the weights
-        layer.merge()
-        merged = {name: parameter.data.clone() for name, parameter in plain.named_parameters()}
-        layer.unmerge()
+        with torch.autocast(next(plain.parameters()).device.type, enabled=False):  # it would round the merged weights
+            layer.merge()
+            merged = {name: parameter.data.clone() for name, parameter in plain.named_parameters()}
+            layer.unmerge()
     finally:
         for name, parameter in plain.named_parameters():
             parameter.data = saved[name]
