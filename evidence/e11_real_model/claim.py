@@ -201,7 +201,7 @@ def run_script(name: str, *arguments: str) -> None:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if representation is ahead of every output-space loss; in part if its mean is above all of theirs."""
+    """Holds if representation is ahead of every output-space loss measured; in part if its mean is above all of theirs."""
     runs = result["runs"]
     names = [name for name in NAMES if of(runs, name)]
     gaps = {name: difference(runs, "representation", name) for name in names if name != "representation"}
@@ -214,14 +214,19 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
-        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"
+        f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}{_not_measured(names)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"
         f"{_never_better(result['tuning'], names)}\n\n"
         "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
         "two has had as many seconds of training as the faster one's whole run, interpolated between evaluations."
     )
     rival = min(rivals, key=lambda name: rivals[name][0])
-    number = f"{points(*rivals[rival][:2])} over the best output-space loss ({NAMES[rival]})"
+    number = f"{points(*rivals[rival][:2])} over the best of {len(rivals)} output-space losses ({NAMES[rival]})"
     return Finding(verdict, number, text)  # type: ignore[arg-type]
+
+
+def _not_measured(names: list[str]) -> str:
+    others = [text for name, text in NAMES.items() if name not in names]
+    return f" Not measured: {'; '.join(others)}." if others else ""
 
 
 def _row(result: Result, name: str, gaps: Any) -> list[str]:
