@@ -120,10 +120,14 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def _earlier() -> dict[bool, list[Record]]:
-    """The records of the committed result, by warm-up; none without a result."""
-    file = HERE / "result.json"
+    """The records of the committed result, by warm-up; none without a result.
+
+    `further.json` holds tuning runs that the result does not use yet: of objectives and rates whose seeds are not measured.
+    """
+    file, further = HERE / "result.json", HERE / "further.json"
     found = json.loads(file.read_text()) if file.is_file() else {"tuning": [], "tuning_warm": [], "runs": []}
-    records = {False: list(found["tuning"]), True: list(found["tuning_warm"])}
+    more = json.loads(further.read_text()) if further.is_file() else {"tuning": [], "tuning_warm": []}
+    records = {False: [*found["tuning"], *more["tuning"]], True: [*found["tuning_warm"], *more["tuning_warm"]]}
     for record in found["runs"]:
         records[found["settings"][record["objective"]]["warm_up"]].append(record)
     return records
