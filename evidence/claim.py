@@ -24,7 +24,7 @@ class Work:
         workers: processes at a time.
         say: prints a line of progress.
         tune: choose learning rates again; otherwise take those of the committed result, with the runs that chose them.
-        add: take over the runs of the committed result and make only those that it lacks. Claims that cannot, measure all.
+        add: take over the runs of the committed result and make only those that it lacks. Only E11 can; other claims measure all.
     """
 
     folder: Path

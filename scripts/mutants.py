@@ -799,7 +799,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_teacher_server.py::test_a_passing_fault_changes_no_state"),
     ],
     "states/remote/wire.py": [
-        ("states of another shape are taken", "if received[name] != shapes[name]]", "if wrong[name] == 'nothing']",
+        ("states of another shape are taken", "if received[name] != shapes[name]]", "if received[name] == 'nothing']",
          "test_teacher_server.py::test_what_waiting_does_not_mend_is_one_sentence"),
         ("a client reads beyond the batch", '"flat_index": tokens, "head_index"', '"flat_index": None, "head_index"',
          "test_teacher_server.py::test_what_is_no_request_is_refused"),

@@ -122,7 +122,7 @@ class NewerFile(Exception):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (Exception("no variant of untagged enum"), "no variant of untagged enum; where it is of a newer release, update "
+        (Exception("no variant of untagged enum"), "no variant of untagged enum; if the file is of a newer release, update "
          "transformers and tokenizers"),
         (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
         (NewerFile("x"), None),

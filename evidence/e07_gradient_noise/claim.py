@@ -118,7 +118,7 @@ def _snr(found: dict[str, float]) -> float:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if OPRD's gradient at fixed prefixes is twice the same, Theorem 1's variance, summed over all checkpoints, agrees with the draws within 10 % and SNR
+    """Holds if OPRD's gradient at fixed prefixes does not vary, Theorem 1's variance, summed over all checkpoints, agrees with the draws within 10 % and SNR
     goes over all checkpoints as δ^b, b from 0.5 to 1.5; in part if only the last fails.
     """
     rows = result["rows"]

@@ -50,8 +50,8 @@ SETTING = (
     "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked chain sums (reasoning-gym: two or three terms of "
     "one or two digits; scripts/build_reasoning_teacher.py). 40 steps of 32 rollouts of at most 24 tokens, raw prompts, linear schedule, means over "
     "tokens, weights in float32 and products in bfloat16, Avg@2 on 150 held-out problems a seed (T 0.7, top-p 0.95). Rate and warm-up of each objective are chosen on seed 10, which the "
-    "claim does not use: rates a factor of three apart, widened until the best lies between two worse ones or three times; then a warm-up of two steps or of a tenth of "
-    "the steps. Problems are drawn a seed: of 150, about a sixth also occur on seed 10."
+    "claim does not use: rates a factor of three apart, widened, three times at most, until the best lies between two worse ones; then a warm-up of two steps or of a "
+    "tenth of the steps. Each seed draws its own problems; of 150, about a sixth also occur on seed 10."
 )
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

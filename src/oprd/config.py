@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -520,6 +521,11 @@ class OPRDConfig(TrainingArguments):
     def loss_temperature(self) -> float:
         """What divides the logits of losses on next-token distributions."""
         return self.output_temperature if self.output_temperature is not None else self.temperature or 1.0
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """dtype of the student's products in training; None: that of its weights."""
+        return torch.bfloat16 if self.bf16 else None
 
     @property
     def prompts_a_step(self) -> int:

@@ -166,7 +166,7 @@ class PromptRenderer:
             return []
         special, count = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}, 0
         if not {*one} - special or not {*other} - special:
-            return []  # nothing of the texts is left, so that what is before and after them cannot be told apart
+            return []  # the digits are lost, so start and end tokens cannot be told apart
         while one[-1 - count] == other[-1 - count] in special:
             count += 1
         return one[len(one) - count :]

@@ -30,17 +30,9 @@ _ANSWER_COLUMNS = (
     "answer", "reward_model.ground_truth", "final_answer", "expected_answer", "ground_truth", "solution",
 )  # fmt: skip
 _CHOICE_COLUMNS = ("choices", "options")
-# May hold a part of the problem.
-_BESIDE_PROMPT = (
-    "context",
-    "passage",
-    "input",
-    "system",
-    "system_prompt",
-    "tools",
-    "documents",
-    "chat_template_kwargs",
-)
+_BESIDE_PROMPT = (  # may hold a part of the problem
+    "context", "passage", "input", "system", "system_prompt", "tools", "documents", "chat_template_kwargs",
+)  # fmt: skip
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SPEAKERS = {

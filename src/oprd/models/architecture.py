@@ -180,7 +180,7 @@ def attention_in_float32(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, name in before:  # a config before its parts, to which setting it spreads
+        for config, name in before:  # setting a config also sets its parts, so the parts come last
             config._attn_implementation = name
 
 

@@ -42,7 +42,7 @@ def reason_of(error: Exception) -> str | None:
     ):  # torch reads only tensors from a pickle; this one holds other objects
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
     if type(error) is Exception:  # tokenizers raises it for a file of a newer release
-        return f"{' '.join(str(error).split())}; where it is of a newer release, update transformers and tokenizers"
+        return f"{' '.join(str(error).split())}; if the file is of a newer release, update transformers and tokenizers"
     if not isinstance(error, _OF_FILES) or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
         return None
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]

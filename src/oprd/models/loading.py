@@ -244,8 +244,7 @@ def load_model(
         of_base = {key: value for key, value in kwargs.items() if key != "subfolder"} | {
             "revision": adapter.base_revision
         }
-        causal = is_of_causal_class(adapter)
-        model = attach(_load_whole(base, base, of_base, causal=causal), adapter, trainable=trainable)
+        model = attach(_load_whole(base, base, of_base, adapter), adapter, trainable=trainable)
         if not trainable:
             model = model.get_base_model().eval()
     check_finite(model, name)
@@ -267,20 +266,22 @@ def whole_class(config: Any) -> Any:
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
-def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any], *, causal: bool = False) -> PreTrainedModel:
-    """Load a model that is no adapter; with `causal`, as a language model alone."""
+def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any], adapter: Adapter | None = None) -> PreTrainedModel:
+    """Load a model that is no adapter, by the class that `adapter` was trained on if there is one."""
     # Weights of another shape are reported, with their names, and then refused.
     arguments = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     local = Path(resolved).is_dir()
     with conversion_failures() as failed, _whole_under_zero3():
         try:
             auto: Any = AutoModelForCausalLM
-            if not causal and "gguf_file" not in kwargs:
+            if "gguf_file" not in kwargs:
                 given = kwargs.get("config")
                 own = {key: kwargs[key] for key in _OF_CONFIG if kwargs.get(key) is not None}
                 if given is None or isinstance(given, str):
                     given = AutoConfig.from_pretrained(given or resolved, **own)
                 auto = whole_class(given)
+                if auto is not AutoModelForCausalLM and adapter is not None and is_of_causal_class(adapter):
+                    auto = AutoModelForCausalLM
             model, report = auto.from_pretrained(resolved, **arguments)
         except Exception as error:
             if (reason := reason_of(error)) is None:

@@ -56,7 +56,7 @@ def base_of(
         return base
     if run.base_model is None:
         logger.info("extrapolation: a frozen copy of the student as it is now stays in memory, as the base")
-        return copy_of(student.model, student.info, _autocast_dtype(run.args))
+        return copy_of(student.model, student.info, run.args.autocast_dtype)
     if isinstance(run.base_model, str):
         dtype = (run.args.teacher_model_init_kwargs or {}).get("dtype", "auto")
         loaded = load(run.base_model, dtype=dtype, trust_remote_code=run.args.trust_remote_code)
@@ -155,16 +155,11 @@ def _self_teacher(run: RunConfig, student: LoadedModel) -> Teacher:
     if args.teacher_update_rate > 0:
         return FollowingTeacher(
             student.model, student.info, update_rate=args.teacher_update_rate, sync_steps=args.teacher_sync_steps,
-            autocast_dtype=_autocast_dtype(args), writes=args.should_save,
+            autocast_dtype=args.autocast_dtype, writes=args.should_save,
         )  # fmt: skip
     if run.lora is not None or run.given.peft_config is not None:
         return AdapterOffTeacher(student.model, student.info)
-    return copy_of(student.model, student.info, _autocast_dtype(args))
-
-
-def _autocast_dtype(args: OPRDConfig) -> torch.dtype | None:
-    """dtype of the student's products in training, which its copies share; None: that of its weights."""
-    return torch.bfloat16 if args.bf16 else None
+    return copy_of(student.model, student.info, args.autocast_dtype)
 
 
 def _several_teachers(

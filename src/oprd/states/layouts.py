@@ -86,9 +86,8 @@ def rounding(states: Tensor) -> tuple[torch.dtype, float]:
     """The dtype that states were computed in, autocast included, and the deviation that its rounding may cause."""
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    tf32 = (
-        device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    )  # `allow_tf32` raises after this API is set
+    # `allow_tf32` raises once a precision is set by the newer name.
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dtype, _ROUNDING.get(dtype, _ROUNDING_TF32 if tf32 else _ROUNDING_FLOAT32)
 
 

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.data.compact import OnAccess
@@ -133,8 +132,7 @@ def _verify_export(trainer: OPRDTrainer, folder: Path) -> bool | None:
         found = compare_files(lm, folder, revert_weight_conversion(lm, weights)) if main else ExportCheck(None, "")
     elif main:
         given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        autocast = torch.bfloat16 if args.bf16 else None
-        found = check_export(model, folder, trainer.pair.tokenizer, init_kwargs=given, autocast=autocast)
+        found = check_export(model, folder, trainer.pair.tokenizer, init_kwargs=given, autocast=args.autocast_dtype)
     if not main:
         return None
     if found.verified:

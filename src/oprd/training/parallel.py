@@ -76,7 +76,7 @@ class Parallel:
         self.accelerator, self.args = accelerator, args
         self.student, self.teacher_modules = student, tuple(teacher_modules)
         check_launch(args.fully_shard, accelerator)
-        check_precision(args.bf16, accelerator)
+        check_launcher_config(args.bf16, accelerator)
         check_joined(accelerator)
         check_shards(args, accelerator)
         self.deepspeed = getattr(accelerator.state, "deepspeed_plugin", None) is not None
@@ -282,8 +282,8 @@ def check_launch(fully_sharded: bool, accelerator: Any) -> None:
         )
 
 
-def check_precision(bf16: bool, accelerator: Any) -> None:
-    """Refuse a precision, or compilation, that only the launcher's config asks for: oprd's checks and engines read the settings.
+def check_launcher_config(bf16: bool, accelerator: Any) -> None:
+    """Refuse a precision, or compilation, that only the launcher's config asks for: oprd reads its own settings.
 
     Args:
         bf16: the setting.
