@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from oprd.alignment.aligner import Aligner, AlignmentStats, align_rollouts, render_for_teacher, template_space
+from oprd.alignment.aligner import Aligner, AlignmentStats, template_space
 from oprd.alignment.boundaries import Alignment
 from oprd.data.prompts import render
 from oprd.data.rows import PromptRow
@@ -202,7 +202,7 @@ def aligned(student, teacher, tokens, reason="stop", prompt="1", **settings):
     ids = [student.get_vocab()[token] for token in tokens]
     rollouts = Rollouts([student(prompt)["input_ids"]], [ids], [reason], [""], [7])
     rows = {7: PromptRow(prompt)}
-    theirs, (got,), stats = align_rollouts(rollouts, rows, student, teacher, **settings)
+    theirs, (got,), stats = Aligner(student, teacher, **settings).align(rollouts, rows)
     names = teacher.convert_ids_to_tokens(list(theirs.completion_ids[0]))
     return got, list(zip(got.student_positions, got.teacher_positions, strict=True)), names, theirs, stats
 
@@ -303,7 +303,7 @@ def byte_completion(*parts: bytes | str, reason: str = "length"):
     by_piece = {piece: i for i, piece in pieces_of("byte_level").items()}
     ids = [student.get_vocab()[p] if isinstance(p, str) else by_piece[p] for p in parts]
     rollouts = Rollouts([render(CHAT, student, None)], [ids], [reason], [""], [0])
-    return align_rollouts(rollouts, [CHAT], student, tokenizer_of("gemma"))
+    return Aligner(student, tokenizer_of("gemma")).align(rollouts, [CHAT])
 
 
 def test_a_cut_inside_a_character():
@@ -360,7 +360,7 @@ def opened(student: str, teacher: str, tokens: list[str], row: PromptRow = CHAT)
     tokenizer = tokenizer_of(student)
     ids = [*tokenizer.convert_tokens_to_ids(tokens), tokenizer.eos_token_id]
     rollouts = Rollouts([render(row, tokenizer, None)], [ids], ["stop"], [""], [0])
-    theirs, (got,), _ = align_rollouts(rollouts, [row], tokenizer, tokenizer_of(teacher))
+    theirs, (got,), _ = Aligner(tokenizer, tokenizer_of(teacher)).align(rollouts, [row])
     prompt = render(row, tokenizer_of(teacher), None)
     lead = list(theirs.prompt_ids[0])[len(prompt) :]
     return got, [tokenizer_of(teacher).convert_ids_to_tokens(ids) for ids in (lead, list(theirs.completion_ids[0]))]
@@ -445,25 +445,23 @@ def test_the_space_of_a_template():
 
 
 def test_the_teachers_prompt_is_its_own():
-    tokenizer = tokenizer_of("tiktoken")
-    ids = render_for_teacher(CHAT, tokenizer, chat_template_kwargs={"thinking": True}, system_prompt="Be brief.")
-    expected = "<|im_start|>Be brief.<|im_end|><|im_start|>How much is 12 + 30?<|im_end|><|im_start|>think"
-    assert tokenizer.decode(ids) == expected
-    replaced = PromptRow([{"role": "system", "content": "Be long."}, *CHAT.prompt])
-    assert (
-        render_for_teacher(replaced, tokenizer, system_prompt="Be brief.")
-        == ids[: -len(tokenizer("think")["input_ids"])]
+    student, tokenizer = tokenizer_of("byte_level"), tokenizer_of("tiktoken")
+    brief = Aligner(
+        student, tokenizer, teacher_chat_template_kwargs={"thinking": True}, teacher_system_prompt="Be brief."
     )
-    assert render_for_teacher(PLAIN, tokenizer) == tokenizer("12 + 30 is")["input_ids"]
+    rollouts = Rollouts([[5]], [[5]], ["length"], [""], [0])
+    expected = "<|im_start|>Be brief.<|im_end|><|im_start|>How much is 12 + 30?<|im_end|><|im_start|>think"
+    theirs, *_ = brief.align(rollouts, [CHAT])
+    assert tokenizer.decode(theirs.prompt_ids[0]) == expected
+    long = PromptRow([{"role": "system", "content": "Be long."}, *CHAT.prompt])
+    assert brief.align(rollouts, [long])[0].prompt_ids == theirs.prompt_ids
+
+    theirs, *_ = Aligner(student, tokenizer).align(rollouts, [PLAIN])
+    assert list(theirs.prompt_ids[0]) == tokenizer("12 + 30 is")["input_ids"]
     with pytest.raises(
         ValueError, match=r"file:2: teacher_system_prompt is 'Be brief\.', but the prompt is plain text"
     ):
-        render_for_teacher(PLAIN, tokenizer, system_prompt="Be brief.")
-
-    settings = {"teacher_chat_template_kwargs": {"thinking": True}, "teacher_system_prompt": "Be brief."}
-    rollouts = Rollouts([[5]], [[5]], ["length"], [""], [0])
-    theirs, *_ = align_rollouts(rollouts, [CHAT], tokenizer_of("byte_level"), tokenizer, **settings)
-    assert list(theirs.prompt_ids[0]) == ids
+        brief.align(rollouts, [PLAIN])
 
 
 # ------------------------------------------------------------------------------------------- what training needs
@@ -478,7 +476,7 @@ def test_one_vocabulary_with_other_special_tokens_passes_ids_on():
     got, pairs, names, *_ = aligned(student, teacher, ["1", "2", "<think>", "1", "<end>"])
     assert names == ["1", "2", "<think>", "1", "<eot>"]
     rollouts = Rollouts([[1]], [[1, 2, 99, 1]], ["length"], [""], [0])  # an id that no tokenizer has
-    theirs, (got,), _ = align_rollouts(rollouts, [PLAIN], student, teacher)
+    theirs, (got,), _ = Aligner(student, teacher).align(rollouts, [PLAIN])
     assert list(theirs.completion_ids[0]) == [1, 2, teacher.eos_token_id]
     assert got.student_positions == (0, 1, 2)
     assert got.dropped == {"special_token": 1}
@@ -504,11 +502,11 @@ def test_one_vocabulary_with_other_spaces_before_a_response_is_split_anew():
     student, teacher = wrapped(sentencepiece_bpe()), wrapped(sentencepiece_bpe(prefix=False))
     ids = student.convert_tokens_to_ids(["▁", "i", "s"])
     rollouts = Rollouts([render(CHAT, student, None)], [[*ids, student.eos_token_id]], ["stop"], [""], [0])
-    theirs, (got,), _ = align_rollouts(rollouts, [CHAT], student, teacher)
+    theirs, (got,), _ = Aligner(student, teacher).align(rollouts, [CHAT])
     assert teacher.decode(theirs.completion_ids[0], skip_special_tokens=True) == "is"
     assert (got.content, got.student_read) == (b"is", (0, 0, 1, 2))
     rollouts = Rollouts([render(PLAIN, student, None)], [[*ids, student.eos_token_id]], ["stop"], [""], [0])
-    theirs, (got,), _ = align_rollouts(rollouts, [PLAIN], student, teacher)
+    theirs, (got,), _ = Aligner(student, teacher).align(rollouts, [PLAIN])
     assert list(theirs.completion_ids[0]) == [*ids, teacher.eos_token_id]
     assert got.content == b" is"
 
@@ -564,9 +562,8 @@ def test_several_rollouts_and_their_counts():
         [render(CHAT, student, None)] * 3, [*completions[:2], completions[2][:1]], ["stop", "stop", "length"],
         words, [4, 4, 9],
     )  # fmt: skip
-    theirs, alignments, stats = align_rollouts(
-        rollouts, {4: CHAT, 9: PLAIN}, student, tokenizer_of("gemma"), student_stop_ids=[student.eos_token_id]
-    )
+    aligner = Aligner(student, tokenizer_of("gemma"), student_stop_ids=[student.eos_token_id])
+    theirs, alignments, stats = aligner.align(rollouts, {4: CHAT, 9: PLAIN})
     assert theirs.rows == [4, 4, 9]
     assert theirs.texts == words
     assert theirs.finish_reasons == ["stop", "stop", "length"]

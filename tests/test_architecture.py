@@ -94,7 +94,6 @@ def test_only_resolve_loads_models(nodes):
 FOREIGN = {
     ("children.py", "_exit"): "os._exit is public",
     ("bridge/statistics.py", "_add_sample"): "merge, of the same class",
-    ("bridge/statistics.py", "_keys_K"): "from_state, of the same class",
     ("bridge/statistics.py", "_shift"): "merge, of the same class",
     ("models/loading.py", "_hf_deepspeed_config_weak_ref"): "transformers has a setter of it and no getter",
     ("models/architecture.py", "_attn_implementation"): "transformers has no other name for it",

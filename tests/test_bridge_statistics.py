@@ -123,16 +123,6 @@ def test_no_graph_is_kept():
     assert all(t.grad_fn is None for t in statistics.state().values())
 
 
-def test_the_state_goes_on_where_it_stopped():
-    student_ND, teacher_NE = pair_of_states()
-    first = statistics_of(student_ND[:256], teacher_NE[:256], sample_size=40, seed=3)
-    resumed = PairStatistics.from_state({name: t.clone() for name, t in first.state().items()})
-    for statistics in (first, resumed):
-        statistics.update(student_ND[256:], teacher_NE[256:])
-    for name, tensor in first.state().items():
-        assert torch.equal(tensor, resumed.state()[name]), name
-
-
 def test_the_sample_is_uniform_and_paired():
     tokens, size, counts = 200, 20, torch.zeros(200)
     number = torch.arange(tokens, dtype=torch.float32)[:, None]

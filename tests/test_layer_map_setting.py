@@ -19,7 +19,7 @@ from oprd.states.layer_maps import check_setting, compared_layers, layer_pairs
 from oprd.states.mapped import MappedTeacher
 from oprd.states.requests import HEAD, request_states
 from oprd.states.teachers import AdapterOffTeacher, CanSample, FrozenTeacher, HasHead, StreamsStates
-from oprd.tools.report.distances import comparable_teacher, token_distances
+from oprd.tools.report.distances import comparable_teacher, read_rollouts
 from oprd.types import States
 from tiny import random_rollouts, tiny_model, tiny_tokenizer, tiny_trainer, weights
 
@@ -305,11 +305,11 @@ def test_the_report_compares_the_layers_of_the_run():
     assert layers == (1, 3)
     assert teacher.layers == {1: 1, 3: 4}
     rollouts = random_rollouts(count=2)
-    found = token_distances(ModelPair(loaded[0], teacher, layers=layers), rollouts)
+    found = [r.distances_LT.mean(0) for r in read_rollouts(ModelPair(loaded[0], teacher, layers=layers), rollouts)]
     own, theirs = capture_states(student, rollouts, [1, 3]).values, capture_states(original, rollouts, [1, 4]).values
     cosines = [torch.nn.functional.cosine_similarity(a, b, dim=-1) for a, b in zip(own, theirs, strict=True)]
     expected = (1 - torch.stack(cosines).mean(0)).tolist()
-    assert [d for ids in found for d in ids] == pytest.approx(expected, abs=2e-6)
+    assert torch.cat(found).tolist() == pytest.approx(expected, abs=2e-6)
 
 
 # Runs from folders: plan, resume, refusals.

@@ -72,6 +72,15 @@ def test_cka_equals_the_bridge_s_two():
     assert sums.cka() == pytest.approx(float(cka_matrix([student], [teacher])), rel=1e-9)
 
 
+def test_direct_r2_equals_the_bridge_s():
+    student = torch.randn(40, 6, dtype=torch.float64)
+    for teacher in (student + 0.3 * torch.randn(40, 6, dtype=torch.float64) + 1, torch.full_like(student, 2.0)):
+        sums, statistics = sums_of(student, teacher), PairStatistics(6, 6)
+        statistics.update(student, teacher)
+        assert sums.direct_r2 == pytest.approx(statistics.direct_r2())
+    assert statistics.direct_r2() is None  # the teacher's states are all equal
+
+
 @given(scale=st.floats(0.01, 100), shift=st.floats(-5, 5), seed=st.integers(0, 1000))
 def test_cka_does_not_know_rotation_scale_and_shift(scale, shift, seed):
     student, teacher = related()

@@ -24,7 +24,7 @@ from oprd.rollouts.engine import Sampled, Sampling
 from oprd.rollouts.transformers_engine import TransformersEngine
 from oprd.rollouts.vllm.engine import VLLMEngine
 from oprd.rollouts.vllm.server import VLLMServerEngine
-from oprd.rollouts.vllm.weights_folder import write_weights
+from oprd.rollouts.vllm.weights_folder import gather_weights, write_folder
 from test_distributed import run_two_ranks
 from test_vllm_engine import PROMPTS, STOPS, greedy, lora_of, model_with
 from tiny import WIDE, tiny_model, tiny_tokenizer, tiny_trainer
@@ -47,6 +47,12 @@ def fake():
 def engine_for(fake, folder, **settings) -> VLLMServerEngine:
     settings = {"wait": 2, "timeout": 5, **settings}
     return VLLMServerEngine(tiny_tokenizer(), STOPS, 4, weights_dir=str(folder), base_url=fake.url, **settings)
+
+
+def write_weights(model, weights_dir: Path, version: str, dtype: torch.dtype | None = None) -> Path:
+    """Write the folder that the engine would write, in one process."""
+    write_folder(model, gather_weights(model, dtype), weights_dir, version, dtype)
+    return weights_dir / version
 
 
 def sample(engine, model, seed=0, **settings):
@@ -244,7 +250,7 @@ def test_what_is_not_allowed_is_named(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_folder_loads_as_the_student(tmp_path, tied):
     lora = lora_of(model_with(tie_word_embeddings=tied))
-    folder = write_weights(lora.get_base_model(), tmp_path, "v1", None)
+    folder = write_weights(lora.get_base_model(), tmp_path, "v1")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor(PROMPTS[2:3])
     torch.testing.assert_close(loaded(ids).logits, lora(ids).logits)
@@ -259,10 +265,10 @@ def test_the_folder_loads_as_the_student(tmp_path, tied):
 
 
 def test_a_folder_of_another_model_is_not_written_over(tmp_path):
-    write_weights(model_with(), tmp_path, "v1", None)
-    write_weights(model_with(seed=1), tmp_path, "v2", None)
+    write_weights(model_with(), tmp_path, "v1")
+    write_weights(model_with(seed=1), tmp_path, "v2")
     with pytest.raises(ValueError, match=r"holds another model \(config: vocab_size\)"):
-        write_weights(model_with(vocab_size=80), tmp_path, "v3", None)
+        write_weights(model_with(vocab_size=80), tmp_path, "v3")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["start", "v1", "v2"]
 
 
@@ -383,7 +389,7 @@ def test_a_real_server_follows_the_weights_and_survives_being_killed(served, tie
     served.kill()
     engine = real_engine(served, tiny_tokenizer(), STOPS, f"tied-{tied}")
     model, reference = model_with(tie_word_embeddings=tied), TransformersEngine(tiny_tokenizer(), STOPS)
-    write_weights(model, engine.weights_dir, "unused", None)
+    write_weights(model, engine.weights_dir, "unused")
     served.start(engine.start_command())
     seen = []
     for _ in range(3):
@@ -419,7 +425,7 @@ def test_two_processes_share_a_real_server(served, tmp_path):
     """Each gets what it gets alone, at every step of changing weights."""
     served.kill()
     engine = real_engine(served, tiny_tokenizer(), STOPS, "alone")
-    write_weights(tiny_model(**WIDE), engine.weights_dir, "unused", None)
+    write_weights(tiny_model(**WIDE), engine.weights_dir, "unused")
     served.start(engine.start_command())
     alone = [
         vllm_ranks_script.steps(
@@ -443,7 +449,7 @@ def test_smollm2_by_a_real_server_has_the_students_log_probs(served):
     served.kill()
     model, tokenizer = load_model(str(SMOLLM2), dtype="float32"), load_tokenizer(str(SMOLLM2))
     engine = real_engine(served, tokenizer, [tokenizer.eos_token_id], "smollm2")
-    write_weights(model, engine.weights_dir, "unused", None)
+    write_weights(model, engine.weights_dir, "unused")
     served.start(engine.start_command() + " --max-model-len 256")
     sampled = pair_sampled(engine, model, tokenizer, Sampling(24))
     assert parity(model, sampled).max() < 5e-3

@@ -17,7 +17,7 @@ from oprd.alignment.boundaries import Alignment, DropReason, TokenizerPair, alig
 from oprd.alignment.privileged import privileged_row
 from oprd.alignment.token_bytes import TokenBytes
 from oprd.data.chat_template import answer_opening
-from oprd.data.prompts import PromptRenderer, render
+from oprd.data.prompts import PromptRenderer
 from oprd.data.rows import PromptRow
 from oprd.types import FinishReason, Rollouts
 
@@ -73,27 +73,6 @@ class AlignmentStats:
     def share(self) -> float:
         """Share of the student's positions with a partner; 0 without positions."""
         return self.paired / self.positions if self.positions else 0.0
-
-
-def render_for_teacher(
-    row: PromptRow,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    system_prompt: str | None = None,
-) -> list[int]:
-    """Token ids of a prompt, from the teacher's chat template and tokenizer.
-
-    Args:
-        row: the prompt.
-        teacher_tokenizer: the teacher's tokenizer, with its chat template.
-        chat_template_kwargs: arguments of the template, such as `enable_thinking`.
-        system_prompt: system prompt for the teacher; replaces the row's.
-
-    Raises:
-        ValueError: as `oprd.data.prompts.render`; or a system prompt is given for a plain-text prompt.
-    """
-    return render(with_system(row, system_prompt), teacher_tokenizer, chat_template_kwargs)
 
 
 def with_system(row: PromptRow, system_prompt: str | None) -> PromptRow:
@@ -258,22 +237,3 @@ def _ids_by_bytes(table: TokenBytes) -> dict[bytes, int]:
         if piece not in ids or table.encode(piece.decode(errors="replace")) == [i]:
             ids[piece] = i
     return ids
-
-
-def align_rollouts(
-    rollouts: Rollouts,
-    rows: Sequence[PromptRow] | Mapping[int, PromptRow],
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    **settings: Any,
-) -> tuple[Rollouts, list[Alignment], AlignmentStats]:
-    """Run `Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)` once.
-
-    Example:
-        >>> teacher_rollouts, alignments, stats = align_rollouts(rollouts, rows, student_tokenizer, teacher_tokenizer)
-        >>> students, teachers = alignments[0].select("last_k", 2000)
-
-    Raises:
-        ValueError: as `Aligner` and its `align`.
-    """
-    return Aligner(student_tokenizer, teacher_tokenizer, **settings).align(rollouts, rows)

@@ -38,7 +38,8 @@ class PairReport:
         tokens: number of tokens in the fit.
         held_out_tokens: number of tokens in the evaluation.
         cka: linear CKA of the two layers' states, on the fit's tokens.
-        direct_r2: R² of the student's state as a prediction of the teacher's, without projection; None if the widths differ.
+        direct_r2: R² of the student's state as a prediction of the teacher's, without projection; None if the widths differ or
+            the teacher's states are all equal.
         predictable: Σ w_i ρ_i², share of the teacher's total variance that the student predicts (w_i: direction i's share).
         suggested_rank: rank with the smallest error of Theorem 3, where ρ² crosses 1/2. 0 if no direction is worth using.
         r2_R: ρ_i², R² of each direction; below 0 if the mean predicts better.

@@ -8,7 +8,7 @@ use a second `PairStatistics`. Letters: D student's width, E teacher's width, K 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -167,7 +167,7 @@ class PairStatistics:
         return merged
 
     def state(self) -> dict[str, Tensor]:
-        """The full state as tensors, for safetensors or another process. Tensors are not copied."""
+        """The full state as tensors, which are not copied."""
         return {
             "counts": torch.tensor([self.n, self.sample_size, self.seed]),
             "student_mean_D": self.student_mean_D,
@@ -180,21 +180,6 @@ class PairStatistics:
             "teacher_sample_KE": self.teacher_sample_KE,
         }
 
-    @staticmethod
-    def from_state(state: Mapping[str, Tensor]) -> PairStatistics:
-        """Restore statistics from `state()`; they can be updated further."""
-        n, sample_size, seed = state["counts"].tolist()
-        made = PairStatistics(
-            *state["cross_DE"].shape, sample_size=sample_size, seed=seed, device=state["cross_DE"].device
-        )
-        made.n = n
-        for name in ("student_mean_D", "teacher_mean_E", "student_DD", "cross_DE", "teacher_EE"):
-            getattr(made, name).copy_(state[name])
-        made._keys_K = state["keys_K"].clone()
-        made.student_sample_KD = state["student_sample_KD"].clone()
-        made.teacher_sample_KE = state["teacher_sample_KE"].clone()
-        return made
-
     def cka(self) -> float:
         """Linear CKA = ‖Σ h_S h_Tᵀ‖² / (‖Σ h_S h_Sᵀ‖·‖Σ h_T h_Tᵀ‖), all centred (Kornblith et al. 2019); 0 for constant states.
 
@@ -206,14 +191,15 @@ class PairStatistics:
     def direct_r2(self) -> float | None:
         """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: R² of the student's state as a prediction of the teacher's, without projection.
 
-        None if the widths differ. Near 1 for models of the same origin, below 0 for models that share only their shape.
+        None if the widths differ or the teacher's states are all equal. Near 1 for models of the same origin, below 0 for models
+        that share only their shape.
         """
         if len(self.student_mean_D) != len(self.teacher_mean_E):
             return None
         variation = float(self.teacher_EE.trace())
         shift = self.n * float((self.student_mean_D - self.teacher_mean_E).square().sum())
         error = float(self.student_DD.trace() - 2 * self.cross_DE.trace()) + variation + shift
-        return 1 - error / variation if variation > 0 else 0.0
+        return 1 - error / variation if variation > 0 else None
 
 
 def _add_gram(sum_XX: Tensor, states_nX: Tensor) -> None:

@@ -152,9 +152,10 @@ class PairSums:
 
     @property
     def direct_r2(self) -> float | None:
-        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: R² of the student's state as a prediction of the teacher's; None if widths differ.
+        """1 − Σ‖h_S − h_T‖² / Σ‖h_T − µ_T‖²: R² of the student's state as a prediction of the teacher's.
 
-        Below 0 the teacher's mean predicts better, so the dimensions are not aligned.
+        None if the widths differ or the teacher's states are all equal. Below 0 the teacher's mean predicts better, so the
+        dimensions are not aligned.
         """
         mean_E = self._sum[1] / self.n
         variation = self._length[1] - self.n * float(mean_E @ mean_E)

@@ -85,16 +85,6 @@ def write_folder(
     write(folder)
 
 
-def write_weights(lm: PreTrainedModel, weights_dir: Path, version: str, dtype: torch.dtype | None) -> Path:
-    """Call `gather_weights` and `write_folder` in a single process, and return the folder.
-
-    Raises:
-        ValueError: `weights_dir/start` holds another model.
-    """
-    write_folder(lm, gather_weights(lm, dtype), weights_dir, version, dtype)
-    return weights_dir / version
-
-
 def _write_start(start: Path, staged: Path, write: Callable[[Path], None]) -> None:
     """Write the folder that a server starts from. Its weights may be old: they are replaced before the first rollout."""
     write(staged)

@@ -129,11 +129,6 @@ def _likeliest(head: LMHead, teacher: States) -> list[int]:
     return [token for part in teacher.head_MD.split(_HEAD_ROWS) for token in head.logits(part).argmax(-1).tolist()]
 
 
-def token_distances(pair: ModelPair, rollouts: Rollouts) -> list[list[float]]:
-    """The distance at every response token of every rollout: the mean over layers."""
-    return [rounded(one.distances_LT.mean(0)) for one in read_rollouts(pair, rollouts)]
-
-
 def rounded(distances_T: Tensor) -> list[float]:
     """Distances for a file."""
     return [round(distance, 6) for distance in distances_T.tolist()]
