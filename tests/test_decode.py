@@ -259,11 +259,11 @@ def test_each_row_may_have_a_limit_of_its_own():
     limits = [1, 5, 3, 2, 9, 4]
     rows = [Row((5, 6, 7), seed, limit) for seed, limit in enumerate(limits)]
     found = complete_rows(tiny_model(), rows, Sampling(9), [], pad_token_id=0, vocab_size=64)
-    assert [len(one.ids) for one in found] == limits
+    assert [len(one.token_ids) for one in found] == limits
     longer = complete_rows(
         tiny_model(), [Row(r.prompt, r.seed, 9) for r in rows], Sampling(9), [], pad_token_id=0, vocab_size=64
     )
-    assert [one.ids[:n] for one, n in zip(longer, limits, strict=True)] == [one.ids for one in found]
+    assert [one.token_ids[:n] for one, n in zip(longer, limits, strict=True)] == [one.token_ids for one in found]
 
 
 # ------------------------------------------------------------------------------------------- weights, memory, numbers

@@ -28,6 +28,7 @@ from oprd.models.sharding import is_sharded
 from oprd.rollouts.cached_rows import CachedRows, why_not
 from oprd.rollouts.draw import draw_tokens
 from oprd.rollouts.engine import (
+    Completion,
     EngineAbilities,
     Sampled,
     Sampling,
@@ -61,19 +62,6 @@ class Row:
     prompt: tuple[int, ...]
     seed: int
     limit: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A written completion.
-
-    Args:
-        ids: tokens, the stop token included where one was drawn.
-        log_probs: of each token, in nats, at temperature 1, over the whole vocabulary, before truncation; empty if not asked for.
-    """
-
-    ids: list[int]
-    log_probs: list[float]
 
 
 @dataclass
@@ -294,7 +282,7 @@ class DecodeEngine:
                     if self.on_batch is not None:
                         self.on_batch(len(done), len(order))
         ordered = [done[i] for i in range(len(order))]
-        found = to_rollouts(prompts, [one.ids for one in ordered], owners, self.tokenizer, self.stop_token_ids)
+        found = to_rollouts(prompts, [one.token_ids for one in ordered], owners, self.tokenizer, self.stop_token_ids)
         return Sampled(found, [one.log_probs for one in ordered] if want_log_probs else None)
 
     def probe(self, model: nn.Module) -> dict[str, Any]:

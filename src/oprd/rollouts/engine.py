@@ -59,6 +59,19 @@ class EngineAbilities:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """One completion of an engine.
+
+    Args:
+        token_ids: its tokens, the stop token included where one was drawn.
+        log_probs: of each token: nats, at temperature 1, over the whole vocabulary, before truncation; empty if not asked for.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+
+
+@dataclass(frozen=True)
 class Sampled:
     """What one `generate` returns.
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from oprd.http.client import HTTPClient, ServerLost
+from oprd.rollouts.engine import Completion
 
 _LARGEST_ANSWER = 64 * 2**20  # bytes
 
 
 class WeightsLost(ConnectionError):
     """The server has other weights than it was sent; the caller may send them again."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Token ids of a completion, and the log-probability of each (nats, under the served weights, at temperature 1)."""
-
-    token_ids: list[int]
-    log_probs: list[float]
 
 
 class VLLMClient:

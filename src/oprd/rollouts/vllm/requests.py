@@ -13,7 +13,8 @@ import anyio
 from oprd.http.client import ServerLost
 from oprd.http.interruptible import Interruptible
 from oprd.http.patience import Patience
-from oprd.rollouts.vllm.http import Completion, VLLMClient, WeightsLost
+from oprd.rollouts.engine import Completion
+from oprd.rollouts.vllm.http import VLLMClient, WeightsLost
 
 T = TypeVar("T")
 

@@ -114,7 +114,7 @@ def _measure(case: Case, rounds: int, most: int, clock: Callable[[], float]) -> 
         found = complete_rows(
             model, to_rows(repeated, DEMO_LENGTH, SEED), Sampling(DEMO_LENGTH), engine.stop_token_ids, **own
         )
-        lengths = [len(one.ids) for one in found]
+        lengths = [len(one.token_ids) for one in found]
     wanted = [replace(row, limit=limit) for row, limit in zip(wanted, lengths, strict=True)]
     ways: dict[str, Callable[[], Any]] = {
         "generate": lambda: by_generate(engine, model, repeated, lengths),
