@@ -1335,20 +1335,20 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("ordinary answers use up the limit", "seconds if seconds > _ORDINARY_S else 0.0", "seconds",
          "test_grading.py::test_ordinary_answers_do_not_use_up_the_limit_of_a_batch"),
     ],
-    "tasks/algebra.py": [
+    "tasks/answers/algebra.py": [
         ("tiny numbers are alike", "relative * max(abs(first), abs(second))", "relative",
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
         ("R and r are one radius", "keep_case = _both_cases(answer) or _both_cases(truth)\n        a, t", "keep_case = False\n        a, t",
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
     ],
-    "tasks/comparison.py": [
+    "tasks/answers/comparison.py": [
         ("a tuple may be swapped", "return self._in_order(answer.items, truth.items)\n\n    def _vector",
          "return self._in_any_order(answer, truth)\n\n    def _vector",
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
         ("an open interval is a closed one", "if answer.text != truth.text or not _may_be_one_name", "if not _may_be_one_name",
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
     ],
-    "tasks/words.py": [
+    "tasks/answers/words.py": [
         ("anagrams are one word", "        return a == t\n    words, other", "        return sorted(''.join(a)) == sorted(''.join(t))\n    words, other",
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
         ("a base is left out", 'return number[1] == 10 and other', "return other",

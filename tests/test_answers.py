@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd.data.rows import load_prompts
-from oprd.tasks.answers import decide, stated
+from oprd.tasks.answers.decide import decide, stated
+from oprd.tasks.answers.notation import normalize_answer, plain
+from oprd.tasks.answers.quantities import quantity, value_of
+from oprd.tasks.answers.structures import Part, parse
 from oprd.tasks.grading import MathGrader, last_boxed
 from oprd.tasks.near_misses import NearMiss, NearMisses, near_miss, near_misses
-from oprd.tasks.notation import normalize_answer, plain
-from oprd.tasks.quantities import quantity, value_of
-from oprd.tasks.structures import Part, parse
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = ("AIME24", "AIME25", "AIMO", "AMC23", "MATH-500")

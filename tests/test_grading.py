@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd.data.rows import PromptRow, load_prompts
-from oprd.tasks.answers import decide
+from oprd.tasks.answers.decide import decide
+from oprd.tasks.answers.notation import normalize_answer
+from oprd.tasks.answers.quantities import parse_number
 from oprd.tasks.grading import MathGrader, Verdict, VerdictCache, last_boxed
-from oprd.tasks.notation import normalize_answer
-from oprd.tasks.quantities import parse_number
 from oprd.tasks.task import get_task, with_instruction
 from processes import descendants, wait_until
 
@@ -322,7 +322,7 @@ def test_no_answer_runs_code(grader, tmp_path, truths):
 def test_the_last_hostile_answer_does_run_code_without_the_guard(tmp_path):
     """The control of the test above: if a later sympy mends this, the guard may be reconsidered."""
     program = (
-        "import sys, math_verify; from oprd.tasks.algebra import parsed; "
+        "import sys, math_verify; from oprd.tasks.answers.algebra import parsed; "
         "math_verify.verify(parsed('\\\\pi', False), parsed(sys.argv[1], False), timeout_seconds=None)"
     )
     subprocess.run([sys.executable, "-c", program, hostile_answers(tmp_path)[-1]], check=True, timeout=60)

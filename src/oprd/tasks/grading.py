@@ -26,7 +26,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
 from oprd.children import end_with_parent
-from oprd.tasks.answers import decide
+from oprd.tasks.answers.decide import decide
 from oprd.tasks.grading_worker import check, start_worker
 
 logger = logging.getLogger("oprd")

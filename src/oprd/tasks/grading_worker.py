@@ -18,8 +18,8 @@ import sys
 import time
 from typing import Any
 
-from oprd.tasks.algebra import MathVerify
-from oprd.tasks.comparison import same_answer
+from oprd.tasks.answers.algebra import MathVerify
+from oprd.tasks.answers.comparison import same_answer
 
 _FORBIDDEN = ("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess", "socket")
 _PLAIN_NUMBER = re.compile(

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from oprd.tasks.answers.notation import plain
 from oprd.tasks.grading import last_boxed
-from oprd.tasks.notation import plain
 
 _LONGEST = 1_000  # characters of an answer; longer ones are not graded either
 _MEANING = re.compile(

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from oprd.tasks.notation import compact
-from oprd.tasks.quantities import quantity, value_of
-from oprd.tasks.words import words_of
+from oprd.tasks.answers.notation import compact
+from oprd.tasks.answers.quantities import quantity, value_of
+from oprd.tasks.answers.words import words_of
 
 
 @dataclass(frozen=True)

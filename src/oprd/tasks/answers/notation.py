@@ -1,6 +1,6 @@
 r"""How answers are written: brings notations of the same thing to one, as text.
 
-Each rule here changes only how an answer looks, never its value. What compares values is in `oprd.tasks.answers`.
+Each rule here changes only how an answer looks, never its value. What compares values is in `oprd.tasks.answers.quantities`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _both_cases(*texts: str) -> bool:
 
 
 class MathVerify:
-    """The `Algebra` of `oprd.tasks.comparison`."""
+    """The `Algebra` of `oprd.tasks.answers.comparison`."""
 
     def same_expression(self, answer: str, truth: str) -> bool | None:
         """Whether two expressions have the same value wherever both are real; None if one cannot be read."""

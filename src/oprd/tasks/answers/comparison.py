@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from oprd.tasks.answers import decide, stated
-from oprd.tasks.notation import compact
-from oprd.tasks.quantities import known_factors, quantity
-from oprd.tasks.structures import Part, is_name, parse, split
-from oprd.tasks.words import words_of
+from oprd.tasks.answers.decide import decide, stated
+from oprd.tasks.answers.notation import compact
+from oprd.tasks.answers.quantities import known_factors, quantity
+from oprd.tasks.answers.structures import Part, is_name, parse, split
+from oprd.tasks.answers.words import words_of
 
 Verdict = bool | None  # None: it cannot be read
 Relation = tuple[str, str, str]  # left side, one of `=`, `<` and `\le`, right side

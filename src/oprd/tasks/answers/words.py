@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from oprd.tasks.notation import compact
-from oprd.tasks.quantities import number_in_words
+from oprd.tasks.answers.notation import compact
+from oprd.tasks.answers.quantities import number_in_words
 
 _TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp|sqrt|max|min|gcd|lcm|det|mod")

@@ -1,12 +1,12 @@
-r"""Whether two answers are the same, as far as no algebra is needed (`oprd.tasks.comparison` goes on from there)."""
+r"""Whether two answers are the same, as far as no algebra is needed (`oprd.tasks.answers.comparison` goes on from there)."""
 
 from __future__ import annotations
 
 import re
 
-from oprd.tasks.notation import normalize_answer, plain
-from oprd.tasks.quantities import quantity, same_value, with_letter_units
-from oprd.tasks.words import same_text
+from oprd.tasks.answers.notation import normalize_answer, plain
+from oprd.tasks.answers.quantities import quantity, same_value, with_letter_units
+from oprd.tasks.answers.words import same_text
 
 _SO = r"(?:therefore|thus|hence|so|then),?"
 _INTRODUCED = re.compile(
