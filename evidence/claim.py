@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from oprd.files import file_digest, write_json
 
 Verdict = Literal["holds", "partly", "not"]
 Result = Mapping[str, Any]
@@ -68,14 +72,43 @@ def side_by_side(work: Work, function: Callable[..., Any], arguments: Sequence[t
 
 
 def kept_side_by_side(work: Work, function: Callable[..., Any], arguments: Mapping[Path, tuple[Any, ...]]) -> list[Any]:
-    """Results of `function` for each file's arguments (JSON-able). Each file caches arguments and result; equal arguments are not computed again."""
+    """Results of `function` for each file's arguments, which the file caches; equal arguments are not computed again.
+
+    Args:
+        work: gives the number of processes.
+        function: a module-level function whose result is JSON-able.
+        arguments: JSON-able, but for `Path`s: files and models' folders that the function reads. Of these the contents count.
+    """
     missing = [(file, function, own) for file, own in arguments.items() if _kept(file).get("arguments") != _plain(own)]
     side_by_side(work, _keep, missing)
     return [_kept(file)["found"] for file in arguments]
 
 
+def make_once(target: Path, arguments: tuple[Any, ...], make: Callable[[], None]) -> None:
+    """Call `make`, which writes a file or folder, unless an earlier call made it from equal arguments.
+
+    Args:
+        target: the file or folder. One that other arguments made is removed first.
+        arguments: what it is made from, as in `kept_side_by_side`.
+        make: writes `target`.
+    """
+    made_from = target.with_name(f"{target.name}.made_from.json")
+    if target.exists() and _kept(made_from).get("arguments") == _plain(arguments):
+        return
+    made_from.unlink(missing_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    make()
+    write_json(made_from, {"arguments": _plain(arguments)})
+
+
+def read_by_name(name: str) -> Path | str:
+    """A file or folder as the `Path` whose contents count; another name, such as generated:addition, as it is."""
+    return Path(name) if Path(name).exists() else name
+
+
 def _keep(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    file.write_text(json.dumps({"arguments": _plain(arguments), "found": function(*arguments)}))
+    write_json(file, {"arguments": _plain(arguments), "found": function(*arguments)}, indent=None)
 
 
 def _kept(file: Path) -> dict[str, Any]:
@@ -84,7 +117,18 @@ def _kept(file: Path) -> dict[str, Any]:
 
 
 def _plain(arguments: tuple[Any, ...]) -> Any:
-    return json.loads(json.dumps(arguments))
+    return json.loads(json.dumps([_contents(own) if isinstance(own, Path) else own for own in arguments]))
+
+
+def _contents(path: Path) -> dict[str, str]:
+    """Name → digest of a file, or of a model's config and weights."""
+    files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".json")] if path.is_dir() else [path]
+    return {file.name: _digest(file, file.stat().st_mtime_ns) for file in sorted(files)}
+
+
+@cache
+def _digest(file: Path, changed: int) -> str:
+    return file_digest(file)
 
 
 PRETRAINED = {"E11", "E14", "E24", "E25", "E26", "E27"}

@@ -18,8 +18,8 @@ from oprd.tools.compare.results import Run, read_result, summary_of
 from oprd.tools.compare.runner import open_runs, run_all
 
 Record = dict[str, Any]
-COSINE_ALARM = "cosine rose"
-"""Begins the text of the alarm for states that come closer while the model gets worse; other alarms have other texts."""
+GETS_WORSE = "the model gets worse"
+"""Is in the text of the alarm for states that come closer while the model gets worse, and of no other."""
 TUNING_SEED = 10  # its problems choose learning rates; otherwise only quick runs use it
 QUICK = {"max_steps": 4, "eval_limit": 40, "eval_steps": 4}
 """Settings of a quick run, which only checks that the code works."""
@@ -170,7 +170,7 @@ def _record(run: Run, of_seed: Mapping[str, float]) -> Record:
         "dist_4": _round(after["dist_4"]),
         "finished": _round(after["finished"]),
         "alarms": [line["step"] for line in lines if line.get("alarm")],
-        "cosine_alarms": [line["step"] for line in lines if COSINE_ALARM in line.get("alarm_text", "")],
+        "cosine_alarms": [line["step"] for line in lines if GETS_WORSE in line.get("alarm_text", "")],
         "steps": result.final.step,
         "seconds": _round(result.final.seconds),
         "before": of_seed.get("student_before"),

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Result, Work
+from evidence.claim import Result, Work, make_once, read_by_name
 from evidence.comparisons import TUNING_SEED, Record, of, run_comparison
 from evidence.tuning import GRID, LADDER, Rates, edges_said
+from oprd.files import write_json
 from oprd.tools.prune import Choice, PromptFile, prune_model
 
 NAMES = {
@@ -57,13 +58,16 @@ class Setting:
 def cut_original(work: Work, setting: Setting, keep: int) -> dict[str, Any]:
     """Cut the original once; what was found, and the `folder` of the cut model."""
     folder, file = work.folder / f"cut_{keep}", work.folder / f"cut_{keep}.json"
-    if not (folder / "config.json").is_file():
-        prompts = PromptFile(
-            setting.prompts, limit=64, max_completion_length=setting.tokens, split="train", seed=TUNING_SEED
-        )
-        file.write_text(
-            json.dumps(prune_model(setting.original, Choice("cosine", keep), folder, prompts=prompts, dtype="float32"))
-        )
+    prompts = PromptFile(
+        setting.prompts, limit=64, max_completion_length=setting.tokens, split="train", seed=TUNING_SEED
+    )
+
+    def cut() -> None:
+        found = prune_model(setting.original, Choice("cosine", keep), folder, prompts=prompts, dtype="float32")
+        write_json(file, found)
+
+    made_from = read_by_name(setting.original), keep, read_by_name(setting.prompts), setting.tokens
+    make_once(folder, made_from, cut)
     return {**json.loads(file.read_text()), "folder": folder}
 
 

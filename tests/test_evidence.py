@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, measure, measured_whole, results, show
-from evidence.claim import PRETRAINED, Finding, Work, kept_side_by_side, rule, side_by_side
+from evidence.claim import PRETRAINED, Finding, Work, kept_side_by_side, make_once, rule, side_by_side
 from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of
 from evidence.document import DETAILS, details, document
 from evidence.readme import BLOCKS, with_blocks
@@ -305,6 +305,25 @@ def test_what_is_kept_is_computed_anew_for_other_arguments(tmp_path):
     file.write_text(file.read_text().replace("[3, 1]", "[30, 10]"))
     assert kept_side_by_side(work, divmod, {file: (7, 2)}) == [[30, 10]]  # kept
     assert kept_side_by_side(work, divmod, {file: (9, 2)}) == [[4, 1]]
+
+
+def test_what_is_kept_is_computed_anew_for_other_contents(tmp_path):
+    work, kept, model = Work(tmp_path, False, 1, print), tmp_path / "size.json", tmp_path / "model"
+    model.mkdir()
+    text, made = model / "model.safetensors", []
+    for content in ("one", "one", "three"):
+        text.write_text(content)
+        [size] = kept_side_by_side(work, weights_size, {kept: (model,)})
+        assert size == len(content)
+        make_once(tmp_path / "copy", (text, 1), lambda: (made.append(text.read_text()), (tmp_path / "copy").mkdir())[0])
+    assert made == ["one", "three"]
+    make_once(tmp_path / "copy", (text, 2), lambda: made.append("other arguments"))
+    assert made[2:] == ["other arguments"]
+    assert not (tmp_path / "copy").exists()  # what other arguments made is removed
+
+
+def weights_size(model):
+    return (model / "model.safetensors").stat().st_size
 
 
 PAGES = [

@@ -126,15 +126,20 @@ def test_the_nearest_is_the_one_of_the_smallest_distance():
     assert e26.judge(generic()).verdict == "holds"
     assert e26.judge(generic({"full_reverse_kl": 0.4})).verdict == "partly"
     assert e26.judge(generic({"supervised": 0.3})).verdict == "not"
+    assert "0.1 ± 0 nats farther than the best other (supervised" in e26.judge(generic({"supervised": 0.3})).number
+    assert "cut model" not in e26.judge(generic()).paragraph
+    worse = e26.judge(generic({"representation": 8.0, "full_reverse_kl": 9.0, "sampled_token": 9.0, "supervised": 9.0}))
+    assert worse.verdict == "not"  # the nearest of four, and farther than before
+    assert "With 5 blocks, farther from the original than the cut model: representation" in worse.paragraph
     finding = e26.judge(generic())
     assert (
         finding.number
-        == "4 of 6 blocks: 0.41 nats a token from the original (after the cut 7); −0.1 ± 0 nats against the best other "
-        "(full reverse KL)"
+        == "4 of 6 blocks: KL to the original in both directions 0.41 nats a token (after the cut 7); 0.1 ± 0 nats nearer "
+        "than the best other (full reverse KL)"
     )
     assert (
-        "is ahead of full reverse KL, sampled-token OPD and supervised on the original's responses in KL(original ‖ model)"
-        in finding.paragraph
+        "in KL(original ‖ model), representation is ahead of full reverse KL, sampled-token OPD and supervised on the "
+        "original's responses." in finding.paragraph
     )
     assert "perplexity 900 (the original's is 5), chain sums 1.0 % (the original 20.0 %)" in finding.paragraph
     e26.draw(generic(), new_figure(3.2))
@@ -142,7 +147,7 @@ def test_the_nearest_is_the_one_of_the_smallest_distance():
 
 def test_distances_are_mean_divergences_of_both_directions(tmp_path):
     """Against the whole vocabulary's distributions, token by token; 0 for the original itself."""
-    folders = [str(tmp_path / name) for name in ("model", "original")]
+    folders = [tmp_path / name for name in ("model", "original")]
     models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
     for model, folder in zip(models, folders, strict=True):
         model.save_pretrained(folder)
@@ -151,7 +156,7 @@ def test_distances_are_mean_divergences_of_both_directions(tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(5)))
     rollouts = random_rollouts(count=20)
     text.write_text(json.dumps([rollouts.prompt_ids, rollouts.completion_ids]))
-    found = distances(*folders, str(prompts), str(text), str(own), 5, 6)
+    found = distances(*folders, prompts, text, str(own), 5, 6)
 
     def mean_kl(file, first, second):
         total, count = 0.0, 0
@@ -166,8 +171,8 @@ def test_distances_are_mean_divergences_of_both_directions(tmp_path):
     assert len(json.loads(own.read_text())[0]) == 5
     assert found["forward_kl"] == pytest.approx(mean_kl(text, models[1], models[0]), rel=1e-4)
     assert found["reverse_kl"] == pytest.approx(mean_kl(own, *models), rel=1e-4)
-    assert found["perplexity"] == pytest.approx(perplexity(folders[0], text), rel=1e-6)
-    same = distances(folders[1], folders[1], str(prompts), str(text), str(own), 5, 6)
+    assert found["perplexity"] == pytest.approx(perplexity(str(folders[0]), text), rel=1e-6)
+    same = distances(folders[1], folders[1], prompts, text, str(own), 5, 6)
     assert same["forward_kl"] == pytest.approx(0, abs=1e-6)
     assert same["reverse_kl"] == pytest.approx(0, abs=1e-6)
 

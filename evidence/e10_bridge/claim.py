@@ -21,7 +21,7 @@ CLAIM = (
 SETTING = (
     "Embedded student (4 layers, width 128). Two teachers of 6 layers, trained separately: width 160 with the same tokenizer, and width 128 with "
     "tokens of several characters. Bridge fitted on 256 rollouts, rank 16; 60 steps of 16 rollouts, three seeds, Avg@2 on 250 problems. Each "
-    "loss has its own rate, tuned on seed 10 on a grid that grows until the best is inside. "
+    "loss has its own rate, tuned on seed 10 on a grid that is widened, three times at most, until the best is inside. "
     "[docs/bridge.md](../../docs/bridge.md) has five seeds of 100 steps, and one factor at a time."
 )
 HERE = Path(__file__).parent

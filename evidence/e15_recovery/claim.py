@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Finding, Result, Work, kept_side_by_side
+from evidence.claim import Finding, Result, Work, kept_side_by_side, make_once, read_by_name
 from evidence.comparisons import (
     TUNING_SEED,
     Record,
@@ -44,7 +44,7 @@ CLAIM = (
 SETTING = (
     "Original: the wider embedded teacher, which adds numbers of five digits with 6 layers (the other embedded teacher has 4: a cut of one is a quarter). "
     "Cut to 3 (no answer is right any more) and to 4 (two thirds are) by block influence on 64 of its own completions, then 30 steps of 16 rollouts, `layer_map: kept`, three seeds. Rates are chosen on seed "
-    "10 for the cut to 3, on grids that grow until the best is inside, and used for both cuts. Avg@2 on 250 problems a seed. Perplexity per token of the original's "
+    "10 for the cut to 3, on grids that are widened, three times at most, until the best is inside, and used for both cuts. Avg@2 on 250 problems a seed. Perplexity per token of the original's "
     "own completions of 128 other problems. On a pretrained model: E25."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
@@ -67,9 +67,12 @@ def measure_setting(work: Work, setting: Setting, tuning: list[Record] | None = 
     """
     cuts = {keep: cut_original(work, setting, keep) for keep in setting.keeps}
     text = work.folder / "text.json"
-    if not text.is_file():
-        limit = 16 if work.quick else 128
-        write_text(setting.original, setting.prompts, text, limit=limit, tokens=setting.tokens, seed=TUNING_SEED)
+    limit = 16 if work.quick else 128
+    made_from = read_by_name(setting.original), read_by_name(setting.prompts), limit, setting.tokens
+    write = partial(
+        write_text, setting.original, setting.prompts, text, limit=limit, tokens=setting.tokens, seed=TUNING_SEED
+    )
+    make_once(text, made_from, write)
     tuning = _tune(work, setting) if tuning is None else tuning
     rates = {name: best_rate(tuning, name) for name in NAMES}
     chosen, seeds = {name: [rate] for name, rate in rates.items()}, first_seeds(work, setting.seeds)
@@ -101,16 +104,12 @@ def _add_perplexity(work: Work, setting: Setting, keep: int, records: list[Recor
 
 
 def _perplexities(work: Work, text: Path, models: Mapping[str, str]) -> list[float]:
-    files = {work.folder / f"perplexity_{name}.json": (model, text) for name, model in models.items()}
-    return [float(f"{value:.6g}") for value in kept_side_by_side(work, _perplexity, _as_text(files))]
+    files = {work.folder / f"perplexity_{name}.json": (read_by_name(model), text) for name, model in models.items()}
+    return [float(f"{value:.6g}") for value in kept_side_by_side(work, _perplexity, files)]
 
 
-def _as_text(files: Mapping[Path, tuple[str, Path]]) -> dict[Path, tuple[Any, ...]]:
-    return {file: (model, str(text)) for file, (model, text) in files.items()}
-
-
-def _perplexity(model: str, text: str) -> float:
-    return perplexity(model, Path(text))
+def _perplexity(model: Path | str, text: Path) -> float:
+    return perplexity(str(model), text)
 
 
 def judge(result: Result) -> Finding:

@@ -32,7 +32,7 @@ CLAIM = (
 SETTING = (
     "Stand-in for a pair of two public models (E27): the embedded student, and a teacher of 6 layers with another "
     "tokenizer and chat template, trained separately. Bridge of rank 16 from 256 rollouts. 60 steps of 16 rollouts, Avg@2 on 250 problems, three seeds. "
-    "Each loss has its own rate, tuned on seed 10 on a grid that grows until the best rate is inside. The teacher's responses are decoded and tokenised again "
+    "Each loss has its own rate, tuned on seed 10 on a grid that is widened, three times at most, until the best is inside. The teacher's responses are decoded and tokenised again "
     "for the student."
 )
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ NAMES = {
     "supervised": "supervised, on the teacher's responses",
     "states": "states, on-policy",
     "supervised_then_states": "supervised in a third of the steps, then states",
-    "mixed": "states; in half of the steps the teacher writes, and supervised too",
+    "mixed": "states and supervised; each step draws who writes, one half each",
     "output_space": "full reverse KL on shared tokens, on-policy",
     "states_and_output_space": "states + full reverse KL, on-policy",
 }
@@ -83,7 +83,7 @@ def measure_pair(
         grids: loss → the rates that it tries first.
         settings: of the runs of a seed.
     """
-    if work.tune:
+    if work.tune or work.quick:
         tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings(TUNING_SEED))
     else:
         tuning = committed_tuning(file.parent, grids)

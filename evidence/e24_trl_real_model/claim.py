@@ -38,7 +38,7 @@ SETTING = (
     "`DistillationTrainer` (reverse KL) gets the same steps, rollouts, sampling, attention, precision (weights in float32, products and the teacher in "
     "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1, and `generate` on the float32 weights "
     "(oprd samples from a bfloat16 copy with its own engine, so the same loss takes fewer seconds). Its rate is tuned on seed 10, "
-    "a factor of three apart, on a grid that grows until the best is inside. GKD and GOLD want an answer for each prompt and are left out; at TRL's default rate one seed is run. Seconds: "
+    "a factor of three apart, on a grid that is widened, three times at most, until the best is inside. GKD and GOLD want an answer for each prompt and are left out; at TRL's default rate one seed is run. Seconds: "
     "CPU seconds of the training process (one thread, two processes side by side), without evaluation and the first step. "
     + _one_batch()
 )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Finding, Result, Work, kept_side_by_side
+from evidence.claim import Finding, Result, Work, kept_side_by_side, make_once
 from evidence.comparisons import (
     TUNING_SEED,
     Record,
@@ -21,8 +21,8 @@ from evidence.comparisons import (
 from evidence.e11_real_model.claim import LADDER, START, STUDENT, get_public
 from evidence.e15_recovery.perplexity import write_text
 from evidence.e26_generic_recovery.distance import distances
-from evidence.e26_generic_recovery.prompts import write
-from evidence.pictures import SEEDS, note, seed_rows
+from evidence.e26_generic_recovery.prompts import write as write_prompts
+from evidence.pictures import note, seed_rows
 from evidence.recovery import (
     NAMES,
     RIVALS,
@@ -35,7 +35,8 @@ from evidence.recovery import (
     tried_rates,
 )
 from evidence.tuning import Rates, tune_inside
-from evidence.words import percent, standings, surely, table
+from evidence.words import listed, percent, standings, surely, table
+from oprd.runs.pictures import INK
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E26"
@@ -45,11 +46,13 @@ CLAIM = (
     "of pruned models train on fixed text."
 )
 SETTING = (
-    "Original: SmolLM2-135M-Instruct as it is published (30 blocks). Cut to 20 and to 24 by block influence on 64 of its own completions, then 24 steps of 16 rollouts "
+    "Original: SmolLM2-135M-Instruct (30 blocks), read from a public file that holds its weights in 4 bits. Cut to 20 and to 24 by block influence on 64 of its own completions, then 24 steps of 16 rollouts "
     "of at most 64 tokens, `layer_map: kept`, linear schedule, means over tokens, three seeds. 960 instructions on 48 topics as chat messages (`evidence/e26_generic_recovery/prompts.py`). "
     "Distance: mean KL to the original in nats a token, in both directions: KL(original ‖ model) on the original's completions of 120 instructions on six other "
     "topics, KL(model ‖ original) on the model's own; both at temperature 1, over the whole vocabulary. Rates a factor of three apart are chosen on seed 10 for the cut to 20 by the sum of both, on six "
-    "further topics, on grids that grow until the best is inside, and used for both cuts. Chain sums, which no instruction asks for: 100 raw problems a seed."
+    "further topics, on grids that are widened, three times at most, until the best is inside, and used for both cuts. Perplexity: of the original's completions, a "
+    "token. Chain sums, which no instruction asks for: 100 raw problems a seed. All seeds start from the same cut and are judged on the same instructions: intervals are over "
+    "training alone."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
 SMOLLM2 = Setting(
@@ -71,21 +74,21 @@ HELD_OUT = 120
 
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, cut it, choose each objective's rate by the distance on one seed, and recover it with three others."""
+    known = None if work.tune or work.quick else committed_tuning(FILE.parent, NAMES)
     get_public("get_smollm2.py", STUDENT)
-    write(work.folder)
+    write_prompts(work.folder)
     prompts = str(work.folder / SMOLLM2.prompts)
     setting = dataclasses.replace(SMOLLM2, prompts=prompts, settings={"train_dataset": prompts})
     cuts = {keep: cut_original(work, setting, keep) for keep in setting.keeps}
     for name in (TUNED_ON, MEASURED_ON):
-        if not (text := work.folder / f"text_{name}.json").is_file():
-            write_text(
-                setting.original, str(work.folder / f"{name}.jsonl"), text, limit=_held_out(work), tokens=setting.tokens, seed=TUNING_SEED
-            )  # fmt: skip
-    if work.tune or work.quick:
-        run = partial(_recovered, work, setting, setting.keeps[0], [TUNING_SEED])
-        tuning = tune_inside(run, dict.fromkeys(NAMES, setting.rates), ladder=setting.ladder, quick=work.quick)
-    else:
-        tuning = committed_tuning(FILE.parent, NAMES)
+        text, held_out, limit = work.folder / f"text_{name}.json", work.folder / f"{name}.jsonl", _held_out(work)
+        write = partial(
+            write_text, setting.original, str(held_out), text, limit=limit, tokens=setting.tokens, seed=TUNING_SEED
+        )
+        make_once(text, (Path(setting.original), held_out, limit, setting.tokens), write)
+    run = partial(_recovered, work, setting, setting.keeps[0], [TUNING_SEED])
+    start = dict.fromkeys(NAMES, setting.rates)
+    tuning = tune_inside(run, start, ladder=setting.ladder, quick=work.quick) if known is None else known
     rates = {name: best_rate(tuning, name) for name in NAMES}
     chosen, seeds = {name: [rate] for name, rate in rates.items()}, first_seeds(work, setting.seeds)
     runs = {str(keep): _recovered(work, setting, keep, seeds, chosen) for keep in setting.keeps}
@@ -123,7 +126,7 @@ def _distances(work: Work, text: str, models: Mapping[str, Path]) -> dict[str, d
     folder, limit = work.folder, _held_out(work)
     arguments = {
         folder / f"distance_{text}_{name}.json": (
-            str(model), SMOLLM2.original, str(folder / f"{text}.jsonl"), str(folder / f"text_{text}.json"),
+            model, Path(SMOLLM2.original), folder / f"{text}.jsonl", folder / f"text_{text}.json",
             str(folder / f"own_{text}_{name}.json"), limit, SMOLLM2.tokens,
         )
         for name, model in models.items()
@@ -134,27 +137,31 @@ def _distances(work: Work, text: str, models: Mapping[str, Path]) -> dict[str, d
 
 
 def judge(result: Result) -> Finding:
-    """Holds if with the fewest blocks representation is nearer to the original, by the sum of both distances, than the full reverse KL, sampled-token and
-    supervised training; in part if nearer than sampled-token and supervised training.
+    """Holds if with the fewest blocks representation is nearer to the original, by the sum of both distances, than the cut model, the full reverse KL,
+    sampled-token and supervised training; in part if nearer than the cut model, sampled-token and supervised training.
     """
     first, *others = result["runs"]
     runs, total = result["runs"][first], len(result["influence"])
     leads = {name: difference(runs, "representation", name) for name in RIVALS}
     ahead = {name for name in RIVALS if surely(leads[name][1]) > 0}
-    verdict = "holds" if ahead == {*RIVALS} else "partly" if {"sampled_token", "supervised"} <= ahead else "not"
+    cut, ours = _total(result["distances"][first]), _mean_total(runs, "representation")
+    if ours >= cut or not {"sampled_token", "supervised"} <= ahead:
+        verdict = "not"
+    else:
+        verdict = "holds" if ahead == {*RIVALS} else "partly"
     by_direction = {
         direction: standings({NAMES[name]: _lead(runs, name, direction)[1] for name in RIVALS})
         for direction in DIRECTIONS
     }
     parts = "\n\n".join(_part(result, keep) for keep in (first, *others))
     text = (
-        f"{influence_said(result)}\n\n{parts}\n\nLower is nearer. With {first} blocks representation is {by_direction['forward_kl']} in KL(original ‖ model); "
-        f"{by_direction['reverse_kl']} in KL(model ‖ original).\n\n{tried_rates(result['tuning'])}"
+        f"{influence_said(result)}\n\n{parts}\n\nLower is nearer. With {first} blocks, in KL(original ‖ model), representation is {by_direction['forward_kl']}. In "
+        f"KL(model ‖ original) it is {by_direction['reverse_kl']}.{_farther(result)}\n\n{tried_rates(result['tuning'])}"
     )
     rival = min(RIVALS, key=lambda name: leads[name][0])
     number = (
-        f"{first} of {total} blocks: {_nats(_mean_total(runs, 'representation'))} nats a token from the original (after the cut "
-        f"{_nats(_total(result['distances'][first]))}); {_difference(leads[rival])} against the best other ({NAMES[rival]})"
+        f"{first} of {total} blocks: KL to the original in both directions {_nats(ours)} nats a token (after the cut {_nats(cut)}); "
+        f"{_nearer(leads[rival])} than the best other ({NAMES[rival]})"
     )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
@@ -177,6 +184,22 @@ def _difference(lead: tuple[float, list[float] | None, int]) -> str:
     mean, interval = lead[:2]
     half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.2g}"
     return f"{-mean:+.2g}{half} nats".replace("-", "−")
+
+
+def _nearer(lead: tuple[float, list[float] | None, int]) -> str:
+    """A lead in words: "0.1 ± 0.02 nats nearer", or farther."""
+    said = _difference(lead)
+    return f"{said[1:]} {'nearer' if said[0] == '−' else 'farther'}"
+
+
+def _farther(result: Result) -> str:
+    """The objectives that leave a cut model farther from the original than it was, in a sentence; empty without any."""
+    said = []
+    for keep, runs in result["runs"].items():
+        cut = _total(result["distances"][keep])
+        if found := [NAMES[name] for name in NAMES if of(runs, name) and _mean_total(runs, name) > cut]:
+            said.append(f" With {keep} blocks, farther from the original than the cut model: {listed(found)}.")
+    return "".join(said)
 
 
 def _part(result: Result, keep: str) -> str:
@@ -209,6 +232,10 @@ def draw(result: Result, figure: Any) -> None:
     for axis, (keep, runs) in zip(panels, result["runs"].items(), strict=True):
         found = {SHORT[name]: [-r["final"] for r in of(runs, name)] for name in NAMES}
         seed_rows(axis, found, ours=[SHORT["representation"]], number=_nats)
-        axis.set_title(f"{keep} of {len(result['influence'])} blocks")
-        axis.set(xlim=(0, None), xlabel="KL to the original, both directions, nats a token")
-    note(figure, SEEDS)
+        cut = _total(result["distances"][keep])
+        after_cut = f"after the cut {_nats(cut)}"
+        if shown := cut <= 1.5 * max(value for values in found.values() for value in values):
+            axis.axvline(cut, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axis.set_title(f"{keep} of {len(result['influence'])} blocks ({after_cut}{', dotted' if shown else ''})")
+        axis.set(xlim=(0, None), xlabel="KL to the original, both directions summed, nats a token")
+    note(figure, "dots: seeds; band: 95 % interval of the mean over seeds")

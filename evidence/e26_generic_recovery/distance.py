@@ -17,7 +17,7 @@ ROWS = 16
 
 
 def distances(
-    model: str, original: str, prompts: str, text: str, own: str, limit: int, tokens: int
+    model: Path, original: Path, prompts: Path, text: Path, own: str, limit: int, tokens: int
 ) -> dict[str, float]:
     """Distances of a model from its original over held-out prompts, in nats a token; 0 where the two are the same.
 
@@ -26,7 +26,7 @@ def distances(
         original: the model that it is compared with.
         prompts: file of the held-out prompts.
         text: file with the original's completions of them.
-        own: file for the model's own completions of them, which are written at temperature 1.
+        own: name of the file for the model's own completions of them, which are written at temperature 1.
         limit: how many prompts.
         tokens: most tokens of a completion.
 
@@ -34,9 +34,9 @@ def distances(
         forward_kl: mean KL(original ‖ model) at the tokens of `text`. reverse_kl: mean KL(model ‖ original) at the tokens of `own`.
         perplexity: the model's, of `text`.
     """
-    write_text(model, prompts, Path(own), limit=limit, tokens=tokens, seed=0)
-    models = [load_model(name, dtype=torch.float32).eval() for name in (model, original)]
-    forward, nll = _mean_divergence(models, Path(text), "forward_kl")
+    write_text(str(model), str(prompts), Path(own), limit=limit, tokens=tokens, seed=0)
+    models = [load_model(str(folder), dtype=torch.float32).eval() for folder in (model, original)]
+    forward, nll = _mean_divergence(models, text, "forward_kl")
     reverse, _ = _mean_divergence(models, Path(own), "reverse_kl")
     return {"forward_kl": forward, "reverse_kl": reverse, "perplexity": math.exp(nll)}
 
