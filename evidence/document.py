@@ -46,7 +46,7 @@ script.
     .venv/bin/python -m evidence --tune      # also chooses the learning rates again
     .venv/bin/python -m evidence --document  # rewrites pages and pictures from committed results
 
-{whole}Learning rates were chosen on a tuning seed; those runs are in the results. Earlier
+{whole}Earlier
 measurements: [objectives](../evidence/objectives/README.md), [bridges](../evidence/bridge/README.md), [demo and SmolLM2](../evidence/first_light/README.md).
 """
 

@@ -34,7 +34,11 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def share(mean: float | None, interval: Sequence[float] | None, digits: int = 0) -> str:
     """A share with its interval: "90 % [89, 91]"."""
-    ends = "" if interval is None else f" [{100 * interval[0]:.{digits}f}, {100 * interval[1]:.{digits}f}]"
+    ends = (
+        ""
+        if interval is None
+        else f" [{100 * interval[0]:.{digits}f}, {100 * interval[1]:.{digits}f}]".replace("-", "−")
+    )
     return percent(mean, digits) + ends
 
 

@@ -196,7 +196,7 @@ def test_words():
     assert percent(-0.004, 0) == "0 %"
     assert percent(None) == "–"
     assert mean_of([0.5]) == "50.0 %"
-    assert mean_of([0.4, 0.6]).startswith("50.0 % [-77.1, 177.1]")
+    assert mean_of([0.4, 0.6]).startswith("50.0 % [−77.1, 177.1]")
     assert points(-0.05, [-0.08, -0.02]) == "−5.0 ± 3.0 points"
     assert [surely(i) for i in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], None)] == [1, 0, -1, 0]
     assert table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
@@ -248,7 +248,7 @@ def test_how_long_the_whole_took_is_said(tmp_path):
     assert measured_whole(tmp_path) is None
     (tmp_path / WHOLE).write_text(json.dumps({"seconds": 5999, "cpus": 2, "workers": 2, "beside": "A cat slept."}))
     text = document(tmp_path / "evidence.md", list(claims()), {}, measured_whole(tmp_path))
-    assert "One call measured all of it in 100 minutes on 2 cores. A cat slept. Learning" in text
+    assert "One call measured all of it in 100 minutes on 2 cores. A cat slept. Earlier" in text
 
 
 def test_what_more_rollouts_give_is_paired_by_seed():
@@ -259,7 +259,7 @@ def test_what_more_rollouts_give_is_paired_by_seed():
     text = _more_rollouts({"runs": runs, "rollouts": 16, "more_rollouts": more})
     half = 12.7062 * 0.1  # gains 0.1 and 0.3: s/√2 = 0.1
     assert "With 32 instead of 16" in text
-    assert f"GRPO 75.0 % [-115.6, 265.6], +20.0 ± {100 * half:.1f} points" in text
+    assert f"GRPO 75.0 % [−115.6, 265.6], +20.0 ± {100 * half:.1f} points" in text
 
 
 def test_the_comparison_with_more_rollouts_differs_in_nothing_else():

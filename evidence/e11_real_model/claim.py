@@ -47,7 +47,7 @@ ID = "E11"
 TITLE = "On a pretrained model, matching hidden states beats output-space distillation"
 CLAIM = "OPRD-Vanilla beats output-space OPD on a pretrained pair of one origin (paper, R1-Distill-Qwen-1.5B from JustRL-1.5B)."
 SETTING = (
-    "Student SmolLM2-135M-Instruct; teacher the same model after 250 supervised steps of 64 worked chain sums (reasoning-gym: two or three terms of "
+    "Student SmolLM2-135M-Instruct, read from a public file that holds its weights in 4 bits; teacher the same model after 250 supervised steps of 64 worked chain sums (reasoning-gym: two or three terms of "
     "one or two digits; scripts/build_reasoning_teacher.py). 40 steps of 32 rollouts of at most 24 tokens, raw prompts, linear schedule, means over "
     "tokens, weights in float32 and products in bfloat16, Avg@2 on 150 held-out problems a seed (T 0.7, top-p 0.95). Rate and warm-up of each objective are chosen on seed 10, which the "
     "claim does not use: rates a factor of three apart, widened, three times at most, until the best lies between two worse ones; then a warm-up of two steps or of a "
@@ -77,12 +77,13 @@ DRAWN = {
     "representation": "representation",
     "states_off_policy": "representation,\nteacher's responses",
     "supervised": "supervised",
+    "forward_kl": "forward KL",
     "full_reverse_kl": "full reverse KL",
     "top_16": "top-16",
     "sampled_token": "sampled-token",
 }
 """Objectives of the picture, and their names in it."""
-MEASURED = (*DRAWN, "forward_kl", "jsd", "tail_sampled_16")
+MEASURED = (*DRAWN, "jsd", "tail_sampled_16")
 """Objectives that are measured; `--tune --add` measures further ones of `NAMES` when they are added here."""
 LADDER = (5.0e-7, 1.5e-6, 5.0e-6, 1.5e-5, 5.0e-5, 1.5e-4, 5.0e-4, 1.5e-3, 5.0e-3)
 START = (5.0e-5, 1.5e-4, 5.0e-4)
@@ -115,22 +116,24 @@ def measure(work: Work) -> dict[str, Any]:
         "runs": runs,
         "step_seconds": _step_seconds(work, chosen["settings"]),
         "teacher": build["settings"],
-        "earlier": sum(map(len, earlier.values())),
+        "earlier": taken_over([*chosen["tuning"], *chosen["tuning_warm"], *runs], earlier),
     }
 
 
 def _earlier() -> dict[bool, list[Record]]:
-    """The records of the committed result, by warm-up; none without a result.
-
-    `further.json` holds tuning runs that the result does not use yet: of objectives and rates whose seeds are not measured.
-    """
-    file, further = HERE / "result.json", HERE / "further.json"
+    """The records of the committed result, by warm-up; none without a result."""
+    file = HERE / "result.json"
     found = json.loads(file.read_text()) if file.is_file() else {"tuning": [], "tuning_warm": [], "runs": []}
-    more = json.loads(further.read_text()) if further.is_file() else {"tuning": [], "tuning_warm": []}
-    records = {False: [*found["tuning"], *more["tuning"]], True: [*found["tuning_warm"], *more["tuning_warm"]]}
+    records = {False: [*found["tuning"]], True: [*found["tuning_warm"]]}
     for record in found["runs"]:
         records[found["settings"][record["objective"]]["warm_up"]].append(record)
     return records
+
+
+def taken_over(records: list[Record], earlier: Mapping[bool, list[Record]]) -> int:
+    """How many of the records are of an earlier measurement."""
+    known = [record for own in earlier.values() for record in own]
+    return sum(record in known for record in records)
 
 
 def _step_seconds(work: Work, settings: dict[str, Any]) -> dict[str, float]:
@@ -216,16 +219,42 @@ def judge(result: Result) -> Finding:
               "tuning seed: rate, Avg@2 in %"]  # fmt: skip
     ours = of(runs, "representation")
     before, teacher = (mean_and_interval([r[key] for r in ours])[0] for key in ("before", "teacher"))
+    count = sum(len(result[key]) for key in ("tuning", "tuning_warm", "runs"))
+    added = (
+        f" {result['earlier']} of the {count} runs were made by an earlier call (`--add`)."
+        if result.get("earlier")
+        else ""
+    )
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
         f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}{_not_measured(names)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"
         f"{_never_better(result['tuning'], names)}\n\n"
         "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
-        "two has had as many seconds of training as the faster one's whole run, interpolated between evaluations."
+        f"two has had as many seconds of training as the faster one's whole run, interpolated between evaluations.{added}"
     )
-    rival = min(rivals, key=lambda name: rivals[name][0])
-    number = f"{points(*rivals[rival][:2])} over the best of {len(rivals)} output-space losses ({NAMES[rival]})"
+    rival = best_output_space(result)
+    number = f"{points(*rivals[rival][:2])} over the best of {len(rivals)} output-space losses ({NAMES[rival]}){''.join(uncertain(result))}"
     return Finding(verdict, number, text)  # type: ignore[arg-type]
+
+
+def best_output_space(result: Result) -> str:
+    """The output-space loss over which representation's lead is smallest."""
+    runs = result["runs"]
+    return min(
+        (name for name in OUTPUT_SPACE if of(runs, name)), key=lambda name: difference(runs, "representation", name)[0]
+    )
+
+
+def uncertain(result: Result) -> list[str]:
+    """For each output-space loss that representation is not surely ahead of: its lowest and highest seed, in words."""
+    runs, said = result["runs"], []
+    for name in OUTPUT_SPACE:
+        if (own := of(runs, name)) and surely(difference(runs, "representation", name)[1]) <= 0:
+            finals = sorted(r["final"] for r in own)
+            said.append(
+                f"; {NAMES[name]} ends between {percent(finals[0], 0).removesuffix(' %')} and {percent(finals[-1], 0)}"
+            )
+    return said
 
 
 def _not_measured(names: list[str]) -> str:
@@ -281,7 +310,7 @@ def _ahead(gaps: Any) -> str:
 
 
 def draw(result: Result, figure: Any) -> None:
-    """Accuracy of six objectives against steps and against seconds, as means over seeds with bands; teacher and start as lines."""
+    """Accuracy of the objectives of `DRAWN` against steps and against seconds, as means over seeds with bands; teacher and start as lines."""
     left, right = figure.subplots(1, 2, sharey=True)
     figure.set_figheight(3.8)
     runs = result["runs"]

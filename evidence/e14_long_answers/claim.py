@@ -32,7 +32,7 @@ CLAIM = (
     "Section 5). Here: answers of 40 to 90 tokens."
 )
 SETTING = (
-    "Student SmolLM2-135M-Instruct; teacher the same model after 200 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
+    "Student E11's SmolLM2-135M-Instruct; teacher the same model after 200 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
     "scripts/build_reasoning_teacher.py --task chain_sum_long). 30 steps of 16 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
     "apart are chosen on seed 10, widened until the best lies between two worse ones, down to 5e-6; the parts of an answer take the rate of the whole."
