@@ -5,6 +5,8 @@ In the recipe (YAML), with this file's folder on PYTHONPATH:
     task: "my_task:partial_credit"                            # grades rollouts and evaluations
     train_dataset: "generated:my_task:partial_credit"         # or any file with the columns prompt and answer
     eval_dataset: "generated:my_task:partial_credit"
+    train_limit: 512                                          # problems to generate
+    eval_limit: 128
     policy_gradient_weight: 0.1                               # optional: GRPO with these rewards
     num_generations: 4
 

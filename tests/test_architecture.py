@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -145,6 +146,21 @@ def test_modules_import_public_names_only(nodes):
         if alias.name.startswith("_")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_outside_the_package_import_what_exists():
+    """Recipes, examples and scripts that no test runs as they are, such as the one for Ray."""
+    missing = []
+    for folder in ("benchmarks", "evidence", "examples", "recipes", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "oprd":
+                    continue
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name) and importlib.util.find_spec(f"{node.module}.{name}") is None:
+                        missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{name}")
+    assert not missing
 
 
 def test_no_class_inherits_from_another_of_ours(nodes):

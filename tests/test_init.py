@@ -61,10 +61,11 @@ def test_what_it_writes_trains_at_once(pair):
     done = init("--eval", "rows.jsonl")
     assert done.exit_code == 0, done.output
     text = Path("mine.yaml").read_text()
-    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 20
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 22
     assert text.startswith("# yaml-language-server: $schema=")
     values = yaml.safe_load(text)
     assert (values["learning_rate"], values["layers"], values["task"]) == ("auto", "all", "exact_match")
+    assert (values["save_seconds"], values["save_total_limit"]) == (900, 2)  # a run that is killed is not lost
     assert text in done.output
     assert "oprd train --config mine.yaml" in done.output
     summary = train_and_evaluate(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from oprd.config import OPRDConfig
 from oprd.objectives.representation import representation_error
 from oprd.resolve import resolve
+from oprd.resolve.plan import plan
 from oprd.rollouts.engine import EngineAbilities
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.training import run as run_module
@@ -216,7 +217,6 @@ def test_terms_that_need_fresh_rollouts_are_left_out_and_named(tmp_path):
         ({"representation_weight": 0, "output_space": "sampled_token"}, None,
          "needs a loss that says how near the student is to its teacher; that of output_space does not"),
         ({}, [{"prompt": "1+2="}], "needs 2 prompts or more, some to learn from and some to hold out; train_dataset has 1"),
-        ({"fully_shard": True}, None, "does not work with a sharded student"),
     ],
 )  # fmt: skip
 def test_it_is_refused_in_one_sentence(tmp_path, changes, rows, message):
@@ -224,6 +224,16 @@ def test_it_is_refused_in_one_sentence(tmp_path, changes, rows, message):
         probe_learning_rate(resolved(tmp_path, rows, **changes))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("launched", [None, "ACCELERATE_USE_FSDP"])
+def test_a_sharded_student_is_refused_before_models_are_read(monkeypatch, launched):
+    if launched:
+        monkeypatch.setenv(launched, "true")
+    values = {"model": "not/here", "teacher_model": "not/here", "train_dataset": "not/here", "output_dir": "unused"}
+    run = RunConfig.parse({**values, "use_cpu": True, "learning_rate": "auto", "fully_shard": launched is None})
+    with pytest.raises(ValueError, match="learning_rate: auto does not work with a sharded student"):
+        plan(run)
 
 
 def test_a_teacher_equal_to_the_student_has_no_rate(tmp_path):

@@ -1,6 +1,7 @@
 """`oprd train` on a Ray cluster: each worker of Ray Train's `TorchTrainer` is one process of the run.
 
-    python recipes/scale/ray_train.py --workers 16 --gpu -- --config /shared/mine.yaml --output_dir /shared/run --fully_shard true
+    python recipes/scale/ray_train.py --workers 16 --gpu -- --config /shared/mine.yaml --output_dir /shared/run --fully_shard true \
+        --learning_rate 1e-4
 
 What follows `--` are the words of `oprd train`. The config and `output_dir` are on a disk that all machines share. A run that has
 a checkpoint is resumed: where a worker or a machine is lost, Ray starts all workers again, up to `--max-failures` times.
@@ -16,7 +17,8 @@ from typing import Any
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
     """The loop of one worker; returns the run's summary. Ray has set RANK and WORLD_SIZE and made the process group."""
-    from oprd.cli.console import live_progress, quiet_libraries, say
+    from oprd.cli.console import quiet_libraries, say
+    from oprd.cli.progress import live_progress
     from oprd.run_config import RunConfig
     from oprd.training.run import train_and_evaluate
 

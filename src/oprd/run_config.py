@@ -386,7 +386,7 @@ def _check_needed(values: Mapping[str, Any], where: str) -> None:
     if none and values.get("lora") is None and not is_adapter_folder(values["model"]):
         raise ValueError(
             f"{where}: the key 'teacher_model' is missing, and so is 'teachers' (only with 'lora', or an adapter as 'model', the "
-            "base model can be the teacher)"
+            "base model can be the teacher; rewards alone need none: teacher_model: student, eval_teacher: false)"
         )
     if values.get("eval_dataset") and not values.get("task") and not values.get("reward_funcs"):
         raise ValueError(

@@ -39,6 +39,7 @@ def check_settings(run: RunConfig, terms: Mapping[str, Term]) -> TeacherSource |
     _check_extrapolation(run, terms)
     _check_layer_map(run)
     _check_quantized(run)
+    _check_rate(run)
     return _source(run)
 
 
@@ -172,6 +173,19 @@ def _check_layer_map(run: RunConfig) -> None:
         raise ValueError(
             "layer_map: kept needs a teacher_model, the original that the student was cut from; without one the teacher is the "
             "student itself, whose layers are the student's: leave layer_map out"
+        )
+
+
+def _check_rate(run: RunConfig) -> None:
+    """Refuse a learning rate that is to be found for a sharded student.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if run.args.learning_rate == AUTO and run.args.splits_weights:
+        raise ValueError(
+            f"learning_rate: {AUTO} does not work with a sharded student (fully_shard, FSDP, DeepSpeed), of which no process has a "
+            "copy; give learning_rate a number (oprd diagnose shows the same probe)"
         )
 
 

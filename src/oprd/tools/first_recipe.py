@@ -135,6 +135,8 @@ def first_recipe(
     batch = values["per_device_train_batch_size"]
     values["max_steps"] = max(50, min(200, math.ceil(4 * train.rows / batch)))
     reasons["max_steps"] = f"of {batch} rollouts; there are {train.rows} prompts"
+    values |= {"save_seconds": 900, "save_total_limit": 2}
+    reasons["save_seconds"] = "between checkpoints; a run that was killed goes on with --resume auto"
     return FirstRecipe(values, reasons, needs_bridge, train.rows, longest, tuple(warnings))
 
 

@@ -117,7 +117,6 @@ def probe_learning_rate(resolved: ResolvedRun) -> RateProbe:
     args, pair = resolved.run.args, resolved.pair
     objective, left_out = _objective(resolved)
     train, held_out = _choose_prompts(resolved.train_prompts, args.seed)
-    _check_not_sharded(args)
     model = pair.student.model.to(args.device)
     for part in pair.teacher.modules:
         part.to(args.device)
@@ -371,19 +370,6 @@ def _choose_prompts(prompts: Sequence[Prompt] | None, seed: int) -> tuple[list[l
     learnt = [prompts[kept[i % len(kept)]] for i in range(STEPS * ROLLOUTS)]
     steps = [learnt[i : i + ROLLOUTS] for i in range(0, len(learnt), ROLLOUTS)]
     return steps, [prompts[out[i % held]] for i in range(HELD_OUT)]
-
-
-def _check_not_sharded(args: OPRDConfig) -> None:
-    """Refuse a student that is sharded.
-
-    Raises:
-        ValueError: says what to do.
-    """
-    if args.splits_weights:
-        raise ValueError(
-            f"learning_rate: {AUTO} does not work with a sharded student (fully_shard, FSDP, DeepSpeed), of which no process has a "
-            f"copy; {_GIVE}"
-        )
 
 
 def _precision(args: OPRDConfig) -> Any:
