@@ -108,13 +108,13 @@ def main(
         if claim.ID in PRETRAINED and (own / RESULT).is_file() and not (quick or tune or again):
             show(claim, json.loads((own / RESULT).read_text()))
             continue
-        if done.exists() and not again:
+        if is_done(done, tune=tune) and not (again or quick):
             typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it again)")
             continue
         typer.echo(f"{claim.ID} {claim.TITLE}")
         work = Work(base / own.name, quick, workers, lambda line: typer.echo(f"  {line}"[:_SHOWN_LINE]), tune, add)
         measure(claim, work, target)
-        done.touch()
+        done.write_text(json.dumps({"tune": tune}))
         measured.add(claim.ID)
     if measured == usual:  # one call measured all: its time is a result
         about = {"seconds": round(time.monotonic() - started), "cpus": os.cpu_count(), "workers": workers, "tune": tune}
@@ -123,6 +123,13 @@ def main(
     if document and not quick:
         typer.echo(f"{len(list(redraw(claims())))} pictures")
     typer.echo(f"{time.monotonic() - started:.0f} s")
+
+
+def is_done(done: Path, *, tune: bool) -> bool:
+    """Whether an earlier call measured a claim, and chose its rates again where this one is to."""
+    if not done.is_file():
+        return False
+    return not tune or bool(json.loads(done.read_text() or "{}").get("tune"))
 
 
 def write_pages(base: Path, quick: bool) -> None:

@@ -77,7 +77,8 @@ def kept_side_by_side(work: Work, function: Callable[..., Any], arguments: Mappi
     Args:
         work: gives the number of processes.
         function: a module-level function whose result is JSON-able.
-        arguments: JSON-able, but for `Path`s: files and models' folders that the function reads. Of these the contents count.
+        arguments: JSON-able, but for `Path`s, also inside mappings and lists: files and models' folders that the function reads. Of these the
+            contents count.
     """
     missing = [(file, function, own) for file, own in arguments.items() if _kept(file).get("arguments") != _plain(own)]
     side_by_side(work, _keep, missing)
@@ -116,11 +117,16 @@ def _kept(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}  # a list: written without its arguments by an earlier version
 
 
-def _plain(arguments: tuple[Any, ...]) -> Any:
-    return json.loads(json.dumps([_contents(own) if isinstance(own, Path) else own for own in arguments]))
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, each `Path` in it replaced by its contents."""
+    if isinstance(value, Path):
+        return contents(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(own) for key, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value
 
 
-def _contents(path: Path) -> dict[str, str]:
+def contents(path: Path) -> dict[str, str]:
     """Name → digest of a file, or of a model's config and weights."""
     files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".json")] if path.is_dir() else [path]
     return {file.name: _digest(file, file.stat().st_mtime_ns) for file in sorted(files)}

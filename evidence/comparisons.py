@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence.claim import Work
+from evidence.claim import Work, contents
 from evidence.words import mean_of, points
+from oprd.files import write_json
+from oprd.run_config import find_recipe, read_yaml
 from oprd.runs.folder import RunFolder
 from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from oprd.tools.compare.interval import mean_and_interval
@@ -69,6 +71,9 @@ def run_comparison(
         settings={**comparison.settings, **(QUICK if work.quick else {}), **(settings or {})},
     )
     with RunFolder(Path(comparison.output_dir)).hold():
+        refuse_other_models(
+            Path(comparison.output_dir), {**read_yaml(find_recipe(comparison.recipe)), **comparison.settings}
+        )
         bridges = parse_bridges(comparison.bridges, str(file))
         fit_missing(bridges, comparison.output_dir, comparison.recipe, comparison.settings, work.say)
         runs = plan_runs(comparison, file)
@@ -79,6 +84,22 @@ def run_comparison(
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(map(str, failed))}. Called again, they run again")
     known = _of_a_seed(Path(comparison.output_dir))
     return [_record(run, known.get(run.seed, {})) for run in runs]
+
+
+def refuse_other_models(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with runs of other models that had the same names.
+
+    Raises:
+        ValueError: the weights of a model changed since the runs in `folder` began.
+    """
+    file = folder / "models.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    for name in (settings.get(key) for key in ("model", "teacher_model")):
+        if isinstance(name, str) and Path(name).is_dir():
+            now = contents(Path(name))
+            if known.setdefault(name, now) != now:
+                raise ValueError(f"{folder}: its runs had another {name}; remove the folder, or bring the model back")
+    write_json(file, known)
 
 
 def run_each_seed(

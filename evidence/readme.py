@@ -128,7 +128,7 @@ def _positions(result: Mapping[str, Any], verdict: str) -> str:
         for name in ("states_last", "states_last_slowly", "representation")
     }
     return (
-        f"**Last k positions** ({verdict}): {finals['states_last']}, at a lower rate {finals['states_last_slowly']}; all positions "
+        f"**Last k positions** ({verdict}): {finals['states_last']}, at another rate {finals['states_last_slowly']}; all positions "
         f"{finals['representation']}."
     )
 

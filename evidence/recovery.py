@@ -10,7 +10,7 @@ from typing import Any
 
 from evidence.claim import Result, Work, make_once, read_by_name
 from evidence.comparisons import TUNING_SEED, Record, of, run_comparison
-from evidence.tuning import GRID, LADDER, Rates, edges_said
+from evidence.tuning import GRID, LADDER, Rates, edges_said, never_better_said
 from oprd.files import write_json
 from oprd.tools.prune import Choice, PromptFile, prune_model
 
@@ -91,10 +91,10 @@ def _folder(setting: Setting, keep: int) -> str:
 
 
 def tried_rates(tuning: Sequence[Record]) -> str:
-    """The rates that were tried for each objective, and a sentence on those whose best lies at an end."""
+    """The rates that were tried for each objective, and a sentence on those whose best lies at an end, or below the start."""
     tried = {name: sorted(r["learning_rate"] for r in of(tuning, name)) for name in NAMES}
     grids = "; ".join(f"{NAMES[n]} {', '.join(f'{rate:g}' for rate in tried[n])}" for n in NAMES)
-    return f"**Learning rates** tried on the tuning seed: {grids}. {edges_said(tuning, NAMES)}"
+    return f"**Learning rates** tried on the tuning seed: {grids}. {edges_said(tuning, NAMES)}{never_better_said(tuning, NAMES)}"
 
 
 def influence_said(result: Result) -> str:

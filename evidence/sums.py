@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from evidence.claim import make_once, read_by_name
 from oprd.files import write_text
 from oprd.resolve import load
 
@@ -48,7 +49,7 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
 def fine_tuned(
     start: str, folder: Path, rows: Sequence[Row], steps: int, say: Callable[[str], None], seed: int = 0
 ) -> None:
-    """Train a model on the worked solutions of rows, `BATCH` a step with a linear decay, and save it; nothing if it is there.
+    """Train a model on the worked solutions of rows, `BATCH` a step with a linear decay, and save it, unless an equal call did.
 
     Args:
         start: the model to begin with.
@@ -58,8 +59,13 @@ def fine_tuned(
         say: prints a line of progress.
         seed: of the order.
     """
-    if (folder / "config.json").is_file():
-        return
+    made_from = (read_by_name(start), list(rows), steps, seed, BATCH, PEAK)
+    make_once(folder, made_from, lambda: _fine_tune(start, folder, rows, steps, say, seed))
+
+
+def _fine_tune(
+    start: str, folder: Path, rows: Sequence[Row], steps: int, say: Callable[[str], None], seed: int
+) -> None:
     loaded = load(start, dtype=torch.float32)
     model, tokenizer = loaded.model.train(), loaded.tokenizer
     assert tokenizer is not None, "loaded with the model"

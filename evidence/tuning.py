@@ -21,7 +21,7 @@ Rates = Mapping[str, Sequence[float]]
 def tune_inside(
     run: Callable[[Rates], list[Record]], start: Rates, *, ladder: Sequence[float] = LADDER, quick: bool = False
 ) -> list[Record]:
-    """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side.
+    """Runs of each objective at rates of a ladder, widened until the best rate has a worse one on each side, and downwards while none beats the start.
 
     Args:
         run: makes what is missing of objective → rates, on one seed, and returns all their records.
@@ -34,7 +34,7 @@ def tune_inside(
     tried = {name: sorted(rates) for name, rates in start.items()}
     records = run(tried)
     for _ in range(FURTHER):
-        wider = {name: _beyond(best_rate(records, name), rates, ladder) for name, rates in tried.items()}
+        wider = {name: _beyond(records, name, rates, ladder) for name, rates in tried.items()}
         if not any(wider.values()):
             break
         tried = {name: sorted([*rates, *wider[name]]) for name, rates in tried.items()}
@@ -79,16 +79,29 @@ def _runs(
     return run_comparison(file, work, folder=folder, seeds=seeds, rates=rates, settings=settings)
 
 
-def _beyond(best: float, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
-    """The next rate of the ladder, where the best is at an edge of those tried."""
+def _beyond(records: Sequence[Record], name: str, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
+    """The next rate of the ladder, where the best is at an edge of those tried; the next lower one, where all end below the start."""
+    best = best_rate(records, name)
     lower, higher = [r for r in ladder if r < rates[0]], [r for r in ladder if r > rates[-1]]
-    return [*(lower[-1:] if best == rates[0] else []), *(higher[:1] if best == rates[-1] else [])]
+    down = best == rates[0] or never_better(records, name)
+    return [*(lower[-1:] if down else []), *(higher[:1] if best == rates[-1] else [])]
+
+
+def never_better(tuning: Sequence[Record], name: str) -> bool:
+    """Whether an objective ends below the start at every rate tried."""
+    return all(r["final"] < r["before"] for r in of(tuning, name))
 
 
 def at_edge(tuning: Sequence[Record], name: str) -> bool:
     """Whether an objective's best rate is the lowest or the highest tried: a better one may lie outside."""
     tried = {record["learning_rate"] for record in of(tuning, name)}
     return best_rate(tuning, name) in (min(tried), max(tried))
+
+
+def never_better_said(tuning: Sequence[Record], names: Mapping[str, str]) -> str:
+    """A sentence about objectives that end below the start at every rate tried, with a space before it; empty without any."""
+    found = [text for name, text in names.items() if never_better(tuning, name)]
+    return f" Below the start at every rate on the tuning seed: {', '.join(found)}." if found else ""
 
 
 def edges_said(tuning: Sequence[Record], names: Mapping[str, str]) -> str:

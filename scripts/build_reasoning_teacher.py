@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from oprd.files import writing_folder
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.tasks.reasoning import worked_solution
 from oprd.tasks.task import get_task
@@ -75,10 +76,11 @@ def main() -> None:
             print(
                 f"step {step + 1}/{args.steps}  loss {losses[-1]:.3f}  {time.perf_counter() - start:.0f} s", flush=True
             )
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    (args.output / "build.json").write_text(json.dumps({"settings": settings, "losses": losses}, indent=1) + "\n")
+    with writing_folder(args.output) as folder:  # whole or not at all
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "build.json").write_text(json.dumps({"settings": settings, "losses": losses}, indent=1) + "\n")
 
 
 def parts_of_like_length(encoded: list[Encoded], rows: int) -> list[list[Encoded]]:

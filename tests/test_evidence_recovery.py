@@ -103,7 +103,8 @@ def generic(total=None, *, spread=0.01):
         {
             "objective": name, "learning_rate": 1e-3, "seed": seed, "forward_kl": 0.5 * value,
             "reverse_kl": 0.5 * value + spread * seed,
-            "final": -(value + spread * seed), "perplexity": 7.0, "chain_sums": 0.1, "before": 0.01, "teacher": 0.2,
+            "final": -(value + spread * seed), "perplexity": 7.0, "chain_sums": 0.1,
+            "chain_sums_before": 0.01, "before": -7.0, "teacher": 0.2,
         }
         for name, value in sums.items()
         for seed in range(3)

@@ -134,6 +134,15 @@ def test_tuning_goes_on_beyond_the_edge(tmp_path, monkeypatch):
     assert {r["seed"] for r in records} == {10}
 
 
+def test_tuning_ends_where_no_rate_is_better_than_another(tmp_path, monkeypatch):
+    def trained(work, pair, plans):
+        return [{"objective": p.name, "learning_rate": p.rate, "seed": p.seed, "final": 0.0} for p in plans]
+
+    monkeypatch.setattr(claim, "train_all", trained)
+    records = claim.tune(Work(tmp_path, False, 1, print, tune=True), replace(TINY, rates={"gkd": (1e-4, 3e-4)}))
+    assert len(records) == 2 + 3  # a grid grows three times at most
+
+
 def test_both_sides_get_the_same_work():
     ours, side, own = arguments_of(Plan("full_reverse_kl", 3e-4, 2), TINY, quick=False)
     theirs, other, matched = arguments_of(Plan("distillation_as_ours", 3e-4, 2), TINY, quick=False)

@@ -174,7 +174,7 @@ SOURCES: dict[str, Callable[[], list[str]]] = {
     "paper: {})": lambda: [
         *saved(), papers_saving(),
     ],
-    "{} % [{}, {}], at a lower rate {} % [{}, {}]; all positions {} % [{}, {}]": lambda: [
+    "{} % [{}, {}], at another rate {} % [{}, {}]; all positions {} % [{}, {}]": lambda: [
         *with_ends(E3, "states_last"), *with_ends(E3, "states_last_slowly"), *with_ends(E3, "representation"),
     ],
     "{} % of the gap to a wider teacher (full reverse KL alone {} %), {} % across tokenizers ({} %)": lambda: [

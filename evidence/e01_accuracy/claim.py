@@ -117,6 +117,7 @@ def _rollouts_a_step() -> dict[str, Any]:
         "rollouts": settings["per_device_train_batch_size"],
         "more_rollouts": {
             "rollouts": more["settings"]["settings"]["per_device_train_batch_size"],
+            "student_before": more["student_before"]["by_seed"],
             "final": {row["objective"]: row["final_by_seed"] for row in more["rows"]},
         },
     }
@@ -222,7 +223,7 @@ def _more_rollouts(result: Result) -> str:
     """The gain of each objective from twice the rollouts a step, seed by seed."""
     more, said = result["more_rollouts"], []
     for name, final in more["final"].items():
-        own = {r["seed"]: r["final"] for r in of(result["runs"], name)}
+        own = {r["seed"]: r["final"] for r in of(result["runs"], name) if _same_start(r, more)}
         gain, interval = mean_and_interval([final[str(seed)] - own[seed] for seed in own if str(seed) in final])
         if gain is not None:  # a quick run has another seed
             said.append(f"{NAMES[name]} {mean_of(list(final.values()))}, {points(gain, interval)}")
@@ -230,6 +231,12 @@ def _more_rollouts(result: Result) -> str:
         f"**Rollouts a step.** With {more['rollouts']} instead of {result['rollouts']}, at rates chosen earlier, sampled-token's at the lower of two "
         f"(`rollouts_{more['rollouts']}.yaml`, a separate measurement): accuracy, then the gain seed by seed. {'; '.join(said) or 'No seed in common'}."
     )
+
+
+def _same_start(run: Record, more: Result) -> bool:
+    """Whether a run and the separate measurement judge the student before training alike, so that they can be paired."""
+    start = more.get("student_before", {}).get(str(run["seed"]))
+    return start is None or abs(start - run["before"]) < 1e-6
 
 
 def _robust(tuning: list[Record]) -> str:

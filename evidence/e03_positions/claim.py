@@ -33,6 +33,7 @@ TABLE = {
     ("all but the end", OUTPUT): "output_skip_end",
 }  # fmt: skip
 SLOWLY = {"states_first_slowly": "first 13", "states_last_slowly": "last 13"}
+LAST = ("states_last", "states_last_slowly")
 ENDS = {
     "states_by_id": "hidden states",
     "output_merged": "full reverse KL, ends merged into one event",
@@ -61,13 +62,14 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if the last k states are not behind all of them and lose less than two points in the mean; in part if they are ahead of the student before
-    training.
+    """Holds if the last k states, at the better of two rates, are not behind all of them and lose less than two points in the mean; in part if they are
+    ahead of the student before training.
     """
     runs, ends = result["runs"], result["ends"]
     to_all = difference(runs, "states_last", "representation")
-    gained = _gained(of(runs, "states_last"))
-    if surely(to_all[1]) >= 0 and to_all[0] > -0.02:
+    better = max(LAST, key=lambda name: difference(runs, name, "representation")[0])
+    lead, gained = difference(runs, better, "representation"), _gained(of(runs, better))
+    if surely(lead[1]) >= 0 and lead[0] > -0.02:
         verdict = "holds"
     else:
         verdict = "partly" if surely(gained[1]) > 0 else "not"
@@ -90,8 +92,8 @@ def judge(result: Result) -> Finding:
     slowly = ", ".join(f"{where} {mean_of([r['final'] for r in of(runs, name)])}" for name, where in SLOWLY.items())
     text = (
         f"{table(['positions', STATES, OUTPUT], rows)}\n\nAgainst all positions: {said}. Student before "
-        f"{percent(mean_and_interval([r['before'] for r in of(runs, 'states_last')])[0])}; the last 13 states are {standing(gained[1])} it "
-        f"({points(*gained)}). The rates are those that E1 chose for all positions. Hidden states at the output space's smaller rate, "
+        f"{percent(mean_and_interval([r['before'] for r in of(runs, 'states_last')])[0])}; the last 13 states, at the better rate, are {standing(gained[1])} it "
+        f"({points(*gained)}). The rates are those that E1 chose for all positions. Hidden states at the output space's rate, "
         f"{result['rates'][OUTPUT]:g} instead of {result['rates'][STATES]:g}: {slowly}. {_worse(lost)}\n\n**A teacher with another end token.** "
         f"Its distribution and states are the same; only the id of the end token differs.\n\n"
         f"{table(['loss', 'Avg@2', 'finished'], ended)}\n\n{_curve(result['positions'])}"
@@ -122,11 +124,11 @@ def _worse(lost: dict[str, dict[str, Any]]) -> str:
 
 
 def _against(to_all: tuple[float, list[float] | None, int], runs: list[Record]) -> str:
-    if surely(to_all[1]) >= 0:
+    if max(surely(to_all[1]), surely(_slowly_to_all(runs)[1])) >= 0:
         return ""
     return (
-        f"Paper: the last 2000 tokens, a third of its responses or more, are enough. Here the last quarter is behind all positions ({points(*to_all[:2])}; at a "
-        f"lower rate {points(*_slowly_to_all(runs))}). A guess, not measured: here every column of the sum decides the answer."
+        f"Paper: the last 2000 tokens, a third of its responses or more, are enough. Here the last quarter is behind all positions ({points(*to_all[:2])}; at "
+        f"another rate {points(*_slowly_to_all(runs))}). A guess, not measured: here every column of the sum decides the answer."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,16 @@ def _exceptions(rows: dict[Any, Any], found: list[tuple[str, str, str]]) -> str:
     near = [
         f"{TITLES[name]} ({shape})"
         for (shape, name), row in rows.items()
-        if name in rivals and row["time_ratio_range"][0] <= rows[shape, "representation"]["time_ratio_range"][1]
+        if name in rivals and _overlap(row["time_ratio_range"], rows[shape, "representation"]["time_ratio_range"])
     ]
     return (
         f"Output-space updates that take no more than representation on all layers: {listed(said)}. Those whose time overlaps with its time over the "
         f"rounds: {listed(near)}."
     )
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
 
 
 def _against(gpu: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,15 +57,13 @@ def measure(work: Work) -> dict[str, Any]:
             "teacher": "embedded:tiny/teacher",
             "before": "embedded:tiny/student",
             **{
-                r["objective"]: str(
-                    work.folder.parent
-                    / SHARED
-                    / "runs"
-                    / r["objective"]
-                    / f"lr_{r['learning_rate']!r}"
-                    / f"seed_{seed}"
-                    / "model"
-                )
+                r["objective"]: work.folder.parent
+                / SHARED
+                / "runs"
+                / r["objective"]
+                / f"lr_{r['learning_rate']!r}"
+                / f"seed_{seed}"
+                / "model"
                 for r in records
                 if r["seed"] == seed
             },
@@ -73,11 +72,11 @@ def measure(work: Work) -> dict[str, Any]:
     return {"rows": [row for rows in kept_side_by_side(work, _of_seed, wanted) for row in rows]}
 
 
-def _of_seed(models: dict[str, str], seed: int, problems: int, k: int) -> list[dict[str, Any]]:
+def _of_seed(models: dict[str, Path | str], seed: int, problems: int, k: int) -> list[dict[str, Any]]:
     responses: dict[str, list[list[Sequence[int]]]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, path in models.items():
-        summary, rollouts = sample(path, seed, problems, k)
+        summary, rollouts = sample(str(path), seed, problems, k)
         own = [list(rollouts.completion_ids[i * k : (i + 1) * k]) for i in range(problems)]
         responses[name] = own
         found[name] = {
@@ -143,7 +142,7 @@ def judge(result: Result) -> Finding:
     text = (
         f"{table(header, lines)}\n\nA problem here has one right answer and nearly one right way to write it, so diversity is error: Dist-4 is lowest for "
         f"the {labels[min(means, key=lambda name: means[name]['dist_4'])]} and highest for the {labels[max(means, key=lambda name: means[name]['dist_4'])]}. "
-        f"Lengths say little: the largest distance to the teacher's mean is {spread:.1f} tokens. Distance of the matched Dist-4 to the teacher's: "
+        f"The largest distance of a mean length to the teacher's is {spread:.1f} tokens. Distance of the matched Dist-4 to the teacher's: "
         + ", ".join(f"{labels[name]} {off(name, 'matched_dist_4'):.3f}" for name in ("representation", *rivals))
         + ". The paper reports on long reasoning, whose length grows or collapses. That needs responses of thousands of tokens and is not measured here."
     )

@@ -228,7 +228,8 @@ _SHORT = {
 
 
 def _scatter(axis: Any, points: list[tuple[float, float]], index: int, text: str) -> End:
-    """Draw marks; the name belongs to the mean (in logarithms) of those that lie farthest right."""
+    """Draw the marks above 0 on a logarithmic axis; the name belongs to the mean (in logarithms) of those farthest right."""
+    points = [(x, y) for x, y in points if y > 0]
     axis.plot(*zip(*points, strict=True), MARKERS[index], color=colour(index), alpha=0.85)
     right = max(x for x, _ in points)
     last = [math.log(y) for x, y in points if x == right]

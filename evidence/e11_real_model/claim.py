@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from evidence.comparisons import (
     with_known,
 )
 from evidence.pictures import note
-from evidence.tuning import Rates, edges_said, tune_inside
-from evidence.words import mean_of, percent, points, surely, table
+from evidence.tuning import Rates, edges_said, never_better_said, tune_inside
+from evidence.words import listed, mean_of, percent, points, surely, table
 from oprd.runs.pictures import (
     BEFORE,
     End,
@@ -113,7 +114,7 @@ def measure(work: Work) -> dict[str, Any]:
     build = json.loads((TEACHER / "build.json").read_text())
     return {
         **chosen,
-        "runs": runs,
+        "runs": of_one_teacher(runs),
         "step_seconds": _step_seconds(work, chosen["settings"]),
         "teacher": build["settings"],
         "earlier": taken_over([*chosen["tuning"], *chosen["tuning_warm"], *runs], earlier),
@@ -128,6 +129,21 @@ def _earlier() -> dict[bool, list[Record]]:
     for record in found["runs"]:
         records[found["settings"][record["objective"]]["warm_up"]].append(record)
     return records
+
+
+def of_one_teacher(runs: list[Record]) -> list[Record]:
+    """The runs, if those of a seed have the same student before training and the same teacher, so that they can be paired.
+
+    Raises:
+        ValueError: earlier runs had another build of a model, or another evaluation.
+    """
+    for key in ("before", "teacher"):
+        for seed in {r["seed"] for r in runs}:
+            if len(found := {r[key] for r in runs if r["seed"] == seed}) > 1:
+                raise ValueError(
+                    f"E11: runs of seed {seed} differ in {key!r} ({found}); measure all again, without --add"
+                )
+    return runs
 
 
 def taken_over(records: list[Record], earlier: Mapping[bool, list[Record]]) -> int:
@@ -225,10 +241,16 @@ def judge(result: Result) -> Finding:
         if result.get("earlier")
         else ""
     )
+    builds = Counter(r["teacher"] for key in ("tuning", "tuning_warm") for r in result[key])
+    if len(builds) > 1:
+        added += (
+            f" Rates were chosen with {len(builds)} builds of the teacher ({listed([str(n) for n in builds.values()])} runs); all seeds "
+            "have the last one."
+        )
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
         f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}{_not_measured(names)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"
-        f"{_never_better(result['tuning'], names)}\n\n"
+        f"{never_better_said(result['tuning'], {name: NAMES[name] for name in names})}\n\n"
         "*Seconds a step*: on one core, in runs of six steps with nothing beside them. *At equal time*: representation's lead when the slower of the "
         f"two has had as many seconds of training as the faster one's whole run, interpolated between evaluations.{added}"
     )
@@ -292,12 +314,6 @@ def equal_time(result: Result, other: str) -> tuple[float, list[float] | None]:
 
 def _by_seconds(run: Record, step_seconds: Mapping[str, float]) -> list[Point]:
     return [Point(step, step * step_seconds[run["objective"]], avg) for step, avg in run["points"]]
-
-
-def _never_better(tuning: list[Record], names: list[str]) -> str:
-    """The objectives that end below the start at every rate tried, in a sentence; empty without any."""
-    found = [NAMES[name] for name in names if all(r["final"] < r["before"] for r in of(tuning, name))]
-    return f" Below the start at every rate on the tuning seed: {', '.join(found)}." if found else ""
 
 
 def _ahead(gaps: Any) -> str:

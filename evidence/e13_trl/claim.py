@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from evidence.claim import Finding, Result, Work, kept_side_by_side
+from evidence.claim import Finding, Result, Work, kept_side_by_side, read_by_name
 from evidence.comparisons import (
     QUICK,
     TUNING_SEED,
@@ -27,6 +27,7 @@ from evidence.comparisons import (
 from evidence.e01_accuracy.claim import FILE as MAIN
 from evidence.e13_trl.train import reference, train
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines, title_above_marks
+from evidence.tuning import FURTHER
 from evidence.words import mean_of, percent, points, standing, surely, table
 from oprd.config import OPRDConfig
 from oprd.run_config import find_recipe, read_yaml
@@ -210,10 +211,10 @@ def tune(work: Work, pair: Pair) -> list[Record]:
     records = []
     for name, grid in pair.rates.items():
         rates = {grid[-1]} if work.quick else set(grid)
-        while True:
+        for growths in range(FURTHER + 1):
             own = train_all(work, pair, [Plan(name, rate, TUNING_SEED) for rate in sorted(rates)])
             further = beyond(best_rate(own, name), rates)
-            if work.quick or further is None:
+            if work.quick or further is None or growths == FURTHER:
                 break
             rates.add(further)
         records += own
@@ -244,8 +245,14 @@ def references(work: Work, pair: Pair, seeds: Sequence[int]) -> dict[int, dict[s
 
 
 def _kept(work: Work, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]) -> list[Any]:
+    files = {work.folder / f"{name}.json": (_with_models(own[0]), *own[1:]) for name, own in arguments.items()}
     with patch.dict(os.environ, QUIET):  # of the processes that this starts
-        return kept_side_by_side(work, function, {work.folder / f"{name}.json": own for name, own in arguments.items()})
+        return kept_side_by_side(work, function, files)
+
+
+def _with_models(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with local models as `Path`s, whose contents count."""
+    return {**recipe, **{key: read_by_name(recipe[key]) for key in ("model", "teacher_model")}}
 
 
 def recipe_of(pair: Pair, seed: int, *, quick: bool) -> dict[str, Any]:
@@ -380,8 +387,8 @@ def _again(result: Result) -> str:
     gaps = [abs(r["final"] - known[r["objective"], r["seed"]]) for r in own]
     return (
         f"**Against the committed runs** of their comparison: {sum(not gap for gap in gaps)} of oprd's {len(own)} runs have exactly the same accuracy; "
-        f"the largest difference is {100 * max(gaps, default=0):.1f} points. Where they differ, another engine, version or processor drew the "
-        "rollouts."
+        f"the largest difference is {100 * max(gaps, default=0):.1f} points. Where they differ, the teacher, the engine, a version or the "
+        "processor does."
     )
 
 

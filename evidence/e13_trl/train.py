@@ -90,7 +90,10 @@ def reference(recipe: Mapping[str, Any]) -> dict[str, float]:
 
 def resolved_run(recipe: Mapping[str, Any], folder: str) -> ResolvedRun:
     """The recipe's models, prompts and engine, without evaluations of its own."""
-    return resolve(RunConfig.parse({**recipe, "output_dir": folder, "eval_before": False, "eval_teacher": False}))
+    models = {key: str(recipe[key]) for key in ("model", "teacher_model")}
+    return resolve(
+        RunConfig.parse({**recipe, **models, "output_dir": folder, "eval_before": False, "eval_teacher": False})
+    )
 
 
 def _evaluated(model: Any, resolved: ResolvedRun) -> dict[str, Any]:

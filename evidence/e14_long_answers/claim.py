@@ -21,7 +21,7 @@ from evidence.comparisons import (
 )
 from evidence.e11_real_model.claim import GENTLE, LADDER, ROOT, START, get_models
 from evidence.pictures import draw_objectives
-from evidence.tuning import edges_said, tune_inside
+from evidence.tuning import edges_said, never_better_said, tune_inside
 from evidence.words import mean_of, percent, points, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -35,7 +35,7 @@ SETTING = (
     "Student E11's SmolLM2-135M-Instruct; teacher the same model after 200 supervised steps of 64 worked sums of five to seven terms (reasoning-gym; "
     "scripts/build_reasoning_teacher.py --task chain_sum_long). 30 steps of 16 rollouts of at most 112 tokens, raw prompts, linear schedule, means "
     "over tokens, weights in float32 and products in bfloat16, Avg@2 on 100 held-out problems a seed (T 0.7, top-p 0.95). Rates a factor of three "
-    "apart are chosen on seed 10, widened until the best lies between two worse ones, down to 5e-6; the parts of an answer take the rate of the whole."
+    "apart are chosen on seed 10, widened until the best lies between two worse ones, three times at most; the parts of an answer take the rate of the whole."
 )
 HERE = Path(__file__).parent
 FILE = HERE / "comparison.yaml"
@@ -95,7 +95,8 @@ def judge(result: Result) -> Finding:
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
         f"{table(header, [_row(result, name, gaps) for name in names])}\n\nRepresentation is "
-        f"{standings({NAMES[name]: gap[1] for name, gap in gaps.items()})}. {edges_said(result['tuning'], {name: NAMES[name] for name in TUNED})}\n\n"
+        f"{standings({NAMES[name]: gap[1] for name, gap in gaps.items()})}. {edges_said(result['tuning'], {name: NAMES[name] for name in TUNED})}"
+        f"{never_better_said(result['tuning'], {name: NAMES[name] for name in TUNED})}\n\n"
         "Length in tokens; Dist-4: unique 4-grams over all 4-grams of a problem's responses; finished: share that ends before the limit."
     )
     rival = min(rivals, key=lambda name: rivals[name][0])

@@ -42,7 +42,7 @@ CLAIM = (
     "bridge. Not in the paper; published recoveries of pruned models train on fixed text."
 )
 SETTING = (
-    "Original: the wider embedded teacher, which adds numbers of five digits with 6 layers (the other embedded teacher has 4: a cut of one is a quarter). "
+    "Original: the wider embedded teacher, which adds numbers of five digits with 6 layers (the teacher of E1 has 4: a cut of one is a quarter). "
     "Cut to 3 (no answer is right any more) and to 4 (two thirds are) by block influence on 64 of its own completions, then 30 steps of 16 rollouts, `layer_map: kept`, three seeds. Rates are chosen on seed "
     "10 for the cut to 3, on grids that are widened, three times at most, until the best is inside, and used for both cuts. Avg@2 on 250 problems a seed. Perplexity per token of the original's "
     "own completions of 128 other problems. On a pretrained model: E25."

@@ -73,7 +73,9 @@ def judge(result: Result) -> Finding:
         f"({points(*over_oprd[PAPERS][:2])})"
     )
     against = (
-        "" if verdict == "holds" else f"RIDE: λ = 1.25 passes its teacher. Here it is {standing(past[PAPERS][1])} it."
+        ""
+        if surely(past[PAPERS][1]) > 0
+        else f"RIDE: λ = 1.25 passes its teacher. Here it is {standing(past[PAPERS][1])} it."
     )
     return Finding(verdict, number, text, against)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ from evidence.comparisons import (
     run_each_seed,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
-from evidence.tuning import Rates, edges_said, tune_comparison
+from evidence.tuning import Rates, edges_said, never_better_said, tune_comparison
 from evidence.words import mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -118,7 +118,8 @@ def judge(result: Result) -> Finding:
         "length",
         "supervised, then states leads by",
     ]
-    edges = edges_said(result["tuning"], {name: NAMES[name] for name in names}) if result["tuning"] else ""
+    own = {name: NAMES[name] for name in names}
+    edges = edges_said(result["tuning"], own) + never_better_said(result["tuning"], own) if result["tuning"] else ""
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
         f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}\n\n{edges}"

@@ -33,7 +33,7 @@ def _one_batch() -> str:
 
 
 SETTING = (
-    "E11's models (the teacher built again), prompts, steps, rollouts and evaluation; oprd's runs are E11's, trained again, with the rates and the warm-up "
+    "E11's models, prompts, steps, rollouts and evaluation; oprd's runs are E11's, trained again, with the rates and the warm-up "
     "that E11 chose. TRL's "
     "`DistillationTrainer` (reverse KL) gets the same steps, rollouts, sampling, attention, precision (weights in float32, products and the teacher in "
     "bfloat16) and no activation checkpointing; the rest is its default: linear decay without warm-up, AdamW, clipping at 1, and `generate` on the float32 weights "

@@ -22,7 +22,7 @@ CLAIM = (
 SETTING = (
     "Original: E11's teacher, SmolLM2-135M after worked chain sums (30 blocks). Cut to 20 and to 24 by block influence on 64 of its own completions, then "
     "24 steps of 16 rollouts of chain sums, `layer_map: kept`, linear schedule, means over tokens, three seeds. Rates a factor of three apart are chosen on "
-    "seed 10 for the cut to 20, on grids that grow at an end down to 5e-6, and used for both cuts. Avg@2 on 150 problems a seed. Perplexity per "
+    "seed 10 for the cut to 20, on grids that are widened, three times at most, until the best is inside, and used for both cuts. Avg@2 on 150 problems a seed. Perplexity per "
     "token of the original's own completions of 128 other problems."
 )
 FILE = Path(__file__).parent / "comparison.yaml"

@@ -105,16 +105,20 @@ def _held_out(work: Work) -> int:
 
 
 def _recovered(work: Work, setting: Setting, keep: int, seeds: Sequence[int], rates: Rates) -> list[Record]:
-    """Runs with their distances: `final` is the negative sum of both directions, the accuracy is `chain_sums`."""
+    """Runs with their distances: `before` and `final` are negative sums of both directions, accuracies are `chain_sums…`."""
     records = recover(work, setting, keep, seeds, rates)
     names = [f"{keep}_{r['objective']}_{r['learning_rate']:g}_{r['seed']}" for r in records]
     models = [recovered_model(work, setting, keep, record) for record in records]
     text = TUNED_ON if [*seeds] == [TUNING_SEED] else MEASURED_ON
-    found = _distances(work, text, dict(zip(names, models, strict=True)))
+    found = _distances(work, text, {str(keep): work.folder / f"cut_{keep}", **dict(zip(names, models, strict=True))})
+    start = -_total(found[str(keep)])
     return [
-        {**record, **found[name], "chain_sums": record["final"], "final": -_total(found[name])}
+        {
+            **record, **found[name], "chain_sums": record["final"], "chain_sums_before": record["before"], "final": -_total(found[name]),
+            "before": start,
+        }
         for name, record in zip(names, records, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _total(found: Mapping[str, Any]) -> float:
@@ -217,11 +221,14 @@ def _part(result: Result, keep: str) -> str:
             NAMES[name], f"{result['rates'][name]:g}", *(_nats(means[key]) for key in DIRECTIONS), _nats(_mean_total(runs, name)), lead,
             _nats(means["perplexity"]), percent(means["chain_sums"]),
         ])  # fmt: skip
-    solved = {key: mean_and_interval([r[key] for r in of(runs, "representation")])[0] for key in ("before", "teacher")}
+    solved = {
+        key: mean_and_interval([r[key] for r in of(runs, "representation")])[0]
+        for key in ("chain_sums_before", "teacher")
+    }
     return (
         f"**{keep} blocks** ({', '.join(map(str, result['kept'][keep]))}), {len(of(runs, 'representation'))} seeds. After the cut {_nats(cut['forward_kl'])} and "
         f"{_nats(cut['reverse_kl'])} nats, perplexity {_nats(cut['perplexity'])} (the original's is {_nats(result['distances']['original']['perplexity'])}), chain sums "
-        f"{percent(solved['before'])} (the original {percent(solved['teacher'])}).\n\n{table(header, rows)}"
+        f"{percent(solved['chain_sums_before'])} (the original {percent(solved['teacher'])}).\n\n{table(header, rows)}"
     )
 
 
