@@ -89,7 +89,7 @@ def make_once(target: Path, arguments: tuple[Any, ...], make: Callable[[], None]
     """Call `make`, which writes a file or folder, unless an earlier call made it from equal arguments.
 
     Args:
-        target: the file or folder. One that other arguments made is removed first.
+        target: the file or folder. What other arguments made is removed first.
         arguments: what it is made from, as in `kept_side_by_side`.
         make: writes `target`.
     """
@@ -99,6 +99,7 @@ def make_once(target: Path, arguments: tuple[Any, ...], make: Callable[[], None]
     made_from.unlink(missing_ok=True)
     if target.is_dir():
         shutil.rmtree(target)
+    target.unlink(missing_ok=True)
     make()
     write_json(made_from, {"arguments": _plain(arguments)})
 
@@ -129,11 +130,11 @@ def _plain(value: Any) -> Any:
 def contents(path: Path) -> dict[str, str]:
     """Name → digest of a file, or of a model's config and weights."""
     files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".json")] if path.is_dir() else [path]
-    return {file.name: _digest(file, file.stat().st_mtime_ns) for file in sorted(files)}
+    return {file.name: _digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)}
 
 
 @cache
-def _digest(file: Path, changed: int) -> str:
+def _digest(file: Path, changed: int, size: int) -> str:
     return file_digest(file)
 
 

@@ -94,9 +94,10 @@ def refuse_other_models(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     file = folder / "models.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    for name in (settings.get(key) for key in ("model", "teacher_model")):
+    entries = [settings.get("model"), settings.get("teacher_model"), *(settings.get("teachers") or {}).values()]
+    for name in (entry.get("model") if isinstance(entry, Mapping) else entry for entry in entries):
         if isinstance(name, str) and Path(name).is_dir():
-            now = contents(Path(name))
+            now = {file: digest for file, digest in contents(Path(name)).items() if file.endswith(".safetensors")}
             if known.setdefault(name, now) != now:
                 raise ValueError(f"{folder}: its runs had another {name}; remove the folder, or bring the model back")
     write_json(file, known)

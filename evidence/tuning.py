@@ -80,7 +80,7 @@ def _runs(
 
 
 def _beyond(records: Sequence[Record], name: str, rates: Sequence[float], ladder: Sequence[float]) -> list[float]:
-    """The next rate of the ladder, where the best is at an edge of those tried; the next lower one, where all end below the start."""
+    """The next rate of the ladder, where the best is at an edge of those tried; the next lower one, where all end worse than the start."""
     best = best_rate(records, name)
     lower, higher = [r for r in ladder if r < rates[0]], [r for r in ladder if r > rates[-1]]
     down = best == rates[0] or never_better(records, name)
@@ -88,7 +88,7 @@ def _beyond(records: Sequence[Record], name: str, rates: Sequence[float], ladder
 
 
 def never_better(tuning: Sequence[Record], name: str) -> bool:
-    """Whether an objective ends below the start at every rate tried."""
+    """Whether an objective ends worse than the start at every rate tried."""
     return all(r["final"] < r["before"] for r in of(tuning, name))
 
 
@@ -99,9 +99,9 @@ def at_edge(tuning: Sequence[Record], name: str) -> bool:
 
 
 def never_better_said(tuning: Sequence[Record], names: Mapping[str, str]) -> str:
-    """A sentence about objectives that end below the start at every rate tried, with a space before it; empty without any."""
+    """A sentence about objectives that end worse than the start at every rate tried, with a space before it; empty without any."""
     found = [text for name, text in names.items() if never_better(tuning, name)]
-    return f" Below the start at every rate on the tuning seed: {', '.join(found)}." if found else ""
+    return f" Worse than the start at every rate on the tuning seed: {', '.join(found)}." if found else ""
 
 
 def edges_said(tuning: Sequence[Record], names: Mapping[str, str]) -> str:

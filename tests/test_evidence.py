@@ -198,8 +198,11 @@ def test_runs_do_not_go_on_with_another_model_of_the_same_name(tmp_path):
     refuse_other_models(runs, settings)
     refuse_other_models(runs, settings)
     (model / "model.safetensors").write_text("another")
-    with pytest.raises(ValueError, match=f"its runs had another {model}; remove the folder, or bring the model back"):
-        refuse_other_models(runs, settings)
+    for given in (settings, {"teachers": {"a": str(model)}}, {"teachers": {"a": {"model": str(model)}}}):
+        with pytest.raises(
+            ValueError, match=f"its runs had another {model}; remove the folder, or bring the model back"
+        ):
+            refuse_other_models(runs, given)
 
 
 def test_seeds_of_two_teachers_are_not_paired():

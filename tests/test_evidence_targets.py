@@ -103,7 +103,9 @@ def test_a_grid_goes_down_while_no_rate_beats_the_start():
     assert [r["learning_rate"] for r in tuning] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     assert best_rate(tuning, "a") == 3e-5
     assert never_better_said(tuning, {"a": "that"}) == ""
-    assert never_better_said(tuning[2:], {"a": "that"}) == " Below the start at every rate on the tuning seed: that."
+    assert (
+        never_better_said(tuning[2:], {"a": "that"}) == " Worse than the start at every rate on the tuning seed: that."
+    )
 
 
 def test_a_grid_ends_with_its_ladder_and_a_quick_run_tries_one_rate():

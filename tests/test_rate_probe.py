@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from oprd.config import OPRDConfig
 from oprd.objectives.representation import representation_error
 from oprd.resolve import resolve
+from oprd.resolve.checks import check_settings
 from oprd.resolve.plan import plan
+from oprd.resolve.terms import build_terms
 from oprd.rollouts.engine import EngineAbilities
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.training import run as run_module
@@ -33,7 +35,7 @@ from oprd.training.rate_probe import (
     search,
     tolerance,
 )
-from oprd.training.run import build_trainer, train_and_evaluate
+from oprd.training.run import build_trainer, take_what_was_chosen, train_and_evaluate
 from oprd.training.trainer import OPRDTrainer
 from tiny import prompt_rows, scripted_generate, tiny_model, tiny_tokenizer
 
@@ -232,8 +234,10 @@ def test_a_sharded_student_is_refused_before_models_are_read(monkeypatch, launch
         monkeypatch.setenv(launched, "true")
     values = {"model": "not/here", "teacher_model": "not/here", "train_dataset": "not/here", "output_dir": "unused"}
     run = RunConfig.parse({**values, "use_cpu": True, "learning_rate": "auto", "fully_shard": launched is None})
-    with pytest.raises(ValueError, match="learning_rate: auto does not work with a sharded student"):
-        plan(run)
+    for begin in (plan, build_trainer):
+        with pytest.raises(ValueError, match="learning_rate: auto does not work with a sharded student"):
+            begin(run)
+    check_settings(run, build_terms(run))  # what does not train, such as a cache of the teacher's states, needs no rate
 
 
 def test_a_teacher_equal_to_the_student_has_no_rate(tmp_path):
@@ -302,6 +306,9 @@ def test_a_run_equals_one_with_the_number_and_resuming_does_not_probe(tmp_path, 
     assert run.args.learning_rate == rate
     with pytest.raises(ValueError, match="already holds a run"):  # before a probe that would be for nothing
         train_and_evaluate(quick(tmp_path / "auto"), say=lambda _: None)
+    resumed = quick(tmp_path / "auto", fully_shard=True)
+    take_what_was_chosen(resumed, "auto")
+    plan(resumed)  # a run that has found its rate may be sharded when it goes on
 
 
 def test_a_trainer_that_is_built_has_its_rate(tmp_path):

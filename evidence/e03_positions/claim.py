@@ -22,7 +22,7 @@ CLAIM = (
 )
 SETTING = (
     "As E1 (pair, steps, rollouts), three seeds, k = 13 of about 53 tokens (a quarter), each loss at the rate that E1 chose for all "
-    "positions. Other end token: the same teacher with the LM-head row of its end token moved to another special token."
+    "positions; hidden states of some positions also at the full KL's. Other end token: the same teacher with the LM-head row of its end token moved to another special token."
 )
 HERE = Path(__file__).parent
 STATES, OUTPUT = "hidden states", "full reverse KL"

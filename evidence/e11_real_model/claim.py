@@ -243,10 +243,7 @@ def judge(result: Result) -> Finding:
     )
     builds = Counter(r["teacher"] for key in ("tuning", "tuning_warm") for r in result[key])
     if len(builds) > 1:
-        added += (
-            f" Rates were chosen with {len(builds)} builds of the teacher ({listed([str(n) for n in builds.values()])} runs); all seeds "
-            "have the last one."
-        )
+        added += f" Rates were chosen with {len(builds)} builds of the teacher ({listed([str(n) for n in builds.values()])} runs); a seed has one."
     text = (
         f"Student before {percent(before)}, teacher {percent(teacher)}; {len(ours)} seeds.\n\n"
         f"{table(header, [_row(result, name, gaps) for name in names])}\n\n{_ahead(gaps)}{_not_measured(names)}\n\n{edges_said(result['tuning'], {name: NAMES[name] for name in names})}"

@@ -69,8 +69,8 @@ def train(
     overrides = parse_overrides(context.args)
     if dry_run:
         planned = RunConfig.load_on_cpu(config, overrides)
-        _plan(planned)
         folder, resumes = Path(planned.args.output_dir), resume_from_checkpoint or planned.args.resume_from_checkpoint
+        _plan(planned, resumes)
         if folder.is_dir() and not resumes:
             RunFolder(folder).check_free()
         return
@@ -101,13 +101,15 @@ def train(
         raise typer.Exit(WORSE)
 
 
-def _plan(run: RunConfig) -> None:
-    """Print what the run would do and cost."""
+def _plan(run: RunConfig, resumes: str | None) -> None:
+    """Print what the run would do and cost. One that is resumed keeps the rate that it found."""
     from oprd.cli.console import say
     from oprd.config import AUTO
     from oprd.resolve import plan
     from oprd.training.rate_probe import describe_cost
+    from oprd.training.run import take_what_was_chosen
 
+    take_what_was_chosen(run, resumes)
     *lines, last = plan(run).describe()
     for line in [*lines, *([describe_cost(run.args)] if run.args.learning_rate == AUTO else []), last]:
         say(line)

@@ -39,7 +39,6 @@ def check_settings(run: RunConfig, terms: Mapping[str, Term]) -> TeacherSource |
     _check_extrapolation(run, terms)
     _check_layer_map(run)
     _check_quantized(run)
-    _check_rate(run)
     return _source(run)
 
 
@@ -176,8 +175,8 @@ def _check_layer_map(run: RunConfig) -> None:
         )
 
 
-def _check_rate(run: RunConfig) -> None:
-    """Refuse a learning rate that is to be found for a sharded student.
+def check_probed_rate(run: RunConfig) -> None:
+    """Refuse a learning rate that is to be found for a sharded student. Only a run that trains needs it.
 
     Raises:
         ValueError: says what to do.

@@ -19,7 +19,7 @@ from oprd.models.pruning import KeptBlocks
 from oprd.objectives.composite import Term
 from oprd.objectives.own import compares_states
 from oprd.objectives.schedules import is_on
-from oprd.resolve.checks import check_settings, check_teacher
+from oprd.resolve.checks import check_probed_rate, check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, task_of
 from oprd.resolve.teacher import check_base_shape, teacher_maker
 from oprd.resolve.terms import build_rewards, build_terms, describe_objective
@@ -169,6 +169,7 @@ def plan(run: RunConfig) -> PlannedRun:
     """
     args, terms = run.args, build_terms(run)
     source = check_settings(run, terms)
+    check_probed_rate(run)
     theirs = run.model if is_student(run.teacher_model) else run.teacher_model if source is None else source.model
     student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
     if source is not None and source.cache is not None:

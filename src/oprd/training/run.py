@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oprd.config import AUTO
 from oprd.resolve import resolve
+from oprd.resolve.checks import check_probed_rate
 from oprd.run_config import RunConfig
 from oprd.runs.checkpoints import read_identity
 from oprd.runs.folder import RunFolder
@@ -36,6 +37,7 @@ def build_trainer(
         ValueError: models, datasets or settings that do not fit.
     """
     check_one_device(run.args)
+    check_probed_rate(run)
     resolved, probe = resolve(run), None
     if run.args.learning_rate == AUTO:
         say(describe_cost(run.args))
@@ -80,14 +82,14 @@ def train_and_evaluate(
         LostProcessError: another process of the run has ended; it is a ConnectionError.
         StoppedBySignal: a signal has stopped the run; it is a SystemExit.
     """
-    _take_what_was_chosen(run, resume_from_checkpoint)
+    take_what_was_chosen(run, resume_from_checkpoint)
     _check_folder_before_probe(run)
     trainer = build_trainer(run, callbacks, say=say)
     trainer.train(resume_from_checkpoint, accept_changes=accept_changes, outputs=True, say=say)
     return trainer.summary
 
 
-def _take_what_was_chosen(run: RunConfig, resume_from_checkpoint: str | bool | None) -> None:
+def take_what_was_chosen(run: RunConfig, resume_from_checkpoint: str | bool | None) -> None:
     """Where a run is resumed, take what it has chosen itself: the date of its chat template, and a probed learning rate."""
     args = run.args
     if not resume_from_checkpoint or (args.chat_template_date is not None and args.learning_rate != AUTO):
