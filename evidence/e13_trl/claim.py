@@ -380,13 +380,17 @@ def _family(name: str) -> str:
     return NAMES[name].removesuffix(", tuned rate")
 
 
+ROUNDING = 1e-6
+"""Records keep six digits."""
+
+
 def _again(result: Result) -> str:
     """How oprd's runs differ from the committed ones of their comparison."""
     known = {(r["objective"], r["seed"]): r["final"] for r in result["committed"]}
     own = [r for r in result["runs"] if (r["objective"], r["seed"]) in known]
     gaps = [abs(r["final"] - known[r["objective"], r["seed"]]) for r in own]
     return (
-        f"**Against the committed runs** of their comparison: {sum(not gap for gap in gaps)} of oprd's {len(own)} runs have exactly the same accuracy; "
+        f"**Against the committed runs** of their comparison: {sum(gap < ROUNDING for gap in gaps)} of oprd's {len(own)} runs have exactly the same accuracy; "
         f"the largest difference is {100 * max(gaps, default=0):.1f} points. Where they differ, the teacher, the engine, a version or the "
         "processor does."
     )
