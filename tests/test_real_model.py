@@ -25,7 +25,14 @@ def invented(values, rates=(5e-5, 1.5e-4, 5e-4)):
         for name, value in values.items() for seed in range(3)
     ]  # fmt: skip
     tuning = [
-        {"objective": name, "learning_rate": rate, "seed": 10, "before": 0.3, "final": value - 0.1 * (rate != rates[1])}
+        {
+            "objective": name,
+            "learning_rate": rate,
+            "seed": 10,
+            "before": 0.3,
+            "teacher": 0.95,
+            "final": value - 0.1 * (rate != rates[1]),
+        }
         for name, value in values.items()
         for rate in rates
     ]
@@ -75,3 +82,12 @@ def test_the_lead_at_equal_time_counts_seconds_of_a_step():
     result["step_seconds"] = {"representation": 8.0, "full_reverse_kl": 16.0}  # half of its run in the time of ours
     lead, _ = CLAIMS["E11"].equal_time(result, "full_reverse_kl")
     assert lead == pytest.approx(0.81 - 0.3)
+
+
+def test_rates_that_were_chosen_with_another_build_of_the_teacher_are_said():
+    result = real_model({"representation": 0.8, "full_reverse_kl": 0.6})
+    assert "builds of the teacher" not in CLAIMS["E11"].judge(result).paragraph
+    for record in result["tuning"]:
+        if record["objective"] == "full_reverse_kl":
+            record["teacher"] = 0.9
+    assert "Rates were chosen with 2 builds of the teacher (5 and 3 runs)" in CLAIMS["E11"].judge(result).paragraph

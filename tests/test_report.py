@@ -25,7 +25,7 @@ from oprd.runs.columns import MOST_POINTS
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.bench.common import byte_tokenizer
 from oprd.tools.report import curves, draw
-from oprd.tools.report.distances import other_texts, read_rollouts
+from oprd.tools.report.distances import other_texts, read_rollouts, rounded
 from oprd.tools.report.page import render, write_page
 from oprd.tools.report.read import read_runs
 from oprd.tools.report.rollouts import (
@@ -726,7 +726,7 @@ def reference_distances(
 
 def token_distances(pair, rollouts) -> list[list[float]]:
     """The distance at every response token of every rollout: the mean over layers."""
-    return [read.distances_LT.mean(0).tolist() for read in read_rollouts(pair, rollouts)]
+    return [rounded(read.distances_LT.mean(0)) for read in read_rollouts(pair, rollouts)]
 
 
 def flat(nested) -> list[float]:
