@@ -35,7 +35,7 @@ def invented(values, rates=(5e-5, 1.5e-4, 5e-4)):
         }
         for name, value in values.items()
         for rate in rates
-    ]
+    ]  # fmt: skip
     return {"runs": runs, "tuning": tuning}
 
 
