@@ -848,6 +848,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_teacher_cache.py::test_what_a_cache_cannot_do_is_refused_before_models_are_loaded"),
         ("a supervised term needs the teacher's head", " and not is_supervised(found.objective)", "",
          "test_teacher_cache.py::test_a_cached_teacher_trains_to_the_bits_of_a_live_one"),
+        ("a sharded student is probed", "if run.args.learning_rate == AUTO and run.args.splits_weights:", "if False:",
+         "test_rate_probe.py::test_a_sharded_student_is_refused_before_models_are_read"),
+    ],
+    "cli/train.py": [
+        ("a dry run of a resumed run probes again", "    take_what_was_chosen(run, resumes)\n", "",
+         "test_rate_probe.py::test_a_dry_run_of_a_resumed_run_keeps_its_rate"),
     ],
     "data/responses.py": [
         ("a response has tokens that the student lacks", "if max(ids) >= most:", "if False:",

@@ -12,7 +12,9 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from oprd.cli import app
 from oprd.config import OPRDConfig
 from oprd.objectives.representation import representation_error
 from oprd.resolve import resolve
@@ -309,6 +311,19 @@ def test_a_run_equals_one_with_the_number_and_resuming_does_not_probe(tmp_path, 
     resumed = quick(tmp_path / "auto", fully_shard=True)
     take_what_was_chosen(resumed, "auto")
     plan(resumed)  # a run that has found its rate may be sharded when it goes on
+
+
+def test_a_dry_run_of_a_resumed_run_keeps_its_rate(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"learning_rate": 0.25}}))
+    words = ["train", "--config", "tiny", "--learning_rate", "auto", "--output_dir", str(tmp_path), "--dry-run"]
+    resumed = CliRunner().invoke(app, [*words, "--resume", "auto"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "learning_rate: auto" not in resumed.output
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "checkpoint-1").rmdir()
+    fresh = CliRunner().invoke(app, [*words, "--resume", "auto"])
+    assert "learning_rate: auto: 6 steps of 8 rollouts" in fresh.output
 
 
 def test_a_trainer_that_is_built_has_its_rate(tmp_path):
