@@ -317,9 +317,10 @@ def test_a_dry_run_of_a_resumed_run_keeps_its_rate(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"learning_rate": 0.25}}))
     words = ["train", "--config", "tiny", "--learning_rate", "auto", "--output_dir", str(tmp_path), "--dry-run"]
-    resumed = CliRunner().invoke(app, [*words, "--resume", "auto"])
-    assert resumed.exit_code == 0, resumed.output
-    assert "learning_rate: auto" not in resumed.output
+    for word in ("auto", "true"):
+        resumed = CliRunner().invoke(app, [*words, "--resume", word])
+        assert resumed.exit_code == 0, resumed.output
+        assert "learning_rate: auto" not in resumed.output
     (tmp_path / "run.json").unlink()
     (tmp_path / "checkpoint-1").rmdir()
     fresh = CliRunner().invoke(app, [*words, "--resume", "auto"])

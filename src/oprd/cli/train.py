@@ -69,7 +69,7 @@ def train(
     overrides = parse_overrides(context.args)
     if dry_run:
         planned = RunConfig.load_on_cpu(config, overrides)
-        folder, resumes = Path(planned.args.output_dir), resume_from_checkpoint or planned.args.resume_from_checkpoint
+        folder, resumes = Path(planned.args.output_dir), _resumes_from(resume_from_checkpoint, planned)
         _plan(planned, resumes)
         if folder.is_dir() and not resumes:
             RunFolder(folder).check_free()
@@ -82,9 +82,7 @@ def train(
     from oprd.training.stopping import follow_launcher
 
     follow_launcher()
-    resume: str | bool = resume_from_checkpoint or run.args.resume_from_checkpoint or False
-    if str(resume).lower() in ("true", "yes", "false", "no"):
-        resume = str(resume).lower() in ("true", "yes")
+    resume = _resumes_from(resume_from_checkpoint, run)
     accepted = [key for keys in accept_changes or [] for key in keys.split(",")]
     with resumable(run.args.output_dir, resume_command()), live_progress() as callback:
         summary = train_and_evaluate(
@@ -101,7 +99,14 @@ def train(
         raise typer.Exit(WORSE)
 
 
-def _plan(run: RunConfig, resumes: str | None) -> None:
+def _resumes_from(option: str | None, run: RunConfig) -> str | bool:
+    """What `--resume`, or else the recipe, says: a folder, "auto", or whether to resume."""
+    resume = option or run.args.resume_from_checkpoint or False
+    word = str(resume).lower()
+    return word in ("true", "yes") if word in ("true", "yes", "false", "no") else resume
+
+
+def _plan(run: RunConfig, resumes: str | bool) -> None:
     """Print what the run would do and cost. One that is resumed keeps the rate that it found."""
     from oprd.cli.console import say
     from oprd.config import AUTO
