@@ -18,8 +18,9 @@ ID = "E12"
 TITLE = "Cosine can rise while accuracy falls, and the alarm reports it"
 CLAIM = "Matching all layers of unrelated models raises cosine while accuracy collapses (LastOPD, RIDE: 25 → 46 → 11). oprd's alarm detects such runs."
 SETTING = (
-    "Runs with a teacher whose hidden dimensions are permuted (the same function, no common origin), with bridges of too low a rank, and the runs that "
-    "E1, E9 and E10 had on 2026-11-26. Any alarm of a run counts, at its default, `alarm_window: 20`. A bad run: cosine rises over the run and the student ends below its start."
+    "Embedded pairs: a teacher whose hidden dimensions are permuted (the same function, no common origin), E1's runs (all rates of its tuning seed, and its seeds), "
+    "and E10's two other teachers with bridges of several ranks, at the rates of their files. The alarm that cosine rises while the model gets worse, at its default, "
+    "`alarm_window: 20`; others do not count. A bad run: cosine rises over the run and the student ends below its start."
 )
 RATE = 1.0e-3
 ENOUGH = 29  # bad runs: if all of them ring, a share below 90 % is excluded at 95 %
@@ -27,7 +28,7 @@ FILE = Path(__file__).parent / "comparison.yaml"
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Runs that fail, and those of E1, E9 and E10, each with its alarms."""
+    """Runs that fail, and those of E1 and of E10's other teachers, each with its alarms."""
     seeds = first_seeds(work, 2)
     teacher = work.folder.parent / "permuted"
     if not (teacher / "config.json").exists():
@@ -152,4 +153,4 @@ def draw(result: Result, figure: Any) -> None:
         in_percent(axis.yaxis)
     axes[0].margins(x=0.1)
     axes[0].set_ylabel("change of Avg@2, points")
-    figure.supxlabel("change of cosine over the run (filled: the alarm rang)")
+    figure.supxlabel("change of cosine over the run, where measured (filled: the alarm rang)")
