@@ -12,8 +12,8 @@ from typing import Any
 from evidence.claim import Claim
 from evidence.comparisons import difference, gap_closed, of
 from evidence.e05_cost.claim import gpu_saving, gpu_time_saving, update_saving
+from evidence.e11_real_model.claim import DRAWN, best_output_space, uncertain
 from evidence.e11_real_model.claim import NAMES as OBJECTIVES
-from evidence.e11_real_model.claim import best_output_space, uncertain
 from evidence.e13_trl.claim import best_of_trl
 from evidence.real_model_gpu.picture import best_runs, curves, rows
 from evidence.words import VERDICTS, less, mean_of, percent, points, table
@@ -56,17 +56,8 @@ def _folder(claims: Claims, name: str) -> str:
 
 def _picture(claims: Claims, results: Results) -> str:
     runs, long = results["E11"]["runs"], curves()
-    names = (
-        "representation",
-        "states_off_policy",
-        "supervised",
-        "forward_kl",
-        "full_reverse_kl",
-        "top_16",
-        "sampled_token",
-    )
     ours, given, supervised, forward, full, top, sampled = (
-        percent(mean_and_interval([r["final"] for r in of(runs, name)])[0]) for name in names
+        percent(mean_and_interval([r["final"] for r in of(runs, name)])[0]) for name in DRAWN
     )
     own = of(runs, "representation")
     teacher, start = (percent(mean_and_interval([r[key] for r in own])[0]) for key in ("teacher", "before"))
@@ -148,7 +139,7 @@ def _real_model(result: Mapping[str, Any], verdict: str) -> str:
     )
     return (
         f"**A pretrained model** ({verdict}): {output} over the best output-space loss ({OBJECTIVES[rival].removeprefix('full ')}), {supervised} over supervised "
-        f"training{''.join(uncertain(result))}."
+        f"training{uncertain(result)}."
     )
 
 

@@ -252,7 +252,7 @@ def judge(result: Result) -> Finding:
         f"two has had as many seconds of training as the faster one's whole run, interpolated between evaluations.{added}"
     )
     rival = best_output_space(result)
-    number = f"{points(*rivals[rival][:2])} over the best of {len(rivals)} output-space losses ({NAMES[rival]}){''.join(uncertain(result))}"
+    number = f"{points(*rivals[rival][:2])} over the best of {len(rivals)} output-space losses ({NAMES[rival]}){uncertain(result)}"
     return Finding(verdict, number, text)  # type: ignore[arg-type]
 
 
@@ -264,8 +264,8 @@ def best_output_space(result: Result) -> str:
     )
 
 
-def uncertain(result: Result) -> list[str]:
-    """For each output-space loss that representation is not surely ahead of: its lowest and highest seed, in words."""
+def uncertain(result: Result) -> str:
+    """The lowest and highest seed of each output-space loss that representation is not surely ahead of; empty without any."""
     runs, said = result["runs"], []
     for name in OUTPUT_SPACE:
         if (own := of(runs, name)) and surely(difference(runs, "representation", name)[1]) <= 0:
@@ -273,7 +273,7 @@ def uncertain(result: Result) -> list[str]:
             said.append(
                 f"; {NAMES[name]} ends between {percent(finals[0], 0).removesuffix(' %')} and {percent(finals[-1], 0)}"
             )
-    return said
+    return "".join(said)
 
 
 def _not_measured(names: list[str]) -> str:

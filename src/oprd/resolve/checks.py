@@ -176,7 +176,7 @@ def _check_layer_map(run: RunConfig) -> None:
 
 
 def check_probed_rate(run: RunConfig) -> None:
-    """Refuse a learning rate that is to be found for a sharded student. Only a run that trains needs it.
+    """Refuse to find the learning rate of a sharded student. Called by what trains, or plans to.
 
     Raises:
         ValueError: says what to do.
