@@ -253,7 +253,9 @@ class DenseObjective:
         """What is watched: means over all response tokens; cosines over the chosen positions."""
         ours, theirs = read_one_by_one(student, rollouts), read_one_by_one(teacher, rollouts)
         columns: dict[str, list[float]] = {}
+        by_rollout: list[list[float]] = []
         for (z, _), (w, _), tokens in zip(ours, theirs, rollouts.completion_ids, strict=True):
+            by_rollout.append([])
             for p, q, token in zip(self.log_probs(z, 1.0), self.log_probs(w, 1.0), tokens, strict=True):
                 likeliest = [set(x.topk(k).indices.tolist()) for x in (p, q)]
                 found = {
@@ -261,10 +263,11 @@ class DenseObjective:
                     "overlap": len(likeliest[0] & likeliest[1]) / k,
                     "reverse_kl": (p - q)[self.event(token)].item(),
                 }  # fmt: skip
+                by_rollout[-1].append(found["reverse_kl"])
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value)
         result = {name: sum(values) / len(values) for name, values in columns.items()}
-        result["reverse_kl_std"] = torch.tensor(columns["reverse_kl"]).std(correction=0).item()
+        result |= error_over_rollouts(by_rollout)
         for layer in self.layers:
             cosines = []
             for (_, s), (_, t) in zip(ours, theirs, strict=True):
@@ -272,6 +275,17 @@ class DenseObjective:
                 cosines.append(torch.nn.functional.cosine_similarity(s[layer][chosen], t[layer][chosen], dim=-1))
             result[f"cosine/layer_{layer:02d}"] = self.mean(cosines).item()
         return result
+
+
+def error_over_rollouts(values: list[list[float]]) -> dict[str, float]:
+    """Standard error of the mean over all values, which depend on each other within a rollout; empty of one rollout."""
+    values = [own for own in values if own]
+    if len(values) < 2:
+        return {}
+    count = sum(map(len, values))
+    mean = sum(map(sum, values)) / count
+    squares = sum(sum(value - mean for value in own) ** 2 for own in values)
+    return {"reverse_kl_error": (squares * len(values) / (len(values) - 1)) ** 0.5 / count}
 
 
 def chi_squared(counts: torch.Tensor, probability: torch.Tensor) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
+from oprd.objectives.diagnostics import error_over_rollouts, sums_by_rollout
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.training import alarm
 from oprd.training.alarm import AlarmWatch, find_alarm
@@ -22,7 +26,7 @@ def history(
     kl=None,
     rollouts: int = 100,
     every: int = 10,
-    std: float = 0.1,
+    error: float = 0.003,
 ) -> list[dict]:
     """Rows of two halves, each with one value (or none) a column; KL at every 10th step, as it is measured."""
     rows = []
@@ -33,7 +37,7 @@ def history(
             if values is not None and values[half] is not None:
                 row[name] = values[half]
         if kl is not None and index % every == 0 and kl[half] is not None:
-            row |= {"reverse_kl": kl[half], "reverse_kl_std": std, "tokens": 1000.0}
+            row |= {"reverse_kl": kl[half], "reverse_kl_error": error, "tokens": 1000.0}
         rows.append(row)
     return rows
 
@@ -46,8 +50,12 @@ def history(
         (history(accuracy=(0.5, 0.43)), "accuracy fell 50.0% -> 43.0%"),
         (history(accuracy=(1.0, 0.97)), "accuracy fell 100.0% -> 97.0%"),
         (history(accuracy=(0.5, 0.3), rollouts=12), "accuracy fell 50.0% -> 30.0%"),
-        (history(kl=(0.2, 0.4), std=1.4), "the sampled reverse KL grew 0.2 -> 0.4"),
-        (history(kl=(0.0, 0.016), std=0.01), "the sampled reverse KL grew 0 -> 0.016"),
+        (history(kl=(0.2, 0.4), error=0.044), "the sampled reverse KL grew 0.2 -> 0.4"),
+        (history(kl=(0.0, 0.016), error=0.0003), "the sampled reverse KL grew 0 -> 0.016"),
+        (
+            history(kl=(0.2, 0.4), error=0.06, every=5),
+            "the sampled reverse KL grew 0.2 -> 0.4",
+        ),  # two measurements a half
         (history(kl=(0.2, 0.31)), "the sampled reverse KL grew 0.2 -> 0.31"),
         (history(kl=(0.2, 0.31), accuracy=(0.3, 0.5)), "the sampled reverse KL grew 0.2 -> 0.31"),
         (
@@ -72,9 +80,7 @@ def test_worse_while_closer_rings(rows, words):
         history(accuracy=(0.0, 0.0)),
         history(accuracy=(1.0, 1.0)),
         history(kl=(0.2, 0.29)),  # grown by less than half
-        history(
-            kl=(0.2, 0.4), std=1.6
-        ),  # one measurement a half: three standard errors are 3·1.6·√(2/1000), about 0.215
+        history(kl=(0.2, 0.4), error=0.05),  # one measurement a half: three standard errors are 3·0.05·√2, about 0.21
         history(kl=(0.0, 0.014)),  # too small to be more than noise
         history(kl=(0.2, 0.1)),
         history(kl=(0.2, -0.1)),
@@ -192,7 +198,7 @@ def test_it_looks_at_the_last_window_alone():
 def test_a_resumed_run_rings_where_the_uninterrupted_one_does(values, cut, window):
     rows = []
     for step, (cosine, accuracy, measured, _) in enumerate(values, 1):
-        kl = {"reverse_kl": accuracy * cosine, "reverse_kl_std": 0.01, "tokens": 50.0} if measured else {}
+        kl = {"reverse_kl": accuracy * cosine, "reverse_kl_error": 0.01, "tokens": 50.0} if measured else {}
         rows.append({"step": step, "loss": 1.0, "rollouts": 16.0, "cosine": cosine, "accuracy": accuracy, **kl})
     told = rung(AlarmWatch(window), rows)
     logged = []
@@ -273,3 +279,31 @@ def test_a_run_without_a_window_never_rings(tmp_path, caplog):
         trainer.train()
     assert "cosine rose" not in caplog.text
     assert not any("alarm" in row for row in trainer.run_folder.read_metrics())
+
+
+def test_the_error_of_the_sampled_kl_is_over_rollouts():
+    """Tokens of one rollout share a value: the error is that of its rollouts, and micro-batches add up."""
+    chance = torch.Generator().manual_seed(0)
+    means, errors = [], []
+    for _ in range(400):
+        lengths = torch.randint(1, 30, (40,), generator=chance)
+        level = torch.randn(40, generator=chance).repeat_interleave(lengths)
+        values = level + torch.randn(len(level), generator=chance)
+        index = torch.arange(40).repeat_interleave(lengths)
+        parts = [(values[index < 15], index[index < 15], 40), (values[index >= 15], index[index >= 15] - 15, 25)]
+        found = [sums_by_rollout(*part) for part in parts]
+        error = error_over_rollouts({name: sum(float(part[name]) for part in found) for name in found[0]})
+        assert error == pytest.approx(
+            reference.error_over_rollouts(split(values, lengths))["reverse_kl_error"], rel=1e-4
+        )
+        means.append(float(values.mean()))
+        errors.append(error)
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(means), rel=0.1)
+    assert (
+        error_over_rollouts({name: float(value) for name, value in sums_by_rollout(values, index * 0, 3).items()})
+        is None
+    )
+
+
+def split(values: torch.Tensor, lengths: torch.Tensor) -> list[list[float]]:
+    return [part.tolist() for part in values.split(lengths.tolist())]

@@ -40,7 +40,7 @@ from oprd.states.layer_maps import layer_map
 from oprd.tasks.addition import problems
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.types import Rollouts
-from reference import DenseObjective, read_one_by_one
+from reference import DenseObjective, error_over_rollouts, read_one_by_one
 from tiny import PROMPTS, tiny_model, tiny_tokenizer, tiny_trainer, weights, without_times
 
 ADAM = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_grad_norm": 0.2}
@@ -322,7 +322,9 @@ class CrossObjective(DenseObjective):
         read, pairs = self.read(rollouts)
         ours, theirs = read_one_by_one(student, rollouts), read_one_by_one(teacher, read)
         columns: dict[str, list[Tensor]] = {}
+        by_rollout: list[list[float]] = []
         for log_p, log_q, events in self.at_compared(ours, theirs, rollouts, pairs, 1.0):
+            by_rollout.append([])
             k = min(k, log_p.shape[1] - 1)
             for p, q, event in zip(log_p, log_q, events, strict=True):
                 top = [set(x.topk(k).indices.tolist()) for x in (p, q)]
@@ -330,10 +332,11 @@ class CrossObjective(DenseObjective):
                     "entropy/student": -(p.exp() * p).sum(), "entropy/teacher": -(q.exp() * q).sum(),
                     "overlap": torch.tensor(len(top[0] & top[1]) / k), "reverse_kl": (p - q)[event],
                 }  # fmt: skip
+                by_rollout[-1].append(found["reverse_kl"].item())
                 for name, value in found.items():
                     columns.setdefault(name, []).append(value)
         result = {name: torch.stack(values).mean().item() for name, values in columns.items()}
-        return result | {"reverse_kl_std": torch.stack(columns["reverse_kl"]).std(correction=0).item()}
+        return result | error_over_rollouts(by_rollout)
 
 
 def fit_on(ours: Side, theirs: Side, student, teacher, **options) -> Bridge:

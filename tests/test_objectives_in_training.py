@@ -562,7 +562,7 @@ class Snapshots(TrainerCallback):
             self.models[state.global_step + 1] = copy.deepcopy(model)
 
 
-MEASURED = ("entropy/student", "entropy/teacher", "overlap", "reverse_kl", "reverse_kl_std")
+MEASURED = ("entropy/student", "entropy/teacher", "overlap", "reverse_kl", "reverse_kl_error")
 WITH_DIAGNOSTICS = {
     "representation": {"layers": [2], "positions": "last_k", "position_k": 2, "micro_batch_tokens": 30},
     "output space": {"representation_weight": 0.0, "output_space": "top_k", "layers": "odd", "output_temperature": 2.0},

@@ -309,7 +309,7 @@ def test_metrics_are_what_happened(tmp_path):
         "entropy/teacher",
         "overlap",
         "reverse_kl",
-        "reverse_kl_std",
+        "reverse_kl_error",
         "rollout_log_prob_gap",
     }
     assert metrics[1].keys() == every_step

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from oprd.models.lm_head import Heads, LMHead, log_probs
 from oprd.objectives.batch import Batch, teacher_metric
-from oprd.objectives.diagnostics import DISTANCES, head_diagnostics, mean_by_rollout
+from oprd.objectives.diagnostics import (
+    DISTANCES,
+    REVERSE_KL_SUMS,
+    head_diagnostics,
+    mean_by_rollout,
+    sums_by_rollout,
+)
 from oprd.objectives.reduction import Reduction, position_weights
 from oprd.objectives.representation import cosine
 from oprd.objectives.schedules import Weight, crossfade, weight_at
@@ -295,7 +301,8 @@ class CompositeLoss:
                 value = term.policy_loss(log_probs_M, at)
                 loss = loss + self._weighted(name, _scalar(name, "policy_loss", value))
         if self.terms.measuring:
-            self._measure(heads, compared_PD, events_P)
+            index_P = asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
+            self._measure(heads, compared_PD, events_P, index_P)
         return loss
 
     def _supervised(self, term: HeadTerm, heads: Heads, student_MD: Tensor, asked: HeadRequest) -> Tensor:
@@ -333,10 +340,11 @@ class CompositeLoss:
             self._observer(self.totals.tokens),
         )
 
-    def _measure(self, heads: Heads, compared_PD: Tensor, events_P: Tensor) -> None:
+    def _measure(self, heads: Heads, compared_PD: Tensor, events_P: Tensor, index_P: Tensor) -> None:
         measured = head_diagnostics(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
         if self.terms.on_policy:  # over the teacher's tokens the mean would estimate another quantity
-            measured["reverse_kl_square"] = measured["reverse_kl"].square()  # becomes reverse_kl_std
+            sums = sums_by_rollout(measured["reverse_kl"], index_P, self.request.num_rollouts)
+            self.observe(**{f"{REVERSE_KL_SUMS}{name}": value for name, value in sums.items()})
         else:
             del measured["reverse_kl"]
         self._observer(self.totals.compared)(**measured)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,6 +15,8 @@ from oprd.objectives.output_space import overlap
 OVERLAP_K = 16
 DISTANCES = "distances"
 """Name under which a micro-batch's distances are observed: `[R]`, once a layer."""
+REVERSE_KL_SUMS = "reverse_kl|"
+"""Start of the names under which the sums of `sums_by_rollout` are observed."""
 
 
 @torch.no_grad()
@@ -21,6 +26,47 @@ def mean_by_rollout(
     """Mean of `values_N` over the positions of each rollout, `[R]`; NaN for one without a position."""
     sums_R = values_N.new_zeros(rollouts).index_add_(0, rollout_index_N, values_N)
     return sums_R / torch.bincount(rollout_index_N, minlength=rollouts)
+
+
+def sums_by_rollout(
+    values_M: Float[Tensor, " M"], rollout_index_M: Int[Tensor, " M"], rollouts: int
+) -> dict[str, Float[Tensor, ""]]:
+    """Sums over rollouts that add up over micro-batches and ranks, for `error_over_rollouts`.
+
+    Args:
+        values_M: `[M]`, one value a position.
+        rollout_index_M: `[M]`, the rollout of each.
+        rollouts: number of rollouts.
+
+    Returns:
+        With T the total of a rollout's values and n its positions: Σ T² as `total_square`, Σ T·n as `product`, Σ n² as
+        `length_square`, Σ T as `total`, Σ n as `length`, and `rollouts`, those with a position.
+    """
+    total_R = values_M.new_zeros(rollouts).index_add_(0, rollout_index_M, values_M)
+    length_R = torch.bincount(rollout_index_M, minlength=rollouts).to(total_R.dtype)
+    return {
+        "total_square": total_R.square().sum(), "product": (total_R * length_R).sum(), "length_square": length_R.square().sum(),
+        "total": total_R.sum(), "length": length_R.sum(), "rollouts": (length_R > 0).sum(),
+    }  # fmt: skip
+
+
+def error_over_rollouts(sums: Mapping[str, float]) -> float | None:
+    """Standard error of a mean over positions whose values depend on each other within a rollout.
+
+    The mean m = Σ T / Σ n is a ratio of two sums over rollouts; its error is √(k/(k − 1) · Σ (T − m·n)²) / Σ n over k rollouts
+    (the ratio estimator of Cochran, Sampling Techniques, 1977, ch. 6).
+
+    Args:
+        sums: of `sums_by_rollout`, over the whole step.
+
+    Returns:
+        The error; None of fewer than two rollouts.
+    """
+    if sums["rollouts"] < 2:
+        return None
+    mean = sums["total"] / sums["length"]
+    squares = sums["total_square"] - 2 * mean * sums["product"] + mean**2 * sums["length_square"]
+    return math.sqrt(max(squares, 0.0) * sums["rollouts"] / (sums["rollouts"] - 1)) / sums["length"]
 
 
 @torch.no_grad()

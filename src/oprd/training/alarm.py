@@ -16,7 +16,7 @@ from oprd.objectives.terms import ON_POLICY_KINDS, PolicyTerm
 from oprd.tasks.measures import ACCURACY, REWARD, in_words
 
 _STANDARD_ERRORS = 3.0  # a fall in accuracy must be this many of them: about one false alarm in 700 comparisons
-_KL_FACTOR = 1.5  # the sampled KL must also have grown by half: tokens of a rollout are not independent
+_KL_FACTOR = 1.5  # the sampled KL must also have grown by half: its error is of few rollouts
 _KL_FLOOR = 0.01  # nats; below it the sampled KL is noise around zero
 _CLOSER = 0.9  # loss and 1 − cosine must have fallen below this share, where accuracy did not rise
 _SOLVES = 0.05  # below this accuracy a lack of progress does not count: the student may begin late
@@ -195,13 +195,13 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong between the first and the second half of `rows`, None if nothing is.
 
     Cosine must have risen, and either accuracy fallen by more than three standard errors (over the graded rollouts of each half;
-    binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the tokens of each
-    half). Otherwise loss and 1 − cosine must both have fallen by more than a tenth while an accuracy of 5 to 50 % did not rise:
-    a far pair, whose teacher says little about what the student writes.
+    binomial for verdicts) or the sampled reverse KL grown by half and by more than three standard errors (over the rollouts of
+    each half). Otherwise loss and 1 − cosine must both have fallen by more than a tenth while an accuracy of 5 to 50 % did not
+    rise: a far pair, whose teacher says little about what the student writes.
 
     Args:
-        rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`, `reverse_kl_std` and
-            `tokens` where they were measured.
+        rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`,
+            `reverse_kl_error` and `tokens` where they were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     cosines = [_mean(half, "cosine") for half in halves]
@@ -273,15 +273,15 @@ def _kl_grew(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
     found = []
     for half in (before, after):
         measured = [
-            (row["tokens"], row["reverse_kl"], row["reverse_kl_std"])
+            (row["tokens"], row["reverse_kl"], row["reverse_kl_error"])
             for row in half
-            if row.get("reverse_kl") is not None and row.get("reverse_kl_std") is not None
+            if row.get("reverse_kl") is not None and row.get("reverse_kl_error") is not None
         ]
         tokens = sum(n for n, _, _ in measured)
         if not tokens:
             return None
         mean = sum(n * kl for n, kl, _ in measured) / tokens
-        found.append((mean, sum(n * std**2 for n, _, std in measured) / tokens**2))
+        found.append((mean, sum((n * error) ** 2 for n, _, error in measured) / tokens**2))
     (first, variance), (second, later_variance) = found
     error = math.sqrt(variance + later_variance)
     if second - first > _STANDARD_ERRORS * error and second > _KL_FACTOR * max(first, _KL_FLOOR):

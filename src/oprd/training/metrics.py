@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oprd.alignment.position_pairs import TeacherReading
 from oprd.objectives.batch import teacher_metric
+from oprd.objectives.diagnostics import REVERSE_KL_SUMS, error_over_rollouts
 from oprd.types import Rollouts
 
 # Metrics that are sums over the step's parts (micro-batches, accumulation) and totals over the ranks.
@@ -150,14 +151,15 @@ class StepMetrics:
         totals = self.totals = {name: sums.pop(name, 0.0) for name in _TOTALS}
         aligned = {name: sums.pop(name) for name in list(sums) if name.startswith(_ALIGNMENT)}
         counts = {name: sums.pop(name) for name in _COUNTS if name in sums}
+        reverse_kl = {n.removeprefix(REVERSE_KL_SUMS): sums.pop(n) for n in names if n.startswith(REVERSE_KL_SUMS)}
         by_teacher = _by_teacher(sums) | _privileged(sums)
         rewards = _rewards(sums, totals["rollouts"])
         row = {n: v / ranks for n, v in sums.items()} | counts | rewards | by_teacher
         layers = [v for n, v in row.items() if n.startswith("cosine/layer_")]
         if layers:
             row["cosine"] = sum(layers) / len(layers)
-        if "reverse_kl_square" in row:
-            row["reverse_kl_std"] = max(row.pop("reverse_kl_square") - row["reverse_kl"] ** 2, 0.0) ** 0.5
+        if reverse_kl and (error := error_over_rollouts(reverse_kl)) is not None:
+            row["reverse_kl_error"] = error
         row["completions/mean_length"] = totals["tokens"] / totals["rollouts"]
         row["completions/clipped_ratio"] = 1 - totals["finished"] / totals["rollouts"]
         row["tokens"], row["rollouts"] = totals["tokens"], totals["rollouts"]
