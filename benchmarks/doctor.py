@@ -155,7 +155,7 @@ def workload(name: str) -> Any:
         layers=resolve_layers(run["layers"], shape.layers) if represents or run["diagnostic_steps"] else (),
         positions=run["completion"],
         compared=run["completion"],
-        representation=represents,
+        compares_states=represents,
         output_space=run["output_space"],
         diagnostics=run["diagnostic_steps"] > 0,
         checkpointing=run["activation_checkpointing"],

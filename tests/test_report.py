@@ -1080,3 +1080,20 @@ def test_a_browser_shows_the_page_and_refuses_what_the_policy_forbids(pictures, 
     picture.unlink()
     said = screenshot(file, picture)
     assert said.count("Content Security Policy") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"task": "own_task_of_the_run:make"}, "the answers are not graded: the run names code for its task, own_task_of_the_run:make"),
+        ({"eval_dataset": "generated:own_task_of_the_run:make"}, "the run names code for it, generated:own_task_of_the_run:make"),
+    ],
+)  # fmt: skip
+def test_a_run_that_names_code_does_not_run_it(trained, tmp_path, monkeypatch, settings, note):
+    (tmp_path / "own_task_of_the_run.py").write_text("raise SystemExit('this code of the run is run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = measured(trained(**settings), problems=1, longest=4)
+    assert any(note in one for one in found.notes)
+    assert found.before_after
+    if "task" in settings:
+        assert {pair.late.correct for pair in found.before_after} == {None}

@@ -209,6 +209,15 @@ class Bridge:
                     "Use the model that it was fitted for (as it was then), or fit a bridge for this one: oprd bridge fit"
                 )
 
+    def differing_text(self, rendering: Mapping[str, Any]) -> list[str]:
+        """Names of the settings that render prompts, whose values differ from those of the fit. The date does not count.
+
+        Args:
+            rendering: the settings now; those that the fit did not record are not compared.
+        """
+        fitted = self.options.get("text", {})
+        return [name for name in fitted if name != "chat_template_date" and fitted[name] != rendering.get(name)]
+
     def save(self, folder: str | Path) -> None:
         """Write the bridge atomically to a new folder.
 

@@ -52,7 +52,7 @@ def fit_bridge(
 
     Args:
         pair: student and teacher, of any shapes and tokenizers (`oprd.resolve.load_pair`). Prompts are rendered with
-            `pair.rendering`, which must be the same in training.
+            `pair.rendering`; training with another one warns.
         rows: prompts.
         layers: student layers to bridge.
         maps: the layer map φ (`oprd.states.layer_maps.layer_map`); "cka" uses the rollouts themselves.
@@ -230,4 +230,6 @@ def check_fitting(
     for name, value in (("rank", rank), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not allowed; it must be at least 1")
+    if rank is not None and max_rank is not None and rank > max_rank:
+        raise ValueError(f"rank: {rank} is more than max_rank, which is {max_rank}")
     check_ridge(ridge)

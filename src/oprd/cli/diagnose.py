@@ -95,6 +95,10 @@ def diagnose(
         load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
         rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,
         micro_batch_tokens=micro_batch_tokens, sample=sample, teacher_dtype=teacher_dtype, prompts_name=prompts,
+        options={
+            "split": split, "prompt_column": prompt_column, "dataset_config": dataset_config,
+            "merge_system_prompt": merge_system_prompt, "trust_remote_code": trust_remote_code,
+        },
         on_rollouts=count_completions(), probe_rate=probe_rate, say=say,
     )  # fmt: skip
     _show(report)
@@ -114,13 +118,15 @@ def _write(report: dict, json_file: Path | None, figure: Path | None, recipe: Pa
     for file in (json_file, figure, recipe):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            say(f"written to {file}")
     if json_file is not None:
         write_json(json_file, redacted(report, by_name=False))
+        say(f"written to {json_file}")
     if figure is not None:
         plot_report(report, figure)
+        say(f"written to {figure}")
     if recipe is not None:
         write_text(recipe, redacted_text(report["recipe"]))
+        say(f"written to {recipe}")
 
 
 def _show(report: dict) -> None:

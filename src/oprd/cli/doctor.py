@@ -57,6 +57,7 @@ def doctor(
     cpu = cpu or RunConfig.asks_for_cpu(config, overrides)
     _check(dtype, device_tflops, device_bandwidth, measure, cpu, device_memory)
     quiet_libraries()
+    from oprd.tools.doctor.advice import allowed_in
     from oprd.tools.doctor.show import examine, lines_of
     from oprd.tools.doctor.workload import not_counted, workload_of
 
@@ -69,7 +70,7 @@ def doctor(
         device_bytes=_device_bytes(device_memory, measure and not cpu),
     )  # fmt: skip
     device = _device(work, cpu, device_tflops, device_bandwidth, measure, run.args.rollout_engine)
-    found = {**examine(work, device), "not_counted": not_counted(run)}
+    found = {**examine(work, device, allowed=allowed_in(config, overrides)), "not_counted": not_counted(run)}
     for line in lines_of(found, tuple({shape.family for shape in (work.student, work.teacher) if shape})):
         say(line)
     write_report(json_file, found)

@@ -58,6 +58,7 @@ def find_adapter(name: str, init_kwargs: Mapping[str, Any] | None = None) -> Ada
     """
     hub = {key: value for key, value in (init_kwargs or {}).items() if key in _HUB and value is not None}
     folder = Path(name)
+    inside = folder / str(hub.get("subfolder", ""))
     asked = hub.pop("revision", None) if folder.is_dir() else None
     try:
         file = find_adapter_config_file(name, **hub)
@@ -72,7 +73,7 @@ def find_adapter(name: str, init_kwargs: Mapping[str, Any] | None = None) -> Ada
         raise ValueError(
             f"model: {name!r} cannot be loaded as an adapter: {CONFIG} cannot be read ({error})"
         ) from error
-    if whole := next((weights for weights in _WEIGHTS if (folder / weights).is_file()), None):
+    if whole := next((weights for weights in _WEIGHTS if (inside / weights).is_file()), None):
         raise ValueError(
             f"model: {name!r} holds a whole model ({whole}) and an adapter ({CONFIG}): remove one of them; where the adapter is "
             "merged already, the adapter's files"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +69,16 @@ class ModelInfo:
         return cls(name, num_layers(model), hidden_size(model), context_length(model), stops, embedding_rows(model))
 
     @classmethod
-    def from_config(cls, name: str, *, trust_remote_code: bool = False) -> ModelInfo | None:
+    def from_config(
+        cls, name: str, *, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    ) -> ModelInfo | None:
         """The facts from a model's config file, without its weights. None if the config cannot be read.
 
         Raises:
             ValueError: a name that is neither a folder nor a hub name.
         """
         try:
-            config = load_config(name, trust_remote_code=trust_remote_code)
+            config = load_config(name, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
         except OSError:
             return None
         text = config.get_text_config()
@@ -137,7 +139,7 @@ def load(
     Args:
         name: folder, hub name or `embedded:…`.
         dtype: as in `load_model`.
-        init_kwargs: further arguments of the model's `from_pretrained`.
+        init_kwargs: further arguments of the model's `from_pretrained`. Those that say where files are hold for the tokenizer too.
         trust_remote_code: run code that comes with the model.
         device: move the model there, in eval mode and without gradients. None: leave it as loaded, to train it.
         tokenizer: tokenizer to use; None: load the model's.
@@ -152,7 +154,7 @@ def load(
     if device is not None:
         model.to(device).eval().requires_grad_(False)
     if tokenizer is None:
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
     say_ends(model, tokenizer, name)
     return LoadedModel(model, tokenizer, ModelInfo.of(model, name, tokenizer))
 
@@ -251,7 +253,14 @@ def load_model(
     return model
 
 
-_OF_CONFIG = ("trust_remote_code", "revision", "code_revision", "subfolder", "token", "cache_dir", "local_files_only")
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+_TOKENIZER_ARGUMENTS = (*_HUB_ARGUMENTS, "revision", "code_revision")
+_CONFIG_ARGUMENTS = (*_TOKENIZER_ARGUMENTS, "subfolder")
+
+
+def _given(init_kwargs: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of these names that are given."""
+    return {name: value for name in names if (value := (init_kwargs or {}).get(name)) is not None}
 
 
 def whole_class(config: Any) -> Any:
@@ -276,7 +285,7 @@ def _load_whole(name: str, resolved: str, kwargs: Mapping[str, Any], adapter: Ad
             auto: Any = AutoModelForCausalLM
             if "gguf_file" not in kwargs:
                 given = kwargs.get("config")
-                own = {key: kwargs[key] for key in _OF_CONFIG if kwargs.get(key) is not None}
+                own = _given(kwargs, ("trust_remote_code", *_CONFIG_ARGUMENTS))
                 if given is None or isinstance(given, str):
                     given = AutoConfig.from_pretrained(given or resolved, **own)
                 auto = whole_class(given)
@@ -339,35 +348,53 @@ def _base_of(adapter: Adapter) -> str:
     return base
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, *, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
     """The config of a folder, hub name or `embedded:…`; of an adapter, its base model's.
+
+    Args:
+        name: of the model.
+        init_kwargs: arguments of the model's `from_pretrained`, of which those count that say where its files are.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         OSError: there is none that can be read.
         ValueError: a name that is neither a folder nor a hub name, or a config with a value that is not allowed.
     """
-    resolved, revision = resolve_name(name), None
-    if (adapter := find_adapter(resolved)) is not None:
-        resolved, revision = _base_of(adapter), adapter.base_revision
+    resolved, where = resolve_name(name), _given(init_kwargs, _CONFIG_ARGUMENTS)
+    if (adapter := find_adapter(resolved, init_kwargs)) is not None:
+        resolved = _base_of(adapter)
+        where = _given(init_kwargs, _HUB_ARGUMENTS) | {"revision": adapter.base_revision}
     elif not any(Path(resolved).glob("*.gguf")):
-        check_folder(name, Path(resolved))
+        check_folder(name, Path(resolved) / where.get("subfolder", ""))
     try:
-        return AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code, **where)
     except StrictDataclassError as error:
         raise ValueError(f"model: the config of {name!r} is not valid: {reason_of(error)}") from error
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, hub name or `embedded:…`; of an adapter without one, its base model's.
+
+    Args:
+        name: of the model.
+        init_kwargs: arguments of the model's `from_pretrained`, of which those count that say where its files are. A `subfolder`
+            counts for an adapter with a tokenizer beside it.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
         ValueError: no tokenizer can be loaded.
     """
-    resolved, revision = resolve_name(name), None
-    if (adapter := find_adapter(resolved)) is not None and not adapter.has_tokenizer:
-        resolved, revision = _base_of(adapter), adapter.base_revision
+    resolved, where = resolve_name(name), _given(init_kwargs, _TOKENIZER_ARGUMENTS)
+    if (adapter := find_adapter(resolved, init_kwargs)) is not None:
+        if adapter.has_tokenizer:
+            where |= adapter.hub
+        else:
+            resolved = _base_of(adapter)
+            where = _given(init_kwargs, _HUB_ARGUMENTS) | {"revision": adapter.base_revision}
     try:
-        return AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code, **where)
     except Exception as error:
         if (reason := reason_of(error)) is None:
             raise

@@ -10,7 +10,7 @@ from oprd.config import OPRDConfig
 from oprd.objectives.composite import Term
 from oprd.objectives.output_space import WITH_SUPPORT
 from oprd.objectives.schedules import is_on
-from oprd.objectives.terms import PolicyTerm
+from oprd.objectives.terms import AttentionTerm, LayerTerm, PolicyTerm
 from oprd.resolve.terms import have_kind
 from oprd.run_config import RunConfig
 
@@ -54,6 +54,12 @@ NEEDS = (
     Needs(
         ("teacher_model_init_kwargs",), lambda run, _: _loads_teacher_by_name(run),
         "where no teacher is loaded by name", "name one as teacher_model",
+    ),
+    Needs(
+        ("positions", "layers", "layer_map", "bridge"),
+        lambda run, terms: have_kind(terms, LayerTerm | AttentionTerm) or run.args.diagnostic_steps > 0,
+        "where no states are compared (the positions of a loss on distributions are output_positions)",
+        "set representation_weight, or diagnostic_steps to measure the cosine",
     ),
     Needs(
         ("normalize",), lambda run, _: is_on(run.args.representation_weight),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings, check_shared_vocabulary
 from oprd.bridge import Bridge
+from oprd.bridge.command import fit_command
 from oprd.config import OPRDConfig, refuse_settings_for_own_tokens
-from oprd.data.rows import TEACHER_ID
+from oprd.data.rows import TEACHER_ID, for_dataset
 from oprd.models.loading import ModelInfo, check_same_shape, load_tokenizer, resolve_name
 from oprd.models.nearest_folder import nearest_hint
 from oprd.models.pruning import KeptBlocks
 from oprd.objectives.composite import Term
 from oprd.objectives.own import compares_states
-from oprd.objectives.schedules import is_on
 from oprd.resolve.checks import check_probed_rate, check_settings, check_teacher
 from oprd.resolve.datasets import dataset_rows, task_of
 from oprd.resolve.teacher import check_base_shape, teacher_maker
@@ -81,9 +81,14 @@ class PlannedRun:
             lines.append(self._layers_line(self.student))
         if args.bridge is not None:
             lines.append(
-                self._bridge_line(BridgeSettings(args.bridge, args.bridge_rank), run.teacher_model, self.teacher)
+                self._bridge_line(
+                    BridgeSettings(args.bridge, args.bridge_rank),
+                    run.teacher_model,
+                    self.teacher,
+                    args.prompt_rendering,
+                )
             )
-        lines += _tokenizer_lines(run)
+        lines += _tokenizer_lines(run, compare=compares_states(self.terms))
         return [
             *lines,
             *filter(None, map(not_installed, args.report_to)),
@@ -100,9 +105,10 @@ class PlannedRun:
                 for teacher_id, info in self.several.items()
             ]
             for teacher_id, bridge in bridges_of(run.teachers).items():
-                named = model_of_entry(run.teachers[teacher_id], None)[0]
+                entry = run.teachers[teacher_id]
+                named, rendering = model_of_entry(entry, None)[0], args.prompt_rendering.of_one(entry)
                 with naming_teacher(teacher_id):
-                    line = self._bridge_line(bridge, named, self.several[teacher_id])
+                    line = self._bridge_line(bridge, named, self.several[teacher_id], rendering)
                 lines.append(f"teacher {teacher_id}: {line}")
             one = "several in one update" if args.mix_teachers else "one an update"
             how = (
@@ -130,13 +136,16 @@ class PlannedRun:
         pairs = _planned_pairs(args, student, self.teacher)
         return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
-    def _bridge_line(self, named: BridgeSettings, teacher: Any, info: ModelInfo | None) -> str:
+    def _bridge_line(
+        self, named: BridgeSettings, teacher: Any, info: ModelInfo | None, rendering: TeacherPromptSettings
+    ) -> str:
         """What a bridge is, or that it is not there yet.
 
         Args:
             named: its folder and rank.
             teacher: the name of the teacher behind it.
             info: facts of that teacher; None if they are not known.
+            rendering: how its prompts are rendered.
         """
         run, folder = self.run, named.folder
         if teacher is None:
@@ -146,8 +155,10 @@ class PlannedRun:
             one for _, one in sides
         ):  # without the models it cannot be fitted here either
             return (
-                f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: oprd bridge fit --student "
-                f"{run.model} --teacher {teacher} --prompts {run.train_dataset} --out {folder}"
+                f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: "
+                + fit_command(
+                    str(run.model), str(teacher), str(run.train_dataset), folder, _fit_settings(run, rendering)
+                )
             )
         bridge = Bridge.load(folder, rank=named.rank)
         for (side, one), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
@@ -158,7 +169,12 @@ class PlannedRun:
                 )
         if self.student is not None:
             bridge = bridge.for_layers(resolve_layers(run.args.layers, self.student.layers))
-        return f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
+        other = bridge.differing_text(asdict(rendering))
+        text = f"; FITTED ON PROMPTS OF ANOTHER {', '.join(other)}" if other else ""
+        return (
+            f"bridge: {folder}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}; model weights not checked"
+            f"{text}"
+        )
 
 
 def plan(run: RunConfig) -> PlannedRun:
@@ -171,10 +187,12 @@ def plan(run: RunConfig) -> PlannedRun:
     source = check_settings(run, terms)
     check_probed_rate(run)
     theirs = run.model if is_student(run.teacher_model) else run.teacher_model if source is None else source.model
-    student, teacher, base = (_info_of(run, name) for name in (run.model, theirs, run.base_model))
+    of_student, of_teacher = args.model_init_kwargs, args.teacher_model_init_kwargs
+    student, base = _info_of(run, run.model, of_student), _info_of(run, run.base_model, None)
+    teacher = _info_of(run, theirs, of_student if is_student(run.teacher_model) else of_teacher)
     if source is not None and source.cache is not None:
         teacher = read_index(source.cache).content.info
-    several = {name: _info_of(run, model_of_entry(entry, None)[0]) for name, entry in (run.teachers or {}).items()}
+    several = {name: _info_of(run, *model_of_entry(entry, of_teacher)) for name, entry in (run.teachers or {}).items()}
     if base is not None and teacher is not None:
         check_base_shape(base, teacher)
     build_rewards(run)
@@ -210,8 +228,10 @@ def _check_own_teacher(run: RunConfig, terms: Mapping[str, Term], entry: Mapping
         check_teacher(run, terms, make)
 
 
-def _info_of(run: RunConfig, name: Any) -> ModelInfo | None:
-    return ModelInfo.from_config(name, trust_remote_code=run.args.trust_remote_code) if isinstance(name, str) else None
+def _info_of(run: RunConfig, name: Any, init_kwargs: Mapping[str, Any] | None) -> ModelInfo | None:
+    if not isinstance(name, str):
+        return None
+    return ModelInfo.from_config(name, init_kwargs=init_kwargs, trust_remote_code=run.args.trust_remote_code)
 
 
 def _planned_pairs(args: OPRDConfig, student: ModelInfo, teacher: ModelInfo) -> dict[int, int]:
@@ -232,22 +252,40 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     return f"{role}: {name}: {shape}"
 
 
-def _tokenizer_lines(run: RunConfig) -> list[str]:
-    """Whether each teacher reads the student's tokens, as far as folders here say."""
-    student, rendering = _tokenizer_here(run, run.model), run.args.prompt_rendering
+def _fit_settings(run: RunConfig, rendering: TeacherPromptSettings) -> dict[str, Any]:
+    """The run's settings by which a bridge for it is fitted."""
+    values = vars(run.args)
+    return {
+        **values, **asdict(rendering), "split": run.train_split,
+        "teacher_dtype": (run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"),
+        **{key: for_dataset(values[key], "train") for key in ("prompt_column", "dataset_config")},
+    }  # fmt: skip
+
+
+def _tokenizer_lines(run: RunConfig, *, compare: bool) -> list[str]:
+    """Whether each teacher reads the student's tokens, as far as folders here say.
+
+    Args:
+        run: the configuration.
+        compare: whether states are compared.
+    """
+    of_student: Mapping[str, Any] | None = run.args.model_init_kwargs
+    of_teacher: Mapping[str, Any] | None = run.args.teacher_model_init_kwargs
+    student, rendering = _tokenizer_here(run, run.model, of_student), run.args.prompt_rendering
     if run.teachers is None:
-        teacher = run.model if is_student(run.teacher_model) else run.teacher_model
-        return [f"tokenizers: {_tokens(run, student, teacher, rendering, bridged=run.args.bridge is not None)}"]
+        named = (run.model, of_student) if is_student(run.teacher_model) else (run.teacher_model, of_teacher)
+        directly = compare and run.args.bridge is None
+        return [f"tokenizers: {_tokens(run, student, named, rendering, directly=directly)}"]
     lines = []
     for teacher_id, entry in run.teachers.items():
         with naming_teacher(teacher_id):
-            teacher, bridged = model_of_entry(entry, None)[0], teacher_id in bridges_of(run.teachers)
-            said = _tokens(run, student, teacher, rendering.of_one(entry), bridged=bridged)
+            named, directly = model_of_entry(entry, of_teacher), compare and teacher_id not in bridges_of(run.teachers)
+            said = _tokens(run, student, named, rendering.of_one(entry), directly=directly)
             lines.append(f"tokenizers, {teacher_id}: {said}")
     return lines
 
 
-def _tokenizer_here(run: RunConfig, name: Any) -> PreTrainedTokenizerBase | str:
+def _tokenizer_here(run: RunConfig, name: Any, init_kwargs: Mapping[str, Any] | None) -> PreTrainedTokenizerBase | str:
     """The tokenizer in a model's folder, or a sentence that says why it is not checked."""
     if not isinstance(name, str):
         return "of a model that is not loaded by name, not checked"
@@ -257,25 +295,32 @@ def _tokenizer_here(run: RunConfig, name: Any) -> PreTrainedTokenizerBase | str:
         return "not reachable from here, not checked"
     if not Path(folder).is_dir():
         return "on the hub, not checked"
-    return load_tokenizer(folder, trust_remote_code=run.args.trust_remote_code)
+    return load_tokenizer(folder, init_kwargs=init_kwargs, trust_remote_code=run.args.trust_remote_code)
 
 
 def _tokens(
     run: RunConfig,
     student: PreTrainedTokenizerBase | str,
-    named: Any,
+    named: tuple[Any, Mapping[str, Any] | None],
     rendering: TeacherPromptSettings,
     *,
-    bridged: bool,
+    directly: bool,
 ) -> str:
     """Whether a teacher reads the student's tokens, where its prompts are rendered in this way.
+
+    Args:
+        run: the configuration.
+        student: the student's tokenizer, or why it is not checked.
+        named: the teacher, and the arguments of its `from_pretrained`.
+        rendering: how its prompts are rendered.
+        directly: whether states are compared without a bridge.
 
     Raises:
         ValueError: settings that do not fit tokens of its own.
     """
-    if named is None:
+    if named[0] is None:
         return "one"
-    teacher = _tokenizer_here(run, named)
+    teacher = _tokenizer_here(run, *named)
     if isinstance(teacher, str):
         return teacher
     if isinstance(student, str):
@@ -286,7 +331,7 @@ def _tokens(
     if aligner is None:
         return "the teacher gives the student's ids the same tokens"
     refuse_settings_for_own_tokens(run.args)
-    check_shared_vocabulary(aligner, compares_states=is_on(run.args.representation_weight) and not bridged)
+    check_shared_vocabulary(aligner, compares_states=directly)
     shared = len(aligner.shared_vocabulary()[0])
     return f"the teacher reads its own prompts and tokens; {shared} of the student's {len(student)} are among its {len(teacher)}"
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -118,7 +119,12 @@ def resolve(run: RunConfig) -> ResolvedRun:
     if args.bridge is not None:
         named, reads = BridgeSettings(args.bridge, args.bridge_rank), tokenizers[None] or student.tokenizer
         teacher = bridge_teacher(
-            named, resolve_layers(args.layers, student.info.layers), teacher, reads, student_fingerprint
+            named,
+            resolve_layers(args.layers, student.info.layers),
+            teacher,
+            reads,
+            student_fingerprint,
+            args.prompt_rendering,
         )
     layers = _comparable_layers(args, student.info, teacher, aligners)
     check_attention(terms, student.model, teacher, layers, same_text=not aligners)
@@ -257,18 +263,27 @@ def load_pair(
     *,
     teacher_dtype: str = "auto",
     trust_remote_code: bool = False,
+    init_kwargs: Sequence[Mapping[str, Any] | None] = (None, None),
 ) -> ModelPair:
     """Load two models for tools that do not train, on a GPU if there is one.
+
+    Args:
+        student: folder, hub name or `embedded:…`.
+        teacher: likewise.
+        rendering: how prompts are rendered.
+        teacher_dtype: dtype of the teacher's weights, unless its `init_kwargs` has one.
+        trust_remote_code: run code that comes with the models.
+        init_kwargs: further arguments of `from_pretrained`, the student's and the teacher's.
 
     Raises:
         ValueError: a model or tokenizer that cannot be loaded, tokens that cannot be aligned, or a model whose states or
             completions depend on the padding.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own, theirs = (
-        load(name, dtype=dtype, trust_remote_code=trust_remote_code, device=device)
-        for name, dtype in ((student, torch.float32), (teacher, teacher_dtype))
-    )
+    of_student, of_teacher = init_kwargs
+    loading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device": device}
+    own = load(student, dtype=torch.float32, init_kwargs=of_student, **loading)
+    theirs = load(teacher, dtype=teacher_dtype, init_kwargs=of_teacher, **loading)
     rendering = rendering or TeacherPromptSettings()
     aligner = rendering.aligner(own.tokenizer, theirs.tokenizer, own.info.stop_token_ids, theirs.info.stop_token_ids)
     pair = ModelPair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge import Bridge
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
@@ -191,8 +193,9 @@ def _several_teachers(
             reads = tokenizers[teacher_id] = tokenizer if tokenizer is not None else student.tokenizer
             if teacher_id in bridges:
                 found[teacher_id] = bridge_teacher(
-                    bridges[teacher_id], layers, found[teacher_id], reads, student_fingerprint
-                )
+                    bridges[teacher_id], layers, found[teacher_id], reads, student_fingerprint,
+                    run.args.prompt_rendering.of_one(entry),
+                )  # fmt: skip
     several = SeveralTeachers(
         found, per_prompt=run.args.teachers_per_prompt,  # type: ignore[arg-type]
         offload=_offloads(run.args, student.model, each_once([*found.values()])),
@@ -324,8 +327,9 @@ def bridge_teacher(
     teacher: Teacher,
     tokenizer: PreTrainedTokenizerBase,
     student_fingerprint: Fingerprint | None,
+    rendering: TeacherPromptSettings,
 ) -> BridgedTeacher:
-    """The teacher behind a bridge.
+    """The teacher behind a bridge. Warns where the bridge was fitted on prompts that were rendered otherwise.
 
     Args:
         named: folder and rank of the bridge.
@@ -333,6 +337,7 @@ def bridge_teacher(
         teacher: the teacher.
         tokenizer: of the teacher.
         student_fingerprint: the student's fingerprint.
+        rendering: how the prompts of both models are rendered.
 
     Raises:
         ValueError: the bridge was fitted for other models, or the teacher's weights are unknown.
@@ -350,6 +355,12 @@ def bridge_teacher(
     bridge = Bridge.load(named.folder, student=student_fingerprint, teacher=theirs, layers=layers, rank=named.rank)
     kind, doubtful = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
+    if other := bridge.differing_text(asdict(rendering)):
+        logger.warning(
+            "bridge %s: it was fitted on prompts with another %s; its projections may not suit these, so fit one with the settings "
+            "of this run",
+            named.folder, ", ".join(other),
+        )  # fmt: skip
     digest = folder_digest(Path(named.folder))
     through = own.projected_by if isinstance(own, OfKnownWeights) else None
     if through is not None and own is not teacher:

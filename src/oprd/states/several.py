@@ -98,7 +98,8 @@ class SeveralTeachers:
         chosen = self.teachers[teacher_id]
         if self.offload:
             wanted = {id(module) for module in chosen.modules}
-            for module in each_once([*self.teachers.values()]):
+            # The others leave first, so that no more than one teacher's weights are on the device.
+            for module in sorted(each_once([*self.teachers.values()]), key=lambda one: id(one) in wanted):
                 self._move(module, torch.device(device if id(module) in wanted else "cpu"))
         return chosen
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from oprd.data.hub import hub_answers, why_no_hub
 from oprd.faults import RunStopped
-from oprd.runs.folder import MODEL
+from oprd.runs.folder import CONFIG, MODEL
 from oprd.runs.loaded import LoadedRun, load_run
 from oprd.runs.measure import measure_of_run
 from oprd.runs.model_card import CARD, on_hub
@@ -113,7 +113,8 @@ def _files(run: LoadedRun) -> dict[str, Path]:
     model = run.folder / MODEL
     if not model.is_dir():
         raise ValueError(
-            f"{run.folder}: it has no {MODEL}/, because the run did not end; finish it with oprd train --resume auto"
+            f"{run.folder}: it has no {MODEL}/, because the run did not end; finish it with oprd train --config "
+            f"{run.folder / CONFIG} --resume auto"
         )
     inside = {file.relative_to(model).as_posix(): file for file in sorted(model.rglob("*")) if file.is_file()}
     inside.pop(CARD, None)

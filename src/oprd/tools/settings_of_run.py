@@ -68,7 +68,10 @@ def settings_of_run(model: str, given: Mapping[str, Any]) -> SettingsOfRun | Non
         value = _typed(folder / CONFIG, config, key)
         values[name] = for_dataset(value, kind) if key in _BY_DATASET else value
     for name in ("task", "dataset"):
-        _refuse_code(folder, name, values.get(name))
+        if code := named_code(name, values.get(name)):
+            raise ValueError(
+                f"{name}: the run {folder} names code for it, {code}; if you trust that code, pass --{name} {code}"
+            )
     values = {name: value for name, value in values.items() if value is not None}
     missing = "" if "task" in {*values, *given} else _why_no_task(config)
     return SettingsOfRun(folder, weights, values, missing)
@@ -142,12 +145,15 @@ def _typed(file: Path, config: Mapping[str, Any], key: str) -> Any:
         raise ValueError(f"{file}: {key}: {config[key]!r} is not allowed: {error.errors()[0]['msg']}") from None
 
 
-def _refuse_code(folder: Path, name: str, value: Any) -> None:
+def named_code(name: str, value: Any) -> str:
+    """A run's task or dataset, if it names code (`module:attribute`), which its reader would run; else empty.
+
+    Args:
+        name: "task", or a dataset's name.
+        value: of the run's config.
+    """
     code = str(value or "").removeprefix(GENERATED) if name == "task" or str(value).startswith(GENERATED) else ""
-    if ":" in code:
-        raise ValueError(
-            f"{name}: the run {folder} names code for it, {value}; if you trust that code, pass --{name} {value}"
-        )
+    return str(value) if ":" in code else ""
 
 
 def _why_no_task(config: Mapping[str, Any]) -> str:

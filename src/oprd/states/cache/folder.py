@@ -172,12 +172,14 @@ def check_files(folder: Path, index: CacheIndex) -> None:
     wanted |= {shard_name(number): (shard.bytes, shard.sha256) for number, shard in enumerate(index.shards)}
     for name, (size, sha256) in wanted.items():
         file = folder / name
+        # Shards are read from the responses again; the responses are sampled, so that no shard fits other ones.
+        again = f"remove the folder {folder} and" if name == RESPONSES else "a shard is written again:"
         if not file.is_file():
-            raise ValueError(f"teacher_model: cache: {file} is missing; write the cache again: oprd cache-teacher")
+            raise ValueError(f"teacher_model: cache: {file} is missing; {again} start oprd cache-teacher again")
         if (size is not None and file.stat().st_size != size) or file_digest(file) != sha256:
             raise ValueError(
-                f"teacher_model: cache: {file} does not match its digest: its content changed after it was written; "
-                "remove this file and start oprd cache-teacher again"
+                f"teacher_model: cache: {file} does not match its digest: its content changed after it was written; {again} start "
+                "oprd cache-teacher again"
             )
 
 
@@ -289,7 +291,9 @@ class CacheWriter:
         responses = self.folder / RESPONSES
         kept = self.index.responses_sha256
         if kept and (not responses.is_file() or file_digest(responses) != kept):
-            raise ValueError(f"--output {self.folder}: {responses} was changed after it was written; remove the folder")
+            raise ValueError(
+                f"--output {self.folder}: {responses} is missing or was changed after it was written; remove the folder"
+            )
         if len(whole) < len(self.index.shards):
             self.index = replace(self.index, shards=tuple(whole), complete=False)
             self._write_index()

@@ -274,12 +274,14 @@ def unpack_files(body: bytes) -> dict[str, bytes]:
     """A tokenizer's files.
 
     Raises:
-        ValueError: a name that is no file of a tokenizer.
+        ValueError: a name that is no file of a tokenizer, or content that is no bytes.
     """
     found = _tensors(body)
     if unknown := [name for name in found if name not in TOKENIZER_FILES]:
         raise ValueError(f"{unknown[0][:40]!r} is no file of a tokenizer")
-    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+    if other := [name for name, tensor in found.items() if tensor.dtype != torch.uint8 or tensor.ndim != 1]:
+        raise ValueError(f"{other[0]!r} is not sent as bytes")
+    return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
 def digest(body: bytes) -> str:

@@ -17,6 +17,7 @@ from oprd.data.rows import Reading
 from oprd.files import write_text
 from oprd.resolve import load_pair
 from oprd.run_config import RunConfig
+from oprd.sanitize import redacted
 from oprd.states.teacher_settings import describe_teacher, model_here
 from oprd.tasks.problems import load_rows
 
@@ -95,16 +96,16 @@ def fit_missing(
     for name, spec in bridges.items():
         folder = bridge_folder(output_dir, name)
         note = folder.with_suffix(".json")
-        wanted = json.dumps(asdict(spec), indent=1, sort_keys=True) + "\n"
-        if folder.exists():
-            if not note.exists() or note.read_text() != wanted:
-                raise ValueError(
-                    f"bridges: {folder} was fitted with other options than those of 'bridges: {name}'; remove the folder to fit it "
-                    "again, or choose another output_dir"
-                )
-            continue
         run = RunConfig.load(recipe, {**settings, "bridge": None})
         args = run.args
+        wanted = {**asdict(spec), "of": _of_run(run)}
+        if folder.exists():
+            if other := _differences(note, wanted):
+                raise ValueError(
+                    f"bridges: {folder} was fitted with other options than those of 'bridges: {name}' ({', '.join(other)}); remove "
+                    "the folder to fit it again, or choose another output_dir"
+                )
+            continue
         teacher = model_here(run.teacher_model)
         if teacher is None:
             raise ValueError(
@@ -112,12 +113,39 @@ def fit_missing(
                 "loaded here; name one, or make the bridge with oprd bridge fit and set bridge to its folder"
             )
         rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed, Reading.of(vars(run.args), "train"))
-        pair = load_pair(run.model, teacher, args.prompt_rendering, trust_remote_code=args.trust_remote_code)
+        pair = load_pair(
+            run.model, teacher, args.prompt_rendering, trust_remote_code=args.trust_remote_code,
+            init_kwargs=(args.model_init_kwargs, args.teacher_model_init_kwargs),
+        )  # fmt: skip
         bridge = fit_bridge(
             pair, rows, max_completion_length=args.max_completion_length, max_prompt_length=args.max_prompt_length,
             **spec.fitting(),
         )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, wanted)
+        write_text(note, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         bridge.save(folder)
         say(f"bridge {name}: rank {bridge.rank} of {bridge.max_rank}, verdict: {bridge.verdict[0]}")
+
+
+def _of_run(run: RunConfig) -> dict[str, Any]:
+    """What a fit takes from the comparison's models, prompts and templates."""
+    args = run.args
+    values = {
+        "model": run.model, "teacher_model": run.teacher_model, "model_init_kwargs": args.model_init_kwargs,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs, "train_dataset": run.train_dataset,
+        "train_split": run.train_split, "max_completion_length": args.max_completion_length,
+        "max_prompt_length": args.max_prompt_length, "reading": asdict(Reading.of(vars(args), "train")),
+        **asdict(args.prompt_rendering),
+    }  # fmt: skip
+    found: dict[str, Any] = json.loads(json.dumps(redacted(values), default=str))
+    return found
+
+
+def _differences(note: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """Names of the options that differ from those of a fit's note; all are unknown without one."""
+    if not note.exists():
+        return ["they are not recorded"]
+    fitted = json.loads(note.read_text())
+    of_run = fitted.pop("of", {})  # a note of an earlier version has none
+    found = [name for name in (*fitted, *wanted) if name != "of" and fitted.get(name) != wanted.get(name)]
+    return list(dict.fromkeys([*found, *(name for name in of_run if of_run[name] != wanted["of"].get(name))]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oprd.runs.columns import number
+from oprd.runs.folder import CONFIG
 from oprd.runs.grades import read_grades
 from oprd.tasks.measures import in_words
 from oprd.tools.compare.difference import PROBLEMS, Difference, over_problems, unpaired, why_not_paired
@@ -44,8 +45,8 @@ def compare_runs(folders: Sequence[Path], baseline: str | None = None) -> dict[s
     for record in records:
         if number(measured(record, _AFTER), "avg_at_k") is None:
             raise ValueError(
-                f"compare: {record.folder} has no graded evaluation after training; let it end (oprd train --resume auto), or "
-                "evaluate its model with oprd eval"
+                f"compare: {record.folder} has no graded evaluation after training; let it end (oprd train --config "
+                f"{record.folder / CONFIG} --resume auto), or evaluate its model with oprd eval"
             )
     units = {record.name: record.measure for record in records}
     if len({*units.values()}) > 1:

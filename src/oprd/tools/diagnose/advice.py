@@ -5,11 +5,10 @@ All functions here depend on the report alone (`oprd.tools.diagnose.measure`).
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from oprd.bridge.command import fit_command
 from oprd.bridge.curve import DIRECT_R2, SAME_CKA, USABLE_CKA
 from oprd.config import AUTO
 from oprd.data.yaml_text import dump_yaml
@@ -31,6 +30,12 @@ PAPER_LAST_K = 2000
 STYLE_KL = 1.0  # nats a position, reverse KL
 STYLE_FINISHED = 0.8  # share of answers that the student ends, over the teacher's (over 1 where it is not known)
 STYLE_LENGTH = 2.0  # mean length of one model's answers over the other's
+# Settings of the report that a recipe takes over, with their defaults.
+_RENDERING = {
+    "chat_template_kwargs": None, "chat_template_date": None, "teacher_chat_template_kwargs": None, "teacher_system_prompt": None,
+    "special_token_map": None, "split_special_tokens": True,
+}  # fmt: skip
+_READING = {"prompt_column": None, "dataset_config": None, "merge_system_prompt": False}
 
 
 def advise(report: Report) -> dict[str, Any]:
@@ -40,7 +45,11 @@ def advise(report: Report) -> dict[str, Any]:
         `advice`: list of `{"about", "choose", "because", "settings"}`. `recipe`: YAML. `bridge_command`: None if none is needed.
     """
     rules = [*_rules(report), *filter(None, (_rate(report), _gap(report)))]
-    settings = {"model": report["student"], "teacher_model": report["teacher"], **_text(report)}
+    settings = {
+        "model": report["student"],
+        "teacher_model": report["teacher"],
+        **_changed(report, _READING | _RENDERING),
+    }
     for rule in rules:
         settings |= rule["settings"]
     verdict = report["verdict"]
@@ -50,7 +59,7 @@ def advise(report: Report) -> dict[str, Any]:
 
 def advised_settings(report: Report) -> dict[str, Any]:
     """The settings that all rules but the learning rate's set together, without the models."""
-    settings = _text(report)
+    settings = _changed(report, _RENDERING)
     for rule in _rules(report):
         settings |= rule["settings"]
     return settings
@@ -303,20 +312,10 @@ def _gap(report: Report) -> dict[str, Any] | None:
 
 def bridge_command(report: Report) -> str:
     """The command `oprd bridge fit` for this pair, with the same settings."""
-    settings = report["settings"]
-    words = ["oprd", "bridge", "fit", "--student", report["student"], "--teacher", report["teacher"], "--prompts"]
-    words += [report["prompts"], "--out", "bridges/mine"]
-    words += ["--max-completion-length", str(settings["max_completion_length"])]
-    for key in ("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map"):
-        if settings[key] is not None:
-            value = settings[key] if isinstance(settings[key], str) else json.dumps(settings[key])
-            words += ["--" + key.replace("_", "-"), value]
-    if not settings.get("split_special_tokens", True):
-        words.append("--no-split-special-tokens")
-    return shlex.join(words)
+    return fit_command(report["student"], report["teacher"], report["prompts"], "bridges/mine", report["settings"])
 
 
-def _text(report: Report) -> dict[str, Any]:
-    keys = ("chat_template_kwargs", "teacher_chat_template_kwargs", "teacher_system_prompt", "special_token_map")
-    rendered = {} if report["settings"].get("split_special_tokens", True) else {"split_special_tokens": False}
-    return {key: report["settings"][key] for key in keys if report["settings"][key] is not None} | rendered
+def _changed(report: Report, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's settings that are not the default."""
+    given = report["settings"]
+    return {key: given[key] for key, default in defaults.items() if given.get(key, default) != default}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,6 +47,7 @@ def diagnose_pair(
     sample: int = 1024,
     teacher_dtype: str = "auto",
     prompts_name: str = "PROMPTS",
+    options: Mapping[str, Any] | None = None,
     on_rollouts: Callable[[int, int], None] | None = None,
     probe_rate: bool = True,
     say: Callable[[str], None] = lambda _: None,
@@ -65,6 +66,7 @@ def diagnose_pair(
         sample: number of positions used for the CKA of all pairs of layers.
         teacher_dtype: as given to `load_pair`; only written into the report.
         prompts_name: source of the rows, for the commands in the report.
+        options: how the rows were read and the models loaded, likewise (`split`, `prompt_column`, `trust_remote_code`, …).
         on_rollouts: called with (rollouts read, of all).
         probe_rate: find a learning rate by a few steps, after which the weights are as before.
         say: called with what that will cost.
@@ -92,7 +94,7 @@ def diagnose_pair(
         "prompts": prompts_name,
         "settings": redacted({
             "max_completion_length": max_completion_length, "seed": seed, "task": task, "sample": sample,
-            "teacher_dtype": teacher_dtype, **asdict(pair.rendering),
+            "teacher_dtype": teacher_dtype, "max_prompt_length": max_prompt_length, **asdict(pair.rendering), **(options or {}),
         }),
         "models": dict(zip(SIDES, (_shape(pair, side) for side in (0, 1)), strict=True)),
         "kept_layers": _kept_layers(pair),

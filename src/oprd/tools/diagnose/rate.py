@@ -10,6 +10,8 @@ import torch
 from oprd.alignment.model_pair import ModelPair
 from oprd.config import OPRDConfig
 from oprd.data.rows import PromptRow
+from oprd.faults import RunStopped
+from oprd.models.memory import explaining_out_of_memory
 from oprd.resolve import resolve
 from oprd.run_config import GivenObjects, RunConfig
 from oprd.training.rate_probe import describe_cost, probe_learning_rate
@@ -41,8 +43,9 @@ def find_rate(
     student.requires_grad_(True)  # loaded to be read
     try:
         run = RunConfig(args, student, teacher, rows, given=GivenObjects(*tokenizers))
-        return probe_learning_rate(resolve(run)).as_json()
-    except ValueError as error:
+        with explaining_out_of_memory("the learning-rate probe", "lower --micro-batch-tokens, or pass --no-probe-rate"):
+            return probe_learning_rate(resolve(run)).as_json()
+    except (ValueError, RunStopped) as error:  # the report itself is whole
         return {"problem": str(error)}
     finally:
         student.requires_grad_(False)

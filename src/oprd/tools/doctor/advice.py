@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from oprd.resolve.checks import check_probed_rate, check_settings
+from oprd.resolve.terms import build_terms
+from oprd.run_config import RunConfig
 from oprd.tools.doctor.memory import predict_memory, teachers_wait
 from oprd.tools.doctor.workload import Lora, Workload
 
@@ -21,8 +29,36 @@ class Advice:
     peak: float
 
 
-def advise(work: Workload, least: float = 0.02) -> list[Advice]:
-    """Changes that lower the peak by at least the share `least`, most helpful first. Only LoRA changes what is trained."""
+def allowed_in(config: str | Path, overrides: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a run accepts a setting: what is advised must not be refused.
+
+    Args:
+        config: the recipe.
+        overrides: keys that replace those of the recipe.
+    """
+
+    def check(setting: str) -> bool:
+        try:
+            run = RunConfig.load_on_cpu(config, {**overrides, **yaml.safe_load(setting)})
+            check_settings(run, build_terms(run))
+            check_probed_rate(run)
+        except ValueError:
+            return False
+        return True
+
+    return check
+
+
+def advise(
+    work: Workload, least: float = 0.02, *, allowed: Callable[[str], bool] = lambda setting: True
+) -> list[Advice]:
+    """Changes that lower the peak by at least the share `least`, most helpful first. Only LoRA changes what is trained.
+
+    Args:
+        work: the workload.
+        least: share of the peak.
+        allowed: whether the run accepts a setting, `key: value`.
+    """
     changes: dict[str, Workload] = {}
     if work.rows > 1:
         tokens = max(work.length, work.rows * work.length // 2)
@@ -44,4 +80,5 @@ def advise(work: Workload, least: float = 0.02) -> list[Advice]:
         changes["bf16: true"] = replace(work, bf16=True)
     now = predict_memory(work).peak
     found = [Advice(setting, predict_memory(changed).peak) for setting, changed in changes.items()]
-    return sorted((a for a in found if a.peak <= (1 - least) * now), key=lambda a: a.peak)
+    helpful = [a for a in found if a.peak <= (1 - least) * now and allowed(a.setting)]
+    return sorted(helpful, key=lambda a: a.peak)

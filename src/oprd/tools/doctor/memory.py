@@ -215,7 +215,7 @@ class _Held:
         """The teacher's states of a micro-batch: matched positions of matched layers, and its LM head's input."""
         work = self.work
         width = (work.teacher or work.student).width
-        matched = work.rows * work.positions * len(work.layers) if work.representation or work.diagnostics else 0
+        matched = work.rows * work.positions * len(work.layers) if work.compares_states or work.diagnostics else 0
         cell = work.teacher_bytes * width if work.bridge_rank is None else _FLOAT * work.bridge_rank
         head = work.rows * work.compared * work.teacher_bytes * width if work.reads_head else 0
         return float(matched * cell + head)
@@ -262,7 +262,7 @@ class _Held:
         second copy).
         """
         work, shape = self.work, self.work.student
-        cells = work.rows * work.positions * len(work.layers) if work.representation else 0
+        cells = work.rows * work.positions * len(work.layers) if work.compares_states else 0
         wide = shape.width if work.bridge_rank is None else work.bridge_rank
         derivative = max(float(_FLOAT * cells * wide), self.cache)
         forward = self.activations(work.top_run) + derivative + self.own_rows + kept + self.gathered

@@ -100,7 +100,7 @@ def read_shape(name: str, init_kwargs: Mapping[str, Any] | None = None, *, trust
         ValueError: the config cannot be read, or the architecture is not a decoder with gated MLP blocks.
     """
     try:
-        config = load_config(name, trust_remote_code=trust_remote_code)
+        config = load_config(name, init_kwargs=init_kwargs, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"model: the config of {name!r} cannot be read: {first_line}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +14,17 @@ from oprd.tools.doctor.workload import GPU_BYTES, Workload
 
 DEVICE_COUNTS = (1, 8, 64)
 _PARTS = ("student weights", "gradients", "optimizer", "teacher weights", "activations", "state cache",
-          "vocabulary chunks", "rollout KV cache", "base weights")  # fmt: skip
+          "vocabulary chunks", "rollout KV cache", "base weights", "copy that samples")  # fmt: skip
 
 
-def examine(work: Workload, device: Device) -> dict[str, Any]:
-    """All estimates: `parts`, `phases` and `peak` in bytes, `peak_phase`, `advice`, `seconds` per phase, `assumed`."""
+def examine(work: Workload, device: Device, *, allowed: Callable[[str], bool] = lambda setting: True) -> dict[str, Any]:
+    """All estimates: `parts`, `phases` and `peak` in bytes, `peak_phase`, `advice`, `seconds` per phase, `assumed`.
+
+    Args:
+        work: the workload.
+        device: its speed.
+        allowed: whether the run accepts a setting that may be advised.
+    """
     memory = predict_memory(work)
     return {
         "parts": memory.parts,
@@ -25,7 +32,7 @@ def examine(work: Workload, device: Device) -> dict[str, Any]:
         "phases": memory.phases,
         "peak": memory.peak,
         "peak_phase": memory.peak_phase,
-        "advice": [{"setting": a.setting, "peak": a.peak} for a in advise(work)],
+        "advice": [{"setting": a.setting, "peak": a.peak} for a in advise(work, allowed=allowed)],
         "seconds": predict_seconds(work, device),
         "assumed": {
             "prompt": work.prompt, "completion": work.completion, "rollouts": work.rollouts * work.accumulation,

@@ -51,7 +51,7 @@ class Workload:
         positions: positions per completion whose states are compared.
         compared: positions per completion whose next-token distributions are compared.
         bridge_rank: dimensions of the teacher's projected states; None without a bridge.
-        representation: whether the loss has a representation term.
+        compares_states: whether the loss has a term on hidden states.
         output_space: kind of the output-space term, or None.
         policy_gradient: whether the loss has a policy-gradient term.
         diagnostics: whether some steps measure next-token distributions in addition to the loss.
@@ -87,7 +87,7 @@ class Workload:
     positions: int = 512
     compared: int = 512
     bridge_rank: int | None = None
-    representation: bool = True
+    compares_states: bool = True
     output_space: str | None = None
     policy_gradient: bool = False
     diagnostics: bool = False
@@ -177,7 +177,7 @@ class Workload:
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher reads the rollouts in some step."""
-        return self.representation or self.output_space is not None or self.diagnostics
+        return self.compares_states or self.output_space is not None or self.diagnostics
 
 
 def workload_of(
@@ -230,7 +230,7 @@ def workload_of(
         positions=len(select_positions(length, config.positions, config.position_k)),
         compared=len(select_positions(length, config.output_positions, config.output_position_k)),
         bridge_rank=_bridge_rank(run),
-        representation=is_on(config.representation_weight),
+        compares_states=_on_states(config, own_terms),
         output_space=config.output_term.kind if config.output_term else _kind_of(own_terms),
         policy_gradient=is_on(config.policy_gradient_weight),
         diagnostics=config.diagnostic_steps > 0,

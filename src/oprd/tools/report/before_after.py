@@ -25,7 +25,7 @@ from oprd.states.teachers import Teacher
 from oprd.tasks.answer_formats import read_answers
 from oprd.tasks.evaluation import grade_rollouts
 from oprd.tasks.problems import load_rows
-from oprd.tasks.task import get_task, with_instruction
+from oprd.tasks.task import Task, get_task, with_instruction
 from oprd.tools.report.distances import (
     comparable_teacher,
     other_texts,
@@ -44,6 +44,7 @@ from oprd.tools.report.rollouts import (
     logged_pairs,
     prompt_text,
 )
+from oprd.tools.settings_of_run import named_code
 from oprd.types import Rollouts
 
 Row = Mapping[str, Any]
@@ -95,7 +96,7 @@ def measure_distances(
         stops |= {*loaded.info.stop_token_ids}
     except ValueError as error:
         unavailable = str(error)
-    reader = _Reader(tokenizer, sorted(stops), config, longest, teacher, layers)
+    reader = _Reader(tokenizer, sorted(stops), config, longest, _task(config, notes), teacher, layers)
     prompts = reader.prompts(record.completions, problems, notes)
     candidates = logged_pairs(record.completions, problems)
     fresh: list[list[list[Side]]] = []
@@ -124,6 +125,17 @@ def measure_distances(
     )
 
 
+def _task(config: Row, notes: list[str]) -> Task | None:
+    """The run's task, if it is none of code: the folder may come from someone else."""
+    name = config.get("task")
+    if code := named_code("task", name):
+        notes.append(
+            f"the answers are not graded: the run names code for its task, {code}, which a report does not run"
+        )
+        return None
+    return get_task(name) if name else None
+
+
 def _load_teacher(name: str | None, config: Row, reading: Mapping[str, Any]) -> LoadedModel:
     if config.get("teachers"):
         raise ValueError("teachers: there are several, and distances are to one")
@@ -147,10 +159,11 @@ class _Reader:
         stops: list[int],
         config: Row,
         longest: int,
+        task: Task | None,
         teacher: Teacher | None,
         layers: tuple[int, ...],
     ) -> None:
-        self.tokenizer, self.config, self.longest = tokenizer, config, longest
+        self.tokenizer, self.config, self.longest, self.task = tokenizer, config, longest, task
         self.teacher, self.layers = teacher, layers
         self.shown_layers = [layers[i] for i in spaced(len(layers), _MOST_LAYERS)] if teacher is not None else []
         limit = config.get("eval_max_completion_length") or config.get("max_completion_length", 512)
@@ -158,7 +171,6 @@ class _Reader:
             min(longest, limit), config.get("eval_temperature", 0.7), config.get("eval_top_p", 0.95)
         )
         self.engine = TransformersEngine(tokenizer, stops)
-        self.task = get_task(config["task"]) if config.get("task") else None
         self.renderer = PromptRenderer(
             tokenizer,
             with_date(tokenizer, config.get("chat_template_kwargs"), config.get("chat_template_date")),
@@ -179,6 +191,8 @@ class _Reader:
         kind = "eval" if self.config.get("eval_dataset") else "train"
         name = f"{kind}_dataset"
         try:
+            if code := named_code(name, self.config.get(name)):
+                raise ValueError(f"the run names code for it, {code}, which a report does not run")
             rows = load_rows(
                 self.config[name], self.config.get(f"{kind}_split", "test" if kind == "eval" else "train"),
                 self.config.get(f"{kind}_limit"), self.config.get("seed", 0), Reading.of(self.config, kind),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.model_pair import ModelPair
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge import Bridge
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.models.fingerprint import fingerprint
@@ -34,7 +35,6 @@ from oprd.types import Rollouts, States
 
 _MICRO_BATCH_TOKENS = 4096
 _HEAD_ROWS = 256  # positions whose logits are in memory at once
-_OWN_TEXT = ("teacher_chat_template_kwargs", "teacher_system_prompt", "teacher_prompt", "special_token_map")
 
 
 def comparable_teacher(
@@ -51,7 +51,7 @@ def comparable_teacher(
         ValueError: the states cannot be compared token by token: another tokenizer, prompts of the teacher's own, another shape
             without a bridge, or a bridge that is missing or was fitted for other models.
     """
-    own_text = [key for key in _OWN_TEXT if config.get(key) is not None]
+    own_text = [key for key in TeacherPromptSettings.OF_TEACHER if config.get(key) is not None]
     if own_text:
         raise ValueError(f"{own_text[0]}: the teacher reads another text than the student, so tokens have no partner")
     assert student.tokenizer is not None, "loaded with the model"

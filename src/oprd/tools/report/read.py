@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from oprd.data.yaml_text import dump_yaml
+from oprd.objectives.own import term_name
 from oprd.runs.columns import Columns, number, step_seconds
 from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
@@ -163,13 +164,17 @@ def interval(measures: Mapping[str, Any]) -> tuple[float, float] | None:
 def objective_of(config: Mapping[str, Any]) -> str:
     """Describe the loss of a run from its settings, such as `1 × representation (bridge) + 0.5 × reverse_kl`."""
     bridge = " (bridge)" if bridge_in_words(config) else ""
-    terms = [("representation_weight", 1.0, f"representation{bridge}")]
+    terms = [(config.get("representation_weight", 1.0), f"representation{bridge}")]
     if config.get("output_space"):
-        terms.append(("output_weight", 1.0, config["output_space"] if isinstance(config["output_space"], str) else "?"))
-    terms.append(("policy_gradient_weight", 0.0, "GRPO"))
+        name = config["output_space"] if isinstance(config["output_space"], str) else "?"
+        terms.append((config.get("output_weight", 1.0), name))
+    terms.append((config.get("policy_gradient_weight", 0.0), "GRPO"))
+    own = config.get("objectives")
+    for entry in own if isinstance(own, list) else []:  # the file may come from someone else
+        known = isinstance(entry, dict) and isinstance(entry.get("use"), str)
+        terms.append((entry.get("weight", 1.0), term_name(entry["use"])) if known else (1.0, "?"))
     parts = []
-    for key, default, name in terms:
-        weight = config.get(key, default)
+    for weight, name in terms:
         if isinstance(weight, dict):
             ends = [number(weight, end) for end in ("start", "end")]
             parts.append(f"({' to '.join('?' if end is None else f'{end:g}' for end in ends)}) × {name}")
