@@ -269,3 +269,16 @@ def test_other_kinds_of_adapters(base, tmp_path):
     changed(tmp_path / "prompt", base_model_name_or_path=str(base))
     with pytest.raises(ValueError, match="prompt-learning adapters are not supported; use LoRA"):
         load_model(str(tmp_path / "prompt"), dtype=torch.float32)
+
+
+def test_an_adapter_in_a_subfolder_beside_a_whole_model(base, tmp_path):
+    expected = adapted(base, base / "adapter")
+    inside = {"subfolder": "adapter"}
+    assert torch.equal(logits(load_model(str(base), dtype=torch.float32, init_kwargs=inside)), expected)
+    assert load_tokenizer(str(base), init_kwargs=inside).get_vocab() == tiny_tokenizer().get_vocab()
+    tiny_tokenizer(extra="XYZ").save_pretrained(base / "adapter")
+    assert load_tokenizer(str(base), init_kwargs=inside).get_vocab() == tiny_tokenizer(extra="XYZ").get_vocab()
+    assert ModelInfo.from_config(str(base), init_kwargs=inside) == ModelInfo(str(base), 3, 32, 128)
+    shutil.copy(base / "model.safetensors", base / "adapter")
+    with pytest.raises(ValueError, match=r"holds a whole model \(model.safetensors\) and an adapter"):
+        load_model(str(base), dtype=torch.float32, init_kwargs=inside)

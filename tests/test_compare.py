@@ -726,8 +726,23 @@ def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
     assert {run.settings["bridge"] for run in runs} == {str(folder)}
     assert [run.settings["bridge_rank"] for run in runs[:2]] == [None, 2]
     changed = {"one": replace(specs["one"], rank=3)}
-    with pytest.raises(ValueError, match=r"bridges: .*/one was fitted with other options than those of 'bridges: one'"):
+    with pytest.raises(
+        ValueError, match=r"bridges: .*/one was fitted with other options than those of 'bridges: one' \(rank\)"
+    ):
         fit_missing(changed, found.output_dir, found.recipe, found.settings, said.append)
+    for name, value in {
+        "max_completion_length": 20,
+        "teacher_model": "embedded:tiny/teacher",
+        "train_split": "test",
+    }.items():
+        with pytest.raises(ValueError, match=rf"than those of 'bridges: one' \({name}\); remove the folder"):
+            fit_missing(specs, found.output_dir, found.recipe, {**found.settings, name: value}, said.append)
+    note = folder.with_suffix(".json")
+    note.write_text(json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "of"}))
+    fit()  # a note of an earlier version
+    note.unlink()
+    with pytest.raises(ValueError, match="they are not recorded"):
+        fit()
 
 
 def test_a_bridge_is_fitted_to_the_model_of_a_teacher_beside_fixed_responses(comparison, tmp_path):

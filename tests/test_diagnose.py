@@ -478,3 +478,33 @@ def test_what_a_model_wrote_cannot_steer_the_terminal(same_origin):
     text = console.export_text()
     assert "\x1b" not in text
     assert r"\x1b[2J[bold]x" in text
+
+
+def test_a_report_outlives_a_probe_that_runs_out_of_memory(monkeypatch):
+    def full(resolved):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("oprd.tools.diagnose.rate.probe_learning_rate", full)
+    pair = load_pair(STUDENT, TEACHER)
+    report = diagnose_pair(pair, ROWS[:8], max_completion_length=20)
+    problem = report["learning_rate_probe"]["problem"]
+    assert problem.startswith(
+        "out of memory in the learning-rate probe: lower --micro-batch-tokens, or pass --no-probe-rate"
+    )
+    assert report["verdict"]["kind"] == "same origin"
+    assert not any(parameter.requires_grad for parameter in pair.models[0].parameters())
+
+
+def test_the_report_keeps_how_rows_were_read():
+    options = {"split": "test", "prompt_column": "question", "merge_system_prompt": True, "trust_remote_code": False}
+    report = diagnose_pair(
+        load_pair(STUDENT, "embedded:wider/teacher"), ROWS[:8], max_completion_length=20, max_prompt_length=30, prompts_name="p",
+        teacher_dtype="bfloat16", options=options,
+    )  # fmt: skip
+    assert report["bridge_command"] == (
+        f"oprd bridge fit --student {STUDENT} --teacher embedded:wider/teacher --prompts p --out bridges/mine "
+        "--max-completion-length 20 --max-prompt-length 30 --split test --prompt-column question --merge-system-prompt "
+        "--teacher-dtype bfloat16"
+    )
+    recipe = yaml.safe_load(report["recipe"])
+    assert (recipe["prompt_column"], recipe["merge_system_prompt"]) == ("question", True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.objectives.flow import Flow, FlowRelations
 from oprd.objectives.reduction import position_weights
 from oprd.objectives.terms import PackedPositions
+from oprd.resolve import plan, resolve
+from oprd.run_config import RunConfig
 from tiny import tiny_model, tiny_trainer
 
 LENGTHS = (4, 1, 3, 2)
@@ -110,3 +113,21 @@ def test_a_run_lowers_both_and_micro_batches_do_not_matter(tmp_path):
         assert parts[0][name] == pytest.approx(whole[0][name], rel=1e-5)
         assert whole[-1][name] < 0.9 * whole[0][name]
     assert whole[0]["loss"] == pytest.approx(whole[0]["loss/flow"] + 0.5 * whole[0]["loss/flowrelations"], rel=1e-5)
+
+
+def test_the_dry_run_refuses_what_training_does(tmp_path):
+    """States of two tokenizers need a bridge, whichever term compares them."""
+    settings = {
+        "model": "embedded:tiny/student", "train_dataset": "generated:addition", "train_limit": 4, "task": "addition",
+        "teacher_model": str(tmp_path / "teacher"), "output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none",
+        "representation_weight": 0, "objectives": [{"use": "oprd.objectives.flow:Flow"}],
+    }  # fmt: skip
+    model = load_model("embedded:tiny/student", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "teacher")
+    load_tokenizer("embedded:other-tokenizer/teacher").save_pretrained(tmp_path / "teacher")
+    said = []
+    for check in (lambda run: plan(run).describe(), resolve):
+        with pytest.raises(ValueError, match="bridge") as refused:
+            check(RunConfig.parse(settings))
+        said.append(str(refused.value))
+    assert said[0] == said[1]

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
 import tiny
-from oprd.models.loading import load, load_model
+from oprd.models.loading import ModelInfo, load, load_model
+from oprd.tools.doctor.shape import read_shape
 from tiny import tiny_model, tiny_tokenizer
 
 MOE = {**tiny.FAMILIES["qwen3"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -257,3 +259,26 @@ def test_ends_are_shown_with_the_files_that_name_them(tmp_path, caplog):
     tiny_tokenizer(chat=True).save_pretrained(agreeing)
     assert load(agreeing, dtype="auto").info.stop_token_ids == (2,)
     assert not said(caplog)
+
+
+def test_where_files_are_holds_for_weights_config_and_tokenizer(tmp_path, monkeypatch):
+    """A revision of the weights with the tokenizer of another one would be a silent mixture."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    asked = {}
+    for auto in (AutoConfig, AutoTokenizer):
+        original = auto.from_pretrained
+
+        def spy(name, *args, original=original, kind=auto.__name__, **kwargs):
+            asked[kind] = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir", "subfolder")}
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(auto, "from_pretrained", spy)
+    where = {"revision": "v1", "token": "secret", "cache_dir": str(tmp_path / "cache")}
+    load(str(tmp_path), dtype=torch.float32, init_kwargs={**where, "attn_implementation": "eager"})
+    expected = {**where, "subfolder": None}
+    assert asked == {"AutoConfig": expected, "AutoTokenizer": expected}
+    asked.clear()
+    assert ModelInfo.from_config(str(tmp_path), init_kwargs=where).layers == 3
+    read_shape(str(tmp_path), where)
+    assert asked == {"AutoConfig": expected}

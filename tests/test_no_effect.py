@@ -33,10 +33,11 @@ ALONE = [
      "teacher_model_init_kwargs: {'dtype': 'bfloat16'} has no effect where no teacher is loaded by name; name one",
      {"teacher_model": "embedded:tiny/teacher"}),
     ({"positions": "last_k", "position_k": 5, **UNREAD},
-     "positions: last_k has no effect where no states are compared (the positions of a loss on distributions are output_positions); "
-     "set representation_weight, or diagnostic_steps to measure the cosine, or leave positions out", {"representation_weight": 1}),
+     "positions: last_k has no effect where no states are compared (the positions of a loss on distributions are "
+     "output_positions); set representation_weight, or diagnostic_steps to measure the cosine, or leave positions out",
+     {"representation_weight": 1}),
     ({"layers": "last", **UNREAD}, "layers: last has no effect where no states", {"diagnostic_steps": 5}),
-    ({"layer_map": "proportional", **UNREAD}, "layer_map: proportional has no effect where no states", {"representation_weight": 1}),
+    ({"layer_map": "proportional", **UNREAD}, "layer_map: proportional has no effect", {"representation_weight": 1}),
     ({"bridge": "b", **UNREAD}, "bridge: b has no effect where no states", {"representation_weight": 1}),
     ({"normalize": True, **KL, "representation_weight": 0},
      "normalize: true has no effect with representation_weight: 0.0; set that, or leave normalize out",

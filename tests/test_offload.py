@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from typer.testing import CliRunner
 import oprd.resolve.teacher
 from oprd.cli import app
 from oprd.config import OPRDConfig
-from oprd.models.loading import load_model
+from oprd.models.loading import ModelInfo, load_model
 from oprd.resolve import plan, resolve
 from oprd.run_config import GivenObjects, RunConfig, allowed_changes, changed_settings
 from oprd.states.offload import Placement, TrainingState, device_bytes, weight_bytes
+from oprd.states.several import SeveralTeachers
 from oprd.tools.compare.results import Run
 from oprd.tools.compare.runner import refuse_other_settings
 from oprd.tools.doctor.advice import advise
@@ -181,3 +184,72 @@ def test_the_doctor_says_it_for_the_device_that_is_described():
     assert "weights of the teachers (all on the device; offload_teachers: auto: the student's" in large.output
     wrong = CliRunner().invoke(app, [*asked, "--device-memory", "0"])
     assert str(wrong.exception) == "--device-memory: 0.0 is not above 0"
+
+
+class Placed(torch.nn.Module):
+    """A module that only says where it is, and counts how many of its kind are on the device."""
+
+    here: ClassVar[set] = set()
+    most = 0
+
+    def __init__(self):
+        super().__init__()
+        self.device = torch.device("cpu")
+
+    def parameters(self, recurse=True):
+        return iter([self])
+
+    def to(self, device):
+        self.device = device
+        (Placed.here.discard if device.type == "cpu" else Placed.here.add)(self)
+        Placed.most = max(Placed.most, len(Placed.here))
+
+
+@dataclass
+class Elsewhere:
+    """A teacher whose weights are of no interest."""
+
+    modules: tuple[torch.nn.Module, ...]
+    info = ModelInfo("teacher", 3, 32)
+    identity = "teacher"
+
+    def states(self, request):
+        raise AssertionError("no states are asked for")
+
+
+def test_a_teacher_leaves_the_device_before_the_next_one_comes(monkeypatch):
+    monkeypatch.setattr(Placed, "most", 0)
+    several = SeveralTeachers({name: Elsewhere((Placed(),)) for name in "abc"}, offload=True)
+    for name in "abcbacab":
+        several.ready(name, "cuda")
+        assert {module.device.type for module in several.teachers[name].modules} == {"cuda"}
+    assert Placed.most == 1
+    assert several.take_moved() == 8
+    Placed.here.clear()
+
+
+def test_what_the_doctor_advises_is_accepted(tmp_path):
+    asked = ["doctor", "--config", "tiny", "--devices", "2", "--json", str(tmp_path / "report.json")]
+    asked += [
+        "--use_cpu",
+        "false",
+        "--bf16",
+        "false",
+        "--per_device_train_batch_size",
+        "1",
+        "--max_completion_length",
+        "8",
+    ]
+
+    def advised(*more):
+        result = CliRunner().invoke(app, [*asked, *more])
+        assert result.exit_code == 0, result.output
+        return {one["setting"] for one in json.loads((tmp_path / "report.json").read_text())["advice"]}
+
+    bfloat16, sharded = "teacher_model_init_kwargs: {dtype: bfloat16}", "fully_shard: true"
+    assert advised("--learning_rate", "1e-3") >= {bfloat16, sharded}
+    assert sharded not in advised("--learning_rate", "auto")
+    assert sharded not in advised("--learning_rate", "1e-3", "--overlap_rollouts", "true")
+    own = advised("--learning_rate", "1e-3", "--teacher_model", "student", "--teacher_prompt", "{prompt}{answer}")
+    assert bfloat16 not in own
+    assert sharded in own

@@ -1085,15 +1085,22 @@ def test_a_browser_shows_the_page_and_refuses_what_the_policy_forbids(pictures, 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        ({"task": "own_task_of_the_run:make"}, "the answers are not graded: the run names code for its task, own_task_of_the_run:make"),
-        ({"eval_dataset": "generated:own_task_of_the_run:make"}, "the run names code for it, generated:own_task_of_the_run:make"),
+        ({"task": "run_code:make"}, "the answers are not graded: the run names code for its task, run_code:make"),
+        ({"eval_dataset": "generated:run_code:make"}, "the run names code for it, generated:run_code:make"),
     ],
 )  # fmt: skip
 def test_a_run_that_names_code_does_not_run_it(trained, tmp_path, monkeypatch, settings, note):
-    (tmp_path / "own_task_of_the_run.py").write_text("raise SystemExit('this code of the run is run')")
+    (tmp_path / "run_code.py").write_text("raise SystemExit('this code of the run is run')")
     monkeypatch.syspath_prepend(tmp_path)
     found = measured(trained(**settings), problems=1, longest=4)
     assert any(note in one for one in found.notes)
     assert found.before_after
     if "task" in settings:
         assert {pair.late.correct for pair in found.before_after} == {None}
+
+
+def test_the_losses_of_ones_own_are_named(make_run):
+    own = [{"use": "oprd.objectives.flow:Flow", "weight": 0.5}, {"use": "my:Loss"}, "broken"]
+    config = {**CONFIG, "representation_weight": 0, "objectives": own}
+    page = Page(report(make_run(config=config)))
+    assert page.row("objective")[0] == ["(0 to 2) × reverse_kl + 0.5 × flow + 1 × loss + 1 × ?"]

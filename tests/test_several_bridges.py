@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from oprd.alignment.teacher_prompts import TeacherPromptSettings
+from oprd.bridge import Bridge
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
@@ -209,6 +214,45 @@ def test_the_plan_says_which_teacher_has_which_bridge(named, bridge):
         ValueError, match=r"teachers: b: bridge: it was fitted for the teacher .* of 5 layers of width 48"
     ):
         plan(RunConfig.parse({**named, "teachers": swapped})).describe()
+
+
+def test_a_plan_says_the_whole_command_that_fits_the_bridge(named, tmp_path):
+    missing = {
+        **named["teachers"],
+        "b": {"model": "org/not-here", "bridge": "my bridge", "special_token_map": {"<a b>": "<c>"}},
+    }
+    file = tmp_path / "rows.jsonl"
+    file.write_text(Path(named["train_dataset"]).read_text().replace('"prompt"', '"question"'))
+    settings = {"train_dataset": str(file), "prompt_column": {"train": "question"}, "merge_system_prompt": True}
+    settings |= {
+        "split_special_tokens": False,
+        "max_prompt_length": 20,
+        "teacher_model_init_kwargs": {"dtype": "bfloat16"},
+    }
+    (line,) = (
+        one for one in plan(RunConfig.parse({**named, **settings, "teachers": missing})).describe() if "IS NOT" in one
+    )
+    assert shlex.split(line.partition("fit it first: ")[2]) == [
+        "oprd", "bridge", "fit", "--student", named["model"], "--teacher", "org/not-here", "--prompts", str(file),
+        "--out", "my bridge", "--max-completion-length", "9", "--max-prompt-length", "20", "--prompt-column", "question",
+        "--merge-system-prompt", "--special-token-map", '{"<a b>": "<c>"}', "--no-split-special-tokens",
+        "--teacher-dtype", "bfloat16",
+    ]  # fmt: skip
+
+
+def test_a_bridge_of_other_prompts_is_said(named, bridge, tmp_path, caplog):
+    text = asdict(TeacherPromptSettings(teacher_system_prompt="Be good.", chat_template_date="2026-01-01"))
+    fitted = Bridge.load(bridge)
+    for name, prompt in (("other", "Be good."), ("same", None)):
+        folder = tmp_path / name
+        replace(fitted, options={**fitted.options, "text": text | {"teacher_system_prompt": prompt}}).save(folder)
+        caplog.clear()
+        tiny_trainer(tmp_path, teacher=pool(str(folder)), rows=rows("a", "b", "a", "b"), mix_teachers=True)
+        warned = "fitted on prompts with another teacher_system_prompt; its projections may not suit" in caplog.text
+        teachers = {**named["teachers"], "b": {**named["teachers"]["b"], "bridge": str(folder)}}
+        planned = "\n".join(plan(RunConfig.parse({**named, "teachers": teachers})).describe())
+        said = "model weights not checked; FITTED ON PROMPTS OF ANOTHER teacher_system_prompt" in planned
+        assert warned is said is (name == "other")
 
 
 def test_the_card_names_the_bridges(named, bridge):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -422,3 +423,27 @@ def test_responses_that_are_rendered_otherwise_are_another_cache(tmp_path, model
     cache_teacher(run_of(models, tmp_path / "a"), folder, Path(responses))
     with pytest.raises(ValueError, match=r"a cache of something else \(responses differ\)"):
         cache_teacher(run_of(models, tmp_path / "b", split_special_tokens=False), folder, Path(responses))
+
+
+@pytest.mark.parametrize("harm", ["remove", "change"])
+def test_the_advice_for_a_damaged_cache_works(tmp_path, models, responses, harm):
+    def harmed(file):
+        file.unlink() if harm == "remove" else file.write_bytes(file.read_bytes()[:-9] + b"otherwise")
+
+    run = run_of(models, tmp_path / "run")
+    folder = cache_teacher(run, tmp_path / "cache", Path(responses), say=str)
+    before = contents(folder)
+    harmed(folder / cached.shard_name(0))
+    with pytest.raises(ValueError, match="a shard is written again: start oprd cache-teacher again"):
+        CachedTeacher(folder)
+    cache_teacher(run, folder, Path(responses), say=str)
+    assert contents(folder) == before
+    harmed(folder / cached.RESPONSES)
+    with pytest.raises(
+        ValueError, match=f"remove the folder {re.escape(str(folder))} and start oprd cache-teacher again"
+    ):
+        CachedTeacher(folder)
+    with pytest.raises(ValueError, match="is missing or was changed after it was written; remove the folder"):
+        cache_teacher(run, folder, Path(responses), say=str)
+    shutil.rmtree(folder)
+    assert contents(cache_teacher(run, folder, Path(responses), say=str)) == before

@@ -33,7 +33,7 @@ from oprd.run_config import GivenObjects, RunConfig
 from oprd.states.capture import capture_states
 from oprd.states.remote.server import Refused, ServerLimits, TeacherServer, TeacherService, check_access, is_loopback
 from oprd.states.remote.teacher import RemoteSettings, RemoteTeacher
-from oprd.states.remote.wire import pack_request
+from oprd.states.remote.wire import pack_files, pack_request, unpack_files
 from oprd.states.requests import Between, request_states
 from oprd.states.teachers import FrozenTeacher
 from oprd.tools.teacher_server import load_service
@@ -660,3 +660,11 @@ def test_capture_and_server_read_the_same(service):
     states = service.teacher.states(request_states(rollouts, (1, 3)))
     captured = capture_states(tiny_model(seed=1), rollouts, [1, 3])
     assert all(torch.equal(a, b) for a, b in zip(states.values, captured.values, strict=True))
+
+
+@pytest.mark.parametrize("content", [torch.tensor(1.0), torch.zeros(2), torch.zeros(2, 2, dtype=torch.uint8)])
+def test_what_is_no_file_is_refused_as_one(content):
+    files = {"tokenizer.json": b"{}"}
+    assert unpack_files(pack_files(files)) == files
+    with pytest.raises(ValueError, match=r"'tokenizer.json' is not sent as bytes"):
+        unpack_files(save({"tokenizer.json": content}))
