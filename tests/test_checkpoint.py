@@ -211,7 +211,8 @@ def test_an_optimizers_state_that_is_no_tensor_is_kept(tmp_path):
     assert restored == {"state": {0: {"step": 3}, 1: {"step": 4}}, "param_groups": groups}
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_stays(tmp_path):
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    """A second save at a step knows more: which step is the best so far."""
     store = CheckpointStore(tmp_path)
 
     def save(content: str) -> str:
@@ -226,7 +227,8 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_stays
 
     (checkpoint(tmp_path, 3) / "model.safetensors").write_text("cut")
     assert save("new") == "new"
-    assert save("newer") == "new"
+    assert save("newer") == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_seeds_depend_on_every_part():

@@ -8,6 +8,7 @@ import os
 import signal
 from enum import Enum
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from oprd.objectives.switch import AdaptiveSwitch
 from oprd.objectives.terms import Representation
 from oprd.rollouts.decode import DecodeEngine
 from oprd.rollouts.engine import Sampling
-from oprd.runs.checkpoints import list_checkpoints
+from oprd.runs.checkpoints import list_checkpoints, verify
 from oprd.states.teachers import AdapterOffTeacher
 from oprd.tasks.task import FunctionGrader, Task
 from oprd.training.metrics import StepMetrics
@@ -319,3 +320,71 @@ def test_a_report_has_the_means_over_the_steps_since_the_last_one():
         metrics.keep(metrics.close(lambda sums: sums, 1, None, None))
     assert metrics.drain()["loss"] == sum(values) / 3
     assert metrics.drain() == {}
+
+
+PLANS = {
+    "steps": {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    "epochs": {"eval_strategy": "epoch", "save_strategy": "epoch"},  # of four steps
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("stop", [3, 4])  # outside of and in a step with an evaluation
+def test_a_run_that_is_resumed_has_the_evaluations_of_one_that_never_stopped(tmp_path, plan, stop):
+    def evaluations(folder, **settings):
+        return trainer_in(folder, max_steps=8, best_at=4, **PLANS[plan], **settings)
+
+    whole = evaluations(tmp_path / "whole")
+    whole.train()
+    stopped = evaluations(tmp_path / "stopped")
+    stopped.add_callback(Seen(stop_in=stop))
+    with pytest.raises(StoppedBySignal):
+        stopped.train()
+    assert not any(row["step"] == stop and "eval_avg_at_k" in row for row in stopped.run_folder.read_metrics())
+    resumed = evaluations(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    logs = [
+        [(row["step"], row["eval_avg_at_k"]) for row in one.run_folder.read_metrics() if "eval_avg_at_k" in row]
+        for one in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+    assert (4, 1.0) in logs[0]
+    for one in (whole, resumed):
+        assert (one.state.best_global_step, one.state.best_metric) == (4, 1.0)
+    assert same(weights(resumed.model), weights(whole.model))
+
+
+def test_a_second_save_at_a_step_keeps_which_is_the_best(tmp_path, monkeypatch):
+    """`save_seconds` falls due in an epoch's last step, before the evaluation that finds the best one."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("oprd.training.stopping.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    settings = {**PLANS["epochs"], "max_steps": 8, "save_seconds": 0.5, "best_at": 4}
+    trainer_in(tmp_path, **settings).train()
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["best_metric"]) == (4, 1.0)
+    for folder in list_checkpoints(tmp_path):
+        verify(folder)
+
+
+def test_what_the_student_could_do_is_not_measured_after_training(tmp_path, caplog):
+    trainer = trainer_in(tmp_path, max_steps=2)
+    trainer.train(outputs=False)
+    trainer.train(resume_from_checkpoint=True, outputs=True)
+    assert "the student was trained here without an evaluation" in caplog.text
+    assert trainer.summary["student_before"] is None
+    assert trainer.summary["student_after"]["avg_at_k"] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"torch_empty_cache_steps": 2}, "torch_empty_cache_steps"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"per_device_eval_batch_size": 2}, "per_device_eval_batch_size"),
+        ({"optim": "schedule_free_adamw"}, "optim"),
+        ({"optim": "adalomo"}, "optim"),
+    ],
+)
+def test_what_only_transformers_own_step_reads_is_refused(tmp_path, changes, key):
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        tiny_trainer(tmp_path, **changes)

@@ -300,6 +300,7 @@ def test_metrics_are_what_happened(tmp_path):
         assert row["micro_batches"] == 1
     every_step = {
         "step", "loss", "loss/representation", "cosine", "cosine/layer_01", "cosine/layer_02", "cosine/layer_03", "accuracy",
+        "graded",
         "grad_norm", "learning_rate", "tokens", "rollouts", "completions/mean_length", "completions/clipped_ratio",
         "padding_share", "micro_batches", "grader_timeouts",
         "time/rollout", "time/grade", "time/teacher", "time/update", "time/optimizer",

@@ -38,6 +38,7 @@ from oprd.tasks.task import TASKS, get_task
 NAN_POLICIES = ("stop", "skip")
 AUTO = "auto"
 """Value of `learning_rate`: a probe finds the rate before the run (`oprd.training.rate_probe`)."""
+_OPTIMIZERS_OF_ANOTHER_STEP = ("schedule_free", "lomo", "adalomo")
 
 
 class Range(NamedTuple):
@@ -480,6 +481,11 @@ class OPRDConfig(TrainingArguments):
         if self.torch_compile:
             raise ValueError(
                 "torch_compile: not supported (lengths change and hooks read states, so it compiles anew each time); leave it out"
+            )
+        if str(getattr(self.optim, "value", self.optim)).startswith(_OPTIMIZERS_OF_ANOTHER_STEP):
+            raise ValueError(
+                f"optim: {getattr(self.optim, 'value', self.optim)} is not supported (it needs calls inside transformers' own "
+                "step); choose another, such as adamw_torch"
             )
         if self.fp16:
             raise ValueError(

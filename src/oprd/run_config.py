@@ -352,6 +352,7 @@ NO_EFFECT = {
     ),
     **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), "there are no labels"),
     **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "oprd orders rollouts by length itself"),
+    "torch_empty_cache_steps": "where memory runs out, oprd lowers micro_batch_tokens and generation_batch_size",
 }
 
 

@@ -198,7 +198,7 @@ class ModelPair:
             return None
         found = []
         for row, text in zip(rollouts.rows, rollouts.texts, strict=True):
-            aligner = self.aligners.get(rows[row].columns.get(TEACHER_ID), first)
+            aligner = self.aligners.get(str(rows[row].columns.get(TEACHER_ID)), first)
             found += quotes([text], aligner.teacher_row(rows[row]).prompt, rows[row].prompt)
         return found
 

@@ -36,8 +36,13 @@ class RepeatedSteps(Sampler[int]):
         """Set the epoch of the next iteration over this sampler."""
         self.epoch = epoch
 
+    @property
+    def left_out(self) -> int:
+        """Prompts that an epoch skips."""
+        return self.num_prompts % self.prompts_a_step
+
     def __len__(self) -> int:
-        return self.num_prompts // self.prompts_a_step * self.prompts_a_step * self.repeats
+        return (self.num_prompts - self.left_out) * self.repeats
 
     def __iter__(self) -> Iterator[int]:
         generator = _generator(self.seed, self.epoch)
@@ -81,9 +86,13 @@ class OneTeacherSteps(Sampler[int]):
         """Set the epoch of the next iteration over this sampler."""
         self.epoch = epoch
 
+    @property
+    def left_out(self) -> int:
+        """Prompts that an epoch skips."""
+        return sum(len(places) % self.prompts_a_step for places in self.places.values())
+
     def __len__(self) -> int:
-        steps = sum(len(places) // self.prompts_a_step for places in self.places.values())
-        return steps * self.prompts_a_step * self.repeats
+        return (sum(map(len, self.places.values())) - self.left_out) * self.repeats
 
     def __iter__(self) -> Iterator[int]:
         generator = _generator(self.seed, self.epoch)

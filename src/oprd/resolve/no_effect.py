@@ -12,7 +12,7 @@ from oprd.objectives.output_space import WITH_SUPPORT
 from oprd.objectives.schedules import is_on
 from oprd.objectives.terms import AttentionTerm, LayerTerm, PolicyTerm
 from oprd.resolve.terms import have_kind
-from oprd.run_config import RunConfig
+from oprd.run_config import NO_EFFECT, RunConfig
 
 Terms = Mapping[str, Term]
 
@@ -117,6 +117,9 @@ def check_effects(run: RunConfig, terms: Terms) -> None:
         ValueError: names the key, its value, what is missing, and what to set.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(OPRDConfig)}
+    for key, why in NO_EFFECT.items():  # of a recipe they are refused where it is read
+        if not key.startswith("do_") and getattr(run.args, key) != defaults[key]:  # which transformers sets itself
+            raise ValueError(f"{key}: it has no effect here; leave it out ({why})")
     for needs in NEEDS:
         given = next((key for key in needs.keys if getattr(run.args, key) != defaults[key]), None)
         if given is not None and not needs.met(run, terms):

@@ -47,6 +47,7 @@ from oprd.states.layer_maps import compared_layers
 from oprd.states.layers import resolve_layers
 from oprd.states.layouts import check_layout, probe_layouts
 from oprd.states.mapped import map_teacher
+from oprd.states.self_teacher import FollowsStudent
 from oprd.states.several import SeveralTeachers, asked_by_id, by_id
 from oprd.states.sources import TeacherSource
 from oprd.states.teacher_settings import BridgeSettings, naming_teacher
@@ -111,6 +112,10 @@ def resolve(run: RunConfig) -> ResolvedRun:
     for teacher_id, one in by_id(teacher).items():
         with naming_teacher(teacher_id):
             _check_one_teacher(run, terms, student, one, source)
+            if teacher_id is not None and isinstance(innermost(one), FollowsStudent):
+                raise ValueError(
+                    "it follows the student, which only a run's only teacher can; name it as teacher_model"
+                )
     if args.layer_map is not None:
         teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
     aligners = _aligners(run, terms, student, teacher, tokenizers)

@@ -272,15 +272,37 @@ def join_parts(parts: Sequence[Evaluation], places: Sequence[Sequence[int]], k: 
         for start, own in zip(starts, places, strict=False)
         for number, place in enumerate(own)
     }
-    num_problems = len(where)
-    order = [where[i] + sample for i in range(num_problems) for sample in range(k)]
+    order = [where[i] + sample for i in range(len(where)) for sample in range(k)]
+    return _joined(parts[: len(where)], order, k)
+
+
+def join_samples(parts: Sequence[Evaluation], k: int) -> Evaluation:
+    """Join evaluations of the same problems by several models: each problem has the k samples of every model.
+
+    Args:
+        parts: evaluations, of all problems in the same order.
+        k: samples a problem of each.
+    """
+    samples = len(parts[0].correct)
+    order = [
+        model * samples + start + sample
+        for start in range(0, samples, k)
+        for model in range(len(parts))
+        for sample in range(k)
+    ]
+    return _joined(parts, order, k * len(parts))
+
+
+def _joined(parts: Sequence[Evaluation], order: Sequence[int], k: int) -> Evaluation:
+    """One evaluation of the parts' samples in this order, k consecutive ones a problem."""
+    num_problems = len(order) // k
     verdicts = [verdict for part in parts for verdict in part.correct]
     correct = [verdicts[i] for i in order]
     given = {name: [reward for part in parts for reward in part.rewards[name]] for name in parts[0].rewards}
     rewards = {name: [values[i] for i in order] for name, values in given.items()}
     rollouts = Rollouts.concatenate([part.rollouts for part in parts]).select(order)
     rollouts = replace(rollouts, rows=[i for i in range(num_problems) for _ in range(k)])
-    timeouts = sum(part.summary.get("grader_timeouts", 0) for part in parts[:num_problems])
+    timeouts = sum(part.summary.get("grader_timeouts", 0) for part in parts)
     return Evaluation(summarize_rollouts(rollouts, correct, k, timeouts, rewards), rollouts, correct, rewards)
 
 

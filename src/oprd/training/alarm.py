@@ -37,10 +37,11 @@ class AlarmWatch:
     Args:
         window: steps looked at; 0: never.
         earlier: rows of steps before, when a run is resumed. Read once; only those with `alarm` can have ended a window.
+        num_iterations: steps on the same rollouts, whose grades count once.
     """
 
-    def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.window = window
+    def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = (), *, num_iterations: int = 1) -> None:
+        self.window, self.num_iterations = window, num_iterations
         self._rows: dict[str, deque[Mapping[str, Any]]] = {}
         for row in earlier if window else ():
             if "loss" not in row:
@@ -57,7 +58,8 @@ class AlarmWatch:
 
     def _window_of(self, row: Mapping[str, Any]) -> deque[Mapping[str, Any]]:
         rows = self._rows.setdefault(only_teacher(row), deque(maxlen=self.window))
-        rows.append(row)
+        graded_before = (row.get("step", 1) - 1) % self.num_iterations > 0
+        rows.append({**row, "accuracy": None} if graded_before else row)
         return rows
 
     def _judge(self, rows: deque[Mapping[str, Any]]) -> str | None:
@@ -200,7 +202,7 @@ def find_alarm(rows: Sequence[Mapping[str, Any]]) -> str | None:
     rise: a far pair, whose teacher says little about what the student writes.
 
     Args:
-        rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `rollouts`, `reverse_kl`,
+        rows: metrics of steps, with `loss`, `cosine`, `accuracy`, `accuracy_std` and `graded`, `reverse_kl`,
             `reverse_kl_error` and `tokens` where they were measured.
     """
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
@@ -253,8 +255,13 @@ def _unit(*halves: Sequence[Mapping[str, Any]]) -> str:
 
 def _graded(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Number of graded rollouts, and the sum of their rewards."""
-    graded = [(row["rollouts"], row["accuracy"]) for row in rows if row.get("accuracy") is not None]
+    graded = [(_count(row), row["accuracy"]) for row in rows if row.get("accuracy") is not None]
     return sum(n for n, _ in graded), sum(n * a for n, a in graded)
+
+
+def _count(row: Mapping[str, Any]) -> float:
+    """Graded rollouts of a step; in a log of an earlier version, all rollouts."""
+    return float(row.get("graded", row["rollouts"]))
 
 
 def _accuracy_error(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> float:
@@ -262,7 +269,7 @@ def _accuracy_error(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping
     (n, right), (m, later) = _graded(before), _graded(after)
     # Rewards that are not 0 or 1: Σ(r² − r), by which their variance differs from that of verdicts with the same mean.
     rewarded = [row for row in (*before, *after) if row.get("accuracy_std") is not None]
-    excess = sum(r["rollouts"] * (r["accuracy_std"] ** 2 + r["accuracy"] ** 2 - r["accuracy"]) for r in rewarded)
+    excess = sum(_count(r) * (r["accuracy_std"] ** 2 + r["accuracy"] ** 2 - r["accuracy"]) for r in rewarded)
     if not n or not m:
         return 0.0
     pooled = (right + later) / (n + m)

@@ -17,7 +17,7 @@ from oprd.rollouts.engines import make_engine
 from oprd.states.several import SeveralTeachers
 from oprd.states.teacher_settings import naming_teacher
 from oprd.states.teachers import CanSample, Teacher
-from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_parts, join_ranks
+from oprd.tasks.evaluation import Evaluation, Grading, evaluate, join_parts, join_ranks, join_samples
 from oprd.training.parallel import Parallel
 
 
@@ -63,16 +63,19 @@ class Evaluator:
         if not isinstance(self.pair.teacher, SeveralTeachers):
             return self._one(self.pair.teacher, prompts)
         several, k = self.pair.teacher, self.args.eval_num_generations
-        ids = self.pair.teacher_ids(prompts)
-        if ids is None:
-            ids = [name for name in several.teachers for _ in prompts]  # every teacher, on all problems
-            prompts = [*prompts] * len(several.teachers)
-        places = {name: [place for place, own in enumerate(ids) if own == name] for name in several.teachers}
+        teacher_ids = self.pair.teacher_ids(prompts)  # None: every teacher answers all problems
+        places = {
+            name: [place for place in range(len(prompts)) if teacher_ids is None or teacher_ids[place] == name]
+            for name in several.teachers
+        }
         parts = {
             name: self._one(several.ready(name, self.args.device), [prompts[place] for place in own], name)
             for name, own in places.items() if own
         }  # fmt: skip
-        joined = join_parts([*parts.values()], [places[name] for name in parts], k)
+        if teacher_ids is None:
+            joined = join_samples([*parts.values()], k)
+        else:
+            joined = join_parts([*parts.values()], [places[name] for name in parts], k)
         by_teacher = {name: part.summary["avg_at_k"] for name, part in parts.items()}
         return replace(joined, summary={**joined.summary, "by_teacher": by_teacher})
 
@@ -94,6 +97,6 @@ class Evaluator:
                 theirs = self.pair.teacher_prompts(
                     prompts, name="eval_dataset", max_completion_length=length, teacher_id=teacher_id
                 )
-            stops = sorted({*teacher.info.stop_token_ids, aligner.pair.end_id})
+            stops = sorted({*self.pair.shared_vocabulary(teacher_id).teacher_stop_ids})  # as where it writes
             engine = make_engine(args.rollout_engine, aligner.teacher_tokenizer, stops, **args.engine_kwargs)
             return self.model(model, theirs, engine)

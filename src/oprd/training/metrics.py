@@ -166,7 +166,7 @@ class StepMetrics:
         if student := aligned.pop(f"{_ALIGNMENT}positions", 0.0):  # all as shares of the student's positions
             row |= {name: value / student for name, value in aligned.items()}
         if totals["graded"]:
-            row["accuracy"] = totals["correct"] / totals["graded"]
+            row["accuracy"], row["graded"] = totals["correct"] / totals["graded"], totals["graded"]
             if totals["correct_square"] != totals["correct"]:  # of verdicts the mean gives the variance
                 variance = totals["correct_square"] / totals["graded"] - row["accuracy"] ** 2
                 row["accuracy_std"] = max(variance, 0.0) ** 0.5

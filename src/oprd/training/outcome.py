@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.data.compact import OnAccess
@@ -44,6 +45,7 @@ logger = logging.getLogger("oprd")
 Say = Callable[[str], None]
 
 EVALUATION = "evaluation"  # key of the summary: digest of the problems and of how they are sampled
+_OF_EVALUATION = ("task", "reward_functions", "teacher")  # how the digests begin that an evaluation depends on
 _FEW_PROBLEMS = 8  # of fewer, none may be solved by chance
 
 
@@ -153,7 +155,9 @@ def _evaluate_before(trainer: OPRDTrainer, summary: dict[str, Any], say: Say) ->
         "student_before": (run.eval_before, lambda: trainer.evaluate_model(trainer.model)),
     }
     for key, (asked, evaluate) in wanted.items():
-        if asked and summary[key] is None:
+        if asked and summary[key] is None and key == "student_before" and trainer.state.global_step:
+            logger.warning("the student was trained here without an evaluation: what it could do before is not known")
+        elif asked and summary[key] is None:
             summary[key] = _keep(trainer, key, evaluate().measured, say)
             if key == "teacher" and main:
                 _warn_of_teacher(summary[key])
@@ -188,22 +192,26 @@ def _rate_probe(trainer: OPRDTrainer) -> dict[str, Any] | None:
 
 
 def _measured_before(folder: RunFolder, evaluation: str) -> dict[str, Any]:
-    """What an earlier part of this run measured before it trained, unless problems or sampling have changed since."""
+    """What an earlier part of this run measured before it trained, unless the evaluation has changed since."""
     earlier = folder.read_json(SUMMARY)
     measured = {name: earlier.get(name) for name in ("student_before", "teacher")}
     if earlier.get(EVALUATION, evaluation) != evaluation:  # an earlier version did not record it
         if any(measured.values()):
             logger.warning(
-                "problems or sampling of the evaluation have changed: student and teacher are measured again"
+                "problems, sampling, grading or teacher of the evaluation have changed: student and teacher are measured again"
             )
         return dict.fromkeys(measured)
     return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
 
 
 def _evaluation(trainer: OPRDTrainer) -> str:
-    """Digest of what is evaluated, and how."""
+    """Digest of what is evaluated, how it is graded, and by which teacher; the same on all ranks."""
     sampled = (trainer.args.eval_sampling, trainer.args.eval_num_generations)
-    return hashlib.sha256(f"{digest_of_prompts(trainer.eval_dataset or ())} {sampled}".encode()).hexdigest()[:16]
+    known = trainer.identity.digests if trainer.identity is not None else {}  # of the first process
+    graded = sorted((name, digest) for name, digest in known.items() if name.startswith(_OF_EVALUATION))
+    text = f"{digest_of_prompts(trainer.eval_dataset or ())} {sampled} {trainer.args.task} {graded}"
+    (digest,) = broadcast_object_list([hashlib.sha256(text.encode()).hexdigest()[:16]])
+    return str(digest)
 
 
 def _judged(summary: dict[str, Any]) -> dict[str, Any]:

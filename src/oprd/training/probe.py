@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from oprd.alignment.model_pair import ModelPair
@@ -48,13 +50,8 @@ def probe_run(
     found: dict[str, Any] = {
         "student": _probe(pair.student.model, pair.layers, parallel.autocast(), engine),
     }
-    teacher = pair.teacher
-    if isinstance(teacher, SeveralTeachers):
-        names = {f"teacher/{name}": teacher.ready(name, args.device) for name in teacher.teachers}
-    else:
-        names = {"teacher": teacher}
-    for name, given in names.items():
-        one, layers = _behind(given, pair.layers)
+    for name, ready in _teachers(pair.teacher, args.device).items():
+        one, layers = _behind(ready(), pair.layers)  # of several, each comes to the device when its turn is there
         if isinstance(one, ExtrapolatedTeacher):
             if isinstance(one.base, FrozenTeacher):
                 found["base"] = _probe(one.base.model, layers, one.base.precision(), None)
@@ -62,6 +59,13 @@ def probe_run(
         writes = isinstance(one, CanSample) and (bounds(args.lmbda)[0] < 1 or evaluates_teacher)
         found[name] = _probe_teacher(one, layers, engine if writes else None)
     return found
+
+
+def _teachers(teacher: Teacher, device: torch.device) -> dict[str, Callable[[], Teacher]]:
+    """Name in the summary → gives that teacher, with its weights on the device."""
+    if not isinstance(teacher, SeveralTeachers):
+        return {"teacher": lambda: teacher}
+    return {f"teacher/{name}": partial(teacher.ready, name, device) for name in teacher.teachers}
 
 
 def _behind(teacher: Teacher, layers: Sequence[int]) -> tuple[Teacher, Sequence[int]]:

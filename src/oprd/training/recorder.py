@@ -67,7 +67,7 @@ class Recorder:
         folder: of the run.
         args: the run's settings.
         parallel: the training processes.
-        requests: counts requests to another process; None: there are none.
+        requests: teachers that count their requests to another process.
         terms: of the loss, by name; `finished` is called on those that are `SeesSteps`.
 
     Attributes:
@@ -79,7 +79,7 @@ class Recorder:
         folder: RunFolder,
         args: OPRDConfig,
         parallel: Parallel,
-        requests: CountsRequests | None = None,
+        requests: Sequence[CountsRequests] = (),
         terms: Mapping[str, Term] | None = None,
     ) -> None:
         self.folder, self.args, self.parallel, self._requests = folder, args, parallel, requests
@@ -122,7 +122,8 @@ class Recorder:
         for term in self._watching.values():
             term.begin()
         rows = lines()
-        self._alarms = AlarmWatch(self.args.alarm_window if self.main else 0, rows)
+        window = self.args.alarm_window if self.main else 0
+        self._alarms = AlarmWatch(window, rows, num_iterations=self.args.num_iterations)
         for _ in rows:  # without a window the alarm reads none
             pass
         before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
@@ -241,8 +242,8 @@ class Recorder:
         if not self._metrics.pending:
             return
         self.observe(**{"time/optimizer": time.perf_counter() - self._last_backward})
-        if self._requests is not None:
-            self.observe(**self._requests.take_counts())
+        for teacher in self._requests:
+            self.observe(**teacher.take_counts())
         row = self._metrics.close(
             self.parallel.sum_over_ranks, self.args.world_size, grad_norm, learning_rate, self.parallel.names_of_ranks
         )

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from oprd.config import OPRDConfig
 from oprd.models.sharding import max_over_ranks
@@ -114,19 +115,23 @@ class StopOrSave(TrainerCallback):
     """After each step: stops with a checkpoint where any rank has received a signal, and saves every `save_seconds`.
 
     Both wait for the last of the `num_iterations` updates on the same rollouts: a checkpoint between them cannot be resumed.
+    A signal does not wait for an evaluation; the resumed run makes it up.
 
     Args:
         signals: of this process.
         args: the run's settings.
+        evaluate: evaluates the student and keeps the best step.
     """
 
-    def __init__(self, signals: StopSignals, args: OPRDConfig) -> None:
-        self.signals, self.args = signals, args
-        self._saved_at = time.monotonic()
+    def __init__(self, signals: StopSignals, args: OPRDConfig, evaluate: Callable[[], Any]) -> None:
+        self.signals, self.args, self.evaluate = signals, args, evaluate
+        self._saved_at, self._stops = time.monotonic(), False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of `save_seconds`."""
-        self._saved_at = time.monotonic()
+        """Start the clock of `save_seconds`, and make up the evaluation that a signal has left out."""
+        self._saved_at, self._stops = time.monotonic(), False
+        if evaluation_missing(self.args, state):
+            self.evaluate()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock again."""
@@ -140,4 +145,31 @@ class StopOrSave(TrainerCallback):
         wish = max_over_ranks(2 * self.signals.received + due, self.args.device)  # one exchange for both
         control.should_save = control.should_save or wish > 0
         if wish > 1:
+            self._stops = True
             control.should_training_stop, control.should_evaluate = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out what transformers does at the end of an epoch: the step has been saved, and the epoch may not be over."""
+        if self._stops:
+            control.should_evaluate = control.should_save = False
+
+
+def evaluation_missing(args: OPRDConfig, state: Any) -> bool:
+    """Whether a run that is resumed has left out the evaluation after its last step.
+
+    Args:
+        args: the run's settings.
+        state: transformers' state of the run.
+    """
+    step = state.global_step
+    if not step or any(
+        row.get("step") == step and any(key.startswith("eval_") for key in row) for row in state.log_history
+    ):
+        return False
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        return step % state.eval_steps == 0 and step >= args.eval_delay
+    return (
+        args.eval_strategy == IntervalStrategy.EPOCH
+        and float(state.epoch).is_integer()
+        and state.epoch >= args.eval_delay
+    )

@@ -53,7 +53,7 @@ from oprd.runs.folder import RUN, RunFolder
 from oprd.runs.identity import RunIdentity, identify
 from oprd.states.capture import read_through_forward
 from oprd.states.self_teacher import FollowsStudent
-from oprd.states.several import modules_of
+from oprd.states.several import modules_of, teachers_of
 from oprd.states.teachers import CountsRequests, Teacher, innermost
 from oprd.tasks.evaluation import Evaluation, Grading, Measured
 from oprd.tasks.task import Task
@@ -212,8 +212,8 @@ class OPRDTrainer(Trainer):
             self.probe = probe_run(pair, self.engine, args, self.parallel, evaluates_teacher=resolved.evaluates_teacher)
         rewards = None if resolved.rewards is None else resolved.rewards.bound(lambda: self.state)
         self.grading = Grading(self.task, rewards)
-        asked = innermost(pair.teacher)
-        requests = asked if isinstance(asked, CountsRequests) else None
+        asked = [innermost(teacher) for teacher in teachers_of(pair.teacher)]
+        requests = [teacher for teacher in asked if isinstance(teacher, CountsRequests)]
         self.recorder = Recorder(self.run_folder, args, self.parallel, requests, self.objective.terms)
         self.rollouts = RolloutSource(
             pair, self.objective, self.engine, args, grading=self.grading, parallel=self.parallel,
@@ -229,12 +229,13 @@ class OPRDTrainer(Trainer):
         sizes = [self.memory.token_budget, getattr(self.engine, "at_once", None)]
         lowered = LoweredSizes([size for size in sizes if isinstance(size, HalvedSize)], args.process_index)
         self.checkpoints.parts = [RandomStates(args.process_index), self.rollouts, lowered]
-        if isinstance(asked, FollowsStudent):
-            self.checkpoints.parts.append(asked)
-            self.add_callback(FollowStudent(asked))
-        waits = [part for part in (self.engine, asked) if isinstance(part, CanInterrupt)]
+        for teacher in asked:
+            if isinstance(teacher, FollowsStudent):  # an only one: `resolve` has checked
+                self.checkpoints.parts.append(teacher)
+                self.add_callback(FollowStudent(teacher))
+        waits = [part for part in (self.engine, *asked) if isinstance(part, CanInterrupt)]
         self.signals = StopSignals(lambda: any(part.failing for part in waits))
-        self.stopping = StopOrSave(self.signals, args)
+        self.stopping = StopOrSave(self.signals, args, self._evaluate_and_keep_best)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
             pair, args, self.parallel, token_budget=self.memory.token_budget,
@@ -249,6 +250,7 @@ class OPRDTrainer(Trainer):
         self._begun = False  # whether `begin_run` was called for the next `train`, which goes on from `_checkpoint`
         self._checkpoint: Path | None = None
         self._last_evaluation: tuple[int, Measured] | None = None
+        self._said_left_out = False
         self.seconds_to_load = time.perf_counter() - self._loading_since
 
     def training_step(
@@ -500,6 +502,9 @@ class OPRDTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate_and_keep_best(self) -> None:
+        self._determine_best_metric(self.evaluate(), None)
+
     def evaluate_now(self) -> dict[str, Any]:
         """Measures of the student as it is now, on the eval_dataset; not sampled again where this step was just evaluated."""
         return dict(self.measure_now().summary)
@@ -590,12 +595,21 @@ class OPRDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
+        order = args.prompts_a_step, args.num_iterations, args.seed if args.data_seed is None else args.data_seed
+        sampler: OneTeacherSteps | RepeatedSteps
         if (teacher_ids := self.pair.teacher_ids(self.train_dataset)) is not None and not args.mix_teachers:
-            return OneTeacherSteps(teacher_ids, args.prompts_a_step, args.num_iterations, seed)
-        if args.num_iterations == 1:
+            sampler = OneTeacherSteps(teacher_ids, *order)
+        elif args.num_iterations == 1:
             return super()._get_train_sampler(train_dataset)
-        return RepeatedSteps(len(self.train_dataset), args.prompts_a_step, args.num_iterations, seed)
+        else:
+            sampler = RepeatedSteps(len(self.train_dataset), *order)
+        if sampler.left_out and not self._said_left_out:
+            self._said_left_out = True
+            logger.warning(
+                "%d of %d prompts do not fill a step of %d and are left out of each epoch, other ones each time",
+                sampler.left_out, len(self.train_dataset), args.prompts_a_step,
+            )  # fmt: skip
+        return sampler
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         # Called once a step after the update: the one place that has the gradient norm, and before a checkpoint is saved.

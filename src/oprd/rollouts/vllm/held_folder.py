@@ -26,21 +26,21 @@ def held_folder(weights_dir: Path, run: str) -> Iterator[Path]:
     """Make and lock `weights_dir/run-RUN`; remove it on exit.
 
     Raises:
-        OSError: it cannot be made; the message names `weights_dir`.
+        OSError: it cannot be made, or another process holds it; the message names `weights_dir`.
     """
     folder = weights_dir / f"{_RUN}{run}"
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # it is there where it could not be removed before
             lock.acquire()
             write_text(folder / _HOST, socket.gethostname())  # last: a folder with it is locked, or its run is dead
         except OSError as error:
             raise OSError(f"weights_dir: {folder} cannot be made ({error}); choose another weights_dir") from error
         yield folder
     finally:
+        lock.release()  # a network file system keeps the file of a lock that is held
         _remove(folder)
-        lock.release()
 
 
 def remove_dead(weights_dir: Path) -> None:
