@@ -307,3 +307,14 @@ def test_the_error_of_the_sampled_kl_is_over_rollouts():
 
 def split(values: torch.Tensor, lengths: torch.Tensor) -> list[list[float]]:
     return [part.tolist() for part in values.split(lengths.tolist())]
+
+
+def test_only_graded_rollouts_count():
+    """Rows without an answer, and updates on the same rollouts, add no evidence."""
+    rows = history(accuracy=(0.5, 0.4))  # 1000 rollouts a half
+    assert find_alarm(rows)
+    assert find_alarm([{**row, "graded": 100.0} for row in rows])
+    assert find_alarm([{**row, "graded": 10.0} for row in rows]) is None
+    repeated = history(accuracy=(0.5, 0.46), rollouts=1000)
+    assert rung(AlarmWatch(20), repeated) == [20]
+    assert rung(AlarmWatch(20, num_iterations=4), repeated) == []  # 3000 and 2000: three standard errors are 0.043

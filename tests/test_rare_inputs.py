@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
+import sys
 
 import pytest
 import yaml
@@ -290,10 +293,36 @@ def test_an_evaluation_that_changed_is_measured_again(tmp_path, caplog):
     assert same["evaluation"] == first["evaluation"]
     assert "are measured again" not in caplog.text
     other = summary(3, True, eval_num_generations=2)
-    assert "problems or sampling of the evaluation have changed" in caplog.text
+    assert "problems, sampling, grading or teacher of the evaluation have changed" in caplog.text
     assert {other[key]["k"] for key in ("student_before", "teacher", "student_after")} == {2}
     fewer = summary(4, True, eval_num_generations=2, eval_dataset=settings["eval_dataset"][:2])
     assert {fewer[key]["problems"] for key in ("student_before", "teacher", "student_after")} == {2}
+
+
+def test_an_evaluation_by_another_grader_or_teacher_is_measured_again(tmp_path, monkeypatch, caplog):
+    settings = {
+        "rows": prompt_rows(4), "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1,
+        "eval_dataset": [{"prompt": p, "answer": "1"} for p in PROMPTS[:3]], "eval_num_generations": 1, "task": "own_grader:task",
+    }  # fmt: skip
+    code = "from oprd.tasks.task import FunctionGrader, Task\ntask = Task('own', '', lambda: FunctionGrader(lambda r, a: {}))"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def summary(steps, resume, right, *accepted, teacher=1):
+        (tmp_path / "own_grader.py").write_text(code.format(right))
+        sys.modules.pop("own_grader", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        trainer = tiny_trainer(tmp_path / "run", tiny_model(), tiny_model(seed=teacher), max_steps=steps, **settings)
+        trainer.train(resume_from_checkpoint=resume, accept_changes=accepted, outputs=True)
+        found = json.loads((tmp_path / "run" / "summary.json").read_text())
+        return [found[key]["avg_at_k"] for key in ("student_before", "teacher", "student_after")]
+
+    assert summary(1, False, "False") == [0, 0, 0]
+    assert summary(2, True, "True", "task") == [1, 1, 1]
+    assert "grading or teacher of the evaluation have changed" in caplog.text
+    caplog.clear()
+    assert summary(3, True, "True", "teacher", teacher=2) == [1, 1, 1]
+    assert "grading or teacher of the evaluation have changed" in caplog.text
 
 
 def workload(**settings):

@@ -17,9 +17,11 @@ from oprd.config import OPRDConfig
 from oprd.data.order import OneTeacherSteps
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
+from oprd.states.layouts import probe_layouts
 from oprd.states.requests import request_states
 from oprd.states.several import SeveralTeachers, modules_of
 from oprd.states.teachers import FrozenTeacher
+from oprd.tasks.task import FunctionGrader, Task
 from oprd.training.alarm import AlarmWatch, RisingLoss
 from oprd.training.metrics import teacher_metrics
 from oprd.training.trainer import OPRDTrainer
@@ -540,3 +542,83 @@ def test_the_plan_shows_every_teacher(tmp_path):
     text = "\n".join(plan(recipe(tmp_path, train_dataset=str(file))).describe())
     assert "teacher math: embedded:tiny/teacher: " in text
     assert "teachers: the column teacher_id names it, one an update" in text
+
+
+def test_each_teacher_is_probed_while_it_is_on_the_device(tmp_path, monkeypatch):
+    """With `offload_teachers`, one that is made ready moves the one before back to host memory."""
+    seen: list[str] = []
+    ready, teachers = SeveralTeachers.ready, pool()
+    names = {id(model): name for name, model in teachers.items()}
+
+    def watched(self, teacher_id, device):
+        seen.append(f"ready {teacher_id}")
+        return ready(self, teacher_id, device)
+
+    def probe(model, *args, **kwargs):
+        seen.append(f"probe {names.get(id(model), 'student')}")
+        return probe_layouts(model, *args, **kwargs)
+
+    monkeypatch.setattr(SeveralTeachers, "ready", watched)
+    monkeypatch.setattr("oprd.training.probe.probe_layouts", probe)
+    tiny_trainer(tmp_path, teacher=teachers, rows=rows("a", "b", "a", "b"), mix_teachers=True)
+    assert seen == ["probe student", "ready a", "probe a", "ready b", "probe b"]
+
+
+def test_where_all_teachers_answer_a_problem_it_counts_once(tmp_path):
+    """Its grade is the mean over teachers; the interval is over problems."""
+    problems = [{"prompt": row["prompt"], "answer": "1"} for row in prompt_rows(3)]
+    trainer = tiny_trainer(
+        tmp_path,
+        teacher=pool(),
+        teachers_per_prompt="all",
+        task="addition",
+        eval_dataset=problems,
+        eval_num_generations=2,
+    )
+    graded: dict[str, list[bool]] = {
+        "a": [True, True, False, False, False, False],
+        "b": [True, False, True, False, False, False],
+    }
+    answers = iter([*graded["a"], *graded["b"]])
+    trainer.grading.task = Task("fake", "", lambda: FunctionGrader(lambda response, answer: next(answers)))
+    found = trainer.evaluate_teacher()
+    assert found.measured.by_problem == [0.75, 0.25, 0.0]
+    assert (found.summary["problems"], found.summary["k"], found.summary["by_teacher"]) == (
+        3,
+        4,
+        {"a": 2 / 6, "b": 2 / 6},
+    )
+    assert found.summary["avg_at_k"] == pytest.approx(1 / 3)
+    assert found.rollouts.rows == [row for row in range(3) for _ in range(4)]
+
+
+def test_prompts_that_fill_no_step_are_said(tmp_path, caplog):
+    names = ["a"] * 5 + ["b"] * 7
+    tiny_trainer(tmp_path, teacher=pool(), rows=rows(*names), per_device_train_batch_size=3).train(outputs=False)
+    said = [record.getMessage() for record in caplog.records if "left out of each epoch" in record.getMessage()]
+    assert said == ["3 of 12 prompts do not fill a step of 3 and are left out of each epoch, other ones each time"]
+    caplog.clear()
+    tiny_trainer(tmp_path / "full", teacher=pool(), rows=rows(*"aaabbb"), per_device_train_batch_size=3).train(
+        outputs=False
+    )
+    assert "left out" not in caplog.text
+
+
+class Following:
+    """A teacher of the user's that changes with the student."""
+
+    def __init__(self):
+        self.inner = FrozenTeacher(tiny_model(seed=3))
+        self.info, self.modules, self.identity = self.inner.info, self.inner.modules, "following"
+        self.states = self.inner.states
+
+    def follow(self, step): ...
+    def save(self, folder): ...
+    def load(self, folder): ...
+
+
+def test_one_of_several_that_follows_the_student_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="teachers: b: it follows the student, which only a run's only teacher can"):
+        tiny_trainer(
+            tmp_path, teacher={"a": tiny_model(seed=1), "b": Following()}, rows=rows(*"abab"), mix_teachers=True
+        )

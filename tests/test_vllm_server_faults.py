@@ -17,6 +17,7 @@ import pytest
 
 from fake_vllm import GENERATE, FakeVLLM, FaultyProcess
 from oprd.rollouts.engine import Sampling
+from oprd.rollouts.vllm.held_folder import held_folder, remove_dead
 from oprd.rollouts.vllm.server import VLLMServerEngine
 from test_vllm_engine import PROMPTS, STOPS, model_with
 from tiny import prompt_rows, tiny_tokenizer, tiny_trainer
@@ -302,6 +303,24 @@ def test_folders_of_dead_runs_are_removed_and_those_of_live_ones_are_not(tmp_pat
         process.kill()
         process.communicate()
         server.stop()
+
+
+def test_a_folder_that_cannot_be_removed_is_used_again(tmp_path, monkeypatch, caplog):
+    """As on a network file system that keeps a file which is open."""
+
+    def busy(folder):
+        raise OSError(f"{folder} is busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("oprd.rollouts.vllm.held_folder.shutil.rmtree", busy)
+        with held_folder(tmp_path, "own") as folder:
+            (folder / "weights").write_text("old")
+    assert f"{folder} cannot be removed" in caplog.text
+    with held_folder(tmp_path, "own") as again:
+        assert again == folder
+        remove_dead(tmp_path)  # it is not dead
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_a_start_folder_that_cannot_be_read_is_named(tmp_path):
