@@ -260,6 +260,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_composite.py::test_terms_on_the_same_states_do_not_disturb_each_other"),
     ],
     "objectives/diagnostics.py": [
+        ("tokens of a rollout count as independent", "total_R.square().sum()", "values_M.square().sum()",
+         "test_alarm.py::test_the_error_of_the_sampled_kl_is_over_rollouts"),
         ("the overlap of all events", "student_head.num_events - 1", "student_head.num_events",
          "test_output_space.py::test_the_overlap_that_is_watched_is_of_16_tokens_and_never_of_all"),
         ("the reverse KL has the wrong sign", "own_M - teacher_M", "teacher_M - own_M",
@@ -436,6 +438,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_offload.py::test_the_training_state_of_a_model_by_hand"),
     ],
     "states/several.py": [
+        ("two teachers are on the device at once", "key=lambda one: id(one) in wanted", "key=lambda one: id(one) not in wanted",
+         "test_offload.py::test_a_teacher_leaves_the_device_before_the_next_one_comes"),
         ("where all teachers read, each reads its own rollouts", "everywhere or own == name", "own == name",
          "test_several_teachers.py::test_where_all_teachers_read_a_rollout_each_counts_equally"),
     ],
@@ -669,6 +673,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_bridge_training.py::test_statistics_are_those_of_full_forwards_whatever_the_micro_batches"),
     ],
     "bridge/bridge.py": [
+        ("prompts of another date are other prompts", 'name != "chat_template_date" and ', "",
+         "test_several_bridges.py::test_a_bridge_of_other_prompts_is_said"),
         ("the upper median of the suggested ranks", "suggested[(len(suggested) - 1) // 2]",
          "suggested[len(suggested) // 2]",
          "test_bridge.py::test_the_default_rank_is_the_lower_median_of_what_the_layers_suggest"),
@@ -927,9 +933,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_overlap.py::test_without_change_of_weights_it_is_the_run_without_overlap"),
     ],
     "training/recorder.py": [
-        ("a resumed run forgets what its terms have seen", '                    self._tell(row["step"], row)\n', "",
-         "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
-        ("without an alarm window nothing is read again", "        for _ in rows:  # without a window the alarm reads none\n            pass\n", "",
+        ("a resumed run forgets what its terms have seen", '            self._tell(row["step"], row)\n', "",
          "test_adaptive_switch.py::test_a_resumed_run_switches_where_the_other_did"),
         ("distances stay in the order of the micro-batches", ".index_add_(0, places, values)",
          ".index_add_(0, places.sort().values, values)", "test_tracker_media.py::test_distances_find_their_rollouts"),
@@ -952,8 +956,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_finite.py::test_a_gradient_of_the_backward_pass_is_named"),
     ],
     "training/stopping.py": [
-        ("a signal does not save", "control.should_save = control.should_save or wish > 0", "pass",
-         "test_stopping.py::test_one_signal_finishes_the_step_and_saves"),
+        ("the clock does not save", "control.should_save = control.should_save or save > 0 or stop > 0", "pass",
+         "test_stopping.py::test_save_seconds"),
+        ("an evaluation that a signal left out is not made up", "if evaluation_missing(self.args, state):", "if False:",
+         "test_rare_settings.py::test_a_run_that_is_resumed_has_the_evaluations_of_one_that_never_stopped"),
+        ("a stop inside an epoch evaluates", "            control.should_evaluate = control.should_save = False", "            pass",
+         "test_rare_settings.py::test_a_run_that_is_resumed_has_the_evaluations_of_one_that_never_stopped"),
         ("a stop comes between two updates", "if state.global_step % self.args.num_iterations:", "if False:",
          "test_stopping.py::test_a_stop_waits_for_the_last_update_on_the_same_rollouts"),
     ],
@@ -1062,6 +1070,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_verdict.py::test_the_verdict_has_its_interval"),
     ],
     "training/alarm.py": [
+        ("updates on the same rollouts count again", '{**row, "accuracy": None} if graded_before else row', "row",
+         "test_alarm.py::test_only_graded_rollouts_count"),
         ("one step makes a loss rise", " or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance)", "",
          "test_verdict.py::test_noise_and_progress_do_not_ring"),
         ("cut-off completions do not count", 'elif totals["finished"] == 0:', 'elif totals["finished"] < 0:',
@@ -1127,6 +1137,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_prompt_order.py::test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates"),
     ],
     "runs/checkpoints.py": [
+        ("a second save at a step is dropped",
+         "        write_manifest(staged)\n", "        write_manifest(staged)\n        if final.exists():\n            return\n",
+         "test_checkpoint.py::test_a_checkpoint_of_the_same_step_is_replaced"),
         ("generators are not restored", "set_random_state(json.loads(path.read_text()))", "json.loads(path.read_text())",
          "test_resume.py::test_resuming_after_step_k_ends_at_the_same_bits"),
         ("the bridge's digest is not in the checkpoint",
@@ -1316,6 +1329,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_measures.py"),
     ],
     "tasks/evaluation.py": [
+        ("samples of a problem are those of others", "model * samples + start + sample", "start * len(parts) + model * k + sample",
+         "test_several_teachers.py::test_where_all_teachers_answer_a_problem_it_counts_once"),
         ("parts of ranks are joined in the wrong order", "place: start + number * k", "place: start + number",
          "test_evaluate.py::test_parts_of_ranks_come_back_in_the_order_of_the_problems"),
         ("verdicts move up where an answer is missing", "zip(gradable, graded, strict=True)", "enumerate(graded)",

@@ -18,7 +18,7 @@ QUOTED_WORDS = 4
 """Words in a row that make a quotation."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_OF_ROW = ("prompt", "answer")
+_FIELDS_OF_ROW = ("prompt", "answer")
 _WORD = re.compile(r"\w+")
 
 
@@ -51,7 +51,7 @@ def fields_of(template: str) -> list[str]:
 
 def columns_needed(template: str | None) -> bool:
     """Whether a template reads columns beside prompt and answer."""
-    return template is not None and not {*fields_of(template)} <= {*_OF_ROW}
+    return template is not None and not {*fields_of(template)} <= {*_FIELDS_OF_ROW}
 
 
 def privileged_row(row: PromptRow, template: str | None) -> PromptRow:

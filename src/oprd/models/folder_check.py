@@ -10,7 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
-_OF_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "*.model", "*.tiktoken", "*.gguf")
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "spiece*",
+    "sentencepiece*",
+    "*.model",
+    "*.tiktoken",
+    "*.gguf",
+)
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024  # a pointer has about 130
@@ -55,7 +64,7 @@ def check_adapter_folder(name: str, folder: Path) -> None:
 
 def lacks_tokenizer(folder: Path) -> bool:
     """Whether a folder holds no file of a tokenizer."""
-    return not any(next(folder.glob(pattern), None) for pattern in _OF_TOKENIZERS)
+    return not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_PATTERNS)
 
 
 def _other_folder(folder: Path) -> str:

@@ -29,7 +29,7 @@ _ITS_CONFIG = "take the one that was saved with these weights"
 _COPY = "the copy was interrupted or a shard is left out of the index: copy the whole folder again"
 
 
-_OF_FILES = (
+_FILE_ERRORS = (
     OSError, ValueError, TypeError, KeyError, EOFError, AssertionError, SafetensorError, RuntimeError, StrictDataclassError,
 )  # fmt: skip
 """Kinds of errors that damaged or foreign files cause."""
@@ -43,7 +43,7 @@ def reason_of(error: Exception) -> str | None:
         return "its weights are a pickle with other objects than tensors, which is not read; they must be safetensors"
     if type(error) is Exception:  # tokenizers raises it for a file of a newer release
         return f"{' '.join(str(error).split())}; if the file is of a newer release, update transformers and tokenizers"
-    if not isinstance(error, _OF_FILES) or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
+    if not isinstance(error, _FILE_ERRORS) or isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
         return None
     lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     in_two = lines[0].startswith("Error(s) in loading state_dict") or isinstance(error, StrictDataclassError)

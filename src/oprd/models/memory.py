@@ -59,7 +59,7 @@ class HalvedSize:
         )  # fmt: skip
 
     def free_memory(self) -> None:
-        """After a failure, free what it held. Call it once the error is gone, whose traceback holds the tensors of its frames."""
+        """After a failure, free what it held. Call it after the except block: until then the traceback keeps the tensors alive."""
         if self._failed:
             clear_device_cache(garbage_collection=True)
         self._failed = False

@@ -252,12 +252,12 @@ class CompositeLoss:
         if objective.project is not None:
             student_ND = objective.project(layer, student_ND, self.teacher_id)
         cosine_N = cosine(student_ND, teacher_ND)
-        alike = (cosine_N * self.weights_N).sum()
-        self.observe(**{f"cosine/layer_{layer:02d}": alike})
+        mean_cosine = (cosine_N * self.weights_N).sum()
+        self.observe(**{f"cosine/layer_{layer:02d}": mean_cosine})
         if self.terms.measuring:
             index_N, rollouts = self.request.rollout_index, self.request.num_rollouts
             self.observe(**{DISTANCES: mean_by_rollout(1 - cosine_N, index_N, rollouts)})
-        self._observe_of_teacher(cosine=alike / objective.num_layers)
+        self._observe_of_teacher(cosine=mean_cosine / objective.num_layers)
         mine = self._of_kind(LayerTerm)
         at = PackedPositions(
             self.request.rollout_index,

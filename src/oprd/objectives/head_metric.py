@@ -71,11 +71,11 @@ class HeadMetric:
                 under_student=self.distribution == "student",
             )  # fmt: skip
             inputs = (teacher_NE.detach(),)
-            seen = weighted_sum(heads.student, student_ND, function, inputs, at.weights, self.temperature, None)
-            parts.append(self.alpha * seen)
+            logit_part = weighted_sum(heads.student, student_ND, function, inputs, at.weights, self.temperature, None)
+            parts.append(self.alpha * logit_part)
         if self.alpha < 1:
-            whole = (representation_error(student_ND, teacher_NE) * at.weights).sum()
-            parts.append((1 - self.alpha) * whole)
+            state_part = (representation_error(student_ND, teacher_NE) * at.weights).sum()
+            parts.append((1 - self.alpha) * state_part)
         return sum(parts[1:], start=parts[0])
 
 

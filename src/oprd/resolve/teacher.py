@@ -210,7 +210,7 @@ def _offloads(args: OPRDConfig, student: nn.Module, teachers: Sequence[nn.Module
     device = None if args.splits_weights else device_bytes(args.device)
     state = TrainingState.of_model(student, ddp=args.world_size > 1, overlap=args.overlap_rollouts)
     placed = Placement(state.total, [*map(weight_bytes, teachers)], device)
-    if placed.open:
+    if placed.has_choice:
         logger.info("offload_teachers: auto is %s: %s", "true" if placed.offloads else "false", placed.describe())
     return placed.offloads
 

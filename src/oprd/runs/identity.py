@@ -47,7 +47,7 @@ _OBJECTS = (
     "eval_dataset",
 )  # in Python these may be objects; digests cover them
 PROMPTS_A_STEP = "prompts_a_step"
-_OF_SETTINGS = ("representation", "output_space", "policy_gradient")  # terms whose settings are keys of a recipe
+_NAMED_BY_SETTINGS = ("representation", "output_space", "policy_gradient")  # terms whose settings are keys of a recipe
 _SIZES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _ONLY_SHOWN = ("eval_prompts",)  # may change: they do not enter the loss
 
@@ -166,7 +166,7 @@ def identify(
             digests[name] = digest_of_prompts(prompts)
     if task is not None and task not in TASKS.values():
         digests["task"] = _code_digest(task.name, task.grader)
-    if own := {name: term for name, term in (terms or {}).items() if name not in _OF_SETTINGS}:
+    if own := {name: term for name, term in (terms or {}).items() if name not in _NAMED_BY_SETTINGS}:
         for term in own.values():
             if isinstance(term.objective, SeesSteps):
                 term.objective.begin()  # an object that has seen steps of another run

@@ -66,14 +66,14 @@ class Placement:
     device: float | None
 
     @property
-    def open(self) -> bool:
+    def has_choice(self) -> bool:
         """Whether there is a choice: several models, and a device with memory of its own."""
         return self.device is not None and sum(size > 0 for size in self.teachers) > 1
 
     @property
     def offloads(self) -> bool:
         """Whether they wait in host memory, because all of them would leave a step less than `STEP_SHARE` of the device."""
-        return self.open and self.student + sum(self.teachers) > (1 - STEP_SHARE) * (self.device or 0)
+        return self.has_choice and self.student + sum(self.teachers) > (1 - STEP_SHARE) * (self.device or 0)
 
     def describe(self) -> str:
         """The choice with its figures, as a clause; where there is one."""

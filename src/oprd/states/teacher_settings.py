@@ -206,7 +206,7 @@ def check_sharded(args: Any, by: str) -> None:
     Raises:
         ValueError: names the key and its value.
     """
-    check_followed_whole(args, by)
+    refuse_following_when_sharded(args, by)
     same = "under which all processes ask the same teacher at a time"
     for key, off, why in (
         ("teachers_per_prompt", args.teachers_per_prompt == "one", same),
@@ -217,7 +217,7 @@ def check_sharded(args: Any, by: str) -> None:
             raise ValueError(f"{key}: {getattr(args, key)} does not go with {by}, {why}; set one of the two off")
 
 
-def check_followed_whole(args: Any, by: str) -> None:
+def refuse_following_when_sharded(args: Any, by: str) -> None:
     """Refuse a teacher that follows the student where no process holds the student's whole weights.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_OF_FUNCTION = re.compile(r"rewards/(.+)/mean")
+_REWARD_KEY = re.compile(r"rewards/(.+)/mean")
 
 
 def avg_at_k(correct: Sequence[Sequence[bool | float]]) -> float:
@@ -183,4 +183,4 @@ def _problems_by_samples(correct: Sequence[Sequence[bool | float]]) -> np.ndarra
 
 def reward_keys(keys: Iterable[str]) -> dict[str, str]:
     """Reward function → key of its mean, among the keys of a step's metrics or of an evaluation."""
-    return {found[1]: key for key in keys if (found := _OF_FUNCTION.fullmatch(key))}
+    return {found[1]: key for key in keys if (found := _REWARD_KEY.fullmatch(key))}

@@ -36,19 +36,24 @@ class AlarmWatch:
 
     Args:
         window: steps looked at; 0: never.
-        earlier: rows of steps before, when a run is resumed. Read once; only those with `alarm` can have ended a window.
+        earlier: lines of metrics.jsonl before, when a run is resumed (`recall`); read once.
         num_iterations: steps on the same rollouts, whose grades count once.
     """
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = (), *, num_iterations: int = 1) -> None:
         self.window, self.num_iterations = window, num_iterations
         self._rows: dict[str, deque[Mapping[str, Any]]] = {}
-        for row in earlier if window else ():
-            if "loss" not in row:
-                continue
-            rows = self._window_of(row)
-            if row.get("alarm"):  # another alarm may have been logged there
-                self._judge(rows)
+        for row in earlier:
+            if "loss" in row:
+                self.recall(row)
+
+    def recall(self, row: Mapping[str, Any]) -> None:
+        """Take a row of a step before, when a run is resumed. Only one with `alarm` can have ended a window."""
+        if not self.window:
+            return
+        rows = self._window_of(row)
+        if row.get("alarm"):  # another alarm may have been logged there
+            self._judge(rows)
 
     def watch(self, row: Mapping[str, Any]) -> str | None:
         """Take one step's metrics; a sentence when there is something to worry about."""

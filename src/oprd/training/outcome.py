@@ -45,7 +45,7 @@ logger = logging.getLogger("oprd")
 Say = Callable[[str], None]
 
 EVALUATION = "evaluation"  # key of the summary: digest of the problems and of how they are sampled
-_OF_EVALUATION = ("task", "reward_functions", "teacher")  # how the digests begin that an evaluation depends on
+_EVALUATION_DIGESTS = ("task", "reward_functions", "teacher")  # how the digests begin that an evaluation depends on
 _FEW_PROBLEMS = 8  # of fewer, none may be solved by chance
 
 
@@ -208,7 +208,7 @@ def _evaluation(trainer: OPRDTrainer) -> str:
     """Digest of what is evaluated, how it is graded, and by which teacher; the same on all ranks."""
     sampled = (trainer.args.eval_sampling, trainer.args.eval_num_generations)
     known = trainer.identity.digests if trainer.identity is not None else {}  # of the first process
-    graded = sorted((name, digest) for name, digest in known.items() if name.startswith(_OF_EVALUATION))
+    graded = sorted((name, digest) for name, digest in known.items() if name.startswith(_EVALUATION_DIGESTS))
     text = f"{digest_of_prompts(trainer.eval_dataset or ())} {sampled} {trainer.args.task} {graded}"
     (digest,) = broadcast_object_list([hashlib.sha256(text.encode()).hexdigest()[:16]])
     return str(digest)

@@ -28,7 +28,7 @@ from oprd.models.sharding import is_sharded, max_over_ranks, shard_models
 from oprd.objectives.batch import Batch
 from oprd.objectives.composite import StepTotals
 from oprd.states.requests import plan_micro_batches
-from oprd.states.teacher_settings import check_followed_whole, check_sharded
+from oprd.states.teacher_settings import check_sharded, refuse_following_when_sharded
 from oprd.training.processes import check_joined
 
 logger = logging.getLogger("oprd")
@@ -326,7 +326,7 @@ def check_shards(args: OPRDConfig, accelerator: Any) -> None:
                 f"student_quantization: {args.student_quantization} is not supported with {by}, which splits weights; use DDP"
             )
     elif deepspeed is not None and deepspeed.zero_stage == 3:
-        check_followed_whole(args, "DeepSpeed ZeRO-3")
+        refuse_following_when_sharded(args, "DeepSpeed ZeRO-3")
         if args.rollout_engine.startswith("vllm"):
             raise ValueError(
                 f"rollout_engine: {args.rollout_engine} is not supported with DeepSpeed ZeRO-3, which splits the "

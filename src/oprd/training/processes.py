@@ -19,7 +19,7 @@ from oprd.files import file_digest
 from oprd.models.sharding import max_over_ranks
 
 SHOWN_SECONDS = 60.0  # a network file system may show a new file this late (NFS: acdirmax)
-_OF_GLOO = re.compile(r"^\[\S*/gloo/\S+\] ?")  # "[/…/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+_GLOO_PREFIX = re.compile(r"^\[\S*/gloo/\S+\] ?")  # "[/…/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 
 
 def check_joined(accelerator: Any) -> None:
@@ -87,7 +87,7 @@ def explaining_lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_initialized() or not is_lost(error):
             raise
-        said = _OF_GLOO.sub("", str(error)).splitlines()[0].split(". ")[0].rstrip(".")
+        said = _GLOO_PREFIX.sub("", str(error)).splitlines()[0].split(". ")[0].rstrip(".")
         raise LostProcessError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} has lost another process ({said}): look "
             "at the first error of the others, then start all of them again with --resume auto"
@@ -96,4 +96,4 @@ def explaining_lost_processes() -> Iterator[None]:
 
 def is_lost(error: BaseException) -> bool:
     """Whether torch raised an error because another process has ended, or did not answer in time."""
-    return isinstance(error, dist.DistError) or bool(_OF_GLOO.match(str(error)))
+    return isinstance(error, dist.DistError) or bool(_GLOO_PREFIX.match(str(error)))

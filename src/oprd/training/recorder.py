@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -108,24 +108,18 @@ class Recorder:
         self._metrics, self._batches, self._prompts = StepMetrics(), [], []
         self._measured, self._distances = [], []
         self._rising = RisingLoss(self.args)
-        useless = 0.0
-
-        def lines() -> Iterator[Mapping[str, Any]]:
-            nonlocal useless
-            for row in earlier:
-                if "loss" in row:
-                    useless = row.get("useless_steps", 0.0)
-                    self._rising.watch(row)
-                    self._tell(row["step"], row)
-                yield row
-
+        window = self.args.alarm_window if self.main else 0
+        self._alarms = AlarmWatch(window, num_iterations=self.args.num_iterations)
         for term in self._watching.values():
             term.begin()
-        rows = lines()
-        window = self.args.alarm_window if self.main else 0
-        self._alarms = AlarmWatch(window, rows, num_iterations=self.args.num_iterations)
-        for _ in rows:  # without a window the alarm reads none
-            pass
+        useless = 0.0
+        for row in earlier:
+            if "loss" not in row:
+                continue
+            useless = row.get("useless_steps", 0.0)
+            self._rising.watch(row)
+            self._alarms.recall(row)
+            self._tell(row["step"], row)
         before = self.parallel.sum_over_ranks(torch.tensor([useless]))  # only the first process has the earlier lines
         self._useless = UselessSteps(self.args, int(before))
 

@@ -35,7 +35,7 @@ logger = logging.getLogger("oprd")
 _LEAST_TOKEN = 16  # characters
 _CHUNK = 2**20  # bytes
 _SPARE = 8  # connections beside those that wait, so that more are answered 503
-_STRANGERS = 64  # connections that have not shown that they may ask
+_MOST_UNAUTHENTICATED = 64  # connections that have not shown that they may ask
 _MOST_DIGITS = 18  # of a body's length
 _GRACE = 5.0  # seconds
 _LOOPBACK = ("localhost",)
@@ -201,7 +201,7 @@ class TeacherServer:
         check_access(host, token)
         self.limits = limits or ServerLimits()
         try:
-            handler = partial(_Handler, service, _Gate(token, loopback=is_loopback(host)), self.limits)
+            handler = partial(_Handler, service, _AccessCheck(token, loopback=is_loopback(host)), self.limits)
             self._http = _Listener((host, port), handler, self.limits)
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: {error}; choose another --port") from error
@@ -251,7 +251,7 @@ class _Listener(ThreadingHTTPServer):
     """Accepts connections and ends those that take too long.
 
     A connection takes one of the limited places only after its request passes the gate, so idle connections block no client. If
-    more than `_STRANGERS` connections have not passed the gate yet, the oldest of them is closed.
+    more than `_MOST_UNAUTHENTICATED` connections have not passed the gate yet, the oldest of them is closed.
 
     Args:
         address: host and port.
@@ -265,28 +265,30 @@ class _Listener(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: Any, limits: ServerLimits) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._limits, self._open = limits, set[socket.socket]()
-        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
-        self._guests, self._changing = set[socket.socket](), threading.Lock()
+        self._unauthenticated: dict[socket.socket, None] = {}  # in the order in which they came
+        self._admitted, self._changing = set[socket.socket](), threading.Lock()
         self._places = threading.BoundedSemaphore(limits.queue + _SPARE)
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Handle a connection in a thread of its own."""
         with self._changing:
-            oldest = next(iter(self._strangers)) if len(self._strangers) >= _STRANGERS else None
+            oldest = next(iter(self._unauthenticated)) if len(self._unauthenticated) >= _MOST_UNAUTHENTICATED else None
             if oldest is not None:
-                del self._strangers[oldest]
-            self._strangers[request] = None
+                del self._unauthenticated[oldest]
+            self._unauthenticated[request] = None
             self._open.add(request)
         if oldest is not None:
-            logger.info("%d connections have sent no request that is let in; the oldest is ended", _STRANGERS)
+            logger.info(
+                "%d connections have sent no request that is let in; the oldest is ended", _MOST_UNAUTHENTICATED
+            )
             _end(oldest)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Handle a connection; end it when its time is over."""
         clocks = [
-            threading.Timer(self._limits.headers, self._end_stranger, (request, client_address)),
+            threading.Timer(self._limits.headers, self._end_unauthenticated, (request, client_address)),
             threading.Timer(self._limits.timeout, _end, (request,)),
         ]
         for clock in clocks:
@@ -299,12 +301,12 @@ class _Listener(ThreadingHTTPServer):
                 clock.cancel()
             with self._changing:
                 self._open.discard(request)
-                self._strangers.pop(request, None)
-                if request in self._guests:
-                    self._guests.remove(request)
+                self._unauthenticated.pop(request, None)
+                if request in self._admitted:
+                    self._admitted.remove(request)
                     self._places.release()
 
-    def let_in(self, connection: socket.socket) -> None:
+    def admit(self, connection: socket.socket) -> None:
         """Give a connection whose request may be answered a place.
 
         Raises:
@@ -313,12 +315,12 @@ class _Listener(ThreadingHTTPServer):
         if not self._places.acquire(blocking=False):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections wait already", retry_after=1)
         with self._changing:
-            self._strangers.pop(connection, None)
-            self._guests.add(connection)
+            self._unauthenticated.pop(connection, None)
+            self._admitted.add(connection)
 
-    def _end_stranger(self, connection: socket.socket, client_address: Any) -> None:
+    def _end_unauthenticated(self, connection: socket.socket, client_address: Any) -> None:
         with self._changing:
-            if connection not in self._strangers:
+            if connection not in self._unauthenticated:
                 return
             _end(connection)
         logger.info("%s: no request that is let in within %g s", client_address[0], self._limits.headers)
@@ -341,7 +343,7 @@ def _end(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-class _Gate:
+class _AccessCheck:
     """Decides which requests are let in: those that send the token; without one, those to a loopback name (no DNS rebinding)."""
 
     def __init__(self, token: str, *, loopback: bool) -> None:
@@ -366,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server_version, sys_version = "oprd", ""
 
-    def __init__(self, service: TeacherService, gate: _Gate, limits: ServerLimits, *args: Any) -> None:
+    def __init__(self, service: TeacherService, gate: _AccessCheck, limits: ServerLimits, *args: Any) -> None:
         self.service, self.gate, self.limits = service, gate, limits
         super().__init__(*args)  # handles the connection
 
@@ -425,7 +427,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self.gate.check(self.headers.get("Authorization", ""), self.headers.get("Host", ""))
             assert isinstance(self.server, _Listener), "it makes the handlers"
-            self.server.let_in(self.connection)
+            self.server.admit(self.connection)
             content = answer()
         except Refused as refused:
             retry = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}

@@ -130,7 +130,7 @@ class RemoteTeacher:
             raise ValueError(
                 f"teacher_model: {self.settings.url} has no layer {missing[0]}; it has {list(self.served.widths)}"
             )
-        asked, places_N = wire.asked_once(request)
+        asked, places_N = wire.without_repeated_positions(request)
         largest = wire.largest_states(asked, self.served, self._dtype)
         body = wire.pack_request(asked, self.settings.dtype)
         found = self._ask(

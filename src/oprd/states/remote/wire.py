@@ -116,7 +116,7 @@ def pack_request(request: StateRequest, dtype: str | None) -> bytes:
     return save(numbers, {_METADATA: json.dumps({"layers": list(request.layers), "dtype": dtype})})
 
 
-def asked_once(request: StateRequest) -> tuple[StateRequest, Tensor | None]:
+def without_repeated_positions(request: StateRequest) -> tuple[StateRequest, Tensor | None]:
     """The request with each selected position once, and the place of each of its N positions there; None: each is there once.
 
     Positions inside one token of the teacher are interpolated between the same states, which are sent once.

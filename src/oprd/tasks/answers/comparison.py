@@ -69,12 +69,12 @@ def same_answer(answer: str, truth: str, algebra: Algebra) -> Verdict:
     relations = [split(text, r"<|>|\\le|\\ge") for text in texts]
     if all(len(relation) == 2 for relation in relations):  # 2x > 6 for x > 3
         return algebra.same_relation(_relation(*relations[0]), _relation(*relations[1]))
-    if any(map(_OF_STRUCTURES.search, texts)):
+    if any(map(_STRUCTURES.search, texts)):
         return algebra.same_expression(texts[0], texts[1])
     return verdict
 
 
-_OF_STRUCTURES = re.compile(r"\\(?:cap|setminus|backslash)(?![A-Za-z])|\\begin.*\\begin")  # a sum of matrices
+_STRUCTURES = re.compile(r"\\(?:cap|setminus|backslash)(?![A-Za-z])|\\begin.*\\begin")  # a sum of matrices
 
 
 def _relation(left: tuple[str, str], right: tuple[str, str]) -> Relation:

@@ -221,7 +221,7 @@ _IN_TEXT = re.compile(r"\\text\{ ?(-?[\d.,/]+) ")
 _PERCENT = re.compile(r"(.+?) ?(?:\\%|\\text\{ ?(?:\\%|per ?cent|percentage|pct) ?\}|per ?cent|pct)")
 _CURRENCY = r"(?:\\text\{ ?)?(\\?\$|€|£|₹|¥|¢|USD|EUR|GBP|Rs\.?)(?: ?\})?"
 _BEFORE, _AFTER = re.compile(rf"([+-]?) ?{_CURRENCY} ?(.+)"), re.compile(rf"(.*\d) ?{_CURRENCY}")
-_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(.+?) ?\^ ?\\circ ?(?:\\text\{ ?)?([CF]?) ?\}?")
 _TEMPERATURE = {"C": "celsius", "F": "fahrenheit", "": "degrees"}
 
@@ -282,7 +282,7 @@ def _measured(text: str) -> Quantity:
         return Quantity(match[1].strip(), None, True)
     if match := _AFTER.fullmatch(text):
         return Quantity(match[1].strip(), _unit(match[2].removeprefix("\\")), False)
-    if not _OF_ANGLE.search(text) and (match := _DEGREES.fullmatch(text)):
+    if not _TRIGONOMETRY.search(text) and (match := _DEGREES.fullmatch(text)):
         return Quantity(match[1].strip(), _unit(_TEMPERATURE[match[2]]), False)
     return _with_unit_in_text(text) or _with_plain_unit(text) or Quantity(text, None, False)
 

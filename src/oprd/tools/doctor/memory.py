@@ -87,7 +87,7 @@ def teachers_wait(work: Workload) -> tuple[bool, str]:
     held = _Held(work)
     if work.offload != AUTO:
         return held.offloads, str(held.offloads).lower()
-    return held.offloads, f"auto: {held.placed.describe()}" if held.placed.open else "auto"
+    return held.offloads, f"auto: {held.placed.describe()}" if held.placed.has_choice else "auto"
 
 
 def saved_bytes(work: Workload) -> tuple[float, float]:
