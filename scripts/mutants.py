@@ -99,7 +99,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "for seed in ours if seed in baseline][:1]", "test_compare.py::test_differences_are_paired_by_seed"),
     ],
     "tools/settings_of_run.py": [
-        ("a folder may name code", 'if ":" in code:', 'if code == ":":',
+        ("a folder may name code", 'if ":" in code else ""', 'if code == ":" else ""',
          "test_eval_of_run.py::test_what_is_not_taken_is_asked_for"),
         ("the run's settings replace those of the command line", "if name in given or not applies",
          "if not applies", "test_eval_of_run.py::test_what_the_command_line_gives_comes_first"),
@@ -172,7 +172,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_composite.py::test_a_weight_is_on_if_it_ever_counts"),
     ],
     "objectives/head_metric.py": [
-        ("no α of 0", "(1 - self.alpha) * whole", "whole",
+        ("no α of 0", "(1 - self.alpha) * state_part", "state_part",
          "test_head_metric.py::test_alpha_0_is_the_representation_loss_and_the_share_is_linear"),
     ],
     "objectives/zero_loss.py": [
@@ -576,7 +576,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alignment.py::test_partners_have_read_the_same_bytes"),
     ],
     "alignment/model_pair.py": [
-        ("quotes are of what another teacher was shown", "self.aligners.get(rows[row].columns.get(TEACHER_ID), first)",
+        ("quotes are of what another teacher was shown", "self.aligners.get(str(rows[row].columns.get(TEACHER_ID)), first)",
          "first", "test_several_tokenizers.py::test_a_quote_is_of_what_the_rows_own_teacher_was_shown"),
         ("the last teacher's bridge projects for all", "reader = self._reader(teacher_id)\n        return reader.project",
          "reader = teachers_of(self.teacher)[-1]\n        return reader.project",
@@ -823,9 +823,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_teacher_server.py::test_no_way_of_writing_a_length_lets_a_larger_body_in"),
         ("a length of any number of digits is read", "if len(digits) <= _MOST_DIGITS else None", "if True else None",
          "test_teacher_server.py::test_no_way_of_writing_a_length_lets_a_larger_body_in"),
-        ("who sends nothing stays", "_STRANGERS = 64", "_STRANGERS = 10**6",
+        ("who sends nothing stays", "_MOST_UNAUTHENTICATED = 64", "_MOST_UNAUTHENTICATED = 10**6",
          "test_teacher_server.py::test_who_sends_nothing_keeps_no_place_from_who_has_the_token"),
-        ("a request that is let in has no place", "self.server.let_in(self.connection)", "pass",
+        ("an admitted request has no place", "self.server.admit(self.connection)", "pass",
          "test_teacher_server.py::test_who_may_ask_has_as_many_places_as_requests_may_wait"),
         ("a place is kept after its connection", "                    self._places.release()", "                    pass",
          "test_teacher_server.py::test_who_may_ask_has_as_many_places_as_requests_may_wait"),
@@ -1043,9 +1043,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "training/metrics.py": [
         ("accuracy counts ungraded rollouts", 'totals["correct"] / totals["graded"]',
          'totals["correct"] / totals["rollouts"]', "test_trainer.py::test_metrics_are_what_happened"),
-        ("the spread of the reverse KL is its second moment", 'row.pop("reverse_kl_square") - row["reverse_kl"] ** 2',
-         'row.pop("reverse_kl_square")',
-         "test_objectives_in_training.py::test_every_tenth_step_measures_both_distributions"),
         ("a report counts the steps of the one before", "self._closed.clear()", "pass",
          "test_trainer.py::test_tensorboard_gets_every_metric"),
         ("clipped_ratio counts what ended", '1 - totals["finished"] / totals["rollouts"]',
@@ -1085,7 +1082,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_alarm.py::test_worse_while_closer_rings"),
         ("the window never moves", "deque(maxlen=self.window)", "deque()",
          "test_alarm.py::test_a_log_of_any_length_is_read_once_and_a_window_of_it_is_kept"),
-        ("a resumed run forgets that it has rung", "                self._judge(rows)", "                pass",
+        ("a resumed run forgets that it has rung", "            self._judge(rows)\n\n", "            pass\n\n",
          "test_alarm.py::test_a_resumed_run_is_quiet_as_long_as_the_uninterrupted_one"),
     ],
     "training/processes.py": [
@@ -1096,7 +1093,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_nodes.py::test_other_errors_of_torch_are_no_lost_process"),
         ("a disk of one's own is not noticed", "0 if found == written else dist.get_rank() + 1", "0 if found else dist.get_rank() + 1",
          "test_nodes.py::test_nodes_that_do_not_share_the_folder_are_told_so"),
-        ("a lost process is a bug", "or bool(_OF_GLOO.match(str(error)))", "",
+        ("a lost process is a bug", "or bool(_GLOO_PREFIX.match(str(error)))", "",
          "test_nodes.py::test_a_node_that_is_lost_ends_the_other_with_one_sentence"),
     ],
     "training/parallel.py": [
@@ -1132,8 +1129,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a step counts in part", "share = len(inputs) / int(num_items_in_batch or len(inputs))", "share = 1.0",
          "test_trainer.py::test_gradient_accumulation_equals_one_larger_batch"),
         ("the shuffle ignores data_seed",
-         "seed = args.seed if args.data_seed is None else args.data_seed",
-         "seed = args.seed",
+         "args.seed if args.data_seed is None else args.data_seed",
+         "args.seed",
          "test_prompt_order.py::test_the_trainer_sees_each_steps_prompts_as_often_as_it_updates"),
     ],
     "runs/checkpoints.py": [
@@ -1159,8 +1156,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_checkpoint.py::test_newest_means_the_highest_step_that_verifies"),
         ("scalars of an optimizer are lost", '{int(i): dict(entries) for i, entries in rest["scalars"].items()}', "{}",
          "test_checkpoint.py::test_an_optimizers_state_that_is_no_tensor_is_kept"),
-        ("a damaged checkpoint of this step stays", "if final.exists() and not is_whole(final):", "if False:",
-         "test_checkpoint.py::test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_stays"),
     ],
     "runs/rewards.py": [
         ("the reward at the end is that at the start", "_mean(values[-few:])", "_mean(values[:few])",

@@ -250,8 +250,8 @@ def is_loopback(host: str) -> bool:
 class _Listener(ThreadingHTTPServer):
     """Accepts connections and ends those that take too long.
 
-    A connection takes one of the limited places only after its request passes the gate, so idle connections block no client. If
-    more than `_MOST_UNAUTHENTICATED` connections have not passed the gate yet, the oldest of them is closed.
+    A connection takes one of the limited places only after its request is admitted, so idle connections block no client. If
+    more than `_MOST_UNAUTHENTICATED` connections are not admitted yet, the oldest of them is closed.
 
     Args:
         address: host and port.
