@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from oprd.bridge.collect import check_fitting
 from oprd.bridge.curve import direction_errors, predicted_errors, rank_cosines, report_pair, verdict
 from oprd.bridge.fit import PROJECTORS, SCALES, adamw_projector, choose_ridge, fit_pair, principal_directions
 from oprd.bridge.statistics import PairStatistics
@@ -428,3 +429,9 @@ def test_bad_arguments_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_rank_above_the_largest_that_is_kept_is_refused_before_rollouts():
+    check_fitting(10, 0.2, rank=4, max_rank=4)
+    with pytest.raises(ValueError, match="rank: 8 is more than max_rank, which is 4"):
+        check_fitting(10, 0.2, rank=8, max_rank=4)
