@@ -317,4 +317,9 @@ def test_only_graded_rollouts_count():
     assert find_alarm([{**row, "graded": 10.0} for row in rows]) is None
     repeated = history(accuracy=(0.5, 0.46), rollouts=1000)
     assert rung(AlarmWatch(20), repeated) == [20]
+    rewarded = [{**row, "accuracy_std": 0.5} for row in repeated]
+    assert rung(AlarmWatch(20, num_iterations=4), rewarded) == []
+    grown = history(kl=(0.2, 0.4), error=0.06, every=5)  # measured in steps 1, 6, 11 and 16
+    assert rung(AlarmWatch(20), grown) == [20]
+    assert rung(AlarmWatch(20, num_iterations=2), grown) == []  # of which 6 and 16 repeat rollouts
     assert rung(AlarmWatch(20, num_iterations=4), repeated) == []  # 3000 and 2000: three standard errors are 0.043

@@ -36,9 +36,6 @@ ALONE = [
      "positions: last_k has no effect where no states are compared (the positions of a loss on distributions are "
      "output_positions); set representation_weight, or diagnostic_steps to measure the cosine, or leave positions out",
      {"representation_weight": 1}),
-    ({"layers": "last", **UNREAD}, "layers: last has no effect where no states", {"diagnostic_steps": 5}),
-    ({"layer_map": "proportional", **UNREAD}, "layer_map: proportional has no effect", {"representation_weight": 1}),
-    ({"bridge": "b", **UNREAD}, "bridge: b has no effect where no states", {"representation_weight": 1}),
     ({"normalize": True, **KL, "representation_weight": 0},
      "normalize: true has no effect with representation_weight: 0.0; set that, or leave normalize out",
      {"representation_weight": 1}),
@@ -152,13 +149,14 @@ REFUSED_ELSEWHERE = {  # key → settings that another check refuses
     "teachers_per_prompt": {"teachers_per_prompt": "all"},
     "teacher_update_rate": {"teacher_update_rate": 0.1},
     "extrapolation": {"extrapolation": 1.25, "representation_weight": 0, **KL},
+    "layer_map": {"layer_map": "kept", "teacher_model": None, "lora": {"r": 2}},
     "rollout_engine_kwargs": {"rollout_engine_kwargs": {"enforce_eager": True}, "max_completion_length": 8},
     "policy_gradient_weight": {"policy_gradient_weight": 1.0, "num_generations": 2, "task": None},
     "output_space": {"output_space": "cross_entropy"},
 }
 READ_BY_EVERY_RUN = {
-    "alarm_window", "chat_template_date", "dataset_config", "diagnostic_steps", "end_of_turn", "fully_shard",
-    "generation_batch_size", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
+    "alarm_window", "bridge", "chat_template_date", "dataset_config", "diagnostic_steps", "end_of_turn", "fully_shard",
+    "generation_batch_size", "layers", "lmbda", "log_completions", "max_completion_length", "max_prompt_length",
     "max_useless_steps", "merge_system_prompt", "micro_batch_tokens", "nan_policy", "num_generations", "objectives",
     "overlap_rollouts", "prompt_column", "reduction", "representation_weight", "rollout_engine", "save_seconds",
     "split_special_tokens", "special_token_map", "student_quantization", "task", "teacher_prompt", "teacher_system_prompt",

@@ -251,5 +251,9 @@ def test_what_the_doctor_advises_is_accepted(tmp_path):
     assert sharded not in advised("--learning_rate", "auto")
     assert sharded not in advised("--learning_rate", "1e-3", "--overlap_rollouts", "true")
     own = advised("--learning_rate", "1e-3", "--teacher_model", "student", "--teacher_prompt", "{prompt}{answer}")
+    assert advised("--num_completions_to_log", "3", "--log_completions", "false") >= {
+        bfloat16,
+        sharded,
+    }  # refused anyway
     assert bfloat16 not in own
     assert sharded in own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from oprd.data.yaml_text import dump_yaml, load_yaml
 from oprd.resolve.datasets import dataset_rows
 from oprd.run_config import RunConfig, parse_overrides
 from oprd.runs.folder import RunFolder
+from oprd.runs.identity import digest_of_prompts
 from oprd.sanitize import REDACTED, names_secret, redacted, redacted_text
 from oprd.tasks.measures import Sample, avg_at_k, summarize
 from oprd.tasks.task import TASKS, with_instruction
@@ -275,6 +277,13 @@ def test_a_report_says_at_once_where_it_cannot_be_written(tmp_path):
     assert str(found.exception).startswith(f"output: {tmp_path} is a folder")
 
 
+def digest_of_sampling(folder, settings) -> str:
+    """What earlier versions recorded of an evaluation."""
+    trainer = tiny_trainer(folder, tiny_model(), tiny_model(seed=1), **settings)
+    sampled = (trainer.args.eval_sampling, trainer.args.eval_num_generations)
+    return hashlib.sha256(f"{digest_of_prompts(trainer.eval_dataset)} {sampled}".encode()).hexdigest()[:16]
+
+
 def test_an_evaluation_that_changed_is_measured_again(tmp_path, caplog):
     """A resumed run with other problems or another k must not mix both in its verdict."""
     settings = {
@@ -291,6 +300,10 @@ def test_an_evaluation_that_changed_is_measured_again(tmp_path, caplog):
     same = summary(2, True)
     assert same["student_before"] == first["student_before"]
     assert same["evaluation"] == first["evaluation"]
+    assert "are measured again" not in caplog.text
+    earlier = {**same, "evaluation": digest_of_sampling(tmp_path / "other", settings)}  # as an earlier version wrote it
+    (tmp_path / "summary.json").write_text(json.dumps(earlier))
+    assert summary(2, True)["student_before"] == first["student_before"]
     assert "are measured again" not in caplog.text
     other = summary(3, True, eval_num_generations=2)
     assert "problems, sampling, grading or teacher of the evaluation have changed" in caplog.text

@@ -214,15 +214,6 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} is not in the manifest: it was added after the folder was written; move it out")
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether `verify` accepts the folder."""
-    try:
-        verify(folder)
-    except ValueError:
-        return False
-    return True
-
-
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -33,6 +33,8 @@ def sums_by_rollout(
 ) -> dict[str, Float[Tensor, ""]]:
     """Sums over rollouts that add up over micro-batches and ranks, for `error_over_rollouts`.
 
+    A rollout that several teachers read counts once for each.
+
     Args:
         values_M: `[M]`, one value a position.
         rollout_index_M: `[M]`, the rollout of each.

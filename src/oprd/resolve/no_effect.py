@@ -46,6 +46,11 @@ def _loads_teacher_by_name(run: RunConfig) -> bool:
     return run.teachers is not None or run.base_model is not None or not (teacher is None or elsewhere)
 
 
+def _is_elsewhere(run: RunConfig) -> bool:
+    """Whether the teacher's states come from a server or cache, which is asked for certain positions."""
+    return isinstance(run.teacher_model, Mapping)
+
+
 NEEDS = (
     Needs(
         ("teacher_sync_steps",), lambda run, _: run.args.teacher_update_rate > 0,
@@ -56,8 +61,8 @@ NEEDS = (
         "where no teacher is loaded by name", "name one as teacher_model",
     ),
     Needs(
-        ("positions", "layers", "layer_map", "bridge"),
-        lambda run, terms: have_kind(terms, LayerTerm | AttentionTerm) or run.args.diagnostic_steps > 0,
+        ("positions",),
+        lambda run, terms: have_kind(terms, LayerTerm | AttentionTerm) or run.args.diagnostic_steps > 0 or _is_elsewhere(run),
         "where no states are compared (the positions of a loss on distributions are output_positions)",
         "set representation_weight, or diagnostic_steps to measure the cosine",
     ),

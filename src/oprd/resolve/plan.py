@@ -83,7 +83,7 @@ class PlannedRun:
             lines.append(
                 self._bridge_line(
                     BridgeSettings(args.bridge, args.bridge_rank),
-                    run.teacher_model,
+                    (run.teacher_model, args.teacher_model_init_kwargs),
                     self.teacher,
                     args.prompt_rendering,
                 )
@@ -106,7 +106,10 @@ class PlannedRun:
             ]
             for teacher_id, bridge in bridges_of(run.teachers).items():
                 entry = run.teachers[teacher_id]
-                named, rendering = model_of_entry(entry, None)[0], args.prompt_rendering.of_one(entry)
+                named, rendering = (
+                    model_of_entry(entry, args.teacher_model_init_kwargs),
+                    args.prompt_rendering.of_one(entry),
+                )
                 with naming_teacher(teacher_id):
                     line = self._bridge_line(bridge, named, self.several[teacher_id], rendering)
                 lines.append(f"teacher {teacher_id}: {line}")
@@ -137,18 +140,22 @@ class PlannedRun:
         return f"{line}, student: teacher {', '.join(f'{own}: {other}' for own, other in pairs.items())}"
 
     def _bridge_line(
-        self, named: BridgeSettings, teacher: Any, info: ModelInfo | None, rendering: TeacherPromptSettings
+        self,
+        named: BridgeSettings,
+        teacher: tuple[Any, Mapping[str, Any] | None],
+        info: ModelInfo | None,
+        rendering: TeacherPromptSettings,
     ) -> str:
         """What a bridge is, or that it is not there yet.
 
         Args:
             named: its folder and rank.
-            teacher: the name of the teacher behind it.
+            teacher: the name of the teacher behind it, and the arguments of its `from_pretrained`.
             info: facts of that teacher; None if they are not known.
             rendering: how its prompts are rendered.
         """
         run, folder = self.run, named.folder
-        if teacher is None:
+        if teacher[0] is None:
             raise ValueError("bridge: it is for a teacher_model of another shape, and there is no teacher_model")
         sides = (("student", self.student), ("teacher", info))
         if not Path(folder).exists() and not all(
@@ -157,7 +164,11 @@ class PlannedRun:
             return (
                 f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: "
                 + fit_command(
-                    str(run.model), str(teacher), str(run.train_dataset), folder, _fit_settings(run, rendering)
+                    str(run.model),
+                    str(teacher[0]),
+                    str(run.train_dataset),
+                    folder,
+                    _fit_settings(run, rendering, teacher[1]),
                 )
             )
         bridge = Bridge.load(folder, rank=named.rank)
@@ -252,12 +263,14 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     return f"{role}: {name}: {shape}"
 
 
-def _fit_settings(run: RunConfig, rendering: TeacherPromptSettings) -> dict[str, Any]:
+def _fit_settings(
+    run: RunConfig, rendering: TeacherPromptSettings, init_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The run's settings by which a bridge for it is fitted."""
     values = vars(run.args)
     return {
         **values, **asdict(rendering), "split": run.train_split,
-        "teacher_dtype": (run.args.teacher_model_init_kwargs or {}).get("dtype", "auto"),
+        "teacher_dtype": (init_kwargs or {}).get("dtype", "auto"),
         **{key: for_dataset(values[key], "train") for key in ("prompt_column", "dataset_config")},
     }  # fmt: skip
 

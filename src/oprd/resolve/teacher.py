@@ -357,8 +357,7 @@ def bridge_teacher(
     logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
     if other := bridge.differing_text(asdict(rendering)):
         logger.warning(
-            "bridge %s: it was fitted on prompts with another %s; its projections may not suit these, so fit one with the settings "
-            "of this run",
+            "bridge %s: it was fitted on prompts with another %s; its projections may not suit these",
             named.folder, ", ".join(other),
         )  # fmt: skip
     digest = folder_digest(Path(named.folder))

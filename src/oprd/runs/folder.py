@@ -171,10 +171,14 @@ class RunFolder:
             logger.warning("%s is damaged and was renamed to %s; it is written anew", path, set_aside(path).name)
         return {}
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int, *, evaluated: bool = True) -> None:
         """Remove log lines after `step`, where the run resumes, and rename later checkpoints to `superseded-…`.
 
         A line that cannot be read, such as the last one of a killed run, is removed with a warning.
+
+        Args:
+            step: of the checkpoint.
+            evaluated: keep an evaluation after that step; else it is made again.
         """
         for later in self.path.glob("checkpoint-*"):
             number = later.name.removeprefix("checkpoint-")
@@ -188,7 +192,8 @@ class RunFolder:
                 with writing(path) as shorter, shorter.open("wb") as kept:
                     for line in read_lines(path):
                         at = line.row.get("step")
-                        if isinstance(at, int | float) and at <= step:
+                        again = not evaluated and at == step and name == METRICS and "loss" not in line.row
+                        if isinstance(at, int | float) and at <= step and not again:
                             kept.write(_as_line(line.row))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:

@@ -43,17 +43,19 @@ class Evaluation:
         rollouts: the completions, k consecutive ones per problem.
         correct: reward (a verdict or a number) of each completion; None if its row has no answer or there is no grader.
         rewards: reward function → its reward of each completion.
+        writers: models that answered each problem, k times each; then the measures are means over them.
     """
 
     summary: dict[str, Any]
     rollouts: Rollouts
     correct: list[bool | float | None]
     rewards: Mapping[str, list[Reward]] = field(default_factory=dict)
+    writers: int = 1
 
     @property
     def measured(self) -> Measured:
         """The measures and the grade of each problem, without the completions."""
-        k = self.summary["k"]
+        k = self.summary["k"] * self.writers
         samples = [self.correct[start : start + k] for start in range(0, len(self.correct), k)]
         return Measured(self.summary, [mean_and_std([g for g in own if g is not None])[0] for own in samples])
 
@@ -277,7 +279,9 @@ def join_parts(parts: Sequence[Evaluation], places: Sequence[Sequence[int]], k: 
 
 
 def join_samples(parts: Sequence[Evaluation], k: int) -> Evaluation:
-    """Join evaluations of the same problems by several models: each problem has the k samples of every model.
+    """Join evaluations of the same problems by several models into one of each problem's k samples of every model.
+
+    A problem's grade is the mean over all of them. Best@k and Dist-4, which depend on the number of samples, are means over models.
 
     Args:
         parts: evaluations, of all problems in the same order.
@@ -290,7 +294,13 @@ def join_samples(parts: Sequence[Evaluation], k: int) -> Evaluation:
         for model in range(len(parts))
         for sample in range(k)
     ]
-    return _joined(parts, order, k * len(parts))
+    joined = _joined(parts, order, k * len(parts))
+    means = {
+        key: mean_and_std([part.summary[key] for part in parts])[0]
+        for key in ("best_at_k", "dist_4")
+        if all(part.summary[key] is not None for part in parts)
+    }
+    return replace(joined, summary={**joined.summary, **means, "k": k}, writers=len(parts))
 
 
 def _joined(parts: Sequence[Evaluation], order: Sequence[int], k: int) -> Evaluation:

@@ -24,6 +24,13 @@ _TOP = 0.5  # above this one it does not either: the student may be done
 _SURE = 0.05  # the gain in accuracy must be below this, by two standard errors
 _RISE = 2.0  # a loss must have grown by this factor, and its logarithm by more than the standard errors above
 _MEAN_OF = 5  # steps: of one step the loss is noisy
+_OF_ROLLOUTS = (
+    "accuracy",
+    "accuracy_std",
+    "graded",
+    "reverse_kl",
+    "reverse_kl_error",
+)  # what further updates on them repeat
 _UNEQUAL = 100.0  # ratio; the noise of one step is far smaller
 _SCALES_AT = 5  # the one step whose terms are compared, so that a resumed run gives the same warning
 
@@ -37,7 +44,7 @@ class AlarmWatch:
     Args:
         window: steps looked at; 0: never.
         earlier: lines of metrics.jsonl before, when a run is resumed (`recall`); read once.
-        num_iterations: steps on the same rollouts, whose grades count once.
+        num_iterations: steps on the same rollouts, of which only the first says how good these are.
     """
 
     def __init__(self, window: int, earlier: Iterable[Mapping[str, Any]] = (), *, num_iterations: int = 1) -> None:
@@ -63,8 +70,8 @@ class AlarmWatch:
 
     def _window_of(self, row: Mapping[str, Any]) -> deque[Mapping[str, Any]]:
         rows = self._rows.setdefault(only_teacher(row), deque(maxlen=self.window))
-        graded_before = (row.get("step", 1) - 1) % self.num_iterations > 0
-        rows.append({**row, "accuracy": None} if graded_before else row)
+        again = (row.get("step", 1) - 1) % self.num_iterations > 0  # on rollouts of a step before
+        rows.append({key: value for key, value in row.items() if key not in _OF_ROLLOUTS} if again else row)
         return rows
 
     def _judge(self, rows: deque[Mapping[str, Any]]) -> str | None:

@@ -63,9 +63,9 @@ def measure_before(trainer: OPRDTrainer, *, resumed_at: int | None, say: Say) ->
     summary: dict[str, Any] = dict.fromkeys(
         ("student_before", "student_after", "teacher", "gap_closed", "contamination")
     )
-    evaluation = _evaluation(trainer)
+    sampling, evaluation = _evaluation(trainer)
     if resumed_at is not None:  # on every rank: all must agree on what is left to evaluate together
-        summary |= _measured_before(trainer.run_folder, evaluation)
+        summary |= _measured_before(trainer.run_folder, (sampling, evaluation))
     summary[EVALUATION] = evaluation
     if trainer.is_world_process_zero():
         write_text(trainer.run_folder.path / CONFIG, dump_yaml(_settings(trainer)))
@@ -191,11 +191,11 @@ def _rate_probe(trainer: OPRDTrainer) -> dict[str, Any] | None:
     return probe if probe.get("learning_rate") == trainer.args.learning_rate else None
 
 
-def _measured_before(folder: RunFolder, evaluation: str) -> dict[str, Any]:
+def _measured_before(folder: RunFolder, same: Sequence[str | None]) -> dict[str, Any]:
     """What an earlier part of this run measured before it trained, unless the evaluation has changed since."""
     earlier = folder.read_json(SUMMARY)
     measured = {name: earlier.get(name) for name in ("student_before", "teacher")}
-    if earlier.get(EVALUATION, evaluation) != evaluation:  # an earlier version did not record it
+    if earlier.get(EVALUATION, same[0]) not in same:  # earlier versions recorded nothing, or the sampling alone
         if any(measured.values()):
             logger.warning(
                 "problems, sampling, grading or teacher of the evaluation have changed: student and teacher are measured again"
@@ -204,14 +204,14 @@ def _measured_before(folder: RunFolder, evaluation: str) -> dict[str, Any]:
     return {name: value if isinstance(value, dict) else None for name, value in measured.items()}
 
 
-def _evaluation(trainer: OPRDTrainer) -> str:
-    """Digest of what is evaluated, how it is graded, and by which teacher; the same on all ranks."""
-    sampled = (trainer.args.eval_sampling, trainer.args.eval_num_generations)
-    known = trainer.identity.digests if trainer.identity is not None else {}  # of the first process
+def _evaluation(trainer: OPRDTrainer) -> tuple[str, str]:
+    """Digests of what is evaluated and how it is sampled, and of that with grading and teacher; the same on all ranks."""
+    args, known = trainer.args, trainer.identity.digests if trainer.identity is not None else {}  # of the first process
     graded = sorted((name, digest) for name, digest in known.items() if name.startswith(_EVALUATION_DIGESTS))
-    text = f"{digest_of_prompts(trainer.eval_dataset or ())} {sampled} {trainer.args.task} {graded}"
-    (digest,) = broadcast_object_list([hashlib.sha256(text.encode()).hexdigest()[:16]])
-    return str(digest)
+    sampling = f"{digest_of_prompts(trainer.eval_dataset or ())} {(args.eval_sampling, args.eval_num_generations)}"
+    texts = (sampling, f"{sampling} {args.task} {args.reward_funcs} {args.reward_weights} {graded}")
+    sampled, whole = broadcast_object_list([hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts])
+    return str(sampled), str(whole)
 
 
 def _judged(summary: dict[str, Any]) -> dict[str, Any]:

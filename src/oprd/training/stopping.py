@@ -120,18 +120,17 @@ class StopOrSave(TrainerCallback):
     Args:
         signals: of this process.
         args: the run's settings.
-        evaluate: evaluates the student and keeps the best step.
+        make_up_evaluation: called when a run begins; evaluates its last step, if that is missing.
     """
 
-    def __init__(self, signals: StopSignals, args: OPRDConfig, evaluate: Callable[[], Any]) -> None:
-        self.signals, self.args, self.evaluate = signals, args, evaluate
+    def __init__(self, signals: StopSignals, args: OPRDConfig, make_up_evaluation: Callable[[], None]) -> None:
+        self.signals, self.args, self.make_up_evaluation = signals, args, make_up_evaluation
         self._saved_at, self._stops = time.monotonic(), False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of `save_seconds`, and make up the evaluation that a signal has left out."""
         self._saved_at, self._stops = time.monotonic(), False
-        if evaluation_missing(self.args, state):
-            self.evaluate()
+        self.make_up_evaluation()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock again."""
@@ -156,7 +155,7 @@ class StopOrSave(TrainerCallback):
 
 
 def evaluation_missing(args: OPRDConfig, state: Any) -> bool:
-    """Whether a run that is resumed has left out the evaluation after its last step.
+    """Whether a run that is resumed has left out the evaluation after its last step, as a signal makes it do.
 
     Args:
         args: the run's settings.
@@ -168,7 +167,7 @@ def evaluation_missing(args: OPRDConfig, state: Any) -> bool:
     ):
         return False
     if args.eval_strategy == IntervalStrategy.STEPS:
-        return step % state.eval_steps == 0 and step >= args.eval_delay
+        return (step % state.eval_steps == 0 or step >= state.max_steps) and step >= args.eval_delay
     return (
         args.eval_strategy == IntervalStrategy.EPOCH
         and float(state.epoch).is_integer()

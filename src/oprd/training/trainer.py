@@ -69,7 +69,7 @@ from oprd.training.probe import probe_run
 from oprd.training.processes import check_shared, explaining_lost_processes
 from oprd.training.recorder import Recorder, StepRecord
 from oprd.training.rollout_source import RolloutSource
-from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals
+from oprd.training.stopping import StopOrSave, StoppedBySignal, StopSignals, evaluation_missing
 from oprd.training.tracker_media import ShowCompletions
 from oprd.training.trackers import guarded, kept_open, make_trackers
 
@@ -129,6 +129,7 @@ class OPRDTrainer(Trainer):
 
     args: OPRDConfig
     control: Any
+    is_in_train: bool
 
     def __init__(
         self,
@@ -235,7 +236,7 @@ class OPRDTrainer(Trainer):
                 self.add_callback(FollowStudent(teacher))
         waits = [part for part in (self.engine, *asked) if isinstance(part, CanInterrupt)]
         self.signals = StopSignals(lambda: any(part.failing for part in waits))
-        self.stopping = StopOrSave(self.signals, args, self._evaluate_and_keep_best)
+        self.stopping = StopOrSave(self.signals, args, self._make_up_evaluation)
         self.add_callback(self.stopping)
         self.guard = FiniteGuard(
             pair, args, self.parallel, token_budget=self.memory.token_budget,
@@ -421,7 +422,8 @@ class OPRDTrainer(Trainer):
                 changes = self.identity.check(read_identity(checkpoint, self.run_folder), accept_changes)
                 self.recorder.check_earlier(self.run_folder.metrics(), step_of(checkpoint))
                 resumed = {"step": step_of(checkpoint), "changes": changes}
-                self.run_folder.cut_back(step_of(checkpoint))
+                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                self.run_folder.cut_back(step_of(checkpoint), evaluated=not evaluation_missing(self.args, state))
             else:
                 self.run_folder.make_free()
             self.run_folder.begin_run(self.identity.as_json(), resumed)
@@ -502,8 +504,17 @@ class OPRDTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_and_keep_best(self) -> None:
-        self._determine_best_metric(self.evaluate(), None)
+    def _make_up_evaluation(self) -> None:
+        """Evaluate the last step of a run that is resumed, if that was left out, and keep it as the best one, if it is."""
+        if not evaluation_missing(self.args, self.state):
+            return
+        before, self.is_in_train = self.is_in_train, True  # so that it is recorded
+        try:
+            best = self._determine_best_metric(self._evaluate(None, None), None)
+        finally:
+            self.is_in_train = before
+        if best and (folder := self.checkpoints.best(self.state)) is not None and folder.is_dir():
+            self.state.best_model_checkpoint = str(folder)
 
     def evaluate_now(self) -> dict[str, Any]:
         """Measures of the student as it is now, on the eval_dataset; not sampled again where this step was just evaluated."""
@@ -582,6 +593,7 @@ class OPRDTrainer(Trainer):
         """
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._make_up_evaluation()
         best = self.checkpoints.best(self.state) if self.args.load_best_model_at_end else None
         if best is not None:
             if not best.is_dir():

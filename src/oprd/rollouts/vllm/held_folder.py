@@ -39,8 +39,9 @@ def held_folder(weights_dir: Path, run: str) -> Iterator[Path]:
             raise OSError(f"weights_dir: {folder} cannot be made ({error}); choose another weights_dir") from error
         yield folder
     finally:
-        lock.release()  # a network file system keeps the file of a lock that is held
-        _remove(folder)
+        if lock.is_locked:
+            lock.release()  # a network file system keeps the file of a lock that is held
+            _remove(folder)
 
 
 def remove_dead(weights_dir: Path) -> None:

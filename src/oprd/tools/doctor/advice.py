@@ -30,23 +30,24 @@ class Advice:
 
 
 def allowed_in(config: str | Path, overrides: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether a run accepts a setting: what is advised must not be refused.
+    """Whether a run accepts a setting: what is advised must not be refused. All are accepted where the recipe itself is refused.
 
     Args:
         config: the recipe.
         overrides: keys that replace those of the recipe.
     """
 
-    def check(setting: str) -> bool:
+    def accepted(settings: Mapping[str, Any]) -> bool:
         try:
-            run = RunConfig.load_on_cpu(config, {**overrides, **yaml.safe_load(setting)})
+            run = RunConfig.load_on_cpu(config, {**overrides, **settings})
             check_settings(run, build_terms(run))
             check_probed_rate(run)
         except ValueError:
             return False
         return True
 
-    return check
+    as_it_is = accepted({})
+    return lambda setting: not as_it_is or accepted(yaml.safe_load(setting))
 
 
 def advise(
