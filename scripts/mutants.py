@@ -958,7 +958,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "training/stopping.py": [
         ("the clock does not save", "control.should_save = control.should_save or save > 0 or stop > 0", "pass",
          "test_stopping.py::test_save_seconds"),
-        ("an evaluation that a signal left out is not made up", "if evaluation_missing(self.args, state):", "if False:",
+        ("an evaluation that a signal left out is not made up", "        self.make_up_evaluation()", "        pass",
          "test_rare_settings.py::test_a_run_that_is_resumed_has_the_evaluations_of_one_that_never_stopped"),
         ("a stop inside an epoch evaluates", "            control.should_evaluate = control.should_save = False", "            pass",
          "test_rare_settings.py::test_a_run_that_is_resumed_has_the_evaluations_of_one_that_never_stopped"),
@@ -1067,7 +1067,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_verdict.py::test_the_verdict_has_its_interval"),
     ],
     "training/alarm.py": [
-        ("updates on the same rollouts count again", '{**row, "accuracy": None} if graded_before else row', "row",
+        ("updates on the same rollouts count again", "if key not in _OF_ROLLOUTS} if again else row", "} if again else row",
          "test_alarm.py::test_only_graded_rollouts_count"),
         ("one step makes a loss rise", " or mean - lowest < _STANDARD_ERRORS * math.sqrt(variance + its_variance)", "",
          "test_verdict.py::test_noise_and_progress_do_not_ring"),

@@ -95,3 +95,8 @@ def arguments_problem(make: Any, *args: Any, **kwargs: Any) -> str | None:
     except TypeError as error:
         return f"{error}; its arguments are {signature}"
     return None
+
+
+def term_name(use: str) -> str:
+    """Name of a term in the log: the attribute of `module:attribute`, in lower case."""
+    return use.rpartition(":")[2].lower()

@@ -85,20 +85,16 @@ def diagnose(
     )  # fmt: skip
     _refuse_folders(json=json_file, figure=figure, recipe=recipe)
     grading = None if task is None else get_task(task)
-    read = replace(
-        reading(prompt_column, answer_column, dataset_config, merge_system_prompt), graded=grading is not None
-    )
-    rows = load_rows(prompts, split, limit, seed, read)
+    read = reading(prompt_column, answer_column, dataset_config, merge_system_prompt)
+    rows = load_rows(prompts, split, limit, seed, replace(read, graded=grading is not None))
     if grading is not None:
         rows = read_answers(rows, grading, answer_format, prompts)
     report = diagnose_pair(
         load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code),
         rows, max_completion_length=max_completion_length, seed=seed, task=task, max_prompt_length=max_prompt_length,
         micro_batch_tokens=micro_batch_tokens, sample=sample, teacher_dtype=teacher_dtype, prompts_name=prompts,
-        options={
-            "split": split, "prompt_column": prompt_column, "dataset_config": dataset_config,
-            "merge_system_prompt": merge_system_prompt, "trust_remote_code": trust_remote_code,
-        },
+        options={"split": split, "prompt_column": prompt_column, "dataset_config": dataset_config,
+                 "merge_system_prompt": merge_system_prompt, "trust_remote_code": trust_remote_code},
         on_rollouts=count_completions(), probe_rate=probe_rate, say=say,
     )  # fmt: skip
     _show(report)

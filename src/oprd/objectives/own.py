@@ -19,7 +19,7 @@ from oprd.objectives.terms import (
     SeesSteps,
 )
 from oprd.objectives.zero_loss import refuse_zero_loss
-from oprd.registry import arguments_problem, resolve_with_arguments
+from oprd.registry import arguments_problem, resolve_with_arguments, term_name
 
 _METHODS = "a method layer_loss, head_loss, policy_loss or attention_loss (oprd.objectives.terms)"
 READS = ("states", "log_probs")
@@ -156,11 +156,6 @@ def compares_states(terms: Mapping[str, Term]) -> bool:
     """Whether some term compares hidden states dimension by dimension."""
     layerwise = LayerTerm | AttentionTerm
     return any(isinstance(term.objective, layerwise) or compares_heads_inputs(term) for term in terms.values())
-
-
-def term_name(use: str) -> str:
-    """Name of a term in the log: the attribute of `module:attribute`, in lower case."""
-    return use.rpartition(":")[2].lower()
 
 
 def _check_fresh(terms: Mapping[str, Term], config: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from oprd.data.yaml_text import dump_yaml
-from oprd.objectives.own import term_name
+from oprd.registry import term_name
 from oprd.runs.columns import Columns, number, step_seconds
 from oprd.runs.folder import COMPLETIONS, CONFIG, METRICS, SUMMARY
 from oprd.runs.jsonl import Damage, read_lines
