@@ -111,11 +111,7 @@ def resolve(run: RunConfig) -> ResolvedRun:
     _keep_date(run, student.tokenizer, tokenizers)
     for teacher_id, one in by_id(teacher).items():
         with naming_teacher(teacher_id):
-            _check_one_teacher(run, terms, student, one, source)
-            if teacher_id is not None and isinstance(innermost(one), FollowsStudent):
-                raise ValueError(
-                    "it follows the student, which only a run's only teacher can; name it as teacher_model"
-                )
+            _check_one_teacher(run, terms, student, one, source, only=teacher_id is None)
     if args.layer_map is not None:
         teacher = map_teacher(teacher, args.layer_map, args.layers, student.info, kept)
     aligners = _aligners(run, terms, student, teacher, tokenizers)
@@ -161,9 +157,17 @@ def resolve(run: RunConfig) -> ResolvedRun:
 
 
 def _check_one_teacher(
-    run: RunConfig, terms: Mapping[str, Term], student: LoadedModel, teacher: Teacher, source: TeacherSource | None
+    run: RunConfig,
+    terms: Mapping[str, Term],
+    student: LoadedModel,
+    teacher: Teacher,
+    source: TeacherSource | None,
+    *,
+    only: bool,
 ) -> None:
     """Refuse a teacher that lacks what the run needs, or whose states cannot be compared with the student's."""
+    if not only and isinstance(innermost(teacher), FollowsStudent):
+        raise ValueError("it follows the student, which only a run's only teacher can; name it as teacher_model")
     check_teacher(run, terms, teacher, source)
     check_unprojected(run.args, teacher)
     projected = run.args.bridge is not None or isinstance(teacher, ProjectsStudent)
