@@ -30,6 +30,9 @@ from evidence.words import (
     table,
 )
 
+from oprd.resolve.no_effect import check_effects
+from oprd.resolve.terms import build_terms
+from oprd.run_config import RunConfig
 from oprd.tools.compare.plan import load_comparison
 
 CLAIMS = {claim.ID: claim for _, claim in claims()}
@@ -590,3 +593,23 @@ def test_the_ends_of_a_grid_of_rates_are_said():
     paragraph = CLAIMS["E1"].judge(RESULTS["E1"]).paragraph
     assert "over sampled-token OPD (best at the lowest rate tried, 3e-05: another may be better)" in paragraph
     assert "over GRPO (best at the lowest rate tried, 3e-05: another may be better)" in paragraph
+
+
+def comparisons() -> list[Path]:
+    """All files of the claims that list objectives."""
+    return [file for file in sorted(HERE.glob("e*/*.yaml")) if "objectives:" in file.read_text()]
+
+
+@pytest.mark.parametrize("file", comparisons(), ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_no_objective_of_a_comparison_has_a_setting_without_effect(file):
+    """Such a setting is refused, also where all objectives share it."""
+    _, comparison = load_comparison(file)
+    # What the claim sets itself.
+    missing = {"model": "embedded:tiny/student", "train_dataset": "generated:addition", "task": "addition"}
+    if file.parent.name == "e16_several_teachers":
+        missing |= {"teachers": {"a": "embedded:tiny/teacher"}}
+    for changes in comparison.objectives.values():
+        values = {**missing, **comparison.settings, **(changes or {}), "output_dir": "unused"}
+        values.pop("learning_rates", None)  # of this objective
+        run = RunConfig.load(comparison.recipe, values)
+        check_effects(run, build_terms(run))
