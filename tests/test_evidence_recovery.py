@@ -135,14 +135,14 @@ def test_the_nearest_is_the_one_of_the_smallest_distance():
     finding = e26.judge(generic())
     assert (
         finding.number
-        == "4 of 6 blocks: KL to the original in both directions 0.41 nats a token (after the cut 7); 0.1 ± 0 nats nearer "
+        == "4 of 6 blocks: 0.410 nats a token from the original (after the cut 7.00), 0.1 ± 0 nats nearer "
         "than the best other (full reverse KL)"
     )
     assert (
         "in KL(original ‖ model), representation is ahead of full reverse KL, sampled-token OPD and supervised on the "
         "original's responses." in finding.paragraph
     )
-    assert "perplexity 900 (the original's is 5), chain sums 1.0 % (the original 20.0 %)" in finding.paragraph
+    assert "perplexity 900 (the original's is 5.00), chain sums 1.0 % (the original 20.0 %)" in finding.paragraph
     e26.draw(generic(), new_figure(3.2))
 
 

@@ -164,7 +164,7 @@ def judge(result: Result) -> Finding:
     )
     rival = min(RIVALS, key=lambda name: leads[name][0])
     number = (
-        f"{first} of {total} blocks: KL to the original in both directions {_nats(ours)} nats a token (after the cut {_nats(cut)}); "
+        f"{first} of {total} blocks: {_nats(ours)} nats a token from the original (after the cut {_nats(cut)}), "
         f"{_nearer(leads[rival])} than the best other ({NAMES[rival]})"
     )
     return Finding(verdict, number, text)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def _mean_total(runs: Sequence[Record], name: str) -> float:
 
 
 def _nats(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def _difference(lead: tuple[float, list[float] | None, int]) -> str:
