@@ -323,7 +323,7 @@ def test_rewards_that_are_only_measured_change_nothing(tmp_path, rows_file, user
     mine, theirs = weights_of(measured.model), weights_of(plain.model)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert {*steps[0]} - {*before[0]} == {
-        "accuracy", "accuracy_std", "reward", "reward_std", "rewards/longer/mean", "rewards/longer/std",
+        "accuracy", "accuracy_std", "graded", "reward", "reward_std", "rewards/longer/mean", "rewards/longer/std",
     }  # fmt: skip
 
 
