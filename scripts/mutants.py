@@ -817,7 +817,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "states/remote/server.py": [
         ("a server is open to others without a token", "if not token and not is_loopback(host):", "if False:",
          "test_teacher_server.py::test_others_are_let_in_with_a_token_alone"),
-        ("any token is let in", "if not hmac.compare_digest(", "if False and not hmac.compare_digest(",
+        ("any token is accepted", "if not hmac.compare_digest(", "if False and not hmac.compare_digest(",
          "test_teacher_server.py::test_a_token_is_asked_for"),
         ("zeros before a length let any body in", 'digits = length.lstrip("0") or "0"', "digits = length[:19]",
          "test_teacher_server.py::test_no_way_of_writing_a_length_lets_a_larger_body_in"),

@@ -280,7 +280,7 @@ class _Listener(ThreadingHTTPServer):
             self._open.add(request)
         if oldest is not None:
             logger.info(
-                "%d connections have sent no request that is let in; the oldest is ended", _MOST_UNAUTHENTICATED
+                "%d connections have sent no request that may be answered; the oldest is ended", _MOST_UNAUTHENTICATED
             )
             _end(oldest)
         super().process_request(request, client_address)
@@ -323,7 +323,7 @@ class _Listener(ThreadingHTTPServer):
             if connection not in self._unauthenticated:
                 return
             _end(connection)
-        logger.info("%s: no request that is let in within %g s", client_address[0], self._limits.headers)
+        logger.info("%s: no request that may be answered within %g s", client_address[0], self._limits.headers)
 
     def end_connections(self) -> None:
         """Give answers that are being sent some seconds, then end what is open."""
@@ -344,7 +344,7 @@ def _end(connection: socket.socket) -> None:
 
 
 class _AccessCheck:
-    """Decides which requests are let in: those that send the token; without one, those to a loopback name (no DNS rebinding)."""
+    """Decides which requests may be answered: those that send the token; without one, those to a loopback name (no DNS rebinding)."""
 
     def __init__(self, token: str, *, loopback: bool) -> None:
         self._expected = f"Bearer {token}".encode() if token else b""
@@ -354,7 +354,7 @@ class _AccessCheck:
         """Check the two headers of a request.
 
         Raises:
-            Refused: it is not let in.
+            Refused: it may not be answered.
         """
         if self._expected:
             if not hmac.compare_digest(authorization.encode("utf-8", "replace"), self._expected):
@@ -368,8 +368,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     server_version, sys_version = "oprd", ""
 
-    def __init__(self, service: TeacherService, gate: _AccessCheck, limits: ServerLimits, *args: Any) -> None:
-        self.service, self.gate, self.limits = service, gate, limits
+    def __init__(self, service: TeacherService, access: _AccessCheck, limits: ServerLimits, *args: Any) -> None:
+        self.service, self.access, self.limits = service, access, limits
         super().__init__(*args)  # handles the connection
 
     def do_GET(self) -> None:
@@ -425,7 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, answer: Callable[[], bytes]) -> None:
         try:
-            self.gate.check(self.headers.get("Authorization", ""), self.headers.get("Host", ""))
+            self.access.check(self.headers.get("Authorization", ""), self.headers.get("Host", ""))
             assert isinstance(self.server, _Listener), "it makes the handlers"
             self.server.admit(self.connection)
             content = answer()
