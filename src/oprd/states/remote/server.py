@@ -344,7 +344,7 @@ def _end(connection: socket.socket) -> None:
 
 
 class _AccessCheck:
-    """Decides which requests may be answered: those that send the token; without one, those to a loopback name (no DNS rebinding)."""
+    """Decides which requests may be answered: with a token those that send it, else those to a loopback name (no DNS rebinding)."""
 
     def __init__(self, token: str, *, loopback: bool) -> None:
         self._expected = f"Bearer {token}".encode() if token else b""
