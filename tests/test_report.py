@@ -1085,7 +1085,7 @@ def test_a_browser_shows_the_page_and_refuses_what_the_policy_forbids(pictures, 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        ({"task": "run_code:make"}, "the answers are not graded: the run names code for its task, run_code:make"),
+        ({"task": "run_code:make"}, "the run names code for its task, run_code:make; if you trust it, pass --task run_code:make"),
         ({"eval_dataset": "generated:run_code:make"}, "the run names code for it, generated:run_code:make"),
     ],
 )  # fmt: skip
@@ -1097,6 +1097,9 @@ def test_a_run_that_names_code_does_not_run_it(trained, tmp_path, monkeypatch, s
     assert found.before_after
     if "task" in settings:
         assert {pair.late.correct for pair in found.before_after} == {None}
+        graded = measured(tmp_path / "run", problems=1, longest=4, task="addition")
+        assert {pair.late.correct for pair in graded.before_after} == {False}
+        assert not any("not graded" in one for one in graded.notes)
 
 
 def test_the_losses_of_ones_own_are_named(make_run):

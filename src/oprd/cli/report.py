@@ -22,6 +22,10 @@ def report(
     ] = False,
     problems: Annotated[int, typer.Option(min=1, max=48, help="With --distances: number of problems to answer.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=1, help="With --distances: most tokens of an answer.")] = 512,
+    task: Annotated[
+        str | None,
+        typer.Option(help="With --distances: grade by this task, also where a run names code (module:attribute)."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="With --distances: run code that comes with the models.")
     ] = False,
@@ -44,7 +48,7 @@ def report(
 
         for record in records:
             found = measure_distances(
-                record, problems=problems, longest=max_tokens, trust_remote_code=trust_remote_code, say=say
+                record, problems=problems, longest=max_tokens, task=task, trust_remote_code=trust_remote_code, say=say
             )
             write_distances(record.folder, found)
             news = (

@@ -58,6 +58,7 @@ def measure_distances(
     *,
     problems: int = 12,
     longest: int = 512,
+    task: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> Distances:
@@ -70,6 +71,7 @@ def measure_distances(
         record: the run; it must have `model/`.
         problems: number of problems to answer, and maximum number of pairs of logged rollouts to read.
         longest: maximum tokens of a completion.
+        task: grades the answers; None: the run's, unless it names code.
         trust_remote_code: run code that comes with the models; the config cannot turn it on.
         say: called with each line of progress.
 
@@ -96,7 +98,7 @@ def measure_distances(
         stops |= {*loaded.info.stop_token_ids}
     except ValueError as error:
         unavailable = str(error)
-    reader = _Reader(tokenizer, sorted(stops), config, longest, _task(config, notes), teacher, layers)
+    reader = _Reader(tokenizer, sorted(stops), config, longest, _task(task, config, notes), teacher, layers)
     prompts = reader.prompts(record.completions, problems, notes)
     candidates = logged_pairs(record.completions, problems)
     fresh: list[list[list[Side]]] = []
@@ -125,14 +127,14 @@ def measure_distances(
     )
 
 
-def _task(config: Row, notes: list[str]) -> Task | None:
-    """The run's task, if it is none of code: the folder may come from someone else."""
-    name = config.get("task")
-    if code := named_code("task", name):
+def _task(given: str | None, config: Row, notes: list[str]) -> Task | None:
+    """The given task, or the run's, if it names no code: the folder may come from someone else."""
+    if given is None and (code := named_code("task", config.get("task"))):
         notes.append(
-            f"the answers are not graded: the run names code for its task, {code}, which a report does not run"
+            f"the answers are not graded: the run names code for its task, {code}; if you trust it, pass --task {code}"
         )
         return None
+    name = given or config.get("task")
     return get_task(name) if name else None
 
 
