@@ -585,9 +585,8 @@ def test_where_all_teachers_answer_a_problem_it_counts_once(tmp_path):
     assert found.measured.by_problem == [0.75, 0.25, 0.0]
     assert (found.summary["problems"], found.summary["k"]) == (3, 2)
     assert found.summary["by_teacher"] == {"a": 2 / 6, "b": 2 / 6}
-    assert found.summary["best_at_k"] == pytest.approx(
-        (1 / 3 + 2 / 3) / 2
-    )  # of the k samples of one teacher, not of all
+    # Of the k samples of one teacher, not of all.
+    assert found.summary["best_at_k"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert found.summary["avg_at_k"] == pytest.approx(1 / 3)
     assert found.rollouts.rows == [row for row in range(3) for _ in range(4)]
 

@@ -301,8 +301,7 @@ class CompositeLoss:
                 value = term.policy_loss(log_probs_M, at)
                 loss = loss + self._weighted(name, _scalar(name, "policy_loss", value))
         if self.terms.measuring:
-            index_P = asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
-            self._measure(heads, compared_PD, events_P, index_P)
+            self._measure(heads, compared_PD, events_P, _compared_rollouts(asked))
         return loss
 
     def _supervised(self, term: HeadTerm, heads: Heads, student_MD: Tensor, asked: HeadRequest) -> Tensor:
@@ -315,8 +314,7 @@ class CompositeLoss:
         return term.head_loss(own, read_PD, read_PD.detach(), at)
 
     def _compared_positions(self, asked: HeadRequest, events_P: Tensor) -> PackedPositions:
-        index_P = asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
-        return self._at(index_P, events_P, self.totals.compared)
+        return self._at(_compared_rollouts(asked), events_P, self.totals.compared)
 
     def _at(self, index_P: Tensor, events_P: Tensor, count: float) -> PackedPositions:
         # A loss on distributions is summed over a completion and averaged over rollouts, or over all tokens (method §5).
@@ -340,10 +338,10 @@ class CompositeLoss:
             self._observer(self.totals.tokens),
         )
 
-    def _measure(self, heads: Heads, compared_PD: Tensor, events_P: Tensor, index_P: Tensor) -> None:
+    def _measure(self, heads: Heads, compared_PD: Tensor, events_P: Tensor, rollout_index_P: Tensor) -> None:
         measured = head_diagnostics(heads.student, compared_PD, heads.teacher, self.teacher_states[HEAD], events_P)
         if self.terms.on_policy:  # over the teacher's tokens the mean would estimate another quantity
-            sums = sums_by_rollout(measured["reverse_kl"], index_P, self.request.num_rollouts)
+            sums = sums_by_rollout(measured["reverse_kl"], rollout_index_P, self.request.num_rollouts)
             self.observe(**{f"{REVERSE_KL_SUMS}{name}": value for name, value in sums.items()})
         else:
             del measured["reverse_kl"]
@@ -381,6 +379,11 @@ class CompositeLoss:
         """Sums for the metrics of this micro-batch's teacher, where there are several."""
         if self.teacher_id is not None:
             self.observe(**{teacher_metric(self.teacher_id, name): value for name, value in values.items()})
+
+
+def _compared_rollouts(asked: HeadRequest) -> Tensor:
+    """`[P]`, the rollout of each position whose next-token distributions are compared."""
+    return asked.rollout_index if asked.compared is None else asked.rollout_index[asked.compared]
 
 
 def _scalar(name: str, method: str, value: Any) -> Tensor:

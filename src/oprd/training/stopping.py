@@ -141,10 +141,11 @@ class StopOrSave(TrainerCallback):
         if state.global_step % self.args.num_iterations:
             return
         due = self.args.save_seconds is not None and time.monotonic() - self._saved_at >= self.args.save_seconds
-        save = max_over_ranks(due, self.args.device)
-        stop = max_over_ranks(self.signals.received, self.args.device)
-        control.should_save = control.should_save or save > 0 or stop > 0
-        if stop:
+        asked = max_over_ranks(
+            2 * self.signals.received + due, self.args.device
+        )  # one exchange: 1 is due, more a signal
+        control.should_save = control.should_save or asked > 0
+        if asked > 1:
             self._stops = True
             control.should_training_stop, control.should_evaluate = True, False
 
