@@ -65,10 +65,15 @@ def measure(claim: Claim, work: Work, target: Path) -> None:
     (target / RESULT).write_text(json.dumps(found, indent=1) + "\n")
 
 
-def show(claim: Claim, result: Mapping[str, Any]) -> None:
+def print_committed(claim: Claim, file: Path) -> None:
     """Print a claim's verdict and table from its committed result."""
-    finding = claim.judge(result)
-    typer.echo(f"{finding.verdict}: {finding.number}\n\n{finding.paragraph}\n\n(committed; --again measures it again)")
+    if not file.is_file():
+        typer.echo(f"{claim.ID} was not measured yet")
+        return
+    finding = claim.judge(json.loads(file.read_text()))
+    typer.echo(
+        f"{claim.ID} {finding.verdict}: {finding.number}\n\n{finding.paragraph}\n\n(committed; --again measures it again)"
+    )
 
 
 def main(
@@ -85,6 +90,9 @@ def main(
     ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Also choose the learning rates again.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also measure claims that an earlier call measured.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Measure nothing; print the committed verdicts and tables.")
+    ] = False,
     add: Annotated[
         bool, typer.Option("--add", help="Make only the runs that E11's committed result lacks (with --tune).")
     ] = False,
@@ -96,18 +104,19 @@ def main(
     # Relative to the working directory: a run's settings contain the paths of its teacher and bridge.
     base = Path(os.path.relpath(ROOT / "runs")) / ("evidence-quick" if quick else "evidence")
     wanted = {name.strip().upper() for name in only.split(",") if name.strip()}
-    if unknown := wanted - {claim.ID for _, claim in claims()}:
+    everything = {claim.ID for _, claim in claims()}
+    if unknown := wanted - everything:
         raise SystemExit(f"--only: there is no claim {', '.join(sorted(unknown))}")
-    usual = {claim.ID for _, claim in claims()} - PRETRAINED
+    usual = everything - PRETRAINED
     started, measured = time.monotonic(), set()
     for own, claim in claims():
-        if document or claim.ID not in (wanted or usual):
+        if document or claim.ID not in (wanted or (everything if show else usual)):
+            continue
+        if show or (claim.ID in PRETRAINED and (own / RESULT).is_file() and not (quick or tune or again)):
+            print_committed(claim, own / RESULT)
             continue
         target = base / own.name / "measured" if quick else own
         done = base / own.name / "done"
-        if claim.ID in PRETRAINED and (own / RESULT).is_file() and not (quick or tune or again):
-            show(claim, json.loads((own / RESULT).read_text()))
-            continue
         if is_done(done, tune=tune) and not (again or quick):
             typer.echo(f"{claim.ID} was measured by an earlier call (--again measures it again)")
             continue
@@ -119,7 +128,8 @@ def main(
     if measured == usual:  # one call measured all: its time is a result
         about = {"seconds": round(time.monotonic() - started), "cpus": os.cpu_count(), "workers": workers, "tune": tune}
         (base if quick else HERE).joinpath(WHOLE).write_text(json.dumps(about) + "\n")
-    write_pages(base, quick)
+    if measured or document:
+        write_pages(base, quick)
     if document and not quick:
         typer.echo(f"{len(list(redraw(claims())))} pictures")
     typer.echo(f"{time.monotonic() - started:.0f} s")

@@ -7,7 +7,20 @@ import json
 from pathlib import Path
 
 import pytest
-from evidence.__main__ import FIGURE, HERE, RESULT, ROOT, WHOLE, claims, is_done, measure, measured_whole, results, show
+import typer
+from evidence.__main__ import (
+    FIGURE,
+    HERE,
+    RESULT,
+    ROOT,
+    WHOLE,
+    claims,
+    is_done,
+    main,
+    measure,
+    measured_whole,
+    results,
+)
 from evidence.claim import PRETRAINED, Finding, Work, kept_side_by_side, make_once, rule, side_by_side
 from evidence.comparisons import best_rate, committed_tuning, difference, gap_closed, of, refuse_other_models
 from evidence.document import DETAILS, details, document
@@ -29,12 +42,15 @@ from evidence.words import (
     surely,
     table,
 )
+from typer.testing import CliRunner
 
 from oprd.resolve.no_effect import check_effects
 from oprd.resolve.terms import build_terms
 from oprd.run_config import RunConfig
 from oprd.tools.compare.plan import load_comparison
 
+APP = typer.Typer()
+APP.command()(main)
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
 NOT_YET: set[str] = {"E27"}
@@ -333,13 +349,14 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_said():
     assert "Best at the lowest rate" not in best_at(1)
 
 
-@pytest.mark.further
-def test_a_claim_on_a_pretrained_model_is_printed_from_its_committed_result(capsys):
-    finding = CLAIMS["E11"].judge(RESULTS["E11"])
-    show(CLAIMS["E11"], RESULTS["E11"])
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{finding.verdict}: {finding.number}\n")
-    assert finding.paragraph in printed
+@pytest.mark.parametrize("asked", [["--only", "E11"], ["--show", "--only", "E11"], ["--show"]])
+def test_claims_are_printed_from_their_committed_results(asked):
+    """Nothing is measured, and no page is written: neither models nor runs are at hand here."""
+    printed = CliRunner().invoke(APP, asked, catch_exceptions=False).output
+    for name in ("E11", "E12") if asked == ["--show"] else ("E11",):
+        finding = CLAIMS[name].judge(RESULTS[name])
+        assert f"{name} {finding.verdict}: {finding.number}\n\n{finding.paragraph}\n" in printed
+    assert ("E12" in printed) == (asked == ["--show"])
     assert {*CLAIMS} >= PRETRAINED
 
 
