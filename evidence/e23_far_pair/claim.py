@@ -40,6 +40,7 @@ FILE = HERE / "comparison.yaml"
 NAMES = {
     "supervised": "supervised, on the teacher's responses",
     "states": "states, on-policy",
+    "states_procrustes": "states, on-policy, Procrustes projector",
     "supervised_then_states": "supervised in a third of the steps, then states",
     "mixed": "states and supervised; each step draws who writes, one half each",
     "output_space": "full reverse KL on shared tokens, on-policy",
@@ -48,6 +49,7 @@ NAMES = {
 SHORT = {
     "supervised": "supervised",
     "states": "states",
+    "states_procrustes": "states,\nProcrustes",
     "supervised_then_states": "supervised,\nthen states",
     "mixed": "mixed",
     "output_space": "full reverse KL",
@@ -67,7 +69,7 @@ GRIDS = {
 
 def measure(work: Work) -> dict[str, Any]:
     """Tune every loss on one seed, measure on three others."""
-    names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(NAMES)
+    names = ("supervised", "states", BOTH, "mixed") if work.quick else tuple(GRIDS)
     return measure_pair(FILE, work, folder="far_pair", grids={name: GRIDS[name] for name in names})
 
 
