@@ -91,7 +91,7 @@ def test_every_objective_of_the_files_can_be_planned(file):
             assert values["bridge"] in comparison.bridges
             values["bridge"] = "is/fitted/first"
         plan(RunConfig.load(comparison.recipe, values))
-    known = {e23.FILE: e23.NAMES, e27.FILE: e27.LOSSES}
+    known = {e23.FILE: e23.GRIDS, e27.FILE: e27.LOSSES}
     assert {*comparison.objectives} == {*(known[file] if file in known else e22.names_of(file.stem))}
 
 
