@@ -1,6 +1,6 @@
 # make demo: trains the pair that ships with the package.   make test: lint, types and tests (make test-all: the slow repetitions too).
 # make evidence: measures the paper's claims (docs/evidence.md), resumable; make evidence-quick: a tenth of it, in runs/.
-# make evidence-real: the claim on a pretrained model, resumable; 69 runs of 3 to 7 minutes, two at a time.
+# make evidence-real: the claim on a pretrained model, resumable; 98 runs of 3 to 7 minutes, two at a time.
 # Each creates its virtual environment and installs what it needs. Needs Python 3.11 or newer as python3 (or PYTHON=…).
 
 PYTHON ?= python3

@@ -454,3 +454,28 @@ def test_the_differences_of_objectives_are_those_of_the_committed_comparison():
     report = read("evidence/objectives/compare.json")
     before, teacher = (percent(report[key]["avg"]) for key in ("student_before", "teacher"))
     assert f"Student before {before}, teacher {teacher}" in text
+
+
+DIFFERENCE = re.compile(r"([+−]?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_each_difference_with_an_interval_is_in_a_claim_that_its_page_links(page):
+    """Rounded as the page has it, and without its sign: "38 ± 8 behind" is "−38.2 ± 7.9 points"."""
+    if page.name in ("benchmarks.md", "evidence.md"):  # written by programs
+        return
+    text = page.read_text()
+    linked = {page.parent / name for name in re.findall(r"\]\((\.\./evidence/\w+/README\.md)", text)}
+    pairs = [DIFFERENCE.findall(claim.read_text()) for claim in linked]
+    known = [[float(part.replace("−", "-")) for part in pair] for own in pairs for pair in own]
+    for pair in {*DIFFERENCE.findall(text)} - of_the_comparison():
+        digits, value = len(pair[1].partition(".")[2]), [abs(float(part.replace("−", "-"))) for part in pair]
+        assert value in [[round(abs(part), digits) for part in own] for own in known], " ± ".join(pair)
+
+
+def of_the_comparison() -> set[tuple[str, ...]]:
+    """Differences of docs/objectives.md that `test_the_differences_of_objectives_are_those_of_the_committed_comparison` checks."""
+    ours, full, ten = "representation", "full_reverse_kl", "composite_mu_10"
+    rates = [((ours, 3e-4), (full, 3e-4)), ((ours, 1e-3), (full, 1e-3)), ((ours, 2e-3), (full, 1e-3))]
+    rates += [((ten, rate), (ours, rate)) for rate in (1e-3, 2e-3)]
+    return {tuple(lead_at(*pair).split(" ± ")) for pair in rates}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from evidence.__main__ import claims
+from evidence.e11_real_model import claim as e11
+from evidence.words import mean_of
 
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 
@@ -91,3 +93,32 @@ def test_rates_that_were_chosen_with_another_build_of_the_teacher_are_said():
         if record["objective"] == "full_reverse_kl":
             record["teacher"] = 0.9
     assert "Rates were chosen with 2 builds of the teacher (5 and 3 runs)" in CLAIMS["E11"].judge(result).paragraph
+
+
+@pytest.mark.parametrize("at_second", [0.4, 0.1])
+def test_an_objective_with_a_second_rate_is_shown_at_the_better_one(at_second):
+    ours = [r for r in invented({"representation": 0.8, "top_16": 0.3})["runs"] if r["learning_rate"] == 1.5e-4]
+    second = [r | {"learning_rate": 1.5e-5} for r in invented({"top_16": at_second})["runs"]]
+    tuned = {name: {"rate": 1.5e-4, "warm_up": True} for name in ("representation", "top_16")}
+    found = e11.better_of_both(tuned, ours, second)
+    better = at_second > 0.3
+    assert [r["final"] for r in found["runs"] if r["objective"] == "top_16"] == pytest.approx(
+        [max(at_second, 0.3) + 0.01 * seed for seed in range(3)]
+    )
+    assert found["settings"]["top_16"] == ({"rate": 1.5e-5, "warm_up": False} if better else tuned["top_16"])
+    assert found["settings"]["representation"] == tuned["representation"]
+    assert found["tuned"] == ({"top_16": tuned["top_16"]} if better else {})
+    assert {r["learning_rate"] for r in found["beside"]} == {1.5e-4 if better else 1.5e-5}
+    assert len(found["runs"]) == 6
+    result = real_model({"representation": 0.8, "top_16": 0.3}) | found
+    worse, best = (mean_of([v + 0.01 * seed for seed in range(3)]) for v in sorted((at_second, 0.3)))
+    paragraph = CLAIMS["E11"].judge(result).paragraph
+    assert f"at the other it ends at {worse}." in paragraph
+    assert f"| {best} |" in paragraph
+
+
+def test_without_a_second_rate_nothing_is_said_of_one():
+    assert (
+        "measured on the seeds at"
+        not in CLAIMS["E11"].judge(real_model({"representation": 0.8, "top_16": 0.3})).paragraph
+    )
