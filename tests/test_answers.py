@@ -257,12 +257,14 @@ def test_near_miss(answer, truth, near):
 def test_near_misses_are_counted_and_the_first_kept():
     wrong = [
         *((f"row {i}", rf"\boxed{{\enclose{{circle}}{{{i}}}}}", str(i)) for i in range(30)),
-        ("no box", "5", "5"),
+        ("no box", " 5\n", "5"),
+        ("no box, and more", "It is 5", "5"),
         ("another", r"\boxed{6}", "5"),
         ("unclosed", r"\boxed{1 296} \boxed{", r"\boxed{1296}"),
     ]
     found = near_misses(wrong)
-    assert found.count == 31
+    assert found.count == 32
     assert len(found.first) == 20
     assert found.first[0] == NearMiss("row 0", r"\enclose{circle}{0}", "0")
+    assert near_misses(wrong[30:32]) == NearMisses(1, (NearMiss("no box", "5", "5"),))
     assert near_misses(wrong[-1:]) == NearMisses(1, (NearMiss("unclosed", "1 296", r"\boxed{1296}"),))

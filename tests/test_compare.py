@@ -392,6 +392,16 @@ def fake(code: str):
 DONE = "json.dump({'steps': 2, 'seconds': 1.0, 'student_after': {'avg_at_k': 0.5, 'k': 2}}, open('summary.json', 'w'))"
 
 
+@pytest.mark.parametrize(("teacher", "said"), [(0.4, False), (0.25, True), (0.1, True)])
+def test_a_teacher_that_is_not_ahead_is_said_where_it_was_evaluated(comparison, teacher, said):
+    measured = f"'student_before': {{'avg_at_k': 0.25}}, 'teacher': {{'avg_at_k': {teacher}}}"
+    lines: list[str] = []
+    code = DONE.replace("{'steps'", f"{{{measured}, 'steps'")
+    run_all(planned(comparison())[:1], workers=1, threads=1, say=lines.append, command=fake(code))
+    more = f"; the teacher ({teacher}) is not ahead of the student (0.25): do task and instruction fit?"
+    assert lines[0].endswith(f"Avg@2 50.0%, 1 s{more if said else ''}  ETA 0 s")
+
+
 def test_complete_runs_stay_and_interrupted_ones_start_anew(comparison):
     runs = planned(comparison())
     lines: list[str] = []

@@ -25,7 +25,7 @@ class NearMiss:
 
     Args:
         where: names the problem or step.
-        answer: the content of the response's last box.
+        answer: the content of the response's last box; the whole response where it has none.
         truth: the reference answer.
     """
 
@@ -51,8 +51,8 @@ def near_misses(wrong: Iterable[tuple[str, str, str]], most: int = 20) -> NearMi
     """
     count, first = 0, list[NearMiss]()
     for where, response, truth in wrong:
-        answer = _boxed(response)
-        if answer is not None and near_miss(answer, _boxed(truth) or truth):
+        answer = _boxed(response) or response.strip()
+        if near_miss(answer, _boxed(truth) or truth):
             count += 1
             if len(first) < most:
                 first.append(NearMiss(where, answer, truth))
