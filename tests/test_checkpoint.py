@@ -25,6 +25,7 @@ from oprd.runs.checkpoints import (
     save_optimizer,
     set_random_state,
 )
+from oprd.runs.folder import RunFolder
 from tiny import tiny_trainer
 
 
@@ -229,6 +230,31 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert save("new") == "new"
     assert save("newer") == "newer"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_kill_between_the_renames_that_replace_a_checkpoint_loses_nothing(tmp_path, monkeypatch):
+    store, rename = CheckpointStore(tmp_path), os.replace
+
+    def write() -> None:
+        folder = Path(store.directory(str(tmp_path))) / "checkpoint-3"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("new")
+
+    def killed(source, target):
+        if Path(target).name == "checkpoint-3":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    old = checkpoint(tmp_path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(TrainerState(global_step=3), write, lambda: None)
+    assert not old.exists()
+    with RunFolder(tmp_path).hold():
+        verify(old)
+        assert list_checkpoints(tmp_path) == [old]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"checkpoint-3"}
 
 
 def test_seeds_depend_on_every_part():

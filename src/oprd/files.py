@@ -80,22 +80,26 @@ def writing_folder(path: Path) -> Iterator[Path]:
     Raises:
         DiskFullError: the disk is full.
     """
-    staged, replaced = (path.with_name(prefix + path.name) for prefix in (PARTIAL, _REPLACED))
+    staged = path.with_name(PARTIAL + path.name)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
         with explaining_full_disk(path):
             yield staged
-            publish_folder(staged, path, replaced)
+            for file in sorted(staged.rglob("*")):
+                fsync(file)
+            fsync(staged)
+            put_in_place(staged, path)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def publish_folder(staged: Path, path: Path, replaced: Path) -> None:
-    """Flush a folder's files and rename it to `path`; a folder that was there before is removed."""
-    for file in sorted(staged.rglob("*")):
-        fsync(file)
-    fsync(staged)
+def put_in_place(staged: Path, path: Path) -> None:
+    """Rename a folder whose files are flushed to `path`; a folder that was there before is removed.
+
+    If the process dies between the two renames, `remove_leftovers` restores the old folder.
+    """
+    replaced = path.with_name(_REPLACED + path.name)
     if path.exists():
         os.replace(path, replaced)
     os.replace(staged, path)

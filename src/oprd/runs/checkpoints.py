@@ -25,7 +25,7 @@ from torch import nn
 from transformers import trainer as trainer_module
 from transformers.trainer_utils import rotate_checkpoints
 
-from oprd.files import check_room, explaining_full_disk, fsync, verify, write_json, write_manifest, write_text
+from oprd.files import check_room, explaining_full_disk, put_in_place, verify, write_json, write_manifest, write_text
 from oprd.models.finite import first_not_finite, first_not_finite_in
 from oprd.models.saved import read_weights
 from oprd.models.sharding import load_whole_weights, sharded_state, whole_state
@@ -444,10 +444,7 @@ class CheckpointStore:
         if self.identity is not None:
             write_json(staged / RUN, self.identity)
         write_manifest(staged)
-        if final.exists():  # saved at this step before, for example before an evaluation found the best step
-            os.replace(final, staged.with_name(f"{name}.replaced"))
-        os.replace(staged, final)
-        fsync(self.run_folder)
+        put_in_place(staged, final)  # it was saved at this step before where an evaluation then found the best step
         rotate_checkpoints(
             output_dir=str(self.run_folder),
             save_total_limit=self.save_total_limit,
