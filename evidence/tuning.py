@@ -43,11 +43,17 @@ def tune_inside(
 
 
 def tune_comparison(
-    file: Path, work: Work, *, folder: str, start: Rates, settings: Mapping[str, Any] | None = None
+    file: Path,
+    work: Work,
+    *,
+    folder: str,
+    start: Rates,
+    settings: Mapping[str, Any] | None = None,
+    ladder: Sequence[float] = LADDER,
 ) -> list[Record]:
     """`tune_inside` for objectives of a comparison, on the tuning seed."""
     run = partial(_runs, file, work, folder, settings, [TUNING_SEED])
-    return tune_inside(run, start, quick=work.quick)
+    return tune_inside(run, start, ladder=ladder, quick=work.quick)
 
 
 def tuned_runs(

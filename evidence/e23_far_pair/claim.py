@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from evidence.comparisons import (
     run_each_seed,
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
-from evidence.tuning import Rates, edges_said, never_better_said, tune_comparison
+from evidence.tuning import LADDER, Rates, edges_said, never_better_said, tune_comparison
 from evidence.words import mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
@@ -40,7 +40,6 @@ FILE = HERE / "comparison.yaml"
 NAMES = {
     "supervised": "supervised, on the teacher's responses",
     "states": "states, on-policy",
-    "states_procrustes": "states, on-policy, Procrustes projector",
     "supervised_then_states": "supervised in a third of the steps, then states",
     "mixed": "states and supervised; each step draws who writes, one half each",
     "output_space": "full reverse KL on shared tokens, on-policy",
@@ -49,7 +48,6 @@ NAMES = {
 SHORT = {
     "supervised": "supervised",
     "states": "states",
-    "states_procrustes": "states,\nProcrustes",
     "supervised_then_states": "supervised,\nthen states",
     "mixed": "mixed",
     "output_space": "full reverse KL",
@@ -74,7 +72,13 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def measure_pair(
-    file: Path, work: Work, *, folder: str, grids: Rates, settings: Callable[[int], Mapping[str, Any]] = lambda seed: {}
+    file: Path,
+    work: Work,
+    *,
+    folder: str,
+    grids: Rates,
+    settings: Callable[[int], Mapping[str, Any]] = lambda seed: {},
+    ladder: Sequence[float] = LADDER,
 ) -> dict[str, Any]:
     """`measure` of any pair.
 
@@ -84,9 +88,10 @@ def measure_pair(
         folder: of the runs.
         grids: loss → the rates that it tries first.
         settings: of the runs of a seed.
+        ladder: all rates that may be tried.
     """
     if work.tune or work.quick:
-        tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings(TUNING_SEED))
+        tuning = tune_comparison(file, work, folder=folder, start=grids, settings=settings(TUNING_SEED), ladder=ladder)
     else:
         tuning = committed_tuning(file.parent, grids)
     rates = {name: best_rate(tuning, name) for name in grids}

@@ -19,13 +19,15 @@ TITLE = "With two public models of two families, the teacher's responses first m
 CLAIM = "As E23, with two models that are published, of two families and two tokenizers. No public result of hidden states on such a pair was found."
 SETTING = (
     'Student SmolLM2-135M-Instruct, teacher Qwen2.5-Coder-1.5B-Instruct, eleven times its size; both read from public files that hold their weights in 4 bits. Short arithmetic questions as chat messages ("What is 25 - 82 + 60? '
-    'Answer with the number only."). Bridges of rank 32 from 400 rollouts, with least squares; one loss has the Procrustes projector (E22). 24 steps of 16 rollouts of at most 24 tokens, Avg@2 on 100 problems a seed, three seeds. Rates a factor '
-    "of three apart are chosen on seed 10, on grids that are widened, three times at most, until the best is inside. The teacher's responses are decoded and tokenised again for the student."
+    'Answer with the number only."). Bridge of rank 32 from 400 rollouts. 24 steps of 16 rollouts of at most 24 tokens, Avg@2 on 100 problems a seed, three seeds. Rates a factor '
+    "of three apart are chosen on seed 10, on grids that are widened, down to 1e-5, until the best is inside. The teacher's responses are decoded and tokenised again for the student."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
 TEACHER = ROOT / "models" / "Qwen2.5-Coder-1.5B-Instruct"
-LOSSES = ("supervised", "states", "states_procrustes", "supervised_then_states", "mixed")
+LOSSES = ("supervised", "states", "supervised_then_states", "mixed")
 START = (3.0e-5, 1.0e-4, 3.0e-4)
+LADDER = (1.0e-5, *START, 1.0e-3, 3.0e-3)
+"""Rates that may be tried. At lower ones, 24 steps change next to nothing."""
 QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
 
 
@@ -35,7 +37,7 @@ def measure(work: Work) -> dict[str, Any]:
     get_public("get_qwen_coder.py", TEACHER)
     write(work.folder)
     grids = dict.fromkeys(LOSSES, START)
-    return measure_pair(FILE, work, folder="public_pair", grids=grids, settings=partial(_settings, work))
+    return measure_pair(FILE, work, folder="public_pair", grids=grids, settings=partial(_settings, work), ladder=LADDER)
 
 
 def _settings(work: Work, seed: int) -> dict[str, Any]:
