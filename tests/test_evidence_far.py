@@ -72,6 +72,22 @@ def test_a_far_pair(finals, verdict):
     assert "supervised, then states" in finding.number
 
 
+@pytest.mark.parametrize(
+    ("final", "states", "said"),
+    [
+        (0.5, 0.5, ""),
+        (0.5, 0.0, "All but *states, on-policy* are significantly ahead"),
+        (0.0, 0.5, "Only *states, on-policy* is significantly ahead"),
+        (0.0, 0.0, "No loss is significantly ahead of the student before training."),
+    ],
+)
+def test_losses_that_do_not_beat_the_student_before_training_are_said(final, states, said):
+    runs = records({**dict.fromkeys(e23.NAMES, final), "states": states}, seeds=3)
+    text = e23.judge({"runs": runs, "rates": dict.fromkeys(e23.NAMES, 1e-3), "tuning": []}).paragraph
+    assert ("significantly ahead of the student" in text) == bool(said)
+    assert said in text
+
+
 def test_both_are_drawn():
     with style():
         e22.draw(bridges(), figure := new_figure(3.2))

@@ -20,7 +20,7 @@ from evidence.comparisons import (
 )
 from evidence.pictures import SEEDS, accuracy_rows, note, reference_lines
 from evidence.tuning import LADDER, Rates, edges_said, never_better_said, tune_comparison
-from evidence.words import mean_of, percent, points, standing, standings, surely, table
+from evidence.words import listed, mean_of, percent, points, standing, standings, surely, table
 from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E23"
@@ -111,7 +111,7 @@ def judge(result: Result) -> Finding:
     signs = [surely(leads[name][1]) for name in ("supervised", "states")]
     verdict = "holds" if min(signs) > 0 else "partly" if max(signs) > 0 and min(signs) >= 0 else "not"
     rows = [
-        [NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0), percent(_mean(own, "finished"), 0),
+        [NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0).replace("-", "−"), percent(_mean(own, "finished"), 0),
          f"{_mean(own, 'length'):.1f}", "" if name == BOTH else points(*leads[name][:2])]
         for name in names if (own := of(runs, name))
     ]  # fmt: skip
@@ -129,12 +129,32 @@ def judge(result: Result) -> Finding:
     edges = edges_said(result["tuning"], own) + never_better_said(result["tuning"], own) if result["tuning"] else ""
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
-        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.\n\n{table(header, rows)}\n\n{edges}"
+        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.{_gains(runs, names)}\n\n{table(header, rows)}\n\n{edges}"
     )
-    said = (
-        f"{standing(leads[name][1])} {name} alone ({points(*leads[name][:2])})" for name in ("supervised", "states")
+    where = {name: standing(leads[name][1]) for name in ("supervised", "states")}
+    said = [f"{name} alone ({points(*leads[name][:2])})" for name in where]
+    if len({*where.values()}) == 1:
+        number = f"{where['states']} {' and '.join(said)}"
+    else:
+        number = " and ".join(f"{place} {other}" for place, other in zip(where.values(), said, strict=True))
+    return Finding(verdict, f"supervised, then states is {number}", text)  # type: ignore[arg-type]
+
+
+def _gains(runs: list[Record], names: list[str]) -> str:
+    """Which losses are ahead of the student before training; empty where all are."""
+    gains = {name: mean_and_interval([r["final"] - r["before"] for r in of(runs, name)])[1] for name in names}
+    ahead = [f"*{NAMES[name]}*" for name, interval in gains.items() if surely(interval) > 0]
+    others = [f"*{NAMES[name]}*" for name in names if f"*{NAMES[name]}*" not in ahead]
+    if not others:
+        return ""
+    who = (
+        "No loss is"
+        if not ahead
+        else f"All but {listed(others)} are"
+        if len(ahead) > len(others)
+        else f"Only {listed(ahead)} is"
     )
-    return Finding(verdict, f"supervised, then states is {' and '.join(said)}", text)  # type: ignore[arg-type]
+    return f" {who} significantly ahead of the student before training."
 
 
 def _mean(runs: list[Record], key: str) -> float:
