@@ -1183,6 +1183,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_columns.py::test_few_points_keep_the_ends_and_the_peaks"),
     ],
     "files.py": [
+        ("a kill between two renames loses a folder",
+         "    replaced = path.with_name(_REPLACED + path.name)", "    replaced = path.with_name(PARTIAL + path.name)",
+         "test_checkpoint.py::test_a_kill_between_the_renames_that_replace_a_checkpoint_loses_nothing"),
         ("files are not flushed before the manifest", "        fsync(path)\n", "",
          "test_checkpoint.py::test_files_are_on_the_disk_before_the_manifest_that_lists_them"),
         ("a changed file verifies", "if file_digest(path) != digest:", "if False:",
@@ -1372,6 +1375,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
          "test_answers.py::test_every_pair_of_the_table_is_judged_as_it_says"),
     ],
     "tasks/near_misses.py": [
+        ("an answer without a box is no near miss", "_boxed(response) or response.strip()", '_boxed(response) or ""',
+         "test_answers.py::test_near_misses_are_counted_and_the_first_kept"),
         ("a formula is markup", "if _MEANING.fullmatch(match[1]) else", "if False else", "test_answers.py::test_near_miss"),
     ],
     "tasks/grading_worker.py": [
