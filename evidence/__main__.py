@@ -66,7 +66,7 @@ def measure(claim: Claim, work: Work, target: Path) -> None:
 
 
 def print_committed(claim: Claim, file: Path) -> None:
-    """Print a claim's verdict and table from its committed result."""
+    """Print a claim's verdict and table from its committed result, or that it has none."""
     if not file.is_file():
         typer.echo(f"{claim.ID} was not measured yet")
         return

@@ -126,7 +126,7 @@ def _positions(result: Mapping[str, Any], verdict: str) -> str:
 
 def _other_teachers(result: Mapping[str, Any], verdict: str) -> str:
     closed, alone = (
-        [percent(gap_closed(of(result[key], name))[0], 0).replace("-", "−") for key in ("wider", "other_tokenizer")]
+        [percent(gap_closed(of(result[key], name))[0], 0) for key in ("wider", "other_tokenizer")]
         for name in ("rank_16", "output_alone")
     )
     return f"**Bridge** ({verdict}): {closed[0]} of the gap to a wider teacher (full reverse KL alone {alone[0]}), {closed[1]} across tokenizers ({alone[1]})."

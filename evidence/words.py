@@ -29,7 +29,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     if value is None:
         return "–"
     text = f"{100 * value:.{digits}f}"
-    return f"{text if float(text) else text.removeprefix('-')} %"
+    return f"{text if float(text) else text.removeprefix('-')} %".replace("-", "−")
 
 
 def share(mean: float | None, interval: Sequence[float] | None, digits: int = 0) -> str:

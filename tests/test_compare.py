@@ -398,7 +398,7 @@ def test_a_teacher_that_is_not_ahead_is_said_where_it_was_evaluated(comparison, 
     lines: list[str] = []
     code = DONE.replace("{'steps'", f"{{{measured}, 'steps'")
     run_all(planned(comparison())[:1], workers=1, threads=1, say=lines.append, command=fake(code))
-    more = f"; the teacher ({teacher}) is not ahead of the student (0.25): do task and instruction fit?"
+    more = f"; the teacher ({100 * teacher:.1f}%) is not ahead of the student (25.0%): do task and instruction fit?"
     assert lines[0].endswith(f"Avg@2 50.0%, 1 s{more if said else ''}  ETA 0 s")
 
 

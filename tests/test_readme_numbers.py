@@ -430,6 +430,17 @@ def test_the_rates_that_docs_choose_names_are_those_of_the_first_claim():
     assert max(tried["representation"][3e-3], tried["full_reverse_kl"][1e-3]) < 0.05
 
 
+OURS, FULL, TEN = "representation", "full_reverse_kl", "composite_mu_10"
+COMPARED = [
+    ((OURS, 3e-4), (FULL, 3e-4)),
+    ((OURS, 1e-3), (FULL, 1e-3)),
+    ((OURS, 2e-3), (FULL, 1e-3)),
+    ((TEN, 1e-3), (OURS, 1e-3)),
+    ((TEN, 2e-3), (OURS, 2e-3)),
+]
+"""Objectives at rates, whose differences docs/objectives.md has from the committed comparison."""
+
+
 def lead_at(one: tuple[str, float], other: tuple[str, float]) -> str:
     """Lead in the committed comparison of one objective at a rate over another, seed by seed: "+2.6 ± 1.8"."""
     rows = {
@@ -444,11 +455,9 @@ def lead_at(one: tuple[str, float], other: tuple[str, float]) -> str:
 
 def test_the_differences_of_objectives_are_those_of_the_committed_comparison():
     text = prose((ROOT / "docs" / "objectives.md").read_text())
-    ours, full, ten = "representation", "full_reverse_kl", "composite_mu_10"
-    leads = [lead_at((ours, rate), (full, best)) for rate, best in ((3e-4, 3e-4), (1e-3, 1e-3), (2e-3, 1e-3))]
+    leads = [lead_at(*two) for two in COMPARED]
     assert f"full reverse KL: {leads[0]} at 3e-4, {leads[1]} at 1e-3, {leads[2]} at each one's best rate" in text
-    leads = [lead_at((ten, rate), (ours, rate)) for rate in (1e-3, 2e-3)]
-    assert f"not significantly different here ({leads[0]} at 1e-3, {leads[1]} at 2e-3)" in text
+    assert f"not significantly different here ({leads[3]} at 1e-3, {leads[4]} at 2e-3)" in text
     number, half = lead("evidence/e02_composite/result.json", "composite_mu_100", "representation")
     assert f"the best of three µ, 100, ahead by {number.removeprefix('+')} ± {half} ([E2])" in text
     report = read("evidence/objectives/compare.json")
@@ -459,23 +468,17 @@ def test_the_differences_of_objectives_are_those_of_the_committed_comparison():
 DIFFERENCE = re.compile(r"([+−]?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+WRITTEN_BY_PROGRAMS = ("benchmarks.md", "evidence.md")
+BY_HAND = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in WRITTEN_BY_PROGRAMS]
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.stem)
 def test_each_difference_with_an_interval_is_in_a_claim_that_its_page_links(page):
     """Rounded as the page has it, and without its sign: "38 ± 8 behind" is "−38.2 ± 7.9 points"."""
-    if page.name in ("benchmarks.md", "evidence.md"):  # written by programs
-        return
     text = page.read_text()
     linked = {page.parent / name for name in re.findall(r"\]\((\.\./evidence/\w+/README\.md)", text)}
     pairs = [DIFFERENCE.findall(claim.read_text()) for claim in linked]
     known = [[float(part.replace("−", "-")) for part in pair] for own in pairs for pair in own]
-    for pair in {*DIFFERENCE.findall(text)} - of_the_comparison():
+    for pair in {*DIFFERENCE.findall(text)} - {tuple(lead_at(*two).split(" ± ")) for two in COMPARED}:
         digits, value = len(pair[1].partition(".")[2]), [abs(float(part.replace("−", "-"))) for part in pair]
         assert value in [[round(abs(part), digits) for part in own] for own in known], " ± ".join(pair)
-
-
-def of_the_comparison() -> set[tuple[str, ...]]:
-    """Differences of docs/objectives.md that `test_the_differences_of_objectives_are_those_of_the_committed_comparison` checks."""
-    ours, full, ten = "representation", "full_reverse_kl", "composite_mu_10"
-    rates = [((ours, 3e-4), (full, 3e-4)), ((ours, 1e-3), (full, 1e-3)), ((ours, 2e-3), (full, 1e-3))]
-    rates += [((ten, rate), (ours, rate)) for rate in (1e-3, 2e-3)]
-    return {tuple(lead_at(*pair).split(" ± ")) for pair in rates}

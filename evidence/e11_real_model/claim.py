@@ -84,15 +84,6 @@ DRAWN = {
     "sampled_token": "sampled-token",
 }
 """Objectives of the picture, and their names in it."""
-MEASURED = (
-    *DRAWN,
-    "jsd",
-    "tail_sampled_16",
-    "representation_last",
-    "representation_normalised",
-    "representation_and_kl",
-)
-"""Objectives that are measured; `--tune --add` measures further ones of `NAMES` when they are added here."""
 LADDER = (5.0e-7, 1.5e-6, 5.0e-6, 1.5e-5, 5.0e-5, 1.5e-4, 5.0e-4, 1.5e-3, 5.0e-3)
 START = (5.0e-5, 1.5e-4, 5.0e-4)
 GENTLE = {
@@ -101,8 +92,8 @@ GENTLE = {
 }
 """Rates of the ladder that an objective tries first, where they are not `START`."""
 SECOND_RATES = {"top_16": 1.5e-5}
-"""Objective → a rate that is measured on the seeds too, without warm-up; the better one there is shown. Top-16 gets worse at every rate on the tuning seed,
-which therefore chooses a rate that changes little."""
+"""Objective → a second rate, which is measured on the seeds too, without warm-up. The result shows the rate that is better there. On the tuning seed top-16 gets
+worse at every rate, so tuning chooses a rate that changes little."""
 WARM = {False: {}, True: {"warmup_steps": 0.1}}
 FOLDERS = {False: "smollm2_chain_sum", True: "smollm2_chain_sum_warm"}
 ALONE = {"max_steps": 6, "eval_strategy": "no", "eval_limit": 2}
@@ -113,7 +104,7 @@ QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps
 def measure(work: Work) -> dict[str, Any]:
     """Get the model, build its teacher, choose rates and warm-up on one seed, measure on three others."""
     get_models(TEACHER, *TEACHER_BUILD)
-    names = ("representation", "full_reverse_kl") if work.quick else MEASURED
+    names = ("representation", "full_reverse_kl") if work.quick else tuple(NAMES)
     earlier = _earlier() if work.add and not work.quick else {}
     chosen = _tuned(work, names, earlier) if work.tune or work.quick else _committed(names)
     tuned, seeds, runs = chosen["settings"], first_seeds(work, 3), []
@@ -134,31 +125,25 @@ def measure(work: Work) -> dict[str, Any]:
 
 
 def better_of_both(tuned: Mapping[str, Any], runs: list[Record], others: list[Record]) -> dict[str, Any]:
-    """Of each objective the runs at the better of two rates, on the same seeds.
+    """Take each objective's runs at the rate that is better on the seeds.
 
     Args:
         tuned: objective → its setting, as the tuning seed chose it.
-        runs: at these.
-        others: of some objectives, at `SECOND_RATES`.
+        runs: those with these settings.
+        others: those of some objectives at `SECOND_RATES`, on the same seeds.
 
     Returns:
-        `runs` and `settings` at the better rate of each; `beside`: the runs at the worse one; `tuned`: settings that are replaced.
+        `runs` and `settings` at the better rate; `beside`, the runs at the worse one; `tuned`, the settings that a second rate replaces.
     """
-    replaced = {
-        name for name in {r["objective"] for r in others} if _mean_final(others, name) > _mean_final(runs, name)
-    }
-    settings = {name: {"rate": SECOND_RATES[name], "warm_up": False} for name in replaced}
-    better = [r for r in runs if r["objective"] not in replaced] + [r for r in others if r["objective"] in replaced]
+    everything = [*runs, *others]
+    rates = {name: best_rate(everything, name) for name in tuned}
+    replaced = {name: own for name, own in tuned.items() if own["rate"] != rates[name]}
     return {
-        "runs": better,
-        "settings": {**tuned, **settings},
-        "beside": [r for r in [*runs, *others] if r not in better],
-        "tuned": {name: tuned[name] for name in sorted(replaced)},
+        "runs": [r for r in everything if r["learning_rate"] == rates[r["objective"]]],
+        "settings": {**tuned, **{name: {"rate": rates[name], "warm_up": False} for name in replaced}},
+        "beside": [r for r in everything if r["learning_rate"] != rates[r["objective"]]],
+        "tuned": replaced,
     }
-
-
-def _mean_final(runs: list[Record], name: str) -> float:
-    return mean_and_interval([r["final"] for r in of(runs, name)])[0] or 0.0
 
 
 def _earlier() -> dict[bool, list[Record]]:
@@ -346,7 +331,7 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
     equal = "" if name == "representation" else points(*equal_time(result, name))
     return [
         NAMES[name], f"{chosen['rate']:g}", "a tenth" if chosen["warm_up"] else "2 steps", mean_of([r["final"] for r in own]),
-        percent(gap_closed(own)[0], 0).replace("-", "−"), lead, equal, f"{result['step_seconds'][name]:.1f}",
+        percent(gap_closed(own)[0], 0), lead, equal, f"{result['step_seconds'][name]:.1f}",
         ", ".join(f"{r['learning_rate']:g}: {100 * r['final']:.0f}" for r in tried)
         + "".join(f"; warm {100 * r['final']:.0f}" for r in warm),
     ]  # fmt: skip

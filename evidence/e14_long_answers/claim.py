@@ -109,7 +109,7 @@ def _row(result: Result, name: str, gaps: Any) -> list[str]:
     own = of(result["runs"], name)
     length, dist, finished = (mean_and_interval([r[key] for r in own])[0] for key in ("length", "dist_4", "finished"))
     return [
-        NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0).replace("-", "−"),
+        NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0),
         "" if name == "representation" else points(*gaps[name][:2]), f"{length:.1f}", f"{dist:.3f}", percent(finished, 0),
     ]  # fmt: skip
 

@@ -111,7 +111,7 @@ def judge(result: Result) -> Finding:
     signs = [surely(leads[name][1]) for name in ("supervised", "states")]
     verdict = "holds" if min(signs) > 0 else "partly" if max(signs) > 0 and min(signs) >= 0 else "not"
     rows = [
-        [NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0).replace("-", "−"), percent(_mean(own, "finished"), 0),
+        [NAMES[name], f"{result['rates'][name]:g}", mean_of([r["final"] for r in own]), percent(gap_closed(own)[0], 0), percent(_mean(own, "finished"), 0),
          f"{_mean(own, 'length'):.1f}", "" if name == BOTH else points(*leads[name][:2])]
         for name in names if (own := of(runs, name))
     ]  # fmt: skip
@@ -143,18 +143,18 @@ def judge(result: Result) -> Finding:
 def _gains(runs: list[Record], names: list[str]) -> str:
     """Which losses are ahead of the student before training; empty where all are."""
     gains = {name: mean_and_interval([r["final"] - r["before"] for r in of(runs, name)])[1] for name in names}
-    ahead = [f"*{NAMES[name]}*" for name, interval in gains.items() if surely(interval) > 0]
-    others = [f"*{NAMES[name]}*" for name in names if f"*{NAMES[name]}*" not in ahead]
+    ahead = [name for name in names if surely(gains[name]) > 0]
+    others = [name for name in names if name not in ahead]
     if not others:
         return ""
-    who = (
-        "No loss is"
-        if not ahead
-        else f"All but {listed(others)} are"
-        if len(ahead) > len(others)
-        else f"Only {listed(ahead)} is"
-    )
+    who = f"Only {_emphasised(ahead)} is" if ahead else "No loss is"
+    if len(ahead) > len(others):
+        who = f"All but {_emphasised(others)} are"
     return f" {who} significantly ahead of the student before training."
+
+
+def _emphasised(names: list[str]) -> str:
+    return listed(f"*{NAMES[name]}*" for name in names)
 
 
 def _mean(runs: list[Record], key: str) -> float:

@@ -20,14 +20,14 @@ CLAIM = "As E23, with two models that are published, of two families and two tok
 SETTING = (
     'Student SmolLM2-135M-Instruct, teacher Qwen2.5-Coder-1.5B-Instruct, eleven times its size; both read from public files that hold their weights in 4 bits. Short arithmetic questions as chat messages ("What is 25 - 82 + 60? '
     'Answer with the number only."). Bridge of rank 32 from 400 rollouts. 24 steps of 16 rollouts of at most 24 tokens, Avg@2 on 100 problems a seed, three seeds. Rates a factor '
-    "of three apart are chosen on seed 10, on grids that are widened, down to 1e-5, until the best is inside. The teacher's responses are decoded and tokenised again for the student."
+    "of three apart are chosen on seed 10, on grids that are widened until the best is inside; the lowest rate is 1e-5. The teacher's responses are decoded and tokenised again for the student."
 )
 FILE = Path(__file__).parent / "comparison.yaml"
 TEACHER = ROOT / "models" / "Qwen2.5-Coder-1.5B-Instruct"
 LOSSES = ("supervised", "states", "supervised_then_states", "mixed")
 START = (3.0e-5, 1.0e-4, 3.0e-4)
 LADDER = (1.0e-5, *START, 1.0e-3, 3.0e-3)
-"""Rates that may be tried. A rate more takes twelve minutes, and at every rate tried the student learns next to nothing."""
+"""Rates that may be tried. It ends at 1e-5: one more rate takes twelve minutes, and the student learns next to nothing at any rate."""
 QUICK = {"max_steps": 2, "eval_limit": 8, "eval_num_generations": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
 
 

@@ -444,7 +444,7 @@ class CheckpointStore:
         if self.identity is not None:
             write_json(staged / RUN, self.identity)
         write_manifest(staged)
-        put_in_place(staged, final)  # it was saved at this step before where an evaluation then found the best step
+        put_in_place(staged, final)  # a step is saved again where an evaluation then found the best step
         rotate_checkpoints(
             output_dir=str(self.run_folder),
             save_total_limit=self.save_total_limit,

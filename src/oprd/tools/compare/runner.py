@@ -185,15 +185,16 @@ def _result_line(run: Run, good: bool) -> str:
     measure, value = measure_of_run(run.settings, summary), after.get("avg_at_k")
     name = f"Avg@{after.get('k')}" if measure == ACCURACY else REWARD
     graded = "no grades" if value is None else f"{name} {in_words(value, measure)}"
-    return f"{run}: {graded}, {summary.get('seconds', 0):.0f} s{_no_gap(summary)}"
+    return f"{run}: {graded}, {summary.get('seconds', 0):.0f} s{_no_gap(summary, measure)}"
 
 
-def _no_gap(summary: Mapping[str, Any]) -> str:
-    """Says, after the run that evaluated both, that the teacher is not ahead of the student: then a comparison shows little."""
+def _no_gap(summary: Mapping[str, Any], measure: str) -> str:
+    """Words for a teacher that is not ahead of the student, where the run evaluated both: a comparison then shows little."""
     teacher, before = ((summary.get(key) or {}).get("avg_at_k") for key in ("teacher", "student_before"))
     if teacher is None or before is None or teacher > before:
         return ""
-    return f"; the teacher ({teacher:.3g}) is not ahead of the student ({before:.3g}): do task and instruction fit?"
+    shown = [in_words(value, measure) for value in (teacher, before)]
+    return f"; the teacher ({shown[0]}) is not ahead of the student ({shown[1]}): do task and instruction fit?"
 
 
 def _show_last_lines(run: Run, code: int, say: Say) -> None:
