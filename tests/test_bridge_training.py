@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -624,22 +622,6 @@ def test_the_share_that_is_held_out(share):
 
 
 # The command line
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The console entry, in this process."""
-    from oprd.cli import main
-
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["oprd", *words])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output = capsys.readouterr()
-        return subprocess.CompletedProcess(words, stop.value.code or 0, output.out, output.err)
-
-    return call
 
 
 def fit_words(student, teacher, out, **options) -> list[str]:

@@ -53,13 +53,13 @@ APP = typer.Typer()
 APP.command()(main)
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
-NOT_YET: set[str] = set()
+NOT_YET = {"E28"}
 MEASURED = sorted(RESULTS, key=lambda name: int(name[1:]))
 AGAIN = "run python -m evidence --document"
 
 
 def test_every_claim_is_there():
-    assert list(CLAIMS) == [f"E{n}" for n in range(1, 28)]
+    assert list(CLAIMS) == [f"E{n}" for n in range(1, 29)]
     assert set(CLAIMS) - set(RESULTS) == NOT_YET
     for folder, claim in claims():
         if claim.ID in NOT_YET:

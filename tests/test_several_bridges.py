@@ -240,6 +240,17 @@ def test_a_plan_says_the_whole_command_that_fits_the_bridge(named, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"teacher_prompt": "{prompt} {teacher_id}"}, {"teacher_model_init_kwargs": {"revision": "v2"}}],
+    ids=str,
+)
+def test_a_plan_names_the_recipe_where_a_setting_is_no_option(named, settings):
+    missing = {**named["teachers"], "b": {"model": "org/not-here", "bridge": "my bridge"}}
+    text = "\n".join(plan(RunConfig.parse({**named, **settings, "teachers": missing})).describe())
+    assert "fit it first: oprd bridge fit --config RECIPE --out 'my bridge' --teacher-id b\n" in text
+
+
 def test_a_bridge_of_other_prompts_is_said(named, bridge, tmp_path, caplog):
     text = asdict(TeacherPromptSettings(teacher_system_prompt="Be good.", chat_template_date="2026-01-01"))
     fitted = Bridge.load(bridge)

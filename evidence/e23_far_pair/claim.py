@@ -129,7 +129,7 @@ def judge(result: Result) -> Finding:
     edges = edges_said(result["tuning"], own) + never_better_said(result["tuning"], own) if result["tuning"] else ""
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
-        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.{_gains(runs, names)}\n\n{table(header, rows)}\n\n{edges}"
+        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.{gains_said(runs, {name: NAMES[name] for name in names})}\n\n{table(header, rows)}\n\n{edges}"
     )
     where = {name: standing(leads[name][1]) for name in ("supervised", "states")}
     said = [f"{name} alone ({points(*leads[name][:2])})" for name in where]
@@ -140,21 +140,22 @@ def judge(result: Result) -> Finding:
     return Finding(verdict, f"supervised, then states is {number}", text)  # type: ignore[arg-type]
 
 
-def _gains(runs: list[Record], names: list[str]) -> str:
-    """Which losses are ahead of the student before training; empty where all are."""
+def gains_said(runs: Sequence[Record], names: Mapping[str, str]) -> str:
+    """A sentence about which losses are ahead of the student before training, with a space before it; empty where all are.
+
+    Args:
+        runs: of the claim.
+        names: loss → its name in the sentence.
+    """
     gains = {name: mean_and_interval([r["final"] - r["before"] for r in of(runs, name)])[1] for name in names}
-    ahead = [name for name in names if surely(gains[name]) > 0]
-    others = [name for name in names if name not in ahead]
+    ahead = [f"*{names[name]}*" for name in names if surely(gains[name]) > 0]
+    others = [f"*{names[name]}*" for name in names if surely(gains[name]) <= 0]
     if not others:
         return ""
-    who = f"Only {_emphasised(ahead)} is" if ahead else "No loss is"
+    who = f"Only {listed(ahead)} {'is' if len(ahead) == 1 else 'are'}" if ahead else "No loss is"
     if len(ahead) > len(others):
-        who = f"All but {_emphasised(others)} are"
+        who = f"All but {listed(others)} are"
     return f" {who} significantly ahead of the student before training."
-
-
-def _emphasised(names: list[str]) -> str:
-    return listed(f"*{NAMES[name]}*" for name in names)
 
 
 def _mean(runs: list[Record], key: str) -> float:

@@ -15,12 +15,12 @@ from oprd.cli.options import (
     PromptColumn,
     SpecialMap,
     SplitSpecial,
-    TeacherModel,
     TeacherSystem,
     TeacherTemplate,
     Template,
     TemplateDate,
     check_json,
+    is_given,
     prompt_settings,
     reading,
     write_report,
@@ -41,14 +41,30 @@ _Ridge = Annotated[
 _LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with each student layer's teacher layer.")]
 
 
+_Teacher = Annotated[
+    str | None, typer.Option(help="Folder, hub name, or embedded:tiny/teacher; any depth, width and tokenizer.")
+]
+
+
 @app.command("fit")
 def fit(
-    student: Annotated[str, typer.Option(help="Folder, hub name, or embedded:tiny/student.")],
-    teacher: TeacherModel,
-    prompts: Annotated[str, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")],
-    out: Annotated[Path, typer.Option(help="New folder for the bridge.")],
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Option(help="Recipe of the run: models, prompts, lengths and templates are its own.")
+    ] = None,
+    teacher_id: Annotated[str | None, typer.Option(help="With --config: one of its several teachers.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder, hub name, or embedded:tiny/student.")] = None,
+    teacher: _Teacher = None,
+    prompts: Annotated[
+        str | None, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the bridge.", show_default="the recipe's bridge")
+    ] = None,
     limit: Annotated[int, typer.Option(min=10, help="Prompts to use, one rollout each.")] = 2000,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Most tokens of a rollout.")] = 512,
+    max_completion_length: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a rollout; with --config by default the recipe's.")
+    ] = 512,
     layers: _Layers = "all",
     rank: _Rank = None,
     max_rank: Annotated[int | None, typer.Option(help="Directions to keep in the file (default: all).")] = None,
@@ -75,34 +91,90 @@ def fit(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the models.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Fit a bridge in closed form on the student's own rollouts, print its fit on held-out rollouts, and save it."""
+    """Fit a bridge in closed form on the student's own rollouts, print its fit on held-out rollouts, and save it.
+
+    Give the recipe of the run, or a student, a teacher and prompts.
+    """
     from oprd.cli.console import count_completions, quiet_libraries, say
 
     check_json(json_file)
     quiet_libraries()
+    fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
+    fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
+    own = {
+        "layers": _layers("layers", layers), "maps": _layers("layer_map", layer_map), "held_out": held_out, "seed": seed,
+        "micro_batch_tokens": micro_batch_tokens, "on_rollouts": count_completions(), "limit": limit, "fitting": fitting,
+    }  # fmt: skip
+    bridge, out = _fit_by_options(context, own) if config is None else _fit_for_recipe(context, own)
+    bridge.save(out)
+    write_report(json_file, show_bridge(bridge, given={"rank": rank, "projector": projector}))
+    say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
+
+
+_OF_FIT = {
+    "config", "teacher_id", "out", "limit", "layers", "rank", "max_rank", "scale", "projector", "ridge", "intercept", "layer_map",
+    "held_out", "micro_batch_tokens", "seed", "json_file", "max_completion_length",
+}  # fmt: skip
+"""Options that say how to fit. The others say what, as a recipe does."""
+
+
+def _fit_for_recipe(context: typer.Context, own: Mapping[str, Any]) -> tuple[Any, Path]:
+    """The bridge for a recipe, and its folder: --out, or the one that the recipe names.
+
+    Raises:
+        ValueError: an option that the recipe has too, no folder, one that is there, or as `fit_for_run`.
+    """
+    from oprd.bridge.files import refuse_existing
+    from oprd.run_config import RunConfig
+    from oprd.tools.fit_for_run import bridge_folder_of, fit_for_run
+
+    config, teacher_id, out = (context.params[name] for name in ("config", "teacher_id", "out"))
+    for name in context.params:
+        if name not in _OF_FIT and is_given(context, name):
+            raise ValueError(f"{name}: the recipe {config} says it; set it there, or leave one of the two out")
+    run = RunConfig.load_on_cpu(config, {})
+    named = out or bridge_folder_of(run, teacher_id)
+    if named is None:
+        raise ValueError(f"out: {config} names no bridge; say where to write it: --out FOLDER")
+    refuse_existing(folder := Path(named))
+    length = context.params["max_completion_length"] if is_given(context, "max_completion_length") else None
+    return fit_for_run(run, teacher_id=teacher_id, max_completion_length=length, **own), folder
+
+
+def _fit_by_options(context: typer.Context, own: Mapping[str, Any]) -> tuple[Any, Path]:
+    """The bridge between --student and --teacher on --prompts, and its folder.
+
+    Raises:
+        ValueError: an option is missing, the folder is there, or as `fit_bridge`.
+    """
     from oprd.bridge.collect import check_fitting, fit_bridge
     from oprd.bridge.files import refuse_existing
     from oprd.resolve import load_pair
     from oprd.tasks.problems import load_rows
 
-    chosen, maps = _layers("layers", layers), _layers("layer_map", layer_map)
+    options, collecting = context.params, dict(own)
+    limit, fitting = collecting.pop("limit"), collecting.pop("fitting")
+    for name in ("student", "teacher", "prompts", "out"):
+        if options[name] is None:
+            raise ValueError(
+                f"{name}: it is missing; give --student, --teacher, --prompts and --out, or --config RECIPE"
+            )
+    if options["teacher_id"] is not None:
+        raise ValueError(f"teacher_id: {options['teacher_id']!r} is for --config; leave it out")
     text = prompt_settings(
-        chat_template_kwargs, teacher_chat_template_kwargs, teacher_system_prompt, special_token_map,
-        split_special_tokens, chat_template_date,
+        options["chat_template_kwargs"], options["teacher_chat_template_kwargs"], options["teacher_system_prompt"],
+        options["special_token_map"], options["split_special_tokens"], options["chat_template_date"],
     )  # fmt: skip
-    refuse_existing(out)
-    rows = load_rows(prompts, split, limit, seed, reading(prompt_column, None, dataset_config, merge_system_prompt))
-    fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
-    fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
-    check_fitting(len(rows), held_out, **fitting)
-    pair = load_pair(student, teacher, text, teacher_dtype=teacher_dtype, trust_remote_code=trust_remote_code)
-    bridge = fit_bridge(
-        pair, rows, layers=chosen, maps=maps, max_completion_length=max_completion_length, held_out=held_out, seed=seed,
-        micro_batch_tokens=micro_batch_tokens, max_prompt_length=max_prompt_length, on_rollouts=count_completions(), **fitting,
+    refuse_existing(options["out"])
+    read = reading(options["prompt_column"], None, options["dataset_config"], options["merge_system_prompt"])
+    rows = load_rows(options["prompts"], options["split"], limit, own["seed"], read)
+    check_fitting(len(rows), own["held_out"], **fitting)
+    pair = load_pair(
+        options["student"], options["teacher"], text, teacher_dtype=options["teacher_dtype"],
+        trust_remote_code=options["trust_remote_code"],
     )  # fmt: skip
-    bridge.save(out)
-    write_report(json_file, _show(bridge, given={"rank": rank, "projector": projector}))
-    say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
+    lengths = {name: options[name] for name in ("max_completion_length", "max_prompt_length")}
+    return fit_bridge(pair, rows, **lengths, **collecting, **fitting), options["out"]
 
 
 @app.command("inspect")
@@ -123,7 +195,7 @@ def inspect(
             f"output_dir: {output_dir} is the bridge's own folder, whose bridge.json would be lost; choose another"
         )
     check_json(json_file)
-    description = _show(Bridge.load(folder))
+    description = show_bridge(Bridge.load(folder))
     write_report(json_file, description)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -152,8 +224,12 @@ def _ridge(text: str) -> float | str:
         return text  # "auto"; the fit refuses anything else
 
 
-def _show(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Print a bridge; of one that was just fitted with the options `given`, also why it has its rank and projector."""
+def show_bridge(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Print a bridge; of one that was just fitted with the options `given`, also why it has its rank and projector.
+
+    Returns:
+        What `describe_bridge` finds.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 

@@ -19,6 +19,7 @@ from oprd.cli.options import (
     Template,
     TemplateDate,
     check_json,
+    is_given,
     mapping_option,
     reading,
     write_report,
@@ -92,7 +93,7 @@ def _with_settings_of_run(context: typer.Context) -> dict[str, Any]:
     from oprd.tools.settings_of_run import settings_of_run
 
     options = dict(context.params)
-    given = {name: value for name, value in options.items() if _is_given(context, name)}
+    given = {name: value for name, value in options.items() if is_given(context, name)}
     options["chat_template_kwargs"] = mapping_option("chat_template_kwargs", options["chat_template_kwargs"])
     run = settings_of_run(options["model"], given)
     if run is not None:
@@ -107,12 +108,6 @@ def _with_settings_of_run(context: typer.Context) -> dict[str, Any]:
         whose = "the run has no eval_dataset" if run is not None else "the model is not from a run's folder"
         raise ValueError(f"dataset: {whose}; name the problems: --dataset FILE or NAME")
     return options
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    """Whether the command line gives an option."""
-    source = context.get_parameter_source(option)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _evaluate(

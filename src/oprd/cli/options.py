@@ -51,6 +51,12 @@ SplitSpecial = Annotated[
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results to this JSON file.")]
 
 
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether the command line gives an option."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
+
+
 def check_json(json_file: Path | None) -> None:
     """Refuse a file that cannot be written, before the work.
 

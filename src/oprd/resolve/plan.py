@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class PlannedRun:
                     args.prompt_rendering.of_one(entry),
                 )
                 with naming_teacher(teacher_id):
-                    line = self._bridge_line(bridge, named, self.several[teacher_id], rendering)
+                    line = self._bridge_line(bridge, named, self.several[teacher_id], rendering, teacher_id)
                 lines.append(f"teacher {teacher_id}: {line}")
             one = "several in one update" if args.mix_teachers else "one an update"
             how = (
@@ -145,6 +146,7 @@ class PlannedRun:
         teacher: tuple[Any, Mapping[str, Any] | None],
         info: ModelInfo | None,
         rendering: TeacherPromptSettings,
+        teacher_id: str | None = None,
     ) -> str:
         """What a bridge is, or that it is not there yet.
 
@@ -153,6 +155,7 @@ class PlannedRun:
             teacher: the name of the teacher behind it, and the arguments of its `from_pretrained`.
             info: facts of that teacher; None if they are not known.
             rendering: how its prompts are rendered.
+            teacher_id: which of several teachers it is.
         """
         run, folder = self.run, named.folder
         if teacher[0] is None:
@@ -163,13 +166,7 @@ class PlannedRun:
         ):  # without the models it cannot be fitted here either
             return (
                 f"bridge: {folder} IS NOT THERE YET, and training will stop without it; fit it first: "
-                + fit_command(
-                    str(run.model),
-                    str(teacher[0]),
-                    str(run.train_dataset),
-                    folder,
-                    _fit_settings(run, rendering, teacher[1]),
-                )
+                + _fit_command(run, folder, teacher, rendering, teacher_id)
             )
         bridge = Bridge.load(folder, rank=named.rank)
         for (side, one), known in zip(sides, (bridge.student, bridge.teacher), strict=True):
@@ -263,16 +260,28 @@ def _model_line(role: str, name: Any, info: ModelInfo | None) -> str:
     return f"{role}: {name}: {shape}"
 
 
-def _fit_settings(
-    run: RunConfig, rendering: TeacherPromptSettings, init_kwargs: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The run's settings by which a bridge for it is fitted."""
-    values = vars(run.args)
-    return {
+def _fit_command(
+    run: RunConfig,
+    folder: str,
+    teacher: tuple[Any, Mapping[str, Any] | None],
+    rendering: TeacherPromptSettings,
+    teacher_id: str | None,
+) -> str:
+    """The command that fits a run's bridge: by options, or by its recipe where a setting is no option.
+
+    Arguments as of `_bridge_line`.
+    """
+    values, (name, init_kwargs) = vars(run.args), teacher
+    other_weights = any({"revision", "subfolder"} & {*(own or {})} for own in (run.args.model_init_kwargs, init_kwargs))
+    if rendering.teacher_prompt is not None or other_weights:
+        chosen = [] if teacher_id is None else ["--teacher-id", teacher_id]
+        return f"oprd bridge fit --config RECIPE {shlex.join(['--out', folder, *chosen])}"
+    settings = {
         **values, **asdict(rendering), "split": run.train_split,
         "teacher_dtype": (init_kwargs or {}).get("dtype", "auto"),
         **{key: for_dataset(values[key], "train") for key in ("prompt_column", "dataset_config")},
     }  # fmt: skip
+    return fit_command(str(run.model), str(name), str(run.train_dataset), folder, settings)
 
 
 def _tokenizer_lines(run: RunConfig, *, compare: bool) -> list[str]:

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from oprd.bridge.collect import fit_bridge
 from oprd.bridge.fit import DEFAULT_PROJECTOR
 from oprd.data.rows import Reading
 from oprd.files import write_text
-from oprd.resolve import load_pair
 from oprd.run_config import RunConfig
 from oprd.sanitize import redacted
-from oprd.states.teacher_settings import describe_teacher, model_here
-from oprd.tasks.problems import load_rows
+from oprd.tools.fit_for_run import fit_for_run
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,11 @@ class BridgeSpec:
     held_out: float = 0.2
     seed: int = 0
 
-    def fitting(self) -> dict[str, Any]:
-        """The options as arguments of `fit_bridge`."""
+    def arguments(self) -> dict[str, Any]:
+        """The options as arguments of `fit_for_run`."""
         values = asdict(self)
-        return {"maps": values.pop("layer_map"), **{k: v for k, v in values.items() if k != "limit"}}
+        fitting = {name: values.pop(name) for name in ("rank", "max_rank", "scale", "projector", "ridge", "intercept")}
+        return {"maps": values.pop("layer_map"), "fitting": fitting, **values}
 
 
 def bridge_folder(output_dir: str, name: str) -> Path:
@@ -97,7 +95,6 @@ def fit_missing(
         folder = bridge_folder(output_dir, name)
         note = folder.with_suffix(".json")
         run = RunConfig.load(recipe, {**settings, "bridge": None})
-        args = run.args
         wanted = {**asdict(spec), "of": _of_run(run)}
         if folder.exists():
             if other := _differences(note, wanted):
@@ -106,21 +103,10 @@ def fit_missing(
                     "the folder to fit it again, or choose another output_dir"
                 )
             continue
-        teacher = model_here(run.teacher_model)
-        if teacher is None:
-            raise ValueError(
-                f"bridges: {name}: teacher_model: {describe_teacher(run.settings())}, and a bridge is fitted to a model that is "
-                "loaded here; name one, or make the bridge with oprd bridge fit and set bridge to its folder"
-            )
-        rows = load_rows(run.train_dataset, run.train_split, spec.limit, spec.seed, Reading.of(vars(run.args), "train"))
-        pair = load_pair(
-            run.model, teacher, args.prompt_rendering, trust_remote_code=args.trust_remote_code,
-            init_kwargs=(args.model_init_kwargs, args.teacher_model_init_kwargs),
-        )  # fmt: skip
-        bridge = fit_bridge(
-            pair, rows, max_completion_length=args.max_completion_length, max_prompt_length=args.max_prompt_length,
-            **spec.fitting(),
-        )  # fmt: skip
+        try:
+            bridge = fit_for_run(run, **spec.arguments())
+        except ValueError as error:
+            raise ValueError(f"bridges: {name}: {error}") from error
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
         bridge.save(folder)

@@ -1,0 +1,1 @@
+"""E28: E22 on pretrained models of two families."""
