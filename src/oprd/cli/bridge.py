@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,11 +21,13 @@ from oprd.cli.options import (
     TemplateDate,
     check_json,
     is_given,
-    prompt_settings,
-    reading,
+    mapping_option,
     write_report,
 )
 from oprd.files import write_json
+
+if TYPE_CHECKING:
+    from oprd.run_config import RunConfig
 
 app = typer.Typer(help="Fit and inspect a bridge to a teacher of another shape.", no_args_is_help=True)
 
@@ -99,82 +101,73 @@ def fit(
 
     check_json(json_file)
     quiet_libraries()
+    from oprd.bridge.files import refuse_existing
+    from oprd.tools.fit_for_run import fit_for_run
+
     fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
     fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
-    own = {
+    own: dict[str, Any] = {
         "layers": _layers("layers", layers), "maps": _layers("layer_map", layer_map), "held_out": held_out, "seed": seed,
         "micro_batch_tokens": micro_batch_tokens, "on_rollouts": count_completions(), "limit": limit, "fitting": fitting,
     }  # fmt: skip
-    bridge, out = _fit_by_options(context, own) if config is None else _fit_for_recipe(context, own)
-    bridge.save(out)
+    run, folder = _run_of_options(context) if config is None else _run_of_recipe(context)
+    refuse_existing(folder)
+    given = max_completion_length if config is None or is_given(context, "max_completion_length") else None
+    bridge = fit_for_run(run, teacher_id=teacher_id, max_completion_length=given, **own)
+    bridge.save(folder)
     write_report(json_file, show_bridge(bridge, given={"rank": rank, "projector": projector}))
-    say(f"written to {out}; train with bridge: {out}, or look again: oprd bridge inspect {out}")
+    say(f"written to {folder}; train with bridge: {folder}, or look again: oprd bridge inspect {folder}")
 
 
 _OF_FIT = {
     "config", "teacher_id", "out", "limit", "layers", "rank", "max_rank", "scale", "projector", "ridge", "intercept", "layer_map",
     "held_out", "micro_batch_tokens", "seed", "json_file", "max_completion_length",
 }  # fmt: skip
-"""Options that say how to fit. The others say what, as a recipe does."""
+"""Options that say how to fit. The others say to what, as a recipe does."""
+_RECIPE_KEYS = {"student": "model", "teacher": "teacher_model", "prompts": "train_dataset", "split": "train_split"}
+"""Options whose key in a recipe has another name."""
 
 
-def _fit_for_recipe(context: typer.Context, own: Mapping[str, Any]) -> tuple[Any, Path]:
-    """The bridge for a recipe, and its folder: --out, or the one that the recipe names.
+def _run_of_recipe(context: typer.Context) -> tuple[RunConfig, Path]:
+    """The run of --config, and the bridge's folder: --out, or the one that the recipe names.
 
     Raises:
-        ValueError: an option that the recipe has too, no folder, one that is there, or as `fit_for_run`.
+        ValueError: an option that the recipe has too, no folder, or as `RunConfig.load`.
     """
-    from oprd.bridge.files import refuse_existing
     from oprd.run_config import RunConfig
-    from oprd.tools.fit_for_run import bridge_folder_of, fit_for_run
+    from oprd.tools.fit_for_run import bridge_folder_of
 
-    config, teacher_id, out = (context.params[name] for name in ("config", "teacher_id", "out"))
+    config, out = context.params["config"], context.params["out"]
     for name in context.params:
         if name not in _OF_FIT and is_given(context, name):
             raise ValueError(f"{name}: the recipe {config} says it; set it there, or leave one of the two out")
     run = RunConfig.load_on_cpu(config, {})
-    named = out or bridge_folder_of(run, teacher_id)
-    if named is None:
+    folder = out or bridge_folder_of(run, context.params["teacher_id"])
+    if folder is None:
         raise ValueError(f"out: {config} names no bridge; say where to write it: --out FOLDER")
-    refuse_existing(folder := Path(named))
-    length = context.params["max_completion_length"] if is_given(context, "max_completion_length") else None
-    return fit_for_run(run, teacher_id=teacher_id, max_completion_length=length, **own), folder
+    return run, Path(folder)
 
 
-def _fit_by_options(context: typer.Context, own: Mapping[str, Any]) -> tuple[Any, Path]:
-    """The bridge between --student and --teacher on --prompts, and its folder.
+def _run_of_options(context: typer.Context) -> tuple[RunConfig, Path]:
+    """A run as the options describe it, and the bridge's folder.
 
     Raises:
-        ValueError: an option is missing, the folder is there, or as `fit_bridge`.
+        ValueError: an option is missing, or as `RunConfig.parse`.
     """
-    from oprd.bridge.collect import check_fitting, fit_bridge
-    from oprd.bridge.files import refuse_existing
-    from oprd.resolve import load_pair
-    from oprd.tasks.problems import load_rows
+    from oprd.run_config import RunConfig
 
-    options, collecting = context.params, dict(own)
-    limit, fitting = collecting.pop("limit"), collecting.pop("fitting")
+    options = dict(context.params)
     for name in ("student", "teacher", "prompts", "out"):
         if options[name] is None:
             raise ValueError(
                 f"{name}: it is missing; give --student, --teacher, --prompts and --out, or --config RECIPE"
             )
-    if options["teacher_id"] is not None:
-        raise ValueError(f"teacher_id: {options['teacher_id']!r} is for --config; leave it out")
-    text = prompt_settings(
-        options["chat_template_kwargs"], options["teacher_chat_template_kwargs"], options["teacher_system_prompt"],
-        options["special_token_map"], options["split_special_tokens"], options["chat_template_date"],
-    )  # fmt: skip
-    refuse_existing(options["out"])
-    read = reading(options["prompt_column"], None, options["dataset_config"], options["merge_system_prompt"])
-    rows = load_rows(options["prompts"], options["split"], limit, own["seed"], read)
-    check_fitting(len(rows), own["held_out"], **fitting)
-    pair = load_pair(
-        options["student"], options["teacher"], text, teacher_dtype=options["teacher_dtype"],
-        trust_remote_code=options["trust_remote_code"],
-    )  # fmt: skip
-    lengths = {name: options[name] for name in ("max_completion_length", "max_prompt_length")}
-    return fit_bridge(pair, rows, **lengths, **collecting, **fitting), options["out"]
+    for name in ("chat_template_kwargs", "teacher_chat_template_kwargs", "special_token_map"):
+        options[name] = mapping_option(name, options[name])
+    if (dtype := options.pop("teacher_dtype")) != "auto":
+        options["teacher_model_init_kwargs"] = {"dtype": dtype}
+    values = {_RECIPE_KEYS.get(name, name): value for name, value in options.items() if name not in _OF_FIT}
+    return RunConfig.parse({**values, "output_dir": "is not written"}, "oprd bridge fit"), options["out"]
 
 
 @app.command("inspect")
