@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from oprd.files import writing_folder
 from oprd.models.loading import load_model, load_tokenizer
@@ -61,7 +62,7 @@ def main() -> None:
             group["lr"] = args.learning_rate * min((step + 1) / (args.steps / 10), 1.0) * (1 - 0.9 * step / args.steps)
         batch = rows[step * args.batch : (step + 1) * args.batch]
         pairs = [(row.prompt, worked_solution(str(row.prompt))) for row in batch]
-        encoded = [(tokenizer(q)["input_ids"], [*tokenizer(s)["input_ids"], tokenizer.eos_token_id]) for q, s in pairs]
+        encoded = [encode(tokenizer, question, solution) for question, solution in pairs]
         tokens, total = sum(len(solution) for _, solution in encoded), 0.0
         for part in parts_of_like_length(encoded, args.rows_at_once or args.batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -81,6 +82,12 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "build.json").write_text(json.dumps({"settings": settings, "losses": losses}, indent=1) + "\n")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: str, solution: str) -> Encoded:
+    """The question as a prompt begins, and the solution as it goes on: without a token that begins a text."""
+    rest = tokenizer(solution, add_special_tokens=False)["input_ids"]
+    return tokenizer(question)["input_ids"], [*rest, tokenizer.eos_token_id]
 
 
 def parts_of_like_length(encoded: list[Encoded], rows: int) -> list[list[Encoded]]:

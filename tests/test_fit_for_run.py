@@ -12,6 +12,7 @@ import yaml
 from oprd.bridge import Bridge
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
+from oprd.tools.compare.bridges import fit_missing, parse_bridges
 from tiny import tiny_model, tiny_tokenizer
 
 FIT = ("--limit", "12", "--rank", "6")
@@ -19,22 +20,25 @@ FIT = ("--limit", "12", "--rank", "6")
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Writes a recipe of a student and two teachers of another shape, and returns its name."""
+    """Writes a recipe of a student and a teacher of another shape, and returns its name."""
     monkeypatch.chdir(tmp_path)
     wide = {"hidden_size": 48, "num_hidden_layers": 5}
     for name, model in (
-        ("student", tiny_model()),
+        ("small", tiny_model()),
         ("wide", tiny_model(**wide)),
         ("wide/other", tiny_model(seed=5, **wide)),
     ):
         model.save_pretrained(name)
         tiny_tokenizer().save_pretrained(name)
-    rows = [{"prompt": f"{n} + {n} =", "hint": "ab"[n % 2] * n, "teacher_id": "ab"[n % 2]} for n in range(1, 41)]
+    rows = [
+        {"prompt": f"{n} + {n} =", "hint": "ab"[n % 2] * n, "teacher_id": "ab"[n % 2], "answer": f"so\n#### {n}"}
+        for n in range(1, 41)
+    ]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def write(**settings):
         values = {
-            "model": "student", "teacher_model": "wide", "train_dataset": "rows.jsonl", "output_dir": "runs/mine",
+            "model": "small", "teacher_model": "wide", "train_dataset": "rows.jsonl", "output_dir": "runs/mine",
             "max_completion_length": 9, "bridge": "mine-bridge", "use_cpu": True,
         }  # fmt: skip
         values |= settings
@@ -53,7 +57,7 @@ def test_the_recipe_stands_for_the_options(run, recipe):
     fitted = run("bridge", "fit", "--config", recipe(), *FIT)
     assert fitted.returncode == 0, fitted.stderr
     assert "written to mine-bridge" in fitted.stdout
-    options = ("--student", "student", "--teacher", "wide", "--prompts", "rows.jsonl", "--max-completion-length", "9")
+    options = ("--student", "small", "--teacher", "wide", "--prompts", "rows.jsonl", "--max-completion-length", "9")
     assert run("bridge", "fit", *options, "--out", "by-options", *FIT).returncode == 0
     assert torch.equal(projections("mine-bridge"), projections("by-options"))
     shorter = run("bridge", "fit", "--config", "mine.yaml", "--out", "shorter", "--max-completion-length", "3", *FIT)
@@ -80,24 +84,63 @@ def test_what_the_recipe_says_about_prompts_and_loading_counts(run, recipe, sett
     assert "FITTED ON PROMPTS OF ANOTHER" not in planned
 
 
-def test_one_of_several_teachers_is_fitted_on_its_own_rows(run, recipe):
-    several = {"a": "student", "b": {"model": "wide", "bridge": "b-bridge", "system_prompt": None}}
-    settings = {"teacher_model": None, "bridge": None, "teachers": several}
-    fitted = run("bridge", "fit", "--config", recipe(**settings), "--teacher-id", "b", *FIT)
+def test_answers_are_read_as_in_training(run, recipe):
+    prompt = {"teacher_prompt": "{prompt} {answer}"}
+    fitted = run("bridge", "fit", "--config", recipe(**prompt, task="exact_match", answer_format="gsm8k"), *FIT)
     assert fitted.returncode == 0, fitted.stderr
-    rows = [line for line in Path("rows.jsonl").read_text().splitlines() if json.loads(line)["teacher_id"] == "b"]
-    Path("rows.jsonl").write_text("\n".join(rows))
-    assert run("bridge", "fit", "--config", recipe(bridge="alone"), *FIT).returncode == 0
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("so\\n#### ", ""))
+    assert run("bridge", "fit", "--config", recipe(**prompt, bridge="plain"), *FIT).returncode == 0
+    assert torch.equal(projections("mine-bridge"), projections("plain"))
+
+
+def test_no_more_prompts_are_used_than_in_training(run, recipe):
+    assert run("bridge", "fit", "--config", recipe(train_limit=12), "--limit", "30", "--rank", "6").returncode == 0
+    assert run("bridge", "fit", "--config", recipe(bridge="limited"), *FIT).returncode == 0
+    assert torch.equal(projections("mine-bridge"), projections("limited"))
+
+
+def test_a_comparison_fits_with_the_same_settings(run, recipe):
+    prompt = {"teacher_prompt": "{prompt} {hint}"}
+    assert run("bridge", "fit", "--config", recipe(**prompt), *FIT).returncode == 0
+    fit_missing(parse_bridges({"one": {"limit": 12, "rank": 6}}, "the file"), "out", "mine.yaml", {}, print)
+    assert torch.equal(projections("mine-bridge"), projections("out/bridges/one"))
+
+
+OWN = {"model": "wide", "bridge": "b-bridge", "system_prompt": "Be b.", "init_kwargs": {"subfolder": "other"}}
+"""A teacher with settings of its own."""
+
+
+@pytest.mark.parametrize("per_prompt", ["one", "all"])
+def test_one_of_several_teachers_is_fitted_with_its_own_settings(run, recipe, per_prompt):
+    for folder in ("small", "wide", "wide/other"):
+        tiny_tokenizer(chat=True).save_pretrained(folder)
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    several = {"teacher_model": None, "bridge": None, "teachers": {"a": "wide", "b": OWN}}
+    fitted = run(
+        "bridge", "fit", "--config", recipe(**several, teachers_per_prompt=per_prompt), "--teacher-id", "b", *FIT
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    own = [row for row in rows if per_prompt == "all" or row["teacher_id"] == "b"]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, own)))
+    alone = {"teacher_system_prompt": OWN["system_prompt"], "teacher_model_init_kwargs": OWN["init_kwargs"]}
+    assert run("bridge", "fit", "--config", recipe(bridge="alone", **alone), *FIT).returncode == 0
     assert torch.equal(projections("b-bridge"), projections("alone"))
 
 
 @pytest.mark.parametrize(
     ("settings", "words", "message"),
     [
-        ({}, ("--prompts", "x"), "prompts: the recipe mine.yaml says it; set it there, or leave one of the two out"),
-        ({}, ("--teacher-dtype", "auto"), "teacher_dtype: the recipe mine.yaml says it"),
+        ({}, ("--prompts", "x"), "prompts: it does not go with --config; set train_dataset in mine.yaml"),
+        (
+            {},
+            ("--teacher-dtype", "auto"),
+            "teacher_dtype: it does not go with --config; set teacher_model_init_kwargs in",
+        ),
+        ({}, ("--prompt-column", "x"), "prompt_column: it does not go with --config; set prompt_column in mine.yaml"),
         ({"bridge": None}, (), "out: mine.yaml names no bridge; say where to write it: --out FOLDER"),
-        ({}, ("--teacher-id", "b"), "teacher_id: 'b' chooses one of several teachers, and the recipe has one"),
+        ({}, ("--teacher-id", "b"), "teacher_id: 'b' names one of several teachers, and the run has one"),
         ({"bridge": "wide"}, (), "bridge: wide exists already"),
         ({"limit": 3}, (), "unknown key 'limit'"),
         ({"teacher_model": {"url": "http://127.0.0.1:1"}}, (), "teacher_model: a model on a server"),
@@ -111,20 +154,33 @@ def test_a_recipe_that_gives_no_bridge_is_refused(run, recipe, settings, words, 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("entry", "words", "message"),
     [
-        ((), "the recipe's teachers are a, b, and a bridge is fitted to one; choose with --teacher-id"),
-        (("--teacher-id", "c"), "the recipe's teachers are a, b, and 'c' is none of them"),
+        (
+            "wide",
+            (),
+            "the run's teachers are a, b, and a bridge is fitted to one; choose one: oprd bridge fit --config",
+        ),
+        ("wide", ("--teacher-id", "c"), "the run's teachers are a, b, and 'c' is none of them"),
+        ({"model": "wide", "system_promt": "x"}, ("--teacher-id", "b"), "teachers: b: unknown key 'system_promt'"),
     ],
+    ids=str,
 )
-def test_a_teacher_must_be_chosen(run, recipe, words, message):
-    several = {"teacher_model": None, "bridge": None, "teachers": {"a": "student", "b": "wide"}}
+def test_a_teacher_must_be_chosen_and_described(run, recipe, entry, words, message):
+    several = {"teacher_model": None, "bridge": None, "teachers": {"a": "wide", "b": entry}}
     result = run("bridge", "fit", "--config", recipe(**several), "--out", "new", *FIT, *words)
     assert result.returncode == 2
     assert message in result.stderr
 
 
-def test_without_a_recipe_all_names_are_needed(run, recipe):
-    result = run("bridge", "fit", "--student", "student", "--teacher", "wide", "--out", "new")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "prompts: it is missing; give --student, --teacher, --prompts and --out, or --config RECIPE"),
+        (("--prompts", "x", "--teacher-id", "b"), "teacher_id: 'b' names a teacher of --config, which is missing"),
+    ],
+)
+def test_without_a_recipe_all_names_are_needed(run, recipe, words, message):
+    result = run("bridge", "fit", "--student", "small", "--teacher", "wide", "--out", "new", *words)
     assert result.returncode == 2
-    assert "prompts: it is missing; give --student, --teacher, --prompts and --out, or --config RECIPE" in result.stderr
+    assert message in result.stderr

@@ -208,7 +208,7 @@ def test_the_plan_says_which_teacher_has_which_bridge(named, bridge):
     missing = {**named["teachers"], "b": {**named["teachers"]["b"], "model": "org/not-here", "bridge": "nowhere"}}
     text = "\n".join(plan(RunConfig.parse({**named, "teachers": missing})).describe())
     assert "teacher b: bridge: nowhere IS NOT THERE YET" in text
-    assert f"oprd bridge fit --student {named['model']} --teacher org/not-here --prompts" in text
+    assert "oprd bridge fit --config RECIPE --out nowhere --teacher-id b" in text
     swapped = {**named["teachers"], "b": {**named["teachers"]["b"], "model": named["teachers"]["a"]}}
     with pytest.raises(
         ValueError, match=r"teachers: b: bridge: it was fitted for the teacher .* of 5 layers of width 48"
@@ -217,10 +217,6 @@ def test_the_plan_says_which_teacher_has_which_bridge(named, bridge):
 
 
 def test_a_plan_says_the_whole_command_that_fits_the_bridge(named, tmp_path):
-    missing = {
-        **named["teachers"],
-        "b": {"model": "org/not-here", "bridge": "my bridge", "special_token_map": {"<a b>": "<c>"}},
-    }
     file = tmp_path / "rows.jsonl"
     file.write_text(Path(named["train_dataset"]).read_text().replace('"prompt"', '"question"'))
     settings = {"train_dataset": str(file), "prompt_column": {"train": "question"}, "merge_system_prompt": True}
@@ -228,10 +224,12 @@ def test_a_plan_says_the_whole_command_that_fits_the_bridge(named, tmp_path):
         "split_special_tokens": False,
         "max_prompt_length": 20,
         "teacher_model_init_kwargs": {"dtype": "bfloat16"},
+        "special_token_map": {"<a b>": "<c>"},
+        "teacher_model": "org/not-here",
+        "teachers": None,
+        "bridge": "my bridge",
     }
-    (line,) = (
-        one for one in plan(RunConfig.parse({**named, **settings, "teachers": missing})).describe() if "IS NOT" in one
-    )
+    (line,) = (one for one in plan(RunConfig.parse({**named, **settings})).describe() if "IS NOT" in one)
     assert shlex.split(line.partition("fit it first: ")[2]) == [
         "oprd", "bridge", "fit", "--student", named["model"], "--teacher", "org/not-here", "--prompts", str(file),
         "--out", "my bridge", "--max-completion-length", "9", "--max-prompt-length", "20", "--prompt-column", "question",
@@ -242,13 +240,17 @@ def test_a_plan_says_the_whole_command_that_fits_the_bridge(named, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"teacher_prompt": "{prompt} {teacher_id}"}, {"teacher_model_init_kwargs": {"revision": "v2"}}],
+    [
+        {"teacher_prompt": "{prompt} {teacher_id}"},
+        {"teacher_model_init_kwargs": {"revision": "v2"}},
+        {"model_init_kwargs": {"revision": "v2"}, "model": "org/nor-here"},
+    ],
     ids=str,
 )
 def test_a_plan_names_the_recipe_where_a_setting_is_no_option(named, settings):
-    missing = {**named["teachers"], "b": {"model": "org/not-here", "bridge": "my bridge"}}
-    text = "\n".join(plan(RunConfig.parse({**named, **settings, "teachers": missing})).describe())
-    assert "fit it first: oprd bridge fit --config RECIPE --out 'my bridge' --teacher-id b\n" in text
+    one = {"teacher_model": "org/not-here", "teachers": None, "bridge": "my bridge"}
+    text = "\n".join(plan(RunConfig.parse({**named, **settings, **one})).describe())
+    assert "fit it first: oprd bridge fit --config RECIPE --out 'my bridge'\n" in text
 
 
 def test_a_bridge_of_other_prompts_is_said(named, bridge, tmp_path, caplog):

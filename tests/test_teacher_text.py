@@ -197,7 +197,7 @@ def test_what_the_student_cannot_write_ends_its_response_and_is_said():
     assert found.counts.shares()["teacher_text/incomplete"] == 1
     assert found.counts.warning() == (
         "of 1 responses of the teacher, 1 are kept only up to what the student's tokens cannot write and 0 are left out: a special "
-        "token that the student lacks (1); the first begins 'as text'"
+        "token that the student lacks (1); the first begins '12+<note>1<eot>'"
     )
     last = by_hand(PIECES, OTHERS, ["12+", "<note>"], "length")  # nothing follows it, and it is counted all the same
     assert last.counts.incomplete == 1

@@ -121,7 +121,7 @@ class RunConfig:
 
     @classmethod
     def load_on_cpu(cls, path: str | Path, overrides: Mapping[str, Any]) -> RunConfig:
-        """`load` for commands that only plan. Without a GPU it sets use_cpu, because transformers refuses bf16 otherwise.
+        """`load` for commands that do not train. Without a GPU it sets use_cpu, because transformers refuses bf16 otherwise.
 
         Raises:
             ValueError: as `load`.

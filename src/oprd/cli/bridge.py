@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oprd.cli.options import (
+    TEACHER_MODEL,
     DatasetConfig,
     JsonFile,
     MergeSystem,
@@ -43,11 +44,6 @@ _Ridge = Annotated[
 _LayerMap = Annotated[str, typer.Option(help="proportional, cka, or a list with each student layer's teacher layer.")]
 
 
-_Teacher = Annotated[
-    str | None, typer.Option(help="Folder, hub name, or embedded:tiny/teacher; any depth, width and tokenizer.")
-]
-
-
 @app.command("fit")
 def fit(
     context: typer.Context,
@@ -56,7 +52,7 @@ def fit(
     ] = None,
     teacher_id: Annotated[str | None, typer.Option(help="With --config: one of its several teachers.")] = None,
     student: Annotated[str | None, typer.Option(help="Folder, hub name, or embedded:tiny/student.")] = None,
-    teacher: _Teacher = None,
+    teacher: Annotated[str | None, TEACHER_MODEL] = None,
     prompts: Annotated[
         str | None, typer.Option(help=".parquet, .jsonl, .json, hub name, or generated:addition.")
     ] = None,
@@ -76,7 +72,9 @@ def fit(
     intercept: Annotated[bool, typer.Option(help="Subtract the student's mean.")] = True,
     layer_map: _LayerMap = "proportional",
     held_out: Annotated[float, typer.Option(help="Share of rollouts to judge the fit by.")] = 0.2,
-    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens of one forward pass.")] = 16384,
+    micro_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Most padded tokens of one forward pass; with --config by default the recipe's.")
+    ] = 16384,
     split: Annotated[str, typer.Option(help="Split of a hub dataset or generated task.")] = "train",
     seed: Annotated[int, typer.Option(help="Of the rollouts.")] = 0,
     max_prompt_length: Annotated[int | None, typer.Option(help="Leave out (and count) longer prompts.")] = None,
@@ -97,34 +95,61 @@ def fit(
 
     Give the recipe of the run, or a student, a teacher and prompts.
     """
-    from oprd.cli.console import count_completions, quiet_libraries, say
+    from oprd.cli.console import quiet_libraries
 
     check_json(json_file)
     quiet_libraries()
-    from oprd.bridge.files import refuse_existing
-    from oprd.tools.fit_for_run import fit_for_run
-
     fitting: dict[str, Any] = {"rank": rank, "max_rank": max_rank, "scale": scale, "intercept": intercept}
     fitting |= {"ridge": _ridge(ridge), **({"projector": projector} if projector else {})}
     own: dict[str, Any] = {
         "layers": _layers("layers", layers), "maps": _layers("layer_map", layer_map), "held_out": held_out, "seed": seed,
-        "micro_batch_tokens": micro_batch_tokens, "on_rollouts": count_completions(), "limit": limit, "fitting": fitting,
+        "teacher_id": teacher_id, "limit": limit, "fitting": fitting,
     }  # fmt: skip
     run, folder = _run_of_options(context) if config is None else _run_of_recipe(context)
+    write_report(json_file, fit_and_save(run, folder, **own))
+
+
+def fit_and_save(
+    run: RunConfig, folder: Path, *, fitting: Mapping[str, Any] | None = None, **own: Any
+) -> dict[str, Any]:
+    """Fit a run's bridge into a new folder, and print how well it fits.
+
+    Args:
+        run: the configuration.
+        folder: of the bridge.
+        fitting: arguments of `Bridge.fit`, as in `fit_for_run`.
+        **own: further arguments of `fit_for_run`.
+
+    Returns:
+        The description of the bridge.
+
+    Raises:
+        ValueError: the folder is there, or as `fit_for_run`.
+    """
+    from oprd.bridge.files import refuse_existing
+    from oprd.cli.console import count_completions, say
+    from oprd.tools.fit_for_run import fit_for_run
+
     refuse_existing(folder)
-    given = max_completion_length if config is None or is_given(context, "max_completion_length") else None
-    bridge = fit_for_run(run, teacher_id=teacher_id, max_completion_length=given, **own)
+    fitting = fitting or {}
+    bridge = fit_for_run(run, fitting=fitting, on_rollouts=count_completions(), **own)
     bridge.save(folder)
-    write_report(json_file, show_bridge(bridge, given={"rank": rank, "projector": projector}))
+    description = _show(bridge, given={"rank": fitting.get("rank"), "projector": fitting.get("projector")})
     say(f"written to {folder}; train with bridge: {folder}, or look again: oprd bridge inspect {folder}")
+    return description
 
 
 _OF_FIT = {
     "config", "teacher_id", "out", "limit", "layers", "rank", "max_rank", "scale", "projector", "ridge", "intercept", "layer_map",
-    "held_out", "micro_batch_tokens", "seed", "json_file", "max_completion_length",
+    "held_out", "seed", "json_file",
 }  # fmt: skip
-"""Options that say how to fit. The others say to what, as a recipe does."""
-_RECIPE_KEYS = {"student": "model", "teacher": "teacher_model", "prompts": "train_dataset", "split": "train_split"}
+"""Options of the fit itself. All others are keys of a recipe."""
+_OF_BOTH = ("max_completion_length", "micro_batch_tokens")
+"""Keys of a recipe that an option may replace for the fit."""
+_RECIPE_KEYS = {
+    "student": "model", "teacher": "teacher_model", "prompts": "train_dataset", "split": "train_split",
+    "teacher_dtype": "teacher_model_init_kwargs",
+}  # fmt: skip
 """Options whose key in a recipe has another name."""
 
 
@@ -132,16 +157,17 @@ def _run_of_recipe(context: typer.Context) -> tuple[RunConfig, Path]:
     """The run of --config, and the bridge's folder: --out, or the one that the recipe names.
 
     Raises:
-        ValueError: an option that the recipe has too, no folder, or as `RunConfig.load`.
+        ValueError: an option that is a key of recipes, no folder, or as `RunConfig.load`.
     """
     from oprd.run_config import RunConfig
     from oprd.tools.fit_for_run import bridge_folder_of
 
     config, out = context.params["config"], context.params["out"]
     for name in context.params:
-        if name not in _OF_FIT and is_given(context, name):
-            raise ValueError(f"{name}: the recipe {config} says it; set it there, or leave one of the two out")
-    run = RunConfig.load_on_cpu(config, {})
+        if name not in {*_OF_FIT, *_OF_BOTH} and is_given(context, name):
+            raise ValueError(f"{name}: it does not go with --config; set {_RECIPE_KEYS.get(name, name)} in {config}")
+    changed = {name: context.params[name] for name in _OF_BOTH if is_given(context, name)}
+    run = RunConfig.load_on_cpu(config, changed)
     folder = out or bridge_folder_of(run, context.params["teacher_id"])
     if folder is None:
         raise ValueError(f"out: {config} names no bridge; say where to write it: --out FOLDER")
@@ -162,10 +188,12 @@ def _run_of_options(context: typer.Context) -> tuple[RunConfig, Path]:
             raise ValueError(
                 f"{name}: it is missing; give --student, --teacher, --prompts and --out, or --config RECIPE"
             )
+    if options["teacher_id"] is not None:
+        raise ValueError(f"teacher_id: {options['teacher_id']!r} names a teacher of --config, which is missing")
     for name in ("chat_template_kwargs", "teacher_chat_template_kwargs", "special_token_map"):
         options[name] = mapping_option(name, options[name])
-    if (dtype := options.pop("teacher_dtype")) != "auto":
-        options["teacher_model_init_kwargs"] = {"dtype": dtype}
+    dtype = options["teacher_dtype"]
+    options["teacher_dtype"] = None if dtype == "auto" else {"dtype": dtype}
     values = {_RECIPE_KEYS.get(name, name): value for name, value in options.items() if name not in _OF_FIT}
     return RunConfig.parse({**values, "output_dir": "is not written"}, "oprd bridge fit"), options["out"]
 
@@ -188,7 +216,7 @@ def inspect(
             f"output_dir: {output_dir} is the bridge's own folder, whose bridge.json would be lost; choose another"
         )
     check_json(json_file)
-    description = show_bridge(Bridge.load(folder))
+    description = _show(Bridge.load(folder))
     write_report(json_file, description)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -217,7 +245,7 @@ def _ridge(text: str) -> float | str:
         return text  # "auto"; the fit refuses anything else
 
 
-def show_bridge(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _show(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Print a bridge; of one that was just fitted with the options `given`, also why it has its rank and projector.
 
     Returns:

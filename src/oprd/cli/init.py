@@ -24,8 +24,8 @@ def init(
     ] = None,
 ) -> None:
     """Write a recipe that runs: looks at the models' files, the data and this machine, without questions."""
-    from oprd.cli.bridge import show_bridge
-    from oprd.cli.console import count_completions, quiet_libraries, say
+    from oprd.cli.bridge import fit_and_save
+    from oprd.cli.console import quiet_libraries, say
 
     if output.exists():
         raise ValueError(f"--output: {output} is there already; choose another name, or remove it")
@@ -34,23 +34,18 @@ def init(
     if task is not None and eval_dataset is None and not prompts.startswith("generated:"):
         raise ValueError(f"--task: {task!r} grades the answers of --eval, which is not given")
     quiet_libraries()
-    from oprd.bridge.files import refuse_existing
     from oprd.resolve import plan
     from oprd.run_config import RunConfig
     from oprd.tools.doctor.probe import measure_machine
     from oprd.tools.doctor.time import predict_seconds
     from oprd.tools.first_recipe import Machine, first_recipe, workload_for
-    from oprd.tools.fit_for_run import fit_for_run
 
     machine = Machine.this()
     made = first_recipe(student, teacher, prompts, eval_dataset=eval_dataset, task=task, output=output, machine=machine)
     values, run = made.values, RunConfig.parse(made.values, str(output))
     if made.needs_bridge:
         say(f"the models differ in shape or tokenizer: fitting a bridge, {values['bridge']}")
-        refuse_existing(folder := Path(values["bridge"]))
-        bridge = fit_for_run(run, limit=min(made.prompts, _BRIDGE_PROMPTS), on_rollouts=count_completions())
-        bridge.save(folder)
-        show_bridge(bridge, given={"rank": None, "projector": None})
+        fit_and_save(run, Path(values["bridge"]), limit=min(made.prompts, _BRIDGE_PROMPTS))
     text = made.text()
     work = workload_for(values, made.longest_prompt, machine)
     seconds = sum(predict_seconds(work, measure_machine(work)).values())

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from oprd.alignment.teacher_prompts import TeacherPromptSettings
     from oprd.data.rows import Reading
 
-TeacherModel = Annotated[
-    str, typer.Option(help="Folder, hub name, or embedded:tiny/teacher; any depth, width and tokenizer.")
-]
+TEACHER_MODEL = typer.Option(help="Folder, hub name, or embedded:tiny/teacher; any depth, width and tokenizer.")
+TeacherModel = Annotated[str, TEACHER_MODEL]
 PromptColumn = Annotated[
     str | None, typer.Option(help="Column of the prompt (a.b: nested); without it, the usual ones are tried.")
 ]

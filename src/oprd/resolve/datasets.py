@@ -57,9 +57,17 @@ def task_of(run: RunConfig) -> Task | None:
 
 
 def dataset_rows(
-    run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions | None
+    run: RunConfig, task: Task | None, kind: str, rewards: RewardFunctions | None, *, seed: int | None = None
 ) -> Sequence[PromptRow] | None:
-    """Rows of the train or eval dataset, by name or as given, their answers as the task compares them."""
+    """Rows of the train or eval dataset, by name or as given, their answers as the task compares them.
+
+    Args:
+        run: the configuration.
+        task: that compares the answers.
+        kind: "train" or "eval".
+        rewards: read the other columns.
+        seed: of generated problems; None: the run's.
+    """
     dataset = getattr(run, f"{kind}_dataset")
     if dataset is None or (isinstance(dataset, str) and not dataset):
         return None
@@ -70,7 +78,8 @@ def dataset_rows(
         vars(run.args), kind, graded=task is not None, answers_needed=task is not None and kind == "eval",
         columns=_keeps_columns(run, rewards),
     )  # fmt: skip
-    rows = load_rows(dataset, getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit"), run.args.seed, reading)
+    split, limit = getattr(run, f"{kind}_split"), getattr(run, f"{kind}_limit")
+    rows = load_rows(dataset, split, limit, run.args.seed if seed is None else seed, reading)
     return _with_teacher_ids(run, _checked_rows(rows, run.args, task, kind, rewards), kind)
 
 

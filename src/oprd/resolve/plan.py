@@ -267,13 +267,10 @@ def _fit_command(
     rendering: TeacherPromptSettings,
     teacher_id: str | None,
 ) -> str:
-    """The command that fits a run's bridge: by options, or by its recipe where a setting is no option.
-
-    Arguments as of `_bridge_line`.
-    """
+    """The command that fits a run's bridge. It names the recipe where a setting has no option. Arguments as of `_bridge_line`."""
     values, (name, init_kwargs) = vars(run.args), teacher
-    other_weights = any({"revision", "subfolder"} & {*(own or {})} for own in (run.args.model_init_kwargs, init_kwargs))
-    if rendering.teacher_prompt is not None or other_weights:
+    loading = {*(values["model_init_kwargs"] or {}), *({*(init_kwargs or {})} - {"dtype"})}
+    if teacher_id is not None or rendering.teacher_prompt is not None or loading or not isinstance(name, str):
         chosen = [] if teacher_id is None else ["--teacher-id", teacher_id]
         return f"oprd bridge fit --config RECIPE {shlex.join(['--out', folder, *chosen])}"
     settings = {
@@ -281,7 +278,7 @@ def _fit_command(
         "teacher_dtype": (init_kwargs or {}).get("dtype", "auto"),
         **{key: for_dataset(values[key], "train") for key in ("prompt_column", "dataset_config")},
     }  # fmt: skip
-    return fit_command(str(run.model), str(name), str(run.train_dataset), folder, settings)
+    return fit_command(str(run.model), name, str(run.train_dataset), folder, settings)
 
 
 def _tokenizer_lines(run: RunConfig, *, compare: bool) -> list[str]:

@@ -224,7 +224,8 @@ class Rewriter:
             ids, reason = self._rewrite(*response, prompt.row, *openings[prompt.index])
             if reason := reason or ("" if ids else "cut_character"):
                 reasons[reason] += 1
-                examples.append(printable(written.texts[place])[:80])
+                text = self.aligner.teacher_tokenizer.decode(written.completion_ids[place])  # special tokens too
+                examples.append(printable(str(text))[:80])
             if not ids:
                 continue
             incomplete += bool(reason)
