@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from evidence.e23_far_pair.claim import gains_said, measure_pair
 from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, never_better_said
 from evidence.words import mean_of, percent, points, standing, surely, table
+from oprd.bridge import Bridge
+from oprd.tools.compare.bridges import bridge_folder
 
 ID = "E28"
 TITLE = "Between pretrained models of two families, a Procrustes projector makes a better bridge than least squares"
@@ -49,10 +52,21 @@ def measure(work: Work) -> dict[str, Any]:
     get_public("get_gemma.py", BASE)
     if not (TEACHER / "build.json").exists():
         run_script("build_reasoning_teacher.py", "--model", str(BASE), "--output", str(TEACHER), *TEACHER_BUILD)
-    settings = QUICK if work.quick else {}
-    return measure_pair(
-        FILE, work, folder="pretrained_families", grids=GRIDS, settings=lambda seed: settings, ladder=LADDER
-    )
+    settings, folder = QUICK if work.quick else {}, "pretrained_families"
+    found = measure_pair(FILE, work, folder=folder, grids=GRIDS, settings=lambda seed: settings, ladder=LADDER)
+    bridge = Bridge.load(bridge_folder(str(work.folder.parent / folder), "least_squares"))
+    predictable = {str(layer): round(pair.report.predictable, 4) for layer, pair in bridge.pairs.items()}
+    return {**found, "bridge": {"verdict": bridge.verdict[0], "predictable": predictable}}
+
+
+def _fit_said(bridge: Mapping[str, Any]) -> str:
+    """What the fit found on held-out rollouts: its verdict, and how much of the teacher's variance the student predicts."""
+    shares = {int(layer): share for layer, share in bridge["predictable"].items()}
+    lower = next((layer for layer in sorted(shares) if shares[layer] < 0.5), max(shares) + 1)
+    below, above = ([share for layer, share in shares.items() if (layer < lower) is early] for early in (True, False))
+    said = [f"at least {percent(min(below), 0)} on layers 1 to {lower - 1}"] if below else []
+    said += [f"at most {percent(max(above), 0)} on layers {lower} to {max(shares)}"] if above else []
+    return f"`oprd bridge fit` says *{bridge['verdict']}*: of the variance of the teacher's states the student predicts {' and '.join(said)}."
 
 
 def judge(result: Result) -> Finding:
@@ -70,7 +84,7 @@ def judge(result: Result) -> Finding:
     before, teacher = (mean_of([r[key] for r in first]) for key in ("before", "teacher"))
     edges = edges_said(result["tuning"], NAMES) + never_better_said(result["tuning"], NAMES)
     said = f"Procrustes is {standing(lead[1])} least squares ({points(*lead[:2])})"
-    text = f"Student before {before}, teacher {teacher}.{gains_said(runs, NAMES)}\n\n{table(header, rows)}\n\n{edges}"
+    text = f"Student before {before}, teacher {teacher}.{gains_said(runs, NAMES)} {_fit_said(result['bridge'])}\n\n{table(header, rows)}\n\n{edges}"
     return Finding(verdict, said, text)  # type: ignore[arg-type]
 
 
