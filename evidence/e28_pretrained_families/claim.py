@@ -14,6 +14,7 @@ from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, never_better_said
 from evidence.words import mean_of, percent, points, standing, surely, table
 from oprd.bridge import Bridge
+from oprd.bridge.curve import USABLE_PREDICTABLE
 from oprd.tools.compare.bridges import bridge_folder
 
 ID = "E28"
@@ -62,7 +63,7 @@ def measure(work: Work) -> dict[str, Any]:
 def _fit_said(bridge: Mapping[str, Any]) -> str:
     """What the fit found on held-out rollouts: its verdict, and how much of the teacher's variance the student predicts."""
     shares = {int(layer): share for layer, share in bridge["predictable"].items()}
-    lower = next((layer for layer in sorted(shares) if shares[layer] < 0.5), max(shares) + 1)
+    lower = next((layer for layer in sorted(shares) if shares[layer] < USABLE_PREDICTABLE), max(shares) + 1)
     below, above = ([share for layer, share in shares.items() if (layer < lower) is early] for early in (True, False))
     said = [f"at least {percent(min(below), 0)} on layers 1 to {lower - 1}"] if below else []
     said += [f"at most {percent(max(above), 0)} on layers {lower} to {max(shares)}"] if above else []
