@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
-from oprd.bridge import Bridge
+from oprd.bridge import Bridge, curve
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.resolve import plan
 from oprd.run_config import RunConfig
@@ -266,6 +266,16 @@ def test_a_bridge_of_other_prompts_is_said(named, bridge, tmp_path, caplog):
         planned = "\n".join(plan(RunConfig.parse({**named, "teachers": teachers})).describe())
         said = "model weights not checked; FITTED ON PROMPTS OF ANOTHER teacher_system_prompt" in planned
         assert warned is said is (name == "other")
+
+
+@pytest.mark.parametrize("least", [0.0, 1.1])
+def test_a_hopeless_bridge_is_said_with_what_else_to_do(bridge, tmp_path, caplog, monkeypatch, run, least):
+    for name in ("USABLE_PREDICTABLE", "USABLE_CKA"):
+        monkeypatch.setattr(curve, name, least)
+    tiny_trainer(tmp_path, teacher=pool(bridge), rows=rows("a", "b", "a", "b"), mix_teachers=True)
+    shown = " ".join(run("bridge", "inspect", str(bridge)).stdout.split())
+    for text in (caplog.text, shown):
+        assert ("set representation_weight: 0, with output_space: reverse_kl, or with" in text) is (least > 1)
 
 
 def test_the_card_names_the_bridges(named, bridge):

@@ -19,6 +19,13 @@ from oprd.bridge.statistics import PairStatistics
 
 VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hopeless"]
 
+HOPELESS: VerdictKind = "hopeless"
+WHAT_ELSE = (
+    "the student predicts too little of the teacher's last layer for matching it to teach (E28 of the evidence); set "
+    "representation_weight: 0, with output_space: reverse_kl, or with lmbda: 0 and output_space: cross_entropy"
+)
+"""Advice for a pair that is hopeless."""
+
 # Thresholds of `verdict`, not tuned. Sources: papers (LastOPD, RIDE: CKA of about 0.98 between models of the same origin, harm from
 # matching all layers of unrelated models), Theorem 3, and the embedded pair. Direct distillation works for the embedded pair,
 # whose student is early in training: CKA 0.88 to 0.95, direct R² 0.69 to 0.86. An untrained teacher: CKA 0.33 to 0.03, R² < −2.
@@ -160,5 +167,5 @@ def verdict(reports: Mapping[int, PairReport], *, same_depth: bool) -> tuple[Ver
             break
         usable.insert(0, layer)
     if not usable:
-        return "hopeless", ()
+        return HOPELESS, ()
     return ("bridge all layers" if len(usable) == len(layers) else "bridge last layers"), tuple(usable)

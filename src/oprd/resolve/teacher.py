@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge import Bridge
+from oprd.bridge.curve import HOPELESS, WHAT_ELSE
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
@@ -329,7 +330,7 @@ def bridge_teacher(
     student_fingerprint: Fingerprint | None,
     rendering: TeacherPromptSettings,
 ) -> BridgedTeacher:
-    """The teacher behind a bridge. Warns where the bridge was fitted on prompts that were rendered otherwise.
+    """The teacher behind a bridge. Warns where the fit is hopeless, or was on prompts that were rendered otherwise.
 
     Args:
         named: folder and rank of the bridge.
@@ -355,6 +356,8 @@ def bridge_teacher(
     bridge = Bridge.load(named.folder, student=student_fingerprint, teacher=theirs, layers=layers, rank=named.rank)
     kind, doubtful = bridge.verdict
     logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
+    if kind == HOPELESS:
+        logger.warning("bridge %s: %s", named.folder, WHAT_ELSE)
     if other := bridge.differing_text(asdict(rendering)):
         logger.warning(
             "bridge %s: it was fitted on prompts with another %s; its projections may not suit these",
