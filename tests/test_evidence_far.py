@@ -105,19 +105,23 @@ def pretrained(finals):
 
 
 @pytest.mark.parametrize(
-    ("procrustes", "verdict", "said"),
+    ("finals", "verdict", "said"),
     [
-        (0.7, "holds", "Procrustes is ahead of least squares (+21.7"),
-        (0.51, "partly", "not significantly different"),
-        (0.47, "not", "not significantly different"),
-        (0.3, "not", "Procrustes is behind least squares (−18.3"),
+        (
+            {"procrustes": 0.7},
+            "holds",
+            "is ahead of least squares (+21.7 ± 3.8 points) and ahead of the student before",
+        ),
+        ({"procrustes": 0.27, "least_squares": 0.1}, "partly", " points) and not significantly ahead of the student"),
+        ({"procrustes": 0.51}, "not", "not significantly different"),
+        ({"procrustes": 0.3}, "not", "Procrustes is behind least squares (−18.3"),
     ],
 )
-def test_the_better_bridge_of_pretrained_models(procrustes, verdict, said):
-    finding = e28.judge(pretrained({"procrustes": procrustes, "supervised": 0.0}))
+def test_the_better_bridge_of_pretrained_models(finals, verdict, said):
+    finding = e28.judge(pretrained({**finals, "supervised": 0.0}))
     assert finding.verdict == verdict
     assert said in finding.number
-    assert "All but *supervised, on the teacher's responses* are significantly ahead" in finding.paragraph
+    assert "significantly ahead of the student before training. `oprd bridge fit` says" in finding.paragraph
     shares = "the student predicts at least 81 % on layers 1 to 2 and at most 31 % on layers 3 to 4."
     assert f"*hopeless*: of the variance of the teacher's states {shares}" in finding.paragraph
 

@@ -16,6 +16,7 @@ from evidence.words import mean_of, percent, points, standing, surely, table
 from oprd.bridge import Bridge
 from oprd.bridge.curve import USABLE_PREDICTABLE
 from oprd.tools.compare.bridges import bridge_folder
+from oprd.tools.compare.interval import mean_and_interval
 
 ID = "E28"
 TITLE = "Between pretrained models of two families, a Procrustes projector makes a better bridge than least squares"
@@ -71,11 +72,13 @@ def _fit_said(bridge: Mapping[str, Any]) -> str:
 
 
 def judge(result: Result) -> Finding:
-    """Holds if Procrustes is ahead of least squares; in part if its mean is ahead."""
+    """Holds if Procrustes is ahead of least squares and of the student before training; in part if ahead of least squares alone."""
     runs = result["runs"]
     leads = {name: difference(runs, name, "least_squares") for name in NAMES if name != "least_squares"}
     lead = leads["procrustes"]
-    verdict = "holds" if surely(lead[1]) > 0 else "partly" if surely(lead[1]) == 0 and lead[0] > 0 else "not"
+    gain = mean_and_interval([r["final"] - r["before"] for r in of(runs, "procrustes")])
+    learns = surely(gain[1]) > 0
+    verdict = "not" if surely(lead[1]) <= 0 else "holds" if learns else "partly"
     rows = [
         [NAMES[name], *at_its_rate(result, name, leads.get(name)), percent(gap_closed(of(runs, name))[0], 0)]
         for name in NAMES
@@ -84,7 +87,10 @@ def judge(result: Result) -> Finding:
     header = ["loss", "rate", f"Avg@2 after {first[0]['steps']} steps", "against least squares", "gap closed"]
     before, teacher = (mean_of([r[key] for r in first]) for key in ("before", "teacher"))
     edges = edges_said(result["tuning"], NAMES) + never_better_said(result["tuning"], NAMES)
-    said = f"Procrustes is {standing(lead[1])} least squares ({points(*lead[:2])})"
+    said = (
+        f"Procrustes is {standing(lead[1])} least squares ({points(*lead[:2])}) and {'' if learns else 'not significantly '}ahead of "
+        f"the student before training ({points(*gain)})"
+    )
     text = f"Student before {before}, teacher {teacher}.{gains_said(runs, NAMES)} {_fit_said(result['bridge'])}\n\n{table(header, rows)}\n\n{edges}"
     return Finding(verdict, said, text)  # type: ignore[arg-type]
 

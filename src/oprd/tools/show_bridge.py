@@ -40,7 +40,7 @@ def describe_bridge(bridge: Bridge) -> dict[str, Any]:
 
 _WHY = {
     "least_squares": "the paper's projector (Eq. 13): the best prediction of the teacher, which shrinks what it predicts badly",
-    "procrustes": "one rotation and one scale: it shrinks no direction more than another (worse across tokenizers)",
+    "procrustes": "one rotation and one scale: it shrinks no direction more than another (E22: far behind with two tokenizers)",
     "cca": "the teacher's best predicted directions instead of its largest",
 }
 
