@@ -53,7 +53,7 @@ APP = typer.Typer()
 APP.command()(main)
 CLAIMS = {claim.ID: claim for _, claim in claims()}
 RESULTS = results(HERE)
-NOT_YET = {"E28"}
+NOT_YET: set[str] = set()
 MEASURED = sorted(RESULTS, key=lambda name: int(name[1:]))
 AGAIN = "run python -m evidence --document"
 

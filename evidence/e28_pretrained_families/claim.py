@@ -32,9 +32,9 @@ FILE = HERE / "comparison.yaml"
 BASE, TEACHER = ROOT / "models" / "gemma-3-270m", ROOT / "models" / "gemma-3-270m-chain-sum"
 TEACHER_BUILD = ("--steps", "140", "--batch", "64", "--learning-rate", "3e-4", "--bf16")
 NAMES = {
-    "least_squares": "states, least squares",
-    "procrustes": "states, Procrustes",
-    "supervised": "supervised, on the teacher's responses",
+    "least_squares": "states by least squares",
+    "procrustes": "states by Procrustes",
+    "supervised": "supervised on the teacher's responses",
     "output_space": "full reverse KL on shared tokens",
 }
 GRIDS = {
