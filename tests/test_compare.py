@@ -744,6 +744,7 @@ def test_bridges_are_fitted_once_and_named_in_the_runs(comparison, tmp_path):
         "max_completion_length": 20,
         "teacher_model": "embedded:tiny/teacher",
         "train_split": "test",
+        "train_limit": 11,
     }.items():
         with pytest.raises(ValueError, match=rf"than those of 'bridges: one' \({name}\); remove the folder"):
             fit_missing(specs, found.output_dir, found.recipe, {**found.settings, name: value}, said.append)

@@ -92,9 +92,7 @@ def test_losses_that_do_not_beat_the_student_before_training_are_said(final, sta
     assert said in text
 
 
-PRETRAINED = dict.fromkeys(
-    ["procrustes", *e28.NAMES], 0.5
-)  # `records` varies objectives at different places of a list differently
+PRETRAINED = dict.fromkeys(["procrustes", *e28.NAMES], 0.5)  # neighbours in the list have different spreads over seeds
 
 
 def pretrained(finals):

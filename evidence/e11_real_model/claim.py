@@ -228,8 +228,13 @@ def get_models(teacher: Path, *build: str) -> None:
         build: arguments of `scripts/build_reasoning_teacher.py`.
     """
     get_public("get_smollm2.py", STUDENT)
+    build_teacher(STUDENT, teacher, *build)
+
+
+def build_teacher(base: Path, teacher: Path, *build: str) -> None:
+    """Train a copy of `base` on worked solutions, where it is not there yet. Other arguments: see `get_models`."""
     if not (teacher / "build.json").exists():
-        run_script("build_reasoning_teacher.py", "--model", str(STUDENT), "--output", str(teacher), *build)
+        run_script("build_reasoning_teacher.py", "--model", str(base), "--output", str(teacher), *build)
 
 
 def get_public(script: str, folder: Path) -> None:

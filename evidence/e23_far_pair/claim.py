@@ -129,7 +129,7 @@ def judge(result: Result) -> Finding:
     edges = edges_said(result["tuning"], own) + never_better_said(result["tuning"], own) if result["tuning"] else ""
     text = (
         f"Student before {percent(_mean(first, 'before'))}, teacher {percent(_mean(first, 'teacher'))}. Supervised steps and then states are "
-        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.{gains_said(runs, {name: NAMES[name] for name in names})}\n\n{table(header, rows)}\n\n{edges}"
+        f"{standings({f'*{NAMES[name]}*': lead[1] for name, lead in leads.items()})}.{gains_said(runs, own)}\n\n{table(header, rows)}\n\n{edges}"
     )
     where = {name: standing(leads[name][1]) for name in ("supervised", "states")}
     said = [f"{name} alone ({points(*leads[name][:2])})" for name in where]

@@ -8,7 +8,7 @@ from typing import Any
 
 from evidence.claim import Finding, Result, Work
 from evidence.comparisons import at_its_rate, difference, gap_closed, of
-from evidence.e11_real_model.claim import QUICK, ROOT, STUDENT, get_public, run_script
+from evidence.e11_real_model.claim import QUICK, ROOT, STUDENT, build_teacher, get_public
 from evidence.e23_far_pair.claim import gains_said, measure_pair
 from evidence.pictures import draw_objectives
 from evidence.tuning import edges_said, never_better_said
@@ -52,8 +52,7 @@ def measure(work: Work) -> dict[str, Any]:
     """Get both models, train the teacher, tune the losses on one seed, measure all on three others."""
     get_public("get_smollm2.py", STUDENT)
     get_public("get_gemma.py", BASE)
-    if not (TEACHER / "build.json").exists():
-        run_script("build_reasoning_teacher.py", "--model", str(BASE), "--output", str(TEACHER), *TEACHER_BUILD)
+    build_teacher(BASE, TEACHER, *TEACHER_BUILD)
     settings, folder = QUICK if work.quick else {}, "pretrained_families"
     found = measure_pair(FILE, work, folder=folder, grids=GRIDS, settings=lambda seed: settings, ladder=LADDER)
     bridge = Bridge.load(bridge_folder(str(work.folder.parent / folder), "least_squares"))

@@ -20,11 +20,10 @@ from oprd.bridge.statistics import PairStatistics
 VerdictKind = Literal["direct", "bridge all layers", "bridge last layers", "hopeless"]
 
 HOPELESS: VerdictKind = "hopeless"
-WHAT_ELSE = (
-    "the student predicts too little of the teacher's last layer for matching it to teach (E28 of the evidence); set "
-    "representation_weight: 0, with output_space: reverse_kl, or with lmbda: 0 and output_space: cross_entropy"
+HOPELESS_ADVICE = (
+    "the student predicts little of the teacher's last layer, and then matching states teaches little (E28 of the evidence); "
+    "set representation_weight: 0, with output_space: reverse_kl, or with lmbda: 0 and output_space: cross_entropy"
 )
-"""Advice for a pair that is hopeless."""
 
 # Thresholds of `verdict`, not tuned. Sources: papers (LastOPD, RIDE: CKA of about 0.98 between models of the same origin, harm from
 # matching all layers of unrelated models), Theorem 3, and the embedded pair. Direct distillation works for the embedded pair,

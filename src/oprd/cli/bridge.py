@@ -254,7 +254,7 @@ def _show(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from oprd.bridge.curve import HOPELESS, WHAT_ELSE
+    from oprd.bridge.curve import HOPELESS, HOPELESS_ADVICE
     from oprd.cli.console import console, say
     from oprd.tools.show_bridge import describe_bridge, explain_choice
 
@@ -276,7 +276,7 @@ def _show(bridge: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]
     layers = (
         f", student layers {', '.join(map(str, description['usable_layers']))}" if description["usable_layers"] else ""
     )
-    advice = f": {WHAT_ELSE}" if description["verdict"] == HOPELESS else ""
+    advice = f": {HOPELESS_ADVICE}" if description["verdict"] == HOPELESS else ""
     say(f"verdict on held-out rollouts: {description['verdict']}{layers}{advice}")
     for line in explain_choice(description, given) if given is not None else ():
         say(line)

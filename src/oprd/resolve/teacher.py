@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.alignment.teacher_prompts import TeacherPromptSettings
 from oprd.bridge import Bridge
-from oprd.bridge.curve import HOPELESS, WHAT_ELSE
+from oprd.bridge.curve import HOPELESS, HOPELESS_ADVICE
 from oprd.bridge.files import folder_digest
 from oprd.bridge.teacher import BridgedTeacher
 from oprd.config import OPRDConfig
@@ -354,10 +354,10 @@ def bridge_teacher(
             "fingerprint, to compare them with those it was fitted for"
         )
     bridge = Bridge.load(named.folder, student=student_fingerprint, teacher=theirs, layers=layers, rank=named.rank)
-    kind, doubtful = bridge.verdict
-    logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, doubtful or "")
+    kind, usable = bridge.verdict
+    logger.info("bridge %s: rank %d, verdict: %s %s", named.folder, bridge.rank, kind, usable or "")
     if kind == HOPELESS:
-        logger.warning("bridge %s: %s", named.folder, WHAT_ELSE)
+        logger.warning("bridge %s: %s", named.folder, HOPELESS_ADVICE)
     if other := bridge.differing_text(asdict(rendering)):
         logger.warning(
             "bridge %s: it was fitted on prompts with another %s; its projections may not suit these",

@@ -101,13 +101,14 @@ def _rows(run: RunConfig, teacher_id: str | None, limit: int, seed: int) -> Sequ
     """The first training prompts, `limit` at most; where rows name their teacher, only those that name this one.
 
     Raises:
-        ValueError: there are none, or as `dataset_rows`.
+        ValueError: none names this teacher, or as `dataset_rows`.
     """
     by_row = teacher_id is not None and run.args.teachers_per_prompt == "one"
     read = run if by_row else replace(run, train_limit=min(limit, run.train_limit or limit))
     rows = dataset_rows(read, task_of(run), "train", None, seed=seed) or []
-    if by_row:
-        rows = [row for row in rows if str(row.columns.get(TEACHER_ID)) == teacher_id][:limit]
-    if not rows:
+    if not by_row:
+        return rows
+    own = [row for row in rows if str(row.columns.get(TEACHER_ID)) == teacher_id][:limit]
+    if not own:
         raise ValueError(f"train_dataset: {run.train_dataset} has no row whose teacher_id is {teacher_id}")
-    return rows
+    return own

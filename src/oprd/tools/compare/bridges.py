@@ -119,6 +119,7 @@ def _of_run(run: RunConfig) -> dict[str, Any]:
     values = {
         "model": run.model, "teacher_model": run.teacher_model, "model_init_kwargs": args.model_init_kwargs,
         "teacher_model_init_kwargs": args.teacher_model_init_kwargs, "train_dataset": run.train_dataset,
+        "train_limit": run.train_limit, "task": args.task, "answer_format": args.answer_format,
         "train_split": run.train_split, "max_completion_length": args.max_completion_length,
         "max_prompt_length": args.max_prompt_length, "reading": asdict(Reading.of(vars(args), "train")),
         **asdict(args.prompt_rendering),
